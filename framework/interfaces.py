@@ -1,0 +1,141 @@
+"""The contracts between the framework and what it runs: nothing here is inherited, all is met by shape."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+Params = dict[str, Any]  # nested dicts, keys are strings, leaves are arrays
+Axes = dict[str, Any]  # the same tree; each leaf is a tuple of logical axis names
+Batch = Mapping[str, Any]  # feature name -> array [batch, ...] (numpy on the host, jax.Array on devices)
+Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight): the mean is taken once, globally
+Cache = Any  # a pytree of arrays: what decoding remembers
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySpec:
+    """Shape, dtype and logical axes of one feature of a global batch."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    axes: tuple[str | None, ...]
+
+
+class Model(Protocol):
+    """An objective with its network: all the framework ever asks of a model."""
+
+    def init(self, rng: jax.Array) -> Params:
+        """Returns fresh parameters. Pure, so that it can be traced for shapes or jitted into shards."""
+        ...
+
+    def axes(self) -> Axes:
+        """Returns the logical axis names of each parameter, in the tree of `init`."""
+        ...
+
+    def batch_spec(self, batch_size: int, lengths: Mapping[str, int]) -> dict[str, ArraySpec]:
+        """Returns what a batch must hold, for `lengths` in tokens by task feature (TASK_FEATURE_LENGTHS)."""
+        ...
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, Metrics]:
+        """Returns (summed loss, summed weight, metrics) of a batch, all float32; `rng` None means no dropout."""
+        ...
+
+    def score(self, params: Params, batch: Batch) -> jax.Array:
+        """Returns the log-probability of each target token, float32 [batch, length], 0 where weights are 0."""
+        ...
+
+    def prefill(self, params: Params, batch: Batch, max_length: int) -> tuple[jax.Array, jax.Array, Cache]:
+        """Reads the inputs of a batch and returns what greedy search starts from.
+
+        Returns:
+          (tokens [batch, 1] to feed first, positions [batch] where they stand, a cache for `max_length` new tokens).
+        """
+        ...
+
+    def decode(
+        self, params: Params, tokens: jax.Array, positions: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """Feeds one token a row, tokens [batch, 1] at positions [batch]; returns (logits [batch, vocab], cache)."""
+        ...
+
+
+class Dataset(Protocol):
+    """An endless stream of batches with a position instead of an iterator's hidden state."""
+
+    def __next__(self) -> Batch:
+        """Returns this process's rows of the next global batch, numpy."""
+        ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def state(self) -> dict[str, int]:
+        """Returns the position after the last batch returned: a few integers, the same on every process."""
+        ...
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Goes to a position that `state` returned, on any process count."""
+        ...
+
+    def spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Returns (global shape, dtype) of each feature."""
+        ...
+
+
+class DataSource(Protocol):
+    """What a recipe says of its data: light until opened."""
+
+    batch_size: int
+    lengths: Mapping[str, int]
+
+    def train(self, rows: slice) -> Dataset:
+        """Opens the endless training stream; `rows` are this process's rows of each global batch."""
+        ...
+
+    def eval_tasks(self) -> list["EvalTask"]:
+        """Opens the validation split of each (sub-)task."""
+        ...
+
+
+class EvalTask(Protocol):
+    """One task's validation split, read once, in a fixed order, and its metrics."""
+
+    name: str
+    num_examples: int
+    has_metrics: bool  # whether the task has metrics of predictions
+
+    def batches(self) -> Iterator[tuple[Batch, int]]:
+        """Yields (global batch, number of real rows); rows past that number are padding of weight 0."""
+        ...
+
+    def prompt_batches(self, batch_size: int | None = None) -> Iterator[tuple[Batch, np.ndarray]]:
+        """Yields (batch to predict from, example index of each real row); rows past those repeat the last one.
+
+        Raises UserError when the task's converter has nothing to predict from.
+        """
+        ...
+
+    def inputs_text(self, index: int) -> str:
+        """Returns example `index`'s input as text, for people to read ('' where a task has none)."""
+        ...
+
+    def postprocess(self, index: int, tokens: np.ndarray) -> Any:
+        """Turns the predicted token ids [length] of example `index` into what its metrics compare."""
+        ...
+
+    def target(self, index: int) -> Any:
+        """Returns the postprocessed target of example `index`."""
+        ...
+
+    def metrics(self, predictions: list[Any]) -> dict[str, float]:
+        """Returns the task's metrics of postprocessed predictions, in example order (may be the first n examples)."""
+        ...
+
+
+class Writer(Protocol):
+    """Receives each report of a run."""
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...

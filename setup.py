@@ -1,0 +1,40 @@
+"""Installs each top-level folder F as the package `meshway.F`."""
+
+from setuptools import find_namespace_packages, setup
+
+FOLDERS = ["framework", "models", "gin", "tasks", "launch"]
+INSIDE = [f"{folder}*" for folder in FOLDERS]
+
+setup(
+    name="meshway",
+    version="0.1.0",
+    description="Train, evaluate and serve sequence models on meshes of TPUs, GPUs or CPUs",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=[f"meshway.{package}" for package in find_namespace_packages(include=INSIDE)],
+    package_dir={f"meshway.{folder}": folder for folder in FOLDERS},
+    package_data={"": ["*.gin", "*.html", "py.typed"]},
+    install_requires=[
+        "jax>=0.10.2,<0.13",
+        "flax>=0.12.8,<0.13",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12.8,<0.13",
+        "gin-config>=0.5,<0.6",
+        "seqio==0.0.20",
+        "sentencepiece>=0.2,<0.3",
+        "tensorboardX>=2.6,<3",
+        "matplotlib>=3.8,<4",
+        "rich>=13,<16",
+        "numpy>=2,<3",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
+        "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+        "board": ["tensorboard>=2.20"],
+        "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4"],
+        "dev": ["ruff>=0.15,<0.18", "mypy>=1.18,<3"],
+    },
+    entry_points={"console_scripts": ["meshway = meshway.launch.cli:main"]},
+)
