@@ -1,0 +1,122 @@
+"""The partitioner: a mesh, the rules over it, and shardings for everything a step touches."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from meshway.framework import axes as axes_lib
+from meshway.framework.axes import Names
+from meshway.framework.errors import UserError
+from meshway.framework.interfaces import ArraySpec
+from meshway.framework.partitioning.mesh import MeshShape
+from meshway.framework.partitioning.rules import Rules, Target
+
+
+class Layout:
+    """What a layout file says: the mesh, how state is stored on it, and how activations are computed on it."""
+
+    def __init__(
+        self,
+        mesh: MeshShape,
+        parameters: Sequence[tuple[str, Target]],
+        activations: Sequence[tuple[str, Target]],
+    ):
+        """`parameters` places parameters and optimizer state; `activations` places batches and activations."""
+        self.mesh, self.parameters, self.activations = mesh, parameters, activations
+
+
+class Partitioner:
+    """A layout on real devices.
+
+    Everything is Auto-sharded `jit` with `NamedSharding`s pinned on every input and output: without pinned
+    outputs `jit` leaves optimizer state on one device, and layouts drift after the first step.
+    """
+
+    def __init__(self, layout: Layout, devices: Sequence[jax.Device] | None = None):
+        """Raises UserError where the layout does not fit the devices (see `MeshShape.build`, `Rules`)."""
+        self.mesh: Mesh = layout.mesh.build(devices)
+        sizes = dict(self.mesh.shape)
+        self.parameter_rules = Rules(layout.parameters, sizes, "Layout.parameters")
+        self.activation_rules = Rules(layout.activations, sizes, "Layout.activations")
+        self.replicated = NamedSharding(self.mesh, PartitionSpec())
+
+    @contextlib.contextmanager
+    def activate(self) -> Iterator[None]:
+        """Makes mesh and rules ambient: trace, lower and call model code inside."""
+        with jax.set_mesh(self.mesh), axes_lib.resolving(self._activation_sharding):
+            yield
+
+    def state_shardings(self, names: Any, shapes: Any, what: str = "parameter") -> Any:
+        """Returns a tree of shardings for a tree of axis names beside a tree of shapes.
+
+        Raises:
+          UserError: see `Rules.resolve`; the message names the tensor.
+        """
+
+        def of(path: Any, shape: Any, leaf_names: Names) -> NamedSharding:
+            name = f"{what} {path_name(path)}"
+            return NamedSharding(self.mesh, self.parameter_rules.resolve(leaf_names, shape.shape, name).spec)
+
+        return jax.tree_util.tree_map_with_path(of, shapes, names)
+
+    def batch_shardings(self, spec: Mapping[str, ArraySpec]) -> dict[str, NamedSharding]:
+        """Returns the sharding of each feature of a batch."""
+        return {
+            name: NamedSharding(
+                self.mesh, self.activation_rules.resolve(feature.axes, feature.shape, f"batch feature {name}").spec
+            )
+            for name, feature in spec.items()
+        }
+
+    def process_rows(self, batch_size: int) -> slice:
+        """Returns which rows of a global batch this process's devices hold.
+
+        Raises:
+          UserError: `batch_size` does not divide by the mesh axes of "batch".
+        """
+        resolved = self.activation_rules.resolve(("batch",), (batch_size,), "the batch")
+        sharding = NamedSharding(self.mesh, resolved.spec)
+        spans = [index[0].indices(batch_size)[:2] for index in sharding.addressable_devices_indices_map((batch_size,)).values()]
+        start, stop = min(span[0] for span in spans), max(span[1] for span in spans)
+        if sum(end - begin for begin, end in set(spans)) != stop - start:
+            raise UserError(f"this process's devices hold scattered rows of the batch: {sorted(set(spans))}; reorder the mesh")
+        return slice(start, stop)
+
+    def put_batch(self, batch: Mapping[str, np.ndarray], shardings: Mapping[str, NamedSharding], batch_size: int) -> dict[str, jax.Array]:
+        """Puts this process's rows of a batch on its devices, as global arrays."""
+        if jax.process_count() == 1:
+            return jax.device_put(dict(batch), {name: shardings[name] for name in batch})
+        return {
+            name: jax.make_array_from_process_local_data(shardings[name], rows, (batch_size, *rows.shape[1:]))
+            for name, rows in batch.items()
+        }
+
+    def compile(
+        self, function: Callable[..., Any], *arguments: Any, in_shardings: Any, out_shardings: Any, donate: tuple[int, ...] = ()
+    ) -> jax.stages.Compiled:
+        """Traces and compiles `function` for abstract or real `arguments`, under this layout."""
+        with self.activate():
+            jitted = jax.jit(function, in_shardings=in_shardings, out_shardings=out_shardings, donate_argnums=donate)
+            return jitted.lower(*arguments).compile()
+
+    def check_rules_matched(self) -> None:
+        """Call once a step was traced.
+
+        Raises:
+          UserError: a rule that matched no tensor: a misspelt name shards nothing, silently.
+        """
+        unmatched = [*self.parameter_rules.unmatched(), *self.activation_rules.unmatched()]
+        if unmatched:
+            raise UserError("rules that match no axis of this model: " + "; ".join(unmatched))
+
+    def _activation_sharding(self, names: Names, shape: tuple[int, ...]) -> NamedSharding:
+        return NamedSharding(self.mesh, self.activation_rules.resolve(names, shape, "an activation").spec)
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """Returns a tree path as a/b/c."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
