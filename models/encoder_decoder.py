@@ -1,0 +1,72 @@
+"""The encoder-decoder objective: targets predicted from inputs. Meets `framework.interfaces.Model` by shape."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from meshway.models.losses import CrossEntropy, target_log_probs
+from meshway.models.module import Network, NetworkFactory
+from meshway.models.token_batch import TokenSpec, token_spec
+
+Batch = Mapping[str, jax.Array]
+
+
+class EncoderDecoder:
+    """Maximum likelihood of targets given inputs, for a network with `encode` and `decode` (see `t5.T5`)."""
+
+    def __init__(self, network: NetworkFactory, z_loss: float = 0.0, label_smoothing: float = 0.0):
+        self._network = Network(network)
+        self._criterion = CrossEntropy(z_loss, label_smoothing)
+
+    def init(self, rng: jax.Array) -> dict[str, Any]:
+        """Returns fresh float32 parameters."""
+        return self._network.init(rng)
+
+    def axes(self) -> dict[str, Any]:
+        """Returns the logical axes of each parameter."""
+        return self._network.axes()
+
+    def batch_spec(self, batch_size: int, lengths: Mapping[str, int]) -> dict[str, TokenSpec]:
+        """Returns the features of a batch; `lengths` needs "inputs" and "targets"."""
+        encoder = token_spec(batch_size, lengths["inputs"], "encoder", ["input_tokens", "segment_ids", "positions"])
+        names = ["input_tokens", "target_tokens", "loss_weights", "segment_ids", "positions"]
+        return encoder | token_spec(batch_size, lengths["targets"], "decoder", names)
+
+    def loss(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, dict]:
+        """Returns (summed loss, summed weight, metrics) over target tokens; `rng` None means no dropout."""
+        logits = self._logits(params, batch, rng)
+        return self._criterion(logits, batch["decoder_target_tokens"], batch["decoder_loss_weights"])
+
+    def score(self, params: dict[str, Any], batch: Batch) -> jax.Array:
+        """Returns the log-probability of each target token, float32 [batch, length], 0 on padding."""
+        logits = self._logits(params, batch, None)
+        return target_log_probs(logits, batch["decoder_target_tokens"], batch["decoder_loss_weights"])
+
+    def prefill(self, params: dict[str, Any], batch: Batch, max_length: int) -> tuple[jax.Array, jax.Array, Any]:
+        """Encodes the inputs; decoding starts from token 0 at position 0."""
+        network = self._network.bind(params)
+        segments = batch["encoder_segment_ids"]
+        encoded = network.encode(batch["encoder_input_tokens"], segments)
+        # A dry array carries the static length through jit beside the cache.
+        cache = {"layers": network.empty_cache(encoded, max_length), "segments": segments, "slots": jnp.zeros(max_length)}
+        rows = segments.shape[0]
+        return jnp.zeros((rows, 1), jnp.int32), jnp.zeros((rows,), jnp.int32), cache
+
+    def decode(
+        self, params: dict[str, Any], tokens: jax.Array, positions: jax.Array, cache: Any
+    ) -> tuple[jax.Array, Any]:
+        """Feeds tokens [batch, 1] at positions [batch]; returns (logits [batch, vocab], cache)."""
+        network, length = self._network.bind(params), cache["slots"].shape[0]
+        logits, layers = network.decode_cached(tokens, positions[:, None], cache["layers"], cache["segments"], length)
+        return logits[:, 0], cache | {"layers": layers}
+
+    def _logits(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> jax.Array:
+        network = self._network.bind(params)
+        encoder_key, decoder_key = (None, None) if rng is None else jax.random.split(rng)
+        segments = batch["encoder_segment_ids"]
+        encoded = network.encode(batch["encoder_input_tokens"], segments, encoder_key)
+        return network.decode(
+            batch["decoder_input_tokens"], batch["decoder_segment_ids"], encoded, segments, decoder_key
+        )

@@ -1,0 +1,72 @@
+"""The one file that knows how flax.nnx stores parameters: a module factory becomes functions on plain dicts.
+
+nnx objects never cross a `jit` boundary: the framework sees nested dicts of arrays beside a tree of axis
+names, and `Network.bind` rebuilds the module inside the trace, where it costs nothing at run time.
+"""
+
+import functools
+from typing import Any, Protocol
+
+import jax
+from flax import nnx
+
+
+class NetworkFactory(Protocol):
+    """A gin-configured module class: everything but the random streams is already bound."""
+
+    def __call__(self, *, rngs: nnx.Rngs) -> nnx.Module: ...
+
+
+class Param(nnx.Param):
+    """A parameter; metadata `axes` holds one logical axis name a dimension."""
+
+
+def param(value: jax.Array, axes: tuple[str, ...]) -> Param:
+    """Declares a parameter with its logical axes.
+
+    Raises:
+      ValueError: the number of names differs from the rank.
+    """
+    if value.ndim != len(axes):
+        raise ValueError(f"a parameter of shape {value.shape} was declared with axes {axes}")
+    return Param(value, axes=axes)
+
+
+class Network:
+    """A module factory as pure functions: `init`, `axes` and `bind`."""
+
+    def __init__(self, factory: NetworkFactory):
+        self._factory = factory
+
+    def init(self, rng: jax.Array) -> dict[str, Any]:
+        """Returns fresh parameters as nested dicts with string keys."""
+        return nnx.to_pure_dict(nnx.state(self._factory(rngs=nnx.Rngs(params=rng)), nnx.Param))
+
+    def axes(self) -> dict[str, Any]:
+        """Returns the logical axes of each parameter, in the tree of `init`.
+
+        Raises:
+          ValueError: a parameter was declared without axes (use `module.param`).
+        """
+        _, state = self._abstract
+        axes: dict[str, Any] = {}
+        for path, variable in nnx.to_flat_state(state):
+            names = variable.get_metadata().get("axes")
+            if names is None:
+                raise ValueError(f"parameter {'/'.join(map(str, path))} has no logical axes; declare it by module.param")
+            node = axes
+            for key in path[:-1]:
+                node = node.setdefault(key, {})
+            node[path[-1]] = names
+        return axes
+
+    def bind(self, params: dict[str, Any]) -> Any:
+        """Returns the module holding `params`: call its methods within the same trace."""
+        graphdef, abstract = self._abstract
+        state = jax.tree.map(lambda leaf: leaf, abstract)
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(graphdef, state)
+
+    @functools.cached_property
+    def _abstract(self) -> tuple[Any, Any]:
+        return nnx.split(nnx.eval_shape(lambda: self._factory(rngs=nnx.Rngs(params=jax.random.key(0)))))

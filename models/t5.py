@@ -1,0 +1,116 @@
+"""T5 1.1: an encoder and a decoder with relative position biases (Raffel et al. 2020, and its 1.1 release)."""
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from meshway.framework.axes import constrain
+from meshway.models.layers.blocks import LayerFactory
+from meshway.models.layers.dropout import dropout, split_key
+from meshway.models.layers.embedding import Embedding
+from meshway.models.layers.linear import Linear
+from meshway.models.layers.masks import causal_mask, row_positions, segment_mask
+from meshway.models.layers.norm import RMSNorm
+
+
+class StackFactory(Protocol):
+    """A gin-configured `Stack`."""
+
+    def __call__(self, *, d_model: int, rngs: nnx.Rngs) -> Any: ...
+
+
+class BiasFactory(Protocol):
+    """A gin-configured `RelativePositionBias`."""
+
+    def __call__(self, *, bidirectional: bool, rngs: nnx.Rngs) -> Any: ...
+
+
+class T5(nnx.Module):
+    """The network: `encode` the inputs, `decode` targets against them."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int,
+        encoder: StackFactory,
+        decoder: StackFactory,
+        position_bias: BiasFactory,
+        *,
+        rngs: nnx.Rngs,
+        norm: LayerFactory = RMSNorm,
+        dropout_rate: float = 0.0,
+        tied_logits: bool = False,
+        dtype: str = "float32",
+    ):
+        """`dtype` is what activations are computed in; parameters are float32. `tied_logits` (T5 1.0) reuses the
+        token embedding as the output layer."""
+        self.token_embedding = Embedding(vocab_size, d_model, rngs=rngs, dtype=dtype)
+        self.encoder_position_bias = position_bias(bidirectional=True, rngs=rngs)
+        self.encoder = encoder(d_model=d_model, rngs=rngs)
+        self.encoder_norm = norm(d_model=d_model, rngs=rngs)
+        self.decoder_position_bias = position_bias(bidirectional=False, rngs=rngs)
+        self.decoder = decoder(d_model=d_model, rngs=rngs)
+        self.decoder_norm = norm(d_model=d_model, rngs=rngs)
+        self.logits = None if tied_logits else Linear({"embed": d_model}, {"vocab": vocab_size}, rngs=rngs)
+        self.dropout_rate = dropout_rate
+
+    def encode(self, tokens: jax.Array, segments: jax.Array, rng: jax.Array | None = None) -> jax.Array:
+        """tokens and segments int32 [batch, length] (segment 0 is padding) -> [batch, length, d_model]."""
+        keys = split_key(rng, 3)
+        positions = row_positions(tokens.shape[1])
+        x = dropout(self.token_embedding(tokens), self.dropout_rate, keys[0])
+        x, _ = self.encoder(
+            x,
+            bias=self.encoder_position_bias(positions, positions),
+            mask=segment_mask(segments, segments),
+            rng=keys[1],
+        )
+        return dropout(self.encoder_norm(x), self.dropout_rate, keys[2])
+
+    def decode(
+        self,
+        tokens: jax.Array,
+        segments: jax.Array,
+        encoded: jax.Array,
+        encoded_segments: jax.Array,
+        rng: jax.Array | None = None,
+    ) -> jax.Array:
+        """Teacher-forced: tokens [batch, length] against encoded [batch, kv_length, d_model] -> logits [batch, length, vocab]."""
+        positions = row_positions(tokens.shape[1])
+        logits, _ = self._decode(
+            tokens,
+            rng=rng,
+            encoded=encoded,
+            bias=self.decoder_position_bias(positions, positions),
+            mask=causal_mask(positions, positions) & segment_mask(segments, segments),
+            cross_mask=segment_mask(segments, encoded_segments),
+        )
+        return logits
+
+    def empty_cache(self, encoded: jax.Array, length: int) -> Any:
+        """Returns the decoder's cache for `length` positions; it holds what the decoder needs of `encoded`."""
+        return self.decoder.empty_cache(encoded=encoded, length=length)
+
+    def decode_cached(
+        self, tokens: jax.Array, positions: jax.Array, cache: Any, encoded_segments: jax.Array, length: int
+    ) -> tuple[jax.Array, Any]:
+        """One step of decoding: tokens [batch, 1] at positions [batch, 1] -> (logits [batch, 1, vocab], cache)."""
+        slots = row_positions(length)
+        return self._decode(
+            tokens,
+            cache=cache,
+            cache_index=positions,
+            bias=self.decoder_position_bias(positions, slots),
+            mask=causal_mask(positions, slots),
+            cross_mask=segment_mask(jnp.ones_like(tokens), encoded_segments),
+        )
+
+    def _decode(self, tokens: jax.Array, rng: jax.Array | None = None, **context: Any) -> tuple[jax.Array, Any]:
+        keys = split_key(rng, 3)
+        x = dropout(self.token_embedding(tokens), self.dropout_rate, keys[0])
+        x, cache = self.decoder(x, rng=keys[1], **context)
+        x = dropout(self.decoder_norm(x), self.dropout_rate, keys[2])
+        logits = self.token_embedding.logits(x) if self.logits is None else self.logits(x)
+        return constrain(logits.astype(jnp.float32), ("batch", "length", "vocab")), cache
