@@ -1,0 +1,180 @@
+"""Checkpoints of a run: state, data position and recipe, saved together and atomically, restored on any mesh."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from meshway.framework.checkpoints.schema import differences, schema_of
+from meshway.framework.errors import UserError
+from meshway.framework.training.state import TrainState
+
+ITEMS = ("state", "data", "recipe")
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay: the last `latest` (None keeps all), those whose step is a multiple of `every`, and the
+    `best` ones by evaluation metric `metric` (e.g. "validation/pydocs_summary/loss"), lowest unless `highest`."""
+
+    latest: int | None = 3
+    every: int | None = None
+    best: int | None = None
+    metric: str | None = None
+    highest: bool = False
+
+    def policy(self) -> policies.PreservationPolicy:
+        """Returns the union of the three as Orbax understands it.
+
+        Raises:
+          UserError: `best` without `metric`.
+        """
+        kept: list[policies.PreservationPolicy] = [policies.LatestN(self.latest)]
+        if self.every:
+            kept.append(policies.EveryNSteps(self.every))
+        if self.best:
+            if not self.metric:
+                raise UserError("Keep.best needs Keep.metric, the name of an evaluation metric in metrics.jsonl")
+            name, worst = self.metric, float("-inf") if self.highest else float("inf")
+            kept.append(
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics.get(name, worst),
+                    reverse=not self.highest,
+                    n=self.best,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        return policies.AnyPreservationPolicy(kept)
+
+
+class Checkpoints:
+    """The folder `checkpoints/` of one run."""
+
+    def __init__(self, folder: Path, keep: Keep = Keep(), recipe: str = "", read_only: bool = False):
+        """`recipe` is the resolved gin text that goes into every checkpoint.
+
+        Raises:
+          UserError: the folder cannot be made.
+        """
+        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every save at INFO and WARNING
+        self.folder, self._recipe = Path(folder).absolute(), recipe
+        try:
+            if not read_only:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+            state = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)
+            registry.add("state", ocp.args.PyTreeSave, state)
+            registry.add("state", ocp.args.PyTreeRestore, state)
+            for item in ITEMS[1:]:
+                registry.add(item, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+                registry.add(item, ocp.args.JsonRestore, ocp.JsonCheckpointHandler())
+            self._manager = ocp.CheckpointManager(
+                self.folder,
+                handler_registry=registry,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=keep.policy(), read_only=read_only, cleanup_tmp_directories=not read_only
+                ),
+            )
+        except OSError as error:
+            raise UserError(f"cannot make the checkpoint folder {self.folder}: {error.strerror or error}") from error
+
+    def steps(self) -> list[int]:
+        """Returns the steps of complete checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, step: int, position: Mapping[str, int], metrics: Mapping[str, float]) -> None:
+        """Starts saving; the state may be donated to the next step at once.
+
+        Raises:
+          UserError: this save, or the one still running, failed (disk full, folder unwritable).
+        """
+        tree = _as_tree(state)
+        recipe = {"gin": self._recipe, "version": _version(), "schema": schema_of(tree)}
+        arguments = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(tree), data=ocp.args.JsonSave(dict(position)), recipe=ocp.args.JsonSave(recipe)
+        )
+        self._guard(lambda: self._manager.save(step, args=arguments, metrics=dict(metrics), force=True), step)
+
+    def wait(self) -> None:
+        """Returns once the last save is complete; raises UserError where it failed."""
+        self._guard(self._manager.wait_until_finished, None)
+
+    def close(self) -> None:
+        """Waits for the last save and releases the folder."""
+        self.wait()
+        self._manager.close()
+
+    def recipe(self, step: int) -> dict[str, Any]:
+        """Returns {"gin", "version", "schema"} of a checkpoint; raises UserError where it is damaged."""
+        return self._read(step, recipe=ocp.args.JsonRestore())["recipe"]
+
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, int]]:
+        """Restores a checkpoint onto the shardings of `abstract` (ShapeDtypeStructs), whatever mesh wrote it.
+
+        Returns:
+          (state, data position).
+
+        Raises:
+          UserError: it holds another model or optimizer (the differences are listed), or it is damaged.
+        """
+        tree = _as_tree(abstract)
+        found = differences(self.recipe(step)["schema"], schema_of(tree))
+        if found:
+            raise UserError(
+                f"checkpoint {self.folder / str(step)} holds another model or optimizer than this recipe: {found}. "
+                "Give another MODEL_DIR, or the recipe of that run (config.gin beside its checkpoints)"
+            )
+        arguments = ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree))
+        items = self._read(step, state=arguments, data=ocp.args.JsonRestore())
+        return TrainState(**items["state"]), dict(items["data"])
+
+    def restore_params(self, step: int, params: Any) -> Any:
+        """Restores only the parameters named in `params`, a tree of ShapeDtypeStructs with shardings."""
+        tree = {"params": params}
+        arguments = ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True)
+        return self._read(step, state=arguments)["state"]["params"]
+
+    def _read(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            others = [other for other in self.steps() if other != step]
+            raise UserError(
+                f"checkpoint {self.folder / str(step)} cannot be read: it is truncated, damaged or not meshway's "
+                f"({_first_line(error)}). "
+                + (f"Remove that folder to go on from step {others[-1]}" if others else "There is no other one")
+            ) from error
+
+    def _guard(self, action: Callable[[], Any], step: int | None) -> None:
+        try:
+            action()
+            self._manager.check_for_errors()
+        except Exception as error:
+            what = "checkpoint" if step is None else f"checkpoint {step}"
+            raise UserError(
+                f"saving {what} in {self.folder} failed ({_first_line(error)}); complete checkpoints: "
+                f"{self.steps() or 'none'}. Free some space or make the folder writable, then run the same command again"
+            ) from error
+
+
+def _as_tree(state: TrainState) -> dict[str, Any]:
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
+
+
+def _version() -> str:
+    try:
+        return version("meshway")
+    except PackageNotFoundError:
+        return "uninstalled"
+
+

@@ -1,0 +1,141 @@
+"""Evaluation inside a training run: teacher-forced losses and greedy predictions, on the training mesh."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from meshway.framework.inference.decoding import greedy
+from meshway.framework.interfaces import Batch, EvalTask, Metrics, Params
+from meshway.framework.training.program import TrainProgram
+
+# What one task's evaluation found: metrics by name, and some predictions for people to read.
+Report = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What a recipe says of evaluation.
+
+    `max_batches` bounds the teacher-forced pass (None reads the whole split); `max_predictions` examples are
+    decoded for the tasks that have metrics (0 decodes none), and `num_samples` of them are kept as text.
+    """
+
+    max_batches: int | None = None
+    max_predictions: int = 64
+    num_samples: int = 8
+    eos_id: int = 1
+
+
+class Evaluator:
+    """Evaluates parameters on tasks; the programs are compiled once, by the first evaluation."""
+
+    def __init__(self, program: TrainProgram, tasks: Sequence[EvalTask], settings: Evaluation):
+        self._program, self._tasks, self._settings = program, list(tasks), settings
+        self._loss: Callable[..., Metrics] | None = None
+        self._predict: dict[tuple, Callable[..., jax.Array]] = {}
+        self._rows = program.partitioner.process_rows(program.batch_size)
+
+    @property
+    def task_names(self) -> list[str]:
+        """The tasks it evaluates, in order."""
+        return [task.name for task in self._tasks]
+
+    def evaluate(self, params: Params) -> tuple[dict[str, float], dict[str, Report]]:
+        """Returns (scalars, reports by task).
+
+        Scalars are `validation/<task>/<metric>`, and `validation/loss` over the tokens of all tasks. Every process
+        must call it at the same step.
+        """
+        scalars: dict[str, float] = {}
+        reports: dict[str, Report] = {}
+        totals = np.zeros(2)
+        for task in self._tasks:
+            sums = self._teacher_forced(params, task)
+            totals += sums["loss"]
+            metrics = {name: float(total / max(weight, 1e-9)) for name, (total, weight) in sums.items()}
+            samples: list[dict[str, str]] = []
+            if task.has_metrics and self._settings.max_predictions:
+                predicted, samples = self._predictions(params, task)
+                metrics |= predicted
+            scalars |= {f"validation/{task.name}/{name}": value for name, value in metrics.items()}
+            reports[task.name] = {"metrics": metrics, "predictions": samples}
+        if self._tasks:
+            scalars["validation/loss"] = float(totals[0] / max(totals[1], 1e-9))
+        return scalars, reports
+
+    def _teacher_forced(self, params: Params, task: EvalTask) -> dict[str, np.ndarray]:
+        if self._loss is None:
+            self._loss = self._compile_loss()
+        sums: dict[str, np.ndarray] = {}
+        for index, (batch, _) in enumerate(task.batches()):
+            if index == self._settings.max_batches:
+                break
+            metrics = jax.device_get(self._loss(params, self._program.put(self._mine(batch))))
+            for name, pair in metrics.items():
+                sums[name] = sums.get(name, np.zeros(2)) + np.array(pair, np.float64)
+        return sums
+
+    def _predictions(self, params: Params, task: EvalTask) -> tuple[dict[str, float], list[dict[str, str]]]:
+        predictions: list[Any] = []
+        samples: list[dict[str, str]] = []
+        limit = min(self._settings.max_predictions, task.num_examples)
+        for batch, indices in _until(task.prompt_batches(), limit):
+            tokens = np.asarray(self._decode(params, batch))
+            for index, row in zip(indices, tokens, strict=False):
+                predictions.append(task.postprocess(int(index), row))
+                if len(samples) < self._settings.num_samples:
+                    target, prediction = str(task.target(int(index))), str(predictions[-1])
+                    samples.append({"input": task.inputs_text(int(index)), "target": target, "prediction": prediction})
+        return task.metrics(predictions), samples
+
+    def _decode(self, params: Params, batch: Batch) -> jax.Array:
+        shapes = {name: (tuple(x.shape), str(x.dtype)) for name, x in batch.items()}
+        key = tuple(sorted(shapes.items()))
+        partitioner = self._program.partitioner
+        shardings = {
+            name: NamedSharding(
+                partitioner.mesh,
+                partitioner.activation_rules.resolve(("batch", *([None] * (x.ndim - 1))), x.shape, f"prompt {name}").spec,
+            )
+            for name, x in batch.items()
+        }
+        if key not in self._predict:
+            model, length = self._program.model, self._program.lengths["targets"]
+            self._predict[key] = partitioner.compile(
+                lambda params, batch: greedy(model, params, batch, length, self._settings.eos_id),
+                self._program.param_shapes,
+                {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()},
+                in_shardings=(self._program.state_shardings.params, shardings),
+                out_shardings=NamedSharding(partitioner.mesh, PartitionSpec()),
+            )
+        placed = partitioner.put_batch(self._mine(batch), shardings, self._program.batch_size)
+        return self._predict[key](params, placed)
+
+    def _compile_loss(self) -> Callable[..., Metrics]:
+        model = self._program.model
+
+        def metrics(params: Params, batch: Batch) -> Metrics:
+            loss, weight, metrics = model.loss(params, batch, None)
+            return metrics | {"loss": (loss, weight)}
+
+        return self._program.partitioner.compile(
+            metrics,
+            self._program.param_shapes,
+            self._program.abstract_batch,
+            in_shardings=(self._program.state_shardings.params, self._program.batch_shardings),
+            out_shardings=self._program.partitioner.replicated,
+        )
+
+    def _mine(self, batch: Batch) -> Batch:
+        return {name: rows[self._rows] for name, rows in batch.items()}
+
+
+def _until(batches: Iterator[tuple[Batch, np.ndarray]], limit: int) -> Iterator[tuple[Batch, np.ndarray]]:
+    for batch, indices in batches:
+        if indices[0] >= limit:
+            return
+        yield batch, indices[indices < limit]

@@ -1,0 +1,92 @@
+"""Matmul FLOPs of a function, counted from its jaxpr: nothing is run, compiled or allocated."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+
+def count_flops(fn: Callable[..., Any], *abstract_args: Any) -> float:
+    """Returns the matmul FLOPs of one call of `fn` (a multiply and an add count as two).
+
+    Matrix products, grouped (ragged) products and convolutions are counted, everything else is not: that is
+    what "model FLOPs" means. A scan counts its body times its length, a `cond` its dearest branch, a
+    `shard_map` its body times the shards, a Pallas kernel its body times its grid. Attention is counted in
+    full although a causal mask discards half of it. A `while` has no length to read, so its body counts ONCE:
+    multiply by the trips yourself. A kernel without a jaxpr (a foreign call) counts nothing.
+
+    Args:
+      fn: a traceable function of arrays.
+      *abstract_args: pytrees of arrays or `jax.ShapeDtypeStruct`.
+    """
+    return _count(jax.make_jaxpr(fn)(*abstract_args))
+
+
+def train_flops(loss_fn: Callable[..., Any], *abstract_args: Any) -> float:
+    """Returns the model FLOPs of one gradient step on `loss_fn`: three times its forward pass.
+
+    The usual convention (PaLM, arXiv:2204.02311, appendix B): the backward pass is two products for each one
+    of the forward pass. What rematerialisation computes again is not counted.
+    """
+    return 3.0 * count_flops(loss_fn, *abstract_args)
+
+
+def _count(jaxpr: Any) -> float:
+    return sum((_count_equation(equation) for equation in jaxpr.eqns), 0.0)
+
+
+def _count_equation(equation: Any) -> float:
+    name, params = equation.primitive.name, equation.params
+    if name in _MATMULS:
+        return _MATMULS[name](equation)
+    if name == "cond":
+        return max(_count(branch) for branch in params["branches"])
+    inside = sum((_count(inner) for inner in _inner_jaxprs(params)), 0.0)
+    if name == "scan":
+        return inside * params["length"]
+    if name == "shard_map":
+        return inside * math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
+    if name == "pallas_call":
+        return inside * math.prod(size for size in params["grid_mapping"].grid if isinstance(size, int))
+    return inside
+
+
+def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+    """Yields the jaxprs an equation holds (jit, remat, custom derivatives, while, ...): all have `eqns`."""
+    for value in params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(item, "eqns"):
+                yield item
+
+
+def _dot_general(equation: Any) -> float:
+    (contracting, _), _ = equation.params["dimension_numbers"]
+    lhs = equation.invars[0].aval.shape
+    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(lhs[d] for d in contracting)
+
+
+def _ragged_dot(equation: Any) -> float:
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    (contracting, _), _ = numbers.dot_dimension_numbers
+    lhs = equation.invars[0].aval.shape
+    flops = 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(lhs[d] for d in contracting)
+    if set(numbers.lhs_ragged_dimensions) & set(contracting):
+        # One output a group, but the groups share the contracted rows among them.
+        flops /= equation.invars[2].aval.shape[-1]
+    return flops
+
+
+def _convolution(equation: Any) -> float:
+    numbers = equation.params["dimension_numbers"]
+    kernel = equation.invars[1].aval.shape
+    out_features = kernel[numbers.rhs_spec[0]]
+    # An output element is a product over the kernel's window and the input features of its group.
+    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / out_features
+
+
+_MATMULS: dict[str, Callable[[Any], float]] = {
+    "dot_general": _dot_general,
+    "ragged_dot_general": _ragged_dot,
+    "conv_general_dilated": _convolution,
+}

@@ -1,0 +1,129 @@
+"""What accelerators can do at best: published matmul peaks and memory, and a measured peak for the rest."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published figures of what JAX calls one device.
+
+    Attributes:
+      bfloat16: dense matmul peak in FLOP/s, inputs in bfloat16 (vendors' "with sparsity" figures are halved).
+      float32: the same for float32 inputs at JAX's default precision: TPUs make one bfloat16 pass, NVIDIA
+        GPUs use TensorFloat-32.
+      memory_bytes: device memory; a running program sees a little less.
+      source: where the figures come from.
+    """
+
+    bfloat16: float
+    float32: float
+    memory_bytes: int
+    source: str
+
+
+def _tpu(tflops: float, gib: int, page: str) -> Chip:
+    return Chip(tflops * 1e12, tflops * 1e12, gib * _GIB, f"Google Cloud TPU documentation, {page}")
+
+
+def _gpu(tflops: float, gigabytes: int, sheet: str) -> Chip:
+    return Chip(tflops * 1e12, tflops / 2 * 1e12, gigabytes * 10**9, f"NVIDIA {sheet} data sheet, dense")
+
+
+# By `jax.Device.device_kind`. The two cores of a TPU v4 or v5p act as one device; those
+# of a TPU7x are two, so its figures are half a chip's.
+CHIPS: dict[str, Chip] = {
+    "TPU v4": _tpu(275, 32, "v4"),
+    "TPU v5 lite": _tpu(197, 16, "v5e"),
+    "TPU v5e": _tpu(197, 16, "v5e"),
+    "TPU v5": _tpu(459, 95, "v5p"),
+    "TPU v5p": _tpu(459, 95, "v5p"),
+    "TPU v6 lite": _tpu(918, 32, "v6e"),
+    "TPU v6e": _tpu(918, 32, "v6e"),
+    "TPU7x": _tpu(2307 / 2, 96, "TPU7x, half a chip"),
+    "NVIDIA A100-SXM4-40GB": _gpu(312, 40, "A100"),
+    "NVIDIA A100-SXM4-80GB": _gpu(312, 80, "A100"),
+    "NVIDIA A100-PCIE-40GB": _gpu(312, 40, "A100"),
+    "NVIDIA A100 80GB PCIe": _gpu(312, 80, "A100"),
+    "NVIDIA H100 80GB HBM3": _gpu(989.4, 80, "H100 SXM"),
+    "NVIDIA H100 PCIe": _gpu(756, 80, "H100 PCIe"),
+    "NVIDIA H100 NVL": _gpu(835, 94, "H100 NVL"),
+    "NVIDIA H200": _gpu(989.4, 141, "H200 SXM"),
+    "NVIDIA H200 NVL": _gpu(835, 141, "H200 NVL"),
+    "NVIDIA B200": _gpu(2250, 180, "HGX B200"),
+}
+
+
+def peak_flops(devices: Sequence[jax.Device], dtype: Any) -> tuple[float, str]:
+    """Returns (peak matmul FLOP/s of all `devices` together, where the figure comes from).
+
+    Known accelerators are looked up; CPUs and unknown accelerators are measured, which takes about half a
+    second. CPU devices share their machine, so their peak is this machine's whatever their number; with
+    processes on several CPU machines it is still that of this one.
+
+    Args:
+      devices: what the computation runs on, of one kind; they may belong to other processes.
+      dtype: what matmuls compute in. Types narrower than bfloat16 are held against bfloat16's peak.
+
+    Raises:
+      ValueError: no device, or devices of several kinds.
+    """
+    kinds = {device.device_kind for device in devices}
+    if len(kinds) != 1:
+        raise ValueError(f"peak_flops: wants devices of one kind, got {sorted(kinds)}")
+    kind = kinds.pop()
+    name = "float32" if jnp.dtype(dtype).itemsize >= 4 else "bfloat16"
+    if chip := CHIPS.get(kind):
+        return getattr(chip, name) * len(devices), f"{len(devices)} x {kind}, {name}: {chip.source}"
+    if devices[0].platform == "cpu":
+        # XLA's bfloat16 is slower than float32 on some CPUs: the better one is what the machine can do.
+        tried = ["float32"] if name == "float32" else ["float32", "bfloat16"]
+        peak, best = max((measure_matmul_peak(dtype, 0.5 / len(tried)), dtype) for dtype in tried)
+        return peak, f"measured: this machine's best {best} matmul"
+    peak = measure_matmul_peak(name) * len(devices)
+    return peak, f"measured: the best {name} matmul of one {kind} (not in the table) x {len(devices)}"
+
+
+def measure_matmul_peak(dtype: Any = "float32", seconds: float = 0.5) -> float:
+    """Returns the FLOP/s of the best of several square matmuls on this process's first device.
+
+    Sizes double from 512 to 2,048 (to 8,192 on accelerators) while the next should fit into `seconds`,
+    the wall-clock budget; what compilation takes beyond it comes on top.
+    """
+    device = jax.local_devices()[0]
+    largest = 2048 if device.platform == "cpu" else 8192
+    # A mesh of this one device, since under the caller's mesh JAX refuses a computation on one device.
+    with jax.set_mesh(Mesh([device], ("device",), axis_types=(AxisType.Auto,))):
+        return _best_matmul(dtype, largest, seconds)
+
+
+def _best_matmul(dtype: Any, largest: int, seconds: float) -> float:
+    multiply = jax.jit(jnp.matmul)
+    deadline = time.perf_counter() + seconds
+    best, size = 0.0, 512
+    while True:
+        matrix = jnp.full((size, size), 0.5, dtype)
+        jax.block_until_ready(multiply(matrix, matrix))
+        elapsed = min(_time(multiply, matrix) for _ in range(3))
+        best = max(best, 2.0 * size**3 / elapsed)
+        fits = 4 * 8 * elapsed < deadline - time.perf_counter()  # a warm-up and three runs, 8 x the work each
+        if size == largest or not fits:
+            break
+        size *= 2
+    while time.perf_counter() + elapsed < deadline:
+        best = max(best, 2.0 * size**3 / _time(multiply, matrix))
+    return best
+
+
+def _time(multiply: Any, matrix: jax.Array) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(multiply(matrix, matrix))
+    return time.perf_counter() - start

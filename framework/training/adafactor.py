@@ -1,0 +1,228 @@
+"""Adafactor, factored by the names of a parameter's axes.
+
+Shazeer & Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", ICML 2018, arXiv:1804.04235.
+Unlike `optax.adafactor`, which sees a stack of layers as one tensor and heads as a dimension of their own,
+this one sees each layer as the matrix that it is.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from meshway.framework.axes import Names
+from meshway.framework.interfaces import Axes, Params
+
+# Axes along which independent tensors are stacked: nothing is ever averaged over them.
+BATCH_AXES = ("layers", "expert", "stage")
+# Neighbouring axes that are one dimension of a matrix, written as two.
+JOINED_AXES = (("heads", "head_dim"), ("kv_heads", "head_dim"))
+
+
+class AdafactorState(NamedTuple):
+    """Second moments, each a tree like the parameters'; slots that a parameter does not use are zeros [1].
+
+    Of a factored parameter, `v_row` has the batch and row axes and `v_col` the batch and column axes, in the
+    parameter's order; of any other, `v` has the parameter's shape. All are float32.
+    """
+
+    step: jax.Array  # int32 [], the number of updates done
+    v_row: Params
+    v_col: Params
+    v: Params
+
+
+def matrix_dims(names: Names) -> list[tuple[int, ...]]:
+    """Returns the dimensions of the tensor(s) stacked in an array: batch axes left out, joined axes as one.
+
+    ``('layers', 'embed', 'heads', 'head_dim')`` gives ``[(1,), (2, 3)]``: a stack of matrices.
+    """
+    dims: list[tuple[int, ...]] = []
+    for index, name in enumerate(names):
+        if name in BATCH_AXES:
+            continue
+        if dims and len(dims[-1]) == 1 and (names[dims[-1][0]], name) in JOINED_AXES:
+            dims[-1] = (*dims[-1], index)
+        else:
+            dims.append((index,))
+    return dims
+
+
+def factored_dims(
+    names: Names, shape: Sequence[int], min_dim_size: int
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Returns the (row, column) dimensions to factor over, or None for a parameter that keeps all of `v`.
+
+    They are the two largest of `matrix_dims`, rows first in the parameter's order; both must have at least
+    `min_dim_size` entries. A tensor of three or more such dimensions keeps the others apart, as optax does.
+    """
+    sizes = {dims: math.prod(shape[dim] for dim in dims) for dims in matrix_dims(names)}
+    largest = sorted(sizes, key=lambda dims: sizes[dims])[-2:]
+    if len(largest) < 2 or min(sizes[dims] for dims in largest) < min_dim_size:
+        return None
+    rows, columns = sorted(largest)
+    return rows, columns
+
+
+def factored_slots(names: Names, shape: Sequence[int]) -> dict[str, tuple[tuple[int, ...], Names]]:
+    """Returns the (shape, axis names) of `v_row` and `v_col` of a parameter, if it is factored."""
+    dims = factored_dims(names, shape, 1)
+    if dims is None:
+        return {}
+    rows, columns = dims
+    return {
+        "v_row": (without_dims(tuple(shape), columns), without_dims(tuple(names), columns)),
+        "v_col": (without_dims(tuple(shape), rows), without_dims(tuple(names), rows)),
+    }
+
+
+def scale_by_adafactor(
+    axes: Axes,
+    decay_rate: float = 0.8,
+    step_offset: int = 0,
+    clipping_threshold: float | None = 1.0,
+    multiply_by_parameter_scale: bool = True,
+    min_dim_size_to_factor: int = 128,
+    epsilon1: float = 1e-30,
+    epsilon2: float = 1e-3,
+    factored: bool = True,
+) -> optax.GradientTransformation:
+    """Returns Adafactor without learning rate, momentum and sign: chain it with a negative scale.
+
+    For update t = 1, 2, ... of a gradient G of parameter X, with beta2 = 1 - t**-decay_rate (section 7.2):
+    V is the moving average of G**2 + epsilon1, or its rank-1 estimate V = R C' / mean(R) from the row means R
+    and column means C (algorithm 4); U = G / sqrt(V) is clipped to U / max(1, RMS(U) / clipping_threshold)
+    (section 6) and multiplied by max(epsilon2, RMS(X)) (section 8).
+
+    Args:
+      axes: the logical axis names of each parameter. `BATCH_AXES` are kept apart everywhere (factoring, both
+        RMS), and each of `JOINED_AXES` counts as one dimension.
+      decay_rate: exponent of the second moment's decay.
+      step_offset: the update at which t starts again, for fine-tuning.
+      clipping_threshold: largest RMS of an update before the parameter's scale; None does not clip.
+      multiply_by_parameter_scale: whether steps are relative to the parameter's RMS.
+      min_dim_size_to_factor: a matrix with fewer rows or columns than this keeps all its second moments.
+      epsilon1: added to squared gradients.
+      epsilon2: least scale of a parameter.
+      factored: False keeps all second moments of every parameter.
+
+    Raises:
+      ValueError: from `update`, when the parameters are not given but their scale is needed.
+    """
+    adafactor = _Adafactor(
+        axes=axes,
+        decay_rate=decay_rate,
+        step_offset=step_offset,
+        clipping_threshold=clipping_threshold,
+        multiply_by_parameter_scale=multiply_by_parameter_scale,
+        min_dim_size_to_factor=min_dim_size_to_factor,
+        epsilon1=epsilon1,
+        epsilon2=epsilon2,
+        factored=factored,
+    )
+    return optax.GradientTransformation(adafactor.init, adafactor.update)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Adafactor:
+    axes: Axes
+    decay_rate: float
+    step_offset: int
+    clipping_threshold: float | None
+    multiply_by_parameter_scale: bool
+    min_dim_size_to_factor: int
+    epsilon1: float
+    epsilon2: float
+    factored: bool
+
+    def init(self, params: Params) -> AdafactorState:
+        leaves, treedef = _flatten(params)
+        names = treedef.flatten_up_to(self.axes)
+        slots = [self._init_slots(*args) for args in zip(leaves, names, strict=True)]
+        return AdafactorState(jnp.zeros((), jnp.int32), *_unzip(treedef, slots, 3))
+
+    def update(
+        self, grads: Params, state: AdafactorState, params: Params | None = None
+    ) -> tuple[Params, AdafactorState]:
+        if params is None:
+            if self.multiply_by_parameter_scale:
+                raise ValueError("scale_by_adafactor: update() needs the parameters, to scale by their RMS")
+            params = grads
+        leaves, treedef = _flatten(grads)
+        trees = (params, self.axes, state.v_row, state.v_col, state.v)
+        columns = [treedef.flatten_up_to(tree) for tree in trees]
+        t = (state.step - self.step_offset + 1).astype(jnp.float32)
+        beta2 = 1.0 - t**-self.decay_rate
+        results = [self._update_leaf(beta2, *args) for args in zip(leaves, *columns, strict=True)]
+        updates, *slots = _unzip(treedef, results, 4)
+        return updates, AdafactorState(optax.safe_increment(state.step), *slots)
+
+    def _dims(self, names: Names, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        return factored_dims(names, shape, self.min_dim_size_to_factor) if self.factored else None
+
+    def _init_slots(self, param: jax.Array, names: Names) -> tuple[jax.Array, jax.Array, jax.Array]:
+        shape, unused = param.shape, (1,)
+        dims = self._dims(names, shape)
+        if dims is None:
+            shapes = unused, unused, shape
+        else:
+            shapes = without_dims(shape, dims[1]), without_dims(shape, dims[0]), unused
+        # An array each, never shared: the train step donates its state, and no buffer can be donated twice.
+        v_row, v_col, v = (jnp.zeros(slot, jnp.float32) for slot in shapes)
+        return v_row, v_col, v
+
+    def _update_leaf(
+        self,
+        beta2: jax.Array,
+        grad: jax.Array,
+        param: jax.Array,
+        names: Names,
+        v_row: jax.Array,
+        v_col: jax.Array,
+        v: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        grad = grad.astype(jnp.float32)
+        square = jnp.square(grad) + self.epsilon1
+        dims = self._dims(names, grad.shape)
+        if dims is None:
+            v = beta2 * v + (1.0 - beta2) * square
+            update = grad * jax.lax.rsqrt(v)
+        else:
+            rows, columns = dims
+            v_row = beta2 * v_row + (1.0 - beta2) * jnp.mean(square, axis=columns)
+            v_col = beta2 * v_col + (1.0 - beta2) * jnp.mean(square, axis=rows)
+            # sqrt(mean(R)) / sqrt(R) rather than 1 / sqrt(R / mean(R)): beside rows of large gradients, the
+            # quotient of a row without any (R = epsilon1) would underflow, and 0 / 0 is NaN.
+            row = jnp.expand_dims(v_row, columns)
+            row = jnp.sqrt(jnp.mean(row, axis=rows, keepdims=True)) * jax.lax.rsqrt(row)
+            update = grad * row * jnp.expand_dims(jax.lax.rsqrt(v_col), rows)
+        # One number a tensor, so that the update itself is multiplied only once.
+        scale = jnp.ones((), jnp.float32)
+        tensor = tuple(index for index, name in enumerate(names) if name not in BATCH_AXES)
+        if self.clipping_threshold is not None:
+            scale = scale / jnp.maximum(1.0, _rms(update, tensor) / self.clipping_threshold)
+        if self.multiply_by_parameter_scale:
+            scale = scale * jnp.maximum(_rms(param, tensor), self.epsilon2)
+        return update * scale, v_row, v_col, v
+
+
+def _rms(x: jax.Array, dims: tuple[int, ...]) -> jax.Array:
+    return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=dims, keepdims=True))
+
+
+def without_dims(items: tuple[Any, ...], dims: tuple[int, ...]) -> tuple[Any, ...]:
+    """Returns a shape, or axis names, less the given dimensions."""
+    return tuple(item for index, item in enumerate(items) if index not in dims)
+
+
+def _flatten(tree: Params) -> tuple[list[jax.Array], Any]:
+    # jax's stubs hide the methods of a PyTreeDef from type checkers: Any shows them.
+    return jax.tree.flatten(tree)
+
+
+def _unzip(treedef: Any, rows: Sequence[tuple[jax.Array, ...]], width: int) -> list[Params]:
+    return [treedef.unflatten([row[column] for row in rows]) for column in range(width)]

@@ -1,0 +1,123 @@
+"""The training loop: one screen. What happens besides steps is in the four things it calls."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+
+from meshway.framework.distributed import StopSignal
+from meshway.framework.errors import UserError
+from meshway.framework.interfaces import Batch
+from meshway.framework.training.reporter import Reporter
+from meshway.framework.training.state import TrainState
+
+Step = Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Any]]
+
+
+class Hook(Protocol):
+    """Something small that happens after a step."""
+
+    def after_step(self, step: int) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Periods:
+    """How often, in steps: reports, evaluations (None never), checkpoints (None only at the end)."""
+
+    total: int
+    report: int = 100
+    evaluate: int | None = None
+    checkpoint: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value < 1:
+                raise UserError(f"the period {field.name!r} is {value}; it must be at least 1")
+
+    def evaluates(self, step: int) -> bool:
+        """Whether to evaluate after `step`: every period, and at the end."""
+        return self.evaluate is not None and (step % self.evaluate == 0 or step == self.total)
+
+    def saves(self, step: int) -> bool:
+        """Whether to save after `step`: every period, and at the end."""
+        return step == self.total or (self.checkpoint is not None and step % self.checkpoint == 0)
+
+
+@dataclasses.dataclass
+class Loop:
+    """The parts of a run; `run` turns them.
+
+    `put` places a batch on devices. `evaluate(state, step)` returns scalars to report. `save(state, step, position,
+    scalars)` starts a checkpoint; it gets the last evaluation's scalars, by which best checkpoints are kept.
+    """
+
+    step: Step
+    put: Callable[[Batch], dict[str, jax.Array]]
+    stream: Iterator[tuple[Batch, dict[str, int]]]
+    periods: Periods
+    reporter: Reporter
+    evaluate: Callable[[TrainState, int], dict[str, float]]
+    save: Callable[[TrainState, int, Mapping[str, int], Mapping[str, float]], None]
+    hooks: Sequence[Hook] = ()
+    max_skipped_in_a_row: int = 10
+
+    def run(self, state: TrainState, start: int) -> tuple[TrainState, int]:
+        """Trains from after step `start` to the end or a stop signal; returns (state, last step), saved.
+
+        Raises:
+          UserError: more than `max_skipped_in_a_row` steps in a row were not finite, or a save failed.
+        """
+        streaks: list[tuple[int, jax.Array]] = []
+        scalars: dict[str, float] = {}
+        if start == 0 and self.periods.evaluate is not None:
+            with self.reporter.pause(state.step):
+                scalars = self.evaluate(state, 0)
+            self.reporter.evaluated(0, scalars)
+        step = start
+        with StopSignal() as stop:
+            for step in range(start + 1, self.periods.total + 1):
+                with self.reporter.waiting():
+                    batch, position = next(self.stream)
+                state, metrics = self.step(state, self.put(batch))
+                self.reporter.add(step, metrics)
+                streaks = self._await_step_before_last(streaks, step, metrics)
+                if self.periods.evaluates(step):
+                    with self.reporter.pause(state.step):
+                        scalars = self.evaluate(state, step)
+                    self.reporter.evaluated(step, scalars)
+                elif step % self.periods.report == 0:
+                    self.reporter.report(step)
+                stopping = stop.requested(step)
+                if self.periods.saves(step) or stopping:
+                    with self.reporter.pause(state.step):
+                        # A report of a step that will never run again must be on disk before its checkpoint is.
+                        self.reporter.flush()
+                        self._check_streaks(streaks)
+                        self.save(state, step, position, scalars)
+                for hook in self.hooks:
+                    hook.after_step(step)
+                if stopping:
+                    break
+        return state, step
+
+    def _await_step_before_last(
+        self, streaks: list[tuple[int, jax.Array]], step: int, metrics: Any
+    ) -> list[tuple[int, jax.Array]]:
+        """Keeps two steps in flight: the device always has work, and Python never runs far ahead of it."""
+        streak = metrics["skipped_in_a_row"][0].addressable_data(0)
+        streak.copy_to_host_async()
+        streaks = [*streaks, (step, streak)]
+        self._check_streaks(streaks[:-2])
+        return streaks[-2:]
+
+    def _check_streaks(self, streaks: Sequence[tuple[int, jax.Array]]) -> None:
+        for step, streak in streaks:
+            if float(streak) > self.max_skipped_in_a_row:
+                self.reporter.flush()
+                raise UserError(
+                    f"the loss or its gradient was not finite in the last {int(streak)} steps (limit "
+                    f"max_skipped_in_a_row={self.max_skipped_in_a_row}, step {step}); their updates were left out. "
+                    "Lower the learning rate, or set Optimizer.max_grad_norm, and resume from the last checkpoint"
+                )

@@ -1,0 +1,163 @@
+"""A training run made concrete on devices: shapes, shardings, the compiled step. Shared by every verb that needs it."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from meshway.framework.errors import UserError
+from meshway.framework.interfaces import ArraySpec, Batch, Model
+from meshway.framework.partitioning.explain import Row, explain
+from meshway.framework.partitioning.partitioner import Layout, Partitioner
+from meshway.framework.planning.flops import train_flops
+from meshway.framework.training.optimizers import BoundOptimizer, Optimizer
+from meshway.framework.training.state import TrainState, init_sharded, init_state, state_axes
+from meshway.framework.training.step import GradientRule, TrainStep, check_microbatches, plain_gradient
+
+
+class TrainProgram:
+    """Model, optimizer and layout with a batch size: everything a step needs but data."""
+
+    def __init__(
+        self,
+        model: Model,
+        optimizer: Optimizer,
+        layout: Layout,
+        batch_size: int,
+        lengths: Mapping[str, int],
+        seed: int = 0,
+        num_microbatches: int = 1,
+        gradient_rule: GradientRule = plain_gradient,
+    ):
+        """`batch_size` counts examples over all processes; `lengths` are tokens by task feature.
+
+        Raises:
+          UserError: the layout does not fit the devices, the batch does not divide, or a length is missing.
+        """
+        check_microbatches(batch_size, num_microbatches)
+        self.model, self.seed, self.batch_size, self.lengths = model, seed, batch_size, dict(lengths)
+        self.partitioner = Partitioner(layout)
+        try:
+            self.batch_spec: dict[str, ArraySpec] = dict(model.batch_spec(batch_size, self.lengths))
+        except KeyError as error:
+            raise UserError(
+                f"TASK_FEATURE_LENGTHS={self.lengths} lacks {error.args[0]!r}, which {type(model).__name__} needs; "
+                f"add it: --gin.TASK_FEATURE_LENGTHS=\"{{..., '{error.args[0]}': 128}}\""
+            ) from error
+        self.batch_shardings = self.partitioner.batch_shardings(self.batch_spec)
+        self.axes = model.axes()
+        self.param_shapes = jax.eval_shape(model.init, jax.random.key(seed))
+        self.optimizer: BoundOptimizer = optimizer.bind(self.axes, self.param_shapes)
+        self._step = TrainStep(model, self.optimizer, seed, num_microbatches, gradient_rule)
+
+    @functools.cached_property
+    def state_shapes(self) -> TrainState:
+        """ShapeDtypeStructs of the state."""
+        return jax.eval_shape(lambda key: init_state(self.model, self.optimizer, key), jax.random.key(self.seed))
+
+    @functools.cached_property
+    def state_shardings(self) -> TrainState:
+        """A sharding for every leaf of the state."""
+        return self.partitioner.state_shardings(state_axes(self.model, self.optimizer), self.state_shapes, "state")
+
+    @property
+    def abstract_state(self) -> TrainState:
+        """The state's shapes with their shardings: what a checkpoint restores onto."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            self.state_shapes,
+            self.state_shardings,
+        )
+
+    @property
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """A batch's shapes."""
+        return {name: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for name, spec in self.batch_spec.items()}
+
+    @functools.cached_property
+    def num_params(self) -> int:
+        """Number of parameters."""
+        return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self.param_shapes))
+
+    @functools.cached_property
+    def flops(self) -> float:
+        """Model FLOPs of one step: three times the matmuls of a forward pass."""
+        with self.partitioner.activate():
+            return train_flops(
+                lambda params, batch: self.model.loss(params, batch, None)[0], self.param_shapes, self.abstract_batch
+            )
+
+    def init(self) -> TrainState:
+        """Returns the fresh state, each leaf in its shards."""
+        return init_sharded(self.model, self.optimizer, self.partitioner, self.state_shardings, self.seed)
+
+    def compile_step(self) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Any]]:
+        """Returns the compiled step, which consumes the state it is given.
+
+        Raises:
+          UserError: an activation does not fit the rules, or a rule matched nothing.
+        """
+        self.trace_loss()
+        return self.partitioner.compile(
+            self._step,
+            self.state_shapes,
+            self.abstract_batch,
+            in_shardings=(self.state_shardings, self.batch_shardings),
+            out_shardings=(self.state_shardings, self.partitioner.replicated),
+            donate=(0,),
+        )
+
+    def trace_loss(self) -> None:
+        """Traces the loss without compiling, so that every axis meets its rule; raises UserError where one does not."""
+        _ = self.state_shardings, self.flops
+        self.partitioner.check_rules_matched()
+
+    def put(self, batch: Batch) -> dict[str, jax.Array]:
+        """Puts this process's rows of a batch on its devices."""
+        return self.partitioner.put_batch(batch, self.batch_shardings, self.batch_size)
+
+    def explain(self) -> list[Row]:
+        """Returns a row for every tensor of the state and the batch."""
+        rows: list[Row] = []
+        axes = state_axes(self.model, self.optimizer)
+        for field in dataclasses.fields(TrainState):
+            rows += explain(self.partitioner, getattr(axes, field.name), getattr(self.state_shapes, field.name), field.name)
+        batch_axes = {name: spec.axes for name, spec in self.batch_spec.items()}
+        return rows + explain(self.partitioner, batch_axes, self.abstract_batch, "batch")
+
+    def synthetic_batch(self, seed: int = 0) -> dict[str, np.ndarray]:
+        """Returns a full batch of random tokens, unpacked: what `meshway bench` feeds."""
+        random = np.random.default_rng(seed)
+        return {name: _synthetic(name, spec, random) for name, spec in self.batch_spec.items()}
+
+
+def check_batch(spec: Mapping[str, ArraySpec], given: Mapping[str, tuple[Sequence[int], Any]]) -> None:
+    """Compares what the model asks of a batch with what the data gives.
+
+    Raises:
+      UserError: a feature is missing, or has another shape.
+    """
+    missing = sorted(set(spec) - set(given))
+    extra = sorted(set(given) - set(spec))
+    if missing or extra:
+        raise UserError(
+            f"the data's features do not fit the model: missing {missing}, not asked for {extra}; "
+            "the model file's FEATURE_CONVERTER must belong to its MODEL"
+        )
+    for name, (shape, _) in given.items():
+        if tuple(shape) != tuple(spec[name].shape):
+            raise UserError(f"batch feature {name}: the data gives {tuple(shape)}, the model asks {tuple(spec[name].shape)}")
+
+
+def _synthetic(name: str, spec: ArraySpec, random: np.random.Generator) -> np.ndarray:
+    if name.endswith("positions"):
+        return np.broadcast_to(np.arange(spec.shape[1], dtype=spec.dtype), spec.shape).copy()
+    if name.endswith("tokens"):
+        return random.integers(3, 200, spec.shape).astype(spec.dtype)
+    if name.endswith(("segment_ids", "weights")):
+        return np.ones(spec.shape, spec.dtype)
+    return random.standard_normal(spec.shape).astype(spec.dtype)
+

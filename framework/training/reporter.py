@@ -1,0 +1,85 @@
+"""What a run says while it runs: metrics fetched late, rates, and where both go."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+
+import jax
+
+from meshway.framework.interfaces import Metrics, Writer
+from meshway.framework.training.metrics import MetricBuffer, Pending
+from meshway.framework.training.progress import Progress
+
+
+class Reporter:
+    """Collects metrics and times; writes one report a period, one step late so that the device never waits."""
+
+    def __init__(self, writer: Writer, progress: Progress, flops_per_step: float, peak_flops: float):
+        """`peak_flops` is the matmul peak of all devices together, in FLOP/s: `mfu` is the share of it in use."""
+        self._writer, self._progress = writer, progress
+        self._flops, self._peak = flops_per_step, peak_flops
+        self._buffer = MetricBuffer()
+        self._pending: tuple[int, Pending | None, dict[str, float]] | None = None
+        self._since, self._waited, self._paused = time.perf_counter(), 0.0, 0.0
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Takes a step's metrics, and writes the report before it if one is due. Never waits for this step."""
+        self.flush()
+        self._buffer.add(step, metrics)
+
+    def report(self, step: int, extra: Mapping[str, float] = {}) -> None:
+        """Makes a report of the steps since the last one; it is written once the next step is under way."""
+        self.flush()
+        elapsed = time.perf_counter() - self._since - self._paused
+        times = {"elapsed": elapsed, "waited": self._waited}
+        self._since, self._waited, self._paused = time.perf_counter(), 0.0, 0.0
+        pending = self._buffer.take() if len(self._buffer) else None
+        self._pending = (step, pending, times | dict(extra))
+
+    def evaluated(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Reports an evaluation together with the steps before it: each step has one line."""
+        self.report(step, scalars)
+        shown = {name: value for name, value in scalars.items() if name.count("/") == 1 or "loss" not in name}
+        text = "  ".join(f"{name.removeprefix('validation/')} {value:.4g}" for name, value in sorted(shown.items()))
+        self._progress.note(f"step {step}  validation: {text}")
+
+    def flush(self) -> None:
+        """Writes the report that is due, waiting for its last step if need be."""
+        if self._pending is None:
+            return
+        (step, pending, scalars), self._pending = self._pending, None
+        elapsed, waited = scalars.pop("elapsed"), scalars.pop("waited")
+        if pending is not None:
+            means = pending.result()
+            means.pop("skipped_in_a_row", None)
+            tokens = means.pop("tokens", None)
+            seconds = elapsed / pending.num_steps
+            scalars |= means | {"step_seconds": seconds, "data_wait_fraction": waited / elapsed if elapsed else 0.0}
+            if tokens is not None:
+                scalars["tokens_per_second"] = tokens / seconds
+            scalars["mfu"] = self._flops / seconds / self._peak
+            self._progress.update(step, scalars)
+        self._writer.write(step, scalars)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside as waiting for data."""
+        begin = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begin
+
+    @contextlib.contextmanager
+    def pause(self, ready: jax.Array) -> Iterator[None]:
+        """Leaves the time inside out of the rates (evaluation, saving), once `ready`, of the last step, is there."""
+        ready.block_until_ready()
+        begin = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - begin
+
+    def close(self) -> None:
+        """Writes what is due and closes the writers and the progress display."""
+        try:
+            self.flush()
+        finally:
+            self._writer.close()
+            self._progress.close()

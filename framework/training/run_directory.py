@@ -1,0 +1,95 @@
+"""The run directory: what lies where in MODEL_DIR, and whether it can be written."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from meshway.framework.errors import UserError
+from meshway.framework.partitioning.explain import Row, format_bytes, format_rows, replicated_share
+from meshway.framework.training.writers import replace_file
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDirectory:
+    """Paths inside MODEL_DIR: a contract that scripts rely on."""
+
+    root: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder a step."""
+        return self.root / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a report."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Event files."""
+        return self.root / "tensorboard"
+
+    def evaluation(self, task: str) -> Path:
+        """One JSON object an evaluation of `task`: metrics, and some predictions."""
+        return self.root / "eval" / f"{task}.jsonl"
+
+    def prepare(self, needed_bytes: int) -> None:
+        """Makes the directory and tries to write in it, before anything costly.
+
+        Args:
+          needed_bytes: room for the files of one checkpoint.
+
+        Raises:
+          UserError: it cannot be made or written, or the disk has less room than `needed_bytes`.
+        """
+        probe = self.root / ".probe"
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"meshway")
+            probe.unlink()
+            free = shutil.disk_usage(self.root).free
+        except OSError as error:
+            raise UserError(
+                f"MODEL_DIR={str(self.root)!r} cannot be written: {error.strerror or error} ({error.filename}); "
+                "give a folder you may write to: --gin.MODEL_DIR=..."
+            ) from error
+        if free < needed_bytes:
+            raise UserError(
+                f"the disk of MODEL_DIR={str(self.root)!r} has {format_bytes(free)} free, and one checkpoint needs "
+                f"{format_bytes(needed_bytes)}; free some space or give another --gin.MODEL_DIR=..."
+            )
+
+    def describe(self, config: str, rows: Sequence[Row], summary: str) -> None:
+        """Writes `config.gin` (the resolved recipe), `model_info.txt` and `layout.json`."""
+        self._write("config.gin", config)
+        self._write("model_info.txt", f"{summary}\n\n{format_rows(rows)}\n")
+        self._write("layout.json", json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        try:
+            replace_file(self.root / name, text.encode())
+        except OSError as error:
+            raise UserError(f"cannot write {self.root / name}: {error.strerror or error}") from error
+
+
+def summarize(rows: Sequence[Row], num_params: int, mesh: str, flops: float) -> str:
+    """Returns the lines above a layout table: parameters, mesh, FLOPs of a step, bytes per device by kind."""
+    kinds: dict[str, int] = {}
+    for row in rows:
+        kind = row.name.split("/")[0]
+        kinds[kind] = kinds.get(kind, 0) + row.bytes_per_device
+    params = kinds.get("params", 0)
+    state = [row for row in rows if not row.name.startswith("batch")]
+    return "\n".join(
+        [
+            f"parameters: {num_params:,}",
+            f"mesh: {mesh}",
+            f"model FLOPs per step: {flops:.4g}",
+            f"bytes per device: parameters {format_bytes(params)}, optimizer {format_bytes(kinds.get('opt_state', 0))}, "
+            f"gradients {format_bytes(params)}, batch {format_bytes(kinds.get('batch', 0))}; activations are not counted",
+            f"replicated on every device: {100 * replicated_share(state):.1f} % of the state's bytes on a device",
+        ]
+    )

@@ -1,0 +1,123 @@
+"""The train step: a pure function of (state, batch)."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from meshway.framework.axes import constrain
+from meshway.framework.errors import UserError
+from meshway.framework.interfaces import Metrics, Model, Params
+from meshway.framework.training.optimizers import BoundOptimizer
+from meshway.framework.training.state import TrainState
+
+Gradients = Any  # like Params
+# Mean gradients and metrics of this step's batch at the given parameters.
+GradientAt = Callable[[Params], tuple[Gradients, Metrics]]
+# Which gradient the optimizer gets: may call `gradient_at` more than once (sharpness-aware methods do).
+GradientRule = Callable[[GradientAt, Params], tuple[Gradients, Metrics]]
+
+
+def plain_gradient(gradient_at: GradientAt, params: Params) -> tuple[Gradients, Metrics]:
+    """The gradient where the parameters are."""
+    return gradient_at(params)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # jit hashes it: by identity
+class TrainStep:
+    """`step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
+
+    Losses come as sums and weights, are added over microbatches in float32, and are divided once: how a batch was
+    cut cannot change the result. A step whose loss or gradient is not finite leaves parameters and optimizer as
+    they were and is counted.
+    """
+
+    model: Model
+    optimizer: BoundOptimizer
+    seed: int
+    num_microbatches: int = 1
+    gradient_rule: GradientRule = plain_gradient
+
+    def __call__(self, state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
+        rng = jax.random.fold_in(jax.random.key(self.seed), state.step)
+
+        def gradient_at(params: Params) -> tuple[Gradients, Metrics]:
+            return self._mean_gradients(params, batch, rng)
+
+        gradients, metrics = self.gradient_rule(gradient_at, state.params)
+        params, opt_state, stats = self.optimizer.update(gradients, state.opt_state, state.params)
+        loss_sum, _ = metrics["loss"]
+        finite = jnp.isfinite(loss_sum) & jnp.isfinite(stats["grad_norm"])
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        bad = jnp.where(finite, 0, 1).astype(jnp.int32)
+        new_state = TrainState(
+            state.step + 1, params, opt_state, state.skipped + bad, (state.skipped_in_a_row + 1) * bad
+        )
+        one = jnp.ones((), jnp.float32)
+        extra = {name: (jnp.asarray(value, jnp.float32), one) for name, value in stats.items()}
+        extra["skipped_steps"] = (new_state.skipped.astype(jnp.float32), one)
+        extra["skipped_in_a_row"] = (new_state.skipped_in_a_row.astype(jnp.float32), one)
+        return new_state, metrics | extra | _token_count(batch)
+
+    def _mean_gradients(
+        self, params: Params, batch: Mapping[str, jax.Array], rng: jax.Array
+    ) -> tuple[Gradients, Metrics]:
+        if self.num_microbatches == 1:
+            gradients, metrics = self._summed_gradients(params, batch, rng)
+        else:
+            gradients, metrics = self._accumulated_gradients(params, batch, rng)
+        scale = 1.0 / jnp.maximum(metrics["loss"][1], 1e-9)
+        return jax.tree.map(lambda gradient: gradient * scale, gradients), metrics
+
+    def _summed_gradients(
+        self, params: Params, batch: Mapping[str, jax.Array], rng: jax.Array
+    ) -> tuple[Gradients, Metrics]:
+        def summed(params: Params) -> tuple[jax.Array, Metrics]:
+            loss, weight, metrics = self.model.loss(params, batch, rng)
+            return loss, metrics | {"loss": (loss, weight)}
+
+        (_, metrics), gradients = jax.value_and_grad(summed, has_aux=True)(params)
+        return gradients, metrics
+
+    def _accumulated_gradients(
+        self, params: Params, batch: Mapping[str, jax.Array], rng: jax.Array
+    ) -> tuple[Gradients, Metrics]:
+        count = self.num_microbatches
+
+        def cut(feature: jax.Array) -> jax.Array:
+            # Microbatch i takes rows i, i + count, ...: each lies on all devices that hold the batch.
+            return jnp.swapaxes(feature.reshape(-1, count, *feature.shape[1:]), 0, 1)
+
+        def one(index: jax.Array, micro: Mapping[str, jax.Array]) -> tuple[Gradients, Metrics]:
+            micro = {name: constrain(x, ("batch", *([None] * (x.ndim - 1)))) for name, x in micro.items()}
+            return self._summed_gradients(params, micro, jax.random.fold_in(rng, index))
+
+        def add(total: Any, micro: tuple[jax.Array, Mapping[str, jax.Array]]) -> tuple[Any, None]:
+            return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, one(*micro)), None
+
+        micros = (jnp.arange(count), {name: cut(feature) for name, feature in batch.items()})
+        shapes = jax.eval_shape(one, *jax.tree.map(lambda x: x[0], micros))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+        total, _ = jax.lax.scan(add, zeros, micros)
+        return total
+
+
+def check_microbatches(batch_size: int, num_microbatches: int) -> None:
+    """Raises UserError where the batch does not cut evenly."""
+    if num_microbatches < 1 or batch_size % num_microbatches:
+        raise UserError(
+            f"num_microbatches={num_microbatches} does not divide BATCH_SIZE={batch_size}; the microbatches of a step "
+            "must be equal"
+        )
+
+
+def _token_count(batch: Mapping[str, jax.Array]) -> Metrics:
+    segments = [feature for name, feature in batch.items() if name.endswith("segment_ids")]
+    if not segments:
+        return {}
+    tokens = sum(jnp.sum(ids != 0, dtype=jnp.float32) for ids in segments)
+    return {"tokens": (jnp.asarray(tokens), jnp.ones((), jnp.float32))}
