@@ -1,0 +1,52 @@
+"""What the command line said, before any file is read. No gin and no JAX here: `--help` must be quick."""
+
+import dataclasses
+
+# Macro -> what it is. Every shipped recipe honours these; the same words serve the help and the errors.
+MACROS = {
+    "MODEL_DIR": "the run directory: logs, checkpoints, report",
+    "MIXTURE_OR_TASK_NAME": "the seqio task or mixture to read",
+    "TASK_FEATURE_LENGTHS": "tokens by feature, as {'inputs': 256, 'targets': 64}",
+    "TRAIN_STEPS": "the step at which training ends",
+    "BATCH_SIZE": "examples in a global batch",
+    "SEED": "the seed of parameters, dropout and data order",
+    "CHECKPOINT_PERIOD": "steps between checkpoints",
+    "EVAL_PERIOD": "steps between evaluations",
+    "REPORT_PERIOD": "steps between reports of metrics",
+    "DROPOUT_RATE": "the dropout rate of the model",
+    "LAYOUT": "how arrays lie on the mesh: a shipped name (as fsdp) or a gin file",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Invocation:
+    """One command: a verb, its recipe and its options.
+
+    Attributes:
+      verb: as `train`.
+      subject: what the verb acts on, where it takes one (`train` in `meshway bench train`).
+      gin_files: recipe files in order, as given: paths, or names among the shipped ones.
+      bindings: `NAME=VALUE` in order, as written after `--gin.`.
+      search_paths: folders to look for gin files in, before the shipped ones.
+      dry_run: build everything and print it, run nothing, write nothing.
+      coordinator_address: host:port of process 0 of a multi-process run, None for one process.
+      num_processes: processes in the run, None to let the cluster say.
+      process_id: this process's rank, None to let the cluster say.
+      simulated_devices: CPU devices to simulate in this process, None for the real ones.
+    """
+
+    verb: str
+    subject: str | None = None
+    gin_files: tuple[str, ...] = ()
+    bindings: tuple[str, ...] = ()
+    search_paths: tuple[str, ...] = ()
+    dry_run: bool = False
+    coordinator_address: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    simulated_devices: int | None = None
+
+    @property
+    def processes(self) -> tuple[str | None, int | None, int | None, int | None]:
+        """The arguments of `distributed.start`."""
+        return self.coordinator_address, self.num_processes, self.process_id, self.simulated_devices

@@ -1,0 +1,190 @@
+"""meshway train: one recipe in, a trained model out.
+
+    meshway train --gin_file=recipes/quickstart.gin --gin.MODEL_DIR=runs/quickstart
+
+Run the same command again to go on where it stopped.
+"""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from meshway.framework import distributed
+from meshway.framework.checkpoints.manager import Checkpoints, Keep
+from meshway.framework.checkpoints.mapping import Initial
+from meshway.framework.data.prefetch import prefetch
+from meshway.framework.evaluation import Evaluation, Evaluator
+from meshway.framework.interfaces import DataSource
+from meshway.framework.planning.hardware import peak_flops
+from meshway.framework.training.loop import Hook, Loop, Periods
+from meshway.framework.training.program import TrainProgram, check_batch
+from meshway.framework.training.progress import Progress
+from meshway.framework.training.report import write_report
+from meshway.framework.training.reporter import Reporter
+from meshway.framework.training.run_directory import RunDirectory, summarize
+from meshway.framework.training.state import TrainState
+from meshway.framework.training.writers import JsonlWriter, TensorBoardWriter, Writers
+
+if TYPE_CHECKING:
+    from meshway.launch.config import Invocation
+
+
+def train(
+    program: TrainProgram,
+    data: DataSource,
+    model_dir: str,
+    periods: Periods,
+    evaluation: Evaluation = Evaluation(),
+    keep: Keep = Keep(),
+    initial: Initial | None = None,
+    hooks: Sequence[Hook] = (),
+    max_skipped_in_a_row: int = 10,
+    resolved: str = "",
+) -> TrainState:
+    """Trains until `periods.total`, resuming from the latest checkpoint in `model_dir` if there is one.
+
+    Order of what parameters start from: 1. the latest checkpoint in `model_dir`; 2. `initial`; 3. fresh ones.
+
+    Args:
+      program: model, optimizer and layout.
+      data: where batches and evaluation tasks come from.
+      model_dir: the run directory.
+      periods: how long, and how often to report, evaluate and save.
+      evaluation: what evaluation does.
+      keep: which checkpoints stay.
+      initial: another run's parameters to start from.
+      hooks: called after each step.
+      max_skipped_in_a_row: non-finite steps in a row after which the run stops.
+      resolved: the resolved recipe, written to the run directory and into checkpoints.
+
+    Raises:
+      UserError: anything the user can mend; one message.
+    """
+    directory = RunDirectory(Path(model_dir).expanduser())
+    primary = distributed.is_primary()
+    rows = program.explain()
+    if primary:
+        directory.prepare(sum(row.total_bytes for row in rows if not row.name.startswith("batch")))
+    checkpoints = Checkpoints(directory.checkpoints, keep, resolved)
+    start = max(checkpoints.steps(), default=0)
+    dataset = data.train(program.partitioner.process_rows(program.batch_size))
+    check_batch(program.batch_spec, dataset.spec())
+    progress = _progress(periods, start, primary)
+    if start:
+        state, position = checkpoints.restore(start, program.abstract_state)
+        dataset.restore(position)
+        progress.note(f"resuming from {directory.checkpoints / str(start)}")
+    stream = prefetch(dataset)  # reads while the step compiles
+    try:
+        step = program.compile_step()
+        if not start:
+            state = _fresh(program, initial)
+        if primary:
+            mesh = ", ".join(f"{name}={size}" for name, size in program.partitioner.mesh.shape.items())
+            directory.describe(resolved, rows, summarize(rows, program.num_params, mesh, program.flops))
+        reporter = _reporter(directory, start, primary, progress, program, resolved)
+        evaluator = Evaluator(program, data.eval_tasks() if periods.evaluate else [], evaluation)
+        files = _evaluation_files(directory, start, evaluator) if primary else {}
+
+        def evaluate(state: TrainState, step: int) -> dict[str, float]:
+            scalars, reports = evaluator.evaluate(state.params)
+            for task, report in reports.items():
+                if primary:
+                    files[task].write_record(step, report)
+            return scalars
+
+        loop = Loop(
+            step,
+            program.put,
+            stream,
+            periods,
+            reporter,
+            evaluate,
+            checkpoints.save,
+            hooks,
+            max_skipped_in_a_row,
+        )
+        try:
+            state, last = loop.run(state, start)
+            checkpoints.close()
+        finally:
+            reporter.close()
+            if primary:
+                write_report(directory.root)
+    finally:
+        stream.close()
+    if primary:
+        _say_goodbye(directory, last, periods)
+    return state
+
+
+def _fresh(program: TrainProgram, initial: Initial | None) -> TrainState:
+    state = program.init()
+    if initial is None:
+        return state
+    return TrainState(**(vars(state) | {"params": initial.restore(state.params)}))
+
+
+def _progress(periods: Periods, start: int, primary: bool) -> Progress:
+    measured = jax.default_backend() == "cpu"
+    stream = None if primary else open(os.devnull, "w")  # one process speaks
+    return Progress(periods.total, start, peak_name="of matmul peak" if measured else "mfu", stream=stream)
+
+
+def _reporter(
+    directory: RunDirectory,
+    start: int,
+    primary: bool,
+    progress: Progress,
+    program: TrainProgram,
+    resolved: str,
+) -> Reporter:
+    writers: list[Any] = []
+    if primary:
+        board = TensorBoardWriter(directory.tensorboard, start)
+        board.text("recipe", resolved, start)
+        writers = [JsonlWriter(directory.metrics, start), board]
+    devices = program.partitioner.mesh.devices.flatten().tolist()
+    # The usual convention holds accelerators against their bfloat16 peak, whatever a recipe computes in.
+    peak, source = peak_flops(devices, "float32" if devices[0].platform == "cpu" else "bfloat16")
+    progress.note(f"matmul peak {peak / 1e9:,.0f} GFLOP/s ({source})")
+    return Reporter(Writers(writers), progress, program.flops, peak)
+
+
+def _evaluation_files(directory: RunDirectory, start: int, evaluator: Evaluator) -> Mapping[str, JsonlWriter]:
+    return {name: JsonlWriter(directory.evaluation(name), start) for name in evaluator.task_names}
+
+
+def _say_goodbye(directory: RunDirectory, last: int, periods: Periods) -> None:
+    if last < periods.total:
+        print(f"stopped after step {last} of {periods.total}, saved; run the same command again to go on")
+    else:
+        print(f"done: step {last}; report: {directory.root / 'report.html'}")
+
+
+def run(invocation: "Invocation") -> None:
+    """Runs the verb from the command line."""
+    from meshway.launch import config
+
+    distributed.start(
+        invocation.coordinator_address, invocation.num_processes, invocation.process_id, invocation.simulated_devices
+    )
+    recipe = config.load(invocation)
+    arguments = recipe.build("train.train", given=["resolved"])
+    if invocation.dry_run:
+        from meshway.launch.inspect import inspect
+
+        print(recipe.resolved)
+        print(inspect(arguments["program"]))
+        return
+    train(**arguments, resolved=recipe.resolved)
+
+
+if __name__ == "__main__":
+    from meshway.launch import cli
+
+    sys.exit(cli.main(["train", *sys.argv[1:]]))

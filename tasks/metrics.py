@@ -1,0 +1,27 @@
+"""Metrics of predicted texts, 0 to 100."""
+
+import collections
+import re
+from collections.abc import Sequence
+
+
+def token_f1(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+    """Returns the mean F1 of the words each prediction shares with its target, case and punctuation aside."""
+    return {"token_f1": _mean([_f1(t, p) for t, p in zip(targets, predictions, strict=True)])}
+
+
+def exact_match(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+    """Returns the share of predictions equal to their target, white space aside."""
+    return {"exact_match": _mean([t.split() == p.split() for t, p in zip(targets, predictions, strict=True)])}
+
+
+def _f1(target: str, prediction: str) -> float:
+    wanted, found = (collections.Counter(re.findall(r"\w+", text.lower())) for text in (target, prediction))
+    if not wanted or not found:
+        return float(wanted == found)
+    shared = (wanted & found).total()
+    return 2 * shared / (wanted.total() + found.total())
+
+
+def _mean(values: Sequence[float]) -> float:
+    return 100.0 * sum(values) / len(values) if values else 0.0
