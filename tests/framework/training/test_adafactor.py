@@ -1,0 +1,170 @@
+"""Adafactor by axis names equals optax's on matrices, and treats stacked layers as separate ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from meshway.framework.training.adafactor import factored_dims, matrix_dims, scale_by_adafactor
+
+STEPS = 5
+
+
+def _normal(seed: int, shape: tuple[int, ...], scale: float = 1.0) -> np.ndarray:
+    return (scale * np.random.default_rng(seed).normal(size=shape)).astype(np.float32)
+
+
+def _run(transform: optax.GradientTransformation, params: dict, grads: list[dict]) -> tuple[list[dict], dict]:
+    """Returns the updates of each step (parameters move by -0.1 of them) and the last state."""
+    return _run_jitted(jax.jit(transform.update), transform.init(params), params, grads)
+
+
+def _run_jitted(step, state, params: dict, grads: list[dict]) -> tuple[list[dict], dict]:
+    found = []
+    for grad in grads:
+        updates, state = step(grad, state, params)
+        params = jax.tree.map(lambda p, u: p - 0.1 * u, params, updates)
+        found.append(updates)
+    return found, state
+
+
+def _assert_close(actual, expected, rtol: float = 1e-6) -> None:
+    def check(a, b) -> None:
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(np.abs(b).max()))
+
+    jax.tree.map(check, actual, expected)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"multiply_by_parameter_scale": False, "decay_rate": 0.6},
+        {"clipping_threshold": None},
+        {"factored": False},
+    ],
+)
+def test_equals_optax_on_matrices_and_vectors(kwargs: dict) -> None:
+    axes = {
+        "tall": ("vocab", "embed"),
+        "wide": ("embed", "mlp"),
+        "square": ("embed", "mlp"),
+        "scale": ("embed",),
+    }
+    shapes = {"tall": (24, 8), "wide": (8, 16), "square": (8, 8), "scale": (8,)}
+    params = {name: _normal(i, shape, 0.3) for i, (name, shape) in enumerate(shapes.items())}
+    grads = [
+        {name: _normal(10 * step + i, shape, 2.0**step) for i, (name, shape) in enumerate(shapes.items())}
+        for step in range(STEPS)
+    ]
+    ours = scale_by_adafactor(axes, min_dim_size_to_factor=8, **kwargs)
+    theirs = optax.chain(optax.adafactor(min_dim_size_to_factor=8, **kwargs), optax.scale(-1.0))
+    actual, state = _run(ours, params, grads)
+    expected, _ = _run(theirs, params, grads)
+    for a, b in zip(actual, expected, strict=True):
+        _assert_close(a, b)
+    assert state.v_row["tall"].shape == ((1,) if "factored" in kwargs else (24,))
+
+
+def test_a_stack_equals_its_layers_trained_apart() -> None:
+    axes = {
+        "query": ("embed", "heads", "head_dim"),
+        "out": ("heads", "head_dim", "embed"),
+        "scale": ("embed",),
+        "small": ("mlp", "embed"),
+    }
+    shapes = {"query": (8, 4, 3), "out": (4, 3, 8), "scale": (8,), "small": (2, 8)}
+    # Layers of very different sizes: any mixing in clipping, scale or factoring would show.
+    sizes = [1e-3, 1.0, 30.0]
+    layers = [
+        {n: _normal(7 * k + i, s, sizes[k]) for i, (n, s) in enumerate(shapes.items())} for k in range(3)
+    ]
+    grads = [
+        [
+            {n: _normal(100 * t + 7 * k + i, s, 10.0 ** (k - 1)) for i, (n, s) in enumerate(shapes.items())}
+            for k in range(3)
+        ]
+        for t in range(STEPS)
+    ]
+
+    def stack(trees: list[dict]) -> dict:
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+    batch_axes = {"query": "layers", "out": "stage", "scale": "expert", "small": "layers"}
+    stacked_axes = {name: (batch_axes[name], *names) for name, names in axes.items()}
+    stacked, state = _run(
+        scale_by_adafactor(stacked_axes, min_dim_size_to_factor=8), stack(layers), [stack(g) for g in grads]
+    )
+    assert state.v_row["query"].shape == (3, 8) and state.v_col["query"].shape == (3, 4, 3)
+    assert state.v_row["out"].shape == (3, 4, 3) and state.v_col["out"].shape == (3, 8)
+    assert state.v["small"].shape == (3, 2, 8) and state.v_row["small"].shape == (1,)
+    one = scale_by_adafactor(axes, min_dim_size_to_factor=8)
+    step_one = jax.jit(one.update)
+    for k, layer in enumerate(layers):
+        alone, _ = _run_jitted(step_one, one.init(layer), layer, [g[k] for g in grads])
+        for step in range(STEPS):
+            _assert_close(jax.tree.map(lambda x, k=k: x[k], stacked[step]), alone[step])
+
+
+def test_joined_heads_equal_the_reshaped_matrix() -> None:
+    shape, flat = (8, 4, 3), (8, 12)
+    params = {"kernel": _normal(0, shape)}
+    grads = [{"kernel": _normal(step + 1, shape)} for step in range(STEPS)]
+    split, _ = _run(
+        scale_by_adafactor({"kernel": ("embed", "kv_heads", "head_dim")}, min_dim_size_to_factor=8),
+        params,
+        grads,
+    )
+    matrix, _ = _run(
+        scale_by_adafactor({"kernel": ("embed", "mlp")}, min_dim_size_to_factor=8),
+        {"kernel": params["kernel"].reshape(flat)},
+        [{"kernel": grad["kernel"].reshape(flat)} for grad in grads],
+    )
+    for a, b in zip(split, matrix, strict=True):
+        _assert_close(a["kernel"].reshape(flat), b["kernel"])
+
+
+def test_dimensions_by_name() -> None:
+    assert matrix_dims(("layers", "embed", "heads", "head_dim")) == [(1,), (2, 3)]
+    assert matrix_dims(("expert", "layers")) == []
+    assert matrix_dims(("heads", "embed", "head_dim")) == [(0,), (1,), (2,)]
+    assert matrix_dims(("heads", "head_dim", "head_dim")) == [(0, 1), (2,)]
+    assert factored_dims(("layers", "embed", "heads", "head_dim"), (2, 128, 4, 32), 128) == ((1,), (2, 3))
+    assert factored_dims(("layers", "embed", "heads", "head_dim"), (999, 128, 4, 31), 128) is None
+    assert factored_dims(("layers", "embed"), (512, 512), 128) is None
+    assert factored_dims(("height", "embed", "mlp"), (3, 256, 128), 128) == ((1,), (2,))
+
+
+def test_scalars_and_per_layer_scalars_are_tensors_too() -> None:
+    params = {"gain": np.float32(2.0), "gains": np.array([2.0, 0.5], np.float32)}
+    grads = [{"gain": np.float32(3.0), "gains": np.array([3.0, -1.0], np.float32)}]
+    updates, _ = _run(scale_by_adafactor({"gain": (), "gains": ("layers",)}), params, grads)
+    _assert_close(updates[0], {"gain": np.float32(2.0), "gains": np.array([2.0, -0.5], np.float32)})
+
+
+def test_rows_without_gradient_stay_finite_beside_large_ones() -> None:
+    grad = np.zeros((8, 8), np.float32)
+    grad[0] = 1e6
+    updates, _ = _run(
+        scale_by_adafactor({"table": ("vocab", "embed")}, min_dim_size_to_factor=8),
+        {"table": np.ones((8, 8), np.float32)},
+        [{"table": grad}] * 3,
+    )
+    assert np.isfinite(updates[-1]["table"]).all() and not updates[-1]["table"][1:].any()
+
+
+def test_state_is_float32_for_any_parameter_and_the_decay_restarts_at_the_offset() -> None:
+    axes = {"w": ("embed",)}
+    transform = scale_by_adafactor(axes, step_offset=2, multiply_by_parameter_scale=False)
+    state = transform.init({"w": jnp.ones(4, jnp.bfloat16)})
+    assert state.v["w"].dtype == jnp.float32
+    state = state._replace(step=jnp.int32(2), v={"w": jnp.full(4, 9.0)})
+    _, state = transform.update({"w": jnp.full(4, 2.0)}, state)
+    np.testing.assert_allclose(state.v["w"], 4.0)  # t = 1 again: beta2 = 0 forgets what came before
+
+
+def test_parameter_scale_needs_parameters() -> None:
+    transform = scale_by_adafactor({"w": ("embed",)})
+    with pytest.raises(ValueError, match="needs the parameters"):
+        transform.update({"w": jnp.ones(4)}, transform.init({"w": jnp.ones(4)}))

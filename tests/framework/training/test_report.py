@@ -1,0 +1,186 @@
+import html.parser
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+
+from meshway.framework.errors import UserError
+from meshway.framework.training import plots
+from meshway.framework.training.report import write_report
+
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+class Page(html.parser.HTMLParser):
+    """A page's tags, which must nest, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] != "style":
+            self.text += data
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+
+def _fill(folder: Path) -> None:
+    (folder / "eval").mkdir(parents=True)
+    lines = [{"step": 0, "validation/loss": 9.5}]
+    for step in range(10, 101, 10):
+        scalars = {"loss": 9 - step / 20, "learning_rate": 1e-3, "tokens_per_second": 12345.0 + step}
+        scalars |= {"data_wait_fraction": 0.004, "mfu": 0.3, "grad_norm": 1.0}
+        lines.append({"step": step, **scalars} | ({"validation/loss": 5.125} if step == 100 else {}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sample = {"input": "a < b & c", "target": "<script>alert(1)</script>", "prediction": "one\x00\ud800"}
+    for task, name in (("summarize", "f1"), ("$span$_x", "exact_match")):
+        evaluations = [{"step": s, "metrics": {"loss": 5.0, name: s / 100}} for s in (0, 50, 100)]
+        evaluations[1]["predictions"] = [sample] * 20
+        text = "".join(json.dumps(line) + "\n" for line in evaluations)
+        (folder / "eval" / f"{task}.jsonl").write_text(text)
+    rows = [
+        {"name": "params/embedding", "axes": ["vocab", None], "shape": [100, 8], "spec": "(model, None)"}
+        | {"bytes_per_device": 3200, "rule": "vocab->model"},
+        {"name": "params/scale", "axes": ["embed"], "shape": [8], "spec": "(None,)"}
+        | {"bytes_per_device": 32, "rule": "embed->None"},
+        {"name": "step", "axes": [], "shape": [], "spec": "()", "bytes_per_device": 4, "rule": ""},
+    ]
+    (folder / "layout.json").write_text(json.dumps(rows))
+    (folder / "model_info.txt").write_text("a table")
+    (folder / "config.gin").write_text("X = '<&>'\n")
+
+
+def test_a_full_run_is_told_on_one_self_contained_page(tmp_path: Path) -> None:
+    folder = tmp_path / "my <run>"
+    _fill(folder)
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    for needed in ("my <run>", "5.125", "9.5", "12,400", "30.0%", "808", "a < b & c", "X = '<&>'"):
+        assert needed in page.text, needed
+    for needed in ("params/embedding", "vocab, -", "100 x 8", "(model, None)", "3.1 KiB", "$span$_x"):
+        assert needed in page.text, needed
+    assert "<script>alert(1)</script>" in page.text and page.count("script") == 0
+    # loss, rate, tokens/s, waiting, norm, MFU; then loss, f1 and exact match of the tasks
+    assert page.count("svg") == 9
+    assert page.count("table") == 2
+    assert page.text.count("one\N{REPLACEMENT CHARACTER}?") == 2 * 12
+    references = [value for _, attrs in page.tags for name, value in attrs.items() if name in ("src", "href")]
+    assert not references and "url(#" in text and "@import" not in text
+    assert all(value.startswith("#") for _, attrs in page.tags if (value := attrs.get("xlink:href")))
+    assert not any(colour in text for colour in plots._CSS)
+
+
+def test_a_report_can_be_made_again_with_the_same_bytes(tmp_path: Path) -> None:
+    _fill(tmp_path / "run")
+    first = write_report(tmp_path / "run").read_bytes()
+    assert write_report(tmp_path / "run").read_bytes() == first
+    assert not list((tmp_path / "run").glob(".report*"))
+
+
+def test_an_empty_folder_gives_sentences(tmp_path: Path) -> None:
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    for sentence in (
+        "There is no metrics.jsonl, or nothing in it.",
+        "There is no config.gin, or nothing in it.",
+        "No step has been reported yet.",
+        "No evaluation has been written yet.",
+        "No evaluation has written predictions.",
+    ):
+        assert sentence in page.text
+    assert page.count("svg") == 0
+
+
+def test_what_a_crash_cut_is_left_out_and_said(tmp_path: Path) -> None:
+    _fill(tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes()[:-20])
+    page = Page(write_report(tmp_path / "run").read_text(encoding="utf-8"))
+    assert "1 line of metrics.jsonl could not be read." in page.text
+    assert page.count("svg") == 9
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_garbage_in_any_file_never_breaks_the_page(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    values = [
+        None,
+        True,
+        "x",
+        [],
+        {},
+        [1, "a"],
+        {"loss": 1},
+        math.nan,
+        math.inf,
+        -1,
+        10**400,
+        1e308,
+        "\ud800",
+        2.5,
+    ]
+
+    def thing() -> object:
+        return rng.choice(values)
+
+    def row(keys: list[str]) -> str:
+        return json.dumps({key: thing() for key in keys if rng.random() < 0.8})
+
+    _fill(tmp_path / "run")
+    keys = ["step", "loss", "learning_rate", "mfu", "tokens_per_second", "validation/loss"]
+    steps = [
+        f'{{"step": {n}, "loss": {json.dumps(thing())}, "mfu": {json.dumps(thing())}}}' for n in range(9)
+    ]
+    junk = [row(keys) for _ in range(30)] + ["[" * 100_000, "", "\x00\x01", '{"step": 1', "[]", '"step"']
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(steps + junk), encoding="utf-8")
+    evaluations = [row(["metrics", "predictions"])[:-1].lstrip("{") for _ in range(30)]
+    lines = [f'{{"step": {n}{"," if text else ""}{text}}}' for n, text in enumerate(evaluations)]
+    lines += [f'{{"step": {40 + n}, "metrics": {{"f1": {json.dumps(thing())}}}}}' for n in range(9)]
+    lines += [f'{{"step": 50, "predictions": [{json.dumps(thing())}, {{"input": {json.dumps(thing())}}}]}}']
+    (tmp_path / "run" / "eval" / "summarize.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "run" / "eval" / "bytes.jsonl").write_bytes(rng.randbytes(500))
+    (tmp_path / "run" / "config.gin").write_bytes(rng.randbytes(200))
+    columns = ["axes", "shape", "spec", "bytes_per_device", "rule"]
+    rows = [{"name": thing()} | {key: thing() for key in columns} for _ in range(20)]
+    (tmp_path / "run" / "layout.json").write_text(json.dumps(rows), encoding="utf-8")
+    Page(write_report(tmp_path / "run").read_text(encoding="utf-8"))
+
+
+def test_no_folder_and_no_room_are_user_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run directory"):
+        write_report(tmp_path / "nothing")
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(UserError, match="cannot write .*report.html: Is a directory"):
+        write_report(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_long_curves_are_thinned_but_keep_their_spikes() -> None:
+    points = [(step, 1.0) for step in range(100_000)]
+    points[54_321] = (54_321, 99.0)
+    points[77_777] = (77_777, math.nan)
+    thinned = plots._thinned(points)
+    assert len(thinned) <= plots._MAX_POINTS + 2
+    assert (54_321, 99.0) in thinned
+    assert thinned == sorted(thinned)

@@ -1,0 +1,127 @@
+"""The command line: what it understands, what it refuses, and how it ends."""
+
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+
+from meshway.framework.errors import EnvironmentFailure, UserError
+from meshway.launch import cli
+from meshway.launch.invocation import MACROS
+
+
+@pytest.fixture
+def verb(monkeypatch):
+    """Stands in for a verb's module; `run` does what the test says."""
+    module = types.ModuleType("meshway_test_verb")
+    module.seen = []
+    module.run = module.seen.append
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(cli.VERBS, "train", cli.Verb(module.__name__, "train", dry_run=True))
+    return module
+
+
+def test_a_command_becomes_an_invocation(verb):
+    words = ["train", "--gin_file", "a.gin", "--gin_file=b.gin", "--gin.MODEL_DIR=/x=y", "--gin.a/b.C.d=3"]
+    words += [
+        "--gin_search_paths=p,q",
+        "--gin_search_paths",
+        "r",
+        "--dry_run",
+        "--num_processes=2",
+        "--process_id=0",
+    ]
+    assert cli.main([*words, "--coordinator_address=h:1", "--simulated_devices", "8"]) == 0
+    (invocation,) = verb.seen
+    assert invocation.gin_files == ("a.gin", "b.gin")
+    assert invocation.bindings == ("MODEL_DIR=/x=y", "a/b.C.d=3")
+    assert invocation.search_paths == ("p", "q", "r")
+    assert (invocation.dry_run, invocation.num_processes, invocation.process_id) == (True, 2, 0)
+    assert (invocation.coordinator_address, invocation.simulated_devices) == ("h:1", 8)
+    assert vars(invocation).keys() <= set(invocation.__dataclass_fields__)
+
+
+def test_a_subject_follows_its_verb():
+    assert cli.parse(["bench", "train", "--gin_file=a"]).subject == "train"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["trian"], "there is no verb 'trian'; did you mean 'train'?"),
+        (["train"], "meshway train needs a recipe: --gin_file=FILE"),
+        (["train", "--gin_fil=a"], "unknown flag --gin_fil; did you mean '--gin_file'?"),
+        (["train", "--model_dir=a"], "unknown flag --model_dir; did you mean --gin.MODEL_DIR=...?"),
+        (["train", "--gin.MODEL_DIR", "a"], "--gin.MODEL_DIR has no value"),
+        (["train", "a.gin"], "takes no argument 'a.gin'; a recipe is given as --gin_file=a.gin"),
+        (["train", "--gin_file=a", "--process_id=x"], "argument --process_id: 'x' is not a whole number"),
+        (["inspect", "--gin_file=a", "--dry_run"], "unknown flag --dry_run"),
+        (["bench", "--gin_file=a"], "the following arguments are required: subject"),
+        (["bench", "trian", "--gin_file=a"], "invalid choice: 'trian'"),
+    ],
+)
+def test_a_wrong_command_exits_2_with_a_message(capsys, words, expected):
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("meshway: error: ") and expected in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(UserError("wrong"), 2), (EnvironmentFailure("gone"), 1), (KeyboardInterrupt(), 130)]
+)
+def test_an_error_of_the_run_becomes_an_exit_code(verb, monkeypatch, capsys, error, code):
+    def run(invocation):
+        raise error
+
+    verb.run = run
+    assert cli.main(["train", "--gin_file=a"]) == code
+    assert "Traceback" not in capsys.readouterr().err
+    monkeypatch.setenv("MESHWAY_TRACEBACK", "1")
+    assert cli.main(["train", "--gin_file=a"]) == code
+    assert ("Traceback" in capsys.readouterr().err) == (code != 130)
+
+
+def test_a_bug_keeps_its_traceback(verb):
+    verb.run = lambda invocation: {}["bug"]
+    with pytest.raises(KeyError):
+        cli.main(["train", "--gin_file=a"])
+
+
+def test_the_help_of_a_verb_explains_every_flag_and_macro(capsys):
+    assert cli.main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    for word in [
+        "--gin_file",
+        "--gin.NAME=VALUE",
+        "--gin_search_paths",
+        "--dry_run",
+        "--process_id",
+        *MACROS,
+    ]:
+        assert word in text
+    assert cli.main([]) == 0
+    assert all(name in capsys.readouterr().out for name in ["verbs:"])
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["bench", "--help"]])
+def test_help_imports_neither_jax_nor_gin_nor_numpy(words):
+    program = (
+        f"import sys; from meshway.launch import cli; cli.main({words!r}); "
+        "print('heavy:', sorted({'jax', 'gin', 'numpy', 'tensorflow'} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert shown.endswith("heavy: []\n")
+
+
+def test_a_folder_named_gin_is_not_taken_for_the_library(tmp_path):
+    (tmp_path / "gin").mkdir()
+    program = "import meshway.launch.recipe_text"
+    paths = [str(tmp_path), *(path for path in sys.path if path and "site-packages" not in path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    shown = subprocess.run(
+        [sys.executable, "-S", "-c", program], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert "pip install gin-config" in shown.stderr
