@@ -41,7 +41,9 @@ def start(
         raise UserError("several processes need all of --coordinator_address, --num_processes and --process_id")
     assert num_processes is not None and process_id is not None
     if not 0 <= process_id < num_processes:
-        raise UserError(f"--process_id={process_id} must be in 0..{num_processes - 1} (--num_processes={num_processes})")
+        raise UserError(
+            f"--process_id={process_id} must be in 0..{num_processes - 1} (--num_processes={num_processes})"
+        )
     jax.distributed.initialize(
         coordinator_address,
         num_processes,

@@ -99,7 +99,9 @@ class Evaluator:
         shardings = {
             name: NamedSharding(
                 partitioner.mesh,
-                partitioner.activation_rules.resolve(("batch", *([None] * (x.ndim - 1))), x.shape, f"prompt {name}").spec,
+                partitioner.activation_rules.resolve(
+                    ("batch", *([None] * (x.ndim - 1))), x.shape, f"prompt {name}"
+                ).spec,
             )
             for name, x in batch.items()
         }

@@ -54,9 +54,7 @@ class Model(Protocol):
         """
         ...
 
-    def decode(
-        self, params: Params, tokens: jax.Array, positions: jax.Array, cache: Cache
-    ) -> tuple[jax.Array, Cache]:
+    def decode(self, params: Params, tokens: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Feeds one token a row, tokens [batch, 1] at positions [batch]; returns (logits [batch, vocab], cache)."""
         ...
 

@@ -140,9 +140,7 @@ def run(invocation: "Invocation") -> None:
     """Runs the verb from the command line."""
     from meshway.launch import config
 
-    distributed.start(
-        invocation.coordinator_address, invocation.num_processes, invocation.process_id, invocation.simulated_devices
-    )
+    distributed.start(*invocation.processes)
     train(**config.load(invocation, import_unreferenced=False).build("bench.train"))
 
 

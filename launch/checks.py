@@ -47,9 +47,7 @@ def link(joined: Joined, files: GinFiles, invocation: Invocation, package: str) 
     directories = [binding for binding in bindings if binding.name == "MODEL_DIR"]
     if invocation.dry_run and directories and directories[-1].value == Macro(REQUIRED):
         place = Place("--dry_run")
-        bindings.append(
-            Binding("", "", "MODEL_DIR", None, place, is_default=True)
-        )  # writes nothing: needs none
+        bindings.append(Binding("", "", "MODEL_DIR", None, place, is_default=True))  # writes nothing: needs none
     others: list[Binding] = []
     for verb, path in files.runs().items():
         if verb != invocation.verb:
@@ -83,13 +81,9 @@ def check(program: Program, invocation: Invocation, import_unreferenced: bool) -
     problems += undefined
     for binding in program.bindings:
         problems += _binding_problems(binding, program)
-    if (
-        not undefined and not program.problems
-    ):  # else what hangs on a broken reference would be blamed as well
+    if not undefined and not program.problems:  # else what hangs on a broken name would be blamed as well
         known = {line.partition(": ")[0] for line in problems}
-        problems += [
-            _unused_message(binding, ours, every) for binding in unused if str(binding.place) not in known
-        ]
+        problems += [_unused_message(binding, ours, every) for binding in unused if str(binding.place) not in known]
     problems += ours.lacking
     problems += required_problems(ours)
     raise_problems(problems)
@@ -147,7 +141,15 @@ def _unused(program: Program, ours: Reach) -> tuple[Reach, list[Binding]]:
     for moment, bindings in moments(everything) if left else ():
         used = Walk(bindings, importing=False).run(roots).used
         left = [b for b in left if positions[id(b)] >= moment or binding_key(b) not in used]
-    return every, left
+    return every, _first(left, final(everything))
+
+
+def _first(unused: list[Binding], bindings: list[Binding]) -> list[Binding]:
+    """Returns the unused bindings that no other unused one refers to: those to mend first."""
+    hanging: set[Any] = set()
+    for binding in unused:
+        hanging |= Walk(bindings, importing=False).follow(binding).used - {binding_key(binding)}
+    return [binding for binding in unused if binding_key(binding) not in hanging] or unused
 
 
 def _binding_problems(binding: Binding, program: Program) -> list[str]:
@@ -188,10 +190,7 @@ def _unused_message(binding: Binding, ours: Reach, every: Reach) -> str:
         near = did_you_mean(binding.scope, ours.opened | every.opened)
         why = f"no reference opens the scope {binding.scope!r}{near}"
         return f"{binding.where} has no effect: {why}"
-    return (
-        f"{binding.where} has no effect: nothing in use refers to @{binding.selector}; "
-        "remove it, or refer to it"
-    )
+    return f"{binding.where} has no effect: nothing in use refers to @{binding.selector}; remove it, or refer to it"
 
 
 def required_problems(reach: Reach) -> list[str]:

@@ -42,9 +42,7 @@ _INTERLEAVE = Switch(
 
 VERBS = {
     "train": Verb("meshway.launch.train", "train a recipe, or go on from its last checkpoint", dry_run=True),
-    "inspect": Verb(
-        "meshway.launch.inspect", "print every tensor: axes, sharding, bytes a device, and the rule"
-    ),
+    "inspect": Verb("meshway.launch.inspect", "print every tensor: axes, sharding, bytes a device, and the rule"),
     "bench": Verb(
         "meshway.launch.bench",
         "time a recipe on synthetic data",
@@ -82,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         invocation = parse(sys.argv[1:] if argv is None else argv)
         if invocation is not None:
+            if os.getcwd() not in sys.path:  # as `python -m` does: a user's own packages beside the recipe
+                sys.path.insert(0, os.getcwd())
             importlib.import_module(VERBS[invocation.verb].module).run(invocation)
         return 0
     except (UserError, EnvironmentFailure) as error:
@@ -123,9 +123,7 @@ def parse(argv: Sequence[str]) -> Invocation | None:
     options, unknown = parser.parse_known_args(words)
     _refuse_unknown(verb, unknown, parser)
     if not options.gin_files:
-        raise UserError(
-            f"meshway {verb} needs a recipe: --gin_file=FILE, as --gin_file=recipes/quickstart.gin"
-        )
+        raise UserError(f"meshway {verb} needs a recipe: --gin_file=FILE, as --gin_file=recipes/quickstart.gin")
     paths = tuple(path for listed in options.search_paths for path in listed.split(",") if path)
     fields = {**vars(options), "gin_files": tuple(options.gin_files), "search_paths": paths}
     return Invocation(verb=verb, bindings=tuple(bindings), **fields)
@@ -201,9 +199,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         help="folders to look for gin files in, before the shipped ones",
     )
     if entry.dry_run:
-        recipe.add_argument(
-            "--dry_run", action="store_true", help="build and print everything, run and write nothing"
-        )
+        recipe.add_argument("--dry_run", action="store_true", help="build and print everything, run and write nothing")
     for switch in entry.switches:
         parser.add_argument(switch.flag, action="store_true", default=argparse.SUPPRESS, help=switch.help)
     _add_process_options(parser)
@@ -219,12 +215,8 @@ def _add_process_options(parser: argparse.ArgumentParser) -> None:
     processes.add_argument(
         "--simulated_devices", type=_count, metavar="N", help="simulate N CPU devices in this process"
     )
-    processes.add_argument(
-        "--coordinator_address", metavar="HOST:PORT", help="where process 0 of several listens"
-    )
-    processes.add_argument(
-        "--num_processes", type=_count, metavar="N", help="how many processes run together"
-    )
+    processes.add_argument("--coordinator_address", metavar="HOST:PORT", help="where process 0 of several listens")
+    processes.add_argument("--num_processes", type=_count, metavar="N", help="how many processes run together")
     processes.add_argument("--process_id", type=_rank, metavar="I", help="which of them this is, from 0")
 
 

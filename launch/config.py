@@ -62,9 +62,7 @@ def load(
     program = link(joined, files, invocation, package)
     ours, every = check(program, invocation, import_unreferenced)
     kept = [
-        binding
-        for binding in final(program.bindings)
-        if binding_key(binding) in {*ours.used, *every.used, "LAYOUT"}
+        binding for binding in final(program.bindings) if binding_key(binding) in {*ours.used, *every.used, "LAYOUT"}
     ]
     return Recipe(program, _resolved(program, kept, joined.layout_is_shipped))
 
@@ -143,9 +141,11 @@ class Recipe:
             return message if isinstance(error, UserError) else f"{root}: {message}"
         bindings = final(self._program.bindings)
         bound = [binding for binding in bindings if _is_shown(binding.target, call.group(2))]
-        references = (leaf for binding in bindings for leaf in leaves(binding.value))
-        spelled = [leaf for leaf in references if isinstance(leaf, Reference)]
-        names = [leaf.selector for leaf in [*bound, *spelled] if _is_shown(leaf.target, call.group(2))]
+        named = [(binding.selector, binding.target) for binding in bindings]
+        for binding in bindings:
+            references = (leaf for leaf in leaves(binding.value) if isinstance(leaf, Reference))
+            named += [(leaf.selector, leaf.target) for leaf in references]
+        names = [selector for selector, target in named if _is_shown(target, call.group(2))]
         name = next(iter(names), call.group(1))
         missing = _MISSING_ARGUMENTS.search(message) if isinstance(error, TypeError) else None
         if missing and missing.group(1) == call.group(1):

@@ -61,9 +61,7 @@ class ImportTable:
         if word not in self._words:
             if not path:
                 near = did_you_mean(selector, self._words)
-                raise Unresolved(
-                    f"{selector!r} is not imported; write its module and name, as module.{selector}{near}"
-                )
+                raise Unresolved(f"{selector!r} is not imported; write its module and name, as module.{selector}{near}")
             raise Unresolved(f"{word!r} of {selector!r} is not imported{did_you_mean(word, self._words)}")
         module = self._words[word].bound_module
         while path and f"{module}.{path[0]}" in self._prefixes():
@@ -167,9 +165,7 @@ def find(target: Target, importing: bool) -> Any:
     if target.module == "gin":
         if len(target.path) == 1 and target.path[0] in _BUILTINS:
             return _BUILTINS[target.path[0]]
-        raise Unresolved(
-            f"gin has no {'.'.join(target.path)!r}{did_you_mean('.'.join(target.path), _BUILTINS)}"
-        )
+        raise Unresolved(f"gin has no {'.'.join(target.path)!r}{did_you_mean('.'.join(target.path), _BUILTINS)}")
     if not importing and target.module not in sys.modules:
         return None
     found = import_module(target.module)
@@ -179,9 +175,7 @@ def find(target: Target, importing: bool) -> Any:
         inner = getattr(found, name, missing)
         if inner is missing:
             if inspect.ismodule(found) and _search_path(f"{found.__name__}.{name}") is not None:
-                raise Unresolved(
-                    f"{where} does not import its {name!r}: import {found.__name__}.{name} itself"
-                )
+                raise Unresolved(f"{where} does not import its {name!r}: import {found.__name__}.{name} itself")
             names = [n for n in dir(found) if not n.startswith("_")]
             raise Unresolved(f"{where} has no {name!r}{did_you_mean(name, names)}")
         found, where = inner, f"{where} {name}"

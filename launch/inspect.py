@@ -23,17 +23,14 @@ def inspect(program: TrainProgram) -> str:
     """
     program.trace_loss()
     rows = program.explain()
-    mesh = ", ".join(f"{name}={size}" for name, size in program.partitioner.mesh.shape.items())
-    return f"{format_rows(rows)}\n\n{summarize(rows, program.num_params, mesh, program.flops)}"
+    return f"{format_rows(rows)}\n\n{summarize(program, rows)}"
 
 
 def run(invocation: "Invocation") -> None:
     """Runs the verb from the command line."""
     from meshway.launch import config
 
-    distributed.start(
-        invocation.coordinator_address, invocation.num_processes, invocation.process_id, invocation.simulated_devices
-    )
+    distributed.start(*invocation.processes)
     print(inspect(**config.load(invocation, import_unreferenced=False).build("inspect.inspect")))
 
 

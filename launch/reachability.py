@@ -95,6 +95,12 @@ class Walk:
                     self._visit(target, scope, start, None)
         return self.reach
 
+    def follow(self, binding: Binding) -> Reach:
+        """Walks from the value of one binding."""
+        scope = binding.parameter if binding.is_macro else binding.scope
+        self._walk(binding.value, tuple(scope.split("/")) if scope else (), binding)
+        return self.reach
+
     def _visit(self, target: Target, scope: Scope, place: Place, by: Reference | None) -> None:
         self.reach.opened.add("/".join(scope))
         while scope and scope not in self._scoped:  # keep the part that matters to some binding
@@ -116,9 +122,7 @@ class Walk:
         self._visit_inside(target, scope, place, by, found)
         self._open = waiting
 
-    def _visit_inside(
-        self, target: Target, scope: Scope, place: Place, by: Reference | None, found: Any
-    ) -> None:
+    def _visit_inside(self, target: Target, scope: Scope, place: Place, by: Reference | None, found: Any) -> None:
         self.reach.targets.add(target)
         self.reach.scopes.add(scope)
         winners = self._winners(target, scope)
@@ -127,9 +131,9 @@ class Walk:
         if found is None:
             return
         if not callable(found):
-            self.reach.undefined[
-                f"{place}: @{by.selector if by else target} is {found!r}, not a class or function"
-            ] = place
+            self.reach.undefined[f"{place}: @{by.selector if by else target} is {found!r}, not a class or function"] = (
+                place
+            )
             return
         if by is not None and by.evaluate:
             self._check_arguments(found, winners, place, by)
@@ -143,7 +147,7 @@ class Walk:
         applying = [
             binding
             for binding in self._bindings
-            if binding.scope in prefixes and configurables.key(binding.target) == wanted
+            if binding.scope in prefixes and binding.target and configurables.key(binding.target) == wanted
         ]
         self.reach.used.update(binding_key(binding) for binding in applying)
         applying.sort(key=lambda binding: prefixes[binding.scope])
@@ -177,9 +181,7 @@ class Walk:
             except Unresolved as error:
                 self.reach.undefined[f"{binding.place}: {macro}: {error}"] = binding.place
         elif macro.name in self._open:
-            self.reach.undefined[f"{binding.where}: the macro {macro.name} needs its own value"] = (
-                binding.place
-            )
+            self.reach.undefined[f"{binding.where}: the macro {macro.name} needs its own value"] = binding.place
         elif macro.name not in self._seen_macros:
             self._seen_macros.add(macro.name)
             self.reach.used.add(macro.name)
@@ -193,16 +195,12 @@ class Walk:
                 text = f"{binding.where}: no macro {macro.name} is defined{near}"
                 self.reach.undefined[text] = binding.place
 
-    def _check_arguments(
-        self, found: Any, winners: dict[str, Binding], place: Place, called: Reference
-    ) -> None:
+    def _check_arguments(self, found: Any, winners: dict[str, Binding], place: Place, called: Reference) -> None:
         lacking = [name for name in configurables.parameters(found).required if name not in winners]
         if lacking:
             scope = f"{called.scope}/" if called.scope else ""
             flags = ", ".join(f"--gin.{scope}{called.selector}.{name}=..." for name in lacking)
-            self.reach.lacking.append(
-                f"{place}: {called} needs {_listed(lacking)}, which nothing binds: {flags}"
-            )
+            self.reach.lacking.append(f"{place}: {called} needs {_listed(lacking)}, which nothing binds: {flags}")
 
 
 def _listed(names: Sequence[str]) -> str:

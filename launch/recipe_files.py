@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 from meshway.framework.errors import UserError, did_you_mean
 from meshway.launch.invocation import Invocation
@@ -174,5 +175,5 @@ def _as_default(statement: Import | Binding) -> Import | Binding:
     return statement
 
 
-def _is_layout(statement: Statement) -> bool:
+def _is_layout(statement: Statement) -> TypeGuard[Binding]:
     return isinstance(statement, Binding) and statement.is_macro and statement.parameter == _LAYOUT

@@ -11,9 +11,7 @@ from meshway.framework.errors import EnvironmentFailure, UserError
 
 try:
     from gin import config_parser
-except (
-    ImportError
-) as error:  # absent, or hidden by some folder named gin, which imports as an empty namespace
+except ImportError as error:  # absent, or hidden by some folder named gin, which imports as an empty namespace
     raise EnvironmentFailure(
         "the gin library cannot be imported: install it with `pip install gin-config` (a folder named `gin` "
         "is not the library)"
@@ -81,9 +79,7 @@ class Import:
     @property
     def bound_name(self) -> str:
         """The first word of the selectors this import serves."""
-        return self.alias or (
-            self.module.rpartition(".")[2] if self.is_from else self.module.partition(".")[0]
-        )
+        return self.alias or (self.module.rpartition(".")[2] if self.is_from else self.module.partition(".")[0])
 
     @property
     def bound_module(self) -> str:
@@ -192,9 +188,7 @@ def _syntax_message(error: Exception, text: str, file: str) -> str:
     word = re.search(r"Failed to parse token '(\w+)'", reason)
     if word:
         name = word.group(1)
-        reason = (
-            f"{name} is not a value: write '{name}' for text, %{name} for a macro, @{name} for a reference"
-        )
+        reason = f"{name} is not a value: write '{name}' for text, %{name} for a macro, @{name} for a reference"
     else:
         reason = reason.splitlines()[0].rstrip(".")
     return f"{Place(file, line)}: cannot read `{shown}`: {reason}"

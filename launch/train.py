@@ -5,9 +5,10 @@
 Run the same command again to go on where it stopped.
 """
 
+import contextlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ def train(
     hooks: Sequence[Hook] = (),
     max_skipped_in_a_row: int = 10,
     resolved: str = "",
-) -> TrainState:
+) -> None:
     """Trains until `periods.total`, resuming from the latest checkpoint in `model_dir` if there is one.
 
     Order of what parameters start from: 1. the latest checkpoint in `model_dir`; 2. `initial`; 3. fresh ones.
@@ -64,13 +65,15 @@ def train(
     Raises:
       UserError: anything the user can mend; one message.
     """
-    directory = RunDirectory(Path(model_dir).expanduser())
-    primary = distributed.is_primary()
+    directory, primary = RunDirectory(Path(model_dir).expanduser()), distributed.is_primary()
     rows = program.explain()
     if primary:
         directory.prepare(sum(row.total_bytes for row in rows if not row.name.startswith("batch")))
     checkpoints = Checkpoints(directory.checkpoints, keep, resolved)
     start = max(checkpoints.steps(), default=0)
+    if start >= periods.total:
+        print(f"step {start} of {periods.total} is already reached in {directory.root}; raise TRAIN_STEPS to go on")
+        return
     dataset = data.train(program.partitioner.process_rows(program.batch_size))
     check_batch(program.batch_spec, dataset.spec())
     progress = _progress(periods, start, primary)
@@ -78,25 +81,15 @@ def train(
         state, position = checkpoints.restore(start, program.abstract_state)
         dataset.restore(position)
         progress.note(f"resuming from {directory.checkpoints / str(start)}")
-    stream = prefetch(dataset)  # reads while the step compiles
-    try:
+    with contextlib.closing(prefetch(dataset)) as stream:  # reads while the step compiles
         step = program.compile_step()
         if not start:
             state = _fresh(program, initial)
+        tasks = data.eval_tasks() if periods.evaluate else []
         if primary:
-            mesh = ", ".join(f"{name}={size}" for name, size in program.partitioner.mesh.shape.items())
-            directory.describe(resolved, rows, summarize(rows, program.num_params, mesh, program.flops))
+            directory.describe(resolved, rows, summarize(program, rows))
+        evaluate = EvaluationLog(Evaluator(program, tasks, evaluation), directory, start, primary)
         reporter = _reporter(directory, start, primary, progress, program, resolved)
-        evaluator = Evaluator(program, data.eval_tasks() if periods.evaluate else [], evaluation)
-        files = _evaluation_files(directory, start, evaluator) if primary else {}
-
-        def evaluate(state: TrainState, step: int) -> dict[str, float]:
-            scalars, reports = evaluator.evaluate(state.params)
-            for task, report in reports.items():
-                if primary:
-                    files[task].write_record(step, report)
-            return scalars
-
         loop = Loop(
             step,
             program.put,
@@ -109,17 +102,29 @@ def train(
             max_skipped_in_a_row,
         )
         try:
-            state, last = loop.run(state, start)
+            last = loop.run(state, start)
             checkpoints.close()
         finally:
             reporter.close()
             if primary:
                 write_report(directory.root)
-    finally:
-        stream.close()
     if primary:
         _say_goodbye(directory, last, periods)
-    return state
+
+
+class EvaluationLog:
+    """Evaluates, and keeps each task's results in `eval/<task>.jsonl`."""
+
+    def __init__(self, evaluator: Evaluator, directory: RunDirectory, start: int, primary: bool):
+        names = evaluator.task_names if primary else []
+        self._files = {name: JsonlWriter(directory.evaluation(name), start) for name in names}
+        self._evaluator = evaluator
+
+    def __call__(self, state: TrainState, step: int) -> dict[str, float]:
+        scalars, reports = self._evaluator.evaluate(state.params)
+        for name, file in self._files.items():
+            file.write_record(step, reports[name])
+        return scalars
 
 
 def _fresh(program: TrainProgram, initial: Initial | None) -> TrainState:
@@ -155,10 +160,6 @@ def _reporter(
     return Reporter(Writers(writers), progress, program.flops, peak)
 
 
-def _evaluation_files(directory: RunDirectory, start: int, evaluator: Evaluator) -> Mapping[str, JsonlWriter]:
-    return {name: JsonlWriter(directory.evaluation(name), start) for name in evaluator.task_names}
-
-
 def _say_goodbye(directory: RunDirectory, last: int, periods: Periods) -> None:
     if last < periods.total:
         print(f"stopped after step {last} of {periods.total}, saved; run the same command again to go on")
@@ -170,9 +171,7 @@ def run(invocation: "Invocation") -> None:
     """Runs the verb from the command line."""
     from meshway.launch import config
 
-    distributed.start(
-        invocation.coordinator_address, invocation.num_processes, invocation.process_id, invocation.simulated_devices
-    )
+    distributed.start(*invocation.processes)
     recipe = config.load(invocation)
     arguments = recipe.build("train.train", given=["resolved"])
     if invocation.dry_run:

@@ -37,19 +37,22 @@ class DecoderOnly:
 
     def batch_spec(self, batch_size: int, lengths: Mapping[str, int]) -> dict[str, TokenSpec]:
         """Returns the features of a batch; `lengths` needs "targets", and "inputs" for a prefix LM."""
-        length, names = lengths["targets"], ["input_tokens", "target_tokens", "loss_weights", "segment_ids", "positions"]
+        length, names = (
+            lengths["targets"],
+            ["input_tokens", "target_tokens", "loss_weights", "segment_ids", "positions"],
+        )
         if self._prefix:
             length, names = length + lengths["inputs"], [*names, "prefix_mask"]
         return token_spec(batch_size, length, "decoder", names)
 
     def loss(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, dict]:
         """Returns (summed loss, summed weight, metrics) over weighted tokens; `rng` None means no dropout."""
-        logits = self._logits(params, batch, rng)
+        logits = self.logits(params, batch, rng)
         return self._criterion(logits, batch["decoder_target_tokens"], batch["decoder_loss_weights"])
 
     def score(self, params: dict[str, Any], batch: Batch) -> jax.Array:
         """Returns the log-probability of each target token, float32 [batch, length], 0 on padding."""
-        logits = self._logits(params, batch, None)
+        logits = self.logits(params, batch, None)
         return target_log_probs(logits, batch["decoder_target_tokens"], batch["decoder_loss_weights"])
 
     def prefill(self, params: dict[str, Any], batch: Batch, max_length: int) -> tuple[jax.Array, jax.Array, Any]:
@@ -65,7 +68,11 @@ class DecoderOnly:
         cache = network.empty_cache(rows, length + max_length)
         _, cache = network(tokens, positions, mask, cache=cache, cache_index=positions)
         last = jnp.sum(segments != 0, axis=1) - 1
-        return jnp.take_along_axis(tokens, last[:, None], axis=1), last, {"layers": cache, "slots": jnp.zeros(length + max_length)}
+        return (
+            jnp.take_along_axis(tokens, last[:, None], axis=1),
+            last,
+            {"layers": cache, "slots": jnp.zeros(length + max_length)},
+        )
 
     def decode(
         self, params: dict[str, Any], tokens: jax.Array, positions: jax.Array, cache: Any
@@ -75,7 +82,8 @@ class DecoderOnly:
         logits, layers = network.decode_cached(tokens, positions[:, None], cache["layers"], length)
         return logits[:, 0], cache | {"layers": layers}
 
-    def _logits(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> jax.Array:
+    def logits(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> jax.Array:
+        """Returns the logits of each target, float32 [batch, length, vocab]."""
         network = self._network.bind(params)
         logits, _ = network(batch["decoder_input_tokens"], batch["decoder_positions"], self._mask(batch), rng=rng)
         return logits

@@ -36,12 +36,12 @@ class EncoderDecoder:
 
     def loss(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, dict]:
         """Returns (summed loss, summed weight, metrics) over target tokens; `rng` None means no dropout."""
-        logits = self._logits(params, batch, rng)
+        logits = self.logits(params, batch, rng)
         return self._criterion(logits, batch["decoder_target_tokens"], batch["decoder_loss_weights"])
 
     def score(self, params: dict[str, Any], batch: Batch) -> jax.Array:
         """Returns the log-probability of each target token, float32 [batch, length], 0 on padding."""
-        logits = self._logits(params, batch, None)
+        logits = self.logits(params, batch, None)
         return target_log_probs(logits, batch["decoder_target_tokens"], batch["decoder_loss_weights"])
 
     def prefill(self, params: dict[str, Any], batch: Batch, max_length: int) -> tuple[jax.Array, jax.Array, Any]:
@@ -50,7 +50,11 @@ class EncoderDecoder:
         segments = batch["encoder_segment_ids"]
         encoded = network.encode(batch["encoder_input_tokens"], segments)
         # A dry array carries the static length through jit beside the cache.
-        cache = {"layers": network.empty_cache(encoded, max_length), "segments": segments, "slots": jnp.zeros(max_length)}
+        cache = {
+            "layers": network.empty_cache(encoded, max_length),
+            "segments": segments,
+            "slots": jnp.zeros(max_length),
+        }
         rows = segments.shape[0]
         return jnp.zeros((rows, 1), jnp.int32), jnp.zeros((rows,), jnp.int32), cache
 
@@ -62,7 +66,8 @@ class EncoderDecoder:
         logits, layers = network.decode_cached(tokens, positions[:, None], cache["layers"], cache["segments"], length)
         return logits[:, 0], cache | {"layers": layers}
 
-    def _logits(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> jax.Array:
+    def logits(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> jax.Array:
+        """Returns the logits of each target, float32 [batch, length, vocab]."""
         network = self._network.bind(params)
         encoder_key, decoder_key = (None, None) if rng is None else jax.random.split(rng)
         segments = batch["encoder_segment_ids"]

@@ -63,9 +63,7 @@ class LanguageModel(nnx.Module):
         """
         keys = split_key(rng, 3)
         x = dropout(self.token_embedding(tokens), self.dropout_rate, keys[0])
-        x, cache = self.decoder(
-            x, positions=positions, mask=mask, cache=cache, cache_index=cache_index, rng=keys[1]
-        )
+        x, cache = self.decoder(x, positions=positions, mask=mask, cache=cache, cache_index=cache_index, rng=keys[1])
         x = dropout(self.decoder_norm(x), self.dropout_rate, keys[2])
         logits = self.token_embedding.logits(x) if self.logits is None else self.logits(x)
         return constrain(logits.astype(jnp.float32), ("batch", "length", "vocab")), cache
@@ -74,9 +72,7 @@ class LanguageModel(nnx.Module):
         """Returns room for the keys and values of `length` positions."""
         return self.decoder.empty_cache(batch=batch, length=length, dtype=jnp.dtype(self.token_embedding.dtype))
 
-    def decode_cached(
-        self, tokens: jax.Array, positions: jax.Array, cache: Any, length: int
-    ) -> tuple[jax.Array, Any]:
+    def decode_cached(self, tokens: jax.Array, positions: jax.Array, cache: Any, length: int) -> tuple[jax.Array, Any]:
         """One step of decoding: tokens [batch, 1] at positions [batch, 1] -> (logits [batch, 1, vocab], cache)."""
         mask = causal_mask(positions, row_positions(length))
         return self(tokens, positions, mask, cache=cache, cache_index=positions)

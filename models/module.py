@@ -53,7 +53,9 @@ class Network:
         for path, variable in nnx.to_flat_state(state):
             names = variable.get_metadata().get("axes")
             if names is None:
-                raise ValueError(f"parameter {'/'.join(map(str, path))} has no logical axes; declare it by module.param")
+                raise ValueError(
+                    f"parameter {'/'.join(map(str, path))} has no logical axes; declare it by module.param"
+                )
             node = axes
             for key in path[:-1]:
                 node = node.setdefault(key, {})

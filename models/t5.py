@@ -77,7 +77,8 @@ class T5(nnx.Module):
         encoded_segments: jax.Array,
         rng: jax.Array | None = None,
     ) -> jax.Array:
-        """Teacher-forced: tokens [batch, length] against encoded [batch, kv_length, d_model] -> logits [batch, length, vocab]."""
+        """Teacher-forced: tokens [batch, length] against encoded [batch, kv_length, d_model] ->
+        logits [batch, length, vocab]."""
         positions = row_positions(tokens.shape[1])
         logits, _ = self._decode(
             tokens,

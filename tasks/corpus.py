@@ -78,9 +78,7 @@ def _corpus() -> tuple[list[Document], list[Function]]:
     digest.update(json.dumps(topics, sort_keys=True).encode())
     path = cached_file(f"pydocs-{digest.hexdigest()[:16]}.json", lambda: _extract(topics, contents))
     found = json.loads(path.read_text("utf-8"))
-    return [Document(*entry) for entry in found["documents"]], [
-        Function(*entry) for entry in found["functions"]
-    ]
+    return [Document(*entry) for entry in found["documents"]], [Function(*entry) for entry in found["functions"]]
 
 
 def _topics() -> dict[str, str]:
@@ -160,8 +158,7 @@ def _without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list
         kept = before[:-1] + (after[1:] if not after[0].strip() else after)
     margin = node.col_offset
     text = "\n".join(
-        (line[margin:] if not line[:margin].strip() else line).decode("utf-8", "replace").rstrip()
-        for line in kept
+        (line[margin:] if not line[:margin].strip() else line).decode("utf-8", "replace").rstrip() for line in kept
     )
     return text.strip()
 

@@ -23,9 +23,7 @@ BYTES_MEAN_SPAN = 20.0  # ByT5's (Xue et al. 2021, section 3.1): a span of 3 byt
 
 def text_dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
     """Returns {'text'} of each document of a split, in the corpus's order whatever `shuffle_files` says."""
-    return tf.data.Dataset.from_tensor_slices(
-        {"text": [document.text for document in corpus.documents(split)]}
-    )
+    return tf.data.Dataset.from_tensor_slices({"text": [document.text for document in corpus.documents(split)]})
 
 
 def function_dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
@@ -70,7 +68,7 @@ def _add_tasks(prefix: str, vocabulary: seqio.Vocabulary, mean_span: float) -> N
         f"{prefix}_summary",
         function_dataset,
         {"inputs": with_eos, "targets": with_eos},
-        [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
+        [preprocessors.text_to_text],
         [metrics.token_f1, metrics.exact_match],
     )
 

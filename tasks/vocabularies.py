@@ -51,9 +51,7 @@ class TrainedSentencePieceVocabulary(seqio.SentencePieceVocabulary):
         lines = _lines(self._texts())
         settings = _settings(self._pieces)
         digest = hashlib.sha256(json.dumps([settings, _NORMALIZATION, lines]).encode()).hexdigest()[:16]
-        return cached_file(
-            f"{self._name}-{self._pieces}-{digest}.model", lambda: self._train(lines, settings)
-        )
+        return cached_file(f"{self._name}-{self._pieces}-{digest}.model", lambda: self._train(lines, settings))
 
     @property
     def sentencepiece_model_file(self) -> str:
@@ -67,6 +65,7 @@ class TrainedSentencePieceVocabulary(seqio.SentencePieceVocabulary):
 
     def _train(self, lines: list[str], settings: dict[str, Any]) -> bytes:
         import sentencepiece
+        from sentencepiece import sentencepiece_model_pb2
 
         size = sum(map(len, lines))
         print(
@@ -86,12 +85,14 @@ class TrainedSentencePieceVocabulary(seqio.SentencePieceVocabulary):
                     minloglevel=2,
                     **settings,
                 )
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f"vocabulary {self._name!r}: SentencePiece cannot train {self._pieces} pieces on "
                 f"{size} characters: {error}"
             ) from error
-        return model.getvalue()
+        proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+        proto.normalizer_spec.normalization_rule_tsv = ""  # the rule is in; its temporary name would differ
+        return proto.SerializeToString(deterministic=True)
 
     def __eq__(self, other: object) -> bool:
         """Equal by what it is trained on and how, whether or not it has been trained yet."""

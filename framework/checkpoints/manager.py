@@ -77,7 +77,9 @@ class Checkpoints:
                 self.folder,
                 handler_registry=registry,
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=keep.policy(), read_only=read_only, cleanup_tmp_directories=not read_only
+                    preservation_policy=keep.policy(),
+                    read_only=read_only,
+                    cleanup_tmp_directories=not read_only,
                 ),
             )
         except OSError as error:
@@ -96,7 +98,9 @@ class Checkpoints:
         tree = _as_tree(state)
         recipe = {"gin": self._recipe, "version": _version(), "schema": schema_of(tree)}
         arguments = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(tree), data=ocp.args.JsonSave(dict(position)), recipe=ocp.args.JsonSave(recipe)
+            state=ocp.args.PyTreeSave(tree),
+            data=ocp.args.JsonSave(dict(position)),
+            recipe=ocp.args.JsonSave(recipe),
         )
         self._guard(lambda: self._manager.save(step, args=arguments, metrics=dict(metrics), force=True), step)
 
@@ -136,7 +140,9 @@ class Checkpoints:
     def restore_params(self, step: int, params: Any) -> Any:
         """Restores only the parameters named in `params`, a tree of ShapeDtypeStructs with shardings."""
         tree = {"params": params}
-        arguments = ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True)
+        arguments = ocp.args.PyTreeRestore(
+            tree, ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
+        )
         return self._read(step, state=arguments)["state"]["params"]
 
     def _read(self, step: int, **items: Any) -> Any:
@@ -176,5 +182,3 @@ def _version() -> str:
         return version("meshway")
     except PackageNotFoundError:
         return "uninstalled"
-
-

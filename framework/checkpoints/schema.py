@@ -18,6 +18,7 @@ def schema_of(tree: Any) -> Schema:
 
 def differences(saved: Schema, wanted: Schema, limit: int = 4) -> str:
     """Returns what differs in words, the first `limit` of each kind; '' where nothing does."""
+    wanted = dict(sorted(wanted.items(), key=lambda item: not item[0].startswith("params/")))  # what people know
     shapes = [
         f"{name} is {_shown(saved[name])} there and {_shown(spec)} here"
         for name, spec in wanted.items()

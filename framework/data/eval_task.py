@@ -111,9 +111,7 @@ class SeqioEvalTask:
           UserError: two metric functions return the same name, or there are more predictions than examples.
         """
         if len(predictions) > self.num_examples:
-            raise UserError(
-                f"task {self.name!r}: {len(predictions)} predictions for {self.num_examples} examples"
-            )
+            raise UserError(f"task {self.name!r}: {len(predictions)} predictions for {self.num_examples} examples")
         targets = [self.target(index) for index in range(len(predictions))]
         result: dict[str, float] = {}
         for metric_fn in self._task.predict_metric_fns:

@@ -40,9 +40,7 @@ class Converter(Protocol):
 
     def spec(self, lengths: Mapping[str, int], batch_size: int) -> Spec: ...
 
-    def check(
-        self, task_name: str, example_features: Collection[str], lengths: Mapping[str, int]
-    ) -> None: ...
+    def check(self, task_name: str, example_features: Collection[str], lengths: Mapping[str, int]) -> None: ...
 
     def rows(self, examples: Sequence[Example], lengths: Mapping[str, int], packed: bool) -> Arrays: ...
 
@@ -113,9 +111,7 @@ class LanguageModel:
 
     def prompts(self, examples: Sequence[Example], lengths: Mapping[str, int]) -> Arrays:
         """Raises UserError: such a task has nothing to be prompted with."""
-        raise UserError(
-            "LanguageModel tasks have no inputs to predict from; use PrefixLanguageModel for prediction"
-        )
+        raise UserError("LanguageModel tasks have no inputs to predict from; use PrefixLanguageModel for prediction")
 
 
 class PrefixLanguageModel:
@@ -153,18 +149,14 @@ class PrefixLanguageModel:
             inputs = np.asarray(example["inputs"])[: lengths["inputs"]]
             targets = np.asarray(example["targets"])[: lengths["targets"]]
             is_input = np.arange(len(inputs) + len(targets)) < len(inputs)
-            joined.append(
-                {"sequence": np.concatenate([inputs, targets]), "is_input": is_input.astype(np.int32)}
-            )
+            joined.append({"sequence": np.concatenate([inputs, targets]), "is_input": is_input.astype(np.int32)})
         length = lengths["inputs"] + lengths["targets"]
         laid = _lay(joined, {"sequence": length, "is_input": length}, packed)
         arrays = _decoder_arrays(laid, "sequence")
         if self.loss_on_targets_only:
             real = laid["sequence_segment_ids"] > 0
             # The start token belongs to the prefix, hence 1 at the head of each segment.
-            arrays["decoder_prefix_mask"] = (
-                _shift_right(laid["is_input"], laid["sequence_positions"], 1) * real
-            )
+            arrays["decoder_prefix_mask"] = _shift_right(laid["is_input"], laid["sequence_positions"], 1) * real
             arrays["decoder_loss_weights"] *= 1 - laid["is_input"]
         else:
             arrays["decoder_prefix_mask"] = np.zeros_like(laid["is_input"])
@@ -196,15 +188,12 @@ def _spec(dtypes: Mapping[str, type], batch_size: int, length: int) -> Spec:
     return {name: ((batch_size, length), np.dtype(dtype)) for name, dtype in dtypes.items()}
 
 
-def _check(
-    converter: Converter, task_name: str, example_features: Collection[str], lengths: Mapping[str, int]
-) -> None:
+def _check(converter: Converter, task_name: str, example_features: Collection[str], lengths: Mapping[str, int]) -> None:
     kind = type(converter).__name__
     for name in converter.task_features:
         if name not in example_features:
             raise UserError(
-                f"task {task_name!r} has no feature {name!r}, which {kind} reads; "
-                f"it has {sorted(example_features)}"
+                f"task {task_name!r} has no feature {name!r}, which {kind} reads; it has {sorted(example_features)}"
             )
         if name not in lengths:
             near = did_you_mean(name, set(lengths) - set(example_features))
@@ -221,15 +210,11 @@ def _check(
                 f"has {list(converter.task_features)}{did_you_mean(name, converter.task_features)}"
             )
         if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-            raise UserError(
-                f"TASK_FEATURE_LENGTHS[{name!r}] must be a whole number of tokens, not {length!r}"
-            )
+            raise UserError(f"TASK_FEATURE_LENGTHS[{name!r}] must be a whole number of tokens, not {length!r}")
 
 
 def _lay(examples: Sequence[Example], lengths: Mapping[str, int], packed: bool) -> Arrays:
-    trimmed = [
-        {name: np.asarray(example[name])[:length] for name, length in lengths.items()} for example in examples
-    ]
+    trimmed = [{name: np.asarray(example[name])[:length] for name, length in lengths.items()} for example in examples]
     return packing.pack(trimmed, lengths) if packed else packing.pad(trimmed, lengths)
 
 

@@ -8,9 +8,7 @@ Example = Mapping[str, np.ndarray]
 Arrays = dict[str, np.ndarray]
 
 
-def pack(
-    examples: Sequence[Example], lengths: Mapping[str, int], window: int = 256, pad_id: int = 0
-) -> Arrays:
+def pack(examples: Sequence[Example], lengths: Mapping[str, int], window: int = 256, pad_id: int = 0) -> Arrays:
     """Packs examples into rows, first fit over a bounded window of open rows.
 
     An example goes into the oldest open row that has room for all its features; when none has, a new row is
@@ -61,9 +59,7 @@ def _sizes(examples: Sequence[Example], lengths: Mapping[str, int]) -> np.ndarra
     return sizes
 
 
-def _first_fit(
-    sizes: np.ndarray, capacity: np.ndarray, window: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _first_fit(sizes: np.ndarray, capacity: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns (row [n], segment id [n], offset [n, features]) of each example with `sizes` [n, features]."""
     count = len(sizes)
     rows = np.zeros(count, np.int64)
@@ -110,9 +106,7 @@ def _lay_out(
     result: Arrays = {}
     for column, (name, length) in enumerate(lengths.items()):
         size = sizes[:, column]
-        tokens = np.concatenate(
-            [np.asarray(example[name]) for example in examples] or [np.zeros(0, np.int32)]
-        )
+        tokens = np.concatenate([np.asarray(example[name]) for example in examples] or [np.zeros(0, np.int32)])
         starts = np.cumsum(size) - size
         position = np.arange(len(tokens)) - np.repeat(starts, size)
         flat = np.repeat(rows * length + offsets[:, column], size) + position

@@ -21,7 +21,13 @@ def greedy(model: Model, params: Params, batch: Batch, max_length: int, eos_id: 
     """
     first, start, cache = model.prefill(params, batch, max_length)
     rows = first.shape[0]
-    carry = (jnp.zeros((), jnp.int32), first, cache, jnp.zeros((rows, max_length), jnp.int32), jnp.zeros(rows, bool))
+    carry = (
+        jnp.zeros((), jnp.int32),
+        first,
+        cache,
+        jnp.zeros((rows, max_length), jnp.int32),
+        jnp.zeros(rows, bool),
+    )
 
     def unfinished(carry: tuple) -> jax.Array:
         index, _, _, _, done = carry

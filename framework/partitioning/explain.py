@@ -40,7 +40,17 @@ def explain(partitioner: Partitioner, names: Any, shapes: Any, what: str) -> lis
         copies = partitioner.mesh.size * own // total if total else 1
         spec = "(" + ", ".join(_entry(entry) for entry in resolved.spec) + ")"
         rows.append(
-            Row(name, tuple(leaf_names), tuple(leaf.shape), str(leaf.dtype), spec, own, total, copies, " ".join(resolved.rules))
+            Row(
+                name,
+                tuple(leaf_names),
+                tuple(leaf.shape),
+                str(leaf.dtype),
+                spec,
+                own,
+                total,
+                copies,
+                " ".join(resolved.rules),
+            )
         )
 
     jax.tree_util.tree_map_with_path(add, shapes, names)
@@ -61,10 +71,21 @@ def format_rows(rows: Iterable[Row]) -> str:
         axes = ", ".join(name or "-" for name in row.axes)
         shape = "x".join(map(str, row.shape)) or "scalar"
         cells.append(
-            (row.name, axes, shape, row.dtype, row.spec, format_bytes(row.bytes_per_device), f"x{row.replicated}", row.rule)
+            (
+                row.name,
+                axes,
+                shape,
+                row.dtype,
+                row.spec,
+                format_bytes(row.bytes_per_device),
+                f"x{row.replicated}",
+                row.rule,
+            )
         )
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
+    )
 
 
 def format_bytes(count: float) -> str:

@@ -67,7 +67,8 @@ class Partitioner:
         """Returns the sharding of each feature of a batch."""
         return {
             name: NamedSharding(
-                self.mesh, self.activation_rules.resolve(feature.axes, feature.shape, f"batch feature {name}").spec
+                self.mesh,
+                self.activation_rules.resolve(feature.axes, feature.shape, f"batch feature {name}").spec,
             )
             for name, feature in spec.items()
         }
@@ -80,13 +81,20 @@ class Partitioner:
         """
         resolved = self.activation_rules.resolve(("batch",), (batch_size,), "the batch")
         sharding = NamedSharding(self.mesh, resolved.spec)
-        spans = [index[0].indices(batch_size)[:2] for index in sharding.addressable_devices_indices_map((batch_size,)).values()]
+        spans = [
+            index[0].indices(batch_size)[:2]
+            for index in sharding.addressable_devices_indices_map((batch_size,)).values()
+        ]
         start, stop = min(span[0] for span in spans), max(span[1] for span in spans)
         if sum(end - begin for begin, end in set(spans)) != stop - start:
-            raise UserError(f"this process's devices hold scattered rows of the batch: {sorted(set(spans))}; reorder the mesh")
+            raise UserError(
+                f"this process's devices hold scattered rows of the batch: {sorted(set(spans))}; reorder the mesh"
+            )
         return slice(start, stop)
 
-    def put_batch(self, batch: Mapping[str, np.ndarray], shardings: Mapping[str, NamedSharding], batch_size: int) -> dict[str, jax.Array]:
+    def put_batch(
+        self, batch: Mapping[str, np.ndarray], shardings: Mapping[str, NamedSharding], batch_size: int
+    ) -> dict[str, jax.Array]:
         """Puts this process's rows of a batch on its devices, as global arrays."""
         if jax.process_count() == 1:
             return jax.device_put(dict(batch), {name: shardings[name] for name in batch})
@@ -96,7 +104,12 @@ class Partitioner:
         }
 
     def compile(
-        self, function: Callable[..., Any], *arguments: Any, in_shardings: Any, out_shardings: Any, donate: tuple[int, ...] = ()
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        in_shardings: Any,
+        out_shardings: Any,
+        donate: tuple[int, ...] = (),
     ) -> jax.stages.Compiled:
         """Traces and compiles `function` for abstract or real `arguments`, under this layout."""
         with self.activate():

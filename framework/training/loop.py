@@ -1,5 +1,6 @@
 """The training loop: one screen. What happens besides steps is in the four things it calls."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -16,9 +17,11 @@ Step = Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Any]]
 
 
 class Hook(Protocol):
-    """Something small that happens after a step."""
+    """Something small that happens after a step, and when the run ends, however it ends."""
 
     def after_step(self, step: int) -> None: ...
+
+    def close(self) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +66,8 @@ class Loop:
     hooks: Sequence[Hook] = ()
     max_skipped_in_a_row: int = 10
 
-    def run(self, state: TrainState, start: int) -> tuple[TrainState, int]:
-        """Trains from after step `start` to the end or a stop signal; returns (state, last step), saved.
+    def run(self, state: TrainState, start: int) -> int:
+        """Trains from after step `start` to the end or a stop signal; returns the last step, whose save has begun.
 
         Raises:
           UserError: more than `max_skipped_in_a_row` steps in a row were not finite, or a save failed.
@@ -76,7 +79,10 @@ class Loop:
                 scalars = self.evaluate(state, 0)
             self.reporter.evaluated(0, scalars)
         step = start
-        with StopSignal() as stop:
+        with contextlib.ExitStack() as stack:
+            stop = stack.enter_context(StopSignal())
+            for hook in self.hooks:
+                stack.callback(hook.close)
             for step in range(start + 1, self.periods.total + 1):
                 with self.reporter.waiting():
                     batch, position = next(self.stream)
@@ -100,7 +106,7 @@ class Loop:
                     hook.after_step(step)
                 if stopping:
                     break
-        return state, step
+        return step
 
     def _await_step_before_last(
         self, streaks: list[tuple[int, jax.Array]], step: int, metrics: Any

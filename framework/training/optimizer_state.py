@@ -49,9 +49,7 @@ def transformation_axes(state: Any, axes: Axes, shapes: Params) -> Any:
         leaves, structure = tree_flatten_with_path(node)
         slots = _FACTORED.get(type(node), _no_slots)
         found.append(
-            jax.tree.unflatten(
-                structure, [_leaf_axes(path + inner, leaf, parameters, slots) for inner, leaf in leaves]
-            )
+            jax.tree.unflatten(structure, [_leaf_axes(path + inner, leaf, parameters, slots) for inner, leaf in leaves])
         )
     return jax.tree.unflatten(treedef, found)
 

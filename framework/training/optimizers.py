@@ -99,9 +99,7 @@ class Optimizer:
         schedule: Schedule = rate if callable(rate) else constant(rate)
         axes = select(axes, trainable)
         transformation = _build(self.transform, schedule, axes, "Optimizer.transform")
-        return BoundOptimizer(
-            transformation, schedule, self.max_grad_norm, trainable, axes, select(shapes, trainable)
-        )
+        return BoundOptimizer(transformation, schedule, self.max_grad_norm, trainable, axes, select(shapes, trainable))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,9 +229,7 @@ def lion(
     mu_dtype: str | None = None,
 ) -> AxesAware:
     """optax.lion that decays matrices only (see `decay_mask`), by `weight_decay` times the learning rate."""
-    return AxesAware(
-        lambda axes: optax.lion(learning_rate, b1, b2, mu_dtype, weight_decay, mask=decay_mask(axes))
-    )
+    return AxesAware(lambda axes: optax.lion(learning_rate, b1, b2, mu_dtype, weight_decay, mask=decay_mask(axes)))
 
 
 def sgd(
@@ -323,9 +319,7 @@ def decay_mask(axes: Axes) -> Any:
     biases are not decayed, stacked or not. Embeddings are decayed, as other matrices are; `by_pattern`
     exempts them where that is not wanted.
     """
-    return jax.tree.map(
-        lambda names: len(matrix_dims(names)) >= 2, axes, is_leaf=lambda node: isinstance(node, tuple)
-    )
+    return jax.tree.map(lambda names: len(matrix_dims(names)) >= 2, axes, is_leaf=lambda node: isinstance(node, tuple))
 
 
 def _grouped(
@@ -360,14 +354,10 @@ def _muon_dimensions(axes: Axes, adam_axes: Sequence[str]) -> Any:
     return map_paths(dimensions, axes)
 
 
-def _build(
-    factory: Factory, learning_rate: float | Schedule, axes: Axes, where: str
-) -> optax.GradientTransformation:
+def _build(factory: Factory, learning_rate: float | Schedule, axes: Axes, where: str) -> optax.GradientTransformation:
     """Calls a transform factory and gives it the axes if it asks for them."""
     if isinstance(factory, (optax.GradientTransformation, AxesAware)) or not callable(factory):
-        raise UserError(
-            f"{where}: {factory!r:.60} is no factory; write it without parentheses (@optax.adamw)"
-        )
+        raise UserError(f"{where}: {factory!r:.60} is no factory; write it without parentheses (@optax.adamw)")
     try:
         inspect.signature(factory).bind_partial(learning_rate=learning_rate)
     except TypeError:

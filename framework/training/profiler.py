@@ -18,9 +18,7 @@ class Profile:
     def __init__(self, model_dir: str | os.PathLike[str], start_step: int = 10, num_steps: int = 3) -> None:
         """Prepares a trace into `model_dir`/profile. Raises UserError for steps that cannot be."""
         if start_step < 1 or num_steps < 1:
-            raise UserError(
-                f"Profile: start_step and num_steps must be at least 1, got {start_step}, {num_steps}"
-            )
+            raise UserError(f"Profile: start_step and num_steps must be at least 1, got {start_step}, {num_steps}")
         self._folder = Path(model_dir) / "profile"
         self._start_step, self._num_steps = start_step, num_steps
         self._tracing = False

@@ -87,7 +87,9 @@ class TrainProgram:
         """Model FLOPs of one step: three times the matmuls of a forward pass."""
         with self.partitioner.activate():
             return train_flops(
-                lambda params, batch: self.model.loss(params, batch, None)[0], self.param_shapes, self.abstract_batch
+                lambda params, batch: self.model.loss(params, batch, None)[0],
+                self.param_shapes,
+                self.abstract_batch,
             )
 
     def init(self) -> TrainState:
@@ -124,7 +126,12 @@ class TrainProgram:
         rows: list[Row] = []
         axes = state_axes(self.model, self.optimizer)
         for field in dataclasses.fields(TrainState):
-            rows += explain(self.partitioner, getattr(axes, field.name), getattr(self.state_shapes, field.name), field.name)
+            rows += explain(
+                self.partitioner,
+                getattr(axes, field.name),
+                getattr(self.state_shapes, field.name),
+                field.name,
+            )
         batch_axes = {name: spec.axes for name, spec in self.batch_spec.items()}
         return rows + explain(self.partitioner, batch_axes, self.abstract_batch, "batch")
 
@@ -149,7 +156,9 @@ def check_batch(spec: Mapping[str, ArraySpec], given: Mapping[str, tuple[Sequenc
         )
     for name, (shape, _) in given.items():
         if tuple(shape) != tuple(spec[name].shape):
-            raise UserError(f"batch feature {name}: the data gives {tuple(shape)}, the model asks {tuple(spec[name].shape)}")
+            raise UserError(
+                f"batch feature {name}: the data gives {tuple(shape)}, the model asks {tuple(spec[name].shape)}"
+            )
 
 
 def _synthetic(name: str, spec: ArraySpec, random: np.random.Generator) -> np.ndarray:
@@ -160,4 +169,3 @@ def _synthetic(name: str, spec: ArraySpec, random: np.random.Generator) -> np.nd
     if name.endswith(("segment_ids", "weights")):
         return np.ones(spec.shape, spec.dtype)
     return random.standard_normal(spec.shape).astype(spec.dtype)
-

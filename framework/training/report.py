@@ -137,9 +137,7 @@ def _escape(value: Any) -> str:
 
 def _heading(run: _Run) -> str:
     numbers = [(name, value) for name, value in _summary(run) if value]
-    cells = "".join(
-        f"<div><dt>{_escape(name)}</dt><dd>{_escape(value)}</dd></div>" for name, value in numbers
-    )
+    cells = "".join(f"<div><dt>{_escape(name)}</dt><dd>{_escape(value)}</dd></div>" for name, value in numbers)
     notes = "".join(f'<p class="muted">{_escape(sentence)}</p>' for sentence in run.missing)
     return f'<h1>{_escape(run.name)}</h1>\n<dl class="numbers">{cells}</dl>\n{notes}'
 

@@ -26,6 +26,7 @@ class Reporter:
         """Takes a step's metrics, and writes the report before it if one is due. Never waits for this step."""
         self.flush()
         self._buffer.add(step, metrics)
+        self._progress.advance(step)
 
     def report(self, step: int, extra: Mapping[str, float] = {}) -> None:
         """Makes a report of the steps since the last one; it is written once the next step is under way."""
@@ -54,7 +55,10 @@ class Reporter:
             means.pop("skipped_in_a_row", None)
             tokens = means.pop("tokens", None)
             seconds = elapsed / pending.num_steps
-            scalars |= means | {"step_seconds": seconds, "data_wait_fraction": waited / elapsed if elapsed else 0.0}
+            scalars |= means | {
+                "step_seconds": seconds,
+                "data_wait_fraction": waited / elapsed if elapsed else 0.0,
+            }
             if tokens is not None:
                 scalars["tokens_per_second"] = tokens / seconds
             scalars["mfu"] = self._flops / seconds / self._peak

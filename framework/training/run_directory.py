@@ -6,8 +6,11 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+
 from meshway.framework.errors import UserError
 from meshway.framework.partitioning.explain import Row, format_bytes, format_rows, replicated_share
+from meshway.framework.training.program import TrainProgram
 from meshway.framework.training.writers import replace_file
 
 
@@ -75,19 +78,20 @@ class RunDirectory:
             raise UserError(f"cannot write {self.root / name}: {error.strerror or error}") from error
 
 
-def summarize(rows: Sequence[Row], num_params: int, mesh: str, flops: float) -> str:
-    """Returns the lines above a layout table: parameters, mesh, FLOPs of a step, bytes per device by kind."""
+def summarize(program: TrainProgram, rows: Sequence[Row]) -> str:
+    """Returns the lines beside a layout table: parameters, mesh, FLOPs of a step, bytes per device by kind."""
     kinds: dict[str, int] = {}
     for row in rows:
         kind = row.name.split("/")[0]
         kinds[kind] = kinds.get(kind, 0) + row.bytes_per_device
     params = kinds.get("params", 0)
     state = [row for row in rows if not row.name.startswith("batch")]
+    mesh = ", ".join(f"{name}={size}" for name, size in program.partitioner.mesh.shape.items())
     return "\n".join(
         [
-            f"parameters: {num_params:,}",
-            f"mesh: {mesh}",
-            f"model FLOPs per step: {flops:.4g}",
+            f"parameters: {program.num_params:,}",
+            f"mesh: {mesh} ({program.partitioner.mesh.size} of {jax.device_count()} devices)",
+            f"model FLOPs per step: {program.flops:.4g}",
             f"bytes per device: parameters {format_bytes(params)}, optimizer {format_bytes(kinds.get('opt_state', 0))}, "
             f"gradients {format_bytes(params)}, batch {format_bytes(kinds.get('batch', 0))}; activations are not counted",
             f"replicated on every device: {100 * replicated_share(state):.1f} % of the state's bytes on a device",

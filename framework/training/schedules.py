@@ -32,9 +32,7 @@ def constant(learning_rate: float) -> Schedule:
     return lambda step: jnp.full(jnp.shape(step), learning_rate, jnp.float32)
 
 
-def warmup_cosine(
-    learning_rate: float, warmup_steps: int, total_steps: int, final_fraction: float = 0.1
-) -> Schedule:
+def warmup_cosine(learning_rate: float, warmup_steps: int, total_steps: int, final_fraction: float = 0.1) -> Schedule:
     """Returns a linear warm-up from 0 to `learning_rate`, then half a cosine down to a fraction of it.
 
     Args:
@@ -47,9 +45,7 @@ def warmup_cosine(
       UserError: the warm-up is negative or as long as the whole.
     """
     if not 0 <= warmup_steps < total_steps:
-        raise UserError(
-            f"warmup_cosine: warmup_steps={warmup_steps} must lie in [0, total_steps={total_steps})"
-        )
+        raise UserError(f"warmup_cosine: warmup_steps={warmup_steps} must lie in [0, total_steps={total_steps})")
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, warmup_steps, total_steps, learning_rate * final_fraction
     )

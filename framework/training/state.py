@@ -42,6 +42,9 @@ def init_sharded(
     """Initialises every leaf directly into its shards; equal on every mesh."""
     key = jax.random.key(seed)
     initialise = partitioner.compile(
-        lambda key: init_state(model, optimizer, key), key, in_shardings=partitioner.replicated, out_shardings=shardings
+        lambda key: init_state(model, optimizer, key),
+        key,
+        in_shardings=partitioner.replicated,
+        out_shardings=shardings,
     )
     return initialise(key)

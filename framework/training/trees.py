@@ -17,9 +17,7 @@ def flatten(tree: Params, prefix: str = "") -> dict[str, Any]:
 def map_paths(function: Callable[[str, Any], Any], tree: Params, prefix: str = "") -> Params:
     """Returns the tree of ``function(path, leaf)``."""
     return {
-        key: map_paths(function, child, f"{prefix}{key}/")
-        if isinstance(child, dict)
-        else function(prefix + key, child)
+        key: map_paths(function, child, f"{prefix}{key}/") if isinstance(child, dict) else function(prefix + key, child)
         for key, child in tree.items()
     }
 

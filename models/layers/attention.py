@@ -134,7 +134,5 @@ class Attention(nnx.Module):
                     for old, new in zip(cache, attended, strict=True)
                 )
         query = constrain(query, ("batch", "length", "heads", "head_dim"))
-        y = dot_product_attention(
-            query, *attended, bias=bias, mask=mask, dropout_rate=self.dropout_rate, rng=rng
-        )
+        y = dot_product_attention(query, *attended, bias=bias, mask=mask, dropout_rate=self.dropout_rate, rng=rng)
         return constrain(self.out(y), ("batch", "length", "embed")), cache

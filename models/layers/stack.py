@@ -62,7 +62,11 @@ class Stack(nnx.Module):
         self.scan, self.remat = scan, remat
         for i, block in enumerate(blocks):
             keys = jax.random.split(rngs.params(), self.num_periods)
-            setattr(self, f"block_{i}", _stacked(lambda key, block=block: block(d_model=d_model, rngs=nnx.Rngs(params=key)), keys))
+            setattr(
+                self,
+                f"block_{i}",
+                _stacked(lambda key, block=block: block(d_model=d_model, rngs=nnx.Rngs(params=key)), keys),
+            )
 
     def __call__(
         self, x: jax.Array, *, rng: jax.Array | None = None, cache: Any = None, **context: Any
@@ -82,9 +86,9 @@ class Stack(nnx.Module):
         keys = None if rng is None else jax.random.split(rng, self.num_periods)
 
         def period(x: jax.Array, layer: tuple[Any, Any, Any]) -> tuple[jax.Array, Any]:
-            states, key, caches = layer
+            states, period_key, caches = layer
             new = []
-            for i, key in enumerate(split_key(key, self.pattern)):
+            for i, key in enumerate(split_key(period_key, self.pattern)):
                 block = nnx.merge(graphdefs[i], states[i])
                 x, block_cache = block(x, rng=key, cache=None if caches is None else caches[i], **context)
                 new.append(block_cache)

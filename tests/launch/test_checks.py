@@ -45,8 +45,7 @@ MISTAKES = {
     ),
     "a function left out": (
         "train.steps = 3",
-        "recipe.gin:2: train.steps: train is a module, not a class or function; "
-        "did you mean 'train.train.steps'?",
+        "recipe.gin:2: train.steps: train is a module, not a class or function; did you mean 'train.train.steps'?",
     ),
     "a constant as a function": (
         "layers.Block.mlp = @layers.WIDTH",
@@ -71,8 +70,7 @@ MISTAKES = {
     ),
     "an unopened scope": (
         "layers.Block.mlp = @wide/layers.Mlp\nwied/layers.Mlp.hidden = 3",
-        "recipe.gin:3: wied/layers.Mlp.hidden has no effect: no reference opens the scope 'wied'; "
-        "did you mean 'wide'?",
+        "recipe.gin:3: wied/layers.Mlp.hidden has no effect: no reference opens the scope 'wied'; did you mean 'wide'?",
     ),
     "macros that need each other": (
         "TRAIN_STEPS = %A\nA = %B\nB = [%A]",
@@ -131,6 +129,38 @@ def test_a_broken_reference_is_not_blamed_on_what_hangs_on_it(lab):
     assert text == "--gin.MODEL: @model.Modle: module lab.model has no 'Modle'; did you mean 'Model'?"
 
 
+def test_what_hangs_on_a_misspelt_macro_is_not_blamed(lab):
+    recipe = lab.folder.joinpath("gin/recipes/base.gin").read_text().replace("MODEL = ", "MODLE = ")
+    assert message(lab, recipe=recipe).splitlines()[:2] == [
+        "2 problems:",
+        "  recipe.gin:7: nothing uses the macro MODLE; did you mean 'MODEL' or 'MODEL_DIR'?",
+    ]
+
+
+def test_what_hangs_on_a_misspelt_class_is_not_blamed(lab):
+    recipe = lab.folder.joinpath("gin/recipes/base.gin").read_text().replace("[@layers.Block]", "[@layers.Blck]")
+    assert message(lab, recipe=recipe) == (
+        "recipe.gin:8: @layers.Blck: module lab.layers has no 'Blck'; did you mean 'Block'?"
+    )
+
+
+def test_parameters_are_those_of_the_constructor_whatever_the_metaclass(lab):
+    lab.write("lab/mesh.py", META)
+    text = message(lab, "mesh.MeshShape.icy=3")
+    assert text == "--gin.mesh.MeshShape.icy: mesh.MeshShape has no parameter 'icy'; did you mean 'ici'?"
+
+
+META = """
+    class Meta(type):
+        def __call__(cls, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    class MeshShape(metaclass=Meta):
+        def __init__(self, ici):
+            self.ici = ici
+"""
+
+
 def test_missing_values_are_listed_at_once_with_their_flags(lab):
     recipe = f"{INCLUDE}TRAIN_STEPS = %gin.REQUIRED\nlayers.Mlp.hidden = %gin.REQUIRED"
     text = message(lab, "MODEL_DIR=%gin.REQUIRED", recipe=recipe)
@@ -149,10 +179,7 @@ def test_a_value_that_another_verb_requires_is_not_asked_for(lab):
 def test_a_call_that_lacks_arguments_names_their_flags(lab):
     recipe = "from lab import layers\nfrom lab import model\nMODEL = @model.Model()\n"
     text = message(lab, "TRAIN_STEPS=@layers.Mlp()", recipe=recipe)
-    assert (
-        text
-        == "--gin.TRAIN_STEPS: @layers.Mlp() needs hidden, which nothing binds: --gin.layers.Mlp.hidden=..."
-    )
+    assert text == "--gin.TRAIN_STEPS: @layers.Mlp() needs hidden, which nothing binds: --gin.layers.Mlp.hidden=..."
 
 
 def test_replacing_a_part_does_not_blame_what_an_included_file_bound_for_it(lab):
@@ -180,6 +207,4 @@ def test_bindings_for_other_verbs_are_no_problem(lab):
 def test_a_module_that_needs_what_is_not_installed_says_so(lab):
     lab.write("lab/broken.py", "import not_installed_anywhere\n")
     text = message(lab, recipe=f"{INCLUDE}from lab import broken")
-    assert text == (
-        "recipe.gin:2: module lab.broken cannot be imported: No module named 'not_installed_anywhere'"
-    )
+    assert text == ("recipe.gin:2: module lab.broken cannot be imported: No module named 'not_installed_anywhere'")

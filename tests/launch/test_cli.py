@@ -47,6 +47,11 @@ def test_a_subject_follows_its_verb():
     assert cli.parse(["bench", "train", "--gin_file=a"]).subject == "train"
 
 
+def test_a_switch_is_a_binding():
+    words = ["bench", "train", "--interleave", "--gin_file=a", "--gin.SEED=1"]
+    assert cli.parse(words).bindings == ("SEED=1", "bench.train.interleave=True")
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -35,9 +35,7 @@ def test_imports_of_included_files_carry_over(lab):
 
 
 def test_modules_of_one_name_stay_apart(lab):
-    lab.write(
-        "lab/other/layers.py", "class Mlp:\n    def __init__(self, hidden):\n        self.hidden = -hidden\n"
-    )
+    lab.write("lab/other/layers.py", "class Mlp:\n    def __init__(self, hidden):\n        self.hidden = -hidden\n")
     recipe = """
         include 'base'
         from lab.other import layers as other
@@ -82,9 +80,7 @@ def test_loading_again_forgets_the_former_recipe(lab):
 
 
 def test_two_spellings_of_one_object_are_one(lab):
-    recipe = (
-        "include 'base'\nmodel.Model.blocks = [@model.Block]\nlayers.Block.heads = 3\nmodel.Block.heads = 5"
-    )
+    recipe = "include 'base'\nmodel.Model.blocks = [@model.Block]\nlayers.Block.heads = 3\nmodel.Block.heads = 5"
     loaded = lab.load(recipe=recipe)
     assert loaded.build("train.train")["model"].blocks[0].heads == 5
     assert "layers.Block.heads" not in loaded.resolved
@@ -100,8 +96,7 @@ def test_the_resolved_text_gives_the_same_recipe_and_the_same_text(lab, bindings
     again = lab.load(gin_files=[path])
     assert again.resolved == loaded.resolved
     shown = [
-        [vars(b.mlp) | {"heads": b.heads} for b in r.build("train.train")["model"].blocks]
-        for r in (loaded, again)
+        [vars(b.mlp) | {"heads": b.heads} for b in r.build("train.train")["model"].blocks] for r in (loaded, again)
     ]
     assert shown[0] == shown[1]
 
@@ -177,17 +172,13 @@ def test_an_error_that_names_no_argument_shows_the_latest_bindings_first(lab):
         "class MeshShape:\n    def __init__(self, ici, dcn=1):\n        raise ValueError('no')\n",
     )
     recipe = "include 'base'\nLAYOUT = 'single'\nmesh.MeshShape.dcn = 2\n"
-    with pytest.raises(
-        UserError, match=r"^mesh.MeshShape: no \(bound: ici at --gin.*, dcn at recipe.gin:3\)$"
-    ):
+    with pytest.raises(UserError, match=r"^mesh.MeshShape: no \(bound: ici at --gin.*, dcn at recipe.gin:3\)$"):
         lab.load("mesh.MeshShape.ici=3", recipe=recipe).build("train.train")
 
 
 def test_an_error_of_the_framework_keeps_its_words(lab):
     text = "from meshway.framework.errors import UserError\n"
-    text += (
-        "class MeshShape:\n    def __init__(self, ici):\n        raise UserError('8 devices, 2 are here')\n"
-    )
+    text += "class MeshShape:\n    def __init__(self, ici):\n        raise UserError('8 devices, 2 are here')\n"
     lab.write("lab/mesh.py", text)
     with pytest.raises(UserError, match="^8 devices, 2 are here$"):
         lab.load().build("train.train")
@@ -200,9 +191,7 @@ def test_a_factory_called_without_an_argument_names_the_binding_to_add(lab):
 
 
 def test_a_bug_while_building_keeps_its_own_type(lab):
-    lab.write(
-        "lab/mesh.py", "class MeshShape:\n    def __init__(self, ici):\n        raise KeyError('bug')\n"
-    )
+    lab.write("lab/mesh.py", "class MeshShape:\n    def __init__(self, ici):\n        raise KeyError('bug')\n")
     with pytest.raises(KeyError, match="bug"):
         lab.load().build("train.train")
 

@@ -11,17 +11,13 @@ def read(lab, verb: str = "train", **options) -> dict:
     return lab.load(**options).build("train.train")
 
 
-@pytest.mark.parametrize(
-    "name", ["recipes/base.gin", "recipes/base", "base.gin", "base", "gin/recipes/base.gin"]
-)
+@pytest.mark.parametrize("name", ["recipes/base.gin", "recipes/base", "base.gin", "base", "gin/recipes/base.gin"])
 def test_a_shipped_recipe_is_found_by_every_spelling(lab, name):
     assert read(lab, gin_files=[name])["steps"] == 10
 
 
 def test_files_are_tried_as_given_then_beside_then_in_search_paths_then_shipped(lab):
-    files = GinFiles(
-        [str(lab.folder / "extra")] if (lab.folder / "extra").mkdir() is None else [], lab.folder / "gin"
-    )
+    files = GinFiles([str(lab.folder / "extra")] if (lab.folder / "extra").mkdir() is None else [], lab.folder / "gin")
     beside = lab.folder / "beside"
     places = ["gin/part.gin", "extra/part.gin", "beside/part.gin", "part.gin"]
     for place in places:
@@ -43,9 +39,7 @@ def test_files_that_include_each_other_are_refused(lab):
 
 
 def test_a_search_path_may_hold_the_defaults_of_a_verb(lab):
-    lab.write(
-        "mine/runs/train.gin", lab.folder.joinpath("gin/runs/train.gin").read_text().replace("10", "33")
-    )
+    lab.write("mine/runs/train.gin", lab.folder.joinpath("gin/runs/train.gin").read_text().replace("10", "33"))
     assert read(lab, search_paths=("mine",))["steps"] == 33
     with pytest.raises(UserError, match="--gin_search_paths: nowhere is not a folder"):
         lab.load(search_paths=("nowhere",))

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from meshway.framework.data.features import EncoderDecoder, LanguageModel, PrefixLanguageModel
 from meshway.framework.errors import UserError
 
@@ -73,7 +74,12 @@ def test_prefix_prompt_is_the_training_row_before_its_targets():
     assert prompts["decoder_input_tokens"].shape == (3, 7)
     for index, size in enumerate((3, 2, 6)):
         seen = slice(0, size + 1)
-        for name in ("decoder_input_tokens", "decoder_segment_ids", "decoder_positions", "decoder_prefix_mask"):
+        for name in (
+            "decoder_input_tokens",
+            "decoder_segment_ids",
+            "decoder_positions",
+            "decoder_prefix_mask",
+        ):
             np.testing.assert_array_equal(prompts[name][index, seen], rows[name][index, seen], err_msg=name)
             assert not prompts[name][index, size + 1 :].any()
     assert not prompts["decoder_loss_weights"].any()
@@ -97,10 +103,25 @@ def test_language_model_cannot_be_prompted():
     ("converter", "has", "lengths", "message"),
     [
         (EncoderDecoder(), ["targets"], LENGTHS, "has no feature 'inputs'"),
-        (EncoderDecoder(), ["inputs", "targets"], {"inputs": 6}, "lacks 'targets'.*--gin.TASK_FEATURE_LENGTHS="),
-        (EncoderDecoder(), ["inputs", "targets"], LENGTHS | {"tragets": 4}, "'tragets'.*did you mean 'targets'"),
+        (
+            EncoderDecoder(),
+            ["inputs", "targets"],
+            {"inputs": 6},
+            "lacks 'targets'.*--gin.TASK_FEATURE_LENGTHS=",
+        ),
+        (
+            EncoderDecoder(),
+            ["inputs", "targets"],
+            LENGTHS | {"tragets": 4},
+            "'tragets'.*did you mean 'targets'",
+        ),
         (EncoderDecoder(), ["inputs", "targets"], {"inputs": 6, "target": 5}, "lacks.*did you mean 'target'"),
-        (EncoderDecoder(), ["inputs", "targets"], {"inputs": 6, "targets": 0}, "whole number of tokens, not 0"),
+        (
+            EncoderDecoder(),
+            ["inputs", "targets"],
+            {"inputs": 6, "targets": 0},
+            "whole number of tokens, not 0",
+        ),
         (LanguageModel(), ["inputs", "targets"], {"targets": 5}, "PrefixLanguageModel"),
         (LanguageModel(), ["targets"], LENGTHS, "length for 'inputs', which the task has not"),
     ],

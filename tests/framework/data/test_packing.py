@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from meshway.framework.data import packing
 
 LENGTHS = {"inputs": 12, "targets": 7}

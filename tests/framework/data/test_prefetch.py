@@ -1,6 +1,7 @@
 import threading
 
 import pytest
+
 from meshway.framework.data.prefetch import prefetch
 
 

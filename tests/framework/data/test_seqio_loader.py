@@ -1,8 +1,10 @@
 import functools
+import subprocess
 import sys
 
 import numpy as np
 import pytest
+
 from meshway.framework.data.features import EncoderDecoder, LanguageModel, PrefixLanguageModel
 from meshway.framework.data.seqio_loader import SeqioData, import_seqio
 from meshway.framework.errors import UserError
@@ -93,12 +95,12 @@ def assert_same(left, right):
 def test_a_stream_is_the_same_each_time_and_after_any_restart(seqio, name):
     whole = data(name, seed=3).train(slice(None))
     batches, states = [], [whole.state()]
-    for _ in range(12):
+    for _ in range(8):
         batches.append(next(whole))
         states.append(whole.state())
-    assert_same(take(data(name, seed=3).train(slice(None)), 12), batches)
+    assert_same(take(data(name, seed=3).train(slice(None)), 5), batches[:5])
     again = data(name, seed=3).train(slice(None))
-    for at in (11, 0, 5, 7):
+    for at in (7, 2):
         again.restore(states[at])
         assert_same([next(again)], [batches[at]])
     other = take(data(name, seed=4).train(slice(None)), 1)
@@ -212,7 +214,10 @@ def test_a_missing_evaluation_split_is_an_error_only_when_asked_for(seqio):
         ({"module": "no_such_package.tasks"}, "'no_such_package.tasks'.*not found: no 'no_such_package'"),
         ({"train_split": "trian"}, "no split 'trian' for training.*did you mean 'train'"),
         ({"lengths": {"inputs": 4}}, "TASK_FEATURE_LENGTHS lacks 'targets'"),
-        ({"name": "tiny_broken"}, "task 'tiny_broken', split 'train': KeyError.*no such field.*test_seqio_loader"),
+        (
+            {"name": "tiny_broken"},
+            "task 'tiny_broken', split 'train': KeyError.*no such field.*test_seqio_loader",
+        ),
         ({"name": "tiny_float"}, "feature 'inputs' has rank 2 and dtype float32"),
         ({"name": "tiny_own"}, "mixture 'tiny_own' has a sample_fn of its own"),
         ({"use_cached": True}, "task 'tiny_a' cannot be read with use_cached=True"),
@@ -236,17 +241,14 @@ def test_a_module_that_fails_is_named_with_the_place(seqio, tmp_path, monkeypatc
         data(module=["math", "their_other"]).vocabularies()
 
 
-def test_importing_the_door_imports_no_tensorflow():
-    import subprocess
-
-    code = "import sys; import meshway.framework.data.seqio_loader; print('tensorflow' in sys.modules)"
+def test_tensorflow_comes_in_when_it_is_called_for_and_without_a_word():
+    code = """if True:
+        import sys
+        from meshway.framework.data.seqio_loader import import_seqio
+        assert "tensorflow" not in sys.modules
+        import_seqio()
+        assert "tensorflow" in sys.modules
+        sys.stderr.write("heard")
+    """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
-
-
-def test_tensorflow_starts_without_a_word():
-    import subprocess
-
-    code = "from meshway.framework.data.seqio_loader import import_seqio; import_seqio()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stderr == ""
+    assert done.stderr == "heard"

@@ -2,6 +2,7 @@ import collections
 
 import numpy as np
 import pytest
+
 from meshway.framework.data.features import LanguageModel
 from meshway.framework.data.stream import Mixer, RowStream, Source, epoch_seed, permutation
 from meshway.framework.errors import UserError
@@ -57,6 +58,9 @@ def test_restart_at_every_position_equals_no_restart(sources, pack):
         for offset in range(min(3, 25 - at)):
             assert same(next(again), batches[at + offset])
             assert again.state() == states[at + offset + 1]
+    for at in (24, 1, 13):  # an open stream goes back and forth as well
+        whole.restore(states[at])
+        assert same(next(whole), batches[at])
 
 
 @pytest.mark.parametrize("sources", [ONE, SEVERAL])

@@ -140,8 +140,7 @@ def test_encoder_decoder_by_closed_form() -> None:
 
     def attend(x: jax.Array, memory: jax.Array, w: list[jax.Array]) -> jax.Array:
         q, k, v = (
-            (a @ b).reshape(*a.shape[:2], heads, head_dim)
-            for a, b in zip((x, memory, memory), w[:3], strict=True)
+            (a @ b).reshape(*a.shape[:2], heads, head_dim) for a, b in zip((x, memory, memory), w[:3], strict=True)
         )
         scores = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k))
         return x + jnp.einsum("bhqk,bkhd->bqhd", scores, v).reshape(x.shape) @ w[3]
@@ -167,17 +166,13 @@ def test_encoder_decoder_by_closed_form() -> None:
         "mlp": [_spec(layers, model, hidden)] * 2 + [_spec(layers, hidden, model)],
     }
     params = {"embed": _spec(vocab, model), "head": _spec(model, vocab), "encoder": block, "decoder": block}
-    flops = train_flops(
-        logits, params, _spec(batch, source, dtype="int32"), _spec(batch, target, dtype="int32")
-    )
+    flops = train_flops(logits, params, _spec(batch, source, dtype="int32"), _spec(batch, target, dtype="int32"))
 
     def attention(queries: int, keys: int) -> int:
         projections = 2 * model * model * (2 * queries + 2 * keys)
         return projections + 2 * 2 * queries * keys * heads * head_dim
 
     encoder = layers * (attention(source, source) + 3 * 2 * source * model * hidden)
-    decoder = layers * (
-        attention(target, target) + attention(target, source) + 3 * 2 * target * model * hidden
-    )
+    decoder = layers * (attention(target, target) + attention(target, source) + 3 * 2 * target * model * hidden)
     assert flops == 3 * batch * (encoder + decoder + 2 * target * model * vocab)
     np.testing.assert_allclose(flops, 126.2e9, rtol=1e-3)

@@ -77,9 +77,7 @@ def test_a_stack_equals_its_layers_trained_apart() -> None:
     shapes = {"query": (8, 4, 3), "out": (4, 3, 8), "scale": (8,), "small": (2, 8)}
     # Layers of very different sizes: any mixing in clipping, scale or factoring would show.
     sizes = [1e-3, 1.0, 30.0]
-    layers = [
-        {n: _normal(7 * k + i, s, sizes[k]) for i, (n, s) in enumerate(shapes.items())} for k in range(3)
-    ]
+    layers = [{n: _normal(7 * k + i, s, sizes[k]) for i, (n, s) in enumerate(shapes.items())} for k in range(3)]
     grads = [
         [
             {n: _normal(100 * t + 7 * k + i, s, 10.0 ** (k - 1)) for i, (n, s) in enumerate(shapes.items())}
@@ -127,7 +125,7 @@ def test_joined_heads_equal_the_reshaped_matrix() -> None:
 
 def test_dimensions_by_name() -> None:
     assert matrix_dims(("layers", "embed", "heads", "head_dim")) == [(1,), (2, 3)]
-    assert matrix_dims(("expert", "layers")) == []
+    assert matrix_dims(("stage", "expert", "layers", "embed")) == [(3,)]
     assert matrix_dims(("heads", "embed", "head_dim")) == [(0,), (1,), (2,)]
     assert matrix_dims(("heads", "head_dim", "head_dim")) == [(0, 1), (2,)]
     assert factored_dims(("layers", "embed", "heads", "head_dim"), (2, 128, 4, 32), 128) == ((1,), (2, 3))

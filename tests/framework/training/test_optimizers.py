@@ -337,6 +337,12 @@ def test_a_parameter_named_like_another_ones_tail_is_told_apart() -> None:
     mu = Optimizer(optax.adamw, 0.1).bind(axes, shapes).state_axes().inner[0].mu
     assert mu == axes
 
+    def labelled(learning_rate) -> optax.GradientTransformation:  # a group's label is no part of the path
+        return optax.partition({"mlp": optax.adam(learning_rate)}, map_paths(lambda *_: "mlp", axes))
+
+    inner = Optimizer(labelled, 0.1).bind(axes, shapes).state_axes().inner
+    assert inner.inner_states["mlp"].inner_state[0].mu == axes
+
 
 def test_state_of_unknown_shape_is_an_error_that_names_it() -> None:
     with pytest.raises(UserError, match=r"diff_params_memory.*of shape \(10, .*belongs to parameter"):

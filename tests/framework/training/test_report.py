@@ -149,9 +149,7 @@ def test_garbage_in_any_file_never_breaks_the_page(tmp_path: Path, seed: int) ->
 
     _fill(tmp_path / "run")
     keys = ["step", "loss", "learning_rate", "mfu", "tokens_per_second", "validation/loss"]
-    steps = [
-        f'{{"step": {n}, "loss": {json.dumps(thing())}, "mfu": {json.dumps(thing())}}}' for n in range(9)
-    ]
+    steps = [f'{{"step": {n}, "loss": {json.dumps(thing())}, "mfu": {json.dumps(thing())}}}' for n in range(9)]
     junk = [row(keys) for _ in range(30)] + ["[" * 100_000, "", "\x00\x01", '{"step": 1', "[]", '"step"']
     (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(steps + junk), encoding="utf-8")
     evaluations = [row(["metrics", "predictions"])[:-1].lstrip("{") for _ in range(30)]

@@ -26,9 +26,7 @@ def _reference(name: str, step: float) -> float:
 
 def _schedule(factors: str, **kwargs) -> schedules.Schedule:
     lengths = {"warmup_steps": WARMUP, "steps_per_decay": EVERY, "steps_per_cycle": CYCLE}
-    return schedules.t5_factors(
-        factors, **({"base_learning_rate": BASE, "decay_factor": DECAY} | lengths | kwargs)
-    )
+    return schedules.t5_factors(factors, **({"base_learning_rate": BASE, "decay_factor": DECAY} | lengths | kwargs))
 
 
 @pytest.mark.parametrize(
@@ -57,9 +55,7 @@ def test_a_large_step_keeps_its_offset_exact() -> None:
 
 def test_t5_default_is_the_papers_inverse_square_root() -> None:
     schedule = schedules.t5_factors("constant * rsqrt_decay", base_learning_rate=1.0, warmup_steps=10_000)
-    np.testing.assert_allclose(
-        [schedule(0), schedule(10_000), schedule(40_000)], [0.01, 0.01, 0.005], rtol=1e-6
-    )
+    np.testing.assert_allclose([schedule(0), schedule(10_000), schedule(40_000)], [0.01, 0.01, 0.005], rtol=1e-6)
 
 
 def test_constant_and_warmup_cosine() -> None:

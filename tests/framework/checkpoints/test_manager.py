@@ -1,0 +1,140 @@
+"""Checkpoints: exact, of no mesh, and clear about what is wrong with them."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from tiny import losses, program
+
+from meshway.framework.checkpoints.manager import Checkpoints, Keep
+from meshway.framework.checkpoints.mapping import Initial
+from meshway.framework.errors import UserError
+
+POSITION = {"epoch": 1, "row": 48}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run of 6 steps under fsdp_model, saved at 3, and the losses of all six."""
+    folder = tmp_path_factory.mktemp("run") / "checkpoints"
+    made = program("t5_1_1", layout="fsdp_model", optimizer="adafactor")
+    _, state = losses(made, 3)
+    checkpoints = Checkpoints(folder, recipe="# the recipe")
+    checkpoints.save(state, 3, POSITION, {"validation/loss": 2.0})
+    host = jax.device_get(state)  # before the state is donated on
+    rest, _ = losses(made, 3, state, first=3)  # while the save may still be running
+    checkpoints.close()
+    return folder, host, rest
+
+
+@pytest.mark.parametrize("layout, devices", [("fsdp_model", 8), ("data", 2), ("single", 1), ("model_2d", 8)])
+def test_a_checkpoint_goes_on_any_mesh(saved, layout, devices):
+    folder, host, rest = saved
+    size = ["mesh.MeshShape.ici={'data': 2}"] if devices == 2 else []
+    made = program("t5_1_1", *size, layout=layout, optimizer="adafactor")
+    assert made.partitioner.mesh.size == devices
+    checkpoints = Checkpoints(folder, read_only=True)
+    state, position = checkpoints.restore(3, made.abstract_state)
+    assert position == POSITION
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), host)
+    jax.tree.map(lambda leaf, wanted: leaf.sharding == wanted or pytest.fail(str(wanted)), state, made.state_shardings)
+    found, _ = losses(made, 3, state, first=3)
+    if layout == "fsdp_model":
+        assert found == rest
+    np.testing.assert_allclose(found, rest, rtol=1e-5)
+
+
+def test_the_recipe_is_inside(saved):
+    recipe = Checkpoints(saved[0], read_only=True).recipe(3)
+    assert recipe["gin"] == "# the recipe"
+    assert recipe["schema"]["params/token_embedding/embedding"] == [[256, 64], "float32"]
+
+
+def test_another_model_is_explained(saved):
+    made = program("t5_1_1", "D_FF=256", "NUM_DECODER_LAYERS=2", optimizer="adafactor")
+    with pytest.raises(UserError) as error:
+        Checkpoints(saved[0], read_only=True).restore(3, made.abstract_state)
+    message = str(error.value)
+    assert "another model or optimizer" in message
+    assert "params/decoder/block_0/attention/key/kernel is float32[1,64,4,16] there and float32[2,64,4,16] here" in message
+    with pytest.raises(UserError, match="not in the checkpoint: opt_state"):
+        Checkpoints(saved[0], read_only=True).restore(3, program("t5_1_1").abstract_state)
+
+
+def test_a_truncated_checkpoint_is_told_and_the_one_before_named(saved, tmp_path):
+    folder, _, _ = saved
+    copy = tmp_path / "checkpoints"
+    shutil.copytree(folder, copy)
+    shutil.copytree(folder / "3", copy / "2")
+    largest = max((copy / "3" / "state").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    made = program("t5_1_1", optimizer="adafactor")
+    with pytest.raises(UserError, match=r"truncated, damaged.*Remove that folder to go on from step 2"):
+        Checkpoints(copy, read_only=True).restore(3, made.abstract_state)
+
+
+def steps_kept(folder, keep, metrics):
+    _, state = losses(program("lm"), 1)
+    checkpoints = Checkpoints(folder, keep)
+    for step, value in metrics.items():
+        checkpoints.save(state, step, POSITION, {} if value is None else {"score": value})
+    checkpoints.close()
+    return checkpoints.steps()
+
+
+def test_which_checkpoints_are_kept(tmp_path):
+    values = {1: 3.0, 2: 1.0, 3: 5.0, 4: 4.0, 5: None}
+    assert steps_kept(tmp_path / "a", Keep(latest=2), values) == [4, 5]
+    assert steps_kept(tmp_path / "b", Keep(latest=1, every=2), values) == [2, 4, 5]
+    assert steps_kept(tmp_path / "c", Keep(latest=1, best=1, metric="score"), values) == [2, 5]
+    assert steps_kept(tmp_path / "d", Keep(latest=1, best=1, metric="score", highest=True), values) == [3, 5]
+    assert steps_kept(tmp_path / "e", Keep(latest=None), values) == [1, 2, 3, 4, 5]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot make the checkpoint folder"):
+        Checkpoints(tmp_path / "file" / "checkpoints")
+
+
+def test_parameters_move_to_another_model_by_renames(saved):
+    """The encoder becomes a language model's decoder; its output layer stays fresh."""
+    folder, host, _ = saved
+    made = program("lm", "attention.Attention.rotary=None")
+    state = made.init()
+    initial = Initial(
+        str(folder.parent),
+        renames=[("decoder/(.*)", r"encoder/\1"), ("decoder_norm/(.*)", r"encoder_norm/\1")],
+        left_at_init=["logits/kernel"],
+    )
+    params = initial.restore(state.params)
+    np.testing.assert_array_equal(
+        params["decoder"]["block_0"]["mlp"]["wo"]["kernel"],
+        host.params["encoder"]["block_0"]["mlp"]["wo"]["kernel"],
+    )
+    np.testing.assert_array_equal(params["token_embedding"]["embedding"], host.params["token_embedding"]["embedding"])
+    np.testing.assert_array_equal(params["logits"]["kernel"], state.params["logits"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    "initial, words",
+    [
+        ({}, ["decoder_norm", "pattern"]),
+        ({"renames": [("decodr/(.*)", "x")]}, ["pattern 'decodr/(.*)' matches no parameter"]),
+        ({"left_at_init": ["decoder/.*", "decoder_norm/.*"], "step": 7}, ["no checkpoint of step 7", "[3]"]),
+        ({"renames": [("decoder/(.*)", r"enc0der/\1")]}, ["no 'enc0der/block_0", "nearest: encoder/block_0"]),
+    ],
+)
+def test_what_a_partial_restore_refuses(saved, initial, words):
+    made = program("lm", "D_FF=192")
+    if not initial:
+        words = ["has shape", "Initial.left_at_init"]
+    with pytest.raises(UserError) as error:
+        Initial(str(saved[0].parent), **initial).restore(made.init().params)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_path_that_is_no_run(tmp_path):
+    with pytest.raises(UserError, match="neither a run directory nor a checkpoint"):
+        Initial(str(tmp_path)).restore({})

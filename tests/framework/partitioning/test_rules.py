@@ -1,0 +1,130 @@
+"""The partitioner refuses what flax and T5X let pass silently."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from meshway.framework.axes import constrain
+from meshway.framework.errors import UserError
+from meshway.framework.interfaces import ArraySpec
+from meshway.framework.partitioning.mesh import MeshShape
+from meshway.framework.partitioning.partitioner import Layout, Partitioner
+from meshway.framework.partitioning.rules import Rules
+
+SIZES = {"data": 2, "model": 4}
+TABLE = [
+    ("embed", "data"),
+    ("mlp", "model"),
+    ("heads", "model"),
+    ("wide", ("data", "model")),
+    ("length", None),
+]
+
+
+def resolve(names, shape, table=TABLE):
+    return Rules(table, SIZES, "Layout.parameters").resolve(names, shape, "parameter a/b")
+
+
+def test_rules_give_specs_and_say_which_fired():
+    found = resolve(("embed", "mlp"), (4, 8))
+    assert found.spec == PartitionSpec("data", "model")
+    assert found.rules == ("embed->data", "mlp->model")
+    assert resolve(("wide", "length", None), (8, 3, 5)).spec == PartitionSpec(("data", "model"), None, None)
+
+
+@pytest.mark.parametrize(
+    "names, shape, words",
+    [
+        (("emebd", "mlp"), (4, 8), ["parameter a/b", "'emebd'", "did you mean 'embed'", "('emebd', None)"]),
+        (("heads", "mlp"), (4, 8), ["both 'heads' and 'mlp'", "'model'"]),
+        (("embed", "mlp"), (4, 6), ["'mlp' of size 6", "model=4"]),
+        (("wide", "embed"), (8, 4), ["both 'wide' and 'embed'", "'data'"]),
+    ],
+)
+def test_refusals_name_the_tensor_and_the_nearest_right_thing(names, shape, words):
+    with pytest.raises(UserError) as error:
+        resolve(names, shape)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(
+    "table, word",
+    [
+        ([("embed", "modle")], "did you mean 'model'"),
+        ([("embed", "data"), ("embed", "model")], "two rules"),
+        (["embed"], "a rule is"),
+    ],
+)
+def test_bad_tables_are_refused(table, word):
+    with pytest.raises(UserError, match=word):
+        Rules(table, SIZES, "Layout.parameters")
+
+
+def test_a_rule_that_matches_nothing_is_told():
+    rules = Rules([*TABLE, ("emebd", None), ("vocab", "model"), ("expert", None)], SIZES, "Layout.parameters")
+    rules.resolve(("embed", "mlp"), (4, 8), "x")
+    told = " ".join(rules.unmatched())
+    assert "'emebd'" in told and "did you mean 'embed'" in told  # outside the vocabulary: misspelt
+    assert "'vocab'" in told  # would cut something, and cuts nothing
+    assert "'expert'" not in told  # replication of a known name that this model lacks
+    assert "'embed'," not in told
+
+
+def test_mesh_sizes():
+    assert dict(MeshShape({"data": -1, "model": 2}).build().shape) == {"data": 4, "model": 2}
+    assert MeshShape({"data": 2}).build().size == 2
+    assert MeshShape({"data": 2, "model": 2}, {"replica": 1}).names == ("replica", "data", "model")
+
+
+@pytest.mark.parametrize(
+    "shape, word",
+    [
+        (MeshShape({"data": 16}), "needs 16 devices, and there are 8"),
+        (MeshShape({"data": -1, "model": 3}), "multiple of 3"),
+        (MeshShape({"data": -1, "model": -1}), "may be -1"),
+        (MeshShape({"data": 0}), "positive"),
+        (MeshShape({"data": 2}, {"replica": 2}), "lie on 1 processes"),
+    ],
+)
+def test_impossible_meshes_are_refused(shape, word):
+    with pytest.raises(UserError, match=word):
+        shape.build()
+
+
+def partitioner(**activations):
+    rules = {"batch": "data", "embed": "model"} | activations
+    return Partitioner(Layout(MeshShape({"data": 2, "model": 4}), [], list(rules.items())))
+
+
+def test_constraints_are_emitted_inside_and_absent_outside():
+    def f(x):
+        return constrain(x, ("batch", "embed")) * 2
+
+    x = np.ones((4, 8), np.float32)
+    assert "sharding_constraint" not in str(jax.make_jaxpr(f)(x))
+    with partitioner().activate():
+        assert str(jax.make_jaxpr(f)(x)).count("sharding_constraint") == 1
+
+
+def test_a_mesh_without_a_layout_is_refused():
+    with jax.set_mesh(partitioner().mesh), pytest.raises(ValueError, match="no layout"):
+        constrain(np.ones((4, 8)), ("batch", "embed"))
+
+
+def test_constrain_refuses_a_wrong_rank_and_an_unknown_name():
+    with pytest.raises(ValueError, match="2 axis names"):
+        constrain(np.ones(4), ("batch", "embed"))
+    with partitioner().activate(), pytest.raises(UserError, match="'tokens'"):
+        constrain(np.ones((4, 8)), ("batch", "tokens"))
+
+
+def test_batches_are_placed_and_indivisible_ones_refused():
+    spec = {"tokens": ArraySpec((4, 6), np.dtype("int32"), ("batch", None))}
+    part = partitioner()
+    shardings = part.batch_shardings(spec)
+    placed = part.put_batch({"tokens": np.arange(24, dtype=np.int32).reshape(4, 6)}, shardings, 4)
+    assert placed["tokens"].addressable_shards[0].data.shape == (2, 6)
+    assert part.process_rows(4) == slice(0, 4)
+    with pytest.raises(UserError, match="set BATCH_SIZE to a multiple of 2"):
+        part.process_rows(5)

@@ -1,0 +1,144 @@
+"""Laws of the train step."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import FAMILIES, losses, program
+
+from meshway.framework.errors import UserError
+from meshway.framework.training.program import TrainProgram
+from meshway.framework.training.step import TrainStep
+
+
+TWO_LAYERS = {"t5_1_1": ("NUM_ENCODER_LAYERS=2", "NUM_DECODER_LAYERS=2"), "lm": ("NUM_LAYERS=2",)}
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Losses of five steps, unrolled, without remat or microbatches."""
+    return {family: losses(program(family, *TWO_LAYERS[family], "SCAN=False"), 5)[0] for family in FAMILIES}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "variant", [["NUM_MICROBATCHES=4"], ["SCAN=True"], ["SCAN=True", "REMAT='minimal'"], ["REMAT='full'"]]
+)
+def test_how_a_step_is_run_changes_nothing(family, variant, plain):
+    other, _ = losses(program(family, *TWO_LAYERS[family], *variant), 5)
+    np.testing.assert_allclose(other, plain[family], rtol=1e-5)
+
+
+def test_microbatches_weigh_by_tokens():
+    """Unequal weights in the microbatches: a mean of means would differ."""
+    gradients = []
+    for count in (1, 4):
+        made = program("lm", f"NUM_MICROBATCHES={count}")
+        batch = dict(made.synthetic_batch())
+        batch["decoder_loss_weights"] = np.where(np.arange(16)[:, None] < 3, 1.0, 0.1).astype(np.float32) * np.ones(
+            (16, 16), np.float32
+        )
+        state, metrics = made.compile_step()(made.init(), made.put(batch))
+        gradients.append((float(metrics["grad_norm"][0]), state.params))
+    np.testing.assert_allclose(gradients[0][0], gradients[1][0], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), gradients[0][1], gradients[1][1])
+
+
+def test_microbatches_must_divide_the_batch():
+    with pytest.raises(UserError, match="num_microbatches=3 does not divide BATCH_SIZE=16"):
+        program("lm", "NUM_MICROBATCHES=3")
+
+
+def test_dropout_is_a_function_of_seed_and_step():
+    first, _ = losses(program("lm", "DROPOUT_RATE=0.3"), 3)
+    again, _ = losses(program("lm", "DROPOUT_RATE=0.3"), 3)
+    other, _ = losses(program("lm", "DROPOUT_RATE=0.3", "SEED=1"), 3)
+    without, _ = losses(program("lm"), 3)
+    assert first == again
+    assert first != other and abs(first[0] - without[0]) > 1e-4
+
+
+def test_dropout_does_not_depend_on_the_mesh():
+    single, _ = losses(program("t5_1_1", "DROPOUT_RATE=0.3"), 2)
+    cut, _ = losses(program("t5_1_1", "DROPOUT_RATE=0.3", layout="fsdp_model"), 2)
+    np.testing.assert_allclose(cut, single, rtol=1e-5)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
+    made = program("lm")
+    state, step = made.init(), made.compile_step()
+    before = jax.device_get(state)
+    batch = dict(made.synthetic_batch())
+    good = made.put(batch)
+    batch["decoder_loss_weights"] = np.full_like(batch["decoder_loss_weights"], np.inf)
+    bad = made.put(batch)
+    for count in (1, 2):
+        state, metrics = step(state, bad)
+        assert int(state.skipped) == int(state.skipped_in_a_row) == count == int(state.step)
+        assert float(metrics["skipped_in_a_row"][0]) == count
+    jax.tree.map(np.testing.assert_array_equal, before.params, jax.device_get(state.params))
+    jax.tree.map(np.testing.assert_array_equal, before.opt_state, jax.device_get(state.opt_state))
+    state, _ = step(state, good)
+    assert (int(state.skipped), int(state.skipped_in_a_row), int(state.step)) == (2, 0, 3)
+    assert any(
+        np.any(a != b)
+        for a, b in zip(jax.tree.leaves(before.params), jax.tree.leaves(jax.device_get(state.params)), strict=True)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Quadratic:
+    """loss(w) = sum over rows of (row . w)^2 / 2: gradients are known in closed form."""
+
+    def loss(self, params, batch, rng):
+        loss = 0.5 * jnp.sum((batch["rows"] @ params["w"]) ** 2)
+        weight = jnp.asarray(batch["rows"].shape[0], jnp.float32)
+        return loss, weight, {}
+
+
+class Descent:
+    """w <- w - g, with the interface of a bound optimizer."""
+
+    def update(self, gradients, state, params):
+        norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradients)))
+        return jax.tree.map(lambda p, g: p - g, params, gradients), state, {"grad_norm": norm}
+
+
+def test_a_step_can_take_two_gradients_of_one_batch():
+    """Sharpness-aware minimisation (Foret et al. 2021, eq. 2): the gradient at w + rho g / |g|."""
+    from meshway.framework.training.state import TrainState
+
+    rho = 0.1
+
+    def sharpness_aware(gradient_at, params):
+        gradients, _ = gradient_at(params)
+        norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradients)))
+        return gradient_at(jax.tree.map(lambda p, g: p + rho * g / norm, params, gradients))
+
+    rows = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
+    w = np.array([1.0, -2.0, 0.5], np.float32)
+    zero = jnp.zeros((), jnp.int32)
+    step = TrainStep(Quadratic(), Descent(), seed=0, gradient_rule=sharpness_aware)
+    state, _ = jax.jit(step)(TrainState(zero, {"w": jnp.asarray(w)}, (), zero, zero), {"rows": rows})
+    hessian = rows.T @ rows / 6
+    g = hessian @ w
+    expected = w - hessian @ (w + rho * g / np.linalg.norm(g))
+    np.testing.assert_allclose(state.params["w"], expected, rtol=1e-5)
+
+
+def test_a_missing_length_is_told():
+    with pytest.raises(UserError, match="lacks 'targets', which EncoderDecoder needs"):
+        program("t5_1_1", "TASK_FEATURE_LENGTHS={'inputs': 8}")
+
+
+def test_flops_of_the_program_are_three_forward_passes_and_do_not_depend_on_scan():
+    made: TrainProgram = program("lm", *TWO_LAYERS["lm"], "SCAN=False")
+    assert made.flops == program("lm", *TWO_LAYERS["lm"], "SCAN=True").flops
+    batch, length, d, ff, heads, size, vocab, layers = 16, 16, 64, 128, 4, 16, 256, 2
+    tokens = batch * length
+    projections = 4 * 2 * tokens * d * heads * size
+    scores = 2 * 2 * batch * heads * length * length * size
+    forward = layers * (projections + scores + 3 * 2 * tokens * d * ff) + 2 * tokens * d * vocab
+    assert made.flops == 3 * forward

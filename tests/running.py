@@ -1,0 +1,62 @@
+"""Whole runs as a user starts them: real processes, in the lab's folder (a user's own package)."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+LAB = Path(__file__).parent / "lab"
+TIMEOUT = 400
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "meshway.launch.cli", *words]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2"}
+
+
+def meshway(*words: str, cwd: Path = LAB) -> subprocess.CompletedProcess:
+    """Runs one command to its end."""
+    return subprocess.run(command(*words), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=TIMEOUT)
+
+
+def start(*words: str, cwd: Path = LAB) -> subprocess.Popen:
+    """Starts one command; the caller ends it."""
+    return subprocess.Popen(
+        command(*words),
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def copy_lab(folder: Path) -> Path:
+    """Returns a copy of the lab outside of the repository."""
+    return Path(shutil.copytree(LAB, folder / "lab", ignore=shutil.ignore_patterns("__pycache__")))
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def state_hash(model_dir: Path, step: int) -> str:
+    """Returns a hash of every byte of a checkpoint's state."""
+    import orbax.checkpoint as ocp
+
+    tree = ocp.PyTreeCheckpointer().restore(model_dir / "checkpoints" / str(step) / "state")
+    import jax
+
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        digest.update(repr((jax.tree_util.keystr(path), np.shape(leaf))).encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,134 @@
+"""The house rules that a machine can check: who imports whom, how long things are, what must not exist."""
+
+import ast
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("framework", "models", "tasks", "launch")
+FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+HEAVY = {"tensorflow", "seqio", "tensorflow_datasets", "tensorflow_text", "t5", "clu"}
+DOORS = {"framework/data/seqio_loader.py"}  # may import seqio and TensorFlow, inside functions only
+LONG = {("framework/training/loop.py", 120), ("launch/train.py", 120)}  # the loop, and what sets it up
+
+
+def imports(path: Path):
+    """Yields (module, whether at the top level of the file) for every import in it."""
+    tree = ast.parse(path.read_text())
+    inner = {node for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node not in inner
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}", node not in inner
+
+
+def allowed(path: Path, module: str, top: bool) -> bool:
+    name, parts = path.relative_to(ROOT).as_posix(), module.split(".")
+    folder = name.split("/")[0]
+    if parts[0] in FOLDERS:
+        return False  # by its bare name: a second copy of the module
+    if parts[0] in HEAVY:
+        return folder == "tasks" or (name in DOORS and not top)
+    if parts[0] == "gin":
+        return folder == "launch"
+    if parts[0] != "meshway":
+        return True
+    if parts[1] == "framework":
+        return folder in ("framework", "launch") or (folder == "models" and parts[2] == "axes")
+    return parts[1] == folder
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_keep_to_the_table(path):
+    wrong = [module for module, top in imports(path) if not allowed(path, module, top)]
+    assert not wrong, f"{path.relative_to(ROOT)} must not import {wrong} (see CONTRIBUTING.md)"
+
+
+def test_the_table_refuses_what_it_should():
+    framework, models = ROOT / "framework/axes.py", ROOT / "models/t5.py"
+    assert not allowed(framework, "meshway.models.t5", True)
+    assert not allowed(framework, "gin", True)
+    assert not allowed(framework, "seqio", False)
+    assert not allowed(ROOT / "framework/data/seqio_loader.py", "seqio", True)
+    assert not allowed(models, "meshway.framework.errors.UserError", True)
+    assert allowed(models, "meshway.framework.axes.constrain", True)
+    assert not allowed(ROOT / "tasks/pydocs.py", "meshway.framework.errors.UserError", True)
+    assert not allowed(models, "models.t5", True)
+
+
+def test_there_is_no_import_cycle():
+    names = {"meshway." + path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in FILES}
+    graph = {}
+    for name, path in names.items():
+        found = {module for module, top in imports(path) if top}
+        graph[name] = {n for n in names if n in found or n in {module.rpartition(".")[0] for module in found}} - {name}
+    done, active = set(), []
+
+    def visit(name):
+        assert name not in active, f"import cycle: {' -> '.join([*active[active.index(name) :], name])}"
+        if name not in done:
+            active.append(name)
+            for other in sorted(graph[name]):
+                visit(other)
+            done.add(active.pop())
+
+    for name in names:
+        visit(name)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_files_and_functions_fit_a_sitting_and_a_screen(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400, f"{path} is longer than one sitting"
+    limit = dict(LONG).get(path.relative_to(ROOT).as_posix(), 60)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= limit, f"{path}: {node.name} has {length} lines"
+
+
+def test_names_that_must_not_exist():
+    assert not list((ROOT / "gin").rglob("__init__.py")), "gin/__init__.py would shadow gin-config"
+    assert not [path for path in FILES if path.name == "utils.py"]
+    assert not [path for folder in FOLDERS for path in (ROOT / folder).rglob("__init__.py")]
+
+
+def test_framework_models_and_bench_train_without_tensorflow(tmp_path):
+    """A GPU box without TensorFlow must train from a cache: block it, import everything, take a step."""
+    program = """
+        import importlib, pkgutil, sys
+        for name in ("tensorflow", "seqio", "tensorflow_text", "tensorflow_datasets", "tensorboard"):
+            sys.modules[name] = None
+        import meshway.framework, meshway.models
+        for package in (meshway.framework, meshway.models):
+            for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+                importlib.import_module(module.name)
+        import meshway.launch.bench
+        from tiny import losses, program
+        print("losses", losses(program("t5_1_1"), 2)[0])
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env=os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert "losses [" in done.stdout, done.stderr
+
+
+def test_versions_agree():
+    """CHANGELOG's newest version is the package's."""
+    version = (ROOT / "setup.py").read_text().split('version="')[1].split('"')[0]
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert f"## {version}" in changelog
