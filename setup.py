@@ -1,5 +1,7 @@
 """Installs each top-level folder F as the package `meshway.F`."""
 
+from pathlib import Path
+
 from setuptools import find_namespace_packages, setup
 
 FOLDERS = ["framework", "models", "gin", "tasks", "launch"]
@@ -9,7 +11,7 @@ setup(
     name="meshway",
     version="0.1.0",
     description="Train, evaluate and serve sequence models on meshes of TPUs, GPUs or CPUs",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",

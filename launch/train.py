@@ -22,7 +22,7 @@ from meshway.framework.evaluation import Evaluation, Evaluator
 from meshway.framework.interfaces import DataSource
 from meshway.framework.planning.hardware import peak_flops
 from meshway.framework.training.loop import Hook, Loop, Periods
-from meshway.framework.training.program import TrainProgram, check_batch
+from meshway.framework.training.program import TrainProgram, check_batch, check_vocabularies
 from meshway.framework.training.progress import Progress
 from meshway.framework.training.report import write_report
 from meshway.framework.training.reporter import Reporter
@@ -76,6 +76,7 @@ def train(
         return
     dataset = data.train(program.partitioner.process_rows(program.batch_size))
     check_batch(program.batch_spec, dataset.spec())
+    check_vocabularies(program, data.vocabularies())
     progress = _progress(periods, start, primary)
     if start:
         state, position = checkpoints.restore(start, program.abstract_state)
@@ -136,7 +137,7 @@ def _fresh(program: TrainProgram, initial: Initial | None) -> TrainState:
 
 def _progress(periods: Periods, start: int, primary: bool) -> Progress:
     measured = jax.default_backend() == "cpu"
-    stream = None if primary else open(os.devnull, "w")  # one process speaks
+    stream = None if primary else open(os.devnull, "w")  # noqa: SIM115 one process speaks, for as long as it lives
     return Progress(periods.total, start, peak_name="of matmul peak" if measured else "mfu", stream=stream)
 
 

@@ -77,9 +77,9 @@ def language_model(
 def prefix_language_model(
     dataset: tf.data.Dataset, sequence_length: Mapping[str, int] | None, output_features: Features
 ) -> tf.data.Dataset:
-    """Windows cut in two at a random place: `inputs` before it, `targets` after it.
+    """Windows cut in two at a random place where both parts fit: `inputs` before it, `targets` after it.
 
-    The window is as long as the longer of the two features, and the cut lies where both parts fit.
+    With EOS a window has half as many tokens as inputs and targets together, so that two fill a packed row.
     """
     lengths = _lengths(sequence_length, "inputs", "targets")
     room = {name: lengths[name] - int(output_features[name].add_eos) for name in lengths}
@@ -93,7 +93,7 @@ def prefix_language_model(
         at = tf.random.stateless_uniform([], seed, least, most + 1, tf.int32)
         return {"inputs": tokens[:at], "targets": tokens[at:]}
 
-    window = max(room.values())
+    window = max(1, sum(lengths.values()) // 2 - sum(int(output_features[name].add_eos) for name in lengths))
     dataset = cut(_stream(dataset, output_features["inputs"], end_with_eos=False).rebatch(window))
     return seqio.preprocessors.append_eos(dataset, output_features)
 

@@ -90,7 +90,7 @@ class TrainedSentencePieceVocabulary(seqio.SentencePieceVocabulary):
                 f"vocabulary {self._name!r}: SentencePiece cannot train {self._pieces} pieces on "
                 f"{size} characters: {error}"
             ) from error
-        proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+        proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())  # type: ignore[attr-defined]
         proto.normalizer_spec.normalization_rule_tsv = ""  # the rule is in; its temporary name would differ
         return proto.SerializeToString(deterministic=True)
 

@@ -164,7 +164,7 @@ class Checkpoints:
             what = "checkpoint" if step is None else f"checkpoint {step}"
             raise UserError(
                 f"saving {what} in {self.folder} failed ({_first_line(error)}); complete checkpoints: "
-                f"{self.steps() or 'none'}. Free some space or make the folder writable, then run the same command again"
+                f"{self.steps() or 'none'}. Free some space or make the folder writable, then run the command again"
             ) from error
 
 

@@ -32,9 +32,11 @@ class Prefetcher:
         if self._done:
             raise StopIteration
         item = self._queue.get()
-        if item is _END or isinstance(item, BaseException):
-            self._done = True
-            raise StopIteration if item is _END else item
+        self._done = item is _END or isinstance(item, BaseException)
+        if item is _END:
+            raise StopIteration
+        if isinstance(item, BaseException):
+            raise item
         return item
 
     def close(self) -> None:

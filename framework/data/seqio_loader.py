@@ -128,7 +128,7 @@ class SeqioData:
             _import_module(module)
         tasks, mixtures = set(seqio.TaskRegistry.names()), set(seqio.MixtureRegistry.names())
         if self.name not in tasks | mixtures:
-            modules = ", ".join(self._modules) or "no module; MODULE or SeqioData.module names one to import"
+            modules = ", ".join(self._modules) or "no module; MIXTURE_OR_TASK_MODULE names one to import"
             raise UserError(
                 f"no task or mixture is registered as {self.name!r} (registered by: {modules})"
                 f"{did_you_mean(self.name, sorted(tasks | mixtures))}"
@@ -173,7 +173,8 @@ class SeqioData:
 
     def _with_split(self, tasks: Sequence[Any], split: str, purpose: str) -> list[Any]:
         """Returns the tasks that have `split`, saying which have not; UserError when none has."""
-        having, lacking = [], []
+        having: list[tuple[Any, list[str]]] = []
+        lacking: list[tuple[Any, list[str]]] = []
         for task in tasks:
             with _task_errors(task.name, f"split {split!r}"):
                 splits = list(task.splits)
@@ -221,6 +222,7 @@ def import_seqio() -> ModuleType:
       UserError: seqio or TensorFlow cannot be imported.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors stay; information and warnings go
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # of no use to data, and it complains about integers
     try:
         with _without_start_up_notes():
             import seqio

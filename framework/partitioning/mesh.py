@@ -40,7 +40,8 @@ class MeshShape:
         wrong = [f"{name}={size}" for name, size in (*ici.items(), *dcn.items()) if size < 1 and size != -1]
         if wrong or len(free) > 1 or -1 in dcn.values():
             raise UserError(
-                f"MeshShape: sizes must be positive, and one of ici may be -1; got ici={dict(self.ici)}, dcn={dict(self.dcn)}"
+                "MeshShape: sizes must be positive, and one of ici may be -1; "
+                f"got ici={dict(self.ici)}, dcn={dict(self.dcn)}"
             )
         fixed = math.prod(size for size in ici.values() if size != -1) * math.prod(dcn.values())
         if fixed > num_devices or (free and num_devices % fixed):

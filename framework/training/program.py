@@ -161,6 +161,30 @@ def check_batch(spec: Mapping[str, ArraySpec], given: Mapping[str, tuple[Sequenc
             )
 
 
+def check_vocabularies(program: TrainProgram, sizes: Mapping[str, int]) -> None:
+    """Compares the data's vocabularies, {task feature: size}, with the model's axis "vocab".
+
+    Raises:
+      UserError: a vocabulary has more tokens than the model has entries.
+    """
+    entries = [
+        size
+        for names, leaf in zip(
+            jax.tree.leaves(program.axes, is_leaf=lambda node: isinstance(node, tuple)),
+            jax.tree.leaves(program.param_shapes),
+            strict=True,
+        )
+        for name, size in zip(names, leaf.shape, strict=True)
+        if name == "vocab"
+    ]
+    for feature, size in sizes.items():
+        if entries and size > min(entries):
+            raise UserError(
+                f"feature {feature!r} has a vocabulary of {size:,} tokens, and the model has {min(entries):,} entries: "
+                f"set VOCAB_SIZE to at least {size} (a multiple of 128 cuts well over a mesh)"
+            )
+
+
 def _synthetic(name: str, spec: ArraySpec, random: np.random.Generator) -> np.ndarray:
     if name.endswith("positions"):
         return np.broadcast_to(np.arange(spec.shape[1], dtype=spec.dtype), spec.shape).copy()

@@ -92,8 +92,9 @@ def summarize(program: TrainProgram, rows: Sequence[Row]) -> str:
             f"parameters: {program.num_params:,}",
             f"mesh: {mesh} ({program.partitioner.mesh.size} of {jax.device_count()} devices)",
             f"model FLOPs per step: {program.flops:.4g}",
-            f"bytes per device: parameters {format_bytes(params)}, optimizer {format_bytes(kinds.get('opt_state', 0))}, "
-            f"gradients {format_bytes(params)}, batch {format_bytes(kinds.get('batch', 0))}; activations are not counted",
+            f"bytes per device: parameters {format_bytes(params)}, "
+            f"optimizer {format_bytes(kinds.get('opt_state', 0))}, gradients {format_bytes(params)}, "
+            f"batch {format_bytes(kinds.get('batch', 0))}; activations are not counted",
             f"replicated on every device: {100 * replicated_share(state):.1f} % of the state's bytes on a device",
         ]
     )

@@ -57,7 +57,9 @@ def test_another_model_is_explained(saved):
         Checkpoints(saved[0], read_only=True).restore(3, made.abstract_state)
     message = str(error.value)
     assert "another model or optimizer" in message
-    assert "params/decoder/block_0/attention/key/kernel is float32[1,64,4,16] there and float32[2,64,4,16] here" in message
+    assert (
+        "params/decoder/block_0/attention/key/kernel is float32[1,64,4,16] there and float32[2,64,4,16] here" in message
+    )
     with pytest.raises(UserError, match="not in the checkpoint: opt_state"):
         Checkpoints(saved[0], read_only=True).restore(3, program("t5_1_1").abstract_state)
 

@@ -12,7 +12,6 @@ from meshway.framework.errors import UserError
 from meshway.framework.training.program import TrainProgram
 from meshway.framework.training.step import TrainStep
 
-
 TWO_LAYERS = {"t5_1_1": ("NUM_ENCODER_LAYERS=2", "NUM_DECODER_LAYERS=2"), "lm": ("NUM_LAYERS=2",)}
 
 

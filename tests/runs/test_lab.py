@@ -1,0 +1,62 @@
+"""A user's own package adds a model, a task, an optimizer and a layout by a gin file alone."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from running import copy_lab, lines, meshway
+
+ROOT = Path(__file__).parent.parent.parent
+ARGUMENTS = ("train", "--gin_file=bigram.gin", "--simulated_devices=4")
+
+
+def check(folder):
+    losses = [line["loss"] for line in lines(folder / "metrics.jsonl") if "loss" in line]
+    assert losses[-1] < losses[0]
+    info = (folder / "model_info.txt").read_text()
+    assert "data=2, codes=2" in info
+    row = next(line for line in info.splitlines() if line.startswith("params/inner"))
+    assert "(None, codes)" in row and "codes->codes" in row
+
+
+def test_beside_an_installed_meshway(tmp_path):
+    done = meshway(*ARGUMENTS, f"--gin.MODEL_DIR={tmp_path / 'run'}", cwd=copy_lab(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    check(tmp_path / "run")
+
+
+def test_the_layout_table_of_a_users_model(tmp_path):
+    done = meshway("inspect", *ARGUMENTS[1:], cwd=copy_lab(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "params/outer" in done.stdout and "replicated on every device" in done.stdout
+
+
+@pytest.mark.slow
+def test_from_the_wheel_and_the_sdist(tmp_path):
+    """Builds both, unpacks the wheel alone on the path in place of the repository, and runs the lab and our own T5."""
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(tmp_path / "wheel")]
+    subprocess.run(
+        [sys.executable, "-c", f"from setuptools import build_meta as b; print(b.build_sdist({str(tmp_path / 'sdist')!r}))"],
+        cwd=ROOT, check=True, capture_output=True,
+    )  # fmt: skip
+    subprocess.run([*build, str(next((tmp_path / "sdist").glob("*.tar.gz")))], check=True, capture_output=True)
+    wheel = next((tmp_path / "wheel").glob("*.whl"))
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "site")
+    assert all(name.startswith("meshway") for name in names), "nothing under a generic name"
+    assert {"meshway/gin/recipes/quickstart.gin", "meshway/gin/runs/train.gin", "meshway/framework/py.typed"} <= set(
+        names
+    )
+    assert not [name for name in names if "tests" in name or name.endswith("gin/__init__.py")]
+    program = "import sys; from meshway.launch import cli; assert sys.argv[1] in cli.__file__; sys.exit(cli.main(sys.argv[2:]))"
+    site = str(tmp_path / "site")
+    for words in (ARGUMENTS, ("train", "--gin_file=t5.gin", "--gin.TRAIN_STEPS=2")):
+        done = subprocess.run(
+            [sys.executable, "-c", program, site, *words, f"--gin.MODEL_DIR={tmp_path / words[1]}"],
+            cwd=copy_lab(tmp_path / words[1]), env=os.environ | {"PYTHONPATH": site}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,157 @@
+"""Mistakes that users make: each ends in one clear message and exit code 2, never in a traceback."""
+
+import shutil
+import subprocess
+
+import pytest
+from running import LAB, command, environment
+
+from meshway.launch import cli
+
+T5 = ("train", "--gin_file=t5.gin")
+BIGRAM = ("train", "--gin_file=bigram.gin")
+SHORT = ("--gin.TRAIN_STEPS=2", "--gin.EVAL_PERIOD=None", "--gin.CHECKPOINT_PERIOD=1")
+
+
+@pytest.fixture(autouse=True)
+def in_the_lab(monkeypatch):
+    monkeypatch.chdir(LAB)
+    monkeypatch.syspath_prepend(str(LAB))
+
+
+def mistake(capsys, *words):
+    """Runs a command that must fail as a user's mistake, and returns its message."""
+    capsys.readouterr()
+    code = cli.main(list(words))
+    errors = capsys.readouterr().err
+    assert code == 2, errors
+    assert "Traceback" not in errors
+    messages = [line for line in errors.splitlines() if line.startswith("meshway: error: ")]
+    assert len(messages) == 1, errors
+    return errors[errors.index("meshway: error: ") :]
+
+
+CASES = {
+    "misspelt binding": (
+        (*T5, "--gin.attention.Attention.num_head=8"),
+        ["--gin.attention.Attention.num_head", "did you mean 'num_heads'"],
+    ),
+    "unused macro": ((*T5, "--gin.DROPOUT=0.1"), ["DROPOUT", "DROPOUT_RATE"]),
+    "missing MODEL_DIR": (T5, ["--gin.MODEL_DIR=", "the run directory"]),
+    "unknown recipe": (
+        ("train", "--gin_file=recipes/quikstart.gin"),
+        ["quikstart", "did you mean 'recipes/quickstart'"],
+    ),
+    "unknown task": ((*T5, "--gin.MIXTURE_OR_TASK_NAME=lab_halfs", "--gin.MODEL_DIR={dir}"), ["lab_halves"]),
+    "feature length missing": (
+        (*T5, "--gin.TASK_FEATURE_LENGTHS={'inputs': 64}", "--gin.MODEL_DIR={dir}"),
+        ["TASK_FEATURE_LENGTHS", "'targets'"],
+    ),
+    "batch not divisible": (
+        (*T5, "--gin.BATCH_SIZE=12", "--gin.LAYOUT=data", "--gin.MODEL_DIR={dir}"),
+        ["size 12", "data=8", "BATCH_SIZE to a multiple of 8"],
+    ),
+    "mesh larger than the devices": (
+        (*T5, "--gin.mesh.MeshShape.ici={'data': 16}", "--gin.MODEL_DIR={dir}"),
+        ["16 devices", "there are 8", "--simulated_devices=16"],
+    ),
+    "heads not divisible": (
+        (*T5, "--gin.NUM_HEADS=3", "--gin.LAYOUT=model_1d", "--gin.MODEL_DIR={dir}"),
+        ["heads' of size 3", "model=2"],
+    ),
+    "unmapped axis in a user's model": (
+        (*BIGRAM, "--gin.LAYOUT=fsdp", "--gin.MODEL_DIR={dir}"),
+        ["'codes'", "no rule of Layout", "('codes', None)"],
+    ),
+    "rule that never matches": (
+        (
+            *BIGRAM,
+            "--gin.MODEL_DIR={dir}",
+            "--gin.partitioner.Layout.parameters=[('codes', 'codes'), ('vocab', None), ('embd', 'data')]",
+        ),
+        ["match no axis", "'embd'", "'embed'"],
+    ),
+    "vocabulary larger than the model's": (
+        (*T5, "--gin.VOCAB_SIZE=128", "--gin.MODEL_DIR={dir}"),
+        ["128", "vocabulary", "VOCAB_SIZE"],
+    ),
+    "module that is not there": (
+        (*T5, "--gin.MIXTURE_OR_TASK_MODULE=tasks.topic", "--gin.MODEL_DIR={dir}"),
+        ["tasks.topic"],
+    ),
+    "non-finite loss": (
+        (
+            *T5,
+            "--gin.MODEL_DIR={dir}",
+            "--gin.LEARNING_RATE=1e30",
+            "--gin.train.train.max_skipped_in_a_row=2",
+            *SHORT[1:],
+        ),
+        ["not finite", "max_skipped_in_a_row=2", "learning rate"],
+    ),
+    "unknown layout": ((*T5, "--gin.LAYOUT=fdsp", "--gin.MODEL_DIR={dir}"), ["fdsp", "fsdp"]),
+    "several processes half told": ((*T5, "--num_processes=2", "--gin.MODEL_DIR={dir}"), ["--coordinator_address"]),
+    "unknown verb": (("trian",), ["train"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mistake_is_answered(case, capsys, tmp_path):
+    words, expected = CASES[case]
+    message = mistake(capsys, *[word.replace("{dir}", str(tmp_path / "run")) for word in words])
+    missing = [part for part in expected if part not in message]
+    assert not missing, f"{missing} not in: {message}"
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """A run of two steps with a checkpoint at each."""
+    folder = tmp_path_factory.mktemp("short")
+    words = command(*T5, *SHORT, f"--gin.MODEL_DIR={folder}", "--gin.LAYOUT=single")
+    done = subprocess.run(words, cwd=LAB, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def resume(folder, *more):
+    return (*T5, *SHORT[1:], "--gin.TRAIN_STEPS=4", "--gin.LAYOUT=single", f"--gin.MODEL_DIR={folder}", *more)
+
+
+def test_checkpoint_of_another_model(short_run, capsys):
+    message = mistake(capsys, *resume(short_run, "--gin.D_FF=256"))
+    assert "another model" in message and "there and" in message and "config.gin" in message
+
+
+def test_truncated_checkpoint(short_run, capsys, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(short_run, folder)
+    state = folder / "checkpoints" / "2" / "state"
+    largest = max((path for path in state.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    message = mistake(capsys, *resume(folder))
+    assert "truncated" in message and "go on from step 1" in message
+
+
+def test_model_dir_that_cannot_be_written(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    message = mistake(capsys, *T5, f"--gin.MODEL_DIR={tmp_path / 'file' / 'run'}")
+    assert "cannot be written" in message and "--gin.MODEL_DIR" in message
+
+
+def test_full_disk(tmp_path):
+    """A file system of 300 KiB, where the kernel lets us mount one; else files may not grow past 200 KiB."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)], capture_output=True)
+    words = command(*T5, *SHORT, f"--gin.MODEL_DIR={folder / 'run'}", "--gin.LAYOUT=single")
+    if mounted.returncode:
+        words = ["bash", "-c", 'trap "" XFSZ; ulimit -f 200; exec "$@"', "limited", *words]
+    try:
+        done = subprocess.run(words, cwd=LAB, env=environment(), capture_output=True, text=True, timeout=300)
+    finally:
+        if not mounted.returncode:
+            subprocess.run(["umount", str(folder)], check=True)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    expected = ["free", "one checkpoint needs"] if not mounted.returncode else ["failed", "Free some space"]
+    assert all(part in done.stderr for part in expected), done.stderr
