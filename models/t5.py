@@ -59,11 +59,10 @@ class T5(nnx.Module):
     def encode(self, tokens: jax.Array, segments: jax.Array, rng: jax.Array | None = None) -> jax.Array:
         """tokens and segments int32 [batch, length] (segment 0 is padding) -> [batch, length, d_model]."""
         keys = split_key(rng, 3)
-        positions = row_positions(tokens.shape[1])
         x = dropout(self.token_embedding(tokens), self.dropout_rate, keys[0])
         x, _ = self.encoder(
             x,
-            bias=self.encoder_position_bias(positions, positions),
+            bias=self.encoder_position_bias.square(tokens.shape[1]),
             mask=segment_mask(segments, segments),
             rng=keys[1],
         )
@@ -84,7 +83,7 @@ class T5(nnx.Module):
             tokens,
             rng=rng,
             encoded=encoded,
-            bias=self.decoder_position_bias(positions, positions),
+            bias=self.decoder_position_bias.square(tokens.shape[1]),
             mask=causal_mask(positions, positions) & segment_mask(segments, segments),
             cross_mask=segment_mask(segments, encoded_segments),
         )

@@ -1,5 +1,6 @@
 """Multi-head attention, with grouped keys and values, and its cache."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -42,11 +43,34 @@ def dot_product_attention(
         key, value = jnp.repeat(key, groups, axis=2), jnp.repeat(value, groups, axis=2)
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
     if bias is not None:
-        scores = scores + bias
+        scores = _add_bias(bias.shape[0] == 1 < batch, scores, bias)
     if mask is not None:
         scores = jnp.where(mask, scores, HIDDEN)
     weights = dropout(jax.nn.softmax(scores, axis=-1), dropout_rate, rng).astype(value.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _add_bias(shared: bool, scores: jax.Array, bias: jax.Array) -> jax.Array:
+    """scores [batch, heads, length, kv_length] + bias [1 if shared else batch, ...].
+
+    The gradient of a bias shared by the batch is summed by a product with ones: left to itself XLA:CPU fuses the
+    sums of all layers with what follows, and runs that at a tenth of the speed of memory (8 % of a T5 step).
+    """
+    return scores + bias
+
+
+def _add_bias_forward(shared: bool, scores: jax.Array, bias: jax.Array) -> tuple[jax.Array, None]:
+    return scores + bias, None
+
+
+def _add_bias_backward(shared: bool, _: None, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    if not shared:
+        return gradient, gradient
+    return gradient, jnp.tensordot(jnp.ones(gradient.shape[0], gradient.dtype), gradient, axes=1)[None]
+
+
+_add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
 class Attention(nnx.Module):

@@ -1,5 +1,6 @@
 """Linear maps between named axes."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -10,8 +11,6 @@ from flax import nnx
 from meshway.models.module import param
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
-FEATURE_LETTERS = "defg"  # letters of contracted dimensions; "hijk" of produced ones
-OUTPUT_LETTERS = "hijk"
 
 
 def fan_in_init(distribution: str = "truncated_normal", scale: float = 1.0) -> Callable[[int], Initializer]:
@@ -26,6 +25,33 @@ def fan_in_init(distribution: str = "truncated_normal", scale: float = 1.0) -> C
         return init
 
     return of
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def project(x: jax.Array, kernel: jax.Array, num_inputs: int) -> jax.Array:
+    """Contracts the last `num_inputs` dims of x with the first ones of `kernel`.
+
+    The gradient of the kernel is x^T g with x on the left. jax would put g there, and XLA:CPU transposes the left
+    factor: x is smaller, and one transposed x serves all kernels that read it (query, key, value; the MLP's two).
+    """
+    batch = x.ndim - num_inputs
+    dims = (tuple(range(batch, x.ndim)), tuple(range(num_inputs)))
+    return jax.lax.dot_general(x, kernel, (dims, ((), ())))
+
+
+def _project_forward(x: jax.Array, kernel: jax.Array, num_inputs: int) -> tuple[jax.Array, tuple]:
+    return project(x, kernel, num_inputs), (x, kernel)
+
+
+def _project_backward(num_inputs: int, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    batch = x.ndim - num_inputs
+    produced = (tuple(range(batch, g.ndim)), tuple(range(num_inputs, kernel.ndim)))
+    rows = (tuple(range(batch)),) * 2
+    return jax.lax.dot_general(g, kernel, (produced, ((), ()))), jax.lax.dot_general(x, g, (rows, ((), ())))
+
+
+project.defvjp(_project_forward, _project_backward)
 
 
 class Linear(nnx.Module):
@@ -48,9 +74,8 @@ class Linear(nnx.Module):
         axes = (*inputs, *outputs)
         self.kernel = param(init(len(inputs))(rngs.params(), shape, jnp.float32), axes)
         self.bias = param(jnp.zeros(tuple(outputs.values())), tuple(outputs)) if use_bias else None
-        contracted, produced = FEATURE_LETTERS[: len(inputs)], OUTPUT_LETTERS[: len(outputs)]
-        self.equation = f"...{contracted},{contracted}{produced}->...{produced}"
+        self.num_inputs = len(inputs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype))
+        y = project(x, jnp.asarray(self.kernel[...], x.dtype), self.num_inputs)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
