@@ -31,11 +31,8 @@ class Reporter:
     def report(self, step: int, extra: Mapping[str, float] = {}) -> None:
         """Makes a report of the steps since the last one; it is written once the next step is under way."""
         self.flush()
-        elapsed = time.perf_counter() - self._since - self._paused
-        times = {"elapsed": elapsed, "waited": self._waited}
-        self._since, self._waited, self._paused = time.perf_counter(), 0.0, 0.0
         pending = self._buffer.take() if len(self._buffer) else None
-        self._pending = (step, pending, times | dict(extra))
+        self._pending = (step, pending, dict(extra))
 
     def evaluated(self, step: int, scalars: Mapping[str, float]) -> None:
         """Reports an evaluation together with the steps before it: each step has one line."""
@@ -49,9 +46,12 @@ class Reporter:
         if self._pending is None:
             return
         (step, pending, scalars), self._pending = self._pending, None
-        elapsed, waited = scalars.pop("elapsed"), scalars.pop("waited")
         if pending is not None:
             means = pending.result()
+            # Read once the last of the steps has run: what is in flight belongs to the next report.
+            now = time.perf_counter()
+            elapsed, waited = now - self._since - self._paused, self._waited
+            self._since, self._waited, self._paused = now, 0.0, 0.0
             means.pop("skipped_in_a_row", None)
             tokens = means.pop("tokens", None)
             seconds = elapsed / pending.num_steps

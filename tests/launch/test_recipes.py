@@ -1,0 +1,76 @@
+"""The shipped gin files: each recipe resolves to its golden text, each layout and optimizer fits both families."""
+
+import os
+from pathlib import Path
+
+import pytest
+from tiny import FAMILIES, LAYOUTS, program
+
+from meshway.launch import cli, config
+from meshway.launch.invocation import Invocation
+
+ROOT = Path(__file__).parent.parent.parent
+GOLDENS = ROOT / "tests" / "goldens" / "recipes"
+RECIPES = sorted(path.stem for path in (ROOT / "gin" / "recipes").glob("*.gin"))
+NEEDED = {  # what a recipe leaves open
+    "quickstart": ("MODEL_DIR='run'",),
+    "bench_t5": (),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_resolves_to_its_golden_text(name):
+    """It may change only on purpose: MESHWAY_RENEW_GOLDENS=1 rewrites the files."""
+    verb = "bench" if name.startswith("bench") else "train"
+    invocation = Invocation(verb=verb, subject="train", gin_files=(f"recipes/{name}.gin",), bindings=NEEDED[name])
+    resolved = config.load(invocation, import_unreferenced=False).resolved
+    path = GOLDENS / f"{name}.gin"
+    if os.environ.get("MESHWAY_RENEW_GOLDENS") == "1":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(resolved)
+    assert resolved == path.read_text()
+
+
+def test_every_layout_file_is_tested():
+    assert set(LAYOUTS) == {path.stem for path in (ROOT / "gin" / "layouts").glob("*.gin")}
+    assert set(FAMILIES) == {path.name for path in (ROOT / "gin" / "models").iterdir()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout_fits_each_family(layout, family):
+    made = program(family, layout=layout)
+    made.trace_loss()
+    assert made.explain()
+
+
+@pytest.mark.parametrize("optimizer", sorted(path.stem for path in (ROOT / "gin" / "optimizers").glob("*.gin")))
+def test_each_optimizer_file_binds(optimizer):
+    made = program("t5_1_1", optimizer=optimizer)
+    assert made.state_shardings.opt_state is not None
+
+
+def test_dry_run_prints_recipe_table_and_memory_and_writes_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--gin_file=quickstart", "--gin.LAYOUT=fsdp", "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    for part in ("TRAIN_STEPS = ", "params/token_embedding/embedding", "(None, fsdp)", "embed->fsdp", "bytes per device"):
+        assert part in said, part
+    assert "opt_state" in said and "batch/encoder_input_tokens" in said and "replicated on every device" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_inspect_names_the_rule_of_every_tensor(capsys):
+    assert cli.main(["inspect", "--gin_file=bench_t5", "--gin.LAYOUT=model_2d"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("params/")]
+    assert len(rows) > 20
+    row = next(row for row in rows if "encoder/block_0/mlp/wo" in row)
+    assert "layers, mlp, embed" in row and "mlp->model embed->data" in row and "(None, model, data)" in row
+
+
+def test_bench_prints_the_share_of_the_peak(capsys):
+    bindings = ["D_MODEL=32", "D_FF=32", "NUM_ENCODER_LAYERS=1", "NUM_DECODER_LAYERS=1", "VOCAB_SIZE=256", "BATCH_SIZE=2"]
+    words = [f"--gin.{binding}" for binding in (*bindings, "bench.train.steps=1", "bench.train.rounds=1")]
+    assert cli.main(["bench", "train", "--gin_file=bench_t5", *words]) == 0
+    said = capsys.readouterr().out
+    assert "share of the peak" in said and "TensorFlow imported" in said and "command to first finished step" in said
