@@ -16,10 +16,10 @@ quickstart: $(BIN)/meshway
 	$(BIN)/meshway train --gin_file=quickstart --gin.MODEL_DIR=runs/quickstart
 
 test: $(BIN)/meshway
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 --dist loadscope -q
 
 slow: $(BIN)/meshway
-	$(BIN)/python -m pytest -n 2 -q -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadscope -q -m slow
 
 $(BIN)/ruff: $(BIN)/meshway
 	$(BIN)/python -m pip install --quiet -e ".[dev]"

@@ -87,6 +87,10 @@ class DataSource(Protocol):
     batch_size: int
     lengths: Mapping[str, int]
 
+    def vocabularies(self) -> dict[str, int]:
+        """Returns the vocabulary size of each task feature."""
+        ...
+
     def train(self, rows: slice) -> Dataset:
         """Opens the endless training stream; `rows` are this process's rows of each global batch."""
         ...

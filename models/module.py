@@ -57,9 +57,10 @@ class Network:
                     f"parameter {'/'.join(map(str, path))} has no logical axes; declare it by module.param"
                 )
             node = axes
-            for key in path[:-1]:
+            *parents, last = map(str, path)
+            for key in parents:
                 node = node.setdefault(key, {})
-            node[path[-1]] = names
+            node[last] = names
         return axes
 
     def bind(self, params: dict[str, Any]) -> Any:

@@ -84,6 +84,7 @@ class Partitioner:
         spans = [
             index[0].indices(batch_size)[:2]
             for index in sharding.addressable_devices_indices_map((batch_size,)).values()
+            if index is not None
         ]
         start, stop = min(span[0] for span in spans), max(span[1] for span in spans)
         if sum(end - begin for begin, end in set(spans)) != stop - start:

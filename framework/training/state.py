@@ -24,9 +24,10 @@ class TrainState:
     skipped_in_a_row: jax.Array
 
 
-def state_axes(model: Model, optimizer: BoundOptimizer) -> TrainState:
-    """Returns the logical axes of each leaf of the state."""
-    return TrainState((), model.axes(), optimizer.state_axes(), (), ())
+def state_axes(model: Model, optimizer: BoundOptimizer) -> Any:
+    """Returns the logical axes of each leaf of the state, in the tree of a `TrainState`."""
+    scalar: Any = ()
+    return TrainState(scalar, model.axes(), optimizer.state_axes(), scalar, scalar)
 
 
 def init_state(model: Model, optimizer: BoundOptimizer, rng: jax.Array) -> TrainState:

@@ -149,14 +149,17 @@ class Attention(nnx.Module):
         query = self.query(x) * self.logit_scale
         if attended is None:
             if self.rotary is not None:
+                if positions is None:
+                    raise ValueError("Attention with rotary embeddings needs the positions of its tokens")
                 query = self.rotary(query, positions)
             attended = self.keys_values(x, positions)
             if cache is not None:
                 rows = jnp.arange(x.shape[0])[:, None]
-                cache = attended = tuple(
+                keys, values = (
                     old.at[rows, cache_index].set(new.astype(old.dtype))
                     for old, new in zip(cache, attended, strict=True)
                 )
+                cache = attended = (keys, values)
         query = constrain(query, ("batch", "length", "heads", "head_dim"))
         y = dot_product_attention(query, *attended, bias=bias, mask=mask, dropout_rate=self.dropout_rate, rng=rng)
         return constrain(self.out(y), ("batch", "length", "embed")), cache

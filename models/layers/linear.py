@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,9 @@ from meshway.models.module import param
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
 
-def fan_in_init(distribution: str = "truncated_normal", scale: float = 1.0) -> Callable[[int], Initializer]:
+def fan_in_init(
+    distribution: Literal["truncated_normal", "normal"] = "truncated_normal", scale: float = 1.0
+) -> Callable[[int], Initializer]:
     """Variance scaling by the number of contracted features: `fan_in_init()(num_contracted_dims)`."""
 
     def of(num_inputs: int) -> Initializer:

@@ -62,11 +62,7 @@ class Stack(nnx.Module):
         self.scan, self.remat = scan, remat
         for i, block in enumerate(blocks):
             keys = jax.random.split(rngs.params(), self.num_periods)
-            setattr(
-                self,
-                f"block_{i}",
-                _stacked(lambda key, block=block: block(d_model=d_model, rngs=nnx.Rngs(params=key)), keys),
-            )
+            setattr(self, f"block_{i}", _stacked(block, d_model, keys))
 
     def __call__(
         self, x: jax.Array, *, rng: jax.Array | None = None, cache: Any = None, **context: Any
@@ -124,11 +120,15 @@ class Stack(nnx.Module):
         return bool(self.scan)
 
 
-def _stacked(make: Callable[[jax.Array], nnx.Module], keys: jax.Array) -> nnx.Module:
+def _stacked(block: BlockFactory, d_model: int, keys: jax.Array) -> nnx.Module:
     """Builds a block with parameters [layers, ...], one layer a key."""
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(jax.random.key(0))))
-    block = nnx.merge(graphdef, jax.vmap(lambda key: nnx.split(make(key))[1])(keys))
-    for _, node in nnx.iter_graph(block):
+
+    def make(key: jax.Array) -> tuple[Any, Any]:
+        return nnx.split(block(d_model=d_model, rngs=nnx.Rngs(params=key)))
+
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: nnx.merge(*make(jax.random.key(0)))))
+    stacked = nnx.merge(graphdef, jax.vmap(lambda key: make(key)[1])(keys))
+    for _, node in nnx.iter_graph(stacked):
         if isinstance(node, nnx.Param):
             node.set_metadata(axes=("layers", *node.get_metadata("axes")))
-    return block
+    return stacked

@@ -54,7 +54,13 @@ def test_dry_run_prints_recipe_table_and_memory_and_writes_nothing(capsys, tmp_p
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", "--gin_file=quickstart", "--gin.LAYOUT=fsdp", "--dry_run"]) == 0
     said = capsys.readouterr().out
-    for part in ("TRAIN_STEPS = ", "params/token_embedding/embedding", "(None, fsdp)", "embed->fsdp", "bytes per device"):
+    for part in (
+        "TRAIN_STEPS = ",
+        "params/token_embedding/embedding",
+        "(None, fsdp)",
+        "embed->fsdp",
+        "bytes per device",
+    ):
         assert part in said, part
     assert "opt_state" in said and "batch/encoder_input_tokens" in said and "replicated on every device" in said
     assert not list(tmp_path.iterdir())
@@ -69,7 +75,14 @@ def test_inspect_names_the_rule_of_every_tensor(capsys):
 
 
 def test_bench_prints_the_share_of_the_peak(capsys):
-    bindings = ["D_MODEL=32", "D_FF=32", "NUM_ENCODER_LAYERS=1", "NUM_DECODER_LAYERS=1", "VOCAB_SIZE=256", "BATCH_SIZE=2"]
+    bindings = [
+        "D_MODEL=32",
+        "D_FF=32",
+        "NUM_ENCODER_LAYERS=1",
+        "NUM_DECODER_LAYERS=1",
+        "VOCAB_SIZE=256",
+        "BATCH_SIZE=2",
+    ]
     words = [f"--gin.{binding}" for binding in (*bindings, "bench.train.steps=1", "bench.train.rounds=1")]
     assert cli.main(["bench", "train", "--gin_file=bench_t5", *words]) == 0
     said = capsys.readouterr().out

@@ -39,7 +39,7 @@ def test_from_the_wheel_and_the_sdist(tmp_path):
     """Builds both, unpacks the wheel alone on the path in place of the repository, and runs the lab and our own T5."""
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(tmp_path / "wheel")]
     subprocess.run(
-        [sys.executable, "-c", f"from setuptools import build_meta as b; print(b.build_sdist({str(tmp_path / 'sdist')!r}))"],
+        [sys.executable, "-c", f"from setuptools import build_meta as b; b.build_sdist({str(tmp_path / 'sdist')!r})"],
         cwd=ROOT, check=True, capture_output=True,
     )  # fmt: skip
     subprocess.run([*build, str(next((tmp_path / "sdist").glob("*.tar.gz")))], check=True, capture_output=True)
@@ -52,7 +52,8 @@ def test_from_the_wheel_and_the_sdist(tmp_path):
         names
     )
     assert not [name for name in names if "tests" in name or name.endswith("gin/__init__.py")]
-    program = "import sys; from meshway.launch import cli; assert sys.argv[1] in cli.__file__; sys.exit(cli.main(sys.argv[2:]))"
+    program = "import sys; from meshway.launch.cli import __file__ as f, main; assert sys.argv[1] in f, f; "
+    program += "sys.exit(main(sys.argv[2:]))"
     site = str(tmp_path / "site")
     for words in (ARGUMENTS, ("train", "--gin_file=t5.gin", "--gin.TRAIN_STEPS=2")):
         done = subprocess.run(

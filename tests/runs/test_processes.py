@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from running import lines, meshway, start
 
+pytestmark = pytest.mark.slow  # each process compiles everything, on the same two cores
+
 
 def free_port():
     with socket.socket() as probe:
@@ -70,7 +72,6 @@ def test_one_process_goes_on_where_two_stopped(together):
     assert lines(folder / "metrics.jsonl")[-1]["step"] == 15
 
 
-@pytest.mark.slow
 def test_sigterm_to_one_process_saves_the_same_step_on_all(tmp_path):
     processes = start_two(
         tmp_path, "--gin.TRAIN_STEPS=100000", "--gin.CHECKPOINT_PERIOD=50000", "--gin.EVAL_PERIOD=None"

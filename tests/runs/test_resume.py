@@ -99,6 +99,7 @@ def test_running_a_finished_run_again_changes_nothing(undisturbed):
     assert (undisturbed / "metrics.jsonl").read_text() == metrics
 
 
+@pytest.mark.slow
 def test_the_resolved_recipe_reproduces_the_run(tmp_path, undisturbed):
     done = meshway("train", f"--gin_file={undisturbed / 'config.gin'}", f"--gin.MODEL_DIR={tmp_path}")
     assert done.returncode == 0, done.stderr
