@@ -8,6 +8,7 @@ Run the same command again to go on where it stopped.
 import contextlib
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from meshway.framework import distributed
 from meshway.framework.checkpoints.manager import Checkpoints, Keep
 from meshway.framework.checkpoints.mapping import Initial
 from meshway.framework.data.prefetch import prefetch
-from meshway.framework.evaluation import Evaluation, Evaluator
+from meshway.framework.evaluation import Evaluation, Evaluator, Report
 from meshway.framework.interfaces import DataSource
 from meshway.framework.planning.hardware import peak_flops
 from meshway.framework.training.loop import Hook, Loop, Periods
@@ -110,7 +111,7 @@ def train(
             if primary:
                 write_report(directory.root)
     if primary:
-        _say_goodbye(directory, last, periods)
+        _say_goodbye(directory, last, periods, evaluate.samples())
 
 
 class EvaluationLog:
@@ -120,12 +121,22 @@ class EvaluationLog:
         names = evaluator.task_names if primary else []
         self._files = {name: JsonlWriter(directory.evaluation(name), start) for name in names}
         self._evaluator = evaluator
+        self._reports: dict[str, Report] = {}
 
     def __call__(self, state: TrainState, step: int) -> dict[str, float]:
-        scalars, reports = self._evaluator.evaluate(state.params)
+        scalars, self._reports = self._evaluator.evaluate(state.params)
         for name, file in self._files.items():
-            file.write_record(step, reports[name])
+            file.write_record(step, self._reports[name])
         return scalars
+
+    def samples(self, limit: int = 3) -> str:
+        """Returns a few predictions of the last evaluation as text, for a terminal."""
+        lines = []
+        for name, report in self._reports.items():
+            for sample in report["predictions"][:limit]:
+                shown = {part: textwrap.shorten(sample[part], 100) for part in ("input", "target", "prediction")}
+                lines += [f"{name}", *[f"  {part:10}  {text}" for part, text in shown.items()]]
+        return "\n".join(lines)
 
 
 def _fresh(program: TrainProgram, initial: Initial | None) -> TrainState:
@@ -161,7 +172,9 @@ def _reporter(
     return Reporter(Writers(writers), progress, program.flops, peak)
 
 
-def _say_goodbye(directory: RunDirectory, last: int, periods: Periods) -> None:
+def _say_goodbye(directory: RunDirectory, last: int, periods: Periods, samples: str) -> None:
+    if samples:
+        print(samples)
     if last < periods.total:
         print(f"stopped after step {last} of {periods.total}, saved; run the same command again to go on")
     else:
