@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -123,9 +124,11 @@ def test_help_imports_neither_jax_nor_gin_nor_numpy(words):
 
 def test_a_folder_named_gin_is_not_taken_for_the_library(tmp_path):
     (tmp_path / "gin").mkdir()
+    (tmp_path / "meshway").mkdir()
+    for folder in ("framework", "launch"):  # without site-packages there is no installed meshway either
+        (tmp_path / "meshway" / folder).symlink_to(Path(__file__).parent.parent.parent / folder)
     program = "import meshway.launch.recipe_text"
-    paths = [str(tmp_path), *(path for path in sys.path if path and "site-packages" not in path)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     shown = subprocess.run(
         [sys.executable, "-S", "-c", program], capture_output=True, text=True, env=environment, cwd=tmp_path
     )

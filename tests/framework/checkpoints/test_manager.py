@@ -76,8 +76,7 @@ def test_a_truncated_checkpoint_is_told_and_the_one_before_named(saved, tmp_path
         Checkpoints(copy, read_only=True).restore(3, made.abstract_state)
 
 
-def steps_kept(folder, keep, metrics):
-    _, state = losses(program("lm"), 1)
+def steps_kept(folder, state, keep, metrics):
     checkpoints = Checkpoints(folder, keep)
     for step, value in metrics.items():
         checkpoints.save(state, step, POSITION, {} if value is None else {"score": value})
@@ -87,11 +86,12 @@ def steps_kept(folder, keep, metrics):
 
 def test_which_checkpoints_are_kept(tmp_path):
     values = {1: 3.0, 2: 1.0, 3: 5.0, 4: 4.0, 5: None}
-    assert steps_kept(tmp_path / "a", Keep(latest=2), values) == [4, 5]
-    assert steps_kept(tmp_path / "b", Keep(latest=1, every=2), values) == [2, 4, 5]
-    assert steps_kept(tmp_path / "c", Keep(latest=1, best=1, metric="score"), values) == [2, 5]
-    assert steps_kept(tmp_path / "d", Keep(latest=1, best=1, metric="score", highest=True), values) == [3, 5]
-    assert steps_kept(tmp_path / "e", Keep(latest=None), values) == [1, 2, 3, 4, 5]
+    state = program("lm").init()
+    assert steps_kept(tmp_path / "a", state, Keep(latest=2), values) == [4, 5]
+    assert steps_kept(tmp_path / "b", state, Keep(latest=1, every=2), values) == [2, 4, 5]
+    assert steps_kept(tmp_path / "c", state, Keep(latest=1, best=1, metric="score"), values) == [2, 5]
+    assert steps_kept(tmp_path / "d", state, Keep(latest=1, best=1, metric="score", highest=True), values) == [3, 5]
+    assert steps_kept(tmp_path / "e", state, Keep(latest=None), values) == [1, 2, 3, 4, 5]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
@@ -119,6 +119,12 @@ def test_parameters_move_to_another_model_by_renames(saved):
     np.testing.assert_array_equal(params["logits"]["kernel"], state.params["logits"]["kernel"])
 
 
+@pytest.fixture(scope="module")
+def another():
+    """Parameters of another model."""
+    return program("lm", "D_FF=192").init().params
+
+
 @pytest.mark.parametrize(
     "initial, words",
     [
@@ -128,12 +134,11 @@ def test_parameters_move_to_another_model_by_renames(saved):
         ({"renames": [("decoder/(.*)", r"enc0der/\1")]}, ["no 'enc0der/block_0", "nearest: encoder/block_0"]),
     ],
 )
-def test_what_a_partial_restore_refuses(saved, initial, words):
-    made = program("lm", "D_FF=192")
+def test_what_a_partial_restore_refuses(saved, another, initial, words):
     if not initial:
         words = ["has shape", "Initial.left_at_init"]
     with pytest.raises(UserError) as error:
-        Initial(str(saved[0].parent), **initial).restore(made.init().params)
+        Initial(str(saved[0].parent), **initial).restore(another)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 

@@ -37,7 +37,9 @@ def test_fresh_parameters_do_not_depend_on_the_mesh(family, reference):
         np.testing.assert_array_equal(found, wanted)
 
 
-@pytest.mark.parametrize("optimizer", ["adafactor", "lion", "muon", "sgd"])
+@pytest.mark.parametrize(
+    "optimizer", ["adafactor", *[pytest.param(name, marks=pytest.mark.slow) for name in ("lion", "muon", "sgd")]]
+)
 def test_optimizer_state_is_sharded_and_changes_nothing(optimizer):
     # Muon's matrix iteration amplifies rounding; a few steps suffice to see a wrong state.
     rate = "LEARNING_RATE=0.001"
