@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import warnings
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -61,7 +62,7 @@ class Checkpoints:
         Raises:
           UserError: the folder cannot be made.
         """
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every save at INFO and WARNING
+        _quiet_orbax()
         self.folder, self._recipe = Path(folder).absolute(), recipe
         try:
             if not read_only:
@@ -166,6 +167,14 @@ class Checkpoints:
                 f"saving {what} in {self.folder} failed ({_first_line(error)}); complete checkpoints: "
                 f"{self.steps() or 'none'}. Free some space or make the folder writable, then run the command again"
             ) from error
+
+
+def _quiet_orbax() -> None:
+    """Orbax narrates every save; and where one fails, asyncio shows a traceback for each array on top of the error
+    that `_guard` reports."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
 
 
 def _as_tree(state: TrainState) -> dict[str, Any]:

@@ -138,20 +138,29 @@ def test_model_dir_that_cannot_be_written(capsys, tmp_path):
     assert "cannot be written" in message and "--gin.MODEL_DIR" in message
 
 
-def test_full_disk(tmp_path):
-    """A file system of 300 KiB, where the kernel lets us mount one; else files may not grow past 200 KiB."""
+def run_short(*before, folder):
+    words = command(*T5, *SHORT, f"--gin.MODEL_DIR={folder}", "--gin.LAYOUT=single")
+    return subprocess.run([*before, *words], cwd=LAB, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def test_a_disk_that_is_full_before_the_run(tmp_path):
+    """A real one, of 300 KiB, where the kernel lets us mount it."""
     folder = tmp_path / "full"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)], capture_output=True)
-    words = command(*T5, *SHORT, f"--gin.MODEL_DIR={folder / 'run'}", "--gin.LAYOUT=single")
-    if mounted.returncode:
-        words = ["bash", "-c", 'trap "" XFSZ; ulimit -f 200; exec "$@"', "limited", *words]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system; the next test needs none")
     try:
-        done = subprocess.run(words, cwd=LAB, env=environment(), capture_output=True, text=True, timeout=300)
+        done = run_short(folder=folder / "run")
     finally:
-        if not mounted.returncode:
-            subprocess.run(["umount", str(folder)], check=True)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    expected = ["free", "one checkpoint needs"] if not mounted.returncode else ["failed", "Free some space"]
-    assert all(part in done.stderr for part in expected), done.stderr
+        subprocess.run(["umount", str(folder)], check=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "free" in done.stderr and "one checkpoint needs" in done.stderr, done.stderr
+
+
+def test_a_disk_that_fills_while_a_checkpoint_is_written(tmp_path):
+    """No file may grow past 200 KiB. Writes still under way in tensorstore's threads may complain beside us."""
+    limit = ["bash", "-c", 'trap "" XFSZ; ulimit -f 200; exec "$@"', "limited"]
+    done = run_short(*limit, folder=tmp_path / "run")
+    assert done.returncode == 2 and done.stderr.count("meshway: error: ") == 1, done.stderr
+    assert "saving checkpoint" in done.stderr and "Free some space" in done.stderr, done.stderr
