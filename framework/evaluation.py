@@ -6,10 +6,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from meshway.framework.inference.decoding import greedy
-from meshway.framework.interfaces import Batch, EvalTask, Metrics, Params
+from meshway.framework.interfaces import ArraySpec, Batch, EvalTask, Metrics, Params
 from meshway.framework.training.program import TrainProgram
 
 # What one task's evaluation found: metrics by name, and some predictions for people to read.
@@ -93,18 +92,11 @@ class Evaluator:
         return task.metrics(predictions), samples
 
     def _decode(self, params: Params, batch: Batch) -> jax.Array:
-        shapes = {name: (tuple(x.shape), str(x.dtype)) for name, x in batch.items()}
-        key = tuple(sorted(shapes.items()))
+        key = tuple(sorted((name, x.shape, str(x.dtype)) for name, x in batch.items()))
         partitioner = self._program.partitioner
-        shardings = {
-            name: NamedSharding(
-                partitioner.mesh,
-                partitioner.activation_rules.resolve(
-                    ("batch", *([None] * (x.ndim - 1))), x.shape, f"prompt {name}"
-                ).spec,
-            )
-            for name, x in batch.items()
-        }
+        shardings = partitioner.batch_shardings(
+            {name: ArraySpec(x.shape, x.dtype, ("batch", *[None] * (x.ndim - 1))) for name, x in batch.items()}
+        )
         if key not in self._predict:
             model, length = self._program.model, self._program.lengths["targets"]
             self._predict[key] = partitioner.compile(
@@ -112,7 +104,7 @@ class Evaluator:
                 self._program.param_shapes,
                 {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()},
                 in_shardings=(self._program.state_shardings.params, shardings),
-                out_shardings=NamedSharding(partitioner.mesh, PartitionSpec()),
+                out_shardings=partitioner.replicated,
             )
         placed = partitioner.put_batch(self._mine(batch), shardings, self._program.batch_size)
         return self._predict[key](params, placed)
