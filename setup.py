@@ -7,6 +7,11 @@ from setuptools import find_namespace_packages, setup
 FOLDERS = ["framework", "models", "gin", "tasks", "launch"]
 INSIDE = [f"{folder}*" for folder in FOLDERS]
 
+# What some of the shipped tasks read, by extra; their text is in no other place.
+PROSE = ["botocore>=1.40,<2"]
+GETTEXT = ["django>=5.2,<7", "polib>=1.2,<2", "sacrebleu>=2.5,<3"]
+DIGITS = ["scikit-learn>=1.6,<2"]
+
 setup(
     name="meshway",
     version="0.1.0",
@@ -25,6 +30,9 @@ setup(
         "orbax-checkpoint>=0.12.8,<0.13",
         "gin-config>=0.5,<0.6",
         "seqio==0.0.20",
+        "grain>=0.2.18,<0.3",
+        "array_record>=0.8.3,<0.9",
+        "absl-py>=2,<3",
         "sentencepiece>=0.2,<0.3",
         "tensorboardX>=2.6,<3",
         "matplotlib>=3.8,<4",
@@ -35,7 +43,19 @@ setup(
         "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "board": ["tensorboard>=2.20"],
-        "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4"],
+        "hf": ["tokenizers>=0.22,<0.24"],
+        "prose": PROSE,
+        "gettext": GETTEXT,
+        "digits": DIGITS,
+        "test": [
+            "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
+            "hypothesis>=6.100,<7",
+            "tokenizers>=0.22,<0.24",
+            *PROSE,
+            *GETTEXT,
+            *DIGITS,
+        ],
         "dev": ["ruff>=0.15,<0.18", "mypy>=1.18,<3"],
     },
     entry_points={"console_scripts": ["meshway = meshway.launch.cli:main"]},

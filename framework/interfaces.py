@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from meshway.framework.data.vocabulary import Vocabulary
+
 Params = dict[str, Any]  # nested dicts, keys are strings, leaves are arrays
 Axes = dict[str, Any]  # the same tree; each leaf is a tuple of logical axis names
 Batch = Mapping[str, Any]  # feature name -> array [batch, ...] (numpy on the host, jax.Array on devices)
@@ -87,8 +89,8 @@ class DataSource(Protocol):
     batch_size: int
     lengths: Mapping[str, int]
 
-    def vocabularies(self) -> dict[str, int]:
-        """Returns the vocabulary size of each task feature."""
+    def vocabularies(self) -> dict[str, Vocabulary]:
+        """Returns the vocabulary of each task feature that holds token ids; saved with the run."""
         ...
 
     def train(self, rows: slice) -> Dataset:

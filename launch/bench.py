@@ -4,6 +4,11 @@
     meshway bench train --interleave --gin_file=...    # burst by burst beside other programs, over a pipe
 
 Nothing is read from a data set, and TensorFlow is not imported.
+
+meshway bench data: how fast a recipe's examples become batches, stage by stage, beside seqio doing the same work.
+
+    meshway bench data --gin_file=recipes/quickstart.gin
+    meshway bench data --batches=100000 --gin_file=...    # and how much memory that takes
 """
 
 import json
@@ -12,18 +17,20 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 
 from meshway.framework import distributed
+from meshway.framework.errors import UserError
 from meshway.framework.planning.hardware import peak_flops
 from meshway.framework.training.program import TrainProgram
 from meshway.framework.training.state import TrainState
 
 if TYPE_CHECKING:
+    from meshway.framework.data.grain_loader import CachedData
     from meshway.launch.config import Invocation
 
 
@@ -84,6 +91,43 @@ def train(program: TrainProgram, steps: int = 10, rounds: int = 5, interleave: b
     print(_table(info, statistics.median(times), min(times), statistics.median(peaks), source))
 
 
+def data(
+    data: Callable[..., "CachedData"],
+    seconds: float = 45,
+    batches: int | None = None,
+    workers: int | None = None,
+    as_json: bool = False,
+    imported: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Times what becomes of a recipe's examples and prints what it found.
+
+    Args:
+      data: the recipe's `CachedData`, called with other arguments than the recipe's.
+      seconds: for all that is timed in turn. Starting it and building a cache come on top, and `batches` where that
+        is given.
+      batches: over how many batches memory is watched; None for as many as fit the time.
+      workers: the loader is timed with 1, 2, ... so many processes; None for one a core, 4 at most.
+      as_json: print everything as JSON too, on one line that begins with RESULT.
+      imported: more modules, that a recipe imports only for what they register.
+
+    Returns:
+      what was printed, as JSON holds it.
+
+    Raises:
+      UserError: an argument is out of range, or the recipe's data cannot be read.
+    """
+    from meshway.launch import bench_data  # `bench train` starts without it
+
+    for name, value, least in (("seconds", seconds, 1), ("batches", batches, 1), ("workers", workers, 0)):
+        if value is not None and value < least:
+            raise UserError(f"bench.data.{name} must be at least {least}, not {value}")
+    found = bench_data.measure(data, seconds, batches, workers, imported)
+    print(bench_data.format_table(found))
+    if as_json:
+        _say("RESULT", found)
+    return found
+
+
 def _table(info: dict[str, Any], seconds: float, best: float, peak: float, source: str) -> str:
     achieved = info["flops"] / seconds
     lines = {
@@ -140,6 +184,10 @@ def run(invocation: "Invocation") -> None:
     """Runs the verb from the command line."""
     from meshway.launch import config
 
+    if invocation.subject == "data":
+        recipe = config.load(invocation)
+        data(**recipe.build("bench.data"), imported=recipe.unreferenced)
+        return
     distributed.start(*invocation.processes)
     train(**config.load(invocation, import_unreferenced=False).build("bench.train"))
 

@@ -99,19 +99,23 @@ def raise_problems(problems: Sequence[str]) -> None:
         raise UserError(f"{len(listed)} problems:" + "".join(f"\n  {text}" for text in listed))
 
 
-def _import_unreferenced(program: Program) -> list[str]:
+def unreferenced(program: Program) -> list[Import]:
+    """Returns the imports that no binding refers to, such as those of modules that register tasks."""
     named = {binding.target.module for binding in program.bindings if binding.target}
     for binding in program.bindings:
         for leaf in leaves(binding.value):
             if isinstance(leaf, (Reference, Macro)) and leaf.target:
                 named.add(leaf.target.module)
+    return [statement for statement in program.imports if statement.module not in named]
+
+
+def _import_unreferenced(program: Program) -> list[str]:
     problems = []
-    for statement in program.imports:
-        if statement.module not in named:
-            try:
-                configurables.import_module(statement.module)
-            except Unresolved as error:
-                problems.append(f"{statement.place}: {error}")
+    for statement in unreferenced(program):
+        try:
+            configurables.import_module(statement.module)
+        except Unresolved as error:
+            problems.append(f"{statement.place}: {error}")
     return problems
 
 

@@ -8,7 +8,7 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from meshway.framework.errors import EnvironmentFailure, UserError, did_you_mean
 from meshway.launch.invocation import MACROS, Invocation
@@ -16,11 +16,25 @@ from meshway.launch.invocation import MACROS, Invocation
 
 @dataclasses.dataclass(frozen=True)
 class Switch:
-    """A flag without a value: a short word for a binding."""
+    """A flag: a short word for a binding.
+
+    Attributes:
+      flag: as `--task`.
+      binding: `NAME=VALUE` for a flag without a value, `NAME` for one that takes it.
+      help: what it is for.
+      value: what the help calls the value; "" for none.
+      number: whether the value is a whole number; else it is text.
+    """
 
     flag: str
     binding: str
     help: str
+    value: str = ""
+    number: bool = False
+
+    def bound(self, value: Any) -> str:
+        """Returns the binding for a value read from the command line."""
+        return f"{self.binding}={value!r}" if self.value else self.binding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,24 +44,71 @@ class Verb:
     module: str
     help: str
     subjects: tuple[str, ...] = ()  # what the word after the verb may be
+    default: str = ""  # the subject where that word is left out
     dry_run: bool = False
     switches: tuple[Switch, ...] = ()
+    instead: str = ""  # the flag that serves where no recipe is given
+    on_devices: bool = True
+    macros: tuple[str, ...] = tuple(MACROS)  # those that the help lists
 
 
-_INTERLEAVE = Switch(
-    "--interleave",
-    "bench.train.interleave=True",
-    "speak the burst protocol on a pipe, to be timed in turn with other programs",
+_BENCH = (
+    Switch(
+        "--interleave",
+        "bench.train.interleave=True",
+        "train: speak the burst protocol on a pipe, to be timed in turn with other programs",
+    ),
+    Switch("--seconds", "bench.data.seconds", "data: how long to time (default: 45)", "N", number=True),
+    Switch("--batches", "bench.data.batches", "data: over how many batches memory is watched", "N", number=True),
+    Switch("--workers", "bench.data.workers", "data: processes (default: one a core, 4 at most)", "N", number=True),
+    Switch("--json", "bench.data.as_json=True", "data: print the results as JSON too"),
+)
+
+_INSPECT = (
+    Switch("--batches", "inspect.data.batches", "data: batches drawn for figures (default: 20)", "N", number=True),
+    Switch("--rows", "inspect.data.rows", "data: rows to show of each source (default: 3)", "N", number=True),
+    Switch("--html", "inspect.data.html", "data: the page (default: data.html in MODEL_DIR, or here)", "PATH"),
+)
+
+_CACHE = (
+    Switch("--task", "MIXTURE_OR_TASK_NAME", "the registered task or mixture, if not the recipe's", "NAME"),
+    Switch("--module", "MIXTURE_OR_TASK_MODULE", "the Python module that registers it (mylab.tasks)", "MODULE"),
+    Switch("--directory", "CACHE_DIR", "where to keep it (default: meshway/tasks in the user's cache)", "DIR"),
+    Switch("--splits", "cache.cache.splits", "which splits (train,validation; default: all)", "SPLITS"),
+    Switch("--num_shards", "cache.cache.num_shards", "files of each split (default: 8)", "N", number=True),
+    Switch("--workers", "cache.cache.workers", "processes (default: one a core)", "N", number=True),
+    Switch("--overwrite", "cache.cache.overwrite=True", "remove what is cached of the task first, all splits of it"),
+    Switch(
+        "--max_bad_examples",
+        "cache.cache.max_bad_examples",
+        "examples of a split that may fail in a preprocessor; they are left out and reported (default: 0)",
+        "N",
+        number=True,
+    ),
 )
 
 VERBS = {
     "train": Verb("meshway.launch.train", "train a recipe, or go on from its last checkpoint", dry_run=True),
-    "inspect": Verb("meshway.launch.inspect", "print every tensor: axes, sharding, bytes a device, and the rule"),
+    "inspect": Verb(
+        "meshway.launch.inspect",
+        "print every tensor: axes, sharding, bytes a device, and the rule; or what the data is like",
+        subjects=("layout", "data"),
+        default="layout",
+        switches=_INSPECT,
+    ),
+    "cache": Verb(
+        "meshway.launch.cache",
+        "prepare the tasks of a recipe, or --task, once and keep them",
+        switches=_CACHE,
+        instead="--task",
+        on_devices=False,
+        macros=("MIXTURE_OR_TASK_NAME", "MIXTURE_OR_TASK_MODULE", "CACHE_DIR"),
+    ),
     "bench": Verb(
         "meshway.launch.bench",
-        "time a recipe on synthetic data",
-        subjects=("train",),
-        switches=(_INTERLEAVE,),
+        "time a recipe's step on synthetic data, or its data path",
+        subjects=("train", "data"),
+        switches=_BENCH,
     ),
 }
 
@@ -55,7 +116,11 @@ _USAGE_EXAMPLES = """examples:
   meshway train --gin_file=recipes/quickstart.gin --gin.MODEL_DIR=runs/quickstart
   meshway train --gin_file=my.gin --gin.MODEL_DIR=/tmp/run --gin.LAYOUT=fsdp --dry_run
   meshway inspect --gin_file=quickstart --gin.LAYOUT=fsdp --simulated_devices=8
+  meshway inspect data --gin_file=quickstart --rows=5 --html=data.html
   meshway bench train --gin_file=quickstart
+  meshway bench data --gin_file=quickstart
+  meshway cache --gin_file=quickstart
+  meshway cache --task=my_task --module=mylab.tasks --directory=/data/cache
 
 Exit codes: 0 done, 1 the machine or the program failed, 2 the command or the recipe is wrong.
 MESHWAY_TRACEBACK=1 shows the traceback of every error. `meshway VERB --help` lists a verb's options.
@@ -117,16 +182,37 @@ def parse(argv: Sequence[str]) -> Invocation | None:
     if "-h" in words or "--help" in words:
         parser.print_help()
         return None
-    switches = [switch for switch in VERBS[verb].switches if switch.flag in words]
-    bindings += [switch.binding for switch in switches]
-    words = [word for word in words if word not in {switch.flag for switch in switches}]
+    entry = VERBS[verb]
+    if entry.default and words[:1] not in [[subject] for subject in entry.subjects]:
+        words.insert(0, entry.default)
     options, unknown = parser.parse_known_args(words)
     _refuse_unknown(verb, unknown, parser)
+    given = vars(options)
+    for switch in entry.switches:
+        if switch.flag.lstrip("-") in given:
+            _refuse_elsewhere(verb, switch, given.get("subject"))
+            bindings.append(switch.bound(given.pop(switch.flag.lstrip("-"))))
     if not options.gin_files:
-        raise UserError(f"meshway {verb} needs a recipe: --gin_file=FILE, as --gin_file=recipes/quickstart.gin")
+        _need_a_recipe(verb, bindings)
     paths = tuple(path for listed in options.search_paths for path in listed.split(",") if path)
-    fields = {**vars(options), "gin_files": tuple(options.gin_files), "search_paths": paths}
+    fields = {**given, "gin_files": tuple(options.gin_files), "search_paths": paths}
     return Invocation(verb=verb, bindings=tuple(bindings), **fields)
+
+
+def _need_a_recipe(verb: str, bindings: Sequence[str]) -> None:
+    """Raises UserError unless the bindings have what serves this verb instead of a recipe."""
+    needed = "a recipe: --gin_file=FILE, as --gin_file=recipes/quickstart.gin"
+    instead = next((switch for switch in VERBS[verb].switches if switch.flag == VERBS[verb].instead), None)
+    if instead and any(binding.startswith(f"{instead.binding}=") for binding in bindings):
+        return
+    raise UserError(f"meshway {verb} needs {needed}" + (f"; or {instead.flag}={instead.value}" if instead else ""))
+
+
+def _refuse_elsewhere(verb: str, switch: Switch, subject: str | None) -> None:
+    """Raises UserError for a flag that binds an argument of another subject."""
+    owner = next((name for name in VERBS[verb].subjects if switch.binding.startswith(f"{verb}.{name}.")), subject)
+    if owner != subject:
+        raise UserError(f"{switch.flag} is a flag of `meshway {verb} {owner}`, not of `meshway {verb} {subject}`")
 
 
 def _refuse_unknown(verb: str, unknown: list[str], parser: argparse.ArgumentParser) -> None:
@@ -134,7 +220,10 @@ def _refuse_unknown(verb: str, unknown: list[str], parser: argparse.ArgumentPars
         return
     word = unknown[0]
     if not word.startswith("-"):
-        hint = f"; a recipe is given as --gin_file={word}" if not VERBS[verb].subjects else ""
+        entry = VERBS[verb]
+        hint = f"; a recipe is given as --gin_file={word}" if entry.default or not entry.subjects else ""
+        if near := did_you_mean(word, entry.subjects, limit=1):
+            hint = near if word not in entry.subjects else f" there: write `meshway {verb} {word} ...`"
         raise UserError(f"meshway {verb} takes no argument {word!r}{hint}")
     flag = word.partition("=")[0]
     if flag.lstrip("-").upper() in MACROS:
@@ -150,29 +239,32 @@ def _help() -> str:
         "Trains, evaluates and serves sequence models on meshes.",
         "",
     ]
-    lines += ["verbs:", *(f"  {' '.join([n, *_subjects(v)]):18}{v.help}" for n, v in VERBS.items()), ""]
+    lines += ["verbs:", *(f"  {' '.join([n, *_subjects(v)]):24}{v.help}" for n, v in VERBS.items()), ""]
     return "\n".join(lines) + "\n" + _USAGE_EXAMPLES
 
 
 def _subjects(verb: Verb) -> list[str]:
-    return ["|".join(verb.subjects)] if verb.subjects else []
+    listed = "|".join(verb.subjects)
+    return [f"[{listed}]" if verb.default else listed] if listed else []
 
 
 def _parser(verb: str) -> argparse.ArgumentParser:
     """Returns the parser of one verb's options; `--gin.NAME=VALUE` is read before it."""
     entry = VERBS[verb]
     command = " ".join([verb, *_subjects(entry)])
-    macros = "\n".join(f"  {name:22}{meaning}" for name, meaning in MACROS.items())
+    recipe_or = f"(--gin_file=FILE | {entry.instead}=...)" if entry.instead else "--gin_file=FILE"
+    macros = "\n".join(f"  {name:24}{MACROS[name]}" for name in entry.macros)
     parser = _Parser(
         prog=f"meshway {verb}",
-        usage=f"meshway {command} --gin_file=FILE [--gin.NAME=VALUE ...] [options]",
+        usage=f"meshway {command} {recipe_or} [--gin.NAME=VALUE ...] [options]",
         description=f"{entry.help[0].upper()}{entry.help[1:]}.",
         epilog=f"macros that recipes honour (--gin.MACRO=VALUE):\n{macros}\n\n{_examples(verb)}",
         formatter_class=_help_formatter,
         allow_abbrev=False,
     )
     if entry.subjects:
-        parser.add_argument("subject", choices=entry.subjects, help="what to time")
+        default = f" (default: {entry.default})" if entry.default else ""
+        parser.add_argument("subject", choices=entry.subjects, help=f"what to {verb}{default}")
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument(
         "--gin_file",
@@ -201,8 +293,12 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     if entry.dry_run:
         recipe.add_argument("--dry_run", action="store_true", help="build and print everything, run and write nothing")
     for switch in entry.switches:
-        parser.add_argument(switch.flag, action="store_true", default=argparse.SUPPRESS, help=switch.help)
-    _add_process_options(parser)
+        takes: dict[str, Any] = {"action": "store_true"}
+        if switch.value:
+            takes = {"metavar": switch.value, "type": _whole if switch.number else str}
+        parser.add_argument(switch.flag, default=argparse.SUPPRESS, help=switch.help, **takes)
+    if entry.on_devices:
+        _add_process_options(parser)
     return parser
 
 
@@ -217,7 +313,7 @@ def _add_process_options(parser: argparse.ArgumentParser) -> None:
     )
     processes.add_argument("--coordinator_address", metavar="HOST:PORT", help="where process 0 of several listens")
     processes.add_argument("--num_processes", type=_count, metavar="N", help="how many processes run together")
-    processes.add_argument("--process_id", type=_rank, metavar="I", help="which of them this is, from 0")
+    processes.add_argument("--process_id", type=_whole, metavar="I", help="which of them this is, from 0")
 
 
 def _examples(verb: str) -> str:
@@ -231,7 +327,7 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _rank(text: str) -> int:
+def _whole(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)

@@ -17,6 +17,7 @@ from meshway.launch.checks import (
     raise_problems,
     required_arguments,
     required_problems,
+    unreferenced,
 )
 from meshway.launch.invocation import Invocation
 from meshway.launch.reachability import Walk, binding_key, final
@@ -76,10 +77,12 @@ class Recipe:
     Attributes:
       resolved: the whole configuration as gin text, each value as it is in force; running from it gives the
         same configuration and the same text.
+      unreferenced: the modules that the recipe imports and never refers to.
     """
 
     def __init__(self, program: Program, resolved: str):
         self.resolved = resolved
+        self.unreferenced = [statement.module for statement in unreferenced(program)]
         self._program = program
 
     def build(self, root: str, given: Collection[str] = ()) -> dict[str, Any]:

@@ -1,37 +1,86 @@
-"""meshway inspect: every tensor of a recipe, where it lies, what it costs a device, and which rule said so.
+"""meshway inspect: a recipe looked at instead of trained.
 
-meshway inspect --gin_file=recipes/quickstart.gin --gin.LAYOUT=fsdp --simulated_devices=8
+    meshway inspect --gin_file=recipes/quickstart.gin --gin.LAYOUT=fsdp --simulated_devices=8
+    meshway inspect data --gin_file=recipes/quickstart.gin
+
+The first prints every tensor, where it lies, what it costs a device, and which rule said so. The second prints
+examples as the model sees them, their lengths, density and mixture shares, and writes the same as a page.
 """
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meshway.framework import distributed
-from meshway.framework.partitioning.explain import format_rows
-from meshway.framework.training.program import TrainProgram
-from meshway.framework.training.run_directory import summarize
+from meshway.framework.errors import UserError
 
 if TYPE_CHECKING:
+    from meshway.framework.interfaces import DataSource
+    from meshway.framework.training.program import TrainProgram
     from meshway.launch.config import Invocation
 
+DATA = "data"
 
-def inspect(program: TrainProgram) -> str:
+
+def layout(program: "TrainProgram") -> str:
     """Returns the layout table of a program as text; nothing is allocated.
 
     Raises:
       UserError: the model does not fit the layout.
     """
+    from meshway.framework.partitioning.explain import format_rows
+    from meshway.framework.training.run_directory import summarize
+
     program.trace_loss()
     rows = program.explain()
     return f"{format_rows(rows)}\n\n{summarize(program, rows)}"
+
+
+def data(
+    source: "DataSource", batches: int = 20, rows: int = 3, html: str | None = None, model_dir: str | None = None
+) -> None:
+    """Prints what a recipe's data is like, and writes it as a page.
+
+    Args:
+      source: where batches come from.
+      batches: how many to draw for the figures.
+      rows: how many rows to show of each source.
+      html: the page; None for `data.html` in `model_dir`.
+      model_dir: the run directory; None for the current folder.
+
+    Raises:
+      UserError: the data cannot be read, or the page cannot be written.
+    """
+    from meshway.framework.data.inspection import inspect
+    from meshway.framework.data.inspection_page import page
+    from meshway.launch.inspect_data import show, standard_output
+
+    inspection = inspect(source, batches, rows)
+    path = Path(html).expanduser() if html else Path(model_dir or "").expanduser() / "data.html"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page(inspection), encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; give another by --html=PATH") from error
+    show(inspection, standard_output())
+    print(f"\nthe same as a page: {path}")
 
 
 def run(invocation: "Invocation") -> None:
     """Runs the verb from the command line."""
     from meshway.launch import config
 
+    if invocation.subject == DATA:
+        import jax
+
+        if any(value is not None for value in invocation.processes):
+            raise UserError("meshway inspect data runs in one process and needs no devices: leave their flags out")
+        jax.config.update("jax_platforms", "cpu")  # a run that trains meanwhile keeps its accelerators
+        data(**config.load(invocation).build("inspect.data"))
+        return
+    from meshway.framework import distributed
+
     distributed.start(*invocation.processes)
-    print(inspect(**config.load(invocation, import_unreferenced=False).build("inspect.inspect")))
+    print(layout(**config.load(invocation, import_unreferenced=False).build("inspect.layout")))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import dataclasses
 MACROS = {
     "MODEL_DIR": "the run directory: logs, checkpoints, report",
     "MIXTURE_OR_TASK_NAME": "the seqio task or mixture to read",
+    "MIXTURE_OR_TASK_MODULE": "the Python module(s) whose import registers it",
+    "CACHE_DIR": "where tasks are cached, each in a folder of its name",
     "TASK_FEATURE_LENGTHS": "tokens by feature, as {'inputs': 256, 'targets': 64}",
     "TRAIN_STEPS": "the step at which training ends",
     "BATCH_SIZE": "examples in a global batch",

@@ -77,7 +77,12 @@ def train(
         return
     dataset = data.train(program.partitioner.process_rows(program.batch_size))
     check_batch(program.batch_spec, dataset.spec())
-    check_vocabularies(program, data.vocabularies())
+    vocabularies = data.vocabularies()
+    check_vocabularies(program, vocabularies)
+    if start:
+        directory.check_vocabularies(vocabularies)
+    if primary:
+        directory.save_vocabularies(vocabularies)
     progress = _progress(periods, start, primary)
     if start:
         state, position = checkpoints.restore(start, program.abstract_state)
@@ -189,10 +194,10 @@ def run(invocation: "Invocation") -> None:
     recipe = config.load(invocation)
     arguments = recipe.build("train.train", given=["resolved"])
     if invocation.dry_run:
-        from meshway.launch.inspect import inspect
+        from meshway.launch.inspect import layout
 
         print(recipe.resolved)
-        print(inspect(arguments["program"]))
+        print(layout(arguments["program"]))
         return
     train(**arguments, resolved=recipe.resolved)
 

@@ -1,17 +1,46 @@
 """Objectives over text, as seqio preprocessors.
 
-The self-supervised ones join a dataset of {'text'} into one stream of tokens and cut it into windows, so a
-long document fills several examples, short ones share one, and nothing is left out. Randomness comes from
-seqio's stateless seeds.
+`tokenize_text` encodes each text, which reads no lengths and so can be cached offline. The objectives join its
+dataset of {'targets'} into one stream of tokens and cut it into windows, so a long document fills several
+examples, short ones share one, and nothing is left out. Randomness comes from seqio's stateless seeds.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 
 import seqio
 import tensorflow as tf
 
 Features = Mapping[str, seqio.Feature]
-_ROWS = 64  # texts encoded, or windows corrupted, at a time
+Step = Callable[..., tf.data.Dataset]
+_ROWS = 64  # windows corrupted at a time
+
+
+def tokenize_text(dataset: tf.data.Dataset, output_features: Features, end: str = "") -> tf.data.Dataset:
+    """Encodes each {'text'}, with `end` behind it, as `targets`; without EOS and whole."""
+    vocabulary = output_features["targets"].vocabulary
+
+    def encode(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        return {"targets": vocabulary.encode_tf(tf.strings.join([example["text"], end]))}
+
+    return dataset.map(encode, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def text_to_text() -> list[Step]:
+    """Returns the steps of a task whose source gives `inputs` and `targets` as texts; their tokens can be cached.
+
+    They are trimmed so that EOS fits, and the texts are kept as `inputs_pretokenized`, `targets_pretokenized`.
+    """
+    return [
+        seqio.preprocessors.tokenize,
+        seqio.CacheDatasetPlaceholder(),
+        seqio.preprocessors.append_eos_after_trim,
+    ]
+
+
+def whole_text(*steps: Step, end: str = "") -> list[Step]:
+    """Returns the steps of a task whose source gives {'text'}: tokens, which can be cached, then `steps`."""
+    return [functools.partial(tokenize_text, end=end), seqio.CacheDatasetPlaceholder(), *steps]
 
 
 def span_corruption(
@@ -60,17 +89,15 @@ def span_corruption(
         return {name: _with_eos(examples[name], output_features[name]) for name in examples}
 
     # Many windows at a time: a window alone costs TensorFlow ten times what it computes.
-    stream = _stream(dataset, output_features["inputs"], end_with_eos=False)
-    return _unbatched(corrupt(stream.rebatch(_ROWS * window)))
+    return _unbatched(corrupt(_stream(dataset).rebatch(_ROWS * window)))
 
 
 def language_model(
     dataset: tf.data.Dataset, sequence_length: Mapping[str, int] | None, output_features: Features
 ) -> tf.data.Dataset:
     """Windows of the stream as `targets`, each document ending in EOS if the feature adds one."""
-    feature = output_features["targets"]
     length = _lengths(sequence_length, "targets")["targets"]
-    stream = _stream(dataset, feature, end_with_eos=feature.add_eos)
+    stream = _stream(seqio.preprocessors.append_eos(dataset, output_features))
     return stream.rebatch(length).map(lambda tokens: {"targets": tokens})
 
 
@@ -94,24 +121,8 @@ def prefix_language_model(
         return {"inputs": tokens[:at], "targets": tokens[at:]}
 
     window = max(1, sum(lengths.values()) // 2 - sum(int(output_features[name].add_eos) for name in lengths))
-    dataset = cut(_stream(dataset, output_features["inputs"], end_with_eos=False).rebatch(window))
+    dataset = cut(_stream(dataset).rebatch(window))
     return seqio.preprocessors.append_eos(dataset, output_features)
-
-
-def text_to_text(
-    dataset: tf.data.Dataset, sequence_length: Mapping[str, int] | None, output_features: Features
-) -> tf.data.Dataset:
-    """Encodes {'inputs', 'targets'} texts, trimmed so that EOS fits; keeps the target as 'targets_pretokenized'."""
-
-    def encode(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        result = {"targets_pretokenized": example["targets"]}
-        for name, feature in output_features.items():
-            room = (sequence_length or {}).get(name)
-            tokens = feature.vocabulary.encode_tf(example[name])
-            result[name] = _with_eos(tokens[: room - int(feature.add_eos)] if room else tokens, feature)
-        return result
-
-    return dataset.map(encode, num_parallel_calls=tf.data.AUTOTUNE)
 
 
 def noise_counts(length: int, noise_density: float, mean_span_length: float) -> tuple[int, int]:
@@ -181,22 +192,9 @@ def _random_parts(totals: tf.Tensor, parts: tf.Tensor, width: int | tf.Tensor, s
     return tf.where(item < totals[:, tf.newaxis], run, 2**29)
 
 
-def _stream(dataset: tf.data.Dataset, feature: seqio.Feature, end_with_eos: bool) -> tf.data.Dataset:
-    """Encodes {'text'} into pieces of one stream of tokens; each text ends in EOS or a new line."""
-    vocabulary = feature.vocabulary
-
-    def encode(example: dict[str, tf.Tensor]) -> tf.Tensor:
-        texts = example["text"]
-        if not end_with_eos:
-            texts = tf.strings.join([texts, "\n"])
-        tokens = vocabulary.encode_tf(texts)
-        if end_with_eos:
-            tokens = _append(tokens, vocabulary.eos_id)
-        return tokens.flat_values if isinstance(tokens, tf.RaggedTensor) else tokens
-
-    if isinstance(vocabulary, seqio.SentencePieceVocabulary):  # it encodes many texts at once, into ragged rows
-        dataset = dataset.batch(_ROWS)
-    return dataset.map(encode)
+def _stream(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Returns the pieces of one stream of tokens: each example's `targets`."""
+    return dataset.map(lambda example: example["targets"])
 
 
 def _with_eos(tokens: tf.Tensor | tf.RaggedTensor, feature: seqio.Feature) -> tf.Tensor | tf.RaggedTensor:

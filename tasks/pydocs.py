@@ -3,19 +3,23 @@
 Registering is cheap: the corpus is read, and the vocabulary trained, when a task is first read.
 
     pydocs_span_corruption   pydocs_bytes_span_corruption   inputs, targets: T5's denoising
-    pydocs_lm                pydocs_bytes_lm                targets
+    pydocs_lm                pydocs_bytes_lm                targets: windows
     pydocs_prefix_lm                                        inputs, targets: a window cut in two
     pydocs_summary           pydocs_bytes_summary           function source -> first sentence of its docstring
+    pydocs_text              pydocs_bytes_text              targets: whole documents, without EOS
     pydocs_mix               span corruption and summary, half and half
+    pydocs_denoise_mix       text and summary, half and half: for objectives that corrupt text as it is read
+
+What comes before a task's lengths matter, its tokens, can be cached offline.
 """
 
 import functools
-from collections.abc import Callable, Mapping
 
 import seqio
 import tensorflow as tf
 
 from meshway.tasks import corpus, metrics, preprocessors, vocabularies
+from meshway.tasks.registry import CountedSource, add_mixture, add_task, text_features
 
 SUMMARY_PREFIX = "summarize: "  # tells the model which task of a mixture it is doing
 BYTES_MEAN_SPAN = 20.0  # ByT5's (Xue et al. 2021, section 3.1): a span of 3 bytes is less than a word
@@ -37,38 +41,35 @@ def function_dataset(split: str, shuffle_files: bool, seed: int | None = None) -
     )
 
 
-def _add_task(
-    name: str,
-    dataset_fn: Callable[..., tf.data.Dataset],
-    features: Mapping[str, seqio.Feature],
-    steps: list[Callable[..., tf.data.Dataset]],
-    metric_fns: list[Callable[..., dict[str, float]]] | None = None,
-) -> None:
-    seqio.TaskRegistry.remove(name)  # the module may be imported again
-    seqio.TaskRegistry.add(
-        name,
-        source=seqio.FunctionDataSource(dataset_fn, splits=corpus.SPLITS),
-        preprocessors=steps,
-        output_features=dict(features),
-        metric_fns=metric_fns or [],
-    )
+def _count_documents(split: str) -> int:
+    return len(corpus.documents(split))
+
+
+def _count_functions(split: str) -> int:
+    return len(corpus.functions(split))
+
+
+TEXT = CountedSource(text_dataset, corpus.SPLITS, _count_documents)
+FUNCTIONS = CountedSource(function_dataset, corpus.SPLITS, _count_functions)
 
 
 def _add_tasks(prefix: str, vocabulary: seqio.Vocabulary, mean_span: float) -> None:
     """Registers the tasks that every vocabulary has."""
     with_eos = seqio.Feature(vocabulary, add_eos=True)
-    _add_task(
+    corrupt = functools.partial(preprocessors.span_corruption, mean_span_length=mean_span)
+    add_task(f"{prefix}_text", TEXT, text_features(vocabulary), preprocessors.whole_text())
+    add_task(
         f"{prefix}_span_corruption",
-        text_dataset,
+        TEXT,
         {"inputs": with_eos, "targets": with_eos},
-        [functools.partial(preprocessors.span_corruption, mean_span_length=mean_span)],
+        preprocessors.whole_text(corrupt, end="\n"),
     )
-    _add_task(f"{prefix}_lm", text_dataset, {"targets": with_eos}, [preprocessors.language_model])
-    _add_task(
+    add_task(f"{prefix}_lm", TEXT, {"targets": with_eos}, preprocessors.whole_text(preprocessors.language_model))
+    add_task(
         f"{prefix}_summary",
-        function_dataset,
+        FUNCTIONS,
         {"inputs": with_eos, "targets": with_eos},
-        [preprocessors.text_to_text],
+        preprocessors.text_to_text(),
         [metrics.token_f1, metrics.exact_match],
     )
 
@@ -77,15 +78,15 @@ def _add_all() -> None:
     pieces = vocabularies.pydocs()
     _add_tasks("pydocs", pieces, mean_span=3.0)
     _add_tasks("pydocs_bytes", vocabularies.byte(), mean_span=BYTES_MEAN_SPAN)
-    _add_task(
+    add_task(
         "pydocs_prefix_lm",
-        text_dataset,
+        TEXT,
         # A prefix goes on, so it has no end.
         {"inputs": seqio.Feature(pieces, add_eos=False), "targets": seqio.Feature(pieces, add_eos=True)},
-        [preprocessors.prefix_language_model],
+        preprocessors.whole_text(preprocessors.prefix_language_model, end="\n"),
     )
-    seqio.MixtureRegistry.remove("pydocs_mix")
-    seqio.MixtureRegistry.add("pydocs_mix", ["pydocs_span_corruption", "pydocs_summary"], default_rate=1.0)
+    add_mixture("pydocs_mix", ["pydocs_span_corruption", "pydocs_summary"], 1.0)
+    add_mixture("pydocs_denoise_mix", ["pydocs_text", "pydocs_summary"], 1.0)
 
 
 _add_all()

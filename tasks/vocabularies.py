@@ -1,4 +1,4 @@
-"""Vocabularies of the shipped tasks: SentencePiece pieces trained once on a task's own text, and bytes."""
+"""Vocabularies of the shipped tasks: pieces trained once on a task's own text, and bytes."""
 
 import functools
 import hashlib
@@ -12,8 +12,9 @@ from typing import Any
 
 import seqio
 
-from meshway.tasks import corpus
+from meshway.tasks import corpus, manuals
 from meshway.tasks.cache import cache_directory, cached_file
+from meshway.tasks.hugging_face import TrainedBytePairVocabulary
 
 EXTRA_IDS = 100  # sentinels, above the pieces, as T5 has them
 # One rule for a code point that text never holds. Without any, TensorFlow's SentencePiece says so on stderr
@@ -146,6 +147,23 @@ def _pydocs_texts() -> list[str]:
 def pydocs(pieces: int = 4000, extra_ids: int = EXTRA_IDS) -> TrainedSentencePieceVocabulary:
     """Returns the SentencePiece vocabulary of the pydocs tasks; it is trained when it is first used."""
     return TrainedSentencePieceVocabulary("pydocs", _pydocs_texts, pieces, extra_ids)
+
+
+@functools.cache
+def pydocs_bpe(pieces: int = 4000, extra_ids: int = EXTRA_IDS) -> TrainedBytePairVocabulary:
+    """Returns a byte-level BPE vocabulary of the same text as `pydocs`; it is trained when it is first used."""
+    return TrainedBytePairVocabulary("pydocs", _pydocs_texts, pieces, extra_ids)
+
+
+def _prose_texts() -> list[str]:
+    """Returns the training text of the prose vocabulary: an eighth of the train documents, 3.6 MB."""
+    return [document.text for document in manuals.documents("train")[::8]]
+
+
+@functools.cache
+def prose(pieces: int = 8000, extra_ids: int = EXTRA_IDS) -> TrainedSentencePieceVocabulary:
+    """Returns the SentencePiece vocabulary of the prose tasks; it is trained when it is first used."""
+    return TrainedSentencePieceVocabulary("prose", _prose_texts, pieces, extra_ids)
 
 
 @functools.cache

@@ -1,45 +1,57 @@
-"""A seqio task's validation split as the framework's `EvalTask`; handed a task, it imports no seqio."""
+"""A task's validation split as the framework's `EvalTask`; handed a seqio task, it imports no seqio."""
 
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from meshway.framework.data.features import Converter
-from meshway.framework.data.packing import Arrays, Example
+from meshway.framework.data.examples import Examples
+from meshway.framework.data.objective import Converter, Objective
+from meshway.framework.data.row_source import RowSource
+from meshway.framework.data.row_stream import RowStream
+from meshway.framework.data.vocabulary import Vocabulary
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Batch
 
+EVAL_SEED = 42  # the same for every run, so that runs of different seeds are measured on the same examples
 
-class SeqioEvalTask:
-    """Evaluates a seqio task through its own vocabulary, postprocessor and metric functions.
+
+class TaskEvaluation:
+    """Evaluates a task: teacher-forced batches, and the metrics of its seqio task where there is one.
 
     Only metric functions of (targets, predictions) are run; functions of scores or of auxiliary values are
     not.
 
     Args:
-      task: a seqio Task.
-      read: returns the split's examples in order; called once, when they are first needed.
-      converter: turns examples into rows.
+      name: the task's name.
+      examples: the split, as the objective reads it.
+      objective: what becomes of the examples.
+      converter: what the objective is of.
       lengths: TASK_FEATURE_LENGTHS, in tokens.
       batch_size: rows of a batch.
+      vocabularies: of the features that hold text, for people to read.
+      task: the seqio Task, for its vocabulary, postprocessor and metric functions; None: no metrics.
     """
 
     def __init__(
         self,
-        task: Any,
-        read: Callable[[], list[Example]],
+        name: str,
+        examples: Examples,
+        objective: Objective,
         converter: Converter,
         lengths: Mapping[str, int],
         batch_size: int,
+        vocabularies: Mapping[str, Vocabulary],
+        task: Any = None,
     ) -> None:
-        self.name: str = task.name
-        self._task = task
-        self._read = read
+        self.name = name
+        self._examples = examples
+        self._objective = objective
         self._converter = converter
         self._lengths = dict(lengths)
         self._batch_size = batch_size
+        self._vocabularies = vocabularies
+        self._task = task
 
     @property
     def num_examples(self) -> int:
@@ -49,18 +61,26 @@ class SeqioEvalTask:
     @property
     def has_metrics(self) -> bool:
         """Whether the task has metrics of predictions, and its converter something to predict from."""
-        return self._converter.can_predict and bool(self._task.predict_metric_fns)
+        return self._task is not None and self._converter.can_predict and bool(self._task.predict_metric_fns)
 
     def batches(self) -> Iterator[tuple[Batch, int]]:
         """Yields (global batch, real rows), packed if the converter packs; padding rows are all 0."""
-        count = len(next(iter(self._rows.values())))
-        for start in range(0, count, self._batch_size):
-            real = min(self._batch_size, count - start)
-            padding = [(0, self._batch_size - real), (0, 0)]
-            yield (
-                {name: np.pad(array[start : start + real], padding) for name, array in self._rows.items()},
-                real,
-            )
+        source = RowSource(
+            self.name,
+            self._examples,
+            self._objective,
+            self._converter.pack,
+            shuffle=False,
+            seed=EVAL_SEED,
+            endless=False,
+        )
+        total = source.rows_in_round(0)
+        spec = self._converter.spec(self._lengths, self._batch_size)
+        stream = RowStream(
+            self.name, [source], {self.name: 1.0}, [], spec, self._batch_size, slice(0, self._batch_size), limit=total
+        )
+        for start in range(0, total, self._batch_size):
+            yield next(stream), min(self._batch_size, total - start)
 
     def prompt_batches(self, batch_size: int | None = None) -> Iterator[tuple[Batch, np.ndarray]]:
         """Yields (batch to predict from, example index of each real row); more rows repeat the last one.
@@ -76,27 +96,26 @@ class SeqioEvalTask:
             indices = np.arange(start, min(start + size, self.num_examples))
             # A repeated row ends its search when the row it repeats does; an empty one might never.
             filled = np.minimum(np.arange(start, start + size), self.num_examples - 1)
-            yield self._converter.prompts([self._examples[i] for i in filled], self._lengths), indices
+            yield self._objective.prompts(self._examples.read(filled)), indices
 
     def inputs_text(self, index: int) -> str:
         """Returns example `index`'s input as text, as the model sees it ('' where a task has none)."""
-        feature = self._task.output_features.get("inputs")
-        if feature is None:
+        example = self._example(index)
+        if "inputs" not in example or np.ndim(example["inputs"]) != 1:
             return ""
-        tokens = self._examples[index]["inputs"][: self._lengths.get("inputs")]
-        return str(_decode(feature.vocabulary, tokens))
+        return str(self._decode("inputs", example["inputs"][: self._lengths.get("inputs")]))
 
     def postprocess(self, index: int, tokens: np.ndarray) -> Any:
         """Turns predicted ids [length] of example `index`, read up to EOS, into what the metrics compare."""
-        text = _decode(self._task.output_features["targets"].vocabulary, tokens)
-        return self._task.postprocess_fn(text, example=self._examples[index], is_target=False)
+        text = self._decode("targets", tokens)
+        return self._task.postprocess_fn(text, example=self._example(index), is_target=False)
 
     def target(self, index: int) -> Any:
         """Returns the postprocessed target, of `targets_pretokenized` (untrimmed) where the task keeps it."""
-        example = self._examples[index]
+        example = self._example(index)
         text: Any = example.get("targets_pretokenized")
         if text is None:
-            text = _decode(self._task.output_features["targets"].vocabulary, example["targets"])
+            text = self._decode("targets", example["targets"])
         elif isinstance(text, bytes):
             text = text.decode("utf-8")
         return self._task.postprocess_fn(text, example=example, is_target=True)
@@ -121,21 +140,16 @@ class SeqioEvalTask:
                 result[name] = value
         return result
 
-    @functools.cached_property
-    def _examples(self) -> Sequence[Example]:
-        return self._read()
+    def _example(self, index: int) -> Mapping[str, Any]:
+        return self._examples.read([index])[0]
 
-    @functools.cached_property
-    def _rows(self) -> Arrays:
-        return self._converter.rows(self._examples, self._lengths, packed=self._converter.pack)
-
-
-def _decode(vocabulary: Any, tokens: np.ndarray) -> Any:
-    """Decodes ids up to, and without, the first EOS."""
-    ids = [int(token) for token in tokens]
-    if vocabulary.eos_id is not None and vocabulary.eos_id in ids:
-        ids = ids[: ids.index(vocabulary.eos_id)]
-    return vocabulary.decode(ids)
+    def _decode(self, feature: str, tokens: Sequence[int] | np.ndarray) -> Any:
+        """Decodes ids up to, and without, the first EOS; by the task's own vocabulary where there is one."""
+        own = self._task.output_features[feature].vocabulary if self._task is not None else self._vocabularies[feature]
+        ids = [int(token) for token in tokens]
+        if own.eos_id is not None and own.eos_id in ids:
+            ids = ids[: ids.index(own.eos_id)]
+        return own.decode(ids)
 
 
 def _scalars(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

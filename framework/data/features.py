@@ -1,50 +1,30 @@
-"""Feature converters: from a task's tokenised examples to the arrays a model reads, under T5X's names.
+"""Feature converters of examples as their task made them: encoder-decoder, language model, prefix LM.
 
-Segment ids and positions are always emitted, packed or not: 0 in a segment id is padding, and token 0
-anywhere else is data. A feature longer than its TASK_FEATURE_LENGTHS entry is trimmed at its end, as seqio
-does; a task that wants EOS to survive the trim appends it with `seqio.preprocessors.append_eos_after_trim`.
+Objectives that make their own inputs and targets of plain text are in `denoising.py` and `encoder_only.py`.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Protocol
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from meshway.framework.data import packing
-from meshway.framework.data.packing import Arrays, Example
-from meshway.framework.errors import UserError, did_you_mean
+from meshway.framework.data.objective import Items, Sizes, Spec, TaskInfo
+from meshway.framework.data.overlong import Overlong, check_policy
+from meshway.framework.data.packing import Arrays, Example, Placement
+from meshway.framework.data.token_rows import (
+    BOS_ID,
+    DECODER,
+    ENCODER,
+    check_tokens,
+    decoder_arrays,
+    encoder_arrays,
+    shift_right,
+    token_spec,
+)
+from meshway.framework.errors import UserError
 
-Spec = dict[str, tuple[tuple[int, int], np.dtype]]
-BOS_ID = 0  # what the decoder reads first, T5's choice: the padding id doubles as the start token
-
-_DECODER = {
-    "decoder_input_tokens": np.int32,
-    "decoder_target_tokens": np.int32,
-    "decoder_loss_weights": np.float32,
-    "decoder_segment_ids": np.int32,
-    "decoder_positions": np.int32,
-}
-_ENCODER = {
-    "encoder_input_tokens": np.int32,
-    "encoder_segment_ids": np.int32,
-    "encoder_positions": np.int32,
-}
-
-
-class Converter(Protocol):
-    """What a data source asks of a feature converter; a user's own meets it by shape."""
-
-    pack: bool
-    can_predict: bool  # whether `prompts` works
-    task_features: tuple[str, ...]  # the features of a task it reads
-
-    def spec(self, lengths: Mapping[str, int], batch_size: int) -> Spec: ...
-
-    def check(self, task_name: str, example_features: Collection[str], lengths: Mapping[str, int]) -> None: ...
-
-    def rows(self, examples: Sequence[Example], lengths: Mapping[str, int], packed: bool) -> Arrays: ...
-
-    def prompts(self, examples: Sequence[Example], lengths: Mapping[str, int]) -> Arrays: ...
+_WHOLE = ("truncate", "skip", "error")  # policies that keep an example in one piece
 
 
 class EncoderDecoder:
@@ -52,31 +32,25 @@ class EncoderDecoder:
 
     Args:
       pack: whether training rows hold several examples.
+      overlong: what becomes of an example longer than its lengths: 'truncate', 'skip' or 'error'.
     """
 
     can_predict = True
     task_features: tuple[str, ...] = ("inputs", "targets")
 
-    def __init__(self, pack: bool = True) -> None:
+    def __init__(self, pack: bool = True, overlong: str = "truncate") -> None:
         self.pack = pack
+        self.overlong = check_policy(overlong, "EncoderDecoder", _WHOLE)
 
     def spec(self, lengths: Mapping[str, int], batch_size: int) -> Spec:
         """Returns name -> ((batch, length), dtype) of a batch, for task feature `lengths` in tokens."""
-        encoder = _spec(_ENCODER, batch_size, lengths["inputs"])
-        return encoder | _spec(_DECODER, batch_size, lengths["targets"])
+        encoder = token_spec(ENCODER, batch_size, lengths["inputs"])
+        return encoder | token_spec(DECODER, batch_size, lengths["targets"])
 
-    def check(self, task_name: str, example_features: Collection[str], lengths: Mapping[str, int]) -> None:
-        """Raises UserError when `lengths` and the task's features do not fit this converter or each other."""
-        _check(self, task_name, example_features, lengths)
-
-    def rows(self, examples: Sequence[Example], lengths: Mapping[str, int], packed: bool) -> Arrays:
-        """Returns the arrays [rows, length] of `spec`; unpacked, row i is example i."""
-        laid = _lay(examples, {name: lengths[name] for name in self.task_features}, packed)
-        return _encoder_arrays(laid) | _decoder_arrays(laid, "targets")
-
-    def prompts(self, examples: Sequence[Example], lengths: Mapping[str, int]) -> Arrays:
-        """Returns the encoder's arrays [examples, inputs length], row i of example i."""
-        return _encoder_arrays(_lay(examples, {"inputs": lengths["inputs"]}, packed=False))
+    def bind(self, task: TaskInfo, lengths: Mapping[str, int]) -> "EncoderDecoderObjective":
+        """Returns the objective of a task; UserError when task, lengths and converter do not fit."""
+        check_tokens("EncoderDecoder", task, lengths, self.task_features)
+        return EncoderDecoderObjective(Overlong(self.overlong, task.name, dict(lengths)))
 
 
 class LanguageModel:
@@ -84,34 +58,30 @@ class LanguageModel:
 
     Args:
       pack: whether training rows hold several examples.
+      overlong: what becomes of an example longer than its length: 'split' into windows, which loses nothing,
+        'truncate', 'skip' or 'error'.
     """
 
     can_predict = False
     task_features: tuple[str, ...] = ("targets",)
 
-    def __init__(self, pack: bool = True) -> None:
+    def __init__(self, pack: bool = True, overlong: str = "split") -> None:
         self.pack = pack
+        self.overlong = check_policy(overlong, "LanguageModel")
 
     def spec(self, lengths: Mapping[str, int], batch_size: int) -> Spec:
         """Returns name -> ((batch, length), dtype) of a batch, for task feature `lengths` in tokens."""
-        return _spec(_DECODER, batch_size, lengths["targets"])
+        return token_spec(DECODER, batch_size, lengths["targets"])
 
-    def check(self, task_name: str, example_features: Collection[str], lengths: Mapping[str, int]) -> None:
-        """Raises UserError as `EncoderDecoder.check` does, and for a task with inputs."""
-        if "inputs" in example_features:
+    def bind(self, task: TaskInfo, lengths: Mapping[str, int]) -> "LanguageModelObjective":
+        """Returns the objective of a task; UserError as `EncoderDecoder.bind`, and for a task with inputs."""
+        if "inputs" in task.features:
             raise UserError(
-                f"task {task_name!r} has 'inputs', which LanguageModel never reads; "
+                f"task {task.name!r} has 'inputs', which LanguageModel never reads; "
                 "use the converter PrefixLanguageModel, or a task with 'targets' alone"
             )
-        _check(self, task_name, example_features, lengths)
-
-    def rows(self, examples: Sequence[Example], lengths: Mapping[str, int], packed: bool) -> Arrays:
-        """Returns the arrays [rows, length] of `spec`; unpacked, row i is example i."""
-        return _decoder_arrays(_lay(examples, {"targets": lengths["targets"]}, packed), "targets")
-
-    def prompts(self, examples: Sequence[Example], lengths: Mapping[str, int]) -> Arrays:
-        """Raises UserError: such a task has nothing to be prompted with."""
-        raise UserError("LanguageModel tasks have no inputs to predict from; use PrefixLanguageModel for prediction")
+        check_tokens("LanguageModel", task, lengths, self.task_features)
+        return LanguageModelObjective(Overlong(self.overlong, task.name, {"targets": lengths["targets"]}))
 
 
 class PrefixLanguageModel:
@@ -124,55 +94,144 @@ class PrefixLanguageModel:
       pack: whether training rows hold several examples.
       loss_on_targets_only: whether inputs carry no loss. When they do carry it, the prefix mask is 0
         everywhere: a decoder that sees the inputs in both directions would only copy them.
+      overlong: what becomes of an example longer than its lengths: 'truncate', 'skip' or 'error'.
     """
 
     can_predict = True
     task_features: tuple[str, ...] = ("inputs", "targets")
 
-    def __init__(self, pack: bool = True, loss_on_targets_only: bool = True) -> None:
+    def __init__(self, pack: bool = True, loss_on_targets_only: bool = True, overlong: str = "truncate") -> None:
         self.pack = pack
         self.loss_on_targets_only = loss_on_targets_only
+        self.overlong = check_policy(overlong, "PrefixLanguageModel", _WHOLE)
 
     def spec(self, lengths: Mapping[str, int], batch_size: int) -> Spec:
         """Returns name -> ((batch, length), dtype) of a batch, for task feature `lengths` in tokens."""
-        dtypes = _DECODER | {"decoder_prefix_mask": np.int32}
-        return _spec(dtypes, batch_size, lengths["inputs"] + lengths["targets"])
+        dtypes = {**DECODER, "decoder_prefix_mask": np.int32}
+        return token_spec(dtypes, batch_size, lengths["inputs"] + lengths["targets"])
 
-    def check(self, task_name: str, example_features: Collection[str], lengths: Mapping[str, int]) -> None:
-        """Raises UserError when `lengths` and the task's features do not fit this converter or each other."""
-        _check(self, task_name, example_features, lengths)
+    def bind(self, task: TaskInfo, lengths: Mapping[str, int]) -> "PrefixLanguageModelObjective":
+        """Returns the objective of a task; UserError when task, lengths and converter do not fit."""
+        check_tokens("PrefixLanguageModel", task, lengths, self.task_features)
+        return PrefixLanguageModelObjective(
+            Overlong(self.overlong, task.name, dict(lengths)), self.loss_on_targets_only
+        )
 
-    def rows(self, examples: Sequence[Example], lengths: Mapping[str, int], packed: bool) -> Arrays:
-        """Returns the arrays [rows, inputs + targets length] of `spec`; unpacked, row i is example i."""
-        joined = []
-        for example in examples:
-            inputs = np.asarray(example["inputs"])[: lengths["inputs"]]
-            targets = np.asarray(example["targets"])[: lengths["targets"]]
-            is_input = np.arange(len(inputs) + len(targets)) < len(inputs)
-            joined.append({"sequence": np.concatenate([inputs, targets]), "is_input": is_input.astype(np.int32)})
-        length = lengths["inputs"] + lengths["targets"]
-        laid = _lay(joined, {"sequence": length, "is_input": length}, packed)
-        arrays = _decoder_arrays(laid, "sequence")
-        if self.loss_on_targets_only:
-            real = laid["sequence_segment_ids"] > 0
-            # The start token belongs to the prefix, hence 1 at the head of each segment.
-            arrays["decoder_prefix_mask"] = _shift_right(laid["is_input"], laid["sequence_positions"], 1) * real
-            arrays["decoder_loss_weights"] *= 1 - laid["is_input"]
-        else:
-            arrays["decoder_prefix_mask"] = np.zeros_like(laid["is_input"])
-        return arrays
 
-    def prompts(self, examples: Sequence[Example], lengths: Mapping[str, int]) -> Arrays:
-        """Returns what prediction reads, row i of example i: arrays [examples, 1 + inputs length].
+@dataclasses.dataclass(frozen=True)
+class EncoderDecoderObjective:
+    """`EncoderDecoder` of one task."""
 
-        `decoder_input_tokens` holds the start token and then the inputs, from the left; targets and weights
-        are 0. With `loss_on_targets_only` off the prefix mask is 0, as it was in training.
+    overlong: Overlong
+    cycle = 1
+
+    @property
+    def row_lengths(self) -> Mapping[str, int]:
+        return self.overlong.limits
+
+    @property
+    def trims(self) -> Mapping[str, int]:
+        return self.overlong.trims
+
+    def parts(self, sizes: Sizes) -> np.ndarray:
+        return self.overlong.parts(sizes)
+
+    def lost(self, sizes: Sizes) -> np.ndarray:
+        return self.overlong.lost(sizes)
+
+    def measure(self, sizes: Sizes, items: Items) -> dict[str, np.ndarray]:
+        return self.overlong.measure(sizes, items.part)
+
+    def convert(self, example: Example, index: int, part: int, epoch: int, seed: int) -> dict[str, np.ndarray]:
+        return self.overlong.cut(example, part)
+
+    def lay(self, items: Sequence[Example], placement: Placement) -> Arrays:
+        laid = packing.lay_out(items, self.row_lengths, placement)
+        return encoder_arrays(laid) | decoder_arrays(laid, "targets")
+
+    def prompts(self, examples: Sequence[Example]) -> Arrays:
+        items = [self.overlong.cut(example, 0) for example in examples]
+        lengths = {"inputs": self.row_lengths["inputs"]}
+        return encoder_arrays(packing.lay_out(items, lengths, packing.one_each(len(items), list(lengths))))
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelObjective:
+    """`LanguageModel` of one task."""
+
+    overlong: Overlong
+    cycle = 1
+
+    @property
+    def row_lengths(self) -> Mapping[str, int]:
+        return self.overlong.limits
+
+    @property
+    def trims(self) -> Mapping[str, int]:
+        return self.overlong.trims
+
+    def parts(self, sizes: Sizes) -> np.ndarray:
+        return self.overlong.parts(sizes)
+
+    def lost(self, sizes: Sizes) -> np.ndarray:
+        return self.overlong.lost(sizes)
+
+    def measure(self, sizes: Sizes, items: Items) -> dict[str, np.ndarray]:
+        return self.overlong.measure(sizes, items.part)
+
+    def convert(self, example: Example, index: int, part: int, epoch: int, seed: int) -> dict[str, np.ndarray]:
+        return self.overlong.cut(example, part)
+
+    def lay(self, items: Sequence[Example], placement: Placement) -> Arrays:
+        return decoder_arrays(packing.lay_out(items, self.row_lengths, placement), "targets")
+
+    def prompts(self, examples: Sequence[Example]) -> Arrays:
+        raise UserError("LanguageModel tasks have no inputs to predict from; use PrefixLanguageModel for prediction")
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixLanguageModelObjective:
+    """`PrefixLanguageModel` of one task: a row's one feature is `sequence`, inputs and targets joined."""
+
+    overlong: Overlong
+    loss_on_targets_only: bool
+    cycle = 1
+
+    @property
+    def row_lengths(self) -> Mapping[str, int]:
+        return {"sequence": sum(self.overlong.limits.values())}
+
+    @property
+    def trims(self) -> Mapping[str, int]:
+        return self.overlong.trims
+
+    def parts(self, sizes: Sizes) -> np.ndarray:
+        return self.overlong.parts(sizes)
+
+    def lost(self, sizes: Sizes) -> np.ndarray:
+        return self.overlong.lost(sizes)
+
+    def measure(self, sizes: Sizes, items: Items) -> dict[str, np.ndarray]:
+        kept = self.overlong.measure(sizes, items.part)
+        return {"sequence": kept["inputs"] + kept["targets"]}
+
+    def convert(self, example: Example, index: int, part: int, epoch: int, seed: int) -> dict[str, np.ndarray]:
+        kept = self.overlong.cut(example, part)
+        sequence = np.concatenate([kept["inputs"], kept["targets"]])
+        return {"sequence": sequence, "is_input": np.arange(len(sequence)) < len(kept["inputs"])}
+
+    def lay(self, items: Sequence[Example], placement: Placement) -> Arrays:
+        return prefix_arrays(items, self.row_lengths["sequence"], placement, self.loss_on_targets_only)
+
+    def prompts(self, examples: Sequence[Example]) -> Arrays:
+        """Returns [examples, 1 + inputs length] arrays: `decoder_input_tokens` is the start token, then the inputs.
+
+        Targets and weights are 0. With `loss_on_targets_only` off the prefix mask is 0, as it was in training.
         """
-        starts = [
-            {"sequence": np.concatenate([[BOS_ID], np.asarray(example["inputs"])[: lengths["inputs"]]])}
-            for example in examples
-        ]
-        laid = packing.pad(starts, {"sequence": lengths["inputs"] + 1})
+        kept = [self.overlong.cut(example, 0)["inputs"] for example in examples]
+        starts = [{"sequence": np.concatenate([[BOS_ID], inputs])} for inputs in kept]
+        lengths = {"sequence": self.overlong.limits["inputs"] + 1}
+        laid = packing.lay_out(starts, lengths, packing.one_each(len(starts), list(lengths)))
         real = laid["sequence_segment_ids"]
         return {
             "decoder_input_tokens": laid["sequence"],
@@ -184,59 +243,18 @@ class PrefixLanguageModel:
         }
 
 
-def _spec(dtypes: Mapping[str, type], batch_size: int, length: int) -> Spec:
-    return {name: ((batch_size, length), np.dtype(dtype)) for name, dtype in dtypes.items()}
-
-
-def _check(converter: Converter, task_name: str, example_features: Collection[str], lengths: Mapping[str, int]) -> None:
-    kind = type(converter).__name__
-    for name in converter.task_features:
-        if name not in example_features:
-            raise UserError(
-                f"task {task_name!r} has no feature {name!r}, which {kind} reads; it has {sorted(example_features)}"
-            )
-        if name not in lengths:
-            near = did_you_mean(name, set(lengths) - set(example_features))
-            example = {feature: lengths.get(feature, 128) for feature in converter.task_features}
-            raise UserError(
-                f"TASK_FEATURE_LENGTHS lacks {name!r}, a feature of task {task_name!r}{near}; "
-                f'give --gin.TASK_FEATURE_LENGTHS="{example}"'
-            )
-    for name, length in lengths.items():
-        if name not in converter.task_features:
-            what = f"which {kind} never reads" if name in example_features else "which the task has not"
-            raise UserError(
-                f"TASK_FEATURE_LENGTHS gives a length for {name!r}, {what}: task {task_name!r} under {kind} "
-                f"has {list(converter.task_features)}{did_you_mean(name, converter.task_features)}"
-            )
-        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-            raise UserError(f"TASK_FEATURE_LENGTHS[{name!r}] must be a whole number of tokens, not {length!r}")
-
-
-def _lay(examples: Sequence[Example], lengths: Mapping[str, int], packed: bool) -> Arrays:
-    trimmed = [{name: np.asarray(example[name])[:length] for name, length in lengths.items()} for example in examples]
-    return packing.pack(trimmed, lengths) if packed else packing.pad(trimmed, lengths)
-
-
-def _shift_right(tokens: np.ndarray, positions: np.ndarray, first: int) -> np.ndarray:
-    """Shifts each segment right by one, `first` at its head; [rows, length] each."""
-    return np.where(positions == 0, np.int32(first), np.roll(tokens, 1, axis=1))
-
-
-def _encoder_arrays(laid: Arrays) -> Arrays:
-    return {
-        "encoder_input_tokens": laid["inputs"],
-        "encoder_segment_ids": laid["inputs_segment_ids"],
-        "encoder_positions": laid["inputs_positions"],
-    }
-
-
-def _decoder_arrays(laid: Arrays, name: str) -> Arrays:
-    segment_ids, positions = laid[f"{name}_segment_ids"], laid[f"{name}_positions"]
-    return {
-        "decoder_input_tokens": _shift_right(laid[name], positions, BOS_ID),
-        "decoder_target_tokens": laid[name],
-        "decoder_loss_weights": (segment_ids > 0).astype(np.float32),
-        "decoder_segment_ids": segment_ids,
-        "decoder_positions": positions,
-    }
+def prefix_arrays(
+    items: Sequence[Example], length: int, placement: Placement, loss_on_targets_only: bool = True
+) -> Arrays:
+    """Returns the decoder's batch features of {'sequence', 'is_input'} items, with `decoder_prefix_mask`."""
+    offset = placement.offsets["sequence"]
+    both = dataclasses.replace(placement, offsets={"sequence": offset, "is_input": offset})
+    laid = packing.lay_out(items, {"sequence": length, "is_input": length}, both)
+    arrays = decoder_arrays(laid, "sequence")
+    if not loss_on_targets_only:
+        return arrays | {"decoder_prefix_mask": np.zeros_like(laid["is_input"])}
+    real = laid["sequence_segment_ids"] > 0
+    # The start token belongs to the prefix, hence 1 at the head of each segment.
+    arrays["decoder_prefix_mask"] = shift_right(laid["is_input"], laid["sequence_positions"], 1) * real
+    arrays["decoder_loss_weights"] *= 1 - laid["is_input"]
+    return arrays

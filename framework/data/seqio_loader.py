@@ -1,41 +1,36 @@
-"""The door to seqio: any registered task or mixture as the framework's `DataSource`.
+"""The door to seqio's own pipelines: any registered task or mixture, streamed uncached, for a first look.
 
-The only file of the framework that imports seqio and TensorFlow, and only inside functions: a run that
-reads no seqio task never pays for them. Tasks are read whole into memory, an epoch at a time.
+What it is not: batches depend on how many processes read, and a resumed run reads and drops all it has had. For
+anything longer `grain_loader.CachedData` reads the same tasks from a cache.
 """
 
-import contextlib
 import functools
-import importlib
-import os
-import re
+import itertools
 import sys
-import tempfile
-import threading
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from types import ModuleType
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from meshway.framework.data.eval_task import SeqioEvalTask
-from meshway.framework.data.features import Converter
-from meshway.framework.data.packing import Example
-from meshway.framework.data.stream import Mixer, RowStream, Source, epoch_seed
-from meshway.framework.errors import UserError, did_you_mean
+from meshway.framework.data import seqio_door, seqio_steps
+from meshway.framework.data.eval_task import EVAL_SEED, TaskEvaluation
+from meshway.framework.data.examples import InMemory
+from meshway.framework.data.objective import Converter, Objective, Spec, TaskInfo
+from meshway.framework.data.order import key_of
+from meshway.framework.data.packing import Arrays, Example
+from meshway.framework.data.row_source import RowSource
+from meshway.framework.data.task_data import check_arguments, vocabularies_of
+from meshway.framework.data.vocabulary import Vocabulary
+from meshway.framework.errors import UserError
+from meshway.framework.interfaces import Batch
 
-EVAL_SEED = 42  # the same for every run, so that runs of different seeds are measured on the same examples
-
-_READ_AT_ONCE = 256  # examples handed from TensorFlow to numpy at a time
-
-# seqio hands out preprocessing seeds from one counter of the process, while a dataset is put together; a
-# training thread and an evaluation must not take from it at the same time.
-_seqio_lock = threading.RLock()
+_BUFFER = 1024  # examples packed together
+_SLOW = 1000  # skipping this many batches is worth a line of progress
+_FRUITLESS = 100  # buffers in a row that may give no row
 
 
 class SeqioData:
-    """A task or mixture of seqio's registry, read for training and evaluation.
+    """A task or mixture of seqio's registry, streamed for training and read into memory for evaluation.
 
     Args:
       mixture_or_task_name: the registered name.
@@ -43,12 +38,13 @@ class SeqioData:
       batch_size: rows of a global batch.
       converter: turns a task's examples into the model's arrays.
       module: name(s) of the Python module(s) whose import registers the tasks.
-      seed: of order and of the tasks' own randomness, at least 0; both are fresh each epoch.
+      seed: of order and of the tasks' own randomness, at least 0.
       train_split: what `train` reads.
       eval_split: what `eval_tasks` read.
       eval_examples: evaluate on the first so many examples of each task (None: all).
-      shuffle: whether each epoch is permuted, whole; if not, examples come in the task's order.
-      use_cached: read the tasks from seqio's offline cache.
+      shuffle: whether seqio shuffles, by files and a buffer.
+      use_cached: read the tasks from seqio's own offline cache (made by seqio_cache_tasks).
+      vocabularies: the vocabulary expected of each feature; any other is an error.
     """
 
     def __init__(
@@ -64,12 +60,9 @@ class SeqioData:
         eval_examples: int | None = None,
         shuffle: bool = True,
         use_cached: bool = False,
+        vocabularies: Mapping[str, Any] | None = None,
     ) -> None:
-        for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UserError(f"SeqioData.{name} must be a whole number of at least {least}, not {value!r}")
-        if eval_examples is not None and eval_examples < 1:
-            raise UserError(f"SeqioData.eval_examples must be at least 1 or None (all), not {eval_examples!r}")
+        check_arguments("SeqioData", batch_size, seed, eval_examples)
         self.name = mixture_or_task_name
         self.lengths = dict(lengths)
         self.batch_size = batch_size
@@ -81,251 +74,211 @@ class SeqioData:
         self._eval_examples = eval_examples
         self._shuffle = shuffle
         self._use_cached = use_cached
+        self._named = dict(vocabularies or {})
 
-    def train(self, rows: slice) -> RowStream:
+    def train(self, rows: slice) -> "SeqioStream":
         """Opens the endless training stream; `rows` are this process's rows of each global batch.
 
         Raises:
           UserError: unknown task, module or split; lengths that do not fit; a task that fails to be read
             (then when the first batch is asked for).
         """
-        rates = self._rates()
-        tasks = self._with_split(self._tasks, self._train_split, "training")
-        sources = [
-            Source(task.name, rates[task.name], functools.partial(self._read_epoch, task))
-            for task in tasks
-            if rates[task.name] > 0
-        ]
-        if not sources:
-            raise UserError(f"mixture {self.name!r}: every task with split {self._train_split!r} has rate 0")
-        mixer = Mixer(sources, self._seed, self._shuffle)
-        return RowStream(self.name, mixer, self.converter, self.lengths, self.batch_size, rows)
+        seqio_door.mixing_rates(self._provider)  # complains about a mixture that cannot be read
+        tasks = seqio_door.with_split(self._tasks, self._train_split, "training", self.name)
+        share = len(range(self.batch_size)[rows])
+        print(
+            f"data: {self.name} streams uncached through seqio: a resumed run replays what it has read, and batches "
+            "depend on the number of processes; `meshway cache` makes them exact",
+            file=sys.stderr,
+        )
+        return SeqioStream(
+            self.name,
+            functools.partial(self._stream, (rows.start or 0) // share, self.batch_size // share),
+            self._objective(tasks[0]),
+            self.converter.pack,
+            self.converter.spec(self.lengths, self.batch_size),
+            share,
+            self._seed,
+        )
 
-    def eval_tasks(self) -> list[SeqioEvalTask]:
+    def eval_tasks(self) -> list[TaskEvaluation]:
         """Opens the evaluation split of each sub-task that has it; raises UserError when none has."""
+        vocabularies = self.vocabularies()
         return [
-            SeqioEvalTask(
-                task,
-                functools.partial(self._read, task, self._eval_split, EVAL_SEED, self._eval_examples),
+            TaskEvaluation(
+                task.name,
+                _Late(functools.partial(self._read, task, self._eval_split)),
+                self._objective(task),
                 self.converter,
                 self.lengths,
                 self.batch_size,
+                vocabularies,
+                task,
             )
-            for task in self._with_split(self._tasks, self._eval_split, "evaluation")
+            for task in seqio_door.with_split(self._tasks, self._eval_split, "evaluation", self.name)
         ]
 
-    def vocabularies(self) -> dict[str, int]:
-        """Returns the vocabulary size, extra ids included, of each feature that the converter reads."""
-        features = self._tasks[0].output_features
-        with _task_errors(self.name, "vocabulary"):
-            return {name: int(features[name].vocabulary.vocab_size) for name in self.converter.task_features}
+    def vocabularies(self) -> dict[str, Vocabulary]:
+        """Returns the vocabulary of each feature that the converter reads."""
+        return vocabularies_of(self.name, self._tasks, self.converter, self._named)
 
     @functools.cached_property
     def _provider(self) -> Any:
-        """The registered task or mixture, after importing what registers it."""
-        seqio = import_seqio()
-        for module in self._modules:
-            _import_module(module)
-        tasks, mixtures = set(seqio.TaskRegistry.names()), set(seqio.MixtureRegistry.names())
-        if self.name not in tasks | mixtures:
-            modules = ", ".join(self._modules) or "no module; MIXTURE_OR_TASK_MODULE names one to import"
-            raise UserError(
-                f"no task or mixture is registered as {self.name!r} (registered by: {modules})"
-                f"{did_you_mean(self.name, sorted(tasks | mixtures))}"
-            )
-        return seqio.get_mixture_or_task(self.name)
+        return seqio_door.find_provider(self.name, self._modules)
 
     @functools.cached_property
     def _tasks(self) -> list[Any]:
-        """The task, or a mixture's tasks, checked against the converter and the lengths."""
-        seqio = import_seqio()
-        tasks = list(seqio.get_subtasks(self._provider))
-        if isinstance(self._provider, seqio.Mixture):
-            with _task_errors(self.name, "features"):
-                self._provider._check_compatible_features()
+        """The task, or a mixture's tasks."""
+        tasks = seqio_door.subtasks(self._provider)
         for task in tasks:
-            self.converter.check(task.name, list(task.output_features), self.lengths)
-            for name in self.converter.task_features:
-                feature = task.output_features[name]
-                if feature.rank != 1 or not feature.dtype.is_integer:
-                    raise UserError(
-                        f"task {task.name!r}: feature {name!r} has rank {feature.rank} and dtype "
-                        f"{feature.dtype.name}; a converter reads token ids, rank 1"
-                    )
             if self._use_cached and not task.supports_caching:
                 raise UserError(
                     f"task {task.name!r} cannot be read with use_cached=True: it has no CacheDatasetPlaceholder"
                 )
         return tasks
 
-    def _rates(self) -> dict[str, float]:
-        """Returns each task's mixing rate; 1 for a task alone."""
-        provider = self._provider
-        if not isinstance(provider, import_seqio().Mixture):
-            return {provider.name: 1.0}
-        import tensorflow as tf
+    def _objective(self, task: Any) -> Objective:
+        return self.converter.bind(TaskInfo(task.name, seqio_steps.declared(task)), self.lengths)
 
-        sample_fn = getattr(provider._sample_fn, "func", provider._sample_fn)
-        if sample_fn is not tf.data.Dataset.sample_from_datasets:
-            raise UserError(f"mixture {self.name!r} has a sample_fn of its own; examples are mixed by rate only")
-        with _task_errors(self.name, "mixing rates"):
-            return {task.name: float(provider.get_rate(task)) for task in self._tasks}
+    def _stream(self, shard: int, num_shards: int) -> Iterator[Example]:
+        """Yields this process's examples, without end."""
+        seqio = seqio_door.import_seqio()
+        what = f"split {self._train_split!r}"
+        with seqio_door.task_errors(self.name, what):
+            with seqio_door.seqio_lock:
+                dataset = self._provider.get_dataset(
+                    self.lengths,
+                    self._train_split,
+                    use_cached=self._use_cached,
+                    shuffle=self._shuffle,
+                    # seqio gives all shards the same random numbers.
+                    seed=key_of(self._seed, self.name, shard) % 2**31,
+                    shard_info=seqio.ShardInfo(shard, num_shards),
+                    num_epochs=None,
+                )
+            yield from seqio_door.numpy_examples(dataset)
 
-    def _with_split(self, tasks: Sequence[Any], split: str, purpose: str) -> list[Any]:
-        """Returns the tasks that have `split`, saying which have not; UserError when none has."""
-        having: list[tuple[Any, list[str]]] = []
-        lacking: list[tuple[Any, list[str]]] = []
-        for task in tasks:
-            with _task_errors(task.name, f"split {split!r}"):
-                splits = list(task.splits)
-            # A slice such as 'train[:90%]' is a matter of its source.
-            (having if re.sub(r"\[.*\]$", "", split) in splits else lacking).append((task, splits))
-        if not having:
-            known = sorted({name for _, splits in lacking for name in splits})
-            raise UserError(
-                f"{self.name!r} has no split {split!r} for {purpose}; it has {known}{did_you_mean(split, known)}"
-            )
-        if lacking:
-            names = ", ".join(task.name for task, _ in lacking)
-            print(f"data: {purpose} leaves out {names}: no split {split!r}", file=sys.stderr)
-        return [task for task, _ in having]
-
-    def _read_epoch(self, task: Any, epoch: int) -> list[Example]:
-        return self._read(task, self._train_split, epoch_seed(self._seed, task.name, epoch), None)
-
-    def _read(self, task: Any, split: str, seed: int, limit: int | None) -> list[Example]:
-        """Returns one epoch of a task's split as numpy, in the task's order, seeded by `seed`."""
-        import tensorflow as tf
-
-        with _task_errors(task.name, f"split {split!r}"):
-            with _seqio_lock:
+    def _read(self, task: Any, split: str) -> list[Example]:
+        """Returns the evaluation examples of a task, in its order."""
+        with seqio_door.task_errors(task.name, f"split {split!r}"):
+            with seqio_door.seqio_lock:
                 dataset = task.get_dataset(
                     self.lengths,
                     split,
                     use_cached=self._use_cached,
                     shuffle=False,
-                    seed=seed,
+                    seed=EVAL_SEED,
                     num_epochs=1,
                     try_in_mem_cache=False,
                 )
-            options = tf.data.Options()
-            options.deterministic = True  # a task may have turned it off
-            dataset = dataset.with_options(options)
-            return list(_examples(dataset if limit is None else dataset.take(limit)))
+            if self._eval_examples is not None:
+                dataset = dataset.take(self._eval_examples)
+            return list(seqio_door.numpy_examples(seqio_steps.in_order(dataset)))
 
 
-@functools.cache
-def import_seqio() -> ModuleType:
-    """Imports seqio with TensorFlow's start-up notes kept quiet and accelerators left to JAX.
+class SeqioStream:
+    """The `Dataset` of `SeqioData.train`: this process's examples, packed a buffer at a time.
 
-    Raises:
-      UserError: seqio or TensorFlow cannot be imported.
+    Args:
+      name: what is read, for messages.
+      open_examples: () -> the endless examples of this process, from the start.
+      objective: what becomes of them.
+      pack: whether rows hold several items.
+      spec: the global batch features.
+      share: this process's rows of a batch.
+      seed: of the objective's randomness.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors stay; information and warnings go
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # of no use to data, and it complains about integers
-    try:
-        with _without_start_up_notes():
-            import seqio
-            import tensorflow as tf
 
-            for kind in ("GPU", "TPU"):
-                tf.config.set_visible_devices([], kind)
-    except ImportError as error:
-        raise UserError(f"seqio tasks need seqio and TensorFlow, which cannot be imported: {error}") from error
-    except RuntimeError as error:
-        raise UserError(f"TensorFlow already holds this machine's accelerators, which JAX needs: {error}") from error
-    return seqio
+    def __init__(
+        self,
+        name: str,
+        open_examples: Callable[[], Iterator[Example]],
+        objective: Objective,
+        pack: bool,
+        spec: Spec,
+        share: int,
+        seed: int,
+    ) -> None:
+        self._name = name
+        self._open = open_examples
+        self._objective = objective
+        self._pack = pack
+        self._spec = spec
+        self._share = share
+        self._seed = seed
+        self._source: RowSource | None = None
+        self._batches = self._buffers = self._row = 0
+        self._examples = open_examples()
 
+    def __iter__(self) -> Iterator[Batch]:
+        return self
 
-@contextlib.contextmanager
-def _without_start_up_notes() -> Iterator[None]:
-    """Drops the information lines TensorFlow's C++ writes to stderr as it loads, and passes on all others.
+    def __next__(self) -> Batch:
+        parts: list[Arrays] = []
+        missing = self._share
+        while missing:
+            if self._source is None or self._row >= self._source.rows_in_round(0):
+                self._source, self._row = self._next_source(), 0
+            stop = min(self._row + missing, self._source.rows_in_round(0))
+            arrays, _ = self._source.take(np.arange(self._row, stop))
+            parts.append(arrays)
+            missing -= stop - self._row
+            self._row = stop
+        self._batches += 1
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    They come before any log level is read, so the stream itself is caught. Nothing is dropped when the
-    block fails.
-    """
-    try:
-        saved = os.dup(2)
-    except OSError:  # no stderr at all
-        yield
-        return
-    # That CUDA cannot start is no error either: TensorFlow gets no accelerator here.
-    note = re.compile(rb"[IW]\d{4} |WARNING: All log messages before absl|To enable the following|E\d{4} .*cuInit")
-    failed = True
-    with tempfile.TemporaryFile() as caught:
-        sys.stderr.flush()
-        os.dup2(caught.fileno(), 2)
-        try:
-            yield
-            failed = False
-        finally:
-            sys.stderr.flush()
-            os.dup2(saved, 2)
-            os.close(saved)
-            caught.seek(0)
-            for line in caught:
-                if failed or not note.match(line):
-                    os.write(2, line)
+    def state(self) -> dict[str, int]:
+        """Returns how many batches were read."""
+        return {"batches": self._batches}
 
-
-def _examples(dataset: Any) -> Iterator[Example]:
-    """Yields a tf.data.Dataset's elements as numpy, many at a time: one by one costs three times as much."""
-    import tensorflow as tf
-
-    specs = dataset.element_spec
-    batchable = all(
-        isinstance(spec, tf.TensorSpec) and (spec.shape.rank in (0, 1) or spec.shape.is_fully_defined())
-        for spec in specs.values()
-    )
-    if not batchable:
-        yield from dataset.as_numpy_iterator()
-        return
-    for batch in dataset.ragged_batch(_READ_AT_ONCE):
-        columns = []
-        for value in batch.values():
-            if isinstance(value, tf.RaggedTensor):
-                columns.append(np.split(value.values.numpy(), value.row_splits.numpy()[1:-1]))
-            else:
-                columns.append(list(value.numpy()))
-        for row in zip(*columns, strict=True):
-            yield dict(zip(batch, row, strict=True))
-
-
-def _import_module(name: str) -> None:
-    """Imports a module that registers tasks; UserError when it is not there or fails."""
-    try:
-        with _seqio_lock:
-            importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name and (name == error.name or name.startswith(error.name + ".")):
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Reads from the start again and drops what was read before; raises UserError for another kind of state."""
+        if set(state) != {"batches"}:
             raise UserError(
-                f"module {name!r}, which should register the tasks, is not found: no {error.name!r} in "
-                "PYTHONPATH or the installed packages"
-            ) from error
-        raise UserError(f"module {name!r}, which should register the tasks, fails to import: {error}") from error
-    except Exception as error:
+                f"the saved data position {dict(state)} is not one of an uncached stream: resume with the DATA of "
+                "the run that saved it"
+            )
+        self._source, self._batches, self._buffers, self._examples = None, 0, 0, self._open()
+        for _ in range(int(state["batches"])):
+            next(self)
+            if self._batches % _SLOW == 0:
+                print(f"data: replayed {self._batches:,} of {state['batches']:,} batches", file=sys.stderr)
+
+    def spec(self) -> Spec:
+        """Returns (global shape, dtype) of each feature."""
+        return dict(self._spec)
+
+    def _next_source(self) -> RowSource:
+        """Returns the rows of the next buffer of examples."""
+        for _ in range(_FRUITLESS):
+            examples = InMemory(list(itertools.islice(self._examples, _BUFFER)))
+            if not len(examples):
+                raise UserError(f"the stream of {self._name!r} has ended; a training stream must not")
+            self._buffers += 1
+            if not self._objective.row_lengths or self._objective.parts(examples.sizes).any():
+                seed = key_of(self._seed, self._buffers)
+                return RowSource(self._name, examples, self._objective, self._pack, True, seed, endless=False)
         raise UserError(
-            f"module {name!r}, which should register the tasks, fails to import: "
-            f"{type(error).__name__}: {error}{_where(error)}"
-        ) from error
+            f"{self._name!r}: {_FRUITLESS * _BUFFER:,} examples in a row were all left out by the objective"
+        )
 
 
-@contextlib.contextmanager
-def _task_errors(name: str, what: str) -> Iterator[None]:
-    """Turns whatever a task's own code, seqio or TensorFlow raises into a UserError that names the task."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        message = " ".join(lines[:3])[:600]
-        raise UserError(f"task {name!r}, {what}: {type(error).__name__}: {message}{_where(error)}") from error
+class _Late:
+    """Examples that are read into memory when they are first needed."""
 
+    def __init__(self, read: Callable[[], list[Example]]) -> None:
+        self._read = read
 
-def _where(error: BaseException) -> str:
-    """Returns ' (at file:line)' of the innermost frame outside seqio, TensorFlow and this file, or ''."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not re.search(r"[/\\](seqio|tensorflow|importlib)[/\\]|<frozen|autograph", frame.filename):
-            return "" if frame.filename == __file__ else f" (at {frame.filename}:{frame.lineno})"
-    return ""
+    def __len__(self) -> int:
+        return len(self._loaded)
+
+    @property
+    def sizes(self) -> Mapping[str, np.ndarray]:
+        return self._loaded.sizes
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> list[Example]:
+        return self._loaded.read(indices)
+
+    @functools.cached_property
+    def _loaded(self) -> InMemory:
+        return InMemory(self._read())

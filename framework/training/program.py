@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from meshway.framework.data.vocabulary import Vocabulary
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import ArraySpec, Batch, Model
 from meshway.framework.partitioning.explain import Row, explain
@@ -161,8 +162,8 @@ def check_batch(spec: Mapping[str, ArraySpec], given: Mapping[str, tuple[Sequenc
             )
 
 
-def check_vocabularies(program: TrainProgram, sizes: Mapping[str, int]) -> None:
-    """Compares the data's vocabularies, {task feature: size}, with the model's axis "vocab".
+def check_vocabularies(program: TrainProgram, vocabularies: Mapping[str, Vocabulary]) -> None:
+    """Compares the data's vocabularies, by task feature, with the model's axis "vocab".
 
     Raises:
       UserError: a vocabulary has more tokens than the model has entries.
@@ -177,7 +178,8 @@ def check_vocabularies(program: TrainProgram, sizes: Mapping[str, int]) -> None:
         for name, size in zip(names, leaf.shape, strict=True)
         if name == "vocab"
     ]
-    for feature, size in sizes.items():
+    for feature, vocabulary in vocabularies.items():
+        size = vocabulary.size
         if entries and size > min(entries):
             raise UserError(
                 f"feature {feature!r} has a vocabulary of {size:,} tokens, and the model has {min(entries):,} entries: "

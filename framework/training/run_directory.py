@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 
+from meshway.framework.data.vocabulary import Vocabulary
 from meshway.framework.errors import UserError
 from meshway.framework.partitioning.explain import Row, format_bytes, format_rows, replicated_share
 from meshway.framework.training.program import TrainProgram
@@ -34,6 +36,11 @@ class RunDirectory:
     def tensorboard(self) -> Path:
         """Event files."""
         return self.root / "tensorboard"
+
+    @property
+    def vocabularies(self) -> Path:
+        """The vocabularies of the task's features, as files; `vocabularies.json` beside it lists them."""
+        return self.root / "vocabularies"
 
     def evaluation(self, task: str) -> Path:
         """One JSON object an evaluation of `task`: metrics, and some predictions."""
@@ -64,6 +71,51 @@ class RunDirectory:
                 f"the disk of MODEL_DIR={str(self.root)!r} has {format_bytes(free)} free, and one checkpoint needs "
                 f"{format_bytes(needed_bytes)}; free some space or give another --gin.MODEL_DIR=..."
             )
+
+    def save_vocabularies(self, vocabularies: Mapping[str, Vocabulary]) -> None:
+        """Writes `vocabularies/FEATURE.*`, then `vocabularies.json`, which tells their kinds and fingerprints.
+
+        Raises:
+          UserError: the disk refuses.
+        """
+        for feature, vocabulary in vocabularies.items():
+            vocabulary.save(self.vocabularies, feature)
+        entries = {
+            feature: {"kind": each.kind, "fingerprint": each.fingerprint, "description": str(each)}
+            for feature, each in vocabularies.items()
+        }
+        index = {"python": platform.python_version(), "features": entries}
+        self._write("vocabularies.json", json.dumps(index, indent=1) + "\n")
+
+    def check_vocabularies(self, vocabularies: Mapping[str, Vocabulary]) -> None:
+        """Compares the data's vocabularies, by task feature, with those this run has been trained with.
+
+        Features that only one side has are not compared: a recipe may read other features than before.
+
+        Raises:
+          UserError: a feature's vocabulary is another one, or `vocabularies.json` cannot be read.
+        """
+        path = self.root / "vocabularies.json"
+        try:
+            index = json.loads(path.read_text("utf-8"))
+            before = {
+                feature: (entry["fingerprint"], entry["description"]) for feature, entry in index["features"].items()
+            }
+            python = index["python"]
+        except FileNotFoundError:
+            return  # a run of an earlier version: there is nothing to compare with
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} cannot be read: {error}; remove it to go on without this check") from error
+        for feature, vocabulary in vocabularies.items():
+            fingerprint, description = before.get(feature, (vocabulary.fingerprint, ""))
+            if fingerprint != vocabulary.fingerprint:
+                raise UserError(
+                    f"feature {feature!r}: this run has been trained with a {description}, and its task now has a "
+                    f"{vocabulary}: the same ids mean other text. Give the task the run's own vocabulary, "
+                    f"{self.vocabularies / feature}.*, or take another MODEL_DIR. (One that is trained on this "
+                    "machine differs with the text it finds there, that of pydocs with the version of Python: "
+                    f"{python} then, {platform.python_version()} now.)"
+                )
 
     def describe(self, config: str, rows: Sequence[Row], summary: str) -> None:
         """Writes `config.gin` (the resolved recipe), `model_info.txt` and `layout.json`."""

@@ -116,8 +116,12 @@ def check_microbatches(batch_size: int, num_microbatches: int) -> None:
 
 
 def _token_count(batch: Mapping[str, jax.Array]) -> Metrics:
-    segments = [feature for name, feature in batch.items() if name.endswith("segment_ids")]
+    """Returns the batch's tokens, and of each feature with segment ids the share of it that is not padding."""
+    segments = {name: ids for name, ids in batch.items() if name.endswith("segment_ids")}
     if not segments:
         return {}
-    tokens = sum(jnp.sum(ids != 0, dtype=jnp.float32) for ids in segments)
-    return {"tokens": (jnp.asarray(tokens), jnp.ones((), jnp.float32))}
+    tokens = {name: jnp.sum(ids != 0, dtype=jnp.float32) for name, ids in segments.items()}
+    metrics = {"tokens": (jnp.asarray(sum(tokens.values())), jnp.ones((), jnp.float32))}
+    for name, ids in segments.items():
+        metrics[name.replace("segment_ids", "density")] = (tokens[name], jnp.asarray(ids.size, jnp.float32))
+    return metrics

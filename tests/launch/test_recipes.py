@@ -14,6 +14,7 @@ GOLDENS = ROOT / "tests" / "goldens" / "recipes"
 RECIPES = sorted(path.stem for path in (ROOT / "gin" / "recipes").glob("*.gin"))
 NEEDED = {  # what a recipe leaves open
     "quickstart": ("MODEL_DIR='run'",),
+    "real_mix": ("MODEL_DIR='run'",),
     "bench_t5": (),
 }
 

@@ -1,20 +1,13 @@
 """Two real processes of two devices each train to the losses of one process of four."""
 
 import signal
-import socket
 import time
 
 import numpy as np
 import pytest
-from running import lines, meshway, start
+from running import free_port, lines, meshway, outputs, start
 
 pytestmark = pytest.mark.slow  # each process compiles everything, on the same two cores
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def arguments(folder, *more):
@@ -34,14 +27,6 @@ def start_two(folder, *more):
         )
         for index in range(2)
     ]  # fmt: skip
-
-
-def outputs(processes):
-    try:
-        return [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from meshway.framework.data.seqio_loader import import_seqio
+from meshway.framework.data.seqio_door import import_seqio
 
 seqio = import_seqio()
 import tensorflow as tf  # noqa: E402
@@ -13,8 +13,8 @@ TEXTS = ["A first document, of some length: " + "words and more words. " * 9, "S
 FEATURES = {name: seqio.Feature(VOCABULARY, add_eos=True) for name in ("inputs", "targets")}
 
 
-def run(preprocessor, lengths, features=FEATURES, seed=1, **options):
-    dataset = tf.data.Dataset.from_tensor_slices({"text": TEXTS})
+def run(preprocessor, lengths, features=FEATURES, seed=1, end="\n", **options):
+    dataset = preprocessors.tokenize_text(tf.data.Dataset.from_tensor_slices({"text": TEXTS}), features, end)
     with seqio.utils.map_seed_manager(seed):
         dataset = preprocessor(dataset, lengths, features, **options)
     return [{name: value.tolist() for name, value in item.items()} for item in dataset.as_numpy_iterator()]
@@ -80,15 +80,32 @@ def test_runs_are_random_compositions():
     assert len(counts) == 6 and counts.min() > 60  # the C(4, 2) compositions, 100 each on average
 
 
+def task_of(steps, dataset, features, name="preprocessors_under_test"):
+    seqio.TaskRegistry.remove(name)
+    source = seqio.FunctionDataSource(lambda split, shuffle_files: dataset, splits=["train"])
+    return seqio.TaskRegistry.add(name, source, preprocessors=steps, output_features=features)
+
+
 def test_text_to_text_trims_to_leave_room_for_eos():
     dataset = tf.data.Dataset.from_tensor_slices({"inputs": ["abcdef", "ab"], "targets": ["uvwxyz", "u"]})
-    lengths = {"inputs": 4, "targets": 3}
-    examples = list(preprocessors.text_to_text(dataset, lengths, FEATURES).as_numpy_iterator())
+    task = task_of(preprocessors.text_to_text(), dataset, FEATURES)
+    examples = list(task.get_dataset({"inputs": 4, "targets": 3}, shuffle=False).as_numpy_iterator())
     assert [example["inputs"].tolist() for example in examples] == [[100, 101, 102, 1], [100, 101, 1]]
     assert [example["targets"].tolist() for example in examples] == [[120, 121, 1], [120, 1]]
     assert [example["targets_pretokenized"] for example in examples] == [b"uvwxyz", b"u"]
-    untrimmed = next(preprocessors.text_to_text(dataset, None, FEATURES).as_numpy_iterator())
+    untrimmed = next(task.get_dataset(None, shuffle=False).as_numpy_iterator())
     assert untrimmed["inputs"].tolist() == [100, 101, 102, 103, 104, 105, 1]
+    cached = next(task.preprocess_precache(dataset).as_numpy_iterator())
+    assert cached["inputs"].tolist() == [100, 101, 102, 103, 104, 105]
+
+
+def test_whole_texts_are_their_tokens_without_eos():
+    dataset = tf.data.Dataset.from_tensor_slices({"text": TEXTS})
+    task = task_of(preprocessors.whole_text(), dataset, {"targets": FEATURES["targets"]})
+    assert task.supports_caching
+    read = [e["targets"].tolist() for e in task.get_dataset(None, shuffle=False).as_numpy_iterator()]
+    assert read == [VOCABULARY.encode(text) for text in TEXTS]
+    assert read == [e["targets"].tolist() for e in task.preprocess_precache(dataset).as_numpy_iterator()]
 
 
 def test_too_few_sentinels_or_too_short_lengths_are_refused():
@@ -103,7 +120,7 @@ def test_too_few_sentinels_or_too_short_lengths_are_refused():
 
 
 def test_language_model_windows_join_to_the_documents_with_their_ends():
-    examples = run(preprocessors.language_model, {"targets": 32}, {"targets": FEATURES["targets"]})
+    examples = run(preprocessors.language_model, {"targets": 32}, {"targets": FEATURES["targets"]}, end="")
     assert {len(example["targets"]) for example in examples[:-1]} == {32}
     stream = sum((example["targets"] for example in examples), [])
     assert stream == sum((VOCABULARY.encode(text) + [1] for text in TEXTS), [])

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from meshway.framework.data.seqio_loader import import_seqio
+from meshway.framework.data.seqio_door import import_seqio
 
 seqio = import_seqio()
 import tensorflow as tf  # noqa: E402
@@ -66,7 +66,7 @@ def test_racing_processes_end_with_one_whole_file(cache):
     code = """if True:
         import sys
         sys.path.insert(0, sys.argv[1])
-        from meshway.framework.data.seqio_loader import import_seqio
+        from meshway.framework.data.seqio_door import import_seqio
         import_seqio()
         import test_vocabularies
         v = test_vocabularies.small()
@@ -84,6 +84,19 @@ def test_racing_processes_end_with_one_whole_file(cache):
 def test_too_little_text_is_said_plainly(cache):
     with pytest.raises(ValueError, match="'small': SentencePiece cannot train 90000 pieces on 12544 characters"):
         _ = small(90_000).vocab_size
+
+
+@pytest.mark.slow
+def test_pydocs_in_bytes_pairs_reads_its_own_text_back(corpus_cache, monkeypatch):
+    from meshway.tasks import corpus
+
+    monkeypatch.setenv("MESHWAY_CACHE_DIR", str(corpus_cache))
+    vocabulary = vocabularies.pydocs_bpe()
+    assert (vocabulary.vocab_size, vocabulary.eos_id) == (4100, 1)
+    text = "\n".join(document.text for document in corpus.documents("validation"))
+    ids = vocabulary.encode(text)
+    assert vocabulary.decode(ids) == text
+    assert len(ids) < 0.35 * len(text)
 
 
 def test_bytes_are_byt5_s():

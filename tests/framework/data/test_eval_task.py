@@ -2,8 +2,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tasks_in_memory
 
-from meshway.framework.data.eval_task import SeqioEvalTask
+from meshway.framework.data.eval_task import TaskEvaluation
+from meshway.framework.data.examples import InMemory
 from meshway.framework.data.features import EncoderDecoder
 from meshway.framework.errors import UserError
 
@@ -18,7 +20,9 @@ def make(examples, metric_fns=()):
         predict_metric_fns=list(metric_fns),
         postprocess_fn=lambda output, example, is_target: output,
     )
-    return SeqioEvalTask(task, lambda: examples, EncoderDecoder(), {"inputs": 4, "targets": 4}, 2)
+    converter, lengths = EncoderDecoder(), {"inputs": 4, "targets": 4}
+    objective = converter.bind(tasks_in_memory.task("inputs", "targets"), lengths)
+    return TaskEvaluation("ids", InMemory(examples), objective, converter, lengths, 2, {}, task)
 
 
 EXAMPLES = [{"inputs": np.array([7, 8]), "targets": np.array([5, 0, 6, 1])}]

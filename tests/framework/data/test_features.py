@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from tasks_in_memory import lay, task
 
 from meshway.framework.data.features import EncoderDecoder, LanguageModel, PrefixLanguageModel
 from meshway.framework.errors import UserError
@@ -17,34 +18,44 @@ def lengths_of(converter):
     return {name: LENGTHS[name] for name in converter.task_features}
 
 
+def rows_of(converter, examples, packed):
+    objective = converter.bind(task(*converter.task_features), lengths_of(converter))
+    return lay(objective, [{n: np.array(e[n]) for n in converter.task_features} for e in examples], packed)
+
+
+def prompts_of(converter):
+    objective = converter.bind(task(*converter.task_features), lengths_of(converter))
+    return objective.prompts(EXAMPLES)
+
+
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("converter", CONVERTERS)
 def test_rows_are_what_spec_says(converter, packed):
     lengths = lengths_of(converter)
-    rows = converter.rows(EXAMPLES, lengths, packed)
+    rows = rows_of(converter, EXAMPLES, packed=packed)
     assert {n: (a.shape, a.dtype) for n, a in rows.items()} == converter.spec(lengths, len(rows["decoder_positions"]))
 
 
 def test_encoder_decoder_by_hand():
-    rows = EncoderDecoder().rows(EXAMPLES, LENGTHS, packed=True)
-    np.testing.assert_array_equal(rows["encoder_input_tokens"], [[5, 0, 7, 8, 9, 0], [2] * 6])
-    np.testing.assert_array_equal(rows["encoder_segment_ids"], [[1, 1, 1, 2, 2, 0], [1] * 6])
-    np.testing.assert_array_equal(rows["decoder_target_tokens"], [[3, 1, 0, 4, 1], [6] * 5])
-    np.testing.assert_array_equal(rows["decoder_input_tokens"], [[0, 3, 0, 0, 4], [0, 6, 6, 6, 6]])
-    np.testing.assert_array_equal(rows["decoder_segment_ids"], [[1, 1, 2, 2, 2], [1] * 5])
-    np.testing.assert_array_equal(rows["decoder_positions"], [[0, 1, 0, 1, 2], [0, 1, 2, 3, 4]])
+    rows = rows_of(EncoderDecoder(), EXAMPLES, packed=True)
+    np.testing.assert_array_equal(rows["encoder_input_tokens"], [[2] * 6, [5, 0, 7, 8, 9, 0]])
+    np.testing.assert_array_equal(rows["encoder_segment_ids"], [[1] * 6, [1, 1, 1, 2, 2, 0]])
+    np.testing.assert_array_equal(rows["decoder_target_tokens"], [[6] * 5, [3, 1, 0, 4, 1]])
+    np.testing.assert_array_equal(rows["decoder_input_tokens"], [[0, 6, 6, 6, 6], [0, 3, 0, 0, 4]])
+    np.testing.assert_array_equal(rows["decoder_segment_ids"], [[1] * 5, [1, 1, 2, 2, 2]])
+    np.testing.assert_array_equal(rows["decoder_positions"], [[0, 1, 2, 3, 4], [0, 1, 0, 1, 2]])
     np.testing.assert_array_equal(rows["decoder_loss_weights"], np.ones((2, 5)))
 
 
 def test_unpacked_zeros_are_data_and_padding_weighs_nothing():
-    rows = LanguageModel().rows(EXAMPLES, {"targets": 5}, packed=False)
+    rows = rows_of(LanguageModel(), EXAMPLES, packed=False)
     np.testing.assert_array_equal(rows["decoder_target_tokens"][1], [0, 4, 1, 0, 0])
     np.testing.assert_array_equal(rows["decoder_segment_ids"][1], [1, 1, 1, 0, 0])
     np.testing.assert_array_equal(rows["decoder_loss_weights"][1], [1, 1, 1, 0, 0])
 
 
 def test_prefix_language_model_by_hand():
-    rows = PrefixLanguageModel().rows(EXAMPLES[:2], LENGTHS, packed=True)
+    rows = rows_of(PrefixLanguageModel(), EXAMPLES[:2], packed=True)
     np.testing.assert_array_equal(rows["decoder_target_tokens"], [[5, 0, 7, 3, 1, 8, 9, 0, 4, 1, 0]])
     np.testing.assert_array_equal(rows["decoder_input_tokens"], [[0, 5, 0, 7, 3, 0, 8, 9, 0, 4, 0]])
     np.testing.assert_array_equal(rows["decoder_segment_ids"], [[1] * 5 + [2] * 5 + [0]])
@@ -53,15 +64,15 @@ def test_prefix_language_model_by_hand():
 
 
 def test_loss_on_inputs_makes_the_decoder_causal():
-    rows = PrefixLanguageModel(loss_on_targets_only=False).rows(EXAMPLES, LENGTHS, packed=True)
+    rows = rows_of(PrefixLanguageModel(loss_on_targets_only=False), EXAMPLES, packed=True)
     assert not rows["decoder_prefix_mask"].any()
     np.testing.assert_array_equal(rows["decoder_loss_weights"], rows["decoder_segment_ids"] > 0)
 
 
 @pytest.mark.parametrize("converter", CONVERTERS)
 def test_packing_keeps_every_weight_and_token(converter):
-    packed = converter.rows(EXAMPLES, lengths_of(converter), packed=True)
-    padded = converter.rows(EXAMPLES, lengths_of(converter), packed=False)
+    packed = rows_of(converter, EXAMPLES, packed=True)
+    padded = rows_of(converter, EXAMPLES, packed=False)
     assert packed["decoder_loss_weights"].sum() == padded["decoder_loss_weights"].sum()
     real = [sorted(rows["decoder_target_tokens"][rows["decoder_segment_ids"] > 0]) for rows in (packed, padded)]
     assert real[0] == real[1]
@@ -69,8 +80,8 @@ def test_packing_keeps_every_weight_and_token(converter):
 
 def test_prefix_prompt_is_the_training_row_before_its_targets():
     converter = PrefixLanguageModel()
-    prompts = converter.prompts(EXAMPLES, LENGTHS)
-    rows = converter.rows(EXAMPLES, LENGTHS, packed=False)
+    prompts = prompts_of(converter)
+    rows = rows_of(converter, EXAMPLES, packed=False)
     assert prompts["decoder_input_tokens"].shape == (3, 7)
     for index, size in enumerate((3, 2, 6)):
         seen = slice(0, size + 1)
@@ -86,8 +97,8 @@ def test_prefix_prompt_is_the_training_row_before_its_targets():
 
 
 def test_encoder_decoder_prompt_is_the_encoder_of_the_training_row():
-    prompts = EncoderDecoder().prompts(EXAMPLES, LENGTHS)
-    rows = EncoderDecoder().rows(EXAMPLES, LENGTHS, packed=False)
+    prompts = prompts_of(EncoderDecoder())
+    rows = rows_of(EncoderDecoder(), EXAMPLES, packed=False)
     assert set(prompts) == {name for name in rows if name.startswith("encoder")}
     for name, array in prompts.items():
         np.testing.assert_array_equal(array, rows[name])
@@ -96,7 +107,7 @@ def test_encoder_decoder_prompt_is_the_encoder_of_the_training_row():
 def test_language_model_cannot_be_prompted():
     assert not LanguageModel().can_predict
     with pytest.raises(UserError, match="no inputs to predict from"):
-        LanguageModel().prompts(EXAMPLES, {"targets": 5})
+        prompts_of(LanguageModel())
 
 
 @pytest.mark.parametrize(
@@ -128,9 +139,9 @@ def test_language_model_cannot_be_prompted():
 )
 def test_what_does_not_fit_is_named(converter, has, lengths, message):
     with pytest.raises(UserError, match=message):
-        converter.check("a_task", has, lengths)
+        converter.bind(task(*has), lengths)
 
 
 def test_what_fits_passes():
-    EncoderDecoder().check("a_task", ["inputs", "targets", "extra"], LENGTHS)
-    LanguageModel().check("a_task", ["targets"], {"targets": 5})
+    EncoderDecoder().bind(task("inputs", "targets", "extra"), LENGTHS)
+    LanguageModel().bind(task("targets"), {"targets": 5})

@@ -24,6 +24,13 @@ def halves(split, shuffle_files, seed=None):
     )
 
 
+def openings(split, shuffle_files, seed=None):
+    words = [line.split() for line in SPLITS[split]]
+    return tf.data.Dataset.from_tensor_slices(
+        {"inputs": [" ".join(line[:3]) for line in words], "targets": [line[3] for line in words]}
+    )
+
+
 def same_length(targets, predictions):
     return {"same_length": sum(len(t) == len(p) for t, p in zip(targets, predictions)) / len(targets)}
 
@@ -42,3 +49,14 @@ seqio.TaskRegistry.add(
     output_features={"inputs": TOKENS, "targets": TOKENS},
     metric_fns=[same_length],
 )
+seqio.TaskRegistry.add(
+    "lab_openings",
+    source=seqio.FunctionDataSource(openings, splits=list(SPLITS)),
+    preprocessors=[
+        seqio.preprocessors.tokenize,
+        seqio.CacheDatasetPlaceholder(),
+        seqio.preprocessors.append_eos_after_trim,
+    ],
+    output_features={"inputs": TOKENS, "targets": TOKENS},
+)
+seqio.MixtureRegistry.add("lab_mix", [("lab_halves", 1.0), ("lab_openings", 3.0)])

@@ -1,0 +1,377 @@
+"""Builds the offline cache of seqio tasks: all splits of all leaves of a mixture, in several processes.
+
+Each shard is put in place whole, so a build that is killed loses only what was under way, and goes on when it is
+run again. A directory holds one version of a task: its fingerprint is written before anything else.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from meshway.framework.data import cache_format, cache_summary, seqio_door, seqio_steps, task_fingerprint
+from meshway.framework.data.cache_progress import CacheProgress
+from meshway.framework.data.cache_shards import Shard, failures_of, finished_shard, replace
+from meshway.framework.data.cache_work import working
+from meshway.framework.data.cache_workers import Job, run_jobs
+from meshway.framework.data.objective import FeatureInfo
+from meshway.framework.errors import UserError, did_you_mean
+
+NUM_SHARDS = 8
+_TINY = 20_000  # source examples that are sooner written than another process has imported TensorFlow
+
+
+@dataclasses.dataclass(frozen=True)
+class BuiltSplit:
+    """One split as it now lies on disk.
+
+    Attributes:
+      task: its task.
+      split: its name.
+      examples: how many.
+      tokens: feature -> tokens of all examples.
+      bytes: of all shards.
+      bad: one line for each source example left out.
+      seconds: from the first shard's start to the last one's end; 0 if all were there.
+    """
+
+    task: str
+    split: str
+    examples: int
+    tokens: dict[str, int]
+    bytes: int
+    bad: list[str]
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """A task to be cached."""
+
+    task: Any
+    provider: str
+    splits: list[str]
+    num_shards: int
+    directory: Path
+    info: dict[str, Any]
+
+    @property
+    def features(self) -> dict[str, FeatureInfo]:
+        return cache_format.features_from_json(self.info["features"])
+
+    @property
+    def fingerprint(self) -> str:
+        return self.info["fingerprint"]
+
+
+def build(
+    names: Sequence[str],
+    modules: Sequence[str],
+    directory: str | Path,
+    splits: Sequence[str] | None = None,
+    num_shards: int | None = None,
+    num_workers: int | None = None,
+    overwrite: bool = False,
+    max_bad_examples: int = 0,
+    progress: bool = True,
+) -> list[BuiltSplit]:
+    """Caches tasks; what is there already and whole is kept.
+
+    Args:
+      names: of registered tasks and mixtures; of a mixture every leaf is cached.
+      modules: names of the Python modules whose import registers them.
+      directory: CACHE_DIR; each task gets a folder of its name in it.
+      splits: which, None for all a task has.
+      num_shards: of each split; None for as many as the cache has already, else 8.
+      num_workers: processes; None for one a core, or none but this one for little data.
+      overwrite: remove the tasks' caches first, all splits of them.
+      max_bad_examples: source examples of a split that may fail in a preprocessor; they are left out and counted.
+      progress: show how it goes.
+
+    Returns:
+      the splits asked for, task by task.
+
+    Raises:
+      UserError: a task, an example or an argument is at fault, or the directory holds another version of a task.
+      EnvironmentFailure: a worker died, or the disk cannot be written.
+    """
+    for name, value, least in (
+        ("num_shards", num_shards, 1),
+        ("num_workers", num_workers, 1),
+        ("max_bad_examples", max_bad_examples, 0),
+    ):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise UserError(f"{name} must be a whole number of at least {least}, not {value!r}")
+    root = Path(directory).expanduser()
+    with contextlib.ExitStack() as stack:
+        stack.callback(seqio_steps.release_sources)
+        plans: dict[str, _Plan] = {}
+        works: dict[str, Path] = {}
+        for name in names:
+            for task in _leaves(name, modules, splits):
+                if task.name not in plans:
+                    _clear(root / task.name, overwrite)
+                    works[task.name] = stack.enter_context(working(root / task.name))
+                    plans[task.name] = _plan(task, name, root, splits, num_shards, works[task.name])
+        return _build(list(plans.values()), works, tuple(modules), num_workers, max_bad_examples, progress)
+
+
+def ensure(
+    name: str,
+    modules: Sequence[str],
+    directory: str | Path,
+    splits: Sequence[str] | None = None,
+    **options: Any,
+) -> dict[str, Path]:
+    """Returns where each leaf of a task or mixture is cached: checks what is there, and builds what is missing.
+
+    Args:
+      name: the registered task or mixture.
+      modules: names of the Python modules whose import registers it.
+      directory: CACHE_DIR.
+      splits: which must be there, as far as a task has them; None for all.
+      options: of `build`, where something is missing.
+
+    Raises:
+      UserError: a cache is stale, naming what changed; or as `build`.
+    """
+    root = Path(directory).expanduser()
+    tasks = _leaves(name, modules, splits)
+    for task in tasks:
+        if (root / task.name / "info.json").is_file():
+            _refuse(root / task.name, stale(root / task.name, task))
+    if missing(name, modules, root, splits):
+        build([name], modules, root, splits, **options)
+    return {task.name: root / task.name for task in tasks}
+
+
+def missing(name: str, modules: Sequence[str], directory: str | Path, splits: Sequence[str] | None = None) -> list[str]:
+    """Returns which splits, as 'TASK/SPLIT', `ensure` would build, or look at again as other steps come after them."""
+    root = Path(directory).expanduser()
+    found = []
+    for task in _leaves(name, modules, splits):
+        moved = (root / task.name / "info.json").is_file() and _reads_otherwise(root / task.name, task)
+        for split in _wanted(task, splits):
+            if moved or not (root / task.name / split / "index.json").is_file():
+                found.append(f"{task.name}/{split}")
+    return found
+
+
+def _reads_otherwise(task_directory: Path, task: Any) -> bool:
+    """Says whether other preprocessors come after the cut than info.json has."""
+    cut = cache_format.read_json(task_directory / "info.json")["cut"]
+    later = task.preprocessors[cut["online_from"] :]
+    return [task_fingerprint.qualified_name(step) for step in later] != cut["online"]
+
+
+def stale(task_directory: Path, task: Any) -> list[str]:
+    """Returns what of a seqio task changed since it was cached, as "vocabulary of 'targets' changed"; [] if nothing.
+
+    Preprocessors after the cut may change. The source is not opened, so a machine without the raw data can ask.
+
+    Raises:
+      UserError: nothing is cached there.
+    """
+    info = cache_format.read_json(task_directory / "info.json")
+    with seqio_door.task_errors(task.name, "fingerprint"):
+        old = info["parts"]
+        steps = task.preprocessors[: len(info["cut"]["cached"])]
+        return task_fingerprint.changes(old, task_fingerprint.parts(task, steps, old["number of shards"]))
+
+
+def _leaves(name: str, modules: Sequence[str], splits: Sequence[str] | None) -> list[Any]:
+    """Returns the tasks of a task or mixture, without those that have none of `splits`."""
+    tasks = seqio_door.subtasks(seqio_door.find_provider(name, modules))
+    found = [task for task in tasks if _wanted(task, splits)]
+    for split in splits or ():
+        if not any(split in _wanted(task, [split]) for task in tasks):
+            known = sorted({known for task in tasks for known in task.splits})
+            raise UserError(f"{name!r} has no split {split!r} to cache; it has {known}{did_you_mean(split, known)}")
+    return found
+
+
+def _wanted(task: Any, splits: Sequence[str] | None) -> list[str]:
+    with seqio_door.task_errors(task.name, "splits"):
+        return [split for split in task.splits if splits is None or split in splits]
+
+
+def _clear(directory: Path, overwrite: bool) -> None:
+    """Removes a task's old cache if that is asked for; UserError where the folder is something else."""
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    if "info.json" not in names and any(not name.startswith(".building-") for name in names):
+        raise UserError(f"{directory} is no cache of a task: it holds {sorted(names)[:5]} and no info.json")
+    if overwrite and directory.exists():
+        with failures_of(directory):
+            shutil.rmtree(directory)
+
+
+def _refuse(directory: Path, changed: Sequence[str]) -> None:
+    if changed:
+        raise UserError(
+            f"{directory} holds another version of the task: {'; '.join(changed)}. "
+            "Run `meshway cache` with --overwrite to build it anew, or use another CACHE_DIR"
+        )
+
+
+def _plan(
+    task: Any, provider: str, root: Path, splits: Sequence[str] | None, num_shards: int | None, work: Path
+) -> _Plan:
+    """Reads or writes a task's info.json."""
+    directory = root / task.name
+    path = directory / "info.json"
+    old = cache_format.read_json(path) if path.is_file() else None
+    if num_shards is None:
+        num_shards = old["parts"]["number of shards"] if old else NUM_SHARDS
+    wanted = _wanted(task, splits)
+    cut = seqio_steps.cut(task)
+    with seqio_door.task_errors(task.name, "fingerprint"):
+        parts = task_fingerprint.parts(task, cut.cached, num_shards)
+    reading = {  # what may change without the examples
+        "cut": {
+            "cached": [task_fingerprint.qualified_name(step) for step in cut.cached],
+            "online": [task_fingerprint.qualified_name(step) for step in cut.online],
+            "online_from": cut.online_from,
+            "reason": cut.reason,
+        },
+        "online": seqio_steps.online_entries(task),
+    }
+    if old is None:
+        info = {
+            "format": cache_format.FORMAT,
+            "task": task.name,
+            "fingerprint": task_fingerprint.fingerprint(parts),
+            "parts": parts,
+            "features": cache_format.features_to_json(seqio_steps.features(task, wanted)),
+            "declared": cache_format.features_to_json(seqio_steps.declared(task)),
+            "vocabularies": cache_summary.save_vocabularies(task, directory, work),
+        }
+        with failures_of(path):
+            _write_first(path, info | reading, work)
+        old = cache_format.read_json(path)  # another builder may have been quicker
+    _refuse(directory, task_fingerprint.changes(old["parts"], parts))
+    if {name: old[name] for name in reading} != reading:
+        old |= reading
+        with failures_of(path):
+            replace(path, _text(old), work)
+    return _Plan(task, provider, wanted, num_shards, directory, old)
+
+
+def _text(info: dict[str, Any]) -> bytes:
+    return (json.dumps(info, indent=1) + "\n").encode()
+
+
+def _write_first(path: Path, content: dict[str, Any], work: Path) -> None:
+    """Writes a file unless it is there: of two builders that start together, one decides the version."""
+    temporary = work / path.name
+    temporary.write_bytes(_text(content))
+    with contextlib.suppress(FileExistsError):
+        os.link(temporary, path)
+
+
+def _build(
+    plans: Sequence[_Plan],
+    works: dict[str, Path],
+    modules: tuple[str, ...],
+    num_workers: int | None,
+    max_bad: int,
+    progress: bool,
+) -> list[BuiltSplit]:
+    jobs: list[Job] = []
+    notes: list[str] = []
+    for plan in plans:
+        notes.append(f"task {plan.task.name}: caches {plan.info['cut']['reason']}")
+        there = 0
+        for split, shard in ((split, shard) for split in plan.splits for shard in range(plan.num_shards)):
+            found = finished_shard(plan.directory / split, shard, plan.num_shards, plan.fingerprint, check_bytes=True)
+            there += isinstance(found, Shard)
+            if isinstance(found, str):
+                notes.append(f"{found}: it is built again")
+            if not isinstance(found, Shard):
+                (plan.directory / split / "index.json").unlink(missing_ok=True)
+                names = (plan.provider, modules, plan.task.name, split, shard, plan.num_shards, max_bad)
+                job = Job(len(jobs), *names, plan.features, plan.fingerprint, plan.directory, works[plan.task.name])
+                jobs.append(job)
+        if there:
+            notes.append(f"task {plan.task.name}: {there} of {len(plan.splits) * plan.num_shards} shards are there")
+    times: dict[tuple[str, str], list[float]] = {}
+    if jobs:
+        expected = _expected(plans, jobs)
+        if num_workers is None:
+            tiny = expected is not None and expected <= _TINY
+            num_workers = 1 if tiny else min(os.cpu_count() or 1, len(jobs))
+        display = CacheProgress(len(jobs), expected) if progress else None
+        with display or contextlib.nullcontext():
+            for note in notes if display else ():
+                display.note(note)  # type: ignore[union-attr]
+            run_jobs(jobs, num_workers, functools.partial(_report, display, times))
+    built = []
+    for plan in plans:
+        built += _finish(plan, works[plan.task.name], max_bad, times)
+    return built
+
+
+def _expected(plans: Sequence[_Plan], jobs: Sequence[Job]) -> int | None:
+    """Returns how many source examples the missing shards stand for; None if a source does not say."""
+    total = 0.0
+    for plan in plans:
+        for split in plan.splits:
+            missing = sum((job.task, job.split) == (plan.task.name, split) for job in jobs)
+            count = seqio_steps.source_count(plan.task, split) if missing else 0
+            if count is None:
+                return None
+            total += count * missing / plan.num_shards
+    return round(total)
+
+
+def _report(
+    display: CacheProgress | None,
+    times: dict[tuple[str, str], list[float]],
+    job: Job,
+    examples: int,
+    done: bool,
+) -> None:
+    now = time.monotonic()
+    times.setdefault((job.task, job.split), [now, now])[1] = now
+    if display:
+        (display.finish if done else display.update)(job.number, examples)
+
+
+def _finish(plan: _Plan, work: Path, max_bad: int, times: dict[tuple[str, str], list[float]]) -> list[BuiltSplit]:
+    """Writes the indices of a task's splits and its statistics; UserError if too many examples were bad, or none is.
+
+    What is right already is written again, with the same bytes.
+    """
+    name, directory = plan.task.name, plan.directory
+    found: dict[str, list[Shard]] = {}
+    for split in plan.splits:
+        shards = []
+        for shard in range(plan.num_shards):
+            one = finished_shard(directory / split, shard, plan.num_shards, plan.fingerprint, check_bytes=False)
+            if not isinstance(one, Shard):
+                raise UserError(f"{one or directory / split}: another process changes this cache; run it again")
+            shards.append(one)
+        found[split] = shards
+        bad = [line for shard in shards for line in shard.bad]
+        if len(bad) > max_bad:
+            raise UserError(
+                f"task {name!r}, split {split!r} has {len(bad)} bad examples, {max_bad} allowed by max_bad_examples; "
+                f"the first: {bad[0]}"
+            )
+    if not any(shard.examples for shards in found.values() for shard in shards):
+        raise UserError(f"task {name!r} has no examples to cache in {', '.join(map(repr, plan.splits))}")
+    built = []
+    for split, shards in found.items():
+        cache_summary.write_index(directory / split, shards, plan.fingerprint, work)
+        start, end = times.get((name, split), (0.0, 0.0))
+        tokens = cache_summary.tokens(shards, plan.features)
+        examples, size = sum(shard.examples for shard in shards), sum(shard.bytes for shard in shards)
+        bad = [line for shard in shards for line in shard.bad]
+        built.append(BuiltSplit(name, split, examples, tokens, size, bad, end - start))
+    cache_summary.write_stats(directory, plan.features, work)
+    return built

@@ -1,0 +1,254 @@
+"""What a task's offline cache looks like on disk: records, shards, and the index that makes any example one read.
+
+    CACHE_DIR/TASK/
+      info.json                          what was cached: features, steps, vocabularies, fingerprint and its parts
+      stats.json                         examples, tokens, lengths by split
+      vocabularies/FEATURE.json ...      the vocabularies of the features the task declares (vocabularies.load)
+      SPLIT/index.json                   the shards and their counts; written last, so a split with it is whole
+      SPLIT/sizes.FEATURE.npy            tokens of every example, int32 [examples], in the order of shards
+      SPLIT/00003-of-00008.array_record  the examples
+      SPLIT/00003-of-00008.json          count, checksum and sizes of one shard; written after it
+      .building-*                        files under way, of one builder; gone when it ends
+
+A record holds the features in the order of info.json: for each its dimensions (uint32), then its elements
+(little endian; a string as uint32 length and bytes). dtype and rank are in info.json and checked when written.
+
+info.json: format, task; fingerprint, parts (task_fingerprint.py); features (as they lie in records) and declared
+(as the task promises them after all steps), each `features_to_json`; cut: cached and online (names of steps),
+online_from, reason (seqio_steps.Cut); online (online_steps.py); vocabularies: kind, text, fingerprint by feature.
+index.json: format, fingerprint, bad_examples, shards: examples, bytes, crc32.
+stats.json: task, fingerprint, splits: examples, bytes, bad_examples, features: tokens, min, max, mean, histogram.
+"""
+
+import functools
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from meshway.framework.data.objective import FeatureInfo, VocabularyInfo
+from meshway.framework.errors import UserError
+
+FORMAT = 1
+BYTES = "bytes"
+_UINT32 = struct.Struct("<I")
+
+
+def shard_name(shard: int, num_shards: int) -> str:
+    """Returns the file name of a shard."""
+    return f"{shard:05d}-of-{num_shards:05d}.array_record"
+
+
+def encode(example: Mapping[str, Any], features: Mapping[str, FeatureInfo]) -> bytes:
+    """Returns an example's record.
+
+    Raises:
+      ValueError: a feature is missing, or has another dtype or shape than `features` says.
+    """
+    parts: list[bytes] = []
+    for name, info in features.items():
+        if name not in example:
+            raise ValueError(f"the example has no feature {name!r}; it has {sorted(example)}")
+        value = example[name]
+        # As an object: numpy's own text drops zero bytes at the end.
+        array = np.asarray(value, object) if isinstance(value, (bytes, str)) else np.asarray(value)
+        kind = BYTES if array.dtype.kind in "OSU" else array.dtype.name
+        fits = len(array.shape) == len(info.shape) and all(
+            wanted in (None, got) for wanted, got in zip(info.shape, array.shape, strict=True)
+        )
+        if kind != info.dtype or not fits:
+            raise ValueError(
+                f"feature {name!r} is {kind} {list(array.shape)}, but the task's is {info.dtype} {list(info.shape)}"
+            )
+        parts.append(struct.pack(f"<{array.ndim}I", *array.shape))
+        if kind == BYTES:
+            for text in array.ravel().tolist():
+                data = text.encode() if isinstance(text, str) else bytes(text)
+                parts += [struct.pack("<I", len(data)), data]
+        else:
+            parts.append(np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+    return b"".join(parts)
+
+
+def decode(record: bytes, features: Mapping[str, FeatureInfo]) -> dict[str, Any]:
+    """Returns the example of a record: read-only arrays; a string feature of rank 0 is `bytes`."""
+    return _decode(record, _layout(features))
+
+
+class _Field(NamedTuple):
+    """How a feature lies in a record; `dtype` is None for strings."""
+
+    name: str
+    rank: int
+    dtype: np.dtype | None
+    item_bytes: int
+
+
+def _layout(features: Mapping[str, FeatureInfo]) -> list[_Field]:
+    """Returns what `_decode` needs, worked out once for many records."""
+    dtypes = {name: None if info.dtype == BYTES else np.dtype(info.dtype) for name, info in features.items()}
+    return [_Field(n, len(i.shape), dtypes[n], getattr(dtypes[n], "itemsize", 0)) for n, i in features.items()]
+
+
+def _decode(record: bytes, layout: Sequence[_Field]) -> dict[str, Any]:
+    example: dict[str, Any] = {}
+    at = 0
+    for name, rank, dtype, item_bytes in layout:
+        if rank == 1 and dtype is not None:  # nearly all that is ever read
+            (count,) = _UINT32.unpack_from(record, at)
+            example[name] = np.frombuffer(record, dtype, count, at + 4)
+            at += 4 + count * item_bytes
+            continue
+        shape = struct.unpack_from(f"<{rank}I", record, at) if rank else ()
+        at += 4 * rank
+        count = math.prod(shape)
+        if dtype is not None:
+            example[name] = np.frombuffer(record, dtype, count, at).reshape(shape)
+            at += count * item_bytes
+            continue
+        texts = []
+        for _ in range(count):
+            (length,) = _UINT32.unpack_from(record, at)
+            texts.append(record[at + 4 : at + 4 + length])
+            at += 4 + length
+        example[name] = np.array(texts, object).reshape(shape) if rank else texts[0]
+    if at != len(record):
+        raise ValueError(f"a record of {len(record)} bytes holds an example of {at}")
+    return example
+
+
+def sized(features: Mapping[str, FeatureInfo]) -> list[str]:
+    """Returns the features whose size is indexed: all of rank 1 and above but strings."""
+    return [name for name, info in features.items() if info.shape and info.dtype != BYTES]
+
+
+def features_to_json(features: Mapping[str, FeatureInfo]) -> dict[str, Any]:
+    """Returns features as info.json holds them."""
+    return {
+        name: {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "vocabulary": None if info.vocabulary is None else vars(info.vocabulary),
+        }
+        for name, info in features.items()
+    }
+
+
+def features_from_json(entries: Mapping[str, Any]) -> dict[str, FeatureInfo]:
+    """Reverses `features_to_json`."""
+    return {
+        name: FeatureInfo(
+            entry["dtype"],
+            tuple(entry["shape"]),
+            None if entry["vocabulary"] is None else VocabularyInfo(**entry["vocabulary"]),
+        )
+        for name, entry in entries.items()
+    }
+
+
+class CachedSplit:
+    """One split of a cached task: any example by its number. Opened lazily, so it may be sent to another process.
+
+    Args:
+      task_directory: CACHE_DIR/TASK.
+      split: as 'train'.
+
+    Raises:
+      UserError: the split is not there, not whole, or a shard is missing or cut short.
+    """
+
+    def __init__(self, task_directory: Path, split: str) -> None:
+        self.directory = Path(task_directory) / split
+        info = read_json(Path(task_directory) / "info.json")
+        self.task_name: str = info["task"]
+        self.split = split
+        self.features = features_from_json(info["features"])
+        self._layout = _layout(self.features)
+        index = read_json(self.directory / "index.json")
+        self._counts = [shard["examples"] for shard in index["shards"]]
+        self._ends = np.cumsum(self._counts)
+        self._files = [self.directory / shard_name(i, len(self._counts)) for i in range(len(self._counts))]
+        for path, shard in zip(self._files, index["shards"], strict=True):
+            if not path.is_file():
+                raise UserError(f"the cache of task {self.task_name!r} lacks a shard: {path}; {self._rebuild}")
+            if path.stat().st_size != shard["bytes"]:
+                raise UserError(
+                    f"{path} has {path.stat().st_size:,} bytes, not the {shard['bytes']:,} that were written; "
+                    f"{self._rebuild}"
+                )
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.read([index])[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_readers", "sizes")}
+
+    @functools.cached_property
+    def sizes(self) -> dict[str, np.ndarray]:
+        """Feature -> tokens of every example, int32 [examples], mapped from disk."""
+        found = {}
+        for name in sized(self.features):
+            path = self.directory / f"sizes.{name}.npy"
+            try:
+                found[name] = np.load(path, mmap_mode="r") if len(self) else np.load(path)
+            except (OSError, ValueError) as error:
+                raise UserError(f"{path} cannot be read: {error}; {self._rebuild}") from error
+            if len(found[name]) != len(self):
+                raise UserError(f"{path} has {len(found[name])} sizes for {len(self)} examples; {self._rebuild}")
+        return found
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
+        """Returns the examples with these numbers, in this order.
+
+        Raises:
+          UserError: a record is corrupt.
+        """
+        indices = np.asarray(indices, np.int64)
+        result: list[dict[str, Any]] = [{}] * len(indices)
+        shards = np.searchsorted(self._ends, indices, side="right")
+        for shard in np.unique(shards).tolist():
+            places = np.flatnonzero(shards == shard)
+            local = indices[places] - (int(self._ends[shard]) - self._counts[shard])
+            for place, record in zip(places.tolist(), self._records(shard, local.tolist()), strict=True):
+                result[place] = _decode(record, self._layout)
+        return result
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for start in range(0, len(self), 1024):
+            yield from self.read(range(start, min(start + 1024, len(self))))
+
+    @functools.cached_property
+    def _readers(self) -> dict[int, Any]:
+        return {}
+
+    def _records(self, shard: int, local: list[int]) -> list[bytes]:
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        try:
+            if shard not in self._readers:
+                # Examples are read in random order: reading ahead would only cost.
+                self._readers[shard] = ArrayRecordReader(str(self._files[shard]), options="readahead_buffer_size:0")
+            return list(self._readers[shard].read(local))
+        except Exception as error:  # array_record raises plain exceptions of its C++ library's texts
+            raise UserError(f"{self._files[shard]} is corrupt: {error}; {self._rebuild}") from error
+
+    @property
+    def _rebuild(self) -> str:
+        return f"remove {self.directory} and run `meshway cache` again"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns a JSON file of a cache; UserError when it is missing or no JSON."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {path}: nothing is cached there; run `meshway cache` first") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}; remove it and run `meshway cache` again") from error

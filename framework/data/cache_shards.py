@@ -1,0 +1,195 @@
+"""One shard of a cache: written whole or not at all, and told from a broken one.
+
+Beside SPLIT/00003-of-00008.array_record lies 00003-of-00008.json: its examples, bytes, crc32, the sizes of its
+examples, and the fingerprint it was built under. The shard is put in place first: one with that file is whole.
+"""
+
+import base64
+import contextlib
+import dataclasses
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from meshway.framework.data.cache_format import encode, shard_name, sized
+from meshway.framework.data.objective import FeatureInfo
+from meshway.framework.data.packing import Example
+from meshway.framework.errors import EnvironmentFailure, UserError
+
+_WRITER = "group_size:1"  # examples are read one by one, in random order
+_REPORT = 512  # examples between reports of progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """What is known of a finished shard.
+
+    Attributes:
+      examples: how many.
+      bytes: of the file.
+      crc32: of the file.
+      bad: one line for each source example left out.
+      sizes: feature -> tokens of each example, int32 [examples].
+      fingerprint: of the task when it was written.
+    """
+
+    examples: int
+    bytes: int
+    crc32: int
+    bad: list[str]
+    sizes: Mapping[str, np.ndarray]
+    fingerprint: str
+
+    def to_json(self) -> str:
+        """Returns the text of the file beside the shard."""
+        sizes = {name: base64.b64encode(array.astype("<i4").tobytes()).decode() for name, array in self.sizes.items()}
+        return json.dumps(vars(self) | {"sizes": sizes}, indent=1) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> "Shard":
+        """Reverses `to_json`."""
+        entry = json.loads(text)
+        sizes = {name: np.frombuffer(base64.b64decode(data), "<i4") for name, data in entry["sizes"].items()}
+        return Shard(**entry | {"sizes": sizes})
+
+
+def side_path(split_directory: Path, shard: int, num_shards: int) -> Path:
+    """Returns the path of the file beside a shard."""
+    return (split_directory / shard_name(shard, num_shards)).with_suffix(".json")
+
+
+def write_shard(
+    examples: Iterable[Example],
+    features: Mapping[str, FeatureInfo],
+    split_directory: Path,
+    shard: int,
+    num_shards: int,
+    fingerprint: str,
+    bad: list[str],
+    work: Path,
+    report: Callable[[int], None] = lambda count: None,
+) -> Shard:
+    """Writes a shard in `work`, which lies in the same file system, and moves it into place.
+
+    Args:
+      examples: what it holds.
+      features: of the task.
+      split_directory: where it goes.
+      shard: which, from 0.
+      num_shards: how many there are.
+      fingerprint: of the task.
+      bad: filled while `examples` are read.
+      work: a folder of this process's own.
+      report: told every now and then how many examples are written.
+
+    Raises:
+      UserError: an example has another dtype or shape than `features` says.
+      EnvironmentFailure: the disk is full or cannot be written.
+    """
+    from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+    path = split_directory / shard_name(shard, num_shards)
+    temporary = work / f"{split_directory.name}.{path.name}"
+    names = sized(features)
+    sizes: list[list[int]] = [[] for _ in names]
+    with failures_of(path):
+        writer = ArrayRecordWriter(str(temporary), _WRITER)
+        count = 0
+        report(0)
+        for example in examples:
+            try:
+                writer.write(encode(example, features))
+            except ValueError as error:
+                task, split = split_directory.parent.name, split_directory.name
+                place = f"example {count} of shard {shard} of {num_shards}"
+                raise UserError(f"task {task!r}, split {split!r}, {place}: {error}") from error
+            for column, name in zip(sizes, names, strict=True):
+                column.append(len(example[name]))
+            count += 1
+            if count % _REPORT == 0:
+                report(count)
+        writer.close()
+        reader = ArrayRecordReader(str(temporary))
+        if reader.num_records() != count:
+            raise OSError(f"{reader.num_records()} of {count} records were written")
+        reader.close()
+        _sync(temporary)
+        arrays = {name: np.array(column, np.int32) for name, column in zip(names, sizes, strict=True)}
+        size, crc32 = temporary.stat().st_size, _crc32(temporary)
+        result = Shard(count, size, crc32, list(bad), arrays, fingerprint)
+        split_directory.mkdir(parents=True, exist_ok=True)
+        os.replace(temporary, path)
+        _sync(split_directory)
+        replace(side_path(split_directory, shard, num_shards), result.to_json().encode(), work)
+    report(count)
+    return result
+
+
+def finished_shard(
+    split_directory: Path, shard: int, num_shards: int, fingerprint: str, check_bytes: bool
+) -> Shard | str | None:
+    """Returns a shard that is there and whole, what is wrong with one that is not, or None if none was finished.
+
+    Args:
+      split_directory: where it lies.
+      shard: which, from 0.
+      num_shards: how many there are.
+      fingerprint: what it must have been built under.
+      check_bytes: read the file through, not its size alone.
+    """
+    path, side = split_directory / shard_name(shard, num_shards), side_path(split_directory, shard, num_shards)
+    try:
+        found = Shard.from_json(side.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return f"{side} cannot be read ({error})"
+    if found.fingerprint != fingerprint:
+        return f"{path} was built from another version of the task"
+    if not path.is_file():
+        return f"{path} is missing"
+    if path.stat().st_size != found.bytes:
+        return f"{path} has {path.stat().st_size:,} bytes, not the {found.bytes:,} that were written"
+    if check_bytes and _crc32(path) != found.crc32:
+        return f"{path} is corrupt: its crc32 is not the one that was written"
+    return found
+
+
+def replace(path: Path, content: bytes, work: Path) -> None:
+    """Writes a small file so that it is there whole or not at all, by way of the folder `work`."""
+    temporary = work / f"{path.parent.name}.{path.name}.{os.getpid()}"
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+@contextlib.contextmanager
+def failures_of(path: Path) -> Iterator[None]:
+    """Turns what the file system or array_record say while `path` is written into an EnvironmentFailure."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise EnvironmentFailure(f"writing {path} failed: {error}; what is finished is kept, run it again") from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _crc32(path: Path) -> int:
+    crc32 = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            crc32 = zlib.crc32(block, crc32)
+    return crc32

@@ -1,0 +1,332 @@
+"""Denoising objectives over plain text: T5's span corruption, UL2's mixture of denoisers, the random prefix.
+
+Which spans are dropped is random anew in every epoch; how many tokens is not, so that rows are planned from
+sizes. A text is split into the longest windows whose inputs and targets fit their lengths: nothing is lost.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from meshway.framework.data.noise import corrupt, corruption_window, noise_counts
+from meshway.framework.data.objective import Items
+from meshway.framework.data.windowed_text import Room, WindowedTextConverter, item_hash, rotation
+from meshway.framework.errors import UserError, did_you_mean
+
+SENTINELS = "sentinels"
+_LONGEST_CYCLE = 256  # rows are planned for each epoch of a cycle
+_PREFIX_CYCLE = 8
+
+
+class Denoiser(NamedTuple):
+    """One way to corrupt a text; UL2's (mu, r, n).
+
+    Attributes:
+      mode: its name, which a mode token tells the model: 'R', 'S' or 'X' in UL2.
+      mean_span_length: tokens of a dropped span on average; None drops one span, the text's end (a prefix LM).
+      noise_density: share of the tokens that is dropped.
+      weight: a whole number: an item meets the denoiser in `weight` epochs of as many as all weights sum to.
+    """
+
+    mode: str
+    mean_span_length: float | None
+    noise_density: float
+    weight: int = 1
+
+
+UL2 = (  # Tay et al. 2022, table 1
+    Denoiser("R", 3.0, 0.15),
+    Denoiser("R", 8.0, 0.15),
+    Denoiser("S", None, 0.25),
+    Denoiser("X", 3.0, 0.5),
+    Denoiser("X", 8.0, 0.5),
+    Denoiser("X", 64.0, 0.15),
+    Denoiser("X", 64.0, 0.5),
+)
+
+
+class SpanCorruption(WindowedTextConverter):
+    """T5's objective (Raffel et al. 2020, section 3.1.4): fill in the spans that were dropped.
+
+    Sentinels are the vocabulary's extra ids, from the highest down. Inputs of 512 make windows of 568 tokens
+    and targets of 114, EOS included.
+
+    Args:
+      pack: whether training rows hold several items.
+      noise_density: share of the tokens that is dropped.
+      mean_span_length: tokens of a dropped span on average.
+      add_eos: whether the targets end in EOS, and the inputs of an encoder.
+      overlong: what becomes of a supervised example longer than its lengths: 'truncate', 'skip' or 'error'.
+      decoder_only: whether one decoder reads inputs and targets joined, as under `PrefixLanguageModel`.
+      window: tokens of the longest window; None is as many as fit. Shorter ones may fill packed rows better.
+    """
+
+    def __init__(
+        self,
+        pack: bool = True,
+        noise_density: float = 0.15,
+        mean_span_length: float = 3.0,
+        add_eos: bool = True,
+        overlong: str = "truncate",
+        decoder_only: bool = False,
+        window: int | None = None,
+    ) -> None:
+        super().__init__(pack, add_eos, overlong, decoder_only, window)
+        self.denoiser = Denoiser("", mean_span_length, noise_density)
+        _check_denoiser("SpanCorruption", self.denoiser)
+
+    def scheme(self, room: Room) -> "Denoising":
+        """Returns how windows become pairs; UserError where lengths or sentinels are too few."""
+        return Denoising.within(room, [self.denoiser], {}, "SpanCorruption")
+
+
+class MixtureOfDenoisers(WindowedTextConverter):
+    """UL2's objective (Tay et al. 2022, section 3.1): each text is corrupted by one denoiser of several.
+
+    An item meets all denoisers, by their weights, within as many epochs as the weights sum to; within one
+    epoch they are random over the items. As windows must not depend on the epoch, they are the longest that
+    fit under every denoiser.
+
+    Args:
+      pack: whether training rows hold several items.
+      denoisers: `Denoiser`s, or tuples of their fields: (mode, mean_span_length, noise_density, weight).
+      mode_tokens: what precedes the inputs made by a denoiser, by its mode: a mapping of modes to ids;
+        'sentinels' for the vocabulary's lowest extra ids, in the order the modes come; None for nothing.
+      add_eos: whether the targets end in EOS, and the inputs of an encoder.
+      overlong: what becomes of a supervised example longer than its lengths: 'truncate', 'skip' or 'error'.
+      decoder_only: whether one decoder reads inputs and targets joined, as under `PrefixLanguageModel`.
+      window: tokens of the longest window; None is as many as fit. Shorter ones may fill packed rows better.
+    """
+
+    def __init__(
+        self,
+        pack: bool = True,
+        denoisers: Sequence[Sequence[Any]] = UL2,
+        mode_tokens: Mapping[str, int] | str | None = None,
+        add_eos: bool = True,
+        overlong: str = "truncate",
+        decoder_only: bool = False,
+        window: int | None = None,
+    ) -> None:
+        super().__init__(pack, add_eos, overlong, decoder_only, window)
+        try:
+            self.denoisers = [Denoiser(*fields) for fields in denoisers]
+        except TypeError as error:
+            raise UserError(
+                f"MixtureOfDenoisers.denoisers is {denoisers!r}, but must be a list of "
+                "(mode, mean_span_length, noise_density, weight)"
+            ) from error
+        for number, denoiser in enumerate(self.denoisers):
+            _check_denoiser(f"MixtureOfDenoisers.denoisers[{number}]", denoiser)
+        weights = [denoiser.weight for denoiser in self.denoisers]
+        if not 1 <= sum(weights) <= _LONGEST_CYCLE:
+            raise UserError(
+                f"MixtureOfDenoisers.denoisers must have weights that sum to 1 to {_LONGEST_CYCLE}, not {weights}"
+            )
+        self.mode_tokens = mode_tokens
+        self._check_modes()
+
+    def scheme(self, room: Room) -> "Denoising":
+        """Returns how windows become pairs; UserError where lengths or sentinels are too few."""
+        modes = self._modes()
+        if self.mode_tokens is None:
+            ids: dict[str, int] = {}
+        elif isinstance(self.mode_tokens, str):
+            lowest = room.vocabulary.size - room.vocabulary.extra_ids
+            ids = {mode: lowest + number for number, mode in enumerate(modes)}
+        else:
+            ids = {mode: self.mode_tokens[mode] for mode in modes}
+        return Denoising.within(room, self.denoisers, ids, "MixtureOfDenoisers")
+
+    def _modes(self) -> list[str]:
+        return list(dict.fromkeys(denoiser.mode for denoiser in self.denoisers))
+
+    def _check_modes(self) -> None:
+        given, modes = self.mode_tokens, self._modes()
+        if given is None or given == SENTINELS:
+            return
+        if not isinstance(given, Mapping):
+            near = did_you_mean(str(given), [SENTINELS])
+            raise UserError(f"MixtureOfDenoisers.mode_tokens is {given!r}, not ids by mode nor {SENTINELS!r}{near}")
+        for mode in modes:
+            if mode not in given:
+                raise UserError(f"MixtureOfDenoisers.mode_tokens has no id for mode {mode!r}; it has {list(given)}")
+            if isinstance(given[mode], bool) or not isinstance(given[mode], int):
+                raise UserError(f"MixtureOfDenoisers.mode_tokens[{mode!r}] must be an id, not {given[mode]!r}")
+        for mode in given:
+            if mode not in modes:
+                raise UserError(
+                    f"MixtureOfDenoisers.mode_tokens has an id for mode {mode!r}, which no denoiser has; "
+                    f"they have {modes}{did_you_mean(str(mode), modes)}"
+                )
+
+
+class RandomPrefix(WindowedTextConverter):
+    """A prefix language model on plain text: windows cut in two, `inputs` before the cut, `targets` after it.
+
+    The cut is uniform over the places where both sides fit. To leave it room, a window has half as many tokens
+    as inputs and targets together.
+
+    Args:
+      pack: whether training rows hold several items.
+      add_eos: whether the targets end in EOS, and the inputs of an encoder.
+      overlong: what becomes of a supervised example longer than its lengths: 'truncate', 'skip' or 'error'.
+      decoder_only: whether one decoder reads inputs and targets joined, as under `PrefixLanguageModel`.
+      window: tokens of the longest window; None is as many as fit. Shorter ones may fill packed rows better.
+    """
+
+    def __init__(
+        self,
+        pack: bool = True,
+        add_eos: bool = True,
+        overlong: str = "truncate",
+        decoder_only: bool = False,
+        window: int | None = None,
+    ) -> None:
+        super().__init__(pack, add_eos, overlong, decoder_only, window)
+
+    def scheme(self, room: Room) -> "Cut":
+        """Returns how windows become pairs; UserError where lengths are too few."""
+        if min(room.inputs, room.targets) < 1:
+            raise UserError(
+                f"task {room.task_name!r}: TASK_FEATURE_LENGTHS leaves {room.inputs} tokens of inputs and "
+                f"{room.targets} of targets beside EOS; RandomPrefix needs 1 of each"
+            )
+        window = min(room.window, (room.inputs + room.targets) // 2)
+        return Cut(room, window, 1 if self.decoder_only else _PREFIX_CYCLE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoising:
+    """Windows corrupted by denoisers in turn.
+
+    Attributes:
+      room: what inputs and targets may hold.
+      window: tokens of the longest window.
+      turns: the denoiser of each turn, int64 [cycle].
+      noise: tokens dropped by each denoiser from a window of n tokens, int64 [denoisers, window + 1].
+      spans: the spans they form, int64 [denoisers, window + 1].
+      heads: what precedes the inputs made by each denoiser, int32 [0 or 1] each.
+    """
+
+    room: Room
+    window: int
+    turns: np.ndarray
+    noise: np.ndarray
+    spans: np.ndarray
+    heads: Sequence[np.ndarray]
+
+    @classmethod
+    def within(cls, room: Room, denoisers: Sequence[Denoiser], mode_ids: Mapping[str, int], kind: str) -> "Denoising":
+        """Returns the scheme that fits `room`; UserError where there are too few tokens or sentinels."""
+        inputs = room.inputs - bool(mode_ids)
+        window = min(
+            corruption_window(inputs, room.targets, denoiser.noise_density, denoiser.mean_span_length)
+            for denoiser in denoisers
+        )
+        window = min(window, room.window)
+        if not window:
+            raise UserError(
+                f"task {room.task_name!r}: TASK_FEATURE_LENGTHS leaves {max(inputs, 0)} tokens of inputs and "
+                f"{max(room.targets, 0)} of targets beside EOS and mode tokens; {kind} needs 1 and 2"
+            )
+        counts = [
+            noise_counts(np.arange(1, window + 1), denoiser.noise_density, denoiser.mean_span_length)
+            for denoiser in denoisers
+        ]
+        noise, spans = (np.pad(np.stack(column), [(0, 0), (1, 0)]) for column in zip(*counts, strict=True))
+        _check_sentinels(room, int(spans.max()), window, mode_ids, kind)
+        weights = np.array([denoiser.weight for denoiser in denoisers])
+        turns = np.repeat(np.arange(len(denoisers)), weights // np.gcd.reduce(weights))
+        heads = [np.array([mode_ids[d.mode]] if mode_ids else [], np.int32) for d in denoisers]
+        return cls(room, window, turns, noise, spans, heads)
+
+    @property
+    def cycle(self) -> int:
+        return len(self.turns)
+
+    def measure(self, size: np.ndarray, items: Items) -> tuple[np.ndarray, np.ndarray]:
+        which = self._which(items)
+        noise, spans = self.noise[which, size], self.spans[which, size]
+        inputs = size - noise + spans + len(self.heads[0]) + len(self.room.inputs_end)
+        return inputs, noise + spans + len(self.room.targets_end)
+
+    def pair(self, tokens: np.ndarray, items: Items, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        which, size = self._which(items), len(tokens)
+        noise, spans = int(self.noise[which, size]), int(self.spans[which, size])
+        inputs, targets = corrupt(tokens, noise, spans, self.room.vocabulary.size - 1, seed)
+        return (
+            np.concatenate([self.heads[which], inputs, self.room.inputs_end]),
+            np.concatenate([targets, self.room.targets_end]),
+        )
+
+    def _which(self, items: Items) -> Any:
+        """Returns the denoiser of each item, int64 [items]; one for all where there is only one."""
+        return self.turns[rotation(items, self.cycle)] if self.cycle > 1 else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """Windows cut in two.
+
+    Attributes:
+      room: what inputs and targets may hold.
+      window: tokens of the longest window.
+      cycle: epochs after which sizes repeat.
+    """
+
+    room: Room
+    window: int
+    cycle: int
+
+    def measure(self, size: np.ndarray, items: Items) -> tuple[np.ndarray, np.ndarray]:
+        at = self._at(size, items)
+        return at + len(self.room.inputs_end), size - at + len(self.room.targets_end)
+
+    def pair(self, tokens: np.ndarray, items: Items, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        at = int(self._at(np.asarray(len(tokens)), items))
+        return (
+            np.concatenate([tokens[:at], self.room.inputs_end]),
+            np.concatenate([tokens[at:], self.room.targets_end]),
+        )
+
+    def _at(self, size: np.ndarray, items: Items) -> np.ndarray:
+        """Returns where windows of `size` [items] tokens are cut, int64 [items]; a token alone is a target."""
+        most = np.minimum(self.room.inputs, np.maximum(size - 1, 0))
+        least = np.minimum(np.maximum(1, size - self.room.targets), most)
+        # In turn over epochs each item is cut in every eighth of the range, at a place of its own within it.
+        within = (item_hash(items) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        share = (rotation(items, _PREFIX_CYCLE) + within) / _PREFIX_CYCLE
+        return np.minimum(least + (share * (most - least + 1)).astype(np.int64), most)
+
+
+def _check_denoiser(where: str, denoiser: Denoiser) -> None:
+    mode, mean, density, weight = denoiser
+    if not isinstance(mode, str):
+        raise UserError(f"{where}: mode must be a name, not {mode!r}")
+    if mean is not None and (isinstance(mean, str) or not mean >= 1):
+        raise UserError(f"{where}: mean_span_length must be at least 1 token, or None for a prefix LM, not {mean!r}")
+    if isinstance(density, str) or not 0 < density < 1:
+        raise UserError(f"{where}: noise_density must lie between 0 and 1, not {density!r}")
+    if isinstance(weight, bool) or not isinstance(weight, int) or weight < 1:
+        raise UserError(f"{where}: weight must be a whole number of epochs, at least 1, not {weight!r}")
+
+
+def _check_sentinels(room: Room, spans: int, window: int, mode_ids: Mapping[str, int], kind: str) -> None:
+    vocabulary = room.vocabulary
+    reserved = sum(1 for token in mode_ids.values() if token >= vocabulary.size - vocabulary.extra_ids)
+    if spans > vocabulary.extra_ids - reserved:
+        beside = f", {reserved} of them for modes" if reserved else ""
+        raise UserError(
+            f"task {room.task_name!r}: {kind} drops up to {spans} spans from a window of {window} tokens, but the "
+            f"vocabulary has {vocabulary.extra_ids} extra ids for sentinels{beside}; shorten "
+            "TASK_FEATURE_LENGTHS, lengthen the mean span, or give the vocabulary more extra ids"
+        )
+    for mode, token in mode_ids.items():
+        if not 0 <= token < vocabulary.size - spans:
+            raise UserError(
+                f"task {room.task_name!r}: the token {token} of mode {mode!r} must be an id from 0 to "
+                f"{vocabulary.size - spans - 1}; those above, up to {vocabulary.size - 1}, are sentinels of spans"
+            )

@@ -1,0 +1,333 @@
+"""Tasks read from their caches: the order is a pure function of (recipe, seed, batch), on any number of processes.
+
+Needs no TensorFlow where a cache is there and no step after it needs it. Missing caches are built on first use.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+from absl import flags
+
+from meshway.framework import distributed
+from meshway.framework.data import cache_builder, seqio_door, seqio_steps
+from meshway.framework.data.cache_directory import cache_directory
+from meshway.framework.data.cache_format import CachedSplit, features_from_json, read_json
+from meshway.framework.data.eval_task import EVAL_SEED, TaskEvaluation
+from meshway.framework.data.examples import Examples, First, InMemory, Stepped
+from meshway.framework.data.mixing import Rates
+from meshway.framework.data.objective import Converter, Objective, Spec, TaskInfo
+from meshway.framework.data.online_source import OnlineSource
+from meshway.framework.data.online_steps import numpy_steps
+from meshway.framework.data.row_source import RowSource
+from meshway.framework.data.row_stream import RowStream, Source
+from meshway.framework.data.task_data import check_arguments, vocabularies_of
+from meshway.framework.data.vocabularies import check_named, load
+from meshway.framework.data.vocabulary import Vocabulary
+from meshway.framework.errors import UserError, did_you_mean
+from meshway.framework.interfaces import Batch
+
+_SLOW_BATCH = 0.05  # seconds a batch may take to make before worker processes are worth their start
+_MOST_WORKERS = 4
+_FOR_EVER = 2**40  # batches
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedTask:
+    """A task with its cache.
+
+    Attributes:
+      name: its name.
+      rate: its share of the mixture, relative to the others'.
+      directory: where it is cached.
+      task: the seqio Task; None on a machine without seqio.
+    """
+
+    name: str
+    rate: float
+    directory: Path
+    task: Any
+
+    @functools.cached_property
+    def info(self) -> dict[str, Any]:
+        """info.json."""
+        return read_json(self.directory / "info.json")
+
+    @functools.cached_property
+    def splits(self) -> list[str]:
+        """The splits that are cached."""
+        return sorted(path.parent.name for path in self.directory.glob("*/index.json"))
+
+
+class CachedData:
+    """A task or mixture read from its offline cache, for training and evaluation.
+
+    Args:
+      mixture_or_task_name: the registered name.
+      lengths: TASK_FEATURE_LENGTHS, in tokens by task feature.
+      batch_size: rows of a global batch.
+      converter: turns a task's examples into the model's arrays.
+      module: name(s) of the Python module(s) whose import registers the tasks.
+      seed: of order and of all randomness, at least 0; both are fresh each epoch.
+      train_split: what `train` reads.
+      eval_split: what `eval_tasks` read.
+      eval_examples: evaluate on the first so many examples of each task (None: all).
+      shuffle: whether order is random; if not, examples come in the cache's order.
+      cache_dir: where tasks are cached; by default as `meshway cache` has it.
+      build: whether a missing cache is built now; if not, it is an error.
+      rates: other mixing rates from given steps on.
+      num_workers: processes that prepare batches; 0: a thread. None: measured, a thread unless batches are slow.
+      vocabularies: the vocabulary expected of each feature; any other is an error.
+    """
+
+    def __init__(
+        self,
+        mixture_or_task_name: str,
+        lengths: Mapping[str, int],
+        batch_size: int,
+        converter: Converter,
+        module: str | Sequence[str] | None = None,
+        seed: int = 0,
+        train_split: str = "train",
+        eval_split: str = "validation",
+        eval_examples: int | None = None,
+        shuffle: bool = True,
+        cache_dir: str | None = None,
+        build: bool = True,
+        rates: Sequence[Rates] = (),
+        num_workers: int | None = None,
+        vocabularies: Mapping[str, Any] | None = None,
+    ) -> None:
+        check_arguments("CachedData", batch_size, seed, eval_examples)
+        self.name = mixture_or_task_name
+        self.lengths = dict(lengths)
+        self.batch_size = batch_size
+        self.converter = converter
+        self.modules = [module] if isinstance(module, str) else list(module or ())
+        self._seed = seed
+        self.train_split = train_split
+        self._eval_split = eval_split
+        self._eval_examples = eval_examples
+        self._shuffle = shuffle
+        self._directory = Path(cache_dir).expanduser() if cache_dir else cache_directory()
+        self._build = build
+        self._changes = list(rates)
+        self._num_workers = num_workers
+        self._named = dict(vocabularies or {})
+
+    def train(self, rows: slice) -> "RowStream | WorkerStream":
+        """Opens the endless training stream; `rows` are this process's rows of each global batch.
+
+        Raises:
+          UserError: unknown task, module or split; lengths that do not fit; a cache that is missing, stale or corrupt.
+        """
+        tasks = [task for task in self._with_split(self.train_split, "training") if self._may_be_drawn(task)]
+        if not tasks:
+            raise UserError(f"mixture {self.name!r}: every task with split {self.train_split!r} has rate 0")
+        sources = [self._source(task) for task in tasks]
+        spec = self.converter.spec(self.lengths, self.batch_size)
+        rates = {task.name: task.rate for task in tasks}
+        stream = RowStream(self.name, sources, rates, self._changes, spec, self.batch_size, rows, self._seed)
+        online = any(isinstance(source, OnlineSource) for source in sources)
+        if online and self._num_workers:
+            raise UserError(
+                f"{self.name!r} has steps after the cache that need TensorFlow, which cannot run in worker processes: "
+                "set CachedData.num_workers to 0"
+            )
+        return stream if online or self._num_workers == 0 else WorkerStream(stream, self._num_workers)
+
+    def eval_tasks(self) -> list[TaskEvaluation]:
+        """Opens the evaluation split of each sub-task that has it; raises UserError when none has."""
+        vocabularies = self.vocabularies()
+        result = []
+        for task in self._with_split(self._eval_split, "evaluation"):
+            objective, examples, online = self.open_task(task, self._eval_split)
+            if online:
+                examples = InMemory(self._steps(task)(examples.read(range(len(examples))), EVAL_SEED))
+            if self._eval_examples is not None:
+                examples = First(examples, self._eval_examples)
+            arguments = (self.converter, self.lengths, self.batch_size, vocabularies, task.task)
+            result.append(TaskEvaluation(task.name, examples, objective, *arguments))
+        return result
+
+    def vocabularies(self) -> dict[str, Vocabulary]:
+        """Returns the vocabulary of each feature that the converter reads and that holds text."""
+        if all(task.task is not None for task in self.tasks):
+            return vocabularies_of(self.name, [task.task for task in self.tasks], self.converter, self._named)
+        found: dict[str, Vocabulary] = {}
+        for task in self.tasks:
+            features = features_from_json(task.info["features"])
+            texts = [name for name in self.converter.task_features if name in features and features[name].vocabulary]
+            found |= {name: load(task.directory / "vocabularies", name) for name in texts}
+        check_named(self.name, found, self._named)
+        return found
+
+    @functools.cached_property
+    def tasks(self) -> list[CachedTask]:
+        """The task, or a mixture's tasks, cached."""
+        description = self._directory / f"{self.name}.json"
+        if seqio_door.installed():
+            provider = seqio_door.find_provider(self.name, self.modules)
+            rates = seqio_door.mixing_rates(provider)
+            tasks = {task.name: task for task in seqio_door.subtasks(provider)}
+            self._ensure_caches()
+            if distributed.is_primary():
+                _write_if_changed(description, {"rates": rates})
+        elif (self._directory / self.name / "info.json").is_file():
+            rates, tasks = {self.name: 1.0}, {}
+        elif description.is_file():
+            rates, tasks = read_json(description)["rates"], {}
+        else:
+            known = sorted(path.parent.name for path in self._directory.glob("*/info.json"))
+            raise UserError(
+                f"there is no cache of {self.name!r} in {self._directory}, and without seqio and TensorFlow none can "
+                f"be built; it has {known}{did_you_mean(self.name, known)}"
+            )
+        return [CachedTask(name, rate, self._directory / name, tasks.get(name)) for name, rate in rates.items()]
+
+    def _ensure_caches(self) -> None:
+        """Builds what is missing in process 0, while the others wait for it."""
+        arguments = (self.name, self.modules, self._directory)
+        if not distributed.is_primary():
+            while cache_builder.missing(*arguments):
+                time.sleep(1.0)
+        elif not self._build and (splits := cache_builder.missing(*arguments)):
+            modules = "".join(f" --module={module}" for module in self.modules)
+            raise UserError(
+                f"not cached in {self._directory}: {', '.join(splits)}; run `meshway cache --task={self.name}{modules} "
+                f"--directory={self._directory}`, or set CachedData.build to True"
+            )
+        cache_builder.ensure(*arguments)
+
+    def open_task(self, task: CachedTask, split: str) -> tuple[Objective, Examples, bool]:
+        """Returns (the task's objective, its examples, whether steps in TensorFlow must run on them first)."""
+        cached = CachedSplit(task.directory, split)
+        steps = numpy_steps(task.info["online"], cached.features)
+        if steps is None and task.task is None:
+            raise UserError(
+                f"task {task.name!r} has preprocessors after its cache, which need seqio and TensorFlow: not installed"
+            )
+        promised = features_from_json(task.info["declared"])
+        if steps is not None:
+            # A text task in T5's manner has `inputs` that are always empty.
+            empty = {name for name, sizes in cached.sizes.items() if len(sizes) and not sizes.max()}
+            promised = {name: cached.features[name] for name in promised if name in cached.features.keys() - empty}
+        objective = self.converter.bind(TaskInfo(task.name, promised), self.lengths)
+        return objective, Stepped(cached, steps, objective.trims) if steps else cached, steps is None
+
+    def _source(self, task: CachedTask) -> Source:
+        objective, examples, online = self.open_task(task, self.train_split)
+        arguments = (objective, self.converter.pack, self._shuffle, self._seed)
+        if not online:
+            return RowSource(task.name, examples, *arguments)
+        return OnlineSource(task.name, examples, self._steps(task), *arguments)
+
+    def _steps(self, task: CachedTask) -> Callable[[list[Any], int], list[Any]]:
+        """Returns (examples, seed) -> what the task's steps after the cache make of them."""
+        features, start = features_from_json(task.info["features"]), task.info["cut"]["online_from"]
+
+        def run(examples: list[Any], seed: int) -> list[Any]:
+            return list(seqio_steps.online(task.task, examples, features, start, self.lengths, seed))
+
+        return run
+
+    def _with_split(self, split: str, purpose: str) -> list[CachedTask]:
+        having = [task for task in self.tasks if split in task.splits]
+        lacking = [task for task in self.tasks if split not in task.splits]
+        if not having:
+            known = sorted({split for task in lacking for split in task.splits})
+            raise UserError(
+                f"{self.name!r} has no split {split!r} for {purpose}; it has {known}{did_you_mean(split, known)}"
+            )
+        if lacking:
+            names = ", ".join(task.name for task in lacking)
+            print(f"data: {purpose} leaves out {names}: no split {split!r}", file=sys.stderr)
+        return having
+
+    def _may_be_drawn(self, task: CachedTask) -> bool:
+        return task.rate > 0 or any(change.rates.get(task.name, 0) > 0 for change in self._changes)
+
+
+class WorkerStream:
+    """A row stream whose batches are made by processes, through grain.
+
+    Args:
+      stream: what to read.
+      num_workers: how many processes. None: as many as it takes, by how long the first batches take to make.
+    """
+
+    def __init__(self, stream: RowStream, num_workers: int | None) -> None:
+        self.stream = stream
+        self._num_workers = num_workers
+        self._seconds: list[float] = []
+        self._iterator: Any = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._num_workers is None and len(self._seconds) == 5:
+            self._num_workers = self._choose()
+        if not self._num_workers:
+            began = time.perf_counter()
+            batch = next(self.stream)
+            if self._num_workers is None:
+                self._seconds.append(time.perf_counter() - began)
+            return batch
+        if self._iterator is None:
+            self._iterator = self._start()
+        batch = next(self._iterator)
+        self.stream.seek(self.stream.position + 1)
+        return batch
+
+    def state(self) -> dict[str, int]:
+        return self.stream.state()
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        self.stream.restore(state)
+        self._iterator = None
+
+    def seek(self, batch: int) -> None:
+        """Goes to before batch number `batch`, reading nothing."""
+        self.stream.seek(batch)
+        self._iterator = None
+
+    def spec(self) -> Spec:
+        return self.stream.spec()
+
+    def _choose(self) -> int:
+        """Returns the number of workers for batches that take as long as those made so far, the first one apart."""
+        seconds = sorted(self._seconds[1:])[len(self._seconds) // 2 - 1]
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = 0 if seconds < _SLOW_BATCH else min(_MOST_WORKERS, cores // 4)
+        if workers:
+            print(f"data: a batch takes {seconds * 1e3:.0f} ms to make; {workers} processes do it", file=sys.stderr)
+        return workers
+
+    def _start(self) -> Any:
+        if not flags.FLAGS.is_parsed():  # grain asks absl, whose flags only absl programs parse
+            flags.FLAGS.mark_as_parsed()
+        numbers = grain.MapDataset.range(self.stream.position, _FOR_EVER)
+        reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+        options = grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=2)
+        return iter(numbers.map(self.stream.batch).to_iter_dataset(reading).mp_prefetch(options))
+
+
+def _write_if_changed(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a small JSON file, whole or not at all, unless it says the same already."""
+    text = json.dumps(content, indent=1) + "\n"
+    try:
+        if path.is_file() and path.read_text("utf-8") == text:
+            return
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(text, "utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error

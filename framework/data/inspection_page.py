@@ -1,0 +1,159 @@
+"""`data.html`: an inspection as one page that needs no other file and runs no script."""
+
+import html
+import re
+import string
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from meshway.framework.data.decoded_rows import Lane, Token, Values
+from meshway.framework.data.inspection import Inspection, Lengths, Sample
+from meshway.framework.data.inspection_tables import Table, tables
+
+_COLOURS = 4  # of segments, in turn; the style sheet has them
+_WIDTH, _HEIGHT = 440, 150  # of a histogram
+_LEGEND = (
+    '<p class="muted">A colour for each segment; <b class="special">special tokens</b> in a box; where only some '
+    'tokens carry loss, <b>those that do</b> and <span class="free">those that do not</span>. Point at a token '
+    "for its id.</p>"
+)
+
+
+def page(inspection: Inspection) -> str:
+    """Returns the page: the same text for the same inspection; all text in it is escaped."""
+    parts = [_heading(inspection)]
+    for table in tables(inspection):
+        parts.append(_table(table))
+        if table.title == "Tokens of an example":
+            parts.append(_histograms(inspection))
+    parts += _samples(inspection)
+    template = string.Template(Path(__file__).with_name("inspection_page.html").read_text(encoding="utf-8"))
+    return template.substitute(title=_escape(f"data of {inspection.name}"), body="\n".join(parts))
+
+
+def _escape(value: object) -> str:
+    """Returns text safe inside an element or a quoted attribute, without control characters."""
+    return html.escape(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", str(value)))
+
+
+def _heading(inspection: Inspection) -> str:
+    facts = "".join(
+        f"<div><dt>{_escape(name)}</dt><dd>{_escape(text)}</dd></div>" for name, text in inspection.facts.items()
+    )
+    notes = "".join(f'<p class="note">{_escape(sentence)}</p>' for sentence in inspection.missing)
+    return f"<h1>{_escape(inspection.name)}</h1>\n<dl>{facts}</dl>\n{notes}"
+
+
+def _table(table: Table) -> str:
+    lines = []
+    for tag, cells in (("th", table.head), *(("td", row) for row in table.rows)):
+        classes = ("" if place < table.words else ' class="number"' for place in range(len(cells)))
+        pairs = zip(classes, cells, strict=True)
+        lines.append("<tr>" + "".join(f"<{tag}{kind}>{_escape(cell)}</{tag}>" for kind, cell in pairs) + "</tr>")
+    note = f'<p class="muted">{_escape(table.note)}</p>' if table.note else ""
+    body = "\n".join(lines)
+    return f'<h2>{_escape(table.title)}</h2>\n<div class="scroll"><table>{body}</table></div>\n{note}'
+
+
+def _histograms(inspection: Inspection) -> str:
+    plots = []
+    for source in inspection.sources:
+        for lengths in source.lengths:
+            title = f"{source.name}, {lengths.feature}"
+            plots.append(f"<figure><figcaption>{_escape(title)}</figcaption>{_histogram(lengths)}</figure>")
+    return f'<div class="plots">{"".join(plots)}</div>'
+
+
+def _histogram(lengths: Lengths) -> str:
+    """Returns an `<svg>` of bars, examples by tokens; a line where examples are cut."""
+    counts, width = lengths.histogram()
+    counts = np.pad(counts, (0, max(0, 8 - len(counts))))  # a bar or two alone would be as wide as the plot
+    end = len(counts) * width
+    step, bottom = _WIDTH / len(counts), _HEIGHT - 18
+    parts = []
+    for bar, count in enumerate(counts.tolist()):
+        height = (bottom - 14) * count / counts.max()
+        is_last = bar == len(counts) - 1 and lengths.largest >= end
+        span = f"{bar * width:,} or more" if is_last else f"{bar * width:,} to {(bar + 1) * width - 1:,}"
+        if width == 1 and not is_last:
+            span = f"{bar:,}"
+        place = f'x="{bar * step + 0.5:.1f}" y="{bottom - height:.1f}" width="{step - 1:.1f}" height="{height:.1f}"'
+        parts.append(f'<rect class="bar" {place}><title>{span} tokens: {count:,} examples</title></rect>')
+    if lengths.cut_at is not None and lengths.cut_at < len(counts) * width:
+        at = lengths.cut_at / width * step
+        side = "end" if at > _WIDTH / 2 else "start"
+        x = at - 4 if side == "end" else at + 4
+        parts.append(f'<line class="cut" x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="{bottom}"/>')
+        parts.append(f'<text class="cut" x="{x:.1f}" y="10" text-anchor="{side}">cut at {lengths.cut_at:,}</text>')
+    parts.append(f'<line class="axis" x1="0" x2="{_WIDTH}" y1="{bottom}" y2="{bottom}"/>')
+    labels = ("0", f"{end // 2:,}", f"{end - width:,} or more" if lengths.largest >= end else f"{end:,} tokens")
+    for x, side, label in zip((0, _WIDTH // 2, _WIDTH), ("start", "middle", "end"), labels, strict=True):
+        parts.append(f'<text x="{x}" y="{_HEIGHT - 4}" text-anchor="{side}">{label}</text>')
+    return f'<svg role="img" viewBox="0 0 {_WIDTH} {_HEIGHT}">{"".join(parts)}</svg>'
+
+
+def _samples(inspection: Inspection) -> Iterator[str]:
+    if not inspection.samples:
+        return
+    yield "<h2>Rows, as the model sees them</h2>"
+    if any(row.lanes for sample in inspection.samples for row in sample.rows):
+        yield _LEGEND
+    for sample in inspection.samples:
+        yield from _rows(sample)
+
+
+def _rows(sample: Sample) -> Iterator[str]:
+    for number, row in enumerate(sample.rows):
+        yield f"<h3>{_escape(f'{sample.source}, ' if sample.source else '')}row {number}</h3>"
+        for lane in row.lanes:
+            yield _lane(lane)
+        for values in row.values:
+            yield _values(values)
+
+
+def _lane(lane: Lane) -> str:
+    parts = []
+    segment = 0
+    for token in lane.tokens:
+        if token.segment != segment:
+            parts.append(f'{"</span>" if segment else ""}<span class="s{(token.segment - 1) % _COLOURS}">')
+            parts.append(f"<sup>{token.segment}</sup>")
+            segment = token.segment
+        parts.append(_token(token, lane.is_mixed))
+    if segment:
+        parts.append("</span>")
+    left = lane.length - lane.filled
+    padding = f'<span class="padding">{left:,} of padding</span>' if left else ""
+    segments = "1 segment" if lane.segments == 1 else f"{lane.segments} segments"
+    about = f"{lane.filled:,} of {lane.length:,} tokens, {segments}"
+    title = f"<h4>{_escape(lane.title)} <span>{about}</span></h4>"
+    return f'{title}<pre class="lane">{"".join(parts)}{padding}</pre>'
+
+
+def _token(token: Token, is_mixed: bool) -> str:
+    text = (
+        _escape(token.text).replace("\n", '<i class="mark">\u21b5</i>\n').replace("\t", '<i class="mark">\u21e5</i>\t')
+    )
+    classes = ["special"] if token.special else []
+    if is_mixed:
+        classes.append("loss" if token.weight else "free")
+    kind = f' class="{" ".join(classes)}"' if classes else ""
+    return f'<b{kind} title="{" ".join(map(str, token.ids))}">{text}</b>'
+
+
+def _values(values: Values) -> str:
+    if not values.is_picture:
+        return f"<h4>{_escape(values.name)} <span>{_escape(values.text)}</span></h4>"
+    pixels = values.picture()
+    size = max(2, 128 // max(pixels.shape[:2]))
+    cells = [
+        f'<rect x="{x * size}" y="{y * size}" width="{size}" height="{size}" fill="rgb({r},{g},{b})"/>'
+        for y, line in enumerate(pixels.tolist())
+        for x, (r, g, b) in enumerate(line)
+    ]
+    height, width = (side * size for side in pixels.shape[:2])
+    shape = f"{values.array.dtype.name} {list(values.array.shape)}"
+    svg = f'<svg class="picture" role="img" width="{width}" height="{height}">{"".join(cells)}</svg>'
+    return f"<h4>{_escape(values.name)} <span>{_escape(shape)}</span></h4>{svg}"

@@ -1,0 +1,108 @@
+"""Which source each row of a run comes from: a pure function of the row's number.
+
+Row d of a period goes to the source in whose share of [0, 1) the van der Corput number of d falls: its digits
+in base 2, mirrored at the point. Any stretch of rows then holds each source's share to within a few rows, and
+how many of the first d rows went to a source is counted in closed form, so any row can be asked for at once.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from meshway.framework.errors import UserError, did_you_mean
+
+_BITS = 52  # rows of a period, and the grain of shares
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """Other mixing rates from a step on.
+
+    Attributes:
+      from_step: the first step (batch) drawn at these rates.
+      rates: task -> rate, relative to the others; a task that is not named keeps its rate, 0 stops it.
+    """
+
+    from_step: int
+    rates: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        if self.from_step < 0:
+            raise UserError(f"Rates.from_step must be a step, at least 0, not {self.from_step}")
+        for name, rate in self.rates.items():
+            if not rate >= 0 or rate == float("inf"):
+                raise UserError(f"Rates from step {self.from_step}: {name!r} must have at least 0, not {rate}")
+
+
+def periods(names: Sequence[str], rates: Mapping[str, float], changes: Sequence[Rates]) -> list[tuple[int, np.ndarray]]:
+    """Returns (first step, rate of each of `names`) of each period, in order, the first from step 0.
+
+    Raises:
+      UserError: a change names an unknown task, is not later than the one before, or leaves no rate above 0.
+    """
+    current = dict(rates)
+    result = [(0, np.array([current[name] for name in names], np.float64))]
+    for change in changes:
+        for name in change.rates:
+            if name not in current:
+                raise UserError(f"Rates from step {change.from_step}: no task {name!r}{did_you_mean(name, names)}")
+        current |= change.rates
+        values = np.array([current[name] for name in names], np.float64)
+        if not values.sum() > 0:
+            raise UserError(f"Rates from step {change.from_step} leave no task with a rate above 0")
+        if change.from_step == 0:
+            result = [(0, values)]
+        elif change.from_step <= result[-1][0]:
+            raise UserError(f"Rates must come in order of from_step; {change.from_step} follows {result[-1][0]}")
+        else:
+            result.append((change.from_step, values))
+    return result
+
+
+class Interleaving:
+    """The rows of one period, cut between sources by weight.
+
+    Args:
+      weights: weight of each source [sources], at least 0, not all 0.
+    """
+
+    def __init__(self, weights: np.ndarray) -> None:
+        shares = np.cumsum(np.asarray(weights, np.float64) / np.sum(weights))
+        self._bounds = np.round(shares * 2**_BITS).astype(np.int64)
+        self._bounds[np.flatnonzero(weights)[-1] :] = 2**_BITS
+
+    def counts(self, rows: int) -> np.ndarray:
+        """Returns how many of the period's first `rows` rows each source has, int64 [sources]."""
+        return np.diff(_counts_below(rows, self._bounds), prepend=0)
+
+    def sources(self, first: int, count: int) -> np.ndarray:
+        """Returns the source of rows first, ..., first + count - 1 of the period, int64 [count]."""
+        mirrored = _mirror(np.arange(first, first + count, dtype=np.int64))
+        return np.searchsorted(self._bounds, mirrored, side="right")
+
+
+def _mirror(rows: np.ndarray) -> np.ndarray:
+    """Returns the van der Corput number of each row, times 2 ** _BITS."""
+    result = np.zeros_like(rows)
+    for _ in range(_BITS):
+        result = result << 1 | rows & 1
+        rows = rows >> 1
+    return result
+
+
+def _counts_below(rows: int, bounds: np.ndarray) -> np.ndarray:
+    """Returns how many of range(rows) have a van der Corput number below each bound / 2 ** _BITS.
+
+    range(rows) falls into one aligned block for each set bit i of `rows`; the numbers of such a block are an
+    arithmetic progression of 2 ** i terms with step 2 ** (_BITS - i).
+    """
+    total = np.zeros_like(bounds)
+    base = 0
+    for bit in reversed(range(_BITS)):
+        if rows >> bit & 1:
+            offset = int(f"{base:0{_BITS}b}"[::-1], 2)
+            terms = -((offset - bounds) >> (_BITS - bit))  # rounded up
+            total += np.clip(terms, 0, 1 << bit)
+            base |= 1 << bit
+    return total

@@ -1,0 +1,156 @@
+"""The contracts of feature converters: from a task's examples, by their sizes first, to rows of a model's batch.
+
+Packing is planned from sizes alone, before any example is read: every process plans the same rows and reads
+only the examples of its own. So an objective must be able to say how many tokens an example will take.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from meshway.framework.data.packing import Arrays, Example, Placement
+
+Sizes = Mapping[str, np.ndarray]  # feature -> int64 [items]: tokens, that is, length of the first dimension
+Spec = dict[str, tuple[tuple[int, ...], np.dtype]]  # batch feature -> (global shape, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class VocabularyInfo:
+    """What an objective must know of a feature's vocabulary.
+
+    Attributes:
+      size: number of ids, extra ids included.
+      eos_id: the id that ends a sequence, None if there is none.
+      extra_ids: how many ids at the top, from size - 1 down, are sentinels.
+    """
+
+    size: int
+    eos_id: int | None
+    extra_ids: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureInfo:
+    """One feature of a task's examples.
+
+    Attributes:
+      dtype: numpy's name, as 'int32'; 'bytes' for strings.
+      shape: of one example, None where it differs between examples; token ids are (None,).
+      vocabulary: of token ids; None for anything else.
+    """
+
+    dtype: str
+    shape: tuple[int | None, ...]
+    vocabulary: VocabularyInfo | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskInfo:
+    """What an objective is bound to: a task's name and the features its examples really have."""
+
+    name: str
+    features: Mapping[str, FeatureInfo]
+
+
+@dataclasses.dataclass(frozen=True)
+class Items:
+    """What is packed: part `part` of example `index`, as it is in epoch `epoch`; int64 [items] each."""
+
+    index: np.ndarray
+    part: np.ndarray
+    epoch: np.ndarray
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Yields the columns, as they are declared."""
+        yield from (self.index, self.part, self.epoch)
+
+
+class Objective(Protocol):
+    """A converter bound to one task and to lengths.
+
+    Attributes:
+      row_lengths: what a row holds, in tokens by row feature; {} for rows of one item each, never packed.
+      trims: the features it cuts at their end, and to how many tokens: an EOS appended online must fit in these.
+      cycle: number of epochs after which the sizes of the same items repeat; 1 unless they depend on the epoch.
+    """
+
+    @property
+    def row_lengths(self) -> Mapping[str, int]: ...
+
+    @property
+    def trims(self) -> Mapping[str, int]: ...
+
+    @property
+    def cycle(self) -> int: ...
+
+    def parts(self, sizes: Sizes) -> np.ndarray:
+        """Returns how many items each example makes [examples]: 1, more where it is split, 0 where it is skipped.
+
+        Args:
+          sizes: task feature -> tokens of each example [examples].
+
+        Raises:
+          UserError: an example is too long and the policy says 'error'.
+        """
+        ...
+
+    def lost(self, sizes: Sizes) -> np.ndarray:
+        """Returns how many tokens of each example no item shows [examples]: cut off, or skipped with it."""
+        ...
+
+    def measure(self, sizes: Sizes, items: Items) -> dict[str, np.ndarray]:
+        """Returns row feature -> tokens of each item [items], none above `row_lengths`.
+
+        Args:
+          sizes: task feature -> tokens of each item's example [items].
+          items: which items.
+        """
+        ...
+
+    def convert(self, example: Example, index: int, part: int, epoch: int, seed: int) -> dict[str, np.ndarray]:
+        """Returns one item's row features, as long as `measure` said; pure.
+
+        Args:
+          example: the task's features.
+          index: the example's number in its task.
+          part: which item of the example.
+          epoch: which pass over the task.
+          seed: of this item in this epoch, below 2**64: the only source of randomness.
+        """
+        ...
+
+    def lay(self, items: Sequence[Example], placement: Placement) -> Arrays:
+        """Returns the batch features [placement.num_rows, ...] of converted items."""
+        ...
+
+    def prompts(self, examples: Sequence[Example]) -> Arrays:
+        """Returns what prediction reads, row i of (task) example i; UserError where there is nothing to predict."""
+        ...
+
+
+class Converter(Protocol):
+    """What a recipe names: an objective before it meets a task. A user's own meets this by shape.
+
+    Attributes:
+      pack: whether training rows hold several items.
+      can_predict: whether the objective's `prompts` works.
+      task_features: the features of a task it reads, as TASK_FEATURE_LENGTHS must list them.
+    """
+
+    pack: bool
+    can_predict: bool
+    task_features: tuple[str, ...]
+
+    def spec(self, lengths: Mapping[str, int], batch_size: int) -> Spec:
+        """Returns the batch features, for task feature `lengths` in tokens."""
+        ...
+
+    def bind(self, task: TaskInfo, lengths: Mapping[str, int]) -> Objective:
+        """Returns the objective of one task.
+
+        Raises:
+          UserError: the task's features, the lengths and this converter do not fit; names which and why.
+        """
+        ...

@@ -1,0 +1,243 @@
+"""The endless rows of one cached task: any row by its number, from sizes alone until it is read.
+
+A round is one pass over the task's items (several, where a pass would fill few rows). When rows are packed, the
+items are dealt once, at random, into pools of `POOL_ITEMS`, and each pool is packed on its own; a round visits the
+pools in a fresh order, and each pool's rows in a fresh order. So which items share a row stays, which is of no
+account as segments do not see each other, and every round has the same number of rows: row n is found without
+packing what lies before it. Unpacked, a row is an item, and a round a fresh permutation of all.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from meshway.framework.data.examples import Examples
+from meshway.framework.data.objective import Items, Objective
+from meshway.framework.data.order import key_of, permute, seeds
+from meshway.framework.data.packing import Arrays, Placement, best_fit
+from meshway.framework.errors import UserError
+
+POOL_ITEMS = 16384
+MIN_ROUND_ITEMS = 1024  # fewer would leave a row half empty at the end of every round
+_SAMPLED_POOLS = 16  # that tell how many items a row holds
+
+
+class Place(NamedTuple):
+    """Where a row lies: row `row` of the `ordinal`-th pool visited in round `round`."""
+
+    round: int
+    ordinal: int
+    row: int
+
+
+class RowSource:
+    """The rows of one task.
+
+    Args:
+      name: the task's name.
+      examples: its examples.
+      objective: what becomes of them.
+      pack: whether rows hold several items.
+      shuffle: whether order is random; if not, items come in the task's order.
+      seed: of order and of the objective's randomness.
+      endless: whether small tasks may be packed several passes at a time; if not, a round is one pass.
+
+    Attributes:
+      items_per_epoch: how many items one pass over the task has.
+
+    Raises:
+      UserError: there is nothing to read.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        examples: Examples,
+        objective: Objective,
+        pack: bool,
+        shuffle: bool = True,
+        seed: int = 0,
+        endless: bool = True,
+    ) -> None:
+        if not len(examples):
+            raise UserError(f"task {name!r} has no examples to read")
+        self.name = name
+        self.examples = examples
+        self.objective = objective
+        self._pack = pack and bool(objective.row_lengths)
+        self._shuffle = shuffle
+        self._key = key_of(seed, name)
+        parts = objective.parts(examples.sizes) if objective.row_lengths else np.ones(len(examples), np.int64)
+        self._ends = None if (parts == 1).all() else np.cumsum(parts)  # items of examples 0..i, where not one each
+        self.items_per_epoch = int(parts.sum())
+        if not self.items_per_epoch:
+            raise UserError(f"task {name!r} has no examples to read: none of {len(examples):,} is kept")
+        self._epochs = 1
+        if self._pack and endless and self.items_per_epoch < MIN_ROUND_ITEMS:
+            self._epochs = objective.cycle * -(-MIN_ROUND_ITEMS // (self.items_per_epoch * objective.cycle))
+        self._cycle = objective.cycle if self._pack and self._epochs == 1 else 1  # rounds after which plans repeat
+        self._items = self.items_per_epoch * self._epochs  # of a round
+        self._num_pools = max(1, round(self._items / POOL_ITEMS))
+        self._rows = np.full((self._cycle, self._num_pools), -1, np.int64)  # of each pool, -1 until it is planned
+        self._plan = functools.lru_cache(maxsize=4)(self._plan_pool)
+        self._order = functools.lru_cache(maxsize=4)(self._pool_order)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_plan", "_order")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._plan = functools.lru_cache(maxsize=4)(self._plan_pool)
+        self._order = functools.lru_cache(maxsize=4)(self._pool_order)
+
+    @property
+    def items_per_row(self) -> float:
+        """How many items a row holds: the mean over the first pools, a pure function of the task and lengths."""
+        if not self._pack:
+            return 1.0
+        pools = range(min(self._num_pools, _SAMPLED_POOLS))
+        items = sum(stop - start for start, stop in map(self._pool_span, pools))
+        return items / max(1, sum(self._rows_of(0, pool) for pool in pools))
+
+    def rows_in_round(self, number: int) -> int:
+        """Returns how many rows a round has; plans all its pools the first time."""
+        if not self._pack:
+            return self._items
+        return sum(self._rows_of(number % self._cycle, pool) for pool in range(self._num_pools))
+
+    def epoch_of(self, row: int) -> int:
+        """Returns the first pass over the task that row number `row` takes part in."""
+        return (row // self._items if not self._pack else self.locate(row).round) * self._epochs
+
+    def locate(self, number: int) -> Place:
+        """Returns where row `number` of the endless stream lies (packed)."""
+        round_number = 0
+        while True:
+            if (self._rows >= 0).all():  # every plan is known: whole cycles are skipped at once
+                whole = int(self._rows.sum())
+                round_number += number // whole * self._cycle
+                number %= whole
+            phase, order = round_number % self._cycle, self._order(round_number)
+            while True:  # plans pools in the order they are visited, as far as this row
+                rows = self._rows[phase, order]
+                unknown = np.flatnonzero(rows < 0)
+                ends = np.cumsum(rows[: unknown[0]] if len(unknown) else rows)
+                ordinal = int(np.searchsorted(ends, number, side="right"))
+                if ordinal < len(ends):
+                    return Place(round_number, ordinal, number - int(ends[ordinal - 1] if ordinal else 0))
+                if not len(unknown):
+                    break
+                self._plan(phase, int(order[unknown[0]]))
+            number -= int(ends[-1])
+            round_number += 1
+
+    def take(self, numbers: np.ndarray) -> tuple[Arrays, int]:
+        """Reads rows by their numbers, ascending.
+
+        Args:
+          numbers: row numbers of the endless stream, int64 [rows], at least one.
+
+        Returns:
+          (batch features [rows, ...], how many items they hold).
+        """
+        items, placement = self._find(numbers)
+        order = np.argsort(items.index, kind="stable")  # neighbours in a shard are read together
+        found = self.examples.read(items.index[order])
+        examples: list[Any] = [None] * len(order)
+        for place, example in zip(order.tolist(), found, strict=True):
+            examples[place] = example
+        item_seeds = seeds(key_of(self._key, "items"), items.epoch, items.index, items.part)
+        columns = zip(examples, *(column.tolist() for column in (*items, item_seeds)), strict=True)
+        converted = [self.objective.convert(*column) for column in columns]
+        return self.objective.lay(converted, placement), len(converted)
+
+    def state(self, number: int) -> dict[str, int]:
+        """Returns what else than a row's number says where it is: nothing."""
+        return {}
+
+    def restore(self, number: int, state: Mapping[str, int]) -> None:
+        """Goes to row `number`: nothing to do, any row can be taken at any time."""
+
+    def _find(self, numbers: np.ndarray) -> tuple[Items, Placement]:
+        """Returns the items of rows and where they lie, row i being the i-th of `numbers`."""
+        if not self._pack:
+            epochs = numbers // self._items
+            position = numbers % self._items
+            if self._shuffle:
+                for epoch in np.unique(epochs).tolist():
+                    at = epochs == epoch
+                    position[at] = permute(position[at], self._items, key_of(self._key, "epoch", epoch))
+            count = len(numbers)
+            zeros = dict.fromkeys(self.objective.row_lengths, np.zeros(count, np.int64))
+            placement = Placement(np.arange(count), np.ones(count, np.int32), zeros, count)
+            return self._items_at(position, epochs), placement
+        positions: list[np.ndarray] = []
+        epochs_of: list[np.ndarray] = []
+        rows: list[np.ndarray] = []
+        segments: list[np.ndarray] = []
+        offsets: list[dict[str, np.ndarray]] = []
+        at = 0
+        while at < len(numbers):
+            place = self.locate(int(numbers[at]))
+            pool = int(self._order(place.round)[place.ordinal])
+            plan = self._plan(place.round % self._cycle, pool)
+            stop = at + int(np.searchsorted(numbers[at:], numbers[at] + plan.num_rows - place.row))
+            wanted = numbers[at:stop] - numbers[at] + place.row
+            if self._shuffle:
+                wanted = permute(wanted, plan.num_rows, key_of(self._key, "rows", place.round, pool))
+            members = [plan.members[plan.starts[row] : plan.starts[row + 1]] for row in wanted.tolist()]
+            rows.append(np.repeat(np.arange(at, stop), [len(member) for member in members]))
+            chosen = np.concatenate(members)
+            positions.append(plan.items[chosen] % self.items_per_epoch)
+            epochs_of.append(place.round * self._epochs + plan.items[chosen] // self.items_per_epoch)
+            segments.append(plan.placement.segments[chosen])
+            offsets.append({name: column[chosen] for name, column in plan.placement.offsets.items()})
+            at = stop
+        joined = {name: np.concatenate([part[name] for part in offsets]) for name in offsets[0]}
+        placement = Placement(np.concatenate(rows), np.concatenate(segments), joined, len(numbers))
+        return self._items_at(np.concatenate(positions), np.concatenate(epochs_of)), placement
+
+    def _items_at(self, positions: np.ndarray, epochs: np.ndarray) -> Items:
+        """Returns the items at positions 0 <= p < items_per_epoch of the task."""
+        if self._ends is None:
+            return Items(positions, np.zeros(len(positions), np.int64), epochs)
+        index = np.searchsorted(self._ends, positions, side="right")
+        before = np.where(index > 0, self._ends[index - 1], 0)
+        return Items(index, positions - before, epochs)
+
+    def _pool_span(self, pool: int) -> tuple[int, int]:
+        return pool * self._items // self._num_pools, (pool + 1) * self._items // self._num_pools
+
+    def _pool_order(self, round_number: int) -> np.ndarray:
+        pools = np.arange(self._num_pools)
+        return permute(pools, self._num_pools, key_of(self._key, "pools", round_number)) if self._shuffle else pools
+
+    def _rows_of(self, phase: int, pool: int) -> int:
+        if self._rows[phase, pool] < 0:
+            self._plan(phase, pool)
+        return int(self._rows[phase, pool])
+
+    def _plan_pool(self, phase: int, pool: int) -> "_Plan":
+        """Packs one pool; the plan is the same in every round of that phase."""
+        items = np.arange(*self._pool_span(pool))
+        if self._shuffle:
+            items = permute(items, self._items, key_of(self._key, "dealt"))
+        found = self._items_at(items % self.items_per_epoch, phase + items // self.items_per_epoch)
+        sizes = {name: column[found.index] for name, column in self.examples.sizes.items()}
+        placement = best_fit(self.objective.measure(sizes, found), self.objective.row_lengths)
+        self._rows[phase, pool] = placement.num_rows
+        members = np.argsort(placement.rows, kind="stable")
+        starts = np.searchsorted(placement.rows[members], np.arange(placement.num_rows + 1))
+        return _Plan(items, placement, members, starts, placement.num_rows)
+
+
+class _Plan(NamedTuple):
+    """A packed pool: row r holds items[members[starts[r]:starts[r + 1]]]."""
+
+    items: np.ndarray
+    placement: Placement
+    members: np.ndarray
+    starts: np.ndarray
+    num_rows: int

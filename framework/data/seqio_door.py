@@ -1,0 +1,229 @@
+"""The door to seqio and TensorFlow: looking tasks up in the registry, running them, and saying what went wrong.
+
+This file, `seqio_steps.py` and `seqio_loader.py` are the only ones of the framework that import seqio or
+TensorFlow, and only inside functions: a run that reads no seqio task never pays for them.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+import re
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from meshway.framework.data.packing import Example
+from meshway.framework.errors import UserError, did_you_mean
+
+_READ_AT_ONCE = 256  # examples handed from TensorFlow to numpy at a time
+_FOREIGN = re.compile(r"[/\\](seqio|tensorflow|importlib)[/\\]|<frozen|autograph")  # code that is not at fault
+
+# seqio hands out preprocessing seeds from one counter of the process, while a dataset is put together; a
+# training thread and an evaluation must not take from it at the same time.
+seqio_lock = threading.RLock()
+
+
+def installed() -> bool:
+    """Says whether seqio and TensorFlow are there; without them a run reads caches alone."""
+    names = ("seqio", "tensorflow")
+    if any(name in sys.modules and sys.modules[name] is None for name in names):
+        return False
+    return all(name in sys.modules or importlib.util.find_spec(name) for name in names)
+
+
+@functools.cache
+def import_seqio() -> ModuleType:
+    """Imports seqio with TensorFlow's start-up notes kept quiet and accelerators left to JAX.
+
+    Raises:
+      UserError: seqio or TensorFlow cannot be imported.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors stay; information and warnings go
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # of no use to data, and it complains about integers
+    try:
+        with _without_start_up_notes():
+            import seqio
+            import tensorflow as tf
+
+            for kind in ("GPU", "TPU"):
+                tf.config.set_visible_devices([], kind)
+    except ImportError as error:
+        raise UserError(f"seqio tasks need seqio and TensorFlow, which cannot be imported: {error}") from error
+    except RuntimeError as error:
+        raise UserError(f"TensorFlow already holds this machine's accelerators, which JAX needs: {error}") from error
+    return seqio
+
+
+def find_provider(name: str, modules: Sequence[str]) -> Any:
+    """Returns the registered task or mixture `name`, after importing the modules that register it.
+
+    Raises:
+      UserError: a module cannot be imported, or nothing of that name is registered.
+    """
+    seqio = import_seqio()
+    for module in modules:
+        _import_module(module)
+    tasks, mixtures = set(seqio.TaskRegistry.names()), set(seqio.MixtureRegistry.names())
+    if name not in tasks | mixtures:
+        listed = ", ".join(modules) or "no module; MIXTURE_OR_TASK_MODULE names one to import"
+        raise UserError(
+            f"no task or mixture is registered as {name!r} (registered by: {listed})"
+            f"{did_you_mean(name, sorted(tasks | mixtures))}"
+        )
+    return seqio.get_mixture_or_task(name)
+
+
+def subtasks(provider: Any) -> list[Any]:
+    """Returns the task, or a mixture's tasks; UserError when a mixture's features do not agree."""
+    seqio = import_seqio()
+    if isinstance(provider, seqio.Mixture):
+        with task_errors(provider.name, "features"):
+            provider._check_compatible_features()
+    return list(seqio.get_subtasks(provider))
+
+
+def mixing_rates(provider: Any) -> dict[str, float]:
+    """Returns each task's mixing rate, sub-mixtures multiplied out; 1 for a task alone.
+
+    Raises:
+      UserError: a rate cannot be computed, or the mixture mixes by a function of its own.
+    """
+    if not isinstance(provider, import_seqio().Mixture):
+        return {provider.name: 1.0}
+    import tensorflow as tf
+
+    sample_fn = getattr(provider._sample_fn, "func", provider._sample_fn)
+    if sample_fn is not tf.data.Dataset.sample_from_datasets:
+        raise UserError(f"mixture {provider.name!r} has a sample_fn of its own; examples are mixed by rate only")
+    with task_errors(provider.name, "mixing rates"):
+        return {task.name: float(provider.get_rate(task)) for task in subtasks(provider)}
+
+
+def with_split(tasks: Sequence[Any], split: str, purpose: str, name: str) -> list[Any]:
+    """Returns the tasks that have `split`, saying which have not; UserError when none of mixture `name` has."""
+    having: list[Any] = []
+    lacking: list[tuple[Any, list[str]]] = []
+    for task in tasks:
+        with task_errors(task.name, f"split {split!r}"):
+            splits = list(task.splits)
+        # A slice such as 'train[:90%]' is a matter of its source.
+        if re.sub(r"\[.*\]$", "", split) in splits:
+            having.append(task)
+        else:
+            lacking.append((task, splits))
+    if not having:
+        known = sorted({split for _, splits in lacking for split in splits})
+        raise UserError(f"{name!r} has no split {split!r} for {purpose}; it has {known}{did_you_mean(split, known)}")
+    if lacking:
+        names = ", ".join(task.name for task, _ in lacking)
+        print(f"data: {purpose} leaves out {names}: no split {split!r}", file=sys.stderr)
+    return having
+
+
+@contextlib.contextmanager
+def _without_start_up_notes() -> Iterator[None]:
+    """Drops the information lines TensorFlow's C++ writes to stderr as it loads, and passes on all others.
+
+    They come before any log level is read, so the stream itself is caught. Nothing is dropped when the
+    block fails.
+    """
+    try:
+        saved = os.dup(2)
+    except OSError:  # no stderr at all
+        yield
+        return
+    # That CUDA cannot start is no error either: TensorFlow gets no accelerator here.
+    note = re.compile(rb"[IW]\d{4} |WARNING: All log messages before absl|To enable the following|E\d{4} .*cuInit")
+    failed = True
+    with tempfile.TemporaryFile() as caught:
+        sys.stderr.flush()
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield
+            failed = False
+        finally:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            os.close(saved)
+            caught.seek(0)
+            for line in caught:
+                if failed or not note.match(line):
+                    os.write(2, line)
+
+
+def numpy_examples(dataset: Any) -> Iterator[Example]:
+    """Yields a tf.data.Dataset's elements as numpy, many at a time: one by one costs three times as much."""
+    import tensorflow as tf
+
+    specs = dataset.element_spec
+    batchable = all(
+        isinstance(spec, tf.TensorSpec) and (spec.shape.rank in (0, 1) or spec.shape.is_fully_defined())
+        for spec in specs.values()
+    )
+    if not batchable:
+        yield from dataset.as_numpy_iterator()
+        return
+    for batch in dataset.ragged_batch(_READ_AT_ONCE):
+        columns = []
+        for value in batch.values():
+            if isinstance(value, tf.RaggedTensor):
+                columns.append(np.split(value.values.numpy(), value.row_splits.numpy()[1:-1]))
+            else:
+                columns.append(list(value.numpy()))
+        for row in zip(*columns, strict=True):
+            yield dict(zip(batch, row, strict=True))
+
+
+def _import_module(name: str) -> None:
+    """Imports a module that registers tasks; UserError when it is not there or fails."""
+    try:
+        with seqio_lock:
+            importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and (name == error.name or name.startswith(error.name + ".")):
+            raise UserError(
+                f"module {name!r}, which should register the tasks, is not found: no {error.name!r} in "
+                "PYTHONPATH or the installed packages"
+            ) from error
+        raise UserError(f"module {name!r}, which should register the tasks, fails to import: {error}") from error
+    except Exception as error:
+        raise UserError(
+            f"module {name!r}, which should register the tasks, fails to import: "
+            f"{type(error).__name__}: {error}{_where(error)}"
+        ) from error
+
+
+@contextlib.contextmanager
+def task_errors(name: str, what: str) -> Iterator[None]:
+    """Turns whatever a task's own code, seqio or TensorFlow raises into a UserError that names the task."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        if lines[:1] == ["in user code:"]:  # autograph's own traceback, then the message
+            said = next((at for at, line in enumerate(lines) if re.match(r"\w+: ", line)), len(lines) - 1)
+            files = [re.match(r'File "(.*)", line (\d+)', line) for line in lines[:said]]
+            at = [file for file in files if file and not _FOREIGN.search(file.group(1))]
+            lines = [f"{lines[said]} (at {at[-1].group(1)}:{at[-1].group(2)})" if at else lines[said]]
+        message = " ".join(lines[:3])[:600].removeprefix(f"{type(error).__name__}: ")
+        raise UserError(f"task {name!r}, {what}: {type(error).__name__}: {message}{_where(error)}") from error
+
+
+def _where(error: BaseException) -> str:
+    """Returns ' (at file:line)' of the innermost frame outside seqio, TensorFlow and this file, or ''."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not _FOREIGN.search(frame.filename):
+            ours = Path(frame.filename).parent == Path(__file__).parent
+            return "" if ours else f" (at {frame.filename}:{frame.lineno})"
+    return ""

@@ -1,0 +1,388 @@
+"""Where a seqio task is cut: the preprocessors whose output is cached, and those that run when it is read.
+
+With `seqio_door.py` and `seqio_loader.py` the only files of the framework that import seqio or TensorFlow,
+and only inside functions.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from meshway.framework.data.cache_format import BYTES
+from meshway.framework.data.dataset_graph import draws, maps_randomly
+from meshway.framework.data.objective import FeatureInfo, VocabularyInfo
+from meshway.framework.data.online_steps import TENSORFLOW, TWINS
+from meshway.framework.data.order import key_of
+from meshway.framework.data.packing import Example
+from meshway.framework.data.seqio_door import import_seqio, numpy_examples, seqio_lock, task_errors
+from meshway.framework.data.task_fingerprint import qualified_name
+from meshway.framework.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """A task's preprocessors, divided.
+
+    Attributes:
+      cached: those run once, offline: the first of the task's list.
+      online: those run each time an example is read.
+      online_from: where in the task's list `online` begins; a CacheDatasetPlaceholder is in neither.
+      reason: why just there, for people.
+    """
+
+    cached: tuple[Callable[..., Any], ...]
+    online: tuple[Callable[..., Any], ...]
+    online_from: int
+    reason: str
+
+
+@functools.lru_cache(maxsize=256)
+def cut(task: Any) -> Cut:
+    """Divides a task's preprocessors.
+
+    The cut is at the task's CacheDatasetPlaceholder if there is one; else before the first preprocessor that
+    takes `sequence_length` or draws random numbers through TensorFlow or seqio. (What a `tf.py_function` draws
+    by itself cannot be seen.)
+
+    Raises:
+      UserError: a preprocessor fails while it is put together.
+    """
+    seqio = import_seqio()
+    with task_errors(task.name, "preprocessors"):
+        steps = tuple(task.preprocessors)
+    total = len(steps)
+    for place, step in enumerate(steps):
+        if isinstance(step, seqio.CacheDatasetPlaceholder):
+            reason = f"{place} of {total - 1} preprocessors, up to the task's CacheDatasetPlaceholder"
+            return Cut(steps[:place], steps[place + 1 :], place + 1, reason)
+    dataset = _empty_like(_source(task, _splits(task)[0]).element_spec)
+    last_of_dicts = 0
+    for place, step in enumerate(steps):
+        stops = "reads sequence_length" if takes_lengths(step) else ""
+        if not stops:
+            with task_errors(task.name, f"preprocessor {place + 1} of {total} ({step_name(step)})"), _seeded(0):
+                before = seqio.utils._NEXT_MAP_SEED
+                dataset = task._preprocess_dataset(dataset, [step])
+                if before != seqio.utils._NEXT_MAP_SEED or draws(dataset):
+                    stops = "draws random numbers"
+        if stops:
+            reason = f"{last_of_dicts} of {total} preprocessors; {step_name(step)} {stops}"
+            return Cut(steps[:last_of_dicts], steps[last_of_dicts:], last_of_dicts, reason)
+        if isinstance(dataset.element_spec, dict):
+            last_of_dicts = place + 1
+    return Cut(steps, (), total, f"all {total} preprocessors")
+
+
+def takes_lengths(step: Callable[..., Any]) -> bool:
+    """Says whether seqio hands a preprocessor `sequence_length`: a free parameter of it, or of what it maps."""
+    if dataclasses.is_dataclass(step):
+        fields = {field.name for field in dataclasses.fields(step)}
+        mapped = getattr(step, "map_fn", None)
+        return "sequence_length" in fields and (mapped is None or takes_lengths(mapped))
+    bound = step.keywords if isinstance(step, functools.partial) else {}
+    return "sequence_length" in inspect.signature(step).parameters and "sequence_length" not in bound
+
+
+def step_name(step: Any) -> str:
+    """Returns the bare name of a preprocessor."""
+    return qualified_name(step).rpartition(".")[2]
+
+
+def features(task: Any, splits: Sequence[str]) -> dict[str, FeatureInfo]:
+    """Returns the features of a task at its cut, by name: what the cached preprocessors yield.
+
+    Raises:
+      UserError: an element is no dict of dense arrays, splits differ, or a feature is not as the task declares
+        it (where nothing but the appending of EOS comes after the cut).
+    """
+    found: dict[str, FeatureInfo] = {}
+    for split in splits:
+        with task_errors(task.name, f"split {split!r}"), _seeded(0):
+            dataset = _cached_dataset(task, split)
+            if online_entries(task) != TENSORFLOW:
+                task._validate_preprocessing(dataset)
+        infos = _infos(task, split, dataset)
+        if found and found.keys() != infos.keys():
+            raise UserError(
+                f"task {task.name!r}: split {split!r} has features {list(infos)}, but {splits[0]!r} has {list(found)}"
+            )
+        for name, info in infos.items():
+            known = found.get(name, info)
+            if (known.dtype, len(known.shape)) != (info.dtype, len(info.shape)):
+                raise UserError(
+                    f"task {task.name!r}: feature {name!r} is {info.dtype} {list(info.shape)} in split {split!r}, but "
+                    f"{known.dtype} {list(known.shape)} in {splits[0]!r}"
+                )
+            shape = tuple(a if a == b else None for a, b in zip(known.shape, info.shape, strict=True))
+            found[name] = dataclasses.replace(info, shape=shape)
+    return found
+
+
+def declared(task: Any) -> dict[str, FeatureInfo]:
+    """Returns the features that a task promises after all its preprocessors, whatever is cached."""
+    return {
+        name: FeatureInfo(feature.dtype.name, (None,) * feature.rank, _vocabulary(feature))
+        for name, feature in task.output_features.items()
+    }
+
+
+def source_count(task: Any, split: str) -> int | None:
+    """Returns how many examples a split's source has, None if it does not say."""
+    with task_errors(task.name, f"split {split!r}"):
+        count = task.source.num_input_examples(split)
+        if count is None:
+            count = int(_source(task, split).cardinality())
+    return None if count < 0 else int(count)
+
+
+def release_sources() -> None:
+    """Lets go of source datasets that were kept to be read again."""
+    _source.cache_clear()
+
+
+def cacheable(
+    task: Any,
+    split: str,
+    shard: int,
+    num_shards: int,
+    seed: int = 0,
+    max_bad: int = 0,
+    bad: list[str] | None = None,
+) -> Iterator[Example]:
+    """Yields the examples of one shard of a split, as the cached preprocessors make them.
+
+    Shard k has every num_shards-th file of the source, or every num_shards-th example where it has fewer files.
+
+    Args:
+      task: the seqio task.
+      split: of its source.
+      shard: which, from 0.
+      num_shards: how many there are.
+      seed: of preprocessors that draw random numbers before a CacheDatasetPlaceholder; fresh in every shard.
+      max_bad: how many examples may fail in this shard; they are left out.
+      bad: takes a line about each example left out.
+
+    Raises:
+      UserError: the task cannot be read, or more than `max_bad` examples fail.
+    """
+    import tensorflow as tf
+
+    bad = [] if bad is None else bad
+    with task_errors(task.name, f"split {split!r}"), _seeded(key_of(seed, task.name, split, shard)):
+        dataset = in_order(_cached_dataset(task, split, shard, num_shards, seed))
+    read = failed = 0
+    with task_errors(task.name, f"split {split!r}"):
+        try:
+            for example in numpy_examples(dataset):
+                yield example
+                read += 1
+            return
+        except tf.errors.OpError:
+            pass  # one of many that were asked for at a time: find out which
+    iterator = dataset.skip(read).as_numpy_iterator()
+    while True:
+        try:
+            example = next(iterator)
+        except StopIteration:
+            return
+        except tf.errors.OpError as error:
+            place = f"example {read + failed} of shard {shard} of {num_shards}"
+            bad.append(f"task {task.name!r}, split {split!r}, {place}: {_cause(error)}")
+            failed += 1
+            if failed > max_bad:
+                count = f"; {failed} bad examples in this shard, {max_bad} allowed" if max_bad else ""
+                raise UserError(f"{bad[-1]}{count}. max_bad_examples says how many may be left out") from error
+            continue
+        yield example
+        read += 1
+
+
+def online(
+    task: Any,
+    examples: Sequence[Example],
+    features: Mapping[str, FeatureInfo],
+    online_from: int,
+    lengths: Mapping[str, int],
+    seed: int,
+) -> list[Example]:
+    """Returns what the preprocessors after the cut make of cached examples; pure. The source is not touched.
+
+    It is not trimmed to `lengths`. Put together anew at each call, so hand over many examples at a time.
+
+    Args:
+      task: the seqio task.
+      examples: as they are cached.
+      features: of the cached examples.
+      online_from: the cut, as `Cut` and info.json have it.
+      lengths: what the preprocessors see as `sequence_length`.
+      seed: of all they draw.
+
+    Raises:
+      UserError: a preprocessor fails, or the result is not what the task declares.
+    """
+    with task_errors(task.name, f"preprocessors after the cache, lengths {dict(lengths)}"):
+        with _seeded(seed):
+            dataset = _dataset_of(examples, features)
+            dataset = task._preprocess_dataset(dataset, task.preprocessors[online_from:], dict(lengths))
+            dataset = in_order(task._validate_preprocessing(dataset))
+        return list(numpy_examples(dataset))
+
+
+def online_entries(task: Any) -> list[dict[str, Any]] | str:
+    """Returns the steps after the cut as info.json holds them: those with numpy twins, or TENSORFLOW."""
+    seqio = import_seqio()
+    entries = []
+    for step in cut(task).online:
+        twin = next((name for name in TWINS if step is getattr(seqio.preprocessors, name)), None)
+        if twin is None:
+            return TENSORFLOW
+        with task_errors(task.name, "vocabulary"):
+            eos = {
+                name: int(feature.vocabulary.eos_id)
+                for name, feature in task.output_features.items()
+                if feature.add_eos
+            }
+        entries.append({"step": twin, "features": eos})
+    return entries
+
+
+def _splits(task: Any) -> list[str]:
+    with task_errors(task.name, "splits"):
+        return list(task.splits)
+
+
+@functools.lru_cache(maxsize=1)
+def _source(task: Any, split: str, seed: int = 0) -> Any:
+    """Returns a split's source dataset, whole; kept while its shards are read one after the other."""
+    source_fn = getattr(task.source, "_dataset_fn", None)
+    seeded = source_fn is None or "seed" in inspect.signature(source_fn).parameters
+    return task.source.get_dataset(split=split, shuffle=False, seed=seed if seeded else None)
+
+
+def _cached_dataset(task: Any, split: str, shard: int = 0, num_shards: int = 1, seed: int = 0) -> Any:
+    """Returns the dataset of a shard at the cut."""
+    seqio = import_seqio()
+    source = task.source
+    if not source.caching_permitted:
+        raise UserError(f"task {task.name!r}: its source forbids caching (caching_permitted=False)")
+    if num_shards > 1 and (source.supports_arbitrary_sharding or len(source.list_shards(split)) >= num_shards):
+        info = seqio.ShardInfo(shard, num_shards)
+        dataset = source.get_dataset(split=split, shuffle=False, seed=seed, shard_info=info)
+    else:
+        dataset = _source(task, split, seed)
+        dataset = dataset.shard(num_shards, shard) if num_shards > 1 else dataset
+    return task._preprocess_dataset(dataset, cut(task).cached)
+
+
+def _infos(task: Any, split: str, dataset: Any) -> dict[str, FeatureInfo]:
+    """Returns the features of a dataset, sorted by name."""
+    import tensorflow as tf
+
+    where = f"task {task.name!r}, split {split!r}, after {cut(task).reason}"
+    specs = dataset.element_spec
+    if not isinstance(specs, dict):
+        raise UserError(f"{where}: an element is {specs}, but only a dict of features can be cached")
+    first: Example | None = None
+    found = {}
+    for name, spec in sorted(specs.items()):
+        if not isinstance(spec, tf.TensorSpec):
+            raise UserError(f"{where}: feature {name!r} is {spec}, but only dense tensors can be cached")
+        shape = spec.shape
+        feature = task.output_features.get(name)
+        if feature is not None and feature.dtype != spec.dtype:
+            feature = None  # not yet what it will be: text, before it is tokenized
+        if shape.rank is None and feature is not None:
+            shape = tf.TensorShape([None] * feature.rank)
+        elif shape.rank is None:  # as from a py_function: only an example can tell
+            with task_errors(task.name, f"split {split!r}"):
+                first = first or next(dataset.take(1).as_numpy_iterator(), {})
+            shape = tf.TensorShape([None] * np.ndim(first.get(name, 0)))
+        dtype = BYTES if spec.dtype == tf.string else spec.dtype.name
+        vocabulary = _vocabulary(feature) if feature is not None and feature.rank == shape.rank else None
+        found[name] = FeatureInfo(dtype, tuple(shape.as_list()), vocabulary)
+    return found
+
+
+def _vocabulary(feature: Any) -> VocabularyInfo | None:
+    """Returns what an objective must know of a feature's vocabulary; None if the feature is no sequence of ids."""
+    if not feature.dtype.is_integer or not feature.rank or not feature.vocabulary.vocab_size:
+        return None
+    vocabulary = feature.vocabulary
+    eos_id = vocabulary.eos_id  # SentencePiece says -1 where there is none
+    eos_id = None if eos_id is None or eos_id < 0 else int(eos_id)
+    return VocabularyInfo(int(vocabulary.vocab_size), eos_id, int(vocabulary.extra_ids))
+
+
+def _empty_like(spec: Any) -> Any:
+    import tensorflow as tf
+
+    return tf.data.Dataset.from_generator(lambda: iter(()), output_signature=spec)
+
+
+def _dataset_of(examples: Sequence[Example], features: Mapping[str, FeatureInfo]) -> Any:
+    """Returns a dataset of numpy examples: each feature joined, and cut again; a generator costs far more."""
+    import tensorflow as tf
+
+    columns = []
+    for name, info in features.items():
+        dtype = object if info.dtype == BYTES else np.dtype(info.dtype)
+        arrays = [np.asarray(example[name], dtype) for example in examples]
+        shapes = np.array([array.shape for array in arrays], np.int32).reshape(len(arrays), len(info.shape))
+        ends = np.cumsum([0, *(array.size for array in arrays)])
+        flat = np.concatenate([array.ravel() for array in arrays]) if arrays else np.zeros(0, dtype)
+        tensors = tf.constant(flat, tf.string if info.dtype == BYTES else dtype), tf.constant(ends), tf.constant(shapes)
+        columns.append((name, info.shape, tensors))
+
+    def example(index: Any) -> dict[str, Any]:
+        row = {}
+        for name, shape, (flat, ends, shapes) in columns:
+            row[name] = tf.reshape(flat[ends[index] : ends[index + 1]], shapes[index])
+            row[name].set_shape(shape)
+        return row
+
+    return tf.data.Dataset.range(len(examples)).map(example)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Holds seqio's lock, and lets all randomness of a dataset that is put together inside flow from `seed`."""
+    import tensorflow as tf
+    from tensorflow.python.eager import context
+
+    utils = import_seqio().utils
+    with seqio_lock:
+        map_seed, global_seed = utils._NEXT_MAP_SEED, context.global_seed()
+        utils._NEXT_MAP_SEED = seed % 2**62
+        tf.random.set_seed(seed % 2**31)
+        try:
+            yield
+        finally:
+            utils._NEXT_MAP_SEED = map_seed
+            context.set_global_seed(global_seed)
+
+
+def in_order(dataset: Any) -> Any:
+    """Returns a dataset whose elements and their order are the same each time it is read."""
+    import tensorflow as tf
+
+    options = tf.data.Options()
+    options.deterministic = True  # a task may have turned it off
+    if maps_randomly(dataset):  # a kernel with a state must be called in order
+        options.threading.private_threadpool_size = 1
+    return dataset.with_options(options)
+
+
+def _cause(error: BaseException) -> str:
+    """Returns what went wrong in an element, without TensorFlow's frame around it."""
+    around = r"\{\{[^}]*\}\}|Error in user-defined function passed to \S+ transformation with iterator: \S+: "
+    lines = [line.strip() for line in re.sub(around, "", str(error)).splitlines() if line.strip()]
+    frames = [line for line in lines if re.match(r'File "(?!.*[/\\](tensorflow|seqio)[/\\])', line)]
+    at = re.match(r'File "(.*)", line (\d+)', frames[-1]) if frames else None
+    place = f" (at {at.group(1)}:{at.group(2)})" if at else ""
+    return f"{lines[0][:400] if lines else type(error).__name__}{place}"

@@ -1,0 +1,37 @@
+"""What the data sources of tasks share: checks of their arguments, vocabularies of what they read."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from meshway.framework.data.objective import Converter
+from meshway.framework.data.seqio_door import task_errors
+from meshway.framework.data.seqio_steps import declared
+from meshway.framework.data.vocabularies import check_named, of_seqio
+from meshway.framework.data.vocabulary import Vocabulary
+from meshway.framework.errors import UserError
+
+
+def check_arguments(kind: str, batch_size: Any, seed: Any, eval_examples: Any) -> None:
+    """Raises UserError, naming the argument of data source `kind`, unless these are usable numbers."""
+    for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UserError(f"{kind}.{name} must be a whole number of at least {least}, not {value!r}")
+    if eval_examples is not None and eval_examples < 1:
+        raise UserError(f"{kind}.eval_examples must be at least 1 or None (all), not {eval_examples!r}")
+
+
+def vocabularies_of(
+    name: str, tasks: Sequence[Any], converter: Converter, named: Mapping[str, Any]
+) -> dict[str, Vocabulary]:
+    """Returns the vocabulary of each feature that the converter reads and a seqio task declares.
+
+    Raises:
+      UserError: a vocabulary cannot be loaded, or is not the one the recipe names.
+    """
+    with task_errors(name, "vocabulary"):
+        texts = {feature for task in tasks for feature, info in declared(task).items() if info.vocabulary is not None}
+        features = {feature: value for task in tasks for feature, value in task.output_features.items()}
+        read = [feature for feature in converter.task_features if feature in texts]
+        found = {feature: of_seqio(features[feature].vocabulary) for feature in read}
+    check_named(name, {feature: features[feature].vocabulary for feature in read}, named)
+    return found

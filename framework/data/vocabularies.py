@@ -1,0 +1,349 @@
+"""Vocabularies without TensorFlow or seqio: what a run saves, compares at resume, and reads its data with.
+
+`of_seqio` turns a task's seqio vocabulary into one of these; ids and text are the same as seqio's.
+"""
+
+import functools
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from meshway.framework.data.vocabulary import Vocabulary
+from meshway.framework.errors import UserError, did_you_mean
+
+_SAMPLE = "The 2 foxes' naïve \u201cjump\u201d:\n\tx = f(a[i], 0.5)  # über 東京 ☃"  # tells opaque vocabularies apart
+_loading = threading.Lock()  # SentencePiece may crash when two threads load models at once
+
+
+class SentencePiece(Vocabulary):
+    """A SentencePiece model with extra ids above its pieces, as seqio.SentencePieceVocabulary has them.
+
+    Args:
+      model: a serialized ModelProto, without extra ids.
+      extra_ids: pieces '<extra_id_N>' to add at the top.
+      reverse_extra_ids: whether '<extra_id_0>' is the highest id (T5's order) or the lowest of them.
+
+    Raises:
+      ValueError: `model` is no SentencePiece model.
+    """
+
+    kind, suffix = "sentencepiece", ".model"
+
+    def __init__(self, model: bytes, extra_ids: int = 0, reverse_extra_ids: bool = True) -> None:
+        import sentencepiece
+        from sentencepiece import sentencepiece_model_pb2
+
+        proto_class: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]
+        with _loading:
+            try:
+                proto = proto_class.FromString(model)
+                self._model: bytes = proto.SerializeToString(deterministic=True)
+                numbers = range(extra_ids)
+                for number in reversed(numbers) if reverse_extra_ids else numbers:
+                    sentinel = proto_class.SentencePiece.USER_DEFINED
+                    proto.pieces.add(piece=f"▁<extra_id_{number}>", score=0.0, type=sentinel)
+                self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+            except Exception as error:  # protobuf's and SentencePiece's own exceptions are of many kinds
+                raise ValueError(f"not a SentencePiece model: {error}") from error
+        self._reverse_extra_ids = reverse_extra_ids
+        self.extra_ids = extra_ids
+        self.size = self._processor.GetPieceSize()
+        eos_id = self._processor.eos_id()
+        self.eos_id = eos_id if eos_id >= 0 else None
+        self.unk_id = self._processor.unk_id()
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.EncodeAsIds(text)
+
+    def _text(self, ids: list[int]) -> str:
+        return self._processor.DecodeIds(ids)
+
+    def _piece(self, token: int) -> str:
+        token = token if 0 <= token < self.size else self._processor.unk_id()
+        piece: str = self._processor.IdToPiece(token)
+        if self._processor.IsByte(token):
+            return _byte_text(int(piece[3:5], 16))
+        return piece.replace("▁", " ")
+
+    def _settings(self) -> dict[str, Any]:
+        return {"extra_ids": self.extra_ids, "reverse_extra_ids": self._reverse_extra_ids}
+
+    def _content(self) -> bytes:
+        return self._model
+
+
+class Bytes(Vocabulary):
+    """UTF-8 bytes above three special ids (ByT5): 0 padding, 1 EOS, 2 unknown, 3 to 258 bytes, then extra ids."""
+
+    kind = "bytes"
+    _special: ClassVar = ("<pad>", "</s>", "<unk>")
+    _first_extra: ClassVar = 259
+
+    def __init__(self, extra_ids: int = 0) -> None:
+        self.extra_ids = extra_ids
+        self.size = self._first_extra + extra_ids
+        self.eos_id, self.unk_id = 1, 2
+
+    def encode(self, text: str) -> list[int]:
+        return [byte + 3 for byte in text.encode("utf-8")]
+
+    @property
+    def _known(self) -> int:
+        return self._first_extra
+
+    def _text(self, ids: list[int]) -> str:
+        """Drops what is no byte, and bytes that are no UTF-8."""
+        return bytes(token - 3 for token in ids if token >= 3).decode("utf-8", errors="ignore")
+
+    def _piece(self, token: int) -> str:
+        if self._first_extra <= token < self.size:
+            return f"<extra_id_{self.size - 1 - token}>"
+        if 3 <= token < self._first_extra:
+            return _byte_text(token - 3)
+        return self._special[token if 0 <= token < 3 else 2]
+
+    def _settings(self) -> dict[str, Any]:
+        return {"extra_ids": self.extra_ids}
+
+
+class HuggingFace(Vocabulary):
+    """A Hugging Face tokenizer. No id is moved: they are rows of the embedding of the model it came with.
+
+    Nothing is added to text (no BOS, no EOS), and the file's own truncation and padding are off. Decoding
+    shows every token but EOS, special ones too.
+
+    Args:
+      content: a tokenizer.json (UTF-8), with its extra ids as the highest ones.
+      eos_id: the id that ends a sequence.
+      extra_ids: how many ids at the top are sentinels.
+
+    Raises:
+      UserError: `tokenizers` is not installed.
+      ValueError: `content` is no tokenizer.
+    """
+
+    kind, suffix = "huggingface", ".tokenizer.json"
+
+    def __init__(self, content: bytes, eos_id: int | None = None, extra_ids: int = 0) -> None:
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise UserError(
+                "a Hugging Face vocabulary needs the package tokenizers: pip install 'meshway[hf]'"
+            ) from error
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        except Exception as error:  # tokenizers raises plain Exceptions
+            raise ValueError(f"not a tokenizer.json: {error}") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._source = content
+        described = json.loads(content)
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.size = max(ids.values()) + 1  # there may be holes
+        self.eos_id, self.extra_ids = eos_id, extra_ids
+        model = described["model"]
+        unknown = model.get("unk_token")
+        self.unk_id = model.get("unk_id") if unknown is None else ids.get(unknown)
+        self._added = {token["id"] for token in described.get("added_tokens", ())}
+        self._byte_level = "ByteLevel" in json.dumps(described.get("decoder"))
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _text(self, ids: list[int]) -> str:
+        if self.eos_id is not None and self.eos_id in ids:
+            ids = ids[: ids.index(self.eos_id)]
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def _piece(self, token: int) -> str:
+        piece = self._tokenizer.id_to_token(token) if token >= 0 else None
+        if piece is None:
+            return f"<{token}>"
+        if token in self._added:
+            return piece
+        if not self._byte_level:
+            return piece.replace("▁", " ")
+        data = bytes(_byte_of_letter()[letter] for letter in piece)
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError:
+            return "".join(map(_byte_text, data))
+
+    def _settings(self) -> dict[str, Any]:
+        return {"eos_id": self.eos_id, "extra_ids": self.extra_ids}
+
+    def _content(self) -> bytes:
+        return self._source
+
+    def _canonical(self) -> bytes:
+        return json.dumps(json.loads(self._source), sort_keys=True).encode()
+
+
+class Opaque(Vocabulary):
+    """A vocabulary of a kind not known here: its numbers only. Text stays with the task.
+
+    Args:
+      name: says what it is, such as its class.
+      size: number of ids, extra ids included.
+      eos_id: the id that ends a sequence.
+      unk_id: of unknown text.
+      extra_ids: how many ids at the top are sentinels.
+      sample: ids of a fixed text, to tell two of one size apart; () if it encodes none.
+    """
+
+    kind = "opaque"
+
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        eos_id: int | None = None,
+        unk_id: int | None = None,
+        extra_ids: int = 0,
+        sample: Sequence[int] = (),
+    ) -> None:
+        self.name, self.size, self.extra_ids = name, size, extra_ids
+        self.eos_id, self.unk_id = eos_id, unk_id
+        self._sample = list(sample)
+
+    def encode(self, text: str) -> list[int]:
+        raise UserError(f"{self} holds no text: only SentencePiece, byte and Hugging Face vocabularies do")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the ids themselves, as '<5> <17>'."""
+        return self._text([int(token) for token in ids])
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, {self.name}"
+
+    def _text(self, ids: list[int]) -> str:
+        return " ".join(map(self._piece, ids))
+
+    def _piece(self, token: int) -> str:
+        return f"<{token}>"
+
+    def _settings(self) -> dict[str, Any]:
+        names = ("name", "size", "eos_id", "unk_id", "extra_ids")
+        return {name: getattr(self, name) for name in names} | {"sample": self._sample}
+
+
+def load(directory: Path, name: str) -> Vocabulary:
+    """Reads what `Vocabulary.save` wrote.
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
+    path = Path(directory) / f"{name}.json"
+    try:
+        about = json.loads(path.read_text("utf-8"))
+        suffix = _KINDS[about["kind"]].suffix
+        if suffix:
+            path = Path(directory) / (name + suffix)
+        vocabulary = _KINDS[about["kind"]].rebuild(path.read_bytes() if suffix else b"", about["settings"])
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {path}: no vocabulary {name!r} is saved there") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the saved vocabulary {path} cannot be read: {error}") from error
+    if vocabulary.fingerprint != about["fingerprint"]:
+        raise UserError(f"{path} is damaged: its SHA-256 is not the one that {name}.json tells")
+    return vocabulary
+
+
+def of_seqio(vocabulary: Any) -> Vocabulary:
+    """Returns the same vocabulary without seqio; told by its class, so seqio is not imported.
+
+    SentencePieceVocabulary, ByteVocabulary and meshway's HuggingFaceVocabulary keep their text. Any other,
+    and any subclass with an encoding or decoding of its own, becomes `Opaque`.
+    """
+    if isinstance(vocabulary, Vocabulary):
+        return vocabulary
+    extra_ids = int(vocabulary.extra_ids)
+    if _is(vocabulary, "SentencePieceVocabulary"):
+        return SentencePiece(
+            _without_extra_ids(vocabulary.sp_model, extra_ids), extra_ids, bool(vocabulary._reverse_extra_ids)
+        )
+    if _is(vocabulary, "ByteVocabulary"):
+        return Bytes(extra_ids)
+    if _is(vocabulary, "HuggingFaceVocabulary"):
+        return HuggingFace(vocabulary.tokenizer_json.encode("utf-8"), vocabulary.eos_id, extra_ids)
+    name = f"{type(vocabulary).__module__}.{type(vocabulary).__qualname__}"
+    eos_id, unk_id = (_optional(getattr(vocabulary, attribute)) for attribute in ("eos_id", "unk_id"))
+    return Opaque(name, int(vocabulary.vocab_size), eos_id, unk_id, extra_ids, _sample_ids(vocabulary))
+
+
+def check_named(task_name: str, vocabularies: Mapping[str, Any], named: Mapping[str, Any]) -> None:
+    """Compares a task's vocabularies with those that a recipe names, {feature: vocabulary} both.
+
+    Raises:
+      UserError: the recipe names a feature that the task has not, another vocabulary than the task's, or one
+        that cannot be read.
+    """
+    for feature, wanted in named.items():
+        if feature not in vocabularies:
+            raise UserError(
+                f"the recipe names a vocabulary for feature {feature!r}, which task {task_name!r} has not; it has "
+                f"{sorted(vocabularies)}{did_you_mean(feature, vocabularies)}"
+            )
+        own = of_seqio(vocabularies[feature])
+        try:
+            given = of_seqio(wanted)
+        except Exception as error:  # a vocabulary is code of seqio's or the user's, and reads files
+            raise UserError(
+                f"the vocabulary that the recipe names for feature {feature!r} of task {task_name!r} cannot be used: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        if own.fingerprint != given.fingerprint:
+            raise UserError(
+                f"task {task_name!r}, feature {feature!r}: the task is registered with a {own}, the recipe names a "
+                f"{given}; name the task's own, or register the task with the recipe's"
+            )
+
+
+_KINDS: dict[str, Any] = {cls.kind: cls for cls in (SentencePiece, Bytes, HuggingFace, Opaque)}
+
+
+def _is(vocabulary: Any, name: str) -> bool:
+    """Whether it is of seqio's or meshway's class `name`, with that class's own encoding and decoding."""
+    for base in type(vocabulary).__mro__:
+        if base.__name__ == name and base.__module__.split(".")[0] in ("seqio", "meshway"):
+            methods = ("encode", "_encode", "encode_tf", "_encode_tf", "decode", "_decode", "tokenizer")
+            return all(getattr(type(vocabulary), m, None) is getattr(base, m, None) for m in methods)
+    return False
+
+
+def _without_extra_ids(model: bytes, extra_ids: int) -> bytes:
+    """Returns the model as seqio read it, before it added the sentinels; its file may be on any file system."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
+    del proto.pieces[len(proto.pieces) - extra_ids :]
+    return proto.SerializeToString(deterministic=True)
+
+
+def _optional(token: Any) -> int | None:
+    return None if token is None else int(token)
+
+
+def _sample_ids(vocabulary: Any) -> list[int]:
+    """Returns the ids of a fixed text, or [] where the vocabulary's ids are not of text."""
+    try:
+        return [int(token) for token in vocabulary.encode(_SAMPLE)]
+    except Exception:  # of whatever sort: it is no vocabulary of text, which is all there is to know
+        return []
+
+
+def _byte_text(byte: int) -> str:
+    letter = chr(byte)
+    return letter if byte < 128 and (letter.isprintable() or letter.isspace()) else f"<0x{byte:02X}>"
+
+
+@functools.cache
+def _byte_of_letter() -> dict[str, int]:
+    """Returns what stands for each byte in GPT-2's byte-level tokens: itself if it is a visible letter of
+    Latin-1, else the next unused code point from 256 on."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + n): byte for n, byte in enumerate(hidden)}

@@ -1,0 +1,130 @@
+"""The base of vocabularies: text to token ids and back, a fingerprint, files. No TensorFlow, no seqio."""
+
+import abc
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from meshway.framework.data.objective import VocabularyInfo
+from meshway.framework.errors import UserError
+
+
+class Vocabulary(abc.ABC):
+    """Text to token ids and back. Immutable; may be sent to another process.
+
+    Attributes:
+      kind: the name its files carry.
+      size: number of ids, extra ids included.
+      eos_id: the id that ends a sequence, None if there is none.
+      unk_id: what stands for ids and text the vocabulary does not know, None if there is none.
+      pad_id: always 0, as seqio has it. Of no weight here: padding is told by segment ids, never by token id.
+      extra_ids: how many ids at the top are sentinels.
+    """
+
+    kind: ClassVar[str]
+    suffix: ClassVar[str | None] = None  # of the file with its content, beside NAME.json
+    size: int
+    eos_id: int | None
+    unk_id: int | None
+    pad_id: int = 0
+    extra_ids: int
+
+    @abc.abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of `text`, without an EOS. Raises UserError where the vocabulary holds no text."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of `ids` up to the first EOS; ids out of range are read as `unk_id`."""
+        kept = [int(token) for token in ids]
+        if self.unk_id is not None:
+            kept = [self.unk_id if token >= self._known else token for token in kept]
+        if self.eos_id is not None and self.eos_id in kept:
+            kept = kept[: kept.index(self.eos_id) + 1]
+        return self._text(kept)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Returns the text of each id by itself, for display; a byte that is no ASCII character as '<0xE2>'."""
+        return [self._piece(int(token)) for token in ids]
+
+    @property
+    def info(self) -> VocabularyInfo:
+        """What objectives must know."""
+        return VocabularyInfo(self.size, self.eos_id, self.extra_ids)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of everything that decides ids and text."""
+        digest = hashlib.sha256(json.dumps([self.kind, self._settings()], sort_keys=True).encode())
+        digest.update(self._canonical())
+        return digest.hexdigest()
+
+    def save(self, directory: Path, name: str) -> None:
+        """Writes `name`.json and, where the kind has content, `name`.model or `name`.tokenizer.json.
+
+        Raises:
+          UserError: the disk refuses.
+        """
+        about = {"kind": self.kind, "fingerprint": self.fingerprint, "settings": self._settings()}
+        if self.suffix:
+            _write(Path(directory) / (name + self.suffix), self._content())
+        _write(Path(directory) / f"{name}.json", (json.dumps(about, indent=1) + "\n").encode())
+
+    def __str__(self) -> str:
+        extra = f", {self.extra_ids} of them extra" if self.extra_ids else ""
+        return f"{self.kind} vocabulary of {self.size:,} ids{extra} (sha256 {self.fingerprint[:12]})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vocabulary) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).rebuild, (self._content(), self._settings())
+
+    @classmethod
+    def rebuild(cls, content: bytes, settings: Mapping[str, Any]) -> "Vocabulary":
+        """Returns the vocabulary of a content file (b"" for a kind that has none) and of `settings`."""
+        make: Callable[..., Vocabulary] = cls
+        return make(content, **settings) if cls.suffix else make(**settings)
+
+    @property
+    def _known(self) -> int:
+        """Ids from here on have no text."""
+        return self.size
+
+    @abc.abstractmethod
+    def _text(self, ids: list[int]) -> str: ...
+
+    @abc.abstractmethod
+    def _piece(self, token: int) -> str: ...
+
+    @abc.abstractmethod
+    def _settings(self) -> dict[str, Any]:
+        """The constructor's arguments but the content, as JSON holds them."""
+
+    def _content(self) -> bytes:
+        """What the content file holds."""
+        return b""
+
+    def _canonical(self) -> bytes:
+        """The content, without what does not matter."""
+        return self._content()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error

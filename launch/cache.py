@@ -1,0 +1,96 @@
+"""meshway cache: the tasks of a recipe, or any others, prepared once and kept.
+
+    meshway cache --gin_file=recipes/quickstart.gin
+    meshway cache --task=NAME --module=mylab.tasks --directory=/data/cache
+
+Every leaf of a mixture is cached, all its splits. A run that was killed goes on where it was when run again.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from meshway.framework.data.cache_builder import BuiltSplit, build
+from meshway.framework.data.cache_directory import cache_directory
+
+if TYPE_CHECKING:
+    from meshway.launch.config import Invocation
+
+
+def cache(
+    mixture_or_task_name: str,
+    module: str | Sequence[str] | None = None,
+    directory: str | None = None,
+    splits: str | Sequence[str] | None = None,
+    num_shards: int | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    max_bad_examples: int = 0,
+    imported: Sequence[str] = (),
+) -> list[BuiltSplit]:
+    """Caches a task, or every leaf of a mixture, and prints what it found.
+
+    Args:
+      mixture_or_task_name: the registered name.
+      module: name(s) of the Python module(s) whose import registers it.
+      directory: where; None for the user's cache directory.
+      splits: which, as 'train,validation' or a list; None for all.
+      num_shards: files of each split; None for as many as there are already, else 8.
+      workers: processes; None for one a core, or only this one for little data.
+      overwrite: remove the tasks' caches first, all splits of them.
+      max_bad_examples: source examples of a split that may fail; they are left out and reported.
+      imported: more modules, that a recipe imports only for what they register.
+
+    Raises:
+      UserError: a task, an example or an argument is at fault, or another version of a task is there.
+    """
+    modules = [module] if isinstance(module, str) else list(module or ())
+    chosen = splits.split(",") if isinstance(splits, str) else splits
+    root = directory or str(cache_directory())
+    built = build(
+        [mixture_or_task_name],
+        [*modules, *imported],
+        root,
+        splits=chosen,
+        num_shards=num_shards,
+        num_workers=workers,
+        overwrite=overwrite,
+        max_bad_examples=max_bad_examples,
+    )
+    print(format_table(built))
+    for one in built:
+        if one.bad:
+            print(f"bad examples left out: {len(one.bad)}, the first: {one.bad[0]}")
+        if not one.examples:
+            print(f"task {one.task!r}, split {one.split!r} has no examples")
+    print(f"cached in {root}")
+    return built
+
+
+def format_table(built: Sequence[BuiltSplit]) -> str:
+    """Returns one line for each split: its task, examples, tokens by feature, megabytes and seconds."""
+    names = sorted({name for one in built for name in one.tokens})
+    rows = [["task", "split", "examples", *(f"{name} tokens" for name in names), "MB", "seconds"]]
+    for one in built:
+        tokens = [f"{one.tokens[name]:,}" if name in one.tokens else "-" for name in names]
+        rows.append([one.task, one.split, f"{one.examples:,}", *tokens, f"{one.bytes / 1e6:.1f}", f"{one.seconds:.1f}"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [f"{cell:{'<' if place < 2 else '>'}{widths[place]}}" for place, cell in enumerate(row)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def run(invocation: "Invocation") -> None:
+    """Runs the verb from the command line."""
+    from meshway.launch import config
+
+    recipe = config.load(invocation)
+    cache(**recipe.build("cache.cache"), imported=recipe.unreferenced)
+
+
+if __name__ == "__main__":
+    from meshway.launch import cli
+
+    sys.exit(cli.main(["cache", *sys.argv[1:]]))

@@ -1,0 +1,161 @@
+import numpy as np
+import pytest
+from tasks_in_memory import random_examples, task
+
+from meshway.framework.data.features import EncoderDecoder
+from meshway.framework.data.mixing import Rates
+from meshway.framework.data.row_source import RowSource
+from meshway.framework.data.row_stream import RowStream
+from meshway.framework.errors import UserError
+
+LENGTHS = {"inputs": 24, "targets": 16}
+COUNTS = {"a": 300, "b": 40, "c": 120}
+
+
+def stream(rates=None, pack=True, rows=slice(0, 8), batch_size=8, changes=(), seed=0, limit=None, names="abc"):
+    converter = EncoderDecoder(pack)
+    sources = []
+    for place, name in enumerate(names):
+        objective = converter.bind(task("inputs", "targets", name=name), LENGTHS)
+        examples = random_examples(COUNTS[name], longest=(20, 5, 12)[place], seed=place)
+        sources.append(RowSource(name, examples, objective, pack, seed=seed))
+    rates = rates or {"a": 1.0, "b": 0.5, "c": 2.5}
+    spec = converter.spec(LENGTHS, batch_size)
+    return RowStream("mix", sources, rates, changes, spec, batch_size, rows, seed, limit)
+
+
+def take(batches, count):
+    return [next(batches) for _ in range(count)]
+
+
+def assert_same(left, right):
+    for one, other in zip(left, right, strict=True):
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_processes_join_to_the_batch_of_one(pack):
+    whole = take(stream(pack=pack), 12)
+    for share in (4, 2):
+        parts = [take(stream(pack=pack, rows=slice(at, at + share)), 12) for at in range(0, 8, share)]
+        assert_same([{n: np.concatenate([p[n] for p in ps]) for n in ps[0]} for ps in zip(*parts, strict=True)], whole)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_restart_goes_on_as_if_it_had_never_stopped(pack):
+    changes = [Rates(5, {"a": 4.0}), Rates(9, {"b": 0.0})]
+    whole = stream(pack=pack, changes=changes)
+    batches, states = [], [whole.state()]
+    for _ in range(12):
+        batches.append(next(whole))
+        states.append(whole.state())
+    again = stream(pack=pack, changes=changes)
+    for at in (11, 3, 0, 7):
+        again.restore(states[at])
+        assert_same([next(again)], [batches[at]])
+        assert again.state() == states[at + 1]
+    again.seek(6)
+    assert_same([next(again)], [batches[6]])
+    assert all(isinstance(value, int) for value in states[-1].values())
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_shares_are_the_rates_in_examples(pack):
+    rates = {"a": 0.2, "b": 0.05, "c": 0.75}
+    batches = stream(rates, pack, batch_size=1000, rows=slice(0, 1000))
+    drawn, row = dict.fromkeys(rates, 0), 0
+    while sum(drawn.values()) < 100_000:
+        row += 1
+        for source, count in zip(batches.sources, batches.drawn(row).values(), strict=True):
+            drawn[source.name] = int(count * source.items_per_row)
+    total = sum(drawn.values())
+    assert all(abs(drawn[name] / total / rate - 1) < 0.01 for name, rate in rates.items())
+
+
+def test_new_rates_leave_the_order_within_each_source():
+    """Each source's rows come in the same order, whatever the rates do meanwhile."""
+
+    class Named:
+        """Rows that say where they come from."""
+
+        items_per_row = 1.0
+
+        def __init__(self, name):
+            self.name = name
+
+        def take(self, numbers):
+            return {"row": np.stack([np.full(len(numbers), ord(self.name)), numbers], axis=1)}, len(numbers)
+
+    def drawn(changes):
+        spec = {"row": ((10, 2), np.dtype(np.int64))}
+        batches = RowStream("m", [Named("a"), Named("b")], {"a": 1, "b": 3}, changes, spec, 10, slice(0, 10))
+        return [next(batches)["row"] for _ in range(20)]
+
+    plain, changed = drawn([]), drawn([Rates(7, {"a": 9.0})])
+    for before, after in zip(plain[:7], changed[:7], strict=True):
+        np.testing.assert_array_equal(before, after)
+    for name in "ab":
+        rows = [row[1] for batch in changed for row in batch if row[0] == ord(name)]
+        assert rows == list(range(len(rows)))
+    share = np.mean(np.concatenate(changed[7:])[:, 0] == ord("a"))
+    assert abs(share - 0.75) < 0.02
+
+
+def test_rates_edited_between_runs_hold_from_the_restart_and_lose_no_example():
+    first = stream({"a": 1.0, "b": 1.0, "c": 1.0})
+    take(first, 9)
+    state = first.state()
+    edited = stream({"a": 0.0, "b": 1.0, "c": 1.0})
+    edited.restore(state)
+    assert edited.state() == state
+    take(edited, 10)
+    after = edited.state()
+    assert after["a.rows"] == state["a.rows"]
+    assert after["b.rows"] - state["b.rows"] + after["c.rows"] - state["c.rows"] == 80
+    again = stream({"a": 0.0, "b": 1.0, "c": 1.0})
+    again.restore(after)
+    assert_same(take(again, 3), take(edited, 3))
+
+
+def test_another_batch_size_goes_on_at_the_same_row():
+    small = stream(pack=False)
+    take(small, 6)
+    rows = take(small, 4)
+    state = stream(pack=False).state() | {"batch": 6, "rows": 48}
+    small.seek(6)
+    large = stream(pack=False, batch_size=16, rows=slice(0, 16))
+    large.restore(small.state() | {})
+    assert state["rows"] == 48
+    expected = [{n: np.concatenate([rows[i][n], rows[i + 1][n]]) for n in rows[i]} for i in (0, 2)]
+    assert_same(take(large, 2), expected)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_limit_ends_exactly_and_pads_the_last_batch(pack):
+    batches = list(stream(pack=pack, limit=21))
+    assert len(batches) == 3
+    assert not batches[-1]["decoder_segment_ids"][5:].any() and not batches[-1]["decoder_loss_weights"][5:].any()
+    assert_same(
+        [{n: a[:5] for n, a in batches[-1].items()}], [{n: a[:5] for n, a in take(stream(pack=pack), 3)[2].items()}]
+    )
+    late = stream(pack=pack, limit=21, rows=slice(4, 8))
+    assert len(list(late)) == 3
+
+
+def test_a_position_of_other_data_or_another_seed_is_refused():
+    with pytest.raises(UserError, match="does not fit 'mix'.*another MIXTURE_OR_TASK_NAME"):
+        stream().restore({"epoch": 1, "row": 2})
+    state = stream().state()
+    with pytest.raises(UserError, match="of SEED=0, this run's is 5"):
+        stream(seed=5).restore(state)
+
+
+def test_a_task_added_later_starts_at_its_beginning():
+    both = stream({"a": 1.0, "b": 1.0}, names="ab")
+    take(both, 5)
+    more = stream({"a": 1.0, "b": 1.0, "c": 1.0})
+    more.restore(both.state())
+    assert more.state()["c.rows"] == 0
+    take(more, 3)
+    assert more.state()["c.rows"] > 0

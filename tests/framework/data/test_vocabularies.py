@@ -1,0 +1,272 @@
+import copy
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from meshway.framework.data.seqio_door import import_seqio
+from meshway.framework.data.vocabularies import (
+    Bytes,
+    HuggingFace,
+    Opaque,
+    SentencePiece,
+    check_named,
+    load,
+    of_seqio,
+)
+from meshway.framework.errors import UserError
+
+seqio = import_seqio()
+import tokenizers  # noqa: E402
+from sentencepiece import sentencepiece_model_pb2  # noqa: E402
+
+from meshway.tasks import hugging_face, vocabularies  # noqa: E402
+
+SAMPLE = "def f(x):\n    if x:\n        return '\\n'  # é ☃\n\n\nEnd  of\ttext. <extra_id_0> and <extra_id_3>"
+QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def texts():
+    return [f"The quick brown fox number {i} jumps over\n    the lazy dog {i * i}." for i in range(200)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MESHWAY_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def lazy(cache):
+    return vocabularies.TrainedSentencePieceVocabulary("small", texts, pieces=400, extra_ids=5)
+
+
+def cutting(bpe, path):
+    """Returns the same tokens in a file that asks to begin with EOS, to cut and to pad."""
+    tokenizer = tokenizers.Tokenizer.from_str(bpe.tokenizer_json)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("</s> $A", special_tokens=[("</s>", 1)])
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(str(path))
+    return hugging_face.HuggingFaceVocabulary(path, "</s>", 5)
+
+
+@pytest.fixture(scope="module")
+def kinds(lazy, cache, tmp_path_factory):
+    """Returns every seqio vocabulary that keeps its text."""
+    lower = sentencepiece_model_pb2.NormalizerSpec(remove_extra_whitespaces=True, add_dummy_prefix=False)
+    return {
+        "lazy": lazy,
+        "plain": seqio.SentencePieceVocabulary(str(lazy.path)),
+        "reversed": seqio.SentencePieceVocabulary(str(lazy.path), 7),
+        "ascending": seqio.SentencePieceVocabulary(str(lazy.path), 7, reverse_extra_ids=False),
+        "normalized": seqio.SentencePieceVocabulary(str(lazy.path), 5, normalizer_spec_overrides=lower),
+        "bytes": seqio.ByteVocabulary(100),
+        "bare bytes": seqio.ByteVocabulary(),
+        "bpe": (bpe := hugging_face.TrainedBytePairVocabulary("small", texts, pieces=400, extra_ids=5)),
+        "cutting bpe": cutting(bpe, tmp_path_factory.mktemp("cutting") / "tokenizer.json"),
+    }
+
+
+@pytest.fixture(scope="module")
+def converted(kinds):
+    return {name: of_seqio(vocabulary) for name, vocabulary in kinds.items()}
+
+
+NAMES = ("lazy", "plain", "reversed", "ascending", "normalized", "bytes", "bare bytes", "bpe", "cutting bpe")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@QUICK
+@given(
+    text=st.text(st.characters(exclude_categories=["Cs"])),
+    ids=st.lists(st.one_of(st.integers(0, 450), st.integers(0, 5), st.just(10**6))),
+)
+def test_ids_and_text_are_seqio_s(kinds, converted, name, text, ids):
+    theirs, ours = kinds[name], converted[name]
+    assert ours.encode(text) == list(theirs.encode(text))
+    assert ours.decode(ids) == theirs.decode(ids)
+    assert len(ours.pieces(ids)) == len(ids) and all(isinstance(piece, str) for piece in ours.pieces(ids))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_and_samples_are_seqio_s(kinds, name):
+    theirs, ours = kinds[name], of_seqio(kinds[name])
+    assert (ours.size, ours.eos_id, ours.unk_id) == (theirs.vocab_size, theirs.eos_id, theirs.unk_id)
+    assert (ours.pad_id, ours.extra_ids) == (theirs.pad_id, theirs.extra_ids)
+    assert vars(ours.info) == {"size": ours.size, "eos_id": 1, "extra_ids": ours.extra_ids}
+    assert ours.encode(SAMPLE) == list(theirs.encode(SAMPLE))
+    everything = [token for token in range(ours.size + 3) if token != 1]
+    assert ours.decode(everything) == theirs.decode(everything)
+    for token in range(ours.size + 3):
+        assert ours.decode([token]) == theirs.decode([token])
+    assert of_seqio(ours) is ours
+
+
+def test_sentinels_have_the_ids_that_spans_use(kinds):
+    for name in ("lazy", "reversed", "bpe"):
+        vocabulary = of_seqio(kinds[name])
+        assert vocabulary.encode("<extra_id_1>")[-1] == vocabulary.size - 2
+        assert vocabulary.pieces([vocabulary.size - 1])[0].strip() == "<extra_id_0>"
+    ascending = of_seqio(kinds["ascending"])
+    assert ascending.pieces([ascending.size - 7, ascending.size - 1]) == [" <extra_id_0>", " <extra_id_6>"]
+    assert of_seqio(kinds["bytes"]).pieces([358, 259]) == ["<extra_id_0>", "<extra_id_99>"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@QUICK
+@given(text=st.text(st.sampled_from("abc fox\n\t(=).!~09"), max_size=40))
+def test_pieces_of_ascii_spell_the_text(converted, name, text):
+    ours = converted[name]
+    if name != "normalized":
+        begins = " " if isinstance(ours, SentencePiece) and text else ""  # SentencePiece puts one before a text
+        assert "".join(ours.pieces(ours.encode(text))) == begins + text
+
+
+def test_pieces_are_for_people(kinds):
+    bpe, pieces, in_bytes = (of_seqio(kinds[name]) for name in ("bpe", "lazy", "bytes"))
+    assert bpe.pieces(bpe.encode(" fox\n☃")) == [" fox", "\n", "<0xE2>", "<0x98>", "<0x83>"]
+    assert pieces.pieces(pieces.encode("a\n☃")) == [" ", "a", "\n", "<0xE2>", "<0x98>", "<0x83>"]
+    assert in_bytes.pieces([0, 1, 2, 100, 3, 200, 999, -1]) == [
+        "<pad>", "</s>", "<unk>", "a", "<0x00>", "<0xC5>", "<unk>", "<unk>",
+    ]  # fmt: skip
+    assert pieces.pieces([0, 1, 2, 999, -1]) == ["<pad>", "</s>", "<unk>", "<unk>", "<unk>"]
+    assert bpe.pieces([0, 1, 999, -1]) == ["<pad>", "</s>", "<999>", "<-1>"]
+
+
+class Shouting(seqio.ByteVocabulary):
+    """A subclass with an encoding of its own is no byte vocabulary."""
+
+    def _encode(self, s):
+        return super()._encode(s.upper())
+
+
+def test_what_is_not_known_keeps_its_numbers_only():
+    unknown = of_seqio(seqio.PassThroughVocabulary(17, eos_id=3))
+    assert isinstance(unknown, Opaque) and (unknown.size, unknown.eos_id, unknown.unk_id) == (17, 3, None)
+    assert unknown.pieces([5, 40]) == ["<5>", "<40>"] and unknown.decode([5, 40]) == "<5> <40>"
+    with pytest.raises(UserError, match="PassThroughVocabulary holds no text: only SentencePiece, byte and Hugging"):
+        unknown.encode("a")
+    assert isinstance(of_seqio(Shouting(4)), Opaque) and of_seqio(Shouting(4)).info.extra_ids == 4
+    letters = [of_seqio(seqio.PartialCodepointVocabulary(list(map(ord, word)))) for word in ("The", "fox", "fox")]
+    assert letters[0].size == letters[1].size
+    assert letters[0].fingerprint != letters[1].fingerprint == letters[2].fingerprint
+
+
+def test_fingerprints_tell_apart_whatever_changes_an_id(kinds):
+    found = {name: of_seqio(theirs).fingerprint for name, theirs in kinds.items()}
+    assert len(set(found.values())) == len(found)
+    other = vocabularies.TrainedSentencePieceVocabulary("small", texts, pieces=401, extra_ids=4)
+    assert of_seqio(other).size == 405 and of_seqio(other).fingerprint not in found.values()
+    file = seqio.SentencePieceVocabulary(str(kinds["lazy"].path), 5)
+    assert of_seqio(file) == of_seqio(kinds["lazy"]) and hash(of_seqio(file)) == hash(of_seqio(kinds["lazy"]))
+
+
+def test_the_layout_of_a_tokenizer_json_does_not_matter(kinds):
+    ours = of_seqio(kinds["bpe"])
+    indented = json.dumps(json.loads(kinds["bpe"].tokenizer_json), indent=4).encode()
+    assert HuggingFace(indented, 1, 5) == ours
+    assert HuggingFace(indented, None, 5) != ours
+
+
+@pytest.mark.parametrize("name", [*NAMES, "opaque"])
+def test_what_is_saved_is_what_is_loaded(kinds, name, tmp_path):
+    ours = of_seqio(kinds.get(name) or seqio.FullCodepointVocabulary())
+    ours.save(tmp_path, "targets")
+    for again in (load(tmp_path, "targets"), pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours)):
+        assert again == ours and type(again) is type(ours) and str(again) == str(ours)
+        assert again.info == ours.info and again.decode(range(2, 300)) == ours.decode(range(2, 300))
+        if name != "opaque":
+            assert again.encode(SAMPLE) == ours.encode(SAMPLE)
+    suffix = {"sentencepiece": {".model"}, "huggingface": {".tokenizer.json"}}.get(ours.kind, set())
+    assert {path.name for path in tmp_path.iterdir()} == {"targets" + each for each in suffix | {".json"}}
+
+
+def test_seqio_and_tokenizers_read_the_saved_files(kinds, tmp_path):
+    for name in ("lazy", "bpe"):
+        of_seqio(kinds[name]).save(tmp_path, name)
+    pieces = seqio.SentencePieceVocabulary(str(tmp_path / "lazy.model"), 5)
+    assert of_seqio(pieces) == of_seqio(kinds["lazy"])
+    bpe = hugging_face.HuggingFaceVocabulary(tmp_path / "bpe.tokenizer.json", "</s>", 5)
+    assert of_seqio(bpe) == of_seqio(kinds["bpe"])
+
+
+def test_a_damaged_file_is_named(kinds, tmp_path):
+    of_seqio(kinds["lazy"]).save(tmp_path, "targets")
+    model = tmp_path / "targets.model"
+    content = model.read_bytes()
+    with pytest.raises(UserError, match="there is no .*inputs.json: no vocabulary 'inputs' is saved there"):
+        load(tmp_path, "inputs")
+    of_seqio(vocabularies.TrainedSentencePieceVocabulary("small", texts, 401)).save(tmp_path, "other")
+    model.write_bytes((tmp_path / "other.model").read_bytes())
+    with pytest.raises(UserError, match="targets.model is damaged: its SHA-256 is not the one that targets.json tells"):
+        load(tmp_path, "targets")
+    model.write_bytes(content[:-100])
+    with pytest.raises(UserError, match="targets.model cannot be read: not a SentencePiece model"):
+        load(tmp_path, "targets")
+    model.unlink()
+    with pytest.raises(UserError, match="there is no .*targets.model"):
+        load(tmp_path, "targets")
+    (tmp_path / "targets.json").write_text("{")
+    with pytest.raises(UserError, match="targets.json cannot be read"):
+        load(tmp_path, "targets")
+    with pytest.raises(ValueError, match="not a tokenizer.json: "):
+        HuggingFace(b"{}")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write .*file/targets.json"):
+        Bytes().save(tmp_path / "file", "targets")
+
+
+def test_what_the_recipe_names_must_be_the_task_s_own(kinds):
+    task = {"inputs": kinds["bytes"], "targets": kinds["lazy"]}
+    check_named("mine", task, {})
+    check_named("mine", task, {"targets": seqio.SentencePieceVocabulary(str(kinds["lazy"].path), 5)})
+    check_named("mine", task, {"targets": of_seqio(kinds["lazy"]), "inputs": Bytes(100)})
+    with pytest.raises(
+        UserError, match="task 'mine', feature 'inputs': the task is registered with a bytes vocab"
+    ) as e:
+        check_named("mine", task, {"inputs": Bytes(99)})
+    assert str(of_seqio(kinds["bytes"])) in str(e.value) and str(Bytes(99)) in str(e.value)
+    with pytest.raises(UserError, match="feature 'targets': the task is registered with"):
+        check_named("mine", task, {"targets": Opaque("other", 405, eos_id=1, extra_ids=5)})
+    with pytest.raises(UserError, match=r"'target', which task 'mine' has not; .*; did you mean 'targets'\?"):
+        check_named("mine", task, {"target": kinds["lazy"]})
+    with pytest.raises(UserError, match="names for feature 'inputs' of task 'mine' cannot be used: ValueError: cannot"):
+        check_named("mine", task, {"inputs": hugging_face.HuggingFaceVocabulary("/nowhere/tokenizer.json")})
+
+
+def test_descriptions_tell_kind_size_and_fingerprint():
+    assert str(Bytes(100)).startswith("bytes vocabulary of 359 ids, 100 of them extra (sha256 ")
+    assert Bytes(100).fingerprint[:12] in str(Bytes(100))
+
+
+def test_no_tensorflow_is_needed(kinds, tmp_path):
+    for name in ("lazy", "bpe", "bytes"):
+        of_seqio(kinds[name]).save(tmp_path, name)
+    code = """if True:
+        import sys
+        for name in ("tensorflow", "seqio", "tensorflow_text"):
+            sys.modules[name] = None
+        from meshway.framework.data.vocabularies import load
+        for name in ("lazy", "bpe", "bytes"):
+            vocabulary = load(sys.argv[1], name)
+            assert vocabulary.decode(vocabulary.encode("a fox")) == "a fox"
+    """
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60)
+
+
+def test_a_missing_tokenizers_names_the_extra(kinds, monkeypatch):
+    content = kinds["bpe"].tokenizer_json.encode()
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(UserError, match=r"pip install 'meshway\[hf\]'"):
+        HuggingFace(content)
+
+
+def test_a_model_that_is_none_is_said_plainly():
+    with pytest.raises(ValueError, match="not a SentencePiece model"):
+        SentencePiece(b"nothing of the sort")

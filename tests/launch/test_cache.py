@@ -1,0 +1,113 @@
+"""`meshway cache`: from its flags to the files, by a recipe or without one."""
+
+import subprocess
+import sys
+
+import pytest
+from running import LAB
+
+from meshway.framework.data.cache_builder import BuiltSplit
+from meshway.framework.data.cache_format import CachedSplit
+from meshway.launch import cache, cli
+
+
+@pytest.fixture(autouse=True)
+def in_the_lab(monkeypatch, tmp_path):
+    monkeypatch.chdir(LAB)
+    monkeypatch.syspath_prepend(str(LAB))
+    monkeypatch.setenv("MESHWAY_CACHE_DIR", str(tmp_path))
+
+
+def test_flags_are_short_words_for_bindings():
+    words = "--task=a_b --module=x.y --directory=/z --splits=train,validation --num_shards=4 --workers 2 --overwrite"
+    invocation = cli.parse(["cache", *words.split(), "--max_bad_examples=3", "--gin.SEED=1"])
+    assert invocation.gin_files == ()
+    assert invocation.bindings == (
+        "SEED=1",
+        "MIXTURE_OR_TASK_NAME='a_b'",
+        "MIXTURE_OR_TASK_MODULE='x.y'",
+        "CACHE_DIR='/z'",
+        "cache.cache.splits='train,validation'",
+        "cache.cache.num_shards=4",
+        "cache.cache.workers=2",
+        "cache.cache.overwrite=True",
+        "cache.cache.max_bad_examples=3",
+    )
+
+
+def test_help_lists_the_flags_and_what_they_do_not_share_with_training(capsys):
+    assert cli.main(["cache", "--help"]) == 0
+    text = capsys.readouterr().out
+    for word in ("(--gin_file=FILE | --task=...)", "--task NAME", "--max_bad_examples N", "CACHE_DIR", "--overwrite"):
+        assert word in text
+    assert "--simulated_devices" not in text and "TRAIN_STEPS" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "needs a recipe: --gin_file=FILE, as --gin_file=recipes/quickstart.gin; or --task=NAME"),
+        (["--module=tasks.topics"], "or --task=NAME"),
+        (["--task=lab_lines", "--num_shards=few"], "argument --num_shards: 'few' is not a whole number"),
+        (["--task=lab_lines", "--simulated_devices=2"], "unknown flag --simulated_devices"),
+        (["--tsk=lab_lines"], "unknown flag --tsk; did you mean '--task'"),
+        (["--task=lab_lines", "--module=tasks.topic"], "module 'tasks.topic', which should register the tasks"),
+        (["--task=lab_line", "--module=tasks.topics"], "did you mean 'lab_lines'"),
+        (["--task=lab_lines", "--module=tasks.topics", "--splits=trian"], "did you mean 'train'?"),
+        (
+            ["--task=lab_lines", "--module=tasks.topics", "--num_shards=0"],
+            "num_shards must be a whole number of at least",
+        ),
+        (["--task=lab_lines", "--gin.cache.cache.shards=3"], "shards"),
+    ],
+)
+def test_mistakes_are_told(capsys, words, expected):
+    assert cli.main(["cache", *words]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_a_task_is_cached_without_a_recipe(capsys, tmp_path):
+    words = ["cache", "--task=lab_lines", "--module=tasks.topics", "--num_shards=2", "--splits=validation"]
+    assert cli.main(words) == 0
+    said = capsys.readouterr().out
+    assert "lab_lines  validation        64" in said and f"cached in {tmp_path / 'tasks'}" in said
+    assert len(CachedSplit(tmp_path / "tasks" / "lab_lines", "validation")) == 64
+    assert cli.main([*words[:3], "--num_shards=3"]) == 2
+    assert "number of shards changed from 2 to 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", ["t5.gin", "bigram.gin"])
+def test_a_recipes_task_is_cached(tmp_path, capsys, recipe):
+    name = {"t5.gin": "lab_halves", "bigram.gin": "lab_lines"}[recipe]
+    assert cli.main(["cache", f"--gin_file={recipe}", "--num_shards=1", f"--directory={tmp_path / 'own'}"]) == 0
+    assert len(CachedSplit(tmp_path / "own" / name, "train")) == 768
+    assert name in capsys.readouterr().out
+
+
+def test_bad_examples_and_empty_splits_are_reported(monkeypatch, capsys):
+    bad = ["task 'a', split 'train', example 3 of shard 0 of 8: ValueError: no"]
+    built = [
+        BuiltSplit("a", "train", 9, {"targets": 1200}, 2_000_000, bad, 1.5),
+        BuiltSplit("a", "x", 0, {}, 0, [], 0.0),
+    ]
+    monkeypatch.setattr(cache, "build", lambda *arguments, **options: built)
+    cache.cache("a", directory="/d")
+    assert capsys.readouterr().out.splitlines() == [
+        "task  split  examples  targets tokens   MB  seconds",
+        "a     train         9           1,200  2.0      1.5",
+        "a     x             0               -  0.0      0.0",
+        "bad examples left out: 1, the first: " + bad[0],
+        "task 'a', split 'x' has no examples",
+        "cached in /d",
+    ]
+
+
+def test_reading_a_recipe_to_cache_its_task_imports_no_jax():
+    program = (
+        "import sys; from meshway.launch import cache, cli, config; "
+        "recipe = config.load(cli.parse(['cache', '--gin_file=t5.gin'])); "
+        "assert recipe.build('cache.cache')['mixture_or_task_name'] == 'lab_halves'; "
+        "print('heavy:', sorted({'jax', 'flax', 'tensorflow'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=LAB)
+    assert done.stdout == "heavy: []\n", done.stderr
