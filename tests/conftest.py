@@ -2,10 +2,11 @@
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 CACHE = Path(__file__).parent.parent / ".cache" / "jax"
-TASKS = Path(__file__).parent.parent / ".cache" / "meshway"
+KEPT = Path(__file__).parent.parent / ".cache" / "meshway"
 
 # Child processes inherit these, except for the device count, which each run sets itself.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -13,10 +14,22 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
-# Not the user's own caches. Corpora and vocabularies carry hashes and stay; tasks are cached anew by each session.
-os.environ["MESHWAY_CACHE_DIR"] = str(TASKS)
+# Not the user's own caches. Tasks are cached anew by each session; corpora and vocabularies carry hashes and are kept.
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    shutil.rmtree(TASKS / "tasks", ignore_errors=True)
+    os.environ["MESHWAY_CACHE_DIR"] = tempfile.mkdtemp(prefix="meshway-tests-")
+SESSION = Path(os.environ["MESHWAY_CACHE_DIR"])
+if "PYTEST_XDIST_WORKER" not in os.environ and KEPT.is_dir():
+    shutil.copytree(KEPT, SESSION, dirs_exist_ok=True)
+
+
+def pytest_sessionfinish() -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        KEPT.mkdir(parents=True, exist_ok=True)
+        for path in SESSION.iterdir():
+            if path.is_file() and not (KEPT / path.name).exists():
+                shutil.copy(path, KEPT / path.name)
+        shutil.rmtree(SESSION, ignore_errors=True)
+
 
 import jax  # noqa: E402
 

@@ -78,6 +78,8 @@ class Interleaving:
 
     def sources(self, first: int, count: int) -> np.ndarray:
         """Returns the source of rows first, ..., first + count - 1 of the period, int64 [count]."""
+        if len(self._bounds) == 1:
+            return np.zeros(count, np.int64)
         mirrored = _mirror(np.arange(first, first + count, dtype=np.int64))
         return np.searchsorted(self._bounds, mirrored, side="right")
 

@@ -37,7 +37,9 @@ class AppendEos:
         for name, eos in self.eos.items():
             if name in result:
                 value = result[name][..., : self._room(name, lengths)]
-                result[name] = np.concatenate([value, np.full((*value.shape[:-1], 1), eos, value.dtype)], -1)
+                ended = np.empty((*value.shape[:-1], value.shape[-1] + 1), value.dtype)
+                ended[..., :-1], ended[..., -1] = value, eos
+                result[name] = ended
         return result
 
     def sizes(self, sizes: Sizes, lengths: Mapping[str, int]) -> dict[str, np.ndarray]:
