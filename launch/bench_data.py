@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from meshway.framework.data import cache_builder, seqio_door
-from meshway.framework.data.examples import Examples, InMemory
+from meshway.framework.data import seqio_door
+from meshway.framework.data.cache import builder as cache_builder
 from meshway.framework.data.features import EncoderDecoder, LanguageModel
 from meshway.framework.data.grain_loader import CachedData
 from meshway.framework.data.objective import FeatureInfo, Objective, TaskInfo, VocabularyInfo
 from meshway.framework.data.prefetch import prefetch
+from meshway.framework.data.rows.examples import Examples, InMemory
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Dataset
 from meshway.launch import bench_seqio

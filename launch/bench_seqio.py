@@ -17,7 +17,7 @@ from meshway.framework.data.features import (
     PrefixLanguageModelObjective,
 )
 from meshway.framework.data.objective import Objective
-from meshway.framework.data.packing import Example
+from meshway.framework.data.rows.packing import Example
 from meshway.framework.data.windowed_text import WindowedText
 from meshway.framework.interfaces import Batch
 from meshway.launch.data_stages import Sample, Stage, densities, timed_batches

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from meshway.framework.data.cache_builder import BuiltSplit, build
-from meshway.framework.data.cache_directory import cache_directory
+from meshway.framework.data.cache.builder import BuiltSplit, build
+from meshway.framework.data.cache.directory import cache_directory
 
 if TYPE_CHECKING:
     from meshway.launch.config import Invocation

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from meshway.framework.data.examples import Examples, InMemory
 from meshway.framework.data.objective import Items, Objective
-from meshway.framework.data.packing import best_fit
 from meshway.framework.data.prefetch import Prefetcher, prefetch
-from meshway.framework.data.row_source import POOL_ITEMS
-from meshway.framework.data.row_stream import RowStream
+from meshway.framework.data.rows.examples import Examples, InMemory
+from meshway.framework.data.rows.packing import best_fit
+from meshway.framework.data.rows.row_source import POOL_ITEMS
+from meshway.framework.data.rows.row_stream import RowStream
 from meshway.framework.interfaces import Batch, Dataset
 
 _READ_AT_ONCE = 256  # examples; about what the rows of a batch hold

@@ -50,8 +50,8 @@ def data(
     Raises:
       UserError: the data cannot be read, or the page cannot be written.
     """
-    from meshway.framework.data.inspection import inspect
-    from meshway.framework.data.inspection_page import page
+    from meshway.framework.data.inspection.figures import inspect
+    from meshway.framework.data.inspection.page import page
     from meshway.launch.inspect_data import show, standard_output
 
     inspection = inspect(source, batches, rows)

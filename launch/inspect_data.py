@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from meshway.framework.data.decoded_rows import Lane, Token, Values
-from meshway.framework.data.inspection import Inspection, Sample
-from meshway.framework.data.inspection_tables import Table, tables
+from meshway.framework.data.inspection.decoded_rows import Lane, Token, Values
+from meshway.framework.data.inspection.figures import Inspection, Sample
+from meshway.framework.data.inspection.tables import Table, tables
 
 _SEGMENTS = ("cyan", "yellow", "green", "blue")  # in turn along a row
 _SHADES = " .:-=+*#%@"

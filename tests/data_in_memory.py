@@ -4,11 +4,11 @@ import types
 
 import numpy as np
 
-from meshway.framework.data.examples import InMemory, Stepped
 from meshway.framework.data.objective import FeatureInfo, TaskInfo
 from meshway.framework.data.passthrough import PassThrough
-from meshway.framework.data.row_source import RowSource
-from meshway.framework.data.row_stream import RowStream
+from meshway.framework.data.rows.examples import InMemory, Stepped
+from meshway.framework.data.rows.row_source import RowSource
+from meshway.framework.data.rows.row_stream import RowStream
 from meshway.framework.data.vocabularies import Bytes
 
 VOCABULARY = Bytes(100)

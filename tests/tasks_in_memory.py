@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from meshway.framework.data.examples import InMemory
 from meshway.framework.data.objective import FeatureInfo, Items, TaskInfo, VocabularyInfo
-from meshway.framework.data.packing import best_fit, one_each
+from meshway.framework.data.rows.examples import InMemory
+from meshway.framework.data.rows.packing import best_fit, one_each
 
 VOCABULARY = VocabularyInfo(size=1000, eos_id=1, extra_ids=100)
 TOKENS = FeatureInfo("int32", (None,), VOCABULARY)

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from meshway.framework.data import packing
 from meshway.framework.data.noise import lowest, random_bits
 from meshway.framework.data.objective import Items, Sizes, Spec, TaskInfo, VocabularyInfo
 from meshway.framework.data.overlong import Overlong, check_policy
-from meshway.framework.data.packing import Arrays, Example, Placement
+from meshway.framework.data.rows import packing
+from meshway.framework.data.rows.packing import Arrays, Example, Placement
 from meshway.framework.data.token_rows import check_tokens, token_spec
 from meshway.framework.errors import UserError
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from meshway.framework.data.examples import Examples
 from meshway.framework.data.objective import Converter, Objective
-from meshway.framework.data.row_source import RowSource
-from meshway.framework.data.row_stream import RowStream
+from meshway.framework.data.rows.examples import Examples
+from meshway.framework.data.rows.row_source import RowSource
+from meshway.framework.data.rows.row_stream import RowStream
 from meshway.framework.data.vocabulary import Vocabulary
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Batch

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from meshway.framework.data import packing
 from meshway.framework.data.objective import Items, Sizes, Spec, TaskInfo
 from meshway.framework.data.overlong import Overlong, check_policy
-from meshway.framework.data.packing import Arrays, Example, Placement
+from meshway.framework.data.rows import packing
+from meshway.framework.data.rows.packing import Arrays, Example, Placement
 from meshway.framework.data.token_rows import (
     BOS_ID,
     DECODER,

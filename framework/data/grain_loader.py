@@ -17,17 +17,18 @@ import grain
 from absl import flags
 
 from meshway.framework import distributed
-from meshway.framework.data import cache_builder, seqio_door, seqio_steps
-from meshway.framework.data.cache_directory import cache_directory
-from meshway.framework.data.cache_format import CachedSplit, features_from_json, read_json
+from meshway.framework.data import seqio_door, seqio_steps
+from meshway.framework.data.cache import builder as cache_builder
+from meshway.framework.data.cache.directory import cache_directory
+from meshway.framework.data.cache.format import CachedSplit, features_from_json, read_json
 from meshway.framework.data.eval_task import EVAL_SEED, TaskEvaluation
-from meshway.framework.data.examples import Examples, First, InMemory, Stepped
-from meshway.framework.data.mixing import Rates
 from meshway.framework.data.objective import Converter, Objective, Spec, TaskInfo
-from meshway.framework.data.online_source import OnlineSource
-from meshway.framework.data.online_steps import numpy_steps
-from meshway.framework.data.row_source import RowSource
-from meshway.framework.data.row_stream import RowStream, Source
+from meshway.framework.data.rows.examples import Examples, First, InMemory, Stepped
+from meshway.framework.data.rows.mixing import Rates
+from meshway.framework.data.rows.online_source import OnlineSource
+from meshway.framework.data.rows.online_steps import numpy_steps
+from meshway.framework.data.rows.row_source import RowSource
+from meshway.framework.data.rows.row_stream import RowStream, Source
 from meshway.framework.data.task_data import check_arguments, vocabularies_of
 from meshway.framework.data.vocabularies import check_named, load
 from meshway.framework.data.vocabulary import Vocabulary

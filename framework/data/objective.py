@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from meshway.framework.data.packing import Arrays, Example, Placement
+from meshway.framework.data.rows.packing import Arrays, Example, Placement
 
 Sizes = Mapping[str, np.ndarray]  # feature -> int64 [items]: tokens, that is, length of the first dimension
 Spec = dict[str, tuple[tuple[int, ...], np.dtype]]  # batch feature -> (global shape, dtype)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from meshway.framework.data.objective import Sizes
-from meshway.framework.data.packing import Example
+from meshway.framework.data.rows.packing import Example
 from meshway.framework.errors import UserError, did_you_mean
 
 POLICIES = ("truncate", "split", "skip", "error")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from meshway.framework.data.objective import Items, Sizes, Spec, TaskInfo
-from meshway.framework.data.packing import Arrays, Example, Placement
+from meshway.framework.data.rows.packing import Arrays, Example, Placement
 from meshway.framework.errors import UserError, did_you_mean
 
 _KINDS = "biuf"  # bool, integers, floats: what a device computes with

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from meshway.framework.data.packing import Example
+from meshway.framework.data.rows.packing import Example
 from meshway.framework.errors import UserError, did_you_mean
 
 _READ_AT_ONCE = 256  # examples handed from TensorFlow to numpy at a time

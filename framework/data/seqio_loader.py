@@ -14,11 +14,11 @@ import numpy as np
 
 from meshway.framework.data import seqio_door, seqio_steps
 from meshway.framework.data.eval_task import EVAL_SEED, TaskEvaluation
-from meshway.framework.data.examples import InMemory
 from meshway.framework.data.objective import Converter, Objective, Spec, TaskInfo
-from meshway.framework.data.order import key_of
-from meshway.framework.data.packing import Arrays, Example
-from meshway.framework.data.row_source import RowSource
+from meshway.framework.data.rows.examples import InMemory
+from meshway.framework.data.rows.order import key_of
+from meshway.framework.data.rows.packing import Arrays, Example
+from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.data.task_data import check_arguments, vocabularies_of
 from meshway.framework.data.vocabulary import Vocabulary
 from meshway.framework.errors import UserError

@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from meshway.framework.data.cache_format import BYTES
+from meshway.framework.data.cache.fingerprint import qualified_name
+from meshway.framework.data.cache.format import BYTES
 from meshway.framework.data.dataset_graph import draws, maps_randomly
 from meshway.framework.data.objective import FeatureInfo, VocabularyInfo
-from meshway.framework.data.online_steps import TENSORFLOW, TWINS
-from meshway.framework.data.order import key_of
-from meshway.framework.data.packing import Example
+from meshway.framework.data.rows.online_steps import TENSORFLOW, TWINS
+from meshway.framework.data.rows.order import key_of
+from meshway.framework.data.rows.packing import Example
 from meshway.framework.data.seqio_door import import_seqio, numpy_examples, seqio_lock, task_errors
-from meshway.framework.data.task_fingerprint import qualified_name
 from meshway.framework.errors import UserError
 
 

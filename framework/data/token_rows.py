@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from meshway.framework.data.objective import Spec, TaskInfo
-from meshway.framework.data.packing import Arrays
+from meshway.framework.data.rows.packing import Arrays
 from meshway.framework.errors import UserError, did_you_mean
 
 BOS_ID = 0  # what the decoder reads first, T5's choice: the padding id doubles as the start token

@@ -9,9 +9,9 @@ import pytest
 from tasks_in_memory import random_examples, task
 
 from meshway.framework.data.denoising import SpanCorruption
-from meshway.framework.data.examples import InMemory
 from meshway.framework.data.features import EncoderDecoder, LanguageModel, PrefixLanguageModel
 from meshway.framework.data.grain_loader import CachedData
+from meshway.framework.data.rows.examples import InMemory
 from meshway.framework.errors import UserError
 from meshway.launch import bench, bench_data, bench_seqio, config
 from meshway.launch.data_stages import Packing, Sample, Stage, batch_counts, log_normal

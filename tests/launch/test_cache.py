@@ -6,8 +6,8 @@ import sys
 import pytest
 from running import LAB
 
-from meshway.framework.data.cache_builder import BuiltSplit
-from meshway.framework.data.cache_format import CachedSplit
+from meshway.framework.data.cache.builder import BuiltSplit
+from meshway.framework.data.cache.format import CachedSplit
 from meshway.launch import cache, cli
 
 

@@ -8,9 +8,9 @@ import pytest
 from data_in_memory import LENGTHS, encoded, memory
 from rich.console import Console
 
-from meshway.framework.data.decoded_rows import decode_rows
 from meshway.framework.data.features import EncoderDecoder, PrefixLanguageModel
-from meshway.framework.data.inspection import Sample, inspect
+from meshway.framework.data.inspection.decoded_rows import decode_rows
+from meshway.framework.data.inspection.figures import Sample, inspect
 from meshway.framework.data.passthrough import PassThrough
 from meshway.framework.data.vocabularies import Bytes
 from meshway.framework.errors import UserError

@@ -6,8 +6,8 @@ import pytest
 from tasks_in_memory import lay, task
 from tiny import LENGTHS, program
 
-from meshway.framework.data.examples import InMemory
 from meshway.framework.data.features import EncoderDecoder, LanguageModel, PrefixLanguageModel
+from meshway.framework.data.rows.examples import InMemory
 
 CASES = {
     "t5": ("t5_1_1", EncoderDecoder(), LENGTHS, ()),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from meshway.framework.data.denoising import UL2, Denoiser, MixtureOfDenoisers, RandomPrefix, SpanCorruption
 from meshway.framework.data.features import EncoderDecoder, PrefixLanguageModel
 from meshway.framework.data.objective import FeatureInfo, Items, TaskInfo, VocabularyInfo
-from meshway.framework.data.packing import best_fit, one_each
+from meshway.framework.data.rows.packing import best_fit, one_each
 from meshway.framework.errors import UserError
 
 VOCABULARY = VocabularyInfo(size=1000, eos_id=1, extra_ids=100)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from meshway.framework.data.encoder_only import MaskedLanguageModel
 from meshway.framework.data.objective import FeatureInfo, Items, TaskInfo, VocabularyInfo
-from meshway.framework.data.packing import best_fit, one_each
+from meshway.framework.data.rows.packing import best_fit, one_each
 from meshway.framework.errors import UserError
 
 VOCABULARY = VocabularyInfo(size=1000, eos_id=1, extra_ids=100)

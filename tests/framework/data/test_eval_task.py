@@ -5,8 +5,8 @@ import pytest
 import tasks_in_memory
 
 from meshway.framework.data.eval_task import TaskEvaluation
-from meshway.framework.data.examples import InMemory
 from meshway.framework.data.features import EncoderDecoder
+from meshway.framework.data.rows.examples import InMemory
 from meshway.framework.errors import UserError
 
 

@@ -5,10 +5,10 @@ import sys
 import numpy as np
 import pytest
 
-from meshway.framework.data import cache_builder
+from meshway.framework.data.cache import builder as cache_builder
 from meshway.framework.data.features import EncoderDecoder, LanguageModel, PrefixLanguageModel
 from meshway.framework.data.grain_loader import CachedData, WorkerStream
-from meshway.framework.data.mixing import Rates
+from meshway.framework.data.rows.mixing import Rates
 from meshway.framework.errors import UserError
 
 LENGTHS = {"inputs": 16, "targets": 12}

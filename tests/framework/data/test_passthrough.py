@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshway.framework.data.objective import FeatureInfo, TaskInfo
-from meshway.framework.data.packing import Placement, one_each
 from meshway.framework.data.passthrough import PassThrough
+from meshway.framework.data.rows.packing import Placement, one_each
 from meshway.framework.errors import UserError
 
 SHAPES = {"image": (2, 3, 1), "label": ()}

@@ -5,8 +5,9 @@ import functools
 import numpy as np
 import pytest
 
-from meshway.framework.data import online_steps, seqio_door, seqio_steps
+from meshway.framework.data import seqio_door, seqio_steps
 from meshway.framework.data.objective import FeatureInfo, VocabularyInfo
+from meshway.framework.data.rows import online_steps
 from meshway.framework.errors import UserError
 
 TOKENS = FeatureInfo("int32", (None,), VocabularyInfo(269, 1, 10))

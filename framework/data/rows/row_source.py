@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from meshway.framework.data.examples import Examples
 from meshway.framework.data.objective import Items, Objective
-from meshway.framework.data.order import key_of, permute, seeds
-from meshway.framework.data.packing import Arrays, Placement, best_fit
+from meshway.framework.data.rows.examples import Examples
+from meshway.framework.data.rows.order import key_of, permute, seeds
+from meshway.framework.data.rows.packing import Arrays, Placement, best_fit
 from meshway.framework.errors import UserError
 
 POOL_ITEMS = 16384

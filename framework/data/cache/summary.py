@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from meshway.framework.data.cache_format import FORMAT, read_json, sized
-from meshway.framework.data.cache_shards import Shard, failures_of, replace
+from meshway.framework.data.cache.format import FORMAT, read_json, sized
+from meshway.framework.data.cache.shards import Shard, failures_of, replace
 from meshway.framework.data.objective import FeatureInfo
 from meshway.framework.data.vocabularies import of_seqio
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from meshway.framework.data import seqio_door, seqio_steps
-from meshway.framework.data.cache_shards import write_shard
+from meshway.framework.data.cache.shards import write_shard
 from meshway.framework.data.objective import FeatureInfo
 from meshway.framework.errors import EnvironmentFailure, UserError
 

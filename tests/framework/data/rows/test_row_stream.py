@@ -3,9 +3,9 @@ import pytest
 from tasks_in_memory import random_examples, task
 
 from meshway.framework.data.features import EncoderDecoder
-from meshway.framework.data.mixing import Rates
-from meshway.framework.data.row_source import RowSource
-from meshway.framework.data.row_stream import RowStream
+from meshway.framework.data.rows.mixing import Rates
+from meshway.framework.data.rows.row_source import RowSource
+from meshway.framework.data.rows.row_stream import RowStream
 from meshway.framework.errors import UserError
 
 LENGTHS = {"inputs": 24, "targets": 16}

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from meshway.framework.data.inspection import Drawn, Inspection, Period, SourceFigures
+from meshway.framework.data.inspection.figures import Drawn, Inspection, Period, SourceFigures
 
 _UNKNOWN = "-"
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from meshway.framework.data.decoded_rows import Lane, Token, Values
-from meshway.framework.data.inspection import Inspection, Lengths, Sample
-from meshway.framework.data.inspection_tables import Table, tables
+from meshway.framework.data.inspection.decoded_rows import Lane, Token, Values
+from meshway.framework.data.inspection.figures import Inspection, Lengths, Sample
+from meshway.framework.data.inspection.tables import Table, tables
 
 _COLOURS = 4  # of segments, in turn; the style sheet has them
 _WIDTH, _HEIGHT = 440, 150  # of a histogram
@@ -29,7 +29,7 @@ def page(inspection: Inspection) -> str:
         if table.title == "Tokens of an example":
             parts.append(_histograms(inspection))
     parts += _samples(inspection)
-    template = string.Template(Path(__file__).with_name("inspection_page.html").read_text(encoding="utf-8"))
+    template = string.Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     return template.substitute(title=_escape(f"data of {inspection.name}"), body="\n".join(parts))
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from meshway.framework.data.cache_format import encode, shard_name, sized
+from meshway.framework.data.cache.format import encode, shard_name, sized
 from meshway.framework.data.objective import FeatureInfo
-from meshway.framework.data.packing import Example
+from meshway.framework.data.rows.packing import Example
 from meshway.framework.errors import EnvironmentFailure, UserError
 
 _WRITER = "group_size:1"  # examples are read one by one, in random order

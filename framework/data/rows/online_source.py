@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from meshway.framework.data.examples import Examples, InMemory
 from meshway.framework.data.objective import Items, Objective
-from meshway.framework.data.order import key_of, permute
-from meshway.framework.data.packing import Arrays
-from meshway.framework.data.row_source import RowSource
+from meshway.framework.data.rows.examples import Examples, InMemory
+from meshway.framework.data.rows.order import key_of, permute
+from meshway.framework.data.rows.packing import Arrays
+from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.errors import UserError
 
 POOL_EXAMPLES = 4096

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshway.framework.data import packing
+from meshway.framework.data.rows import packing
 
 LENGTHS = {"inputs": 12, "targets": 7}
 SIZES = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 7)), max_size=60)

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from tasks_in_memory import random_examples, task
 
-from meshway.framework.data import online_source
 from meshway.framework.data.features import LanguageModel
-from meshway.framework.data.online_source import OnlineSource
+from meshway.framework.data.rows import online_source
+from meshway.framework.data.rows.online_source import OnlineSource
 from meshway.framework.errors import UserError
 
 

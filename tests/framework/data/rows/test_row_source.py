@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tasks_in_memory import random_examples, task
 
-from meshway.framework.data import row_source
-from meshway.framework.data.examples import InMemory
 from meshway.framework.data.features import EncoderDecoder, LanguageModel
-from meshway.framework.data.row_source import RowSource
+from meshway.framework.data.rows import row_source
+from meshway.framework.data.rows.examples import InMemory
+from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.errors import UserError
 
 LENGTHS = {"inputs": 24, "targets": 16}

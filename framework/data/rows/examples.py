@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from meshway.framework.data.online_steps import AppendEos
-from meshway.framework.data.packing import Example
+from meshway.framework.data.rows.online_steps import AppendEos
+from meshway.framework.data.rows.packing import Example
 
 
 class Examples(Protocol):

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from meshway.framework.data.cache_shards import failures_of
+from meshway.framework.data.cache.shards import failures_of
 
 _PREFIX = ".building-"
 _LOCK = "lock"

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from meshway.framework.data.cache_format import CachedSplit
-from meshway.framework.data.decoded_rows import DecodedRow, decode_rows, sides
-from meshway.framework.data.examples import Stepped
+from meshway.framework.data.cache.format import CachedSplit
+from meshway.framework.data.inspection.decoded_rows import DecodedRow, decode_rows, sides
 from meshway.framework.data.objective import Spec
-from meshway.framework.data.row_source import RowSource
-from meshway.framework.data.row_stream import RowStream, Source
+from meshway.framework.data.rows.examples import Stepped
+from meshway.framework.data.rows.row_source import RowSource
+from meshway.framework.data.rows.row_stream import RowStream, Source
 from meshway.framework.data.vocabulary import Vocabulary
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Dataset, DataSource

@@ -7,10 +7,10 @@ from typing import Protocol
 
 import numpy as np
 
-from meshway.framework.data.examples import Examples
-from meshway.framework.data.mixing import Interleaving, Rates, periods
 from meshway.framework.data.objective import Spec
-from meshway.framework.data.packing import Arrays
+from meshway.framework.data.rows.examples import Examples
+from meshway.framework.data.rows.mixing import Interleaving, Rates, periods
+from meshway.framework.data.rows.packing import Arrays
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Batch
 

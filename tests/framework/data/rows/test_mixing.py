@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshway.framework.data.mixing import Interleaving, Rates, periods
+from meshway.framework.data.rows.mixing import Interleaving, Rates, periods
 from meshway.framework.errors import UserError
 
 WEIGHTS = st.lists(st.floats(0, 100), min_size=1, max_size=6).filter(lambda w: sum(w) > 1e-3)

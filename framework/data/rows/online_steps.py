@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from meshway.framework.data.objective import FeatureInfo, Sizes
-from meshway.framework.data.packing import Example
+from meshway.framework.data.rows.packing import Example
 
 TWINS = ("append_eos", "append_eos_after_trim")  # of seqio.preprocessors
 TENSORFLOW = "tensorflow"

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from meshway.framework.data.cache_format import FORMAT
+from meshway.framework.data.cache.format import FORMAT
 from meshway.framework.data.vocabularies import of_seqio
 
 _SIMPLE = (str, bytes, int, float, bool, type(None))

@@ -15,11 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from meshway.framework.data import cache_format, cache_summary, seqio_door, seqio_steps, task_fingerprint
-from meshway.framework.data.cache_progress import CacheProgress
-from meshway.framework.data.cache_shards import Shard, failures_of, finished_shard, replace
-from meshway.framework.data.cache_work import working
-from meshway.framework.data.cache_workers import Job, run_jobs
+from meshway.framework.data import seqio_door, seqio_steps
+from meshway.framework.data.cache import fingerprint as task_fingerprint
+from meshway.framework.data.cache import format as cache_format
+from meshway.framework.data.cache import summary as cache_summary
+from meshway.framework.data.cache.progress import CacheProgress
+from meshway.framework.data.cache.shards import Shard, failures_of, finished_shard, replace
+from meshway.framework.data.cache.work import working
+from meshway.framework.data.cache.workers import Job, run_jobs
 from meshway.framework.data.objective import FeatureInfo
 from meshway.framework.errors import UserError, did_you_mean
 

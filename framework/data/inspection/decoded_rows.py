@@ -8,7 +8,7 @@ from itertools import groupby
 
 import numpy as np
 
-from meshway.framework.data.packing import Arrays
+from meshway.framework.data.rows.packing import Arrays
 from meshway.framework.data.token_rows import BOS_ID, shift_right
 from meshway.framework.data.vocabulary import Vocabulary
 
