@@ -1,7 +1,6 @@
 """Packing: several items in one row, told apart by segment ids. Numpy only, pure and deterministic."""
 
 import dataclasses
-import operator
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -10,6 +9,7 @@ Example = Mapping[str, np.ndarray]
 Arrays = dict[str, np.ndarray]
 WINDOW = 256
 _LARGE = 0.3
+_LANE = 40  # bits for one feature of an item
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,23 +57,33 @@ def best_fit(sizes: Mapping[str, np.ndarray], capacity: Mapping[str, int], windo
     share = (table / room).max(axis=1)
     order = np.argsort(np.where(share > _LARGE, -share, 0.0), kind="stable")
     rows = np.zeros(len(table), np.int64)
+    lanes = 1 << _LANE * np.arange(len(others), dtype=object)
     rows[order] = _fullest_that_fit(
-        table[order, main].tolist(), table[order][:, others].tolist(), int(room[main]), room[others].tolist(), window
+        table[order, main].tolist(),
+        (table[order][:, others].astype(object) @ lanes).tolist() if others else [0] * len(table),
+        int(room[main]),
+        int(sum(int(room[column]) << _LANE * lane for lane, column in enumerate(others))),
+        int(sum(1 << _LANE * (lane + 1) - 1 for lane in range(len(others)))),
+        window,
     )
     return _placed(rows, table, list(capacity))
 
 
 def _fullest_that_fit(
-    sizes: list[int], others: list[list[int]], capacity: int, other_capacities: list[int], window: int
+    sizes: list[int], others: list[int], capacity: int, other_capacities: int, guards: int, window: int
 ) -> list[int]:
-    """Returns the row of each item, given in the order of placing; `others` are the sizes in the other features."""
+    """Returns the row of each item, given in the order of placing.
+
+    `others` are the sizes in the other features, all in one number, a lane of bits each, `guards` being each lane's
+    top bit: subtracted from what is free, with the guards set, an item leaves them all set where it fits.
+    """
     rows: list[int] = []
     open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by what is free in them
     occupied = 0  # bit f is set where open_rows[f] holds a row: the fullest that fits is the lowest set bit >= size
-    free_others: list[list[int]] = []
+    free_others: list[int] = []
     refusals: list[int] = []
     for size, other in zip(sizes, others, strict=True):
-        candidates, found = occupied >> size, -1
+        candidates, found, needed = occupied >> size, -1, other - guards
         while candidates and found < 0:
             lowest = candidates & -candidates
             candidates ^= lowest
@@ -81,8 +91,9 @@ def _fullest_that_fit(
             stack = open_rows[free]
             for at in range(len(stack) - 1, -1, -1):
                 row = stack[at]
-                if not other or all(map(operator.le, other, free_others[row])):
-                    found = stack.pop(at)
+                if free_others[row] - needed & guards == guards:
+                    found = row
+                    del stack[at]
                     break
                 refusals[row] += 1
                 if refusals[row] == window:
@@ -91,10 +102,9 @@ def _fullest_that_fit(
                 occupied ^= 1 << free
         if found < 0:
             found, free = len(free_others), capacity
-            free_others.append(list(other_capacities))
+            free_others.append(other_capacities)
             refusals.append(0)
-        for column, tokens in enumerate(other):
-            free_others[found][column] -= tokens
+        free_others[found] -= other
         open_rows[free - size].append(found)
         occupied |= 1 << (free - size)
         rows.append(found)
