@@ -35,6 +35,32 @@ def test_the_layout_table_of_a_users_model(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_users_task_is_cached_inspected_trained_packed_and_evaluated(tmp_path):
+    lab, cache, run = copy_lab(tmp_path), tmp_path / "cache", tmp_path / "run"
+    recipe = ("--gin_file=t5.gin", "--gin.MIXTURE_OR_TASK_NAME=lab_mix", f"--gin.CACHE_DIR={cache}")
+    words = ("cache", "--task=lab_mix", "--module=tasks.topics", f"--directory={cache}", "--num_shards=2")
+    cached = meshway(*words, cwd=lab)
+    assert cached.returncode == 0, cached.stderr
+    assert "lab_halves" in cached.stdout and "768" in cached.stdout
+    seen = meshway("inspect", "data", *recipe, f"--html={tmp_path / 'data.html'}", cwd=lab)
+    assert seen.returncode == 0, seen.stderr
+    assert "lab_openings, row 0" in seen.stdout and "75.00%" in seen.stdout
+    assert "lab_halves" in (tmp_path / "data.html").read_text()
+    trained = meshway(
+        "train",
+        *recipe,
+        f"--gin.MODEL_DIR={run}",
+        "--gin.TRAIN_STEPS=6",
+        "--gin.grain_loader.CachedData.build=False",
+        cwd=lab,
+    )
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    last = lines(run / "metrics.jsonl")[-1]
+    assert last["encoder_density"] > 0.7 and "validation/lab_halves/same_length" in last
+    assert (run / "vocabularies" / "targets.json").is_file()
+
+
+@pytest.mark.slow
 def test_from_the_wheel_and_the_sdist(tmp_path):
     """Builds both, unpacks the wheel alone on the path in place of the repository, and runs the lab and our own T5."""
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(tmp_path / "wheel")]
