@@ -154,11 +154,23 @@ class RowSource:
         return self.objective.lay(converted, placement), len(converted)
 
     def state(self, number: int) -> dict[str, int]:
-        """Returns what else than a row's number says where it is: nothing."""
-        return {}
+        """Returns what a row's number means: a key of how rows are laid out."""
+        lengths = sorted(self.objective.row_lengths.items())
+        parts = [part for name, length in lengths for part in (name, length)]
+        return {"plan": key_of(self._pack, self._items, *parts) % 2**31}
 
     def restore(self, number: int, state: Mapping[str, int]) -> None:
-        """Goes to row `number`: nothing to do, any row can be taken at any time."""
+        """Checks that row `number` is the row it was; there is nothing to go to, any row can be taken at any time.
+
+        Raises:
+          UserError: rows are laid out otherwise than when the position was saved.
+        """
+        if number and state.get("plan", self.state(number)["plan"]) != self.state(number)["plan"]:
+            raise UserError(
+                f"task {self.name!r}: the saved data position counts rows that were laid out otherwise. Resume with "
+                "the TASK_FEATURE_LENGTHS, PACK, objective and cached examples of the run, or start a new run from its "
+                "parameters (train.train.initial)"
+            )
 
     def _find(self, numbers: np.ndarray) -> tuple[Items, Placement]:
         """Returns the items of rows and where they lie, row i being the i-th of `numbers`."""

@@ -12,15 +12,17 @@ LENGTHS = {"inputs": 24, "targets": 16}
 COUNTS = {"a": 300, "b": 40, "c": 120}
 
 
-def stream(rates=None, pack=True, rows=slice(0, 8), batch_size=8, changes=(), seed=0, limit=None, names="abc"):
+def stream(
+    rates=None, pack=True, rows=slice(0, 8), batch_size=8, changes=(), seed=0, limit=None, names="abc", lengths=LENGTHS
+):
     converter = EncoderDecoder(pack)
     sources = []
     for place, name in enumerate(names):
-        objective = converter.bind(task("inputs", "targets", name=name), LENGTHS)
+        objective = converter.bind(task("inputs", "targets", name=name), lengths)
         examples = random_examples(COUNTS[name], longest=(20, 5, 12)[place], seed=place)
         sources.append(RowSource(name, examples, objective, pack, seed=seed))
     rates = rates or {"a": 1.0, "b": 0.5, "c": 2.5}
-    spec = converter.spec(LENGTHS, batch_size)
+    spec = converter.spec(lengths, batch_size)
     return RowStream("mix", sources, rates, changes, spec, batch_size, rows, seed, limit)
 
 
@@ -149,6 +151,15 @@ def test_a_position_of_other_data_or_another_seed_is_refused():
     state = stream().state()
     with pytest.raises(UserError, match="of SEED=0, this run's is 5"):
         stream(seed=5).restore(state)
+
+
+def test_rows_laid_out_otherwise_are_refused():
+    before = stream()
+    take(before, 3)
+    with pytest.raises(UserError, match="task 'a': .*laid out otherwise.*TASK_FEATURE_LENGTHS, PACK"):
+        stream(pack=False).restore(before.state())
+    with pytest.raises(UserError, match="laid out otherwise"):
+        stream(lengths={"inputs": 24, "targets": 17}).restore(before.state())
 
 
 def test_a_task_added_later_starts_at_its_beginning():
