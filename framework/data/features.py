@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from meshway.framework.data.objective import Items, Sizes, Spec, TaskInfo
-from meshway.framework.data.overlong import Overlong, check_policy
+from meshway.framework.data.overlong import WHOLE, Overlong, check_policy
 from meshway.framework.data.rows import packing
 from meshway.framework.data.rows.packing import Arrays, Example, Placement
 from meshway.framework.data.token_rows import (
@@ -23,8 +23,6 @@ from meshway.framework.data.token_rows import (
     token_spec,
 )
 from meshway.framework.errors import UserError
-
-_WHOLE = ("truncate", "skip", "error")  # policies that keep an example in one piece
 
 
 class EncoderDecoder:
@@ -40,7 +38,7 @@ class EncoderDecoder:
 
     def __init__(self, pack: bool = True, overlong: str = "truncate") -> None:
         self.pack = pack
-        self.overlong = check_policy(overlong, "EncoderDecoder", _WHOLE)
+        self.overlong = check_policy(overlong, "EncoderDecoder", WHOLE)
 
     def spec(self, lengths: Mapping[str, int], batch_size: int) -> Spec:
         """Returns name -> ((batch, length), dtype) of a batch, for task feature `lengths` in tokens."""
@@ -103,7 +101,7 @@ class PrefixLanguageModel:
     def __init__(self, pack: bool = True, loss_on_targets_only: bool = True, overlong: str = "truncate") -> None:
         self.pack = pack
         self.loss_on_targets_only = loss_on_targets_only
-        self.overlong = check_policy(overlong, "PrefixLanguageModel", _WHOLE)
+        self.overlong = check_policy(overlong, "PrefixLanguageModel", WHOLE)
 
     def spec(self, lengths: Mapping[str, int], batch_size: int) -> Spec:
         """Returns name -> ((batch, length), dtype) of a batch, for task feature `lengths` in tokens."""

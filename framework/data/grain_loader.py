@@ -29,7 +29,7 @@ from meshway.framework.data.rows.online_source import OnlineSource
 from meshway.framework.data.rows.online_steps import numpy_steps
 from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.data.rows.row_stream import RowStream, Source
-from meshway.framework.data.task_data import check_arguments, vocabularies_of
+from meshway.framework.data.task_data import check_arguments, vocabularies_of, with_split
 from meshway.framework.data.vocabularies import check_named, load
 from meshway.framework.data.vocabulary import Vocabulary
 from meshway.framework.errors import UserError, did_you_mean
@@ -240,17 +240,8 @@ class CachedData:
         return run
 
     def _with_split(self, split: str, purpose: str) -> list[CachedTask]:
-        having = [task for task in self.tasks if split in task.splits]
-        lacking = [task for task in self.tasks if split not in task.splits]
-        if not having:
-            known = sorted({split for task in lacking for split in task.splits})
-            raise UserError(
-                f"{self.name!r} has no split {split!r} for {purpose}; it has {known}{did_you_mean(split, known)}"
-            )
-        if lacking:
-            names = ", ".join(task.name for task in lacking)
-            print(f"data: {purpose} leaves out {names}: no split {split!r}", file=sys.stderr)
-        return having
+        having = with_split({task.name: task.splits for task in self.tasks}, split, purpose, self.name)
+        return [task for task in self.tasks if task.name in having]
 
     def _may_be_drawn(self, task: CachedTask) -> bool:
         return task.rate > 0 or any(change.rates.get(task.name, 0) > 0 for change in self._changes)

@@ -108,27 +108,6 @@ def mixing_rates(provider: Any) -> dict[str, float]:
         return {task.name: float(provider.get_rate(task)) for task in subtasks(provider)}
 
 
-def with_split(tasks: Sequence[Any], split: str, purpose: str, name: str) -> list[Any]:
-    """Returns the tasks that have `split`, saying which have not; UserError when none of mixture `name` has."""
-    having: list[Any] = []
-    lacking: list[tuple[Any, list[str]]] = []
-    for task in tasks:
-        with task_errors(task.name, f"split {split!r}"):
-            splits = list(task.splits)
-        # A slice such as 'train[:90%]' is a matter of its source.
-        if re.sub(r"\[.*\]$", "", split) in splits:
-            having.append(task)
-        else:
-            lacking.append((task, splits))
-    if not having:
-        known = sorted({split for _, splits in lacking for split in splits})
-        raise UserError(f"{name!r} has no split {split!r} for {purpose}; it has {known}{did_you_mean(split, known)}")
-    if lacking:
-        names = ", ".join(task.name for task, _ in lacking)
-        print(f"data: {purpose} leaves out {names}: no split {split!r}", file=sys.stderr)
-    return having
-
-
 @contextlib.contextmanager
 def _without_start_up_notes() -> Iterator[None]:
     """Drops the information lines TensorFlow's C++ writes to stderr as it loads, and passes on all others.

@@ -6,6 +6,7 @@ anything longer `grain_loader.CachedData` reads the same tasks from a cache.
 
 import functools
 import itertools
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from meshway.framework.data.rows.examples import InMemory
 from meshway.framework.data.rows.order import key_of
 from meshway.framework.data.rows.packing import Arrays, Example
 from meshway.framework.data.rows.row_source import RowSource
-from meshway.framework.data.task_data import check_arguments, vocabularies_of
+from meshway.framework.data.task_data import check_arguments, vocabularies_of, with_split
 from meshway.framework.data.vocabulary import Vocabulary
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Batch
@@ -84,7 +85,7 @@ class SeqioData:
             (then when the first batch is asked for).
         """
         seqio_door.mixing_rates(self._provider)  # complains about a mixture that cannot be read
-        tasks = seqio_door.with_split(self._tasks, self._train_split, "training", self.name)
+        tasks = self._with_split(self._train_split, "training")
         share = len(range(self.batch_size)[rows])
         print(
             f"data: {self.name} streams uncached through seqio: a resumed run replays what it has read, and batches "
@@ -115,7 +116,7 @@ class SeqioData:
                 vocabularies,
                 task,
             )
-            for task in seqio_door.with_split(self._tasks, self._eval_split, "evaluation", self.name)
+            for task in self._with_split(self._eval_split, "evaluation")
         ]
 
     def vocabularies(self) -> dict[str, Vocabulary]:
@@ -136,6 +137,15 @@ class SeqioData:
                     f"task {task.name!r} cannot be read with use_cached=True: it has no CacheDatasetPlaceholder"
                 )
         return tasks
+
+    def _with_split(self, split: str, purpose: str) -> list[Any]:
+        splits: dict[str, list[str]] = {}
+        for task in self._tasks:
+            with seqio_door.task_errors(task.name, f"split {split!r}"):
+                splits[task.name] = list(task.splits)
+        # A slice such as 'train[:90%]' is a matter of its source.
+        having = with_split(splits, re.sub(r"\[.*\]$", "", split), purpose, self.name)
+        return [task for task in self._tasks if task.name in having]
 
     def _objective(self, task: Any) -> Objective:
         return self.converter.bind(TaskInfo(task.name, seqio_steps.declared(task)), self.lengths)

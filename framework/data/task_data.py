@@ -1,5 +1,6 @@
 """What the data sources of tasks share: checks of their arguments, vocabularies of what they read."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ from meshway.framework.data.seqio_door import task_errors
 from meshway.framework.data.seqio_steps import declared
 from meshway.framework.data.vocabularies import check_named, of_seqio
 from meshway.framework.data.vocabulary import Vocabulary
-from meshway.framework.errors import UserError
+from meshway.framework.errors import UserError, did_you_mean
 
 
 def check_arguments(kind: str, batch_size: Any, seed: Any, eval_examples: Any) -> None:
@@ -35,3 +36,18 @@ def vocabularies_of(
         found = {feature: of_seqio(features[feature].vocabulary) for feature in read}
     check_named(name, {feature: features[feature].vocabulary for feature in read}, named)
     return found
+
+
+def with_split(tasks: Mapping[str, Sequence[str]], split: str, purpose: str, name: str) -> list[str]:
+    """Returns which of `tasks`, {name: its splits}, have `split`, saying which have not.
+
+    Raises:
+      UserError: none of the tasks of mixture `name` has it.
+    """
+    having = [task for task, splits in tasks.items() if split in splits]
+    if not having:
+        known = sorted({known for splits in tasks.values() for known in splits})
+        raise UserError(f"{name!r} has no split {split!r} for {purpose}; it has {known}{did_you_mean(split, known)}")
+    if lacking := [task for task in tasks if task not in having]:
+        print(f"data: {purpose} leaves out {', '.join(lacking)}: no split {split!r}", file=sys.stderr)
+    return having
