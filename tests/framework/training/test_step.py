@@ -81,12 +81,15 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     before = jax.device_get(state)
     batch = dict(made.synthetic_batch())
     good = made.put(batch)
+    batch["decoder_segment_ids"] = np.array(batch["decoder_segment_ids"])
+    batch["decoder_segment_ids"][::4] = 0
     batch["decoder_loss_weights"] = np.full_like(batch["decoder_loss_weights"], np.inf)
     bad = made.put(batch)
     for count in (1, 2):
         state, metrics = step(state, bad)
         assert int(state.skipped) == int(state.skipped_in_a_row) == count == int(state.step)
         assert float(metrics["skipped_in_a_row"][0]) == count
+        assert float(metrics["decoder_density"][0] / metrics["decoder_density"][1]) == 0.75
     jax.tree.map(np.testing.assert_array_equal, before.params, jax.device_get(state.params))
     jax.tree.map(np.testing.assert_array_equal, before.opt_state, jax.device_get(state.opt_state))
     state, _ = step(state, good)
