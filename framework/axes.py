@@ -1,4 +1,4 @@
-"""Logical axis names, and `constrain`, which says in a model how an activation lies on the mesh.
+"""Logical axis names, and how a model meets the mesh: `constrain` an activation, or ask where one lies.
 
 A model names the axes of its arrays; a layout file (`gin/layouts/`) maps names to mesh axes. This file is
 the vocabulary both sides share, so it imports only jax. It is no closed list: a user's model may use a new
@@ -6,8 +6,9 @@ name, if the layout maps it.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Protocol
 
 import jax
 from jax.sharding import NamedSharding
@@ -30,20 +31,31 @@ VOCABULARY = {
 }
 
 Names = tuple[str | None, ...]
-# Maps (axis names, shape) to the sharding the ambient layout gives that activation; raises on unknown names.
-Resolver = Callable[[Names, tuple[int, ...]], NamedSharding]
 
-_resolver: ContextVar[Resolver | None] = ContextVar("meshway_activation_resolver", default=None)
+
+class Ambient(Protocol):
+    """The layout a model runs under, for activations."""
+
+    def sharding(self, names: Names, shape: tuple[int, ...]) -> NamedSharding:
+        """Returns where an activation of these axes lies; raises on unknown names and sizes that do not divide."""
+        ...
+
+    def mesh_axes(self, name: str) -> tuple[str, ...]:
+        """Returns the mesh axes, of more than one device, that cut a logical axis; raises on an unknown name."""
+        ...
+
+
+_ambient: ContextVar[Ambient | None] = ContextVar("meshway_ambient_layout", default=None)
 
 
 @contextlib.contextmanager
-def resolving(resolver: Resolver) -> Iterator[None]:
-    """Makes `resolver` the ambient layout that `constrain` asks, for the length of a `with` block."""
-    token = _resolver.set(resolver)
+def under(layout: Ambient) -> Iterator[None]:
+    """Makes `layout` the one that a model's activations follow, for the length of a `with` block."""
+    token = _ambient.set(layout)
     try:
         yield
     finally:
-        _resolver.reset(token)
+        _ambient.reset(token)
 
 
 def constrain(x: jax.Array, names: Names) -> jax.Array:
@@ -60,14 +72,43 @@ def constrain(x: jax.Array, names: Names) -> jax.Array:
       ValueError: the rank differs from the number of names, or a mesh is set without a layout. (flax's own
         helper is silent in such cases; a lost constraint shows up as memory, never as an error.)
     """
-    if x.ndim != len(names):
-        raise ValueError(f"constrain: an array of shape {x.shape} was given {len(names)} axis names {names}")
-    resolver = _resolver.get()
-    if resolver is None:
-        if jax.sharding.get_abstract_mesh().empty:
-            return x
-        raise ValueError(f"constrain{names}: a mesh is set but no layout is; run inside Partitioner.activate()")
-    sharding = resolver(names, x.shape)
-    if sharding.mesh.size == 1:
+    sharding = placement(names, x.shape)
+    if sharding is None or sharding.mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def placement(names: Names, shape: tuple[int, ...]) -> NamedSharding | None:
+    """Returns where the ambient layout puts an activation: what a kernel gives `shard_map` as mesh and specs.
+
+    Args:
+      names: one logical name a dimension, or None.
+      shape: its global shape.
+
+    Returns:
+      the sharding; None outside any mesh.
+
+    Raises:
+      ValueError: the rank differs from the number of names, or a mesh is set without a layout.
+    """
+    if len(shape) != len(names):
+        raise ValueError(f"an array of shape {shape} was given {len(names)} axis names {names}")
+    layout = _ambient_layout(names)
+    return None if layout is None else layout.sharding(names, shape)
+
+
+def mesh_axes(name: str) -> tuple[str, ...]:
+    """Returns the mesh axes, of more than one device, that cut logical axis `name` of activations; () without a mesh.
+
+    Raises:
+      ValueError: a mesh is set without a layout.
+    """
+    layout = _ambient_layout((name,))
+    return () if layout is None else layout.mesh_axes(name)
+
+
+def _ambient_layout(names: Names) -> Ambient | None:
+    layout = _ambient.get()
+    if layout is None and not jax.sharding.get_abstract_mesh().empty:
+        raise ValueError(f"axes {names}: a mesh is set but no layout is; run inside Partitioner.activate()")
+    return layout

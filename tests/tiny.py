@@ -1,5 +1,11 @@
 """Tiny programs from the shipped gin files, for tests: shapes small, everything else as shipped."""
 
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+
 from meshway.framework.training.program import TrainProgram
 from meshway.launch import config
 from meshway.launch.invocation import Invocation
@@ -10,7 +16,7 @@ ONE_LAYER = {  # half the compile time; tests of stacks ask for more
     "t5_1_1": ("NUM_ENCODER_LAYERS=1", "NUM_DECODER_LAYERS=1"),
     "lm": ("NUM_LAYERS=1",),
 }
-LAYOUTS = ("single", "data", "fsdp", "model_1d", "model_2d", "fsdp_model")
+LAYOUTS = tuple(sorted(path.stem for path in (Path(__file__).parent.parent / "gin/layouts").glob("*.gin")))
 
 
 def program(family: str = "t5_1_1", *bindings: str, layout: str = "single", optimizer: str = "adamw") -> TrainProgram:
@@ -43,3 +49,22 @@ def losses(program: TrainProgram, steps: int, state=None, first: int = 0) -> tup
         total, weight = metrics["loss"]
         found.append(float(total) / float(weight))
     return found, state
+
+
+def gradients_and_losses(program: TrainProgram, fresh, steps: int) -> tuple[dict[str, np.ndarray], list[float]]:
+    """Trains from a state on the host; returns (the first step's gradients by path, mean loss of each step)."""
+
+    def exposing(gradient_at, params):
+        gradients, metrics = gradient_at(params)
+        leaves = jax.tree_util.tree_leaves_with_path(gradients)
+        named = {f"gradient{jax.tree_util.keystr(path)}": (leaf, leaf) for path, leaf in leaves}
+        return gradients, metrics | named
+
+    program._step = dataclasses.replace(program._step, gradient_rule=exposing)
+    step, state = program.compile_step(), jax.device_put(fresh, program.state_shardings)
+    gradients, found = {}, []
+    for index in range(steps):
+        state, metrics = step(state, program.put(program.synthetic_batch(seed=index)))
+        gradients = gradients or {name: np.asarray(m[0]) for name, m in metrics.items() if name.startswith("gradient[")}
+        found.append(float(metrics["loss"][0]) / float(metrics["loss"][1]))
+    return gradients, found

@@ -29,9 +29,9 @@ class Row:
 def explain(partitioner: Partitioner, names: Any, shapes: Any, what: str) -> list[Row]:
     """Returns a row a tensor, for a tree of axis names beside a tree of shapes with dtypes."""
     rows: list[Row] = []
+    rules = partitioner.rules_of(what)
 
     def add(path: Any, leaf: Any, leaf_names: tuple[str | None, ...]) -> None:
-        rules = partitioner.activation_rules if what == "batch" else partitioner.parameter_rules
         name = f"{what}/{path_name(path)}" if path_name(path) else what
         resolved = rules.resolve(leaf_names, leaf.shape, name)
         sharding = NamedSharding(partitioner.mesh, resolved.spec)

@@ -77,6 +77,10 @@ def _arrange(devices: list[jax.Device], ici: tuple[int, ...], dcn: tuple[int, ..
         return mesh_utils.create_device_mesh(ici, devices)
     slices = {getattr(device, "slice_index", 0) for device in devices}
     granules = slices if len(slices) > 1 else {device.process_index for device in devices}
+    if len(granules) == 1 and devices[0].platform == "cpu":  # simulated devices may play any number of slices
+        parts = np.array(devices).reshape(*dcn, *ici)
+        order = [axis for pair in zip(range(len(dcn)), range(len(dcn), 2 * len(dcn)), strict=True) for axis in pair]
+        return parts.transpose(order).reshape([slow * fast for slow, fast in zip(dcn, ici, strict=True)])
     if math.prod(dcn) != len(granules):
         raise UserError(
             f"MeshShape.dcn has {math.prod(dcn)} parts, but the devices lie on {len(granules)} "

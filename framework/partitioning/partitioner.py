@@ -24,9 +24,19 @@ class Layout:
         mesh: MeshShape,
         parameters: Sequence[tuple[str, Target]],
         activations: Sequence[tuple[str, Target]],
+        optimizer: Sequence[tuple[str, Target]] | None = None,
+        compiler_options: Mapping[str, Mapping[str, Any]] | None = None,
     ):
-        """`parameters` places parameters and optimizer state; `activations` places batches and activations."""
+        """Args:
+        mesh: the named mesh.
+        parameters: where parameters lie.
+        activations: where batches and activations lie.
+        optimizer: where the optimizer's state lies; None for where parameters do (ZeRO-1 cuts only this).
+        compiler_options: XLA's options by platform ("tpu", "gpu", "cpu"): what overlaps communication with work.
+        """
         self.mesh, self.parameters, self.activations = mesh, parameters, activations
+        self.optimizer = parameters if optimizer is None else optimizer
+        self.compiler_options = compiler_options or {}
 
 
 class Partitioner:
@@ -41,14 +51,22 @@ class Partitioner:
         self.mesh: Mesh = layout.mesh.build(devices)
         sizes = dict(self.mesh.shape)
         self.parameter_rules = Rules(layout.parameters, sizes, "Layout.parameters")
-        self.activation_rules = Rules(layout.activations, sizes, "Layout.activations")
+        self.optimizer_rules = self.parameter_rules
+        if layout.optimizer is not layout.parameters:
+            self.optimizer_rules = Rules(layout.optimizer, sizes, "Layout.optimizer")
+        self.activation_rules = Rules(layout.activations, sizes, "Layout.activations", ("length",))
+        self._compiler_options = _options_of(layout.compiler_options, self.mesh.devices.flat[0].platform)
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
 
     @contextlib.contextmanager
     def activate(self) -> Iterator[None]:
         """Makes mesh and rules ambient: trace, lower and call model code inside."""
-        with jax.set_mesh(self.mesh), axes_lib.resolving(self._activation_sharding):
+        with jax.set_mesh(self.mesh), axes_lib.under(self):
             yield
+
+    def rules_of(self, what: str) -> Rules:
+        """Returns the table that places `what`: "batch", "opt_state", or anything else of the state."""
+        return {"batch": self.activation_rules, "opt_state": self.optimizer_rules}.get(what, self.parameter_rules)
 
     def state_shardings(self, names: Any, shapes: Any, what: str = "parameter") -> Any:
         """Returns a tree of shardings for a tree of axis names beside a tree of shapes.
@@ -56,10 +74,11 @@ class Partitioner:
         Raises:
           UserError: see `Rules.resolve`; the message names the tensor.
         """
+        rules = self.rules_of(what)
 
         def of(path: Any, shape: Any, leaf_names: Names) -> NamedSharding:
-            name = f"{what} {path_name(path)}"
-            return NamedSharding(self.mesh, self.parameter_rules.resolve(leaf_names, shape.shape, name).spec)
+            name = f"{what}/{path_name(path)}".rstrip("/")
+            return NamedSharding(self.mesh, rules.resolve(leaf_names, shape.shape, name).spec)
 
         return jax.tree_util.tree_map_with_path(of, shapes, names)
 
@@ -112,10 +131,23 @@ class Partitioner:
         out_shardings: Any,
         donate: tuple[int, ...] = (),
     ) -> jax.stages.Compiled:
-        """Traces and compiles `function` for abstract or real `arguments`, under this layout."""
+        """Traces and compiles `function` for abstract or real `arguments`, under this layout.
+
+        Raises:
+          UserError: the compiler does not know one of the layout's options.
+        """
         with self.activate():
             jitted = jax.jit(function, in_shardings=in_shardings, out_shardings=out_shardings, donate_argnums=donate)
-            return jitted.lower(*arguments).compile()
+            lowered = jitted.lower(*arguments)
+            try:
+                return lowered.compile(compiler_options=self._compiler_options or None)
+            except jax.errors.JaxRuntimeError as error:
+                if "compile option" not in str(error):
+                    raise
+                raise UserError(
+                    f"Layout.compiler_options: {str(error).splitlines()[0]} (this platform's: "
+                    f"{self._compiler_options}); mend or remove it in the layout file"
+                ) from error
 
     def check_rules_matched(self) -> None:
         """Call once a step was traced.
@@ -123,12 +155,31 @@ class Partitioner:
         Raises:
           UserError: a rule that matched no tensor: a misspelt name shards nothing, silently.
         """
-        unmatched = [*self.parameter_rules.unmatched(), *self.activation_rules.unmatched()]
+        tables = (self.parameter_rules, self.optimizer_rules, self.activation_rules)
+        unmatched = dict.fromkeys(rule for table in tables for rule in table.unmatched())
         if unmatched:
             raise UserError("rules that match no axis of this model: " + "; ".join(unmatched))
 
-    def _activation_sharding(self, names: Names, shape: tuple[int, ...]) -> NamedSharding:
+    def sharding(self, names: Names, shape: tuple[int, ...]) -> NamedSharding:
+        """Returns where an activation with logical axes `names` lies; UserError as `Rules.resolve`."""
         return NamedSharding(self.mesh, self.activation_rules.resolve(names, shape, "an activation").spec)
+
+    def mesh_axes(self, name: str) -> tuple[str, ...]:
+        """Returns the mesh axes, of more than one device, that cut logical axis `name` of activations.
+
+        Raises:
+          UserError: no rule maps `name`.
+        """
+        return tuple(axis for axis in self.activation_rules.axes_of(name) if self.mesh.shape[axis] > 1)
+
+
+def _options_of(options: Mapping[str, Mapping[str, Any]], platform: str) -> dict[str, Any]:
+    """Returns the compiler options of one platform."""
+    known = ("cpu", "gpu", "tpu")
+    for name in options:
+        if name not in known:
+            raise UserError(f"Layout.compiler_options names platform {name!r}, not one of {known}")
+    return dict(options.get("gpu" if platform in ("cuda", "rocm") else platform, {}))
 
 
 def path_name(path: Sequence[Any]) -> str:

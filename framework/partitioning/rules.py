@@ -1,7 +1,8 @@
 """Rules from logical axis names to mesh axes, and every way in which they may not fit."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 
 from jax.sharding import PartitionSpec
 
@@ -9,6 +10,7 @@ from meshway.framework.axes import VOCABULARY, Names
 from meshway.framework.errors import UserError, did_you_mean
 
 Target = str | Sequence[str] | None
+Axes = tuple[str, ...]  # mesh axes that cut one dimension together; () leaves it whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,13 +22,24 @@ class Resolution:
 
 
 class Rules:
-    """One ordered table `(logical name, mesh axis | tuple of axes | None)`.
+    """One ordered table `(logical name, target)`.
 
-    None replicates, in writing: a name without any rule is an error, never a silent replication.
+    A target is a mesh axis, several that cut together (`('data', 'fsdp')`, or `'data + fsdp'`), or None, which
+    replicates, in writing: a name without any rule is an error, never a silent replication. Alternatives are written
+    out too: `'model | data | None'` takes, for each array, the first whose axes are free and divide the dimension. Axes
+    are taken in the order of the table: with `heads` before `length`, `('length', 'model | None')` cuts the length of
+    the residual stream, and leaves whole that of queries, whose heads are cut.
     """
 
-    def __init__(self, table: Sequence[tuple[str, Target]], mesh_sizes: Mapping[str, int], title: str):
-        """`title` names the table in messages, as gin binds it ("Layout.parameters").
+    def __init__(
+        self,
+        table: Sequence[tuple[str, Target]],
+        mesh_sizes: Mapping[str, int],
+        title: str,
+        whole_when_single: Collection[str] = (),
+    ):
+        """`title` names the table in messages, as gin binds it ("Layout.parameters"). Dimensions of the names in
+        `whole_when_single` are not cut where their size is 1: the length of a decoding step.
 
         Raises:
           UserError: a rule is no pair, a name has two rules, or a target is no axis of the mesh.
@@ -34,21 +47,15 @@ class Rules:
         self.title = title
         self.used: set[str] = set()
         self._sizes = dict(mesh_sizes)
-        self._targets: dict[str, tuple[str, ...]] = {}
+        self._whole_when_single = frozenset(whole_when_single)
+        self._targets: dict[str, tuple[Axes, ...]] = {}
         for rule in table:
             if not (isinstance(rule, (tuple, list)) and len(rule) == 2):
                 raise UserError(f"{title}: a rule is ('logical name', mesh axis or None), not {rule!r}")
             name, target = rule
             if name in self._targets:
                 raise UserError(f"{title}: {name!r} has two rules; merge them: ('{name}', ('axis', 'axis'))")
-            axes = () if target is None else (target,) if isinstance(target, str) else tuple(target)
-            for axis in axes:
-                if axis not in self._sizes:
-                    raise UserError(
-                        f"{title}: rule {(name, target)!r} names mesh axis {axis!r}, but the mesh has "
-                        f"{list(self._sizes)}{did_you_mean(axis, self._sizes)}"
-                    )
-            self._targets[name] = axes
+            self._targets[name] = self._alternatives(name, target)
 
     def resolve(self, names: Names, shape: Sequence[int], what: str) -> Resolution:
         """Returns where an array of logical axes `names` and sizes `shape` lies; `what` names it in messages.
@@ -56,44 +63,85 @@ class Rules:
         Raises:
           UserError: a name no rule maps, two dimensions on one mesh axis, or a dimension that does not divide.
         """
-        entries: list[tuple[str, ...]] = []
-        fired: list[str] = []
+        entries: list[Axes] = [()] * len(names)
         owner: dict[str, str | None] = {}
-        for name, size in zip(names, shape, strict=True):
-            axes = self._axes_of(name, what)
+        for place in self._in_table_order(names, what):
+            name, size = names[place], shape[place]
+            axes = self._choose(name, size, owner, what)
             for axis in axes:
                 if axis in owner:
+                    first, second = sorted((owner[axis], name), key=names.index)
                     raise UserError(
-                        f"{what} with axes {names}: both {owner[axis]!r} and {name!r} are mapped to mesh axis "
+                        f"{what} with axes {names}: both {first!r} and {second!r} are mapped to mesh axis "
                         f"{axis!r} by {self.title}; an axis can cut one dimension only"
                     )
                 owner[axis] = name
-            parts = 1
-            for axis in axes:
-                parts *= self._sizes[axis]
+            parts = self._parts(axes)
             if size % parts:
                 raise UserError(
                     f"{what} with shape {tuple(shape)} and axes {names}: {name!r} of size {size} does not divide "
                     f"by {' x '.join(f'{axis}={self._sizes[axis]}' for axis in axes)}, to which "
                     f"{self.title} maps it{_advice(name, size, parts)}"
                 )
-            entries.append(axes)
-            fired.append(f"{name}->{'+'.join(axes) if axes else 'None'}")
+            entries[place] = axes
         spec = PartitionSpec(*[axes[0] if len(axes) == 1 else (axes or None) for axes in entries])
+        fired = [f"{name}->{'+'.join(axes) if axes else 'None'}" for name, axes in zip(names, entries, strict=True)]
         return Resolution(spec, tuple(fired))
+
+    def axes_of(self, name: str, what: str = "an activation") -> Axes:
+        """Returns the mesh axes that cut `name`, the first alternative where there are several; UserError when no
+        rule maps it."""
+        return self._targets_of(name, what)[0]
 
     def unmatched(self) -> list[str]:
         """Returns the rules nothing used: those that cut a dimension, and names outside the vocabulary."""
         return [
-            f"{self.title}: ({name!r}, {'+'.join(axes) if axes else None!r})"
-            f"{did_you_mean(name, (VOCABULARY.keys() | self.used) - {name})}"
-            for name, axes in self._targets.items()
-            if name not in self.used and (axes or name not in VOCABULARY)
+            f"{self.title}: ({name!r}, {_text(targets)}){did_you_mean(name, (VOCABULARY.keys() | self.used) - {name})}"
+            for name, targets in self._targets.items()
+            if name not in self.used and (any(targets) or name not in VOCABULARY)
         ]
 
-    def _axes_of(self, name: str | None, what: str) -> tuple[str, ...]:
+    def _alternatives(self, name: str, target: Target) -> tuple[Axes, ...]:
+        """Reads a target."""
+        if target is None:
+            return ((),)
+        if isinstance(target, str):
+            words = [[word.strip() for word in part.split("+")] for part in target.split("|")]
+            found = tuple(() if part == ["None"] else tuple(part) for part in words)
+        else:
+            found = (tuple(target),)
+        for axis in (axis for axes in found for axis in axes):
+            if axis not in self._sizes:
+                raise UserError(
+                    f"{self.title}: rule {(name, target)!r} names mesh axis {axis!r}, but the mesh has "
+                    f"{list(self._sizes)}{did_you_mean(str(axis), self._sizes)}"
+                )
+        return found
+
+    def _in_table_order(self, names: Names, what: str) -> list[int]:
+        """Returns the dimensions whose rules come first, first; unknown names raise."""
+        order = {name: rank for rank, name in enumerate(self._targets)}
+        for name in names:
+            if name is not None:
+                self._targets_of(name, what)
+        return sorted(range(len(names)), key=lambda place: order.get(names[place] or "", -1))
+
+    def _choose(self, name: str | None, size: int, owner: Mapping[str, str | None], what: str) -> Axes:
+        """Returns the mesh axes for a dimension: the first alternative that fits, else the last, to complain about."""
         if name is None:
             return ()
+        targets = self._targets_of(name, what)
+        if size == 1 and name in self._whole_when_single:
+            return ()
+        for axes in targets:
+            if not size % self._parts(axes) and not any(axis in owner for axis in axes):
+                return axes
+        return targets[-1]
+
+    def _parts(self, axes: Axes) -> int:
+        return math.prod(self._sizes[axis] for axis in axes)
+
+    def _targets_of(self, name: str, what: str) -> tuple[Axes, ...]:
         if name not in self._targets:
             raise UserError(
                 f"{what} has logical axis {name!r}, which no rule of {self.title} maps; rules know "
@@ -102,6 +150,11 @@ class Rules:
             )
         self.used.add(name)
         return self._targets[name]
+
+
+def _text(targets: tuple[Axes, ...]) -> str:
+    text = " | ".join("+".join(axes) if axes else "None" for axes in targets)
+    return text if text == "None" else repr(text)
 
 
 def _advice(name: str | None, size: int, parts: int) -> str:

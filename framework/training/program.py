@@ -62,7 +62,11 @@ class TrainProgram:
     @functools.cached_property
     def state_shardings(self) -> TrainState:
         """A sharding for every leaf of the state."""
-        return self.partitioner.state_shardings(state_axes(self.model, self.optimizer), self.state_shapes, "state")
+        axes, shapes = state_axes(self.model, self.optimizer), self.state_shapes
+        names = [field.name for field in dataclasses.fields(TrainState)]
+        return TrainState(
+            *[self.partitioner.state_shardings(getattr(axes, name), getattr(shapes, name), name) for name in names]
+        )
 
     @property
     def abstract_state(self) -> TrainState:

@@ -1,33 +1,54 @@
-"""Every shipped layout computes what one device computes."""
+"""Every shipped layout, and many products of them, compute what one device computes."""
 
 import jax
 import numpy as np
 import pytest
-from tiny import FAMILIES, LAYOUTS, losses, program
+from tiny import FAMILIES, LAYOUTS, gradients_and_losses, losses, program
 
 STEPS = 20
+QUICK = ("fsdp_model", "model_sequence")  # the others are slow proofs
+# Layout file -> other mesh shapes it is tried with: what else its file can be asked for.
+SHAPES = {
+    "zero_1": ["{'data': 4}"],
+    "fsdp": ["{'fsdp': 4}"],
+    "model_1d": ["{'data': 2, 'model': 4}"],
+    "model_2d": ["{'data': 2, 'model': 4}"],
+    "fsdp_model": ["{'fsdp': 2, 'model': 4}"],
+    "model_sequence": ["{'data': 2, 'model': 4}"],
+}
+CASES = [(layout, "") for layout in LAYOUTS if layout != "single"]
+CASES += [(layout, f"mesh.MeshShape.ici={shape}") for layout, shapes in SHAPES.items() for shape in shapes]
 
 
 @pytest.fixture(scope="module")
 def reference():
-    """Per family: the fresh state on one device, on the host, and the losses of twenty steps from it."""
+    """Per family: the fresh state on one device, on the host, the first gradients and the losses of twenty steps."""
     found = {}
     for family in FAMILIES:
         made = program(family)
         fresh = jax.device_get(made.init())
-        found[family] = fresh, losses(made, STEPS)[0]
+        found[family] = fresh, *gradients_and_losses(made, fresh, STEPS)
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize(
+    "layout, shape",
+    [pytest.param(*case, marks=() if case[0] in QUICK and not case[1] else pytest.mark.slow) for case in CASES],
+)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layout_equals_one_device(family, layout, reference):
-    fresh, expected = reference[family]
-    made = program(family, layout=layout)
-    found, _ = losses(made, STEPS, jax.device_put(fresh, made.state_shardings))
+def test_layout_equals_one_device(family, layout, shape, reference):
+    fresh, gradients, expected = reference[family]
+    found_gradients, found = gradients_and_losses(
+        program(family, *[shape] if shape else [], layout=layout), fresh, STEPS
+    )
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     assert found[-1] < found[0]
+    assert found_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(
+            found_gradients[name], gradient, rtol=1e-4, atol=1e-5 * np.abs(gradient).max(), err_msg=name
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

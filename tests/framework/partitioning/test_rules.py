@@ -84,12 +84,73 @@ def test_mesh_sizes():
         (MeshShape({"data": -1, "model": 3}), "multiple of 3"),
         (MeshShape({"data": -1, "model": -1}), "may be -1"),
         (MeshShape({"data": 0}), "positive"),
-        (MeshShape({"data": 2}, {"replica": 2}), "lie on 1 processes"),
+        (MeshShape({"data": 8}, {"replica": 2}), "needs 16 devices, and there are 8"),
     ],
 )
 def test_impossible_meshes_are_refused(shape, word):
     with pytest.raises(UserError, match=word):
         shape.build()
+
+
+def test_simulated_devices_play_slices():
+    mesh = MeshShape({"fsdp": 2, "model": 2}, {"replica": 2}).build()
+    assert dict(mesh.shape) == {"replica": 2, "fsdp": 2, "model": 2}
+    np.testing.assert_array_equal(mesh.device_ids.reshape(2, 4), [[0, 1, 2, 3], [4, 5, 6, 7]])
+    mesh = MeshShape({"data": 2, "model": 2}, {"data": 2}).build()  # the slow part of an axis is outermost
+    np.testing.assert_array_equal(mesh.device_ids, [[0, 1], [2, 3], [4, 5], [6, 7]])
+
+
+ALTERNATIVES = [
+    ("heads", "model"),
+    ("mlp", "data + model"),
+    ("length", "model | data | None"),
+    ("embed", "model | None"),
+]
+
+
+@pytest.mark.parametrize(
+    "names, shape, spec",
+    [
+        (("length", "heads"), (8, 8), ("data", "model")),  # heads stand first in the table
+        (("heads", "length"), (8, 8), ("model", "data")),
+        (("length", "embed"), (8, 8), ("model", None)),
+        (("embed",), (6,), (None,)),  # model=4 does not divide it
+        (("length",), (6,), ("data",)),
+        (("length", "mlp"), (8, 8), (None, ("data", "model"))),
+        (("length", "length"), (8, 8), ("model", "data")),
+    ],
+)
+def test_alternatives_take_the_first_that_is_free_and_fits(names, shape, spec):
+    rules = Rules(ALTERNATIVES, {"data": 2, "model": 4}, "Layout.activations")
+    assert tuple(rules.resolve(names, shape, "x").spec) == spec
+
+
+def test_the_last_alternative_is_complained_about():
+    rules = Rules([("heads", "model"), ("length", "model | data")], {"data": 2, "model": 4}, "Layout.activations")
+    with pytest.raises(UserError, match="'length' of size 7 does not divide by data=2"):
+        rules.resolve(("length", "heads"), (7, 8), "x")
+    with pytest.raises(UserError, match="names mesh axis 'modle'.*did you mean 'model'"):
+        Rules([("heads", "modle | None")], {"data": 2, "model": 4}, "Layout.activations")
+
+
+def test_a_single_position_is_not_cut():
+    table, sizes = [("batch", "data"), ("length", "model")], {"data": 2, "model": 4}
+    rules = Rules(table, sizes, "Layout.activations", whole_when_single=("length",))
+    assert tuple(rules.resolve(("batch", "length"), (2, 1), "x").spec) == ("data", None)
+    with pytest.raises(UserError, match="'batch' of size 1"):
+        rules.resolve(("batch", "length"), (1, 4), "x")
+
+
+def test_compiler_options_reach_the_compiler_of_their_platform():
+    def compile_with(options):
+        made = Partitioner(Layout(MeshShape({"data": 2}), [], [], compiler_options=options))
+        return made.compile(lambda x: x, 1.0, in_shardings=made.replicated, out_shardings=made.replicated)
+
+    compile_with({"cpu": {"xla_cpu_enable_fast_math": False}, "tpu": {"xla_unheard_of": 1}})
+    with pytest.raises(UserError, match="Layout.compiler_options: .*xla_unheard_of"):
+        compile_with({"cpu": {"xla_unheard_of": 1}})
+    with pytest.raises(UserError, match="platform 'cuda', not one of"):
+        compile_with({"cuda": {}})
 
 
 def partitioner(**activations):
