@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from meshway.models.layers.masks import causal_mask, prefix_mask, row_positions, segment_mask
+from meshway.models.layers.masks import Mask, Sight, row_positions, visible
+from meshway.models.layers.reports import collecting
 from meshway.models.losses import CrossEntropy, target_log_probs
 from meshway.models.module import Network, NetworkFactory
 from meshway.models.token_batch import TokenSpec, token_spec
@@ -47,8 +48,9 @@ class DecoderOnly:
 
     def loss(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, dict]:
         """Returns (summed loss, summed weight, metrics) over weighted tokens; `rng` None means no dropout."""
-        logits = self.logits(params, batch, rng)
-        return self._criterion(logits, batch["decoder_target_tokens"], batch["decoder_loss_weights"])
+        with collecting() as reports:
+            logits = self.logits(params, batch, rng)
+        return self._criterion(logits, batch["decoder_target_tokens"], batch["decoder_loss_weights"], reports)
 
     def score(self, params: dict[str, Any], batch: Batch) -> jax.Array:
         """Returns the log-probability of each target token, float32 [batch, length], 0 on padding."""
@@ -64,7 +66,7 @@ class DecoderOnly:
         rows, length = tokens.shape
         network = self._network.bind(params)
         positions = jnp.broadcast_to(row_positions(length), (rows, length))
-        mask = jnp.pad(self._mask(batch), ((0, 0), (0, 0), (0, 0), (0, max_length)))
+        mask = Mask(jnp.pad(self._mask(batch).dense, ((0, 0), (0, 0), (0, 0), (0, max_length))))
         cache = network.empty_cache(rows, length + max_length)
         _, cache = network(tokens, positions, mask, cache=cache, cache_index=positions)
         last = jnp.sum(segments != 0, axis=1) - 1
@@ -88,8 +90,8 @@ class DecoderOnly:
         logits, _ = network(batch["decoder_input_tokens"], batch["decoder_positions"], self._mask(batch), rng=rng)
         return logits
 
-    def _mask(self, batch: Batch) -> jax.Array:
+    def _mask(self, batch: Batch) -> Mask:
         segments = batch["decoder_segment_ids"]
-        positions = row_positions(segments.shape[1])
-        mask = causal_mask(positions, positions) & segment_mask(segments, segments)
-        return mask | prefix_mask(batch["decoder_prefix_mask"], segments) if self._prefix else mask
+        prefix = batch["decoder_prefix_mask"] if self._prefix else None
+        tokens = Sight(segments, row_positions(segments.shape[1]), prefix)
+        return visible(tokens, tokens, causal=True)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from meshway.models.layers.reports import collecting
 from meshway.models.losses import CrossEntropy, target_log_probs
 from meshway.models.module import Network, NetworkFactory
 from meshway.models.token_batch import TokenSpec, token_spec
@@ -36,8 +37,9 @@ class EncoderDecoder:
 
     def loss(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, dict]:
         """Returns (summed loss, summed weight, metrics) over target tokens; `rng` None means no dropout."""
-        logits = self.logits(params, batch, rng)
-        return self._criterion(logits, batch["decoder_target_tokens"], batch["decoder_loss_weights"])
+        with collecting() as reports:
+            logits = self.logits(params, batch, rng)
+        return self._criterion(logits, batch["decoder_target_tokens"], batch["decoder_loss_weights"], reports)
 
     def score(self, params: dict[str, Any], batch: Batch) -> jax.Array:
         """Returns the log-probability of each target token, float32 [batch, length], 0 on padding."""

@@ -11,8 +11,9 @@ from meshway.models.layers.blocks import LayerFactory
 from meshway.models.layers.dropout import dropout, split_key
 from meshway.models.layers.embedding import Embedding
 from meshway.models.layers.linear import Linear
-from meshway.models.layers.masks import causal_mask, row_positions
+from meshway.models.layers.masks import Mask, causal_mask, row_positions
 from meshway.models.layers.norm import RMSNorm
+from meshway.models.layers.reports import collecting, say
 from meshway.models.t5 import StackFactory
 
 
@@ -43,7 +44,7 @@ class LanguageModel(nnx.Module):
         self,
         tokens: jax.Array,
         positions: jax.Array,
-        mask: jax.Array,
+        mask: Mask,
         *,
         cache: Any = None,
         cache_index: jax.Array | None = None,
@@ -54,7 +55,7 @@ class LanguageModel(nnx.Module):
         Args:
           tokens: int32 [batch, length].
           positions: int32 [batch, length], where each token stands in its segment.
-          mask: bool [batch, 1, length, kv_length]; the cache's length where there is a cache.
+          mask: which tokens each sees; which slots of the cache, where there is a cache.
           cache, cache_index: see `Attention`.
           rng: dropout key.
 
@@ -63,7 +64,11 @@ class LanguageModel(nnx.Module):
         """
         keys = split_key(rng, 3)
         x = dropout(self.token_embedding(tokens), self.dropout_rate, keys[0])
-        x, cache = self.decoder(x, positions=positions, mask=mask, cache=cache, cache_index=cache_index, rng=keys[1])
+        with collecting() as reports:
+            x, cache = self.decoder(
+                x, positions=positions, mask=mask, cache=cache, cache_index=cache_index, rng=keys[1]
+            )
+        say(reports, "decoder/")
         x = dropout(self.decoder_norm(x), self.dropout_rate, keys[2])
         logits = self.token_embedding.logits(x) if self.logits is None else self.logits(x)
         return constrain(logits.astype(jnp.float32), ("batch", "length", "vocab")), cache
@@ -74,5 +79,5 @@ class LanguageModel(nnx.Module):
 
     def decode_cached(self, tokens: jax.Array, positions: jax.Array, cache: Any, length: int) -> tuple[jax.Array, Any]:
         """One step of decoding: tokens [batch, 1] at positions [batch, 1] -> (logits [batch, 1, vocab], cache)."""
-        mask = causal_mask(positions, row_positions(length))
+        mask = Mask(causal_mask(positions, row_positions(length)))
         return self(tokens, positions, mask, cache=cache, cache_index=positions)

@@ -6,6 +6,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from meshway.models.layers.reports import Reports, as_loss
+
 
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy:
@@ -20,7 +22,7 @@ class CrossEntropy:
     label_smoothing: float = 0.0
 
     def __call__(
-        self, logits: jax.Array, targets: jax.Array, weights: jax.Array
+        self, logits: jax.Array, targets: jax.Array, weights: jax.Array, reports: Reports | None = None
     ) -> tuple[jax.Array, jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
         """Sums over a batch.
 
@@ -28,9 +30,11 @@ class CrossEntropy:
           logits: float32 [batch, length, vocab].
           targets: int32 [batch, length].
           weights: float32 [batch, length], 0 on padding.
+          reports: what the network's layers said: auxiliary losses, which are added, and statistics.
 
         Returns:
-          (summed loss, summed weight, metrics as (sum, weight): cross_entropy, z_loss if any, accuracy).
+          (summed loss, summed weight, metrics as (sum, weight): cross_entropy, z_loss if any, accuracy, and those of
+          `reports`).
         """
         log_z = jax.nn.logsumexp(logits, axis=-1)
         target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
@@ -51,7 +55,8 @@ class CrossEntropy:
             penalty = self.z_loss * jnp.square(log_z)
             loss = loss + penalty
             metrics["z_loss"] = (jnp.sum(penalty * weights), weight)
-        return jnp.sum(loss * weights), weight, metrics
+        auxiliary, statistics = as_loss(reports or Reports(), weight)
+        return jnp.sum(loss * weights) + auxiliary, weight, metrics | statistics
 
 
 def target_log_probs(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:

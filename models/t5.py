@@ -11,8 +11,9 @@ from meshway.models.layers.blocks import LayerFactory
 from meshway.models.layers.dropout import dropout, split_key
 from meshway.models.layers.embedding import Embedding
 from meshway.models.layers.linear import Linear
-from meshway.models.layers.masks import causal_mask, row_positions, segment_mask
+from meshway.models.layers.masks import Mask, Sight, causal_mask, row_positions, segment_mask, visible
 from meshway.models.layers.norm import RMSNorm
+from meshway.models.layers.reports import collecting, say
 
 
 class StackFactory(Protocol):
@@ -60,12 +61,14 @@ class T5(nnx.Module):
         """tokens and segments int32 [batch, length] (segment 0 is padding) -> [batch, length, d_model]."""
         keys = split_key(rng, 3)
         x = dropout(self.token_embedding(tokens), self.dropout_rate, keys[0])
-        x, _ = self.encoder(
-            x,
-            bias=self.encoder_position_bias.square(tokens.shape[1]),
-            mask=segment_mask(segments, segments),
-            rng=keys[1],
-        )
+        with collecting() as reports:
+            x, _ = self.encoder(
+                x,
+                bias=self.encoder_position_bias.square(tokens.shape[1]),
+                mask=visible(Sight(segments), Sight(segments)),
+                rng=keys[1],
+            )
+        say(reports, "encoder/")
         return dropout(self.encoder_norm(x), self.dropout_rate, keys[2])
 
     def decode(
@@ -78,14 +81,14 @@ class T5(nnx.Module):
     ) -> jax.Array:
         """Teacher-forced: tokens [batch, length] against encoded [batch, kv_length, d_model] ->
         logits [batch, length, vocab]."""
-        positions = row_positions(tokens.shape[1])
+        own = Sight(segments, row_positions(tokens.shape[1]))
         logits, _ = self._decode(
             tokens,
             rng=rng,
             encoded=encoded,
             bias=self.decoder_position_bias.square(tokens.shape[1]),
-            mask=causal_mask(positions, positions) & segment_mask(segments, segments),
-            cross_mask=segment_mask(segments, encoded_segments),
+            mask=visible(own, own, causal=True),
+            cross_mask=visible(Sight(segments), Sight(encoded_segments)),
         )
         return logits
 
@@ -103,14 +106,16 @@ class T5(nnx.Module):
             cache=cache,
             cache_index=positions,
             bias=self.decoder_position_bias(positions, slots),
-            mask=causal_mask(positions, slots),
-            cross_mask=segment_mask(jnp.ones_like(tokens), encoded_segments),
+            mask=Mask(causal_mask(positions, slots)),
+            cross_mask=Mask(segment_mask(jnp.ones_like(tokens), encoded_segments)),
         )
 
     def _decode(self, tokens: jax.Array, rng: jax.Array | None = None, **context: Any) -> tuple[jax.Array, Any]:
         keys = split_key(rng, 3)
         x = dropout(self.token_embedding(tokens), self.dropout_rate, keys[0])
-        x, cache = self.decoder(x, rng=keys[1], **context)
+        with collecting() as reports:
+            x, cache = self.decoder(x, rng=keys[1], **context)
+        say(reports, "decoder/")
         x = dropout(self.decoder_norm(x), self.dropout_rate, keys[2])
         logits = self.token_embedding.logits(x) if self.logits is None else self.logits(x)
         return constrain(logits.astype(jnp.float32), ("batch", "length", "vocab")), cache

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,27 @@ from flax import nnx
 from meshway.framework.axes import constrain
 from meshway.models.layers.dropout import dropout
 from meshway.models.layers.linear import Linear, fan_in_init
+from meshway.models.layers.masks import Mask
+from meshway.models.layers.positions import PositionBias
 
 KeysValues = tuple[jax.Array, jax.Array]  # each [batch, kv_length, kv_heads, head_dim]
 HIDDEN = -1e9  # a score that softmax turns to zero, finite so that a row with nothing to see stays finite
+
+
+class Kernel(Protocol):
+    """A way to compute attention: `dot_product_attention` says what all of them return."""
+
+    def __call__(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        *,
+        bias: PositionBias | None = None,
+        mask: Mask | None = None,
+        dropout_rate: float = 0.0,
+        rng: jax.Array | None = None,
+    ) -> jax.Array: ...
 
 
 def dot_product_attention(
@@ -20,8 +39,8 @@ def dot_product_attention(
     key: jax.Array,
     value: jax.Array,
     *,
-    bias: jax.Array | None = None,
-    mask: jax.Array | None = None,
+    bias: PositionBias | None = None,
+    mask: Mask | None = None,
     dropout_rate: float = 0.0,
     rng: jax.Array | None = None,
 ) -> jax.Array:
@@ -30,8 +49,8 @@ def dot_product_attention(
     Args:
       query: [batch, length, heads, head_dim], already scaled.
       key, value: [batch, kv_length, kv_heads, head_dim]; `heads` is a multiple of `kv_heads`.
-      bias: float32 [1 or batch, heads, length, kv_length].
-      mask: bool [1 or batch, 1, length, kv_length], true where a key is seen.
+      bias: added to the scores.
+      mask: which keys a query sees.
       dropout_rate, rng: dropout of the attention weights, one mask shared by all queries (as T5 does).
 
     Returns:
@@ -43,9 +62,9 @@ def dot_product_attention(
         key, value = jnp.repeat(key, groups, axis=2), jnp.repeat(value, groups, axis=2)
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
     if bias is not None:
-        scores = _add_bias(bias.shape[0] == 1 < batch, scores, bias)
+        scores = _add_bias(bias.dense.shape[0] == 1 < batch, scores, bias.dense)
     if mask is not None:
-        scores = jnp.where(mask, scores, HIDDEN)
+        scores = jnp.where(mask.dense, scores, HIDDEN)
     weights = dropout(jax.nn.softmax(scores, axis=-1), dropout_rate, rng).astype(value.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
 
@@ -87,9 +106,11 @@ class Attention(nnx.Module):
         scale_logits: bool = True,
         rotary: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
         dropout_rate: float = 0.0,
+        kernel: Kernel = dot_product_attention,
     ):
         """`num_kv_heads` below `num_heads` is GQA, 1 is MQA. `scale_logits` False leaves out 1/sqrt(head_dim) and
         starts the query kernel that much smaller, as T5 does. `rotary` turns (x, positions) for queries and keys.
+        `kernel` computes attention, except over a cache; layouts that cut the length bind one that can.
 
         Raises:
           ValueError: `num_heads` is no multiple of `num_kv_heads`.
@@ -104,7 +125,7 @@ class Attention(nnx.Module):
         self.key = Linear(inputs, kv_heads | size, rngs=rngs, init=fan_in_init("normal"))
         self.value = Linear(inputs, kv_heads | size, rngs=rngs, init=fan_in_init("normal"))
         self.out = Linear(heads | size, inputs, rngs=rngs, init=fan_in_init("normal"))
-        self.rotary, self.dropout_rate = rotary, dropout_rate
+        self.rotary, self.dropout_rate, self.kernel = rotary, dropout_rate, kernel
         self.logit_scale = head_dim**-0.5 if scale_logits else 1.0
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
 
@@ -127,8 +148,8 @@ class Attention(nnx.Module):
         *,
         attended: KeysValues | None = None,
         positions: jax.Array | None = None,
-        bias: jax.Array | None = None,
-        mask: jax.Array | None = None,
+        bias: PositionBias | None = None,
+        mask: Mask | None = None,
         cache: KeysValues | None = None,
         cache_index: jax.Array | None = None,
         rng: jax.Array | None = None,
@@ -138,7 +159,7 @@ class Attention(nnx.Module):
         Args:
           attended: projected keys and values (cross-attention); None attends to x itself.
           positions: [batch, length] of x in its segment, for rotary embeddings.
-          bias, mask: see `dot_product_attention`; over the cache's length where there is a cache.
+          bias, mask: over the cache's length where there is a cache.
           cache: keys and values seen so far; x's own are written in at `cache_index` before attending.
           cache_index: int32 [batch, length], the slot of each position of x.
           rng: dropout key.
@@ -161,5 +182,7 @@ class Attention(nnx.Module):
                 )
                 cache = attended = (keys, values)
         query = constrain(query, ("batch", "length", "heads", "head_dim"))
-        y = dot_product_attention(query, *attended, bias=bias, mask=mask, dropout_rate=self.dropout_rate, rng=rng)
+        blocks = mask is None or mask.queries is not None  # a cache's mask is known in full only
+        attend = self.kernel if blocks else dot_product_attention
+        y = attend(query, *attended, bias=bias, mask=mask, dropout_rate=self.dropout_rate, rng=rng)
         return constrain(self.out(y), ("batch", "length", "embed")), cache

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from meshway.models.layers.dropout import dropout, split_key
+from meshway.models.layers.masks import Mask
 from meshway.models.layers.norm import RMSNorm
+from meshway.models.layers.positions import PositionBias
 
 
 class LayerFactory(Protocol):
@@ -43,8 +45,8 @@ class SelfAttentionBlock(nnx.Module):
         cache: Any = None,
         cache_index: jax.Array | None = None,
         positions: jax.Array | None = None,
-        bias: jax.Array | None = None,
-        mask: jax.Array | None = None,
+        bias: PositionBias | None = None,
+        mask: Mask | None = None,
     ) -> tuple[jax.Array, Any]:
         """x [batch, length, d_model]; the rest as `Attention` takes it."""
         keys = split_key(rng, 4)
@@ -92,12 +94,12 @@ class CrossAttentionBlock(nnx.Module):
         x: jax.Array,
         *,
         encoded: jax.Array | None = None,
-        cross_mask: jax.Array | None = None,
+        cross_mask: Mask | None = None,
         rng: jax.Array | None = None,
         cache: Any = None,
         cache_index: jax.Array | None = None,
-        bias: jax.Array | None = None,
-        mask: jax.Array | None = None,
+        bias: PositionBias | None = None,
+        mask: Mask | None = None,
     ) -> tuple[jax.Array, Any]:
         """x [batch, length, d_model]; `encoded` [batch, kv_length, d_model] unless the cache holds its projections."""
         keys = split_key(rng, 6)

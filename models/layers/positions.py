@@ -1,10 +1,15 @@
 """How attention learns where tokens stand."""
 
+import dataclasses
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from meshway.models.layers.masks import row_positions
 from meshway.models.module import param
 
 
@@ -32,6 +37,28 @@ def relative_position_bucket(
     return offset + jnp.where(distance < max_exact, distance, far)
 
 
+@dataclasses.dataclass(frozen=True)
+class PositionBias:
+    """A bias on attention scores: in full for kernels that hold all scores, as a table for those that work in blocks.
+    What a kernel leaves unread costs nothing once compiled.
+
+    Attributes:
+      dense: float32 [rows, heads, queries, keys].
+      table: float32 [heads, buckets].
+      query_positions, kv_positions: int32 [rows, queries] and [rows, keys].
+      bucket: maps key position - query position, int32 of any shape, to a bucket.
+    """
+
+    dense: jax.Array
+    table: jax.Array
+    query_positions: jax.Array
+    kv_positions: jax.Array
+    bucket: Callable[[jax.Array], jax.Array]
+
+
+jax.tree_util.register_dataclass(PositionBias, ["dense", "table", "query_positions", "kv_positions"], ["bucket"])
+
+
 class RelativePositionBias(nnx.Module):
     """T5's bias on attention scores: one learned number a head and distance bucket."""
 
@@ -47,29 +74,36 @@ class RelativePositionBias(nnx.Module):
         init = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=1, out_axis=0)
         table = init(rngs.params(), (num_heads, num_buckets), jnp.float32)
         self.embedding = param(table, ("heads", "relpos_buckets"))
-        self.bidirectional, self.num_buckets, self.max_distance = bidirectional, num_buckets, max_distance
+        self.bucket = functools.partial(
+            relative_position_bucket,
+            bidirectional=bidirectional,
+            num_buckets=num_buckets,
+            max_distance=max_distance,
+        )
 
-    def __call__(self, query_positions: jax.Array, kv_positions: jax.Array) -> jax.Array:
-        """positions [rows, queries] and [rows, keys], any -> float32 bias [rows, heads, queries, keys]."""
+    def __call__(self, query_positions: jax.Array, kv_positions: jax.Array) -> PositionBias:
+        """Returns the bias among any positions [rows, queries] and [rows, keys]."""
+        table = jnp.asarray(self.embedding[...])
         relative = kv_positions[:, None, :] - query_positions[:, :, None]
-        return jnp.moveaxis(jnp.asarray(self.embedding[...])[:, self._buckets(relative)], 0, 1)
+        dense = jnp.moveaxis(table[:, self.bucket(relative)], 0, 1)
+        return PositionBias(dense, table, query_positions, kv_positions, self.bucket)
 
-    def square(self, length: int) -> jax.Array:
-        """Returns the bias among positions 0 .. length-1, float32 [1, heads, length, length].
+    def square(self, length: int) -> PositionBias:
+        """Returns the bias among positions 0 .. length-1 of a row.
 
         It depends on key - query only, so 2 length - 1 values are looked up and then laid out in rows, each
         shifted by one against the next. A look-up for every pair costs 9 % of a CPU step in its gradient.
         """
         width = 2 * length - 1
-        values = self.embedding[...][:, self._buckets(jnp.arange(width) - (length - 1))]
+        table = jnp.asarray(self.embedding[...])
+        values = table[:, self.bucket(jnp.arange(width) - (length - 1))]
         heads = values.shape[0]
         # Rows of width + 1 read back as rows of width: row q begins q values earlier than row 0.
         rows = jnp.broadcast_to(jnp.pad(values, ((0, 0), (0, 1)))[:, None], (heads, length, width + 1))
         flat = rows.reshape(heads, -1)[:, length - 1 : length - 1 + length * width]
-        return flat.reshape(1, heads, length, width)[..., :length]
-
-    def _buckets(self, relative_position: jax.Array) -> jax.Array:
-        return relative_position_bucket(relative_position, self.bidirectional, self.num_buckets, self.max_distance)
+        dense = flat.reshape(1, heads, length, width)[..., :length]
+        positions = row_positions(length)
+        return PositionBias(dense, table, positions, positions, self.bucket)
 
 
 class Rotary:

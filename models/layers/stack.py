@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from meshway.models.layers.dropout import split_key
+from meshway.models.layers.reports import Reports, collecting, say
 
 # What a layer keeps for its backward pass; the rest is computed again.
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
@@ -76,31 +78,36 @@ class Stack(nnx.Module):
           **context: passed to every block as it is (masks, biases, the encoder's output ...).
 
         Returns:
-          (activations, the updated cache or None).
+          (activations, the updated cache or None). What blocks report is reported again as arrays [layers].
         """
         graphdefs, states = self._split()
         keys = None if rng is None else jax.random.split(rng, self.num_periods)
 
-        def period(x: jax.Array, layer: tuple[Any, Any, Any]) -> tuple[jax.Array, Any]:
+        def period(x: jax.Array, layer: tuple[Any, Any, Any]) -> tuple[jax.Array, tuple[Any, list[Reports]]]:
             states, period_key, caches = layer
-            new = []
+            new, said = [], []
             for i, key in enumerate(split_key(period_key, self.pattern)):
                 block = nnx.merge(graphdefs[i], states[i])
-                x, block_cache = block(x, rng=key, cache=None if caches is None else caches[i], **context)
+                with collecting() as reports:
+                    x, block_cache = block(x, rng=key, cache=None if caches is None else caches[i], **context)
                 new.append(block_cache)
-            return x, (None if caches is None else new)
+                said.append(reports)
+            return x, (None if caches is None else new, said)
 
         if self.remat != "none":
             # Inside scan the barrier against common-subexpression elimination is not needed.
             period = jax.checkpoint(period, policy=REMAT_POLICIES[self.remat], prevent_cse=not self._scans())
         layers = (states, keys, cache)
         if self._scans():
-            return jax.lax.scan(period, x, layers)
-        caches = []
-        for i in range(self.num_periods):
-            x, new = period(x, jax.tree.map(lambda leaf, i=i: leaf[i], layers))
-            caches.append(new)
-        return x, (None if cache is None else jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *caches))
+            x, (cache, said) = jax.lax.scan(period, x, layers)
+        else:
+            outputs = []
+            for i in range(self.num_periods):
+                x, output = period(x, jax.tree.map(lambda leaf, i=i: leaf[i], layers))
+                outputs.append(output)
+            cache, said = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+        _say_by_layer(said)
+        return x, cache
 
     def empty_cache(self, **arguments: Any) -> list[Any]:
         """Returns each block's `empty_cache(**arguments)`, stacked over layers."""
@@ -132,3 +139,16 @@ def _stacked(block: BlockFactory, d_model: int, keys: jax.Array) -> nnx.Module:
         if isinstance(node, nnx.Param):
             node.set_metadata(axes=("layers", *node.get_metadata("axes")))
     return stacked
+
+
+def _say_by_layer(said: list[Reports]) -> None:
+    """Reports what each block of the pattern said, arrays [periods], as arrays [layers] in the layers' order.
+
+    Where only some blocks of a pattern report a name, its layers are counted among those.
+    """
+    for kind in ("losses", "metrics"):
+        names = dict.fromkeys(name for reports in said for name in getattr(reports, kind))
+        for name in names:
+            columns = [getattr(reports, kind)[name] for reports in said if name in getattr(reports, kind)]
+            values = jnp.stack(columns, axis=1).reshape(-1)
+            say(Reports(**{kind: {name: values}}))
