@@ -1,8 +1,10 @@
 """The shipped gin files: each recipe resolves to its golden text, each layout and optimizer fits both families."""
 
 import os
+import re
 from pathlib import Path
 
+import jax
 import pytest
 from tiny import FAMILIES, LAYOUTS, program
 
@@ -42,6 +44,15 @@ def test_each_layout_fits_each_family(layout, family):
     made = program(family, layout=layout)
     made.trace_loss()
     assert made.explain()
+
+
+def test_the_compiler_knows_the_options_of_each_layout():
+    """Names for GPUs are known to every build of XLA; those for TPUs only to libtpu, which is not here."""
+    names = set()
+    for path in (ROOT / "gin" / "layouts").glob("*.gin"):
+        names |= set(re.findall(r"'(xla_gpu_\w+)': (True|False)", path.read_text()))
+    assert names
+    jax.jit(lambda x: x * 2).lower(1.0).compile(compiler_options={name: value == "True" for name, value in names})
 
 
 @pytest.mark.parametrize("optimizer", sorted(path.stem for path in (ROOT / "gin" / "optimizers").glob("*.gin")))
