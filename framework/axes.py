@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from typing import Protocol
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 # Axis name -> what lies along it. A layout may map any of these to None although a model lacks them.
 VOCABULARY = {
@@ -58,12 +58,15 @@ def under(layout: Ambient) -> Iterator[None]:
         _ambient.reset(token)
 
 
-def constrain(x: jax.Array, names: Names) -> jax.Array:
+def constrain(x: jax.Array, names: Names, free_for: str | None = None) -> jax.Array:
     """Constrains an activation's sharding by its logical axis names.
 
     Args:
       x: an array of rank ``len(names)``.
       names: one logical name a dimension; None leaves that dimension to no mesh axis.
+      free_for: an axis of the product x goes into: the mesh axes that cut it cut nothing of x. Where they cut the
+        residual stream (Megatron's sequence parallelism, 2D layouts) x is gathered once here; left to itself XLA
+        gathers weights, or moves the product's output about.
 
     Returns:
       x, constrained under the ambient layout; x itself outside any mesh (a plain, unpartitioned call).
@@ -75,6 +78,8 @@ def constrain(x: jax.Array, names: Names) -> jax.Array:
     sharding = placement(names, x.shape)
     if sharding is None or sharding.mesh.size == 1:
         return x
+    if free_for is not None:
+        sharding = _without(sharding, mesh_axes(free_for))
     return jax.lax.with_sharding_constraint(x, sharding)
 
 
@@ -112,3 +117,12 @@ def _ambient_layout(names: Names) -> Ambient | None:
     if layout is None and not jax.sharding.get_abstract_mesh().empty:
         raise ValueError(f"axes {names}: a mesh is set but no layout is; run inside Partitioner.activate()")
     return layout
+
+
+def _without(sharding: NamedSharding, axes: tuple[str, ...]) -> NamedSharding:
+    """Returns a sharding in which `axes` cut nothing."""
+    kept = []
+    for entry in sharding.spec:
+        named = entry if isinstance(entry, tuple) else (entry,)
+        kept.append(tuple(axis for axis in named if axis is not None and axis not in axes) or None)
+    return NamedSharding(sharding.mesh, PartitionSpec(*kept))

@@ -70,6 +70,7 @@ class LanguageModel(nnx.Module):
             )
         say(reports, "decoder/")
         x = dropout(self.decoder_norm(x), self.dropout_rate, keys[2])
+        x = constrain(x, ("batch", "length", "embed"), free_for="vocab")
         logits = self.token_embedding.logits(x) if self.logits is None else self.logits(x)
         return constrain(logits.astype(jnp.float32), ("batch", "length", "vocab")), cache
 

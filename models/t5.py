@@ -117,5 +117,6 @@ class T5(nnx.Module):
             x, cache = self.decoder(x, rng=keys[1], **context)
         say(reports, "decoder/")
         x = dropout(self.decoder_norm(x), self.dropout_rate, keys[2])
+        x = constrain(x, ("batch", "length", "embed"), free_for="vocab")
         logits = self.token_embedding.logits(x) if self.logits is None else self.logits(x)
         return constrain(logits.astype(jnp.float32), ("batch", "length", "vocab")), cache

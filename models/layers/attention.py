@@ -131,6 +131,7 @@ class Attention(nnx.Module):
 
     def keys_values(self, source: jax.Array, positions: jax.Array | None = None) -> KeysValues:
         """Projects what is attended to: source [batch, kv_length, d_model]."""
+        source = constrain(source, ("batch", "length", "embed"), free_for="kv_heads")
         key, value = self.key(source), self.value(source)
         if self.rotary is not None and positions is not None:
             key = self.rotary(key, positions)
@@ -167,6 +168,7 @@ class Attention(nnx.Module):
         Returns:
           (output [batch, length, d_model], the updated cache or None).
         """
+        x = constrain(x, ("batch", "length", "embed"), free_for="heads")
         query = self.query(x) * self.logit_scale
         if attended is None:
             if self.rotary is not None:
@@ -185,4 +187,5 @@ class Attention(nnx.Module):
         blocks = mask is None or mask.queries is not None  # a cache's mask is known in full only
         attend = self.kernel if blocks else dot_product_attention
         y = attend(query, *attended, bias=bias, mask=mask, dropout_rate=self.dropout_rate, rng=rng)
+        y = constrain(y, ("batch", "length", "heads", "head_dim"))
         return constrain(self.out(y), ("batch", "length", "embed")), cache

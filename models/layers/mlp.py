@@ -45,6 +45,7 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array, *, rng: jax.Array | None = None) -> jax.Array:
         """x [batch, length, d_model] -> the same shape."""
+        x = constrain(x, ("batch", "length", "embed"), free_for="mlp")
         hidden = jnp.ones((), x.dtype)
         for i, name in enumerate(self.activations):
             hidden = hidden * ACTIVATIONS[name](getattr(self, f"wi_{i}")(x))
