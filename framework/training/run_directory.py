@@ -33,6 +33,11 @@ class RunDirectory:
         return self.root / "metrics.jsonl"
 
     @property
+    def timeline(self) -> Path:
+        """Where the time went, attempt by attempt."""
+        return self.root / "timeline.jsonl"
+
+    @property
     def tensorboard(self) -> Path:
         """Event files."""
         return self.root / "tensorboard"

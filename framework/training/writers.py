@@ -39,7 +39,7 @@ class JsonlWriter:
           UserError: the file cannot be read or written, or holds something else than reports.
         """
         self._path = Path(path)
-        with _io_errors(self._path):
+        with io_errors(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self.last_step = _keep_up_to(self._path, start_step)
             # Unbuffered: what a failed write left in a buffer would be written again at close.
@@ -59,13 +59,13 @@ class JsonlWriter:
             values["nonfinite"] = nonfinite
         line = json.dumps({"step": step, **values}, allow_nan=False, ensure_ascii=False)
         data = memoryview(line.encode("utf-8", "backslashreplace") + b"\n")
-        with _io_errors(self._path):
+        with io_errors(self._path):
             while data:
                 data = data[self._file.write(data) :]
         self.last_step = step
 
     def close(self) -> None:
-        with _io_errors(self._path):
+        with io_errors(self._path):
             self._file.close()
 
 
@@ -82,7 +82,7 @@ class TensorBoardWriter:
         from tensorboardX.proto.event_pb2 import SessionLog
 
         self._folder = Path(folder)
-        with _io_errors(self._folder):
+        with io_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             # Its own file, also for a second run within the second that names the file.
             self._writer = EventsWriter(str(self._folder / "events"), filename_suffix=f".{time.time_ns()}")
@@ -104,13 +104,13 @@ class TensorBoardWriter:
         self._add(step, summary=summary.text(name, indented))
 
     def close(self) -> None:
-        with _io_errors(self._folder):
+        with io_errors(self._folder):
             self._writer.close()
 
     def _add(self, step: int, **what: Any) -> None:
         from tensorboardX.proto.event_pb2 import Event
 
-        with _io_errors(self._folder):
+        with io_errors(self._folder):
             self._writer.write_event(Event(step=step, wall_time=time.time(), **what))
             self._writer.flush()
 
@@ -169,6 +169,15 @@ def replace_file(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def io_errors(path: Path) -> Iterator[None]:
+    """Turns a disk's refusal inside into a UserError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def _step_of(line: bytes) -> int | None:
     try:
         return int(json.loads(line)["step"])
@@ -193,11 +202,3 @@ def _strict(value: Any, path: str, nonfinite: dict[str, str]) -> Any:
         return value
     nonfinite[path] = str(value)
     return None
-
-
-@contextlib.contextmanager
-def _io_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error

@@ -2,13 +2,14 @@ import html.parser
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import pytest
 
 from meshway.framework.errors import UserError
-from meshway.framework.training import plots
-from meshway.framework.training.report import write_report
+from meshway.framework.training.report import plots
+from meshway.framework.training.report.page import write_report
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
@@ -99,6 +100,94 @@ def test_a_report_can_be_made_again_with_the_same_bytes(tmp_path: Path) -> None:
     assert not list((tmp_path / "run").glob(".report*"))
 
 
+def _timeline(folder: Path, attempts: int, **more: object) -> None:
+    """Adds attempts of 100 seconds each, 20 apart, of 10 steps; every second one was killed after its checkpoint."""
+    lines = []
+    for index in range(attempts):
+        phases = {"startup": 8.0, "compile": 20.0, "training": 60.0, "data_wait": 2.0, "checkpoint": 4.0}
+        line = {"began": 1.7e9 + 120 * index, "time": 1.7e9 + 120 * index + 100, "event": "report"}
+        line |= {"start_step": 5 * index, "step": 5 * index + 10, "seconds": phases | {"evaluation": 6.0}}
+        lines.append(json.dumps(line | more) + "\n")
+    (folder / "timeline.jsonl").write_text("".join(lines))
+
+
+def test_where_the_time_went_is_drawn_and_told(tmp_path: Path) -> None:
+    _fill(tmp_path / "run")
+    _timeline(tmp_path / "run", 2, outcome="failed: <a peer> is gone" + " for good" * 99, devices=8)
+    with (tmp_path / "run" / "timeline.jsonl").open("a") as file:
+        file.write('{"began": 17')  # killed
+    text = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.count("svg") == 10 and page.count("table") == 3
+    # Of 220 seconds 120 went into training, and 30 of them into steps that were done again.
+    for needed in (
+        "Where the time went",
+        "40.9% of 3:40 in 2 attempts",
+        "failed: <a peer> is gone",
+        "0 to 10",
+        "30.0 s",
+    ):
+        assert needed in page.text, needed
+    for needed in ("2023-11-14 22:13", "20.0 s", "13.6%", "start-up", "1 line of timeline.jsonl could not be read."):
+        assert needed in page.text, needed
+    assert page.text.count("for good") < 20
+    assert not any(colour in text for colour in plots._CSS)
+    assert write_report(tmp_path / "run").read_text(encoding="utf-8") == text
+
+
+def test_many_attempts_are_folded(tmp_path: Path) -> None:
+    _timeline(tmp_path, 60)
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert "Time by attempt, the last 24" in page.text and page.count("details") == 1
+    assert page.text.count("killed") == 59 and page.text.count("not written yet") == 1
+
+
+STATISTICS = ("load_max", "load_min", "entropy", "drop_rate")
+
+
+def _route(folder: Path, layers: int) -> None:
+    """Adds what a mixture of experts reports, in `layers` layers of its decoder and one of its encoder."""
+    names = [f"decoder/router/{statistic}/layer_{layer:02d}" for statistic in STATISTICS for layer in range(layers)]
+    names += [f"encoder/router/{statistic}/layer_01" for statistic in STATISTICS]
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines[1:]:
+        line |= {name: 1.5 for name in names} | {"router_load_loss": 0.01, "router_z_loss": 0.02}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluations = folder / "eval" / "summarize.jsonl"
+    metrics = {name: 1.5 for name in names} | {"router_load_loss": 0.01}
+    evaluations.write_text(json.dumps({"step": 100, "metrics": metrics | {"loss": 5.0, "f1": 0.5}}) + "\n")
+
+
+@pytest.mark.parametrize("layers", [2, 24])
+def test_experts_are_shown_by_layer(tmp_path: Path, layers: int) -> None:
+    _fill(tmp_path / "run")
+    _route(tmp_path / "run", layers)
+    text = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.count("svg") == 9 + 2 * 4 + 2, "by stack and statistic, and two losses; none of them once more below"
+    for needed in (
+        "Experts",
+        "Decoder: busiest expert (1 is even)",
+        "Encoder, layer 1: dropped token choices",
+        "Router loss: z",
+    ):
+        assert page.text.count(needed) == 1, needed
+    assert page.text.count(f"layer {layers - 1}") == (8 if layers == 2 else 4)
+    # Few layers have a colour and a name each, many a place on a scale.
+    assert ("color-mix" in text) == ("linear-gradient" in text) == (layers == 24)
+    if layers == 24:
+        assert len(set(re.findall(r"color-mix\([^)]*\)[^)]*\)", text))) == 24
+    assert not any(colour in text for colour in plots._CSS)
+
+
+def test_a_dense_run_of_before_has_neither_section(tmp_path: Path) -> None:
+    _fill(tmp_path / "run")
+    page = Page(write_report(tmp_path / "run").read_text(encoding="utf-8"))
+    for absent in ("Where the time went", "Experts", "timeline", "goodput"):
+        assert absent not in page.text
+
+
 def test_an_empty_folder_gives_sentences(tmp_path: Path) -> None:
     page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
     for sentence in (
@@ -159,6 +248,9 @@ def test_garbage_in_any_file_never_breaks_the_page(tmp_path: Path, seed: int) ->
     (tmp_path / "run" / "eval" / "summarize.jsonl").write_text("\n".join(lines), encoding="utf-8")
     (tmp_path / "run" / "eval" / "bytes.jsonl").write_bytes(rng.randbytes(500))
     (tmp_path / "run" / "config.gin").write_bytes(rng.randbytes(200))
+    _timeline(tmp_path / "run", 3, outcome=thing(), devices=thing(), event=thing())
+    with (tmp_path / "run" / "timeline.jsonl").open("a", encoding="utf-8") as file:
+        file.write("\n".join([row(["began", "time", "start_step", "step", "seconds"]) for _ in range(30)] + junk))
     columns = ["axes", "shape", "spec", "bytes_per_device", "rule"]
     rows = [{"name": thing()} | {key: thing() for key in columns} for _ in range(20)]
     (tmp_path / "run" / "layout.json").write_text(json.dumps(rows), encoding="utf-8")
