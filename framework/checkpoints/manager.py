@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import warnings
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from meshway.framework.checkpoints.schema import differences, schema_of
 from meshway.framework.errors import UserError
 from meshway.framework.training.state import TrainState
+from meshway.framework.version import installed_version
 
 ITEMS = ("state", "data", "recipe")
 
@@ -97,7 +97,7 @@ class Checkpoints:
           UserError: this save, or the one still running, failed (disk full, folder unwritable).
         """
         tree = _as_tree(state)
-        recipe = {"gin": self._recipe, "version": _version(), "schema": schema_of(tree)}
+        recipe = {"gin": self._recipe, "version": installed_version(), "schema": schema_of(tree)}
         arguments = ocp.args.Composite(
             state=ocp.args.PyTreeSave(tree),
             data=ocp.args.JsonSave(dict(position)),
@@ -184,10 +184,3 @@ def _as_tree(state: TrainState) -> dict[str, Any]:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:300]
-
-
-def _version() -> str:
-    try:
-        return version("meshway")
-    except PackageNotFoundError:
-        return "uninstalled"

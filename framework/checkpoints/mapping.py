@@ -1,17 +1,21 @@
-"""Starting from another run's parameters: ordered renames, and a written list of what is left at its initial value."""
+"""Starting from another run's parameters: ordered renames, a written list of what is left at its initial value, and
+layers and experts that lie otherwise than they were saved."""
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from meshway.framework.axes import Names
 from meshway.framework.checkpoints.manager import Checkpoints
 from meshway.framework.checkpoints.schema import Schema, nearest_names
+from meshway.framework.checkpoints.sources import Shape, Source, block_of, pattern_lengths
 from meshway.framework.errors import UserError
-from meshway.framework.partitioning.partitioner import path_name
+from meshway.framework.interfaces import Axes, Params
+from meshway.framework.training.trees import flatten, map_paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,15 +26,27 @@ class Initial:
     (pattern, replacement): a parameter's name is looked up in the checkpoint under the replacement of the first
     pattern that matches it whole, else under its own name. `left_at_init` are patterns of parameters that keep
     their fresh values; any other parameter must be found, with its shape.
+
+    Two more let a mixture of experts start from a dense model (sparse upcycling, Komatsuzaki et al. 2022, section 2):
+
+    - `by_depth`: a stack whose pattern of blocks is n times as long as the checkpoint's takes layers in their order:
+      block j of the pattern gets layers j, n + j, 2n + j, ..., whichever block the renamed name says.
+    - `repeat_along`: axes that a parameter of the checkpoint may lack, such as 'expert': its values are repeated.
     """
 
     path: str
     step: int | None = None
     renames: Sequence[tuple[str, str]] = ()
     left_at_init: Sequence[str] = ()
+    by_depth: bool = False
+    repeat_along: Sequence[str] = ()
 
-    def restore(self, params: Any) -> Any:
-        """Returns `params` (a tree of sharded arrays) with the checkpoint's values put in.
+    def restore(self, params: Params, axes: Axes) -> Params:
+        """Returns `params` (a tree of sharded arrays) with the checkpoint's values put in, in the same shards.
+
+        Args:
+          params: fresh parameters.
+          axes: the logical axis names of each.
 
         Raises:
           UserError: no checkpoint there; a parameter without a source or with another shape; a pattern that
@@ -44,43 +60,75 @@ class Initial:
         if step not in checkpoints.steps():
             raise UserError(f"Initial: {folder} has no checkpoint of step {step}; there are {checkpoints.steps()}")
         schema = checkpoints.recipe(step)["schema"]
-        leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-        named = {path_name(path): leaf for path, leaf in leaves}
-        sources = self.sources({name: list(leaf.shape) for name, leaf in named.items()}, schema)
+        leaves = flatten(params)
+        sources = self.sources({name: tuple(leaf.shape) for name, leaf in leaves.items()}, flatten(axes), schema)
         wanted: dict[str, Any] = {}
-        for name, source in sources.items():
-            leaf = named[name]
-            _insert(wanted, source, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding))
-        found = checkpoints.restore_params(step, wanted)
-        values = [_lookup(found, sources[name]) if name in sources else leaf for name, leaf in named.items()]
-        return jax.tree_util.tree_unflatten(treedef, values)
+        # Those read as they are come last, so that a source read for several is read into their shards.
+        for name, source in sorted(sources.items(), key=lambda item: item[1].is_whole):
+            _insert(wanted, source.name, source.abstract(leaves[name]))
+        found = flatten(checkpoints.restore_params(step, wanted))
+        given: set[str] = set()
 
-    def sources(self, shapes: dict[str, list[int]], schema: Schema) -> dict[str, str]:
-        """Returns model parameter -> checkpoint parameter, without those left at init; raises as `restore` does."""
-        saved = {name.removeprefix("params/"): spec for name, spec in schema.items() if name.startswith("params/")}
+        def value(name: str, leaf: jax.Array) -> jax.Array:
+            if name not in sources:
+                return leaf
+            source = sources[name]
+            first = source.name not in given
+            given.add(source.name)
+            return source.put(found[source.name], leaf, first)
+
+        return map_paths(value, params)
+
+    def sources(self, shapes: Mapping[str, Shape], axes: Mapping[str, Names], schema: Schema) -> dict[str, Source]:
+        """Returns where each parameter comes from, without those left at init; raises as `restore` does."""
+        saved = {
+            name.removeprefix("params/"): tuple(spec[0]) for name, spec in schema.items() if name.startswith("params/")
+        }
         used: set[str] = set()
         sources, problems = {}, []
+        lengths, saved_lengths = pattern_lengths(shapes), pattern_lengths(saved)
         for name, shape in shapes.items():
             if _first_match(name, self.left_at_init, used):
                 continue
-            source = name
-            pattern = _first_match(name, [pattern for pattern, _ in self.renames], used)
-            if pattern is not None:
-                source = re.sub(f"^{pattern}$", dict(self.renames)[pattern], name)
-            if source not in saved:
-                near = nearest_names(source, list(saved))
-                problems.append(f"{name}: no {source!r} in the checkpoint (nearest: {', '.join(near) or 'none'})")
-            elif saved[source][0] != shape:
-                problems.append(f"{name} has shape {shape} but {source!r} has {saved[source][0]}")
+            wanted, first, stride = self._renamed(name, used), 0, 1
+            blocks = block_of(name), block_of(wanted)
+            if self.by_depth and blocks[0] and blocks[1] and blocks[1].stack in saved_lengths:
+                own, theirs = lengths[blocks[0].stack], saved_lengths[blocks[1].stack]
+                if own % theirs:
+                    problems.append(f"{name}: a pattern of {own} blocks takes no layers by depth from one of {theirs}")
+                    continue
+                wanted = blocks[1].at(blocks[0].index % theirs)
+                first, stride = blocks[0].index // theirs, own // theirs
+            if wanted not in saved:
+                near = nearest_names(wanted, list(saved))
+                problems.append(f"{name}: no {wanted!r} in the checkpoint (nearest: {', '.join(near) or 'none'})")
+                continue
+            source = Source.of(wanted, saved[wanted], shape, axes[name], first, stride, self.repeat_along)
+            if source is None:
+                taken = f" (every {stride}th layer of which would be taken)" if stride > 1 else ""
+                problems.append(f"{name} has shape {list(shape)} but {wanted!r} has {list(saved[wanted])}{taken}")
             else:
                 sources[name] = source
+        repeated = {axes[name][dim] or "" for name, source in sources.items() for dim in source.repeated}
+        self._check(problems, used, repeated)
+        return sources
+
+    def _renamed(self, name: str, used: set[str]) -> str:
+        pattern = _first_match(name, [pattern for pattern, _ in self.renames], used)
+        return name if pattern is None else re.sub(f"^{pattern}$", dict(self.renames)[pattern], name)
+
+    def _check(self, problems: list[str], used: set[str], repeated: set[str]) -> None:
+        """Raises UserError with all that does not fit."""
         unused = [p for p in (*[pattern for pattern, _ in self.renames], *self.left_at_init) if p not in used]
         problems += [f"pattern {pattern!r} matches no parameter of the model" for pattern in unused]
+        if not problems:  # else the parameters meant may be among those that do not fit
+            idle = [name for name in self.repeat_along if name not in repeated]
+            problems += [f"repeat_along has {name!r}, and no parameter is to be repeated along it" for name in idle]
         if problems:
             raise UserError(
-                f"Initial.path={self.path!r}: " + "; ".join(problems) + ". Add Initial.renames or Initial.left_at_init"
+                f"Initial.path={self.path!r}: " + "; ".join(problems) + ". Add Initial.renames or Initial.left_at_init "
+                "(for a mixture of experts from a dense model include initial/upcycle.gin)"
             )
-        return sources
 
     def _locate(self) -> tuple[Path, int | None]:
         path = Path(self.path).expanduser()
@@ -105,9 +153,3 @@ def _insert(tree: dict[str, Any], name: str, value: Any) -> None:
     for key in parents:
         tree = tree.setdefault(key, {})
     tree[last] = value
-
-
-def _lookup(tree: dict[str, Any], name: str) -> Any:
-    for key in name.split("/"):
-        tree = tree[key]
-    return tree

@@ -110,7 +110,7 @@ def test_parameters_move_to_another_model_by_renames(saved):
         renames=[("decoder/(.*)", r"encoder/\1"), ("decoder_norm/(.*)", r"encoder_norm/\1")],
         left_at_init=["logits/kernel"],
     )
-    params = initial.restore(state.params)
+    params = initial.restore(state.params, made.axes)
     np.testing.assert_array_equal(
         params["decoder"]["block_0"]["mlp"]["wo"]["kernel"],
         host.params["encoder"]["block_0"]["mlp"]["wo"]["kernel"],
@@ -121,8 +121,9 @@ def test_parameters_move_to_another_model_by_renames(saved):
 
 @pytest.fixture(scope="module")
 def another():
-    """Parameters of another model."""
-    return program("lm", "D_FF=192").init().params
+    """Parameters of another model, and their axes."""
+    made = program("lm", "D_FF=192")
+    return made.init().params, made.axes
 
 
 @pytest.mark.parametrize(
@@ -138,10 +139,10 @@ def test_what_a_partial_restore_refuses(saved, another, initial, words):
     if not initial:
         words = ["has shape", "Initial.left_at_init"]
     with pytest.raises(UserError) as error:
-        Initial(str(saved[0].parent), **initial).restore(another)
+        Initial(str(saved[0].parent), **initial).restore(*another)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
 def test_a_path_that_is_no_run(tmp_path):
     with pytest.raises(UserError, match="neither a run directory nor a checkpoint"):
-        Initial(str(tmp_path)).restore({})
+        Initial(str(tmp_path)).restore({}, {})

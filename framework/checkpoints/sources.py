@@ -1,0 +1,110 @@
+"""Where one parameter's values lie in another model's checkpoint, and how they come into its shards."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from meshway.framework.axes import Names
+
+Shape = tuple[int, ...]
+_BLOCK = re.compile(r"((?:.*/)?)block_(\d+)/(.*)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A parameter's place in a stack: `stack`block_`index`/`rest`."""
+
+    stack: str
+    index: int
+    rest: str
+
+    def at(self, index: int) -> str:
+        """Returns the name of this parameter in another block of the stack."""
+        return f"{self.stack}block_{index}/{self.rest}"
+
+
+def block_of(name: str) -> Block | None:
+    """Returns which block of a stack's pattern a parameter belongs to, if to any (see `models.layers.stack`)."""
+    match = _BLOCK.fullmatch(name)
+    return None if match is None else Block(match[1], int(match[2]), match[3])
+
+
+def pattern_lengths(names: Iterable[str]) -> dict[str, int]:
+    """Returns how many blocks the pattern of each stack has."""
+    lengths: dict[str, int] = {}
+    for name in names:
+        if block := block_of(name):
+            lengths[block.stack] = max(lengths.get(block.stack, 0), block.index + 1)
+    return lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Layers `first`, `first + stride`, ... of a saved array, repeated along some dimensions of the parameter.
+
+    Attributes:
+      name: the array's path in the checkpoint.
+      shape: its shape.
+      first, stride: which of its layers are taken.
+      layers: its dimension that holds layers; read where `stride` is above 1.
+      repeated: dimensions that the parameter has and the array lacks.
+    """
+
+    name: str
+    shape: Shape
+    first: int = 0
+    stride: int = 1
+    layers: int = 0
+    repeated: tuple[int, ...] = ()
+
+    @classmethod
+    def of(
+        cls, name: str, saved: Shape, shape: Shape, axes: Names, first: int, stride: int, repeat_along: Sequence[str]
+    ) -> "Source | None":
+        """Returns the source of a parameter [shape] with `axes` in an array [saved]; None where it does not fit."""
+        layers = axes.index("layers") if "layers" in axes else None
+        if stride > 1 and layers is None:
+            return None
+        whole = tuple(size * stride if dim == layers else size for dim, size in enumerate(shape))
+        extra = tuple(dim for dim, axis in enumerate(axes) if axis in repeat_along)
+        for repeated in ((), extra):
+            kept = [dim for dim in range(len(shape)) if dim not in repeated]
+            if saved == tuple(whole[dim] for dim in kept):
+                return cls(name, saved, first, stride, kept.index(layers) if layers in kept else 0, repeated)
+        return None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the parameter is the saved array as it is."""
+        return self.stride == 1 and not self.repeated
+
+    def abstract(self, leaf: jax.Array) -> jax.ShapeDtypeStruct:
+        """Returns what to read: the saved array, cut over the mesh as the parameter `leaf` is."""
+        sharding = leaf.sharding
+        if self.repeated and isinstance(sharding, NamedSharding):
+            spec = (*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec)))
+            kept = [target for dim, target in enumerate(spec) if dim not in self.repeated]
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*kept))
+        return jax.ShapeDtypeStruct(self.shape, leaf.dtype, sharding=sharding)
+
+    def put(self, value: jax.Array, leaf: jax.Array, may_keep: bool) -> jax.Array:
+        """Returns the parameter in the shards of `leaf`, computed where they lie.
+
+        Args:
+          value: what was read.
+          leaf: the fresh parameter.
+          may_keep: whether `value` itself may be returned; two parameters of one buffer cannot be donated.
+        """
+        if self.is_whole and value.sharding == leaf.sharding:
+            return value if may_keep else jnp.copy(value)
+
+        def expand(value: jax.Array) -> jax.Array:
+            if self.stride > 1:
+                value = jax.lax.slice_in_dim(value, self.first, None, self.stride, self.layers)
+            return jnp.broadcast_to(jnp.expand_dims(value, self.repeated), leaf.shape)
+
+        return jax.jit(expand, out_shardings=leaf.sharding)(value)
