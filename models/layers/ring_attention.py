@@ -1,0 +1,240 @@
+"""Ring attention: queries stay, keys and values travel once around the devices that cut the length."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from meshway.models.layers.attention import dot_product_attention
+from meshway.models.layers.attention_shards import Operands, cut_of, on_shards, operands, repeated
+from meshway.models.layers.blockwise import (
+    Gradients,
+    Keys,
+    Queries,
+    Softmax,
+    Terms,
+    as_cotangents,
+    attend,
+    attend_backward,
+    begin,
+    blockwise_attention,
+    end,
+    fill_up,
+    filled,
+    no_gradients,
+    receive,
+)
+from meshway.models.layers.masks import Mask
+from meshway.models.layers.positions import PositionBias
+
+
+@dataclasses.dataclass(frozen=True)
+class RingAttention:
+    """A `Kernel` for layouts that cut `length` and `kv_length` over the same mesh axes (Liu et al. 2023, section 3).
+
+    Each device holds the keys and values of one part of the row at a time, in their own number of heads, and of scores
+    one block; the backward pass computes scores again while keys, values and their gradients travel once more.
+    Where the layout does not cut the length, or without a mesh, it is blockwise attention on each device's own rows
+    and heads. Dropout of attention weights is the reference's, draw for draw.
+
+    With `balanced`, self-attention that is causal and has no prefix first swaps halves of parts among devices, so that
+    device j of n works on halves j and 2n-1-j of the row's 2n (as Llama 3 cuts, Dubey et al. 2024, section 3.3.2): each
+    step then is two blocks of half by half on every device, where the plain ring makes some compute four and others
+    none. It relies on `Sight.places` growing along the row. A prefix, which later tokens of it see, and cross-attention
+    go the plain way round; blocks in which nothing is seen are skipped in either.
+    """
+
+    balanced: bool = True
+    query_block: int = 512
+    kv_block: int = 512
+
+    def __call__(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        *,
+        bias: PositionBias | None = None,
+        mask: Mask | None = None,
+        dropout_rate: float = 0.0,
+        rng: jax.Array | None = None,
+    ) -> jax.Array:
+        """See `dot_product_attention`; a query that sees no key gets 0 instead of the mean of all values.
+
+        Raises:
+          ValueError: a bias that is no `PositionBias`, a mask known in full only, or a layout that cuts queries by
+            other mesh axes than keys.
+        """
+        blocks = (self.query_block, self.kv_block)
+        given = operands("RingAttention", query, key, value, bias, mask, dropout_rate, rng, blocks)
+        cut = cut_of("RingAttention", query, key)
+        if cut is None:
+            return blockwise_attention(given.queries, given.keys, given.table, given.terms)[0]
+        if cut.length != cut.kv_length:  # a single query or key lies whole, and scores are few
+            return dot_product_attention(query, key, value, bias=bias, mask=mask, dropout_rate=dropout_rate, rng=rng)
+        size = cut.parts(cut.length)
+        given = dataclasses.replace(given, keys=repeated(given.keys, query.shape[2], cut.parts(cut.heads)))
+        ring = Ring(cut.length, size, size > 1 and self.balanced and _is_triangle(given), given.terms)
+        return on_shards(ring, given, cut, table_heads=cut.heads)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """The way round, as a `ShardKernel`: over which mesh axes, of how many devices together, and whether in halves that
+    balance."""
+
+    axes: tuple[str, ...]
+    size: int
+    zigzag: bool
+    terms: Terms
+
+    def forward(self, queries: Queries, keys: Keys, table: jax.Array | None) -> tuple[jax.Array, Any]:
+        """Attends from this device's queries to everybody's keys."""
+        dtype, length = queries.query.dtype, queries.query.shape[1]
+        queries, keys = _parts((queries, filled(keys, 2) if self.zigzag else keys), self)
+
+        def step(turn: Any, softmax: Softmax, keys: Keys) -> Softmax:
+            def see(softmax: Softmax, pair: jax.Array) -> tuple[Softmax, None]:
+                mine, theirs = pair
+                new = attend(_take(softmax, mine), _take(queries, mine), _take(keys, theirs), table, self.terms)
+                return _put(softmax, mine, new), None
+
+            return lax.scan(see, softmax, _pairs(turn, self))[0]
+
+        def turn(carry: tuple[Softmax, Keys], turn: Any) -> tuple[tuple[Softmax, Keys], None]:
+            softmax, keys = carry
+            arriving = _pass_on(keys, self)  # while this turn's are attended to
+            return (step(turn, softmax, keys), arriving), None
+
+        carry = (jax.vmap(begin)(queries), keys)
+        if self.size > 1:
+            carry = _middle(turn, turn(carry, 0)[0], self)
+        softmax = step(self.size - 1, *carry)
+        out, logsumexp = _whole(end(softmax, dtype), self, length)
+        return out, (queries, keys, table, out, logsumexp)
+
+    def backward(self, saved: Any, gradient: jax.Array) -> tuple[Queries, Keys, jax.Array | None]:
+        """Sends keys, values and the sums of their gradients round once more."""
+        queries, keys, table, out, logsumexp = saved
+        received = _parts(receive(gradient, out, logsumexp), self)
+        zeros = no_gradients(queries, keys, table)
+
+        def step(turn: Any, sums: Gradients, keys: Keys) -> Gradients:
+            def see(sums: Gradients, pair: jax.Array) -> tuple[Gradients, None]:
+                mine, theirs = pair
+                key, value = _take((sums.key, sums.value), theirs)
+                part = Gradients(_take(sums.query, mine), key, value, sums.table)
+                side = (_take(queries, mine), _take(keys, theirs), table, self.terms, _take(received, mine))
+                new = attend_backward(part, *side)
+                key, value = _put((sums.key, sums.value), theirs, (new.key, new.value))
+                return Gradients(_put(sums.query, mine, new.query), key, value, new.table), None
+
+            return lax.scan(see, sums, _pairs(turn, self))[0]
+
+        def turn(carry: tuple[Gradients, Keys], turn: Any, last: bool = False) -> tuple[tuple[Gradients, Keys], None]:
+            sums, keys = carry
+            # Both travel while this turn is computed; its share is added to the sums once they are here.
+            arriving = keys if last else _pass_on(keys, self)
+            key_sums = _pass_on((sums.key, sums.value), self)
+            sums = step(turn, sums._replace(key=zeros.key, value=zeros.value), keys)
+            key, value = jax.tree.map(jnp.add, key_sums, (sums.key, sums.value))
+            return (sums._replace(key=key, value=value), arriving), None
+
+        sums = step(0, zeros, keys)
+        if self.size > 1:
+            carry = _middle(turn, (sums, _pass_on(keys, self)), self)
+            sums = turn(carry, self.size - 1, last=True)[0][0]
+        found = as_cotangents(sums, queries, keys)
+        if self.size > 1:
+            found = (found[0], _pass_on(found[1], self), found[2])  # home
+        length = out.shape[1]
+        kv_length = length if self.zigzag else keys.key.shape[2]  # without what fills up halves
+        return _whole(found[0], self, length), _whole(found[1], self, kv_length), found[2]
+
+
+def _is_triangle(given: Operands) -> bool:
+    """Whether a query sees keys up to its own place at most, in rows that are ordered alike."""
+    queries, keys = given.queries, given.keys
+    if not given.terms.causal or queries.query.shape[1] != keys.key.shape[1]:
+        return False
+    assert queries.sight is not None and keys.sight is not None
+    ordered = all(sight.places is not None and sight.places.shape[0] == 1 for sight in (queries.sight, keys.sight))
+    return ordered and (queries.sight.prefix is None or keys.sight.prefix is None)
+
+
+def _pairs(turn: Any, ring: Ring) -> jax.Array:
+    """Returns which part of the queries sees which part of the keys at a turn, int32 [pairs, 2].
+
+    In halves: the later half of the queries sees the earlier half of any keys. Keys that come from an earlier device
+    are also seen by the earlier half of queries (their earlier half), those of a later device by the later half (their
+    later half): halves 0 .. n-1 and n .. 2n-1 lie in opposite orders. A device's own keys are seen in all three ways.
+    """
+    if not ring.zigzag:
+        return jnp.zeros((1, 2), jnp.int32)
+    if isinstance(turn, int) and turn == 0:
+        return jnp.array([(1, 0), (0, 0), (1, 1)], jnp.int32)
+    later = (turn > lax.axis_index(ring.axes)).astype(jnp.int32)  # the keys' device is index - turn, modulo n
+    return jnp.stack([jnp.stack([jnp.ones_like(later), jnp.zeros_like(later)]), jnp.stack([later, later])])
+
+
+def _middle(turn: Callable[[Any, Any], Any], carry: Any, ring: Ring) -> Any:
+    """Runs the turns between the first and the last."""
+    return carry if ring.size == 2 else lax.scan(turn, carry, jnp.arange(1, ring.size - 1))[0]
+
+
+def _pass_on(tree: Any, ring: Ring) -> Any:
+    """Sends arrays to the next device of the ring and returns those of the one before."""
+    to_next = [(i, (i + 1) % ring.size) for i in range(ring.size)]
+    return jax.tree.map(lambda x: lax.ppermute(x, ring.axes, to_next), tree)
+
+
+def _parts(tree: Any, ring: Ring) -> Any:
+    """Returns what this device works on, [parts, rows, length / parts, ...]: its own, or its two halves of the zigzag.
+
+    Half i of the row's 2n goes to device i, or 2n-1-i where that is the smaller. So the first halves of all devices go
+    to different devices, and so do the second: even devices receive their earlier half with the first, odd ones theirs
+    with the second.
+    """
+    if not ring.zigzag:
+        return jax.tree.map(lambda x: x[None], tree)
+    even = lax.axis_index(ring.axes) % 2 == 0
+
+    def exchange(x: jax.Array) -> jax.Array:
+        halves = jnp.stack(jnp.split(x, 2, axis=1))
+        first, second = (lax.ppermute(halves[i], ring.axes, _zigzag(ring, i)) for i in range(2))
+        return jnp.stack([jnp.where(even, first, second), jnp.where(even, second, first)])
+
+    return jax.tree.map(exchange, fill_up(tree, 2))
+
+
+def _whole(tree: Any, ring: Ring, length: int) -> Any:
+    """Undoes `_parts`, and cuts off what filled up halves."""
+    if not ring.zigzag:
+        return jax.tree.map(lambda x: x[0], tree)
+    even = lax.axis_index(ring.axes) % 2 == 0
+
+    def restore(x: jax.Array) -> jax.Array:
+        first, second = jnp.where(even, x[0], x[1]), jnp.where(even, x[1], x[0])
+        halves = [
+            lax.ppermute(h, ring.axes, [(b, a) for a, b in _zigzag(ring, i)]) for i, h in enumerate((first, second))
+        ]
+        return jnp.concatenate(halves, axis=1)[:, :length]
+
+    return jax.tree.map(restore, tree)
+
+
+def _zigzag(ring: Ring, which: int) -> list[tuple[int, int]]:
+    """Returns (from, to) for the first or the second half of every device."""
+    halves = range(which, 2 * ring.size, 2)
+    return [(device, min(half, 2 * ring.size - 1 - half)) for device, half in enumerate(halves)]
+
+
+def _take(tree: Any, part: jax.Array) -> Any:
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, part, 0, keepdims=False), tree)
+
+
+def _put(tree: Any, part: jax.Array, new: Any) -> Any:
+    return jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, part, 0), tree, new)

@@ -1,0 +1,122 @@
+"""Ulysses attention: each device gathers the whole length for a share of the heads, and gives it back after."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax import lax
+
+from meshway.models.layers.attention import dot_product_attention
+from meshway.models.layers.attention_shards import Cut, cut_of, on_shards, operands, repeated
+from meshway.models.layers.blockwise import (
+    Keys,
+    Queries,
+    Terms,
+    as_cotangents,
+    attend,
+    attend_backward,
+    begin,
+    blockwise_attention,
+    end,
+    no_gradients,
+    receive,
+)
+from meshway.models.layers.masks import Mask
+from meshway.models.layers.positions import PositionBias
+
+
+@dataclasses.dataclass(frozen=True)
+class UlyssesAttention:
+    """A `Kernel` for layouts that cut `length` and `kv_length` over the same mesh axes (Jacobs et al. 2023, section 3).
+
+    An all-to-all turns shards of the length into shards of the heads, blockwise attention works on whole rows, and an
+    all-to-all turns its output back. It sends less than a ring while there are heads to cut; key heads that do not
+    divide are repeated as little as needed first. Where the layout does not cut the length, or without a mesh, it is
+    blockwise attention on each device's own rows and heads. Dropout is the reference's, draw for draw.
+    """
+
+    query_block: int = 512
+    kv_block: int = 512
+
+    def __call__(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        *,
+        bias: PositionBias | None = None,
+        mask: Mask | None = None,
+        dropout_rate: float = 0.0,
+        rng: jax.Array | None = None,
+    ) -> jax.Array:
+        """See `dot_product_attention`; a query that sees no key gets 0 instead of the mean of all values.
+
+        Raises:
+          ValueError: the query heads of a device do not divide by the devices that cut the length, a bias that is no
+            `PositionBias`, a mask known in full only, or a layout that cuts queries by other mesh axes than keys.
+        """
+        blocks = (self.query_block, self.kv_block)
+        given = operands("UlyssesAttention", query, key, value, bias, mask, dropout_rate, rng, blocks)
+        cut = cut_of("UlyssesAttention", query, key)
+        if cut is None:
+            return blockwise_attention(given.queries, given.keys, given.table, given.terms)[0]
+        if cut.length != cut.kv_length:  # a single query or key lies whole, and scores are few
+            return dot_product_attention(query, key, value, bias=bias, mask=mask, dropout_rate=dropout_rate, rng=rng)
+        head_axes = (*cut.heads, *cut.length)
+        _check_heads(query.shape[2], cut)
+        given = dataclasses.replace(given, keys=repeated(given.keys, query.shape[2], cut.parts(head_axes)))
+
+        exchange = Exchange(cut.length, cut.parts(cut.length), given.terms)
+        return on_shards(exchange, given, cut, table_heads=head_axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """The all-to-all among `size` devices along `axes`, and attention between, as a `ShardKernel`."""
+
+    axes: tuple[str, ...]
+    size: int
+    terms: Terms
+
+    def forward(self, queries: Queries, keys: Keys, table: jax.Array | None) -> tuple[jax.Array, Any]:
+        """Attends from all queries to all keys, in this device's share of the heads."""
+        queries, keys = self._gather(queries), self._gather(keys)
+        out, logsumexp = end(attend(begin(queries), queries, keys, table, self.terms), queries.query.dtype)
+        return self._to_length(out), (queries, keys, table, out, logsumexp)
+
+    def backward(self, saved: Any, gradient: jax.Array) -> tuple[Queries, Keys, jax.Array | None]:
+        """Sends the output's gradient to the heads, and gradients of query, key and value back to the length."""
+        queries, keys, table, out, logsumexp = saved
+        received = receive(self._to_heads(gradient), out, logsumexp)
+        sums = attend_backward(no_gradients(queries, keys, table), queries, keys, table, self.terms, received)
+        query, key, table_sum = as_cotangents(sums, queries, keys)
+        return *jax.tree.map(self._to_length, (query, key)), table_sum
+
+    def _to_heads(self, x: jax.Array) -> jax.Array:
+        """[rows, length / size, heads, ...] -> [rows, length, heads / size, ...]."""
+        return x if self.size == 1 else lax.all_to_all(x, self.axes, split_axis=2, concat_axis=1, tiled=True)
+
+    def _to_length(self, x: jax.Array) -> jax.Array:
+        """Undoes `_to_heads`."""
+        return x if self.size == 1 else lax.all_to_all(x, self.axes, split_axis=1, concat_axis=2, tiled=True)
+
+    def _gather(self, side: Any) -> Any:
+        """Returns queries or keys of the whole length: of arrays with heads a share of these, of the others all."""
+
+        def whole(path: Any, x: jax.Array) -> jax.Array:
+            if path[0].name in ("query", "key", "value", "kept"):
+                return self._to_heads(x)
+            return x if self.size == 1 else lax.all_gather(x, self.axes, axis=1, tiled=True)
+
+        return jax.tree_util.tree_map_with_path(whole, side)
+
+
+def _check_heads(heads: int, cut: Cut) -> None:
+    parts, mine = cut.parts(cut.length), heads // cut.parts(cut.heads)
+    if mine % parts:
+        over = " x ".join(f"{axis}={cut.sizes[axis]}" for axis in cut.length)
+        raise ValueError(
+            f"UlyssesAttention: {heads} query heads leave {mine} a device"
+            f"{f' on {cut.heads}' if cut.heads else ''}, which do not divide by {over}; use fewer devices there, or "
+            "ring_attention.RingAttention, which cuts no heads"
+        )
