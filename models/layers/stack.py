@@ -7,16 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from meshway.models.layers import remat as remat_lib
 from meshway.models.layers.dropout import split_key
+from meshway.models.layers.pipeline import Pipeline
 from meshway.models.layers.reports import Reports, collecting, say
 
-# What a layer keeps for its backward pass; the rest is computed again.
-REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keeps projections, not scores
-}
 UNROLLED_PERIODS_ON_CPU = 8  # beyond, compile time (4x at 12+12 layers) outweighs scan's 13-20 % of the CPU step
 
 
@@ -48,20 +43,22 @@ class Stack(nnx.Module):
         rngs: nnx.Rngs,
         scan: bool | str = "auto",
         remat: str = "none",
+        pipeline: Pipeline | None = None,
     ):
-        """`scan` "auto" unrolls short stacks on CPU and scans otherwise; `remat` names a policy of REMAT_POLICIES.
+        """`scan` "auto" unrolls short stacks on CPU and scans otherwise; `remat` names a policy of `remat.POLICIES`;
+        `pipeline`, which layout files bind, runs the stack over the mesh's stages, except with a cache.
 
         Raises:
           ValueError: `num_layers` is no multiple of the pattern, or an unknown option.
         """
         if num_layers % len(blocks):
             raise ValueError(f"Stack: num_layers={num_layers} is no multiple of its pattern of {len(blocks)} blocks")
-        if remat not in REMAT_POLICIES:
-            raise ValueError(f"Stack.remat: unknown policy {remat!r}; known are {sorted(REMAT_POLICIES)}")
+        if remat not in remat_lib.POLICIES:
+            raise ValueError(f"Stack.remat: unknown policy {remat!r}; known are {sorted(remat_lib.POLICIES)}")
         if scan not in (True, False, "auto"):
             raise ValueError(f"Stack.scan must be True, False or 'auto', not {scan!r}")
         self.num_periods, self.pattern = num_layers // len(blocks), len(blocks)
-        self.scan, self.remat = scan, remat
+        self.scan, self.remat, self.pipeline = scan, remat, pipeline
         for i, block in enumerate(blocks):
             keys = jax.random.split(rngs.params(), self.num_periods)
             setattr(self, f"block_{i}", _stacked(block, d_model, keys))
@@ -83,7 +80,9 @@ class Stack(nnx.Module):
         graphdefs, states = self._split()
         keys = None if rng is None else jax.random.split(rng, self.num_periods)
 
-        def period(x: jax.Array, layer: tuple[Any, Any, Any]) -> tuple[jax.Array, tuple[Any, list[Reports]]]:
+        def period(
+            x: jax.Array, layer: tuple[Any, Any, Any], context: dict[str, Any]
+        ) -> tuple[jax.Array, tuple[Any, list[Reports]]]:
             states, period_key, caches = layer
             new, said = [], []
             for i, key in enumerate(split_key(period_key, self.pattern)):
@@ -94,20 +93,35 @@ class Stack(nnx.Module):
                 said.append(reports)
             return x, (None if caches is None else new, said)
 
-        if self.remat != "none":
-            # Inside scan the barrier against common-subexpression elimination is not needed.
-            period = jax.checkpoint(period, policy=REMAT_POLICIES[self.remat], prevent_cse=not self._scans())
-        layers = (states, keys, cache)
-        if self._scans():
-            x, (cache, said) = jax.lax.scan(period, x, layers)
+        layers, keep = (states, keys, cache), remat_lib.POLICIES[self.remat]
+        if self.pipeline is not None and cache is None and self.pipeline.num_stages() > 1:
+            x, (cache, said) = self.pipeline(self._run, period, x, layers, context, keep)
         else:
-            outputs = []
-            for i in range(self.num_periods):
-                x, output = period(x, jax.tree.map(lambda leaf, i=i: leaf[i], layers))
-                outputs.append(output)
-            cache, said = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+            x, (cache, said) = self._run(lambda x, layer: period(x, layer, context), x, layers, keep)
         _say_by_layer(said)
         return x, cache
+
+    def _run(
+        self,
+        period: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
+        x: jax.Array,
+        layers: Any,
+        keep: remat_lib.Policy | None,
+    ) -> tuple[jax.Array, Any]:
+        """Runs `period(x, layer)` over consecutive periods, `layers` [periods, ...], under remat policy `keep`, and
+        stacks what it returned."""
+        num_periods = jax.tree.leaves(layers)[0].shape[0]
+        scans = self._scans(num_periods)
+        if keep is not None:
+            # Inside scan the barrier against common-subexpression elimination is not needed.
+            period = jax.checkpoint(period, policy=keep, prevent_cse=not scans)
+        if scans:
+            return jax.lax.scan(period, x, layers)
+        outputs = []
+        for i in range(num_periods):
+            x, output = period(x, jax.tree.map(lambda leaf, i=i: leaf[i], layers))
+            outputs.append(output)
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
     def empty_cache(self, **arguments: Any) -> list[Any]:
         """Returns each block's `empty_cache(**arguments)`, stacked over layers."""
@@ -121,9 +135,9 @@ class Stack(nnx.Module):
         pairs = [nnx.split(getattr(self, f"block_{i}")) for i in range(self.pattern)]
         return [graphdef for graphdef, _ in pairs], [state for _, state in pairs]
 
-    def _scans(self) -> bool:
+    def _scans(self, num_periods: int) -> bool:
         if self.scan == "auto":
-            return jax.default_backend() != "cpu" or self.num_periods > UNROLLED_PERIODS_ON_CPU
+            return jax.default_backend() != "cpu" or num_periods > UNROLLED_PERIODS_ON_CPU
         return bool(self.scan)
 
 

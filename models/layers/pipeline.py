@@ -1,0 +1,287 @@
+"""A stack of layers run as a pipeline: its stages on different devices, a batch going through as microbatches.
+
+Everything happens in one jitted program. All stages compute at once, as one `vmap` over an axis that the mesh cuts;
+between time steps what they made is rolled on by one stage, which compiles to a collective-permute (GPipe in GSPMD,
+Xu et al. 2021, section 3.3). A scan over time walks the schedule's arrays, and its derivative is the backward
+pipeline.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from meshway.framework.axes import Names, constrain, mesh_axes, placement
+from meshway.models.layers.positions import PositionBias
+from meshway.models.layers.remat import Policy, all_but_moves, of_one_stage
+from meshway.models.layers.schedule import Walk, circular
+
+Layer = Any  # (states, dropout key, no cache) of one period of the stack; of many of them, with a leading axis
+Period = Callable[[jax.Array, Layer, dict[str, Any]], tuple[jax.Array, Any]]  # (x, layer, context) -> (x, reports)
+ACTIVATIONS = ("batch", "length", "embed")
+
+
+class Now(NamedTuple):
+    """A time step, of a scan over all of them.
+
+    Attributes:
+      microbatch, repeat: what each stage works on, [stages].
+      entering, enters: the microbatch of the first stage, and whether it is new: scalars, as an entry of `microbatch`,
+        which lies on many devices, would have to be sent to all.
+      leaving, leaves: the microbatch of the last stage, and whether it has passed all layers.
+    """
+
+    microbatch: jax.Array
+    repeat: jax.Array
+    entering: jax.Array
+    enters: jax.Array
+    leaving: jax.Array
+    leaves: jax.Array
+
+    @classmethod
+    def of(cls, walk: Walk, num_repeats: int) -> "Now":
+        """Returns all time steps, [time, ...]."""
+        leaves = walk.active[:, -1] & (walk.repeat[:, -1] == num_repeats - 1)
+        first, last = walk.microbatch[:, 0], walk.microbatch[:, -1]
+        return cls(*map(jnp.asarray, (walk.microbatch, walk.repeat, first, walk.repeat[:, 0] == 0, last, leaves)))
+
+
+class RunLayers(Protocol):
+    """Runs `period(x, layer)` over consecutive layers, under remat policy `keep`; (x, what the periods returned)."""
+
+    def __call__(
+        self,
+        period: Callable[[jax.Array, Layer], tuple[jax.Array, Any]],
+        x: jax.Array,
+        layers: Layer,
+        keep: Policy | None,
+    ) -> tuple[jax.Array, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """How a stack is run where the layout cuts "stage": bind it in a layout file, `Stack.pipeline = @Pipeline()`.
+
+    Attributes:
+      num_microbatches: M, into which each batch is cut (each microbatch of the step, where it accumulates gradients).
+      num_repeats: V, how often a microbatch goes around the stages. The idle share is (S - 1) / (M V + S - 1).
+
+    Parameters stay the stack's own, [layers, ...], a run of layers a stage. With V > 1 a stage works on V shorter
+    runs instead: once a step the weights move between stages, and their gradients move back.
+
+    A dropout key belongs to a layer and a microbatch, so masks are not those of the stack run whole. Auxiliary losses
+    and statistics that layers report are means over microbatches, as where gradients are accumulated.
+    """
+
+    num_microbatches: int
+    num_repeats: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("num_microbatches", "num_repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Pipeline.{name} must be at least 1, not {getattr(self, name)}")
+
+    def num_stages(self) -> int:
+        """Returns over how many stages the ambient layout cuts a network; 1 outside any mesh."""
+        return _parts("stage")
+
+    def __call__(
+        self,
+        run: RunLayers,
+        period: Period,
+        x: jax.Array,
+        layers: Layer,
+        context: dict[str, Any],
+        keep: Policy | None,
+    ) -> tuple[jax.Array, Any]:
+        """Runs all layers.
+
+        Args:
+          run: runs the layers of a stage, by scan or unrolled.
+          period: one period of the stack.
+          x: [batch, length, d_model].
+          layers: pytree of arrays [periods, ...].
+          context: pytree of arrays whose first axis is the batch, or 1.
+          keep: the remat policy, None for all.
+
+        Returns:
+          (x after all layers, what the periods reported, [periods] each, a mean over microbatches).
+
+        Raises:
+          ValueError: periods, batch and microbatches do not divide, or a leaf of the context has
+            another number of rows.
+        """
+        stages, rows = self.num_stages(), x.shape[0]
+        self._check(jax.tree.leaves(layers)[0].shape[0], rows, stages)
+        walk = circular(stages, self.num_microbatches, self.num_repeats).walk()
+        cut = _has_rows(context, rows)
+        layers = jax.tree.map(lambda leaf: self._by_stage(leaf, stages), layers)
+        context = jax.tree.map(lambda leaf, cut: self._on_each_stage(leaf, cut, stages), context, cut)
+        work = self._work_of_stages(run, period, cut, keep)
+        first, last = (np.arange(stages)[:, None, None, None] == stage for stage in (0, stages - 1))
+        # Of each microbatch the input, and once the last stage is done with it the result. Each stage has a copy, of
+        # which the last one's is read in the end, so that nothing but what is rolled crosses stages at a time step.
+        kept = constrain(_broadcast(self._cut(x), 1, stages), (None, "stage", *ACTIVATIONS))
+
+        def step(carry: tuple[jax.Array, jax.Array], now: Now) -> tuple[tuple[jax.Array, jax.Array], Any]:
+            made, kept = carry
+            taken = jnp.where(first & now.enters, _at(kept, now.entering), _roll(made))
+            made, said = work(layers, context, constrain(taken, ("stage", *ACTIVATIONS)), now.microbatch, now.repeat)
+            made = constrain(made, ("stage", *ACTIVATIONS))
+            result = jnp.where(now.leaves, made, _at(kept, now.leaving))
+            return (made, jax.lax.dynamic_update_index_in_dim(kept, result, now.leaving, 0)), said
+
+        (_, kept), said = jax.lax.scan(step, (kept[0], kept), Now.of(walk, self.num_repeats))
+        # One sum over stages; an index would take a permute as well, and one more for the gradient.
+        x = constrain(self._join(jnp.sum(jnp.where(last, kept, 0), axis=1)), ACTIVATIONS)
+        return x, jax.tree.map(lambda leaf: self._mean(leaf, walk), said)
+
+    def _check(self, num_periods: int, rows: int, num_stages: int) -> None:
+        """Raises ValueError, with the nearest right number, where periods or a batch of `rows` do not divide."""
+        repeats, parts, shards = self.num_repeats, num_stages * self.num_repeats, _parts("batch")
+        if repeats % num_stages and num_stages % repeats:
+            raise ValueError(
+                f"Pipeline.num_repeats={repeats} and {num_stages} stages: one must be a multiple of the other, else no "
+                "all-to-all moves the weights to their stages, and each would gather all of them; "
+                f"use {_divisors_near(num_stages, repeats)}"
+            )
+        if num_periods % parts:
+            raise ValueError(
+                f"a stack of {num_periods} periods of its pattern of blocks does not cut into {num_stages} stages x "
+                f"num_repeats={self.num_repeats}: {_nearest(num_periods, parts)} periods would"
+            )
+        if rows % (self.num_microbatches * shards):
+            numbers = _divisors_near(rows // shards, self.num_microbatches) if rows % shards == 0 else ""
+            raise ValueError(
+                f"Pipeline.num_microbatches={self.num_microbatches} does not cut {rows} rows (BATCH_SIZE over the "
+                f"step's NUM_MICROBATCHES) into microbatches that the {shards} parts of the mesh's batch share evenly: "
+                f"{_nearest(rows, self.num_microbatches * shards)} rows would do"
+                f"{numbers and f', or num_microbatches={numbers}'}"
+            )
+
+    def _work_of_stages(
+        self, run: RunLayers, period: Period, cut: Any, keep: Policy | None
+    ) -> Callable[..., tuple[jax.Array, Any]]:
+        """Returns one time step's work: (layers, context, x, microbatch, repeat) -> (x, reports), all of them with axis
+        "stage" in front."""
+        if keep is not None:
+            keep = of_one_stage(keep)
+        elif self.num_repeats > 1:
+            keep = all_but_moves
+
+        def stage(
+            layers: Layer, context: Any, x: jax.Array, microbatch: jax.Array, repeat: jax.Array
+        ) -> tuple[jax.Array, Any]:
+            def one(x: jax.Array, layer: Layer) -> tuple[jax.Array, Any]:
+                # Picked in here, where remat reaches: what was picked is then not kept for every time step.
+                states, key, cache = jax.tree.map(lambda leaf: _at(leaf, repeat), layer)
+                key = None if key is None else jax.random.fold_in(key, microbatch)
+                mine = jax.tree.map(lambda leaf, cut: _at(leaf, microbatch) if cut else leaf, context, cut)
+                return period(x, (states, key, cache), mine)
+
+            return run(one, x, layers, keep)
+
+        return jax.vmap(stage, spmd_axis_name=mesh_axes("stage"))
+
+    def _cut(self, x: jax.Array) -> jax.Array:
+        """[rows, ...] -> [microbatches, rows of each, ...]. Microbatch i takes rows i, i + M, ...: each lies on all
+        devices that hold the batch."""
+        return jnp.swapaxes(x.reshape(-1, self.num_microbatches, *x.shape[1:]), 0, 1)
+
+    def _join(self, x: jax.Array) -> jax.Array:
+        """The inverse of `_cut`."""
+        return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+
+    def _by_stage(self, leaf: jax.Array, stages: int) -> jax.Array:
+        """[periods, ...] -> [stages, periods of one repeat, repeats, ...], on the devices of each stage."""
+        leaf = leaf.reshape(self.num_repeats, stages, -1, *leaf.shape[1:])
+        return _constrain_leading(jnp.moveaxis(leaf, 0, 2), ("stage", None, None))
+
+    def _on_each_stage(self, leaf: jax.Array, cut: bool, stages: int) -> jax.Array:
+        """[rows, ...] -> [stages, microbatches, rows of each, ...] if `cut`, else [...] -> [stages, ...]: one copy a
+        stage, whose gradients are summed over stages once, at the end, and not at every time step."""
+        if cut:
+            return _constrain_leading(_broadcast(self._cut(leaf), 0, stages), ("stage", None, "batch"))
+        return _constrain_leading(_broadcast(leaf, 0, stages), ("stage",))
+
+    def _mean(self, said: jax.Array, walk: Walk) -> jax.Array:
+        """Averages over microbatches what periods said: [time, stages, periods of one repeat, ...] -> [periods, ...] in
+        the order of layers. What idle stages said is left out, not multiplied by zero: it may be anything."""
+        real = walk.active & (walk.repeat == jnp.arange(self.num_repeats)[:, None, None])
+        real = real.reshape(*real.shape, *[1] * (said.ndim - 2))
+        return jnp.sum(jnp.where(real, said, 0), axis=1).reshape(-1, *said.shape[3:]) / self.num_microbatches
+
+
+def _parts(name: str) -> int:
+    """Returns into how many parts the ambient layout cuts a logical axis."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in mesh_axes(name))
+
+
+def _has_rows(context: Any, rows: int) -> Any:
+    """Returns, for each leaf of a stack's context, whether its first axis is the batch.
+
+    Raises:
+      ValueError: it is neither that nor 1.
+    """
+
+    def leaf_has(leaf: jax.Array) -> bool:
+        if leaf.ndim and leaf.shape[0] not in (1, rows):
+            raise ValueError(
+                f"a pipeline cuts what its layers get into microbatches, and an array of shape {leaf.shape} has "
+                f"neither the batch's {rows} rows nor 1"
+            )
+        return bool(leaf.ndim) and leaf.shape[0] == rows
+
+    def node_has(node: Any) -> Any:
+        if isinstance(node, PositionBias):  # its table belongs to no row
+            return dataclasses.replace(jax.tree.map(leaf_has, dataclasses.replace(node, table=node.dense)), table=False)
+        return leaf_has(node)
+
+    return jax.tree.map(node_has, context, is_leaf=lambda node: isinstance(node, PositionBias))
+
+
+def _constrain_leading(x: jax.Array, names: Names) -> jax.Array:
+    """Constrains the first axes of x; along the others it may lie as it does."""
+    where = placement(names, x.shape[: len(names)])
+    if where is None:
+        return x
+    spec = PartitionSpec(*where.spec, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - len(names)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(where.mesh, spec))
+
+
+@jax.custom_vjp
+def _roll(x: jax.Array) -> jax.Array:
+    """Hands what each stage made to the next, and the last one's to the first: one collective-permute, as is its
+    gradient, for which jax would take two."""
+    return jnp.roll(x, 1, axis=0)
+
+
+_roll.defvjp(lambda x: (_roll(x), None), lambda _, gradient: (jnp.roll(gradient, -1, axis=0),))
+
+
+def _broadcast(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """Repeats x along a new axis."""
+    return jnp.broadcast_to(jnp.expand_dims(x, axis), (*x.shape[:axis], size, *x.shape[axis:]))
+
+
+def _at(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x[index]."""
+    return x[0] if x.shape[0] == 1 else jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False)
+
+
+def _nearest(number: int, divisor: int) -> str:
+    """Returns the multiples of `divisor` next to `number`, as text."""
+    below = number // divisor * divisor
+    return " or ".join(str(near) for near in (below, below + divisor) if near)
+
+
+def _divisors_near(number: int, wanted: int) -> str:
+    """Returns the divisors of `number` next to `wanted`, as text."""
+    divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    below, above = [d for d in divisors if d < wanted], [d for d in divisors if d > wanted]
+    return " or ".join(map(str, [*below[-1:], *above[:1]]))
