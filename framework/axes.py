@@ -44,6 +44,13 @@ class Ambient(Protocol):
         """Returns the mesh axes, of more than one device, that cut a logical axis; raises on an unknown name."""
         ...
 
+    def lookup(
+        self, names: Names, shape: tuple[int, ...], table_names: Names, table_shape: tuple[int, ...]
+    ) -> list[NamedSharding]:
+        """Returns where entries taken from a parameter are found, and the way from there to where `sharding` puts them,
+        one mesh axis at a time; raises as `sharding`."""
+        ...
+
 
 _ambient: ContextVar[Ambient | None] = ContextVar("meshway_ambient_layout", default=None)
 
@@ -81,6 +88,28 @@ def constrain(x: jax.Array, names: Names, free_for: str | None = None) -> jax.Ar
     if free_for is not None:
         sharding = _without(sharding, mesh_axes(free_for))
     return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def constrain_lookup(x: jax.Array, names: Names, table: jax.Array, table_names: Names) -> jax.Array:
+    """Constrains what was looked up in a parameter: first to where it is found, then on its way to where `names` say.
+
+    Where mesh axes cut both the batch and the entries of the table (fsdp), each device looks its part up for the tokens
+    of all devices along these axes, and what was found is exchanged. Without the steps in between XLA finds no such way
+    where several axes cut the batch, and gathers the gradient of every token on every device.
+
+    Args:
+      x: what was looked up, of rank ``len(names)``.
+      names: its logical axes.
+      table: the parameter, with the logical axes `table_names`; those in both are its entries'.
+
+    Returns:
+      x, constrained; x itself outside any mesh.
+    """
+    layout = _ambient_layout(names)
+    for sharding in layout.lookup(names, x.shape, table_names, table.shape) if layout else ():
+        if sharding.mesh.size > 1:
+            x = jax.lax.with_sharding_constraint(x, sharding)
+    return constrain(x, names)
 
 
 def placement(names: Names, shape: tuple[int, ...]) -> NamedSharding | None:

@@ -3,10 +3,12 @@
     meshway inspect --gin_file=recipes/quickstart.gin --gin.LAYOUT=fsdp --simulated_devices=8
     meshway inspect data --gin_file=recipes/quickstart.gin
 
-The first prints every tensor, where it lies, what it costs a device, and which rule said so. The second prints
+The first prints every tensor, where it lies, what it costs a device, and which rule said so, and warns of what the
+layout wastes; with --compile also what the step sends over each mesh axis. The second prints
 examples as the model sees them, their lengths, density and mixture shares, and writes the same as a page.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,18 +23,43 @@ if TYPE_CHECKING:
 DATA = "data"
 
 
-def layout(program: "TrainProgram") -> str:
-    """Returns the layout table of a program as text; nothing is allocated.
+def layout(
+    program: "TrainProgram",
+    compile: bool = False,
+    replicated_state: float = 0.1,
+    replicated_activations: float = 0.5,
+    resharding: float = 0.02,
+) -> str:
+    """Returns the layout table of a program as text, and warnings of what the layout wastes; nothing is allocated.
+
+    Args:
+      program: what to look at.
+      compile: compile the step too, and say what it sends over which mesh axes, beside the closed forms.
+      replicated_state: the share of a device's state above which to warn that others along one mesh axis hold the
+        same, although the axis could cut it.
+      replicated_activations: the same of the activations that the model constrains.
+      resharding: the share of all bytes sent above which to warn of what no rule asks for.
 
     Raises:
       UserError: the model does not fit the layout.
     """
     from meshway.framework.partitioning.explain import format_rows
+    from meshway.framework.planning import waste
     from meshway.framework.training.run_directory import summarize
 
     program.trace_loss()
     rows = program.explain()
-    return f"{format_rows(rows)}\n\n{summarize(program, rows)}"
+    parts = [format_rows(rows), summarize(program, rows)]
+    found = waste.state_waste(rows, program.partitioner.mesh.shape, replicated_state)
+    found += waste.activation_waste(program.partitioner, replicated_activations)
+    if compile:
+        from meshway.launch.bench_parallel import compared, compiled_step, format_result
+
+        setting, collectives, _ = compiled_step(program)
+        result = compared(setting, collectives, program.num_microbatches)
+        parts.append(format_result(dataclasses.replace(result, layout="sent by the compiled step")))
+        found += waste.resharding_waste(setting, collectives, resharding)
+    return "\n\n".join([*parts, *(["\n".join(f"warning: {each}" for each in found)] if found else [])])
 
 
 def data(
@@ -77,10 +104,12 @@ def run(invocation: "Invocation") -> None:
         jax.config.update("jax_platforms", "cpu")  # a run that trains meanwhile keeps its accelerators
         data(**config.load(invocation).build("inspect.data"))
         return
-    from meshway.framework import distributed
+    from meshway.framework.distributed import processes
 
-    distributed.start(*invocation.processes)
-    print(layout(**config.load(invocation, import_unreferenced=False).build("inspect.layout")))
+    with processes.joined(*invocation.processes):
+        text = layout(**config.load(invocation, import_unreferenced=False).build("inspect.layout"))
+        if processes.is_primary():
+            print(text)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from meshway.models.layers.reports import collecting
-from meshway.models.losses import CrossEntropy, target_log_probs
+from meshway.models.losses import CrossEntropy, beside_logits, target_log_probs
 from meshway.models.module import Network, NetworkFactory
 from meshway.models.token_batch import TokenSpec, token_spec
 
@@ -39,12 +39,14 @@ class EncoderDecoder:
         """Returns (summed loss, summed weight, metrics) over target tokens; `rng` None means no dropout."""
         with collecting() as reports:
             logits = self.logits(params, batch, rng)
-        return self._criterion(logits, batch["decoder_target_tokens"], batch["decoder_loss_weights"], reports)
+        return self._criterion(
+            logits, *beside_logits(batch["decoder_target_tokens"], batch["decoder_loss_weights"]), reports
+        )
 
     def score(self, params: dict[str, Any], batch: Batch) -> jax.Array:
         """Returns the log-probability of each target token, float32 [batch, length], 0 on padding."""
         logits = self.logits(params, batch, None)
-        return target_log_probs(logits, batch["decoder_target_tokens"], batch["decoder_loss_weights"])
+        return target_log_probs(logits, *beside_logits(batch["decoder_target_tokens"], batch["decoder_loss_weights"]))
 
     def prefill(self, params: dict[str, Any], batch: Batch, max_length: int) -> tuple[jax.Array, jax.Array, Any]:
         """Encodes the inputs; decoding starts from token 0 at position 0."""

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from meshway.framework.axes import constrain
 from meshway.models.layers.reports import Reports, as_loss
 
 
@@ -57,6 +58,16 @@ class CrossEntropy:
             metrics["z_loss"] = (jnp.sum(penalty * weights), weight)
         auxiliary, statistics = as_loss(reports or Reports(), weight)
         return jnp.sum(loss * weights) + auxiliary, weight, metrics | statistics
+
+
+def beside_logits(targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Lays targets and weights, both [batch, length], out as the logits of their tokens.
+
+    Batches may be cut along the length by axes that cut the vocabulary of logits (Megatron's sequence parallelism).
+    Left to itself XLA then moves the logits, and their gradient, to where targets lie.
+    """
+    names = ("batch", "length")
+    return constrain(targets, names, free_for="vocab"), constrain(weights, names, free_for="vocab")
 
 
 def target_log_probs(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:

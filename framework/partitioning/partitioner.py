@@ -1,6 +1,7 @@
 """The partitioner: a mesh, the rules over it, and shardings for everything a step touches."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -54,9 +55,11 @@ class Partitioner:
         self.optimizer_rules = self.parameter_rules
         if layout.optimizer is not layout.parameters:
             self.optimizer_rules = Rules(layout.optimizer, sizes, "Layout.optimizer")
-        self.activation_rules = Rules(layout.activations, sizes, "Layout.activations", ("length",))
+        self.activation_rules = Rules(layout.activations, sizes, "Layout.activations", ("length", "kv_length"))
         self._compiler_options = _options_of(layout.compiler_options, self.mesh.devices.flat[0].platform)
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
+        # What models asked for while traced: (axes, shape, spec) -> how often. `planning.waste` reads it.
+        self.placed: Counter[tuple[Names, tuple[int, ...], PartitionSpec]] = Counter()
 
     @contextlib.contextmanager
     def activate(self) -> Iterator[None]:
@@ -162,7 +165,37 @@ class Partitioner:
 
     def sharding(self, names: Names, shape: tuple[int, ...]) -> NamedSharding:
         """Returns where an activation with logical axes `names` lies; UserError as `Rules.resolve`."""
-        return NamedSharding(self.mesh, self.activation_rules.resolve(names, shape, "an activation").spec)
+        spec = self.activation_rules.resolve(names, shape, "an activation").spec
+        self.placed[names, shape, spec] += 1
+        return NamedSharding(self.mesh, spec)
+
+    def lookup(
+        self, names: Names, shape: tuple[int, ...], table_names: Names, table_shape: tuple[int, ...]
+    ) -> list[NamedSharding]:
+        """Returns where entries taken from a parameter are found, and the way from there to where `names` say.
+
+        At first their axes that are the parameter's lie as it is stored, the others as activations, without the mesh
+        axes that cut the parameter. Then these go over to the others, the innermost first: the compiler knows how to
+        exchange two dimensions over one mesh axis.
+
+        Raises:
+          UserError: see `Rules.resolve`.
+        """
+        stored = self.parameter_rules.resolve(table_names, table_shape, "a table").spec
+        wanted = [_axes_of(entry) for entry in self.activation_rules.resolve(names, shape, "an activation").spec]
+        cut = [_axes_of(stored[table_names.index(name)]) if name in table_names else None for name in names]
+        held = [axis for entry in stored for axis in _axes_of(entry)]  # not yet given back
+        steps = []
+        while True:
+            entries = [
+                tuple(axis for axis in (there if mine is None else mine) if (axis in held) == (mine is not None))
+                for there, mine in zip(wanted, cut, strict=True)
+            ]
+            steps.append(NamedSharding(self.mesh, PartitionSpec(*[entry or None for entry in entries])))
+            moving = [axis for mine in cut for axis in mine or () if axis in held]
+            if not any(axis in there for axis in moving for there, mine in zip(wanted, cut) if mine is None):
+                return steps
+            held.remove(moving[-1])
 
     def mesh_axes(self, name: str) -> tuple[str, ...]:
         """Returns the mesh axes, of more than one device, that cut logical axis `name` of activations.
@@ -171,6 +204,11 @@ class Partitioner:
           UserError: no rule maps `name`.
         """
         return tuple(axis for axis in self.activation_rules.axes_of(name) if self.mesh.shape[axis] > 1)
+
+
+def _axes_of(entry: Any) -> tuple[str, ...]:
+    """Returns the mesh axes of one entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def _options_of(options: Mapping[str, Mapping[str, Any]], platform: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +40,7 @@ class TrainProgram:
         """
         check_microbatches(batch_size, num_microbatches)
         self.model, self.seed, self.batch_size, self.lengths = model, seed, batch_size, dict(lengths)
+        self.num_microbatches = num_microbatches
         self.partitioner = Partitioner(layout)
         try:
             self.batch_spec: dict[str, ArraySpec] = dict(model.batch_spec(batch_size, self.lengths))
@@ -89,20 +90,20 @@ class TrainProgram:
 
     @functools.cached_property
     def flops(self) -> float:
-        """Model FLOPs of one step: three times the matmuls of a forward pass."""
-        with self.partitioner.activate():
-            return train_flops(
-                lambda params, batch: self.model.loss(params, batch, None)[0],
-                self.param_shapes,
-                self.abstract_batch,
-            )
+        """Model FLOPs of one step: three times the matmuls of a forward pass, on no mesh: what a layout adds to them,
+        as the idle stages of a pipeline do, is no work of the model's."""
+        return train_flops(
+            lambda params, batch: self.model.loss(params, batch, None)[0],
+            self.param_shapes,
+            self.abstract_batch,
+        )
 
     def init(self) -> TrainState:
         """Returns the fresh state, each leaf in its shards."""
         return init_sharded(self.model, self.optimizer, self.partitioner, self.state_shardings, self.seed)
 
-    def compile_step(self) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Any]]:
-        """Returns the compiled step, which consumes the state it is given.
+    def compile_step(self) -> jax.stages.Compiled:
+        """Returns the compiled step, `(state, batch) -> (state, metrics)`, which consumes the state it is given.
 
         Raises:
           UserError: an activation does not fit the rules, or a rule matched nothing.
@@ -118,8 +119,21 @@ class TrainProgram:
         )
 
     def trace_loss(self) -> None:
-        """Traces the loss without compiling, so that every axis meets its rule; raises UserError where one does not."""
-        _ = self.state_shardings, self.flops
+        """Traces the loss of a microbatch without compiling, so that every axis meets its rule.
+
+        Raises:
+          UserError: one does not, a rule matched nothing, or the model refuses the sizes it is given (ValueError).
+        """
+        _ = self.state_shardings
+        micro = {
+            name: jax.ShapeDtypeStruct((leaf.shape[0] // self.num_microbatches, *leaf.shape[1:]), leaf.dtype)
+            for name, leaf in self.abstract_batch.items()
+        }
+        try:
+            with self.partitioner.activate():
+                jax.eval_shape(lambda params, batch: self.model.loss(params, batch, None), self.param_shapes, micro)
+        except ValueError as error:
+            raise UserError(f"{type(self.model).__name__}: {error}") from error
         self.partitioner.check_rules_matched()
 
     def put(self, batch: Batch) -> dict[str, jax.Array]:

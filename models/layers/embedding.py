@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from meshway.framework.axes import constrain
+from meshway.framework.axes import constrain, constrain_lookup
 from meshway.models.module import param
 
 
@@ -30,11 +30,11 @@ class Embedding(nnx.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """tokens int32 [batch, length] -> [batch, length, d_model]."""
         table = jnp.asarray(self.embedding[...], self.dtype)
+        names = ("batch", "length", "embed")
         if self.one_hot:
-            x = jax.nn.one_hot(tokens, table.shape[0], dtype=table.dtype) @ table
-        else:
-            x = table[tokens]
-        return constrain(x, ("batch", "length", "embed"))
+            return constrain(jax.nn.one_hot(tokens, table.shape[0], dtype=table.dtype) @ table, names)
+        tokens = constrain(tokens, ("batch", "length"), free_for="vocab")
+        return constrain_lookup(table[tokens], names, table, ("vocab", "embed"))
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Scores x [batch, length, d_model] against the table (tied output), scaled by 1/sqrt(d_model) as T5 does."""

@@ -1,0 +1,232 @@
+"""The collectives of a compiled program: what travels, over which mesh axes, how often, and how many bytes."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from meshway.framework.planning import hlo
+from meshway.framework.planning.provenance import Sources, sources_of_operands
+
+# Bytes that one device of a ring of n sends, as a multiple of the payload (Thakur, Rabenseifner and Gropp 2005,
+# sections 4.1 to 4.5; Patarasuk and Yuan 2009 for the all-reduce). They are lower bounds for any algorithm that
+# uses no multicast. What is the payload of each kind: see `Collective`.
+SENT = {
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-gather": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n,
+    "ragged-all-to-all": lambda n: (n - 1) / n,  # of the buffers: how full they are is not known before the run
+    "collective-permute": lambda n: 1.0,
+    "collective-broadcast": lambda n: 1.0,
+}
+_UNEVEN = "inside a loop of unknown length, counted once"
+_CHOICE = "inside a conditional, of which the dearest branch is counted"
+# XLA:TPU writes a reduce-scatter as a fusion of an all-reduce and a slice, whose computation has this name.
+_FUSED_SCATTER = "all-reduce-scatter"
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One array that a collective moves; an instruction that moves several is as many rows.
+
+    Attributes:
+      kind: the opcode, as `all-reduce`; asynchronous pairs are one.
+      axes: the mesh axes it spans. Devices that agree on all other axes take part together.
+      group: devices that take part together; fewer than the axes' product where it spans a part of an axis.
+      count: times a step, the trips of enclosing loops included.
+      array: dtype and shape of the payload on one device: the whole array of an all-reduce, the result of an
+        all-gather, the operand of a reduce-scatter, all-to-all or permute.
+      origin: the program's name of the operation, as jax wrote it into the metadata.
+      instruction: its name in the HLO; rows of one instruction travel together.
+      sources: the arguments of the program that the payload depends on (see `provenance`).
+      note: why `count` may be off, if it may.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    group: int
+    count: int
+    array: hlo.Array
+    origin: str
+    instruction: str
+    sources: Sources = frozenset()
+    note: str = ""
+
+    @property
+    def payload(self) -> int:
+        """Bytes of `array`, for all `count` times."""
+        return self.array.bytes * self.count
+
+    @property
+    def sent(self) -> float:
+        """Bytes a device sends for all `count` times, by `SENT`."""
+        return SENT[self.kind](self.group) * self.payload
+
+
+def read_collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
+    """Returns a row for each array that a compiled program moves between devices.
+
+    Loops are counted with their trips: those that XLA knows, else the constant their condition compares with, else
+    once, with a note. Of a conditional the branch that sends most counts. Groups of one device are left out.
+
+    Args:
+      text: HLO of one SPMD program (`compiled.as_text()`).
+      mesh: sizes of the mesh's axes in order. XLA numbers devices by their position in the mesh, row-major,
+        whatever their ids are.
+
+    Raises:
+      UserError: the text is no HLO.
+    """
+    module = hlo.parse(text)
+    return list(_Reader(module, mesh).read(module.entry, 1, ""))
+
+
+def sent_by_axes(rows: Iterable[Collective]) -> dict[tuple[str, ...], float]:
+    """Returns mesh axes -> bytes a device sends over them in one run of the program."""
+    totals: dict[tuple[str, ...], float] = {}
+    for row in rows:
+        totals[row.axes] = totals.get(row.axes, 0.0) + row.sent
+    return totals
+
+
+class _Reader:
+    def __init__(self, module: hlo.Module, mesh: Mapping[str, int]):
+        self._module, self._mesh = module, dict(mesh)
+        self._sources = sources_of_operands(module)
+
+    def read(self, name: str, times: int, note: str) -> Iterator[Collective]:
+        computation = self._module.computations.get(name)
+        for instruction in computation or ():
+            kind = _kind(instruction.opcode)
+            if kind:
+                yield from self._rows(kind, instruction, times, note)
+            elif not instruction.opcode.endswith(("-done", "-update")):
+                yield from self._inside(instruction, times, note)
+
+    def _inside(self, instruction: hlo.Instruction, times: int, note: str) -> Iterator[Collective]:
+        called = instruction.called()
+        if instruction.opcode == "while":
+            trips = self._trips(instruction, called["condition"][0])
+            inside, note = (times, _UNEVEN) if trips is None else (times * trips, note)
+            yield from self.read(called["body"][0], inside, note)
+        elif instruction.opcode == "conditional":
+            branches = [list(self.read(name, times, _CHOICE)) for names in called.values() for name in names]
+            yield from max(branches, key=lambda rows: sum(row.sent for row in rows), default=[])
+        else:
+            for names in called.values():
+                for name in names:
+                    yield from self.read(name, times, note)
+
+    def _trips(self, loop: hlo.Instruction, condition: str) -> int | None:
+        known = re.search(r'known_trip_count[\\"]*:\s*\{[\\"]*n[\\"]*:\s*[\\"]*(\d+)', loop.attributes)
+        if known:
+            return int(known.group(1))
+        constants = [each for each in self._module.computations[condition] if each.opcode == "constant"]
+        limits = [each.operands[0] for each in constants if each.arrays[0].shape == ()]
+        return int(limits[0]) if len(limits) == 1 and limits[0].isdecimal() else None
+
+    def _rows(self, kind: str, instruction: hlo.Instruction, times: int, note: str) -> Iterator[Collective]:
+        groups = _groups(instruction, math.prod(self._mesh.values()))
+        axes = _spanned(groups, self._mesh)
+        size = groups.shape[1]
+        if not axes:
+            return
+        fused = instruction.computation.startswith(_FUSED_SCATTER)
+        for array in self._result(instruction).arrays:
+            if array.dtype in ("token", "opaque") or not array.size:
+                continue
+            if fused:
+                kind = "reduce-scatter"
+            elif kind == "reduce-scatter":
+                array = hlo.Array(array.dtype, (size, *array.shape))
+            sources = self._sources.get((instruction.computation, instruction.name), frozenset())
+            yield Collective(kind, axes, size, times, array, instruction.op_name, instruction.name, sources, note)
+
+    def _result(self, instruction: hlo.Instruction) -> hlo.Instruction:
+        """Returns the instruction whose result is the collective's: that of the pair's end, where it is a pair."""
+        if not instruction.opcode.endswith("-start"):
+            return instruction
+        ends = [
+            each
+            for each in self._module.computations[instruction.computation]
+            if each.opcode.endswith("-done") and instruction.name in each.operands
+        ]
+        return ends[0] if ends else instruction
+
+
+def _kind(opcode: str) -> str:
+    """Returns the kind of a collective or of the start of an asynchronous one; "" for all other opcodes."""
+    kind = opcode.removesuffix("-start")
+    return kind if kind in SENT else ""
+
+
+def _groups(instruction: hlo.Instruction, num_devices: int) -> np.ndarray:
+    """Returns the devices' positions that take part together, int [groups, size]; for a permute its pairs."""
+    pairs = instruction.attribute("source_target_pairs")
+    if pairs:
+        return np.array([[int(source), int(target)] for source, target in re.findall(r"\{(\d+),(\d+)\}", pairs)])
+    text = instruction.attribute("replica_groups")
+    if text.startswith("mesh["):
+        # Its parts are divided by commas: `mesh['a'=4,'b'=2], device_ids=([4,2]T(1,0)) {'a'}`.
+        start = instruction.attributes.index("replica_groups=mesh[")
+        return _mesh_groups(instruction.attributes[start:], num_devices)
+    if "<=" in text:
+        return _iota(text)
+    listed = [[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", text)]
+    return np.array(listed) if listed else np.arange(num_devices)[None]
+
+
+def _iota(text: str) -> np.ndarray:
+    """`[2,4]<=[4,2]T(1,0)`: counting numbers in shape [4, 2], transposed, then cut into [2, 4]."""
+    shape, _, source = text.partition("<=")
+    return _counted(source).reshape(_integers(shape))
+
+
+def _counted(text: str) -> np.ndarray:
+    """`[4,2]T(1,0)`: counting numbers in shape [4, 2], transposed."""
+    sizes, _, order = text.partition("T")
+    numbers = np.arange(math.prod(_integers(sizes))).reshape(_integers(sizes))
+    return numbers.transpose(_integers(order)) if order else numbers
+
+
+def _mesh_groups(text: str, num_devices: int) -> np.ndarray:
+    """`mesh['a'=4,'b'=2], device_ids=(ORDER) {'a'}`: groups along named axes of a mesh of XLA's own.
+
+    `'a':(2)2` is a part of axis a: of size 2, with 2 parts before it.
+    """
+    found = re.match(r"replica_groups=mesh\[([^\]]*)\](?:,?\s*device_ids=\((.*?)\))?\s*\{([^}]*)\}", text)
+    if not found:
+        return np.arange(num_devices)[None]
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found.group(1))}
+    order = found.group(2) or ""
+    if order.startswith("["):
+        ids = _counted(order)
+    else:
+        ids = np.array(_integers(order)) if order else np.arange(num_devices)
+    dims: list[int] = []
+    chosen: list[int] = []
+    spans = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", found.group(3))
+    for name, size in sizes.items():
+        cuts = [(int(before or 1), int(part or size)) for span, before, part in spans if span == name]
+        done = 1
+        for before, part in sorted(cuts):
+            dims += [before // done, part]
+            chosen.append(len(dims) - 1)
+            done = before * part
+        dims.append(size // done)
+    rest = [dim for dim in range(len(dims)) if dim not in chosen]
+    width = math.prod(dims[dim] for dim in chosen)
+    return ids.reshape(dims).transpose(*rest, *chosen).reshape(-1, width)
+
+
+def _integers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]
+
+
+def _spanned(groups: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:
+    """Returns the axes along which the members of a group differ."""
+    coordinates: Sequence[np.ndarray] = np.unravel_index(groups, tuple(mesh.values()))
+    return tuple(name for name, along in zip(mesh, coordinates, strict=True) if bool(np.any(along != along[:, :1])))

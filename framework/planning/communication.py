@@ -1,0 +1,315 @@
+"""What a layout must send: closed forms of a train step's communication, before anything is compiled.
+
+All counts are bytes that one device sends in one step, by the ring formulas of `collectives.SENT`. Sources:
+
+- data parallelism and ZeRO: Rajbhandari et al. 2020 (arXiv:1910.02054), section 7: a gradient of P bytes costs
+  2 P (n-1)/n where parameters are whole (an all-reduce), and P (n-1)/n (a reduce-scatter) where they are cut, plus
+  P (n-1)/n each time the weights are gathered;
+- tensor parallelism: Shoeybi et al. 2019 (arXiv:1909.08053), section 3: one all-reduce of [batch, length, d_model] for
+  each row-cut product forward, and one for each input that column-cut products read backward. With sequence
+  parallelism (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2) each becomes a reduce-scatter and an
+  all-gather, which send the same; so does a residual stream cut in d_model (Pope et al. 2022, arXiv:2211.05102,
+  section 3.2.1, appendix A.1 for the costs);
+- a vocabulary in parts: Shoeybi et al. 2019, section 3: sums of [batch, length] instead of logits;
+- ring attention over n devices (Liu et al. 2023, arXiv:2310.01889, section 3): a device's keys and values travel n-1
+  times forward and n-1 times backward, their gradients n times, the last to come home;
+- all-to-all attention (Jacobs et al. 2023, arXiv:2309.14509, section 3.2) and experts (Lepikhin et al. 2020,
+  arXiv:2006.16668, section 3.2): each exchange of the forward pass has one in the backward pass;
+- pipelines in one program (Xu et al. 2021, arXiv:2105.04663, section 3.3): each stage hands its activations on at each
+  time step, and their gradients back.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import jax
+import numpy as np
+
+from meshway.framework.planning.collectives import SENT
+from meshway.framework.planning.products import Cuts, Lookup, Product, Uses, Weight
+
+GRADIENTS, WEIGHTS, ACTIVATIONS, INPUTS, UPDATES = "gradients", "weights", "activations", "inputs", "updated parameters"
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One reason to send: bytes a device sends over the mesh axes `axes` in a step."""
+
+    axes: tuple[str, ...]
+    role: str
+    bytes: float
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What closed forms are taken over.
+
+    Attributes:
+      mesh: sizes of the mesh's axes.
+      tokens: the axes that cut tokens (batch, or length inside the layers): devices along them see other tokens.
+      parameters: every parameter, whole, with the axes that cut it.
+      optimizer: parameter -> the axes that cut its optimizer state, where there is any.
+      uses: what the loss does with them.
+      stream: the axes that cut the residual stream between layers: its d_model, or a length that is whole inside.
+      stages: the axes that cut stages of a pipeline.
+      experts: the axes that cut experts.
+      keys: (axes, bytes on a device for all times) of keys and values that are whole where queries are cut by `axes`.
+      platform: what compiles it, as jax names it.
+    """
+
+    mesh: Mapping[str, int]
+    tokens: frozenset[str]
+    parameters: Sequence[Weight]
+    optimizer: Mapping[str, frozenset[str]]
+    uses: Uses
+    stream: frozenset[str] = frozenset()
+    stages: frozenset[str] = frozenset()
+    experts: frozenset[str] = frozenset()
+    keys: Sequence[tuple[tuple[str, ...], float]] = ()
+    platform: str = "cpu"
+
+    @functools.cached_property
+    def gradient_sizes(self) -> frozenset[int]:
+        """The element counts that a parameter's gradient, or that of one of its layers, may have on a device."""
+        sizes = set()
+        for weight in self.parameters:
+            layers = math.prod(size for name, size in zip(weight.names, weight.shape) if name == "layers")
+            axes = self.order({axis for cuts in weight.cuts for axis in cuts})
+            for number in range(2 ** len(axes)):
+                parts = self.size(axis for bit, axis in enumerate(axes) if number >> bit & 1)
+                whole = math.prod(weight.shape) // parts
+                sizes |= {whole, whole // layers}
+        return frozenset(sizes)
+
+    def size(self, axes: Iterable[str]) -> int:
+        """Returns the devices along these axes together."""
+        return math.prod(self.mesh[axis] for axis in axes)
+
+    def order(self, axes: Iterable[str]) -> tuple[str, ...]:
+        """Returns the axes of more than one device, in the mesh's order."""
+        chosen = set(axes)
+        return tuple(axis for axis in self.mesh if axis in chosen and self.mesh[axis] > 1)
+
+
+def minimum(setting: Setting) -> list[Term]:
+    """Returns what must be sent if nothing is sent twice, or wider than it is used."""
+    exchanged = {path for path in {lookup.weight.path for lookup in setting.uses.lookups} if _exchange(setting, path)}
+    terms = [*_parameter_terms(setting, exchanged), *_product_terms(setting), *_lookup_terms(setting, exchanged)]
+    terms += [*_kernel_terms(setting), *_key_terms(setting), *_stage_terms(setting)]
+    return [term for term in terms if term.bytes]
+
+
+def unmerged(setting: Setting) -> float:
+    """Returns what the gradients of products' inputs cost more when each product's is summed by itself.
+
+    The minimum sums the gradients of one input first, and over the mesh once. XLA's pass that moves a sum over the
+    mesh behind an addition is not part of every backend's pipeline.
+    """
+    apart = sum(term.bytes * count for term, count in _input_gradients(setting, merged=False))
+    return apart - sum(term.bytes * count for term, count in _input_gradients(setting, merged=True))
+
+
+def gradient_bytes(setting: Setting, path: str, axes: tuple[str, ...]) -> float:
+    """Returns what summing one parameter's gradient over `axes` costs."""
+    alone = dataclasses.replace(setting, parameters=[weight for weight in setting.parameters if weight.path == path])
+    terms = _parameter_terms(alone, set())
+    return sum(term.bytes for term in terms if (term.axes, term.role) == (axes, GRADIENTS))
+
+
+def _parameter_terms(setting: Setting, exchanged: set[str]) -> list[Term]:
+    terms = []
+    for weight in setting.parameters:
+        cut = {axis for axes in weight.cuts for axis in axes}
+        expert = {axis for name, axes in zip(weight.names, weight.cuts) if name == "expert" for axis in axes}
+        gathered = setting.order((cut - expert) & setting.tokens)
+        summed = setting.order(setting.tokens - cut)
+        stored = math.prod(weight.shape) / setting.size(cut - set(gathered))
+        dtype = setting.uses.dtypes.get(weight.path, weight.dtype)
+        used = stored * jax.numpy.dtype(dtype).itemsize  # bytes of the part a device computes with
+        parts = setting.size(gathered)
+        if weight.path not in exchanged:
+            scale = SENT["all-gather"](parts)
+            terms.append(Term(gathered, WEIGHTS, scale * used, "gathered for the forward pass (ZeRO-3)"))
+            terms.append(Term(gathered, GRADIENTS, scale * used, "reduce-scattered to where weights lie (ZeRO-3)"))
+        terms += _sum_terms(setting, weight, summed, used / parts, stored / parts)
+    return terms
+
+
+def _sum_terms(
+    setting: Setting, weight: Weight, summed: tuple[str, ...], gradient: float, elements: float
+) -> list[Term]:
+    """The gradient's sum over axes that do not cut the parameter; its optimizer state may lie in parts there."""
+    apart = setting.order(setting.optimizer.get(weight.path, frozenset()) & set(summed))
+    whole = tuple(axis for axis in summed if axis not in apart)
+    parts = setting.size(apart)
+    updated = elements * jax.numpy.dtype(weight.dtype).itemsize
+    scatter, gather = SENT["reduce-scatter"](parts), SENT["all-gather"](parts)
+    return [
+        Term(apart, GRADIENTS, scatter * gradient, "reduce-scattered to where the optimizer's state lies (ZeRO-1)"),
+        Term(apart, UPDATES, gather * updated, "gathered after the update (ZeRO-1)"),
+        Term(whole, GRADIENTS, SENT["all-reduce"](setting.size(whole)) * gradient / parts, "all-reduced"),
+    ]
+
+
+def _product_terms(setting: Setting) -> list[Term]:
+    terms = []
+    for product in setting.uses.products:
+        inner = _foreign(setting, product.weight.cuts, product.contracted)
+        if inner:
+            sent = SENT["all-reduce"](setting.size(inner)) * _local(setting, product, "output") * product.times
+            terms.append(Term(inner, ACTIVATIONS, sent, "sums of row-cut products, forward"))
+        terms += _vocabulary_terms(setting, product)
+    return terms + [
+        Term(term.axes, term.role, term.bytes * count, term.reason)
+        for term, count in _input_gradients(setting, merged=True)
+    ]
+
+
+def _input_gradients(setting: Setting, merged: bool) -> list[tuple[Term, int]]:
+    """Returns (what one input's gradient costs, how often), an entry for each input or for each product."""
+    found: dict[tuple[int, tuple[str, ...]], tuple[Term, int]] = {}
+    for index, product in enumerate(setting.uses.products):
+        outer = _foreign(setting, product.weight.cuts, product.kept)
+        if not outer or not product.value.trained:
+            continue
+        sent = SENT["all-reduce"](setting.size(outer)) * _local(setting, product, "value")
+        term = Term(outer, ACTIVATIONS, sent, "gradients of what column-cut products read, backward")
+        key = (id(product.value) if merged else index, outer)
+        found[key] = (term, product.value.times if merged else product.times)
+    return list(found.values())
+
+
+def _vocabulary_terms(setting: Setting, product: Product) -> list[Term]:
+    """Logits cut along the vocabulary: the largest, the sum of exponentials and the target's, of each token."""
+    weight = product.weight
+    axes = _foreign(setting, weight.cuts, [dim for dim in product.kept if weight.names[dim] == "vocab"])
+    if not axes:
+        return []
+    entries = math.prod(weight.shape[dim] for dim in product.kept)
+    rows = math.prod(product.output.shape) / entries / setting.size(setting.tokens)
+    sent = 3 * SENT["all-reduce"](setting.size(axes)) * rows * np.dtype(np.float32).itemsize * product.times
+    return [Term(axes, ACTIVATIONS, sent, "softmax over a vocabulary in parts")]
+
+
+def balancing(setting: Setting) -> float:
+    """Returns what permutes of ring attention send that keys and values do not need: halves that change places, so that
+    each device has as much of a causal mask as the others. Backward about as much is sent as forward."""
+    sent = 0.0
+    for kernel in setting.uses.kernels:
+        permutes = [call for call in kernel.written if call.kind == "collective-permute" and call.trained]
+        rings = {setting.size(call.axes) for call in permutes if call.ring}
+        sent += sum(call.bytes for call in permutes) - sum((parts - 1) * kernel.keys_values for parts in rings)
+    return 2 * sent
+
+
+def _kernel_terms(setting: Setting) -> list[Term]:
+    terms = []
+    for kernel in setting.uses.kernels:
+        rings = {setting.order(call.axes) for call in kernel.written if call.ring and call.trained}
+        for axes in rings:
+            parts = setting.size(axes)
+            sent = (2 * (parts - 1) + parts) * kernel.keys_values
+            terms.append(Term(axes, ACTIVATIONS, sent, "keys and values round the ring, and their gradients"))
+        for call in kernel.written:
+            axes = setting.order(call.axes)
+            sent = SENT[call.kind](setting.size(axes)) * call.bytes
+            if not call.trained:
+                terms.append(Term(axes, INPUTS, sent, "what kernels send of ids and places"))
+            elif call.kind == "all-reduce":
+                terms.append(Term(axes, ACTIVATIONS, sent, "sums that kernels take"))
+            elif call.kind != "collective-permute":
+                terms.append(Term(axes, ACTIVATIONS, 2 * sent, f"{call.kind} of kernels, forward and backward"))
+    return terms
+
+
+def _key_terms(setting: Setting) -> list[Term]:
+    return [
+        Term(axes, ACTIVATIONS, 2 * SENT["all-gather"](setting.size(axes)) * size, "keys and values gathered")
+        for axes, size in setting.keys
+    ]
+
+
+def _stage_terms(setting: Setting) -> list[Term]:
+    return [
+        Term(setting.order(axes), ACTIVATIONS, 2 * size * times, "handed on from stage to stage at each time step")
+        for axes, size, times in setting.uses.carried
+        if set(axes) <= setting.stages and setting.order(axes)
+    ]
+
+
+def _lookup_terms(setting: Setting, exchanged: set[str]) -> list[Term]:
+    terms = []
+    for path in dict.fromkeys(lookup.weight.path for lookup in setting.uses.lookups):
+        lookups = [lookup for lookup in setting.uses.lookups if lookup.weight.path == path]
+        table = lookups[0].weight
+        axes = _foreign(setting, table.cuts, lookups[0].indexed)
+        if axes:
+            sent = sum(SENT["all-reduce"](setting.size(axes)) * _rows(setting, each) * each.times for each in lookups)
+            cut = {axis for cuts in table.cuts for axis in cuts} - set(axes)
+            left = cut if path in exchanged else cut - setting.tokens
+            whole = math.prod(table.shape) * jax.numpy.dtype(table.dtype).itemsize / setting.size(left)
+            gathered = SENT["all-gather"](setting.size(axes)) * whole
+            if sent <= gathered:
+                terms.append(Term(axes, ACTIVATIONS, sent, "sums of lookups in a table in parts, forward"))
+            else:
+                terms.append(Term(axes, WEIGHTS, gathered, "a table in parts, gathered for its lookups"))
+        if path in exchanged:
+            terms += [term for lookup in lookups for term in _exchange_terms(setting, lookup)]
+    return terms
+
+
+def _exchange_terms(setting: Setting, lookup: Lookup) -> list[Term]:
+    """A table cut along what is looked up, by axes that cut tokens: each device looks its part up for all tokens."""
+    axes = _token_cuts(setting, lookup)
+    parts = setting.size(axes)
+    rows = _rows(setting, lookup) * lookup.times
+    entry = math.prod(lookup.weight.shape[dim] for dim in range(len(lookup.weight.shape)) if dim not in lookup.indexed)
+    indices = rows / jax.numpy.dtype(lookup.weight.dtype).itemsize / entry * np.dtype(np.int32).itemsize
+    both = 2 * SENT["all-to-all"](parts) * rows
+    return [
+        Term(axes, INPUTS, (parts - 1) * indices, "token ids, gathered for lookups in a table in parts"),
+        Term(axes, ACTIVATIONS, both, "lookups in a table in parts, exchanged, forward and backward"),
+    ]
+
+
+def _exchange(setting: Setting, path: str) -> bool:
+    """Says whether exchanging a table's lookups sends less than gathering it and scattering its gradient."""
+    lookups = [lookup for lookup in setting.uses.lookups if lookup.weight.path == path]
+    if any(product.weight.path == path for product in setting.uses.products):
+        return False  # it is gathered anyway
+    axes = _token_cuts(setting, lookups[0])
+    if not axes:
+        return False
+    table = lookups[0].weight
+    cut = {axis for cuts in table.cuts for axis in cuts} - set(axes)
+    whole = math.prod(table.shape) * jax.numpy.dtype(table.dtype).itemsize / setting.size(cut)
+    gathered = 2 * SENT["all-gather"](setting.size(axes)) * whole
+    return sum(term.bytes for lookup in lookups for term in _exchange_terms(setting, lookup)) < gathered
+
+
+def _token_cuts(setting: Setting, lookup: Lookup) -> tuple[str, ...]:
+    taken = [cuts for dim, cuts in enumerate(lookup.weight.cuts) if dim not in lookup.indexed]
+    return setting.order({axis for cuts in taken for axis in cuts} & setting.tokens)
+
+
+def _rows(setting: Setting, lookup: Lookup) -> float:
+    """Bytes of what a device's own tokens look up, once."""
+    kept = [dim for dim in range(len(lookup.weight.shape)) if dim not in lookup.indexed]
+    parts = setting.size(_foreign(setting, lookup.weight.cuts, kept))
+    return lookup.output.bytes / setting.size(setting.tokens) / parts
+
+
+def _local(setting: Setting, product: Product, which: str) -> float:
+    """Bytes of a product's value or output on a device, as partial sums."""
+    dims = (*product.batched, *(product.kept if which == "output" else product.contracted))
+    parts = setting.size(_foreign(setting, product.weight.cuts, dims))
+    value = product.output if which == "output" else product.value
+    return value.bytes / setting.size(setting.tokens) / parts
+
+
+def _foreign(setting: Setting, cuts: Cuts, dims: Sequence[int]) -> tuple[str, ...]:
+    """Returns the axes that cut these dimensions of a weight and do not cut tokens: those along which it stays cut."""
+    return setting.order({axis for dim in dims for axis in cuts[dim]} - setting.tokens)

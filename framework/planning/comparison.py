@@ -1,0 +1,276 @@
+"""A compiled step's communication beside its closed-form minimum, and where it exceeds that, why."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import jax
+
+from meshway.framework.partitioning.explain import format_bytes
+from meshway.framework.planning.collectives import Collective
+from meshway.framework.planning.communication import (
+    ACTIVATIONS,
+    GRADIENTS,
+    INPUTS,
+    UPDATES,
+    WEIGHTS,
+    Setting,
+    Term,
+    balancing,
+    gradient_bytes,
+    minimum,
+    unmerged,
+)
+
+SCALARS, OPTIMIZER = "scalars", "optimizer"
+TOLERANCE = 0.005  # of a ratio: beyond, it is explained
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One role of one set of mesh axes: bytes a device sends in a step, as compiled and at least.
+
+    Attributes:
+      axes: the mesh axes, in the mesh's order.
+      role: what travels.
+      calls: as `12 all-reduce`.
+      measured, minimum: bytes.
+      why: what the difference comes from; empty where there is none.
+    """
+
+    axes: tuple[str, ...]
+    role: str
+    calls: str
+    measured: float
+    minimum: float
+    why: tuple[str, ...] = ()
+
+
+def compare(setting: Setting, rows: Sequence[Collective], microbatches: int = 1) -> list[Line]:
+    """Returns a line for each role on each set of axes, those that send most first."""
+    terms = minimum(setting)
+    found: dict[tuple[tuple[str, ...], str], list[Collective]] = {}
+    sums = {term.axes for term in terms if term.role == GRADIENTS}
+    for row in rows:
+        role = role_of(row, setting)
+        # A sum over two axes may be taken over one after the other: both are parts of it.
+        wider = (
+            [axes for axes in sums if set(row.axes) < set(axes)] if role == GRADIENTS and row.axes not in sums else []
+        )
+        found.setdefault((wider[0] if wider else row.axes, role), []).append(row)
+    keys = dict.fromkeys([*found, *[(term.axes, term.role) for term in terms]])
+    lines = []
+    for axes, role in keys:
+        mine = found.get((axes, role), [])
+        due = [term for term in terms if (term.axes, term.role) == (axes, role)]
+        measured, least = sum(row.sent for row in mine), sum(term.bytes for term in due)
+        why = _why(setting, role, mine, due, microbatches)
+        lines.append(Line(axes, role, _calls(mine), measured, least, tuple(why)))
+    return sorted(lines, key=lambda line: (line.axes, -line.measured))
+
+
+def role_of(row: Collective, setting: Setting) -> str:
+    """Says what a collective moves, from what its payload was computed from, its axes and its origin."""
+    if row.array.size == 1:
+        return SCALARS
+    if any(source.startswith("state.opt_state") for source in row.sources):
+        return UPDATES if row.kind == "all-gather" else OPTIMIZER
+    if row.sources == {"state.params"}:
+        return WEIGHTS
+    if row.sources <= {"batch"}:
+        return INPUTS
+    if row.origin and "jvp" not in row.origin:
+        return OPTIMIZER
+    if row.origin.rsplit("/", 1)[-1].startswith("reduce_scatter"):  # written by a kernel; XLA's own keep other names
+        return ACTIVATIONS
+    if row.kind in ("all-reduce", "reduce-scatter") and set(row.axes) <= setting.tokens:
+        # What no parameter's shape has and is still apart by tokens is an activation.
+        return GRADIENTS if row.array.size in setting.gradient_sizes or set(row.axes) == setting.tokens else ACTIVATIONS
+    return ACTIVATIONS
+
+
+def _why(setting: Setting, role: str, rows: Sequence[Collective], due: Sequence[Term], microbatches: int) -> list[str]:
+    measured, least = sum(row.sent for row in rows), sum(term.bytes for term in due)
+    if abs(measured - least) <= TOLERANCE * max(measured, least):
+        return []
+    if measured < least:
+        reasons = ", ".join(dict.fromkeys(term.reason for term in due))
+        return [
+            f"{format_bytes(least - measured)} less than the form ({reasons}): done another way, see the other lines"
+        ]
+    why: list[str] = []
+    narrow = _narrow(setting, rows)
+    if narrow:
+        widens = " (XLA:CPU widens it)" if setting.platform == "cpu" else ""
+        rows = [dataclasses.replace(row, array=dataclasses.replace(row.array, dtype=narrow)) for row in rows]
+        half = measured - sum(row.sent for row in rows)
+        why = [f"{format_bytes(half)} for sending float32, although the step computes in {narrow}{widens}"]
+    if role == GRADIENTS:
+        return why + _why_gradients(setting, rows, due, microbatches)
+    if role == WEIGHTS:
+        return why + _why_weights(setting, rows, due, microbatches)
+    if role == ACTIVATIONS:
+        return why + _why_activations(setting, rows, due)
+    return [] if role == SCALARS else [_largest(rows)]
+
+
+def _why_gradients(setting: Setting, rows: Sequence[Collective], due: Sequence[Term], microbatches: int) -> list[str]:
+    why = []
+    excess = sum(row.sent for row in rows) - sum(term.bytes for term in due)
+    axes_of_rows = list(dict.fromkeys(row.axes for row in rows))
+    if len(axes_of_rows) > 1 and due:
+        each = " and ".join(
+            f"over {'+'.join(axes)} {format_bytes(sum(row.sent for row in rows if row.axes == axes))}"
+            for axes in axes_of_rows
+        )
+        return [f"summed over one axis after the other ({each}) instead of over all at once"]
+    reduced = [row for row in rows if row.kind == "all-reduce"]
+    if any("reduce-scatter" in term.reason for term in due) and reduced:
+        half = sum(row.sent for row in reduced) / 2
+        forms_none = " (XLA:CPU forms none by itself)" if setting.platform == "cpu" else ""
+        why.append(
+            f"{format_bytes(half)} for {_number(reduced)} all-reduced where a reduce-scatter would do{forms_none}"
+        )
+        excess -= half
+    steps = max((times for axes, _, times in setting.uses.carried if set(axes) <= setting.stages), default=1)
+    for number, name in ((microbatches, "microbatches"), (steps, "time steps of the pipeline")):
+        if number > 1:
+            often = sum(row.sent * (1 - 1 / number) for row in rows if row.count % number == 0)
+            why.append(f"{format_bytes(often)} for summing over the mesh in each of {number} {name}")
+            excess -= often
+    strange = [row for row in rows if row.array.size not in setting.gradient_sizes]
+    if strange:
+        why.append(f"{_largest(strange)}: summed over the mesh in a shape that no parameter has")
+        excess -= sum(row.sent for row in strange)
+    slack = TOLERANCE * sum(row.sent for row in rows)
+    for path in dict.fromkeys(lookup.weight.path for lookup in setting.uses.lookups):
+        places = _places(setting, path)
+        again = min(excess, (places - 1) * gradient_bytes(setting, path, rows[0].axes))
+        if again > slack:
+            before = ", as XLA:CPU does" if setting.platform == "cpu" else ""
+            why.append(
+                f"{format_bytes(again)} for {path}, used in {places} places: the gradient of each is summed over the "
+                f"mesh before they are added{before}"
+            )
+            excess -= again
+    if excess > slack:
+        why.append(f"{format_bytes(excess)} more, of {_largest(rows)}")
+    return why
+
+
+def _why_weights(setting: Setting, rows: Sequence[Collective], due: Sequence[Term], microbatches: int) -> list[str]:
+    if not due and all(set(row.axes) <= setting.stages | setting.experts for row in rows):
+        return [f"weights moved along the axes of stages or experts: {_largest(rows)}"]
+    if not due:
+        return [f"no product needs a weight whole over these axes, which cut no tokens: {_largest(rows)}"]
+    least = sum(term.bytes for term in due)
+    parts = {
+        "forward": [row for row in rows if "transpose(" not in row.origin],
+        "backward": [row for row in rows if "transpose(" in row.origin],
+    }
+    times = [
+        f"{sum(row.sent for row in part) / least / microbatches:.2f} times {name}"
+        for name, part in parts.items()
+        if sum(row.sent for row in part) / least / microbatches >= 0.005
+    ]
+    each = f" in each of {microbatches} microbatches" if microbatches > 1 else ""
+    return [f"gathered {' and '.join(times)}{each}; once a step if what was gathered were kept"]
+
+
+def _why_activations(setting: Setting, rows: Sequence[Collective], due: Sequence[Term]) -> list[str]:
+    excess = sum(row.sent for row in rows) - sum(term.bytes for term in due)
+    why = []
+    again = [row for row in rows if "rematted_computation" in row.origin]
+    if again:
+        sent = sum(row.sent for row in again)
+        why.append(f"{format_bytes(sent)} for layers computed again in the backward pass (remat)")
+        excess -= sent
+    if any("ring" in term.reason for term in due) and (halves := min(excess, balancing(setting))) > 0:
+        why.append(
+            f"{format_bytes(halves)} for halves that change places, so that each device has as much of a causal "
+            "mask as the others"
+        )
+        excess -= halves
+    apart = unmerged(setting) if any("column-cut" in term.reason for term in due) else 0.0
+    reduced = [row for row in rows if row.kind == "all-reduce" and set(row.axes) <= setting.stream]
+    if reduced:
+        half = sum(row.sent for row in reduced) / 2
+        forms_none = " (XLA:CPU forms none by itself)" if setting.platform == "cpu" else ""
+        why.append(
+            f"{format_bytes(half)} for {_number(reduced)} all-reduced where a reduce-scatter would do{forms_none}"
+        )
+        excess, apart = excess - half, apart / 2
+    if apart:
+        before = ", as XLA:CPU does" if setting.platform == "cpu" else ""
+        why.append(
+            f"{format_bytes(apart)} where several products read one input: the gradient of each is summed over the "
+            f"mesh before they are added{before}, instead of after"
+        )
+        excess -= apart
+    if not due:
+        why.append(f"no rule asks for it: {_largest(rows)}")
+    elif excess > TOLERANCE * sum(row.sent for row in rows):
+        reasons = " ".join(term.reason for term in due)
+        told = [row for row in rows if _told(row, reasons)]
+        rest = [row for row in rows if row not in told] or rows
+        why.append(f"{format_bytes(excess)} more, of {_largest(rest)}")
+    return why
+
+
+def _told(row: Collective, reasons: str) -> bool:
+    """Says whether a row is what the closed forms' reasons are about."""
+    if row.kind == "collective-permute":
+        return "ring" in reasons or "stage" in reasons
+    if row.kind == "all-reduce":
+        return "products" in reasons and "dot_general" in row.origin
+    return row.kind in reasons
+
+
+def _places(setting: Setting, path: str) -> int:
+    """Returns in how many places of the loss a parameter is looked up or multiplied with."""
+    weights = [use.weight for use in setting.uses.lookups] + [use.weight for use in setting.uses.products]
+    return sum(weight.path == path for weight in weights)
+
+
+def _narrow(setting: Setting, rows: Sequence[Collective]) -> str:
+    """Returns the type the step computes in, as HLO writes it, where it is narrower than what all rows send."""
+    used = {jax.numpy.dtype(dtype) for dtype in setting.uses.dtypes.values()}
+    narrow = [dtype for dtype in used if dtype.itemsize < 4]
+    if not narrow or any(row.array.dtype != "f32" for row in rows):
+        return ""
+    return {"bfloat16": "bf16", "float16": "f16"}.get(str(narrow[0]), "")
+
+
+def _calls(rows: Sequence[Collective]) -> str:
+    counts: dict[str, int] = {}
+    for _, kind, count in dict.fromkeys((row.instruction, row.kind, row.count) for row in rows):
+        counts[kind] = counts.get(kind, 0) + count
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+
+
+def _number(rows: Iterable[Collective]) -> str:
+    return f"{sum(row.count for row in rows)} arrays"
+
+
+def _largest(rows: Sequence[Collective], limit: int = 2) -> str:
+    """Names what sends most, rows that look the same taken together."""
+    groups: dict[tuple[str, str, str], list[Collective]] = {}
+    for row in rows:
+        shape = f"{row.array.dtype}[{','.join(map(str, row.array.shape))}]"
+        operation = row.origin.rsplit("/", 1)[-1]  # of arrays that travel together the metadata names all operations
+        side = (
+            "combined" if ":" in row.origin else f"{operation}, backward" if "transpose(" in row.origin else operation
+        )
+        groups.setdefault((row.kind, shape, side), []).append(row)
+    order = sorted(groups.items(), key=lambda item: -sum(row.sent for row in item[1]))
+    shown = [
+        f"{sum(row.count for row in group)} {kind} of {shape} ({where}): {format_bytes(sum(row.sent for row in group))}"
+        for (kind, shape, where), group in order[:limit]
+    ]
+    return "; ".join(shown) + (f"; and {len(order) - limit} more kinds" if len(order) > limit else "")
+
+
+def ratio(measured: float, least: float) -> str:
+    """Returns measured / least for people."""
+    if not least:
+        return "-"
+    return f"{measured / least:.2f}"

@@ -1,0 +1,307 @@
+"""What a traced loss does with its parameters: products, lookups, and what each reads. Nothing is compiled.
+
+Which sums over a mesh the layout calls for follows from these: a product whose weight is cut along a contracted axis
+leaves partial sums, one cut along an output axis leaves partial sums of its input's gradient.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from meshway.framework.planning.kernels import Kernel, kernel_of
+
+Cuts = tuple[tuple[str, ...], ...]  # the mesh axes that cut each dimension
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Value:
+    """An array that no parameter alone determines; compared by identity.
+
+    Attributes:
+      times: how often loops make a new one in a step.
+      trained: whether a parameter had a part in it, so that the loss has a gradient for it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    times: int
+    trained: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the whole array, once."""
+        return math.prod(self.shape) * jax.numpy.dtype(self.dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Weight:
+    """A parameter, or a part of one: moved, cast or sliced, and nothing else.
+
+    Attributes:
+      path: its name.
+      names: the logical axis of each dimension; None where reshaping blurred it.
+      cuts: the mesh axes that cut each dimension as it is stored.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    names: tuple[str | None, ...]
+    cuts: Cuts
+
+    def keep(self, dims: Sequence[int], shape: Sequence[int], dtype: Any) -> "Weight":
+        """Returns what is left of it with the dimensions `dims`, in that order."""
+        names, cuts = tuple(self.names[dim] for dim in dims), tuple(self.cuts[dim] for dim in dims)
+        return Weight(self.path, tuple(shape), dtype, names, cuts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A value times a weight.
+
+    Attributes:
+      weight, value, output: the factors and the result.
+      contracted, batched, kept: the weight's dimensions that are summed over, shared with the value, and new.
+      times: how often it is taken in a step, loops included.
+    """
+
+    weight: Weight
+    value: Value
+    output: Value
+    contracted: tuple[int, ...]
+    batched: tuple[int, ...]
+    kept: tuple[int, ...]
+    times: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+    """Rows taken from a weight: `indexed` are its dimensions that indices choose from."""
+
+    weight: Weight
+    output: Value
+    indexed: tuple[int, ...]
+    times: int
+
+
+@dataclasses.dataclass
+class Uses:
+    """Everything found in a trace.
+
+    Attributes:
+      kernels: what runs under `shard_map`.
+      carried: (mesh axes of the first dimension, bytes on a device, times) of what loops carry while the mesh cuts
+        its first dimension: stages of a pipeline hand it on.
+      laid_out: (shape, spec) -> bytes of an element times how often an array is laid out so.
+      dtypes: parameter -> the type it is used in, the narrowest where there are several.
+    """
+
+    products: list[Product] = dataclasses.field(default_factory=list)
+    lookups: list[Lookup] = dataclasses.field(default_factory=list)
+    kernels: list[Kernel] = dataclasses.field(default_factory=list)
+    carried: list[tuple[tuple[str, ...], float, int]] = dataclasses.field(default_factory=list)
+    laid_out: dict[tuple[tuple[int, ...], Any], int] = dataclasses.field(default_factory=dict)
+    dtypes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def find_uses(closed: Any, weights: Sequence[Weight]) -> Uses:
+    """Reads a loss.
+
+    Args:
+      closed: the closed jaxpr of a function whose first arguments, flattened, are the parameters.
+      weights: those parameters, in order.
+
+    Returns:
+      the products and lookups of the loss itself; what its gradient does follows from them. Kernels under
+      `shard_map` are entered only for the collectives that they write.
+    """
+    walk = _Walk()
+    rest = [Value(var.aval.shape, var.aval.dtype, 1) for var in closed.jaxpr.invars[len(weights) :]]
+    walk.run(closed.jaxpr, [*weights, *rest], 1)
+    return walk.uses
+
+
+_SAME_DIMS = (
+    "convert_element_type",
+    "copy",
+    "sharding_constraint",
+    "optimization_barrier",
+    "reduce_precision",
+    "slice",
+)
+_INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+
+
+class _Walk:
+    def __init__(self) -> None:
+        self.uses = Uses()
+
+    def run(self, jaxpr: Any, inputs: Sequence[Value | Weight], times: int) -> list[Value | Weight]:
+        """Returns what the outputs are."""
+        known: dict[Any, Value | Weight] = dict(zip(jaxpr.invars, inputs, strict=True))
+        for var in jaxpr.constvars:
+            known[var] = Value(var.aval.shape, var.aval.dtype, times)
+
+        def read(atom: Any) -> Value | Weight:
+            if hasattr(atom, "val") or atom not in known:
+                return Value(atom.aval.shape, atom.aval.dtype, times)
+            return known[atom]
+
+        for equation in jaxpr.eqns:
+            operands = [read(atom) for atom in equation.invars]
+            known.update(zip(equation.outvars, self._equation(equation, operands, times), strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _equation(self, equation: Any, operands: list[Any], times: int) -> list[Value | Weight]:
+        name = equation.primitive.name
+        if name == "scan":
+            return self._scan(equation, operands, times)
+        if name == "cond":
+            results = [self.run(_body(branch), operands[1:], times) for branch in equation.params["branches"]]
+            return list(_values(equation.outvars, times, [value for result in results for value in result]))
+        if name == "while":
+            return self._while(equation, operands, times)
+        if name not in ("shard_map", "pallas_call"):
+            for key in _INNER:
+                inner = _body(equation.params.get(key))
+                if inner is not None and len(inner.invars) == len(operands):
+                    return self.run(inner, operands, times)
+        if name in ("sharding_constraint", "copy") and isinstance(operands[0], Value):
+            if name == "sharding_constraint":
+                layout = (operands[0].shape, equation.params["sharding"].spec)
+                self.uses.laid_out[layout] = self.uses.laid_out.get(layout, 0) + times * operands[0].dtype.itemsize
+            return [operands[0]]  # the same array, laid out: products that read it share its gradient
+        moved = self._moved(name, equation, operands)
+        if moved is not None:
+            return [moved]
+        if name == "shard_map":
+            self.uses.kernels.append(kernel_of(equation, times))
+        outputs = _values(equation.outvars, times, operands)
+        self._use(name, equation, operands, outputs, times)
+        return list(outputs)
+
+    def _scan(self, equation: Any, operands: list[Any], times: int) -> list[Value | Weight]:
+        body, repeated = _body(equation.params["jaxpr"]), times * equation.params["length"]
+        # Told apart by their ranks: what is scanned over, in and out, has one dimension more outside.
+        carried = _same_rank(equation.outvars, body.outvars)
+        fixed = _same_rank(equation.invars, body.invars) - carried
+        inputs: list[Value | Weight] = list(operands[:fixed])
+        inputs += _values(body.invars[fixed : fixed + carried], repeated, operands)
+        for operand, var in zip(operands[fixed + carried :], body.invars[fixed + carried :], strict=True):
+            if isinstance(operand, Weight):
+                inputs.append(operand.keep(range(1, len(operand.shape)), var.aval.shape, var.aval.dtype))
+            else:
+                inputs += _values([var], repeated, [operand])
+        self.run(body, inputs, repeated)
+        state = {var.aval.shape for var in body.invars[fixed : fixed + carried]}
+        self.uses.carried += [(axes, size, repeated) for axes, size in _cut_states(body, state)]
+        return list(_values(equation.outvars, times, operands))
+
+    def _while(self, equation: Any, operands: list[Any], times: int) -> list[Value | Weight]:
+        params = equation.params
+        body, skipped = _body(params["body_jaxpr"]), params["cond_nconsts"]
+        fixed = operands[skipped : skipped + params["body_nconsts"]]
+        self.run(body, [*fixed, *_values(body.invars[len(fixed) :], times, operands)], times)
+        return list(_values(equation.outvars, times, operands))
+
+    def _moved(self, name: str, equation: Any, operands: list[Any]) -> Weight | None:
+        """Returns the weight that comes out where a weight is only moved; None for everything else."""
+        weight = operands[0] if operands and isinstance(operands[0], Weight) else None
+        if weight is None:
+            return None
+        out = equation.outvars[0].aval
+        if name in _SAME_DIMS or name == "dynamic_slice":
+            return weight.keep(range(len(out.shape)), out.shape, out.dtype)
+        if name == "transpose":
+            return weight.keep(equation.params["permutation"], out.shape, out.dtype)
+        if name == "squeeze":
+            gone = {dim % len(weight.shape) for dim in equation.params["dimensions"]}
+            return weight.keep([dim for dim in range(len(weight.shape)) if dim not in gone], out.shape, out.dtype)
+        if name == "reshape":
+            return _reshaped(weight, out)
+        if name in ("mul", "div") and all(not other.shape for other in operands[1:]):
+            return weight.keep(range(len(out.shape)), out.shape, out.dtype)
+        return None
+
+    def _use(self, name: str, equation: Any, operands: list[Any], outputs: list[Value], times: int) -> None:
+        for weight in (operand for operand in operands if isinstance(operand, Weight)):
+            before = self.uses.dtypes.get(weight.path, weight.dtype)
+            narrower = min(before, weight.dtype, key=lambda dtype: jax.numpy.dtype(dtype).itemsize)
+            self.uses.dtypes[weight.path] = narrower
+        if name == "dot_general":
+            (left_c, right_c), (left_b, right_b) = equation.params["dimension_numbers"]
+            sides = [(0, left_c, left_b), (1, right_c, right_b)]
+            for side, contracted, batched in sides:
+                weight, value = operands[side], operands[1 - side]
+                if isinstance(weight, Weight) and isinstance(value, Value):
+                    taken = {*contracted, *batched}
+                    kept = tuple(dim for dim in range(len(weight.shape)) if dim not in taken)
+                    self.uses.products.append(
+                        Product(weight, value, outputs[0], tuple(contracted), tuple(batched), kept, times)
+                    )
+        elif name == "gather" and isinstance(operands[0], Weight):
+            indexed = tuple(equation.params["dimension_numbers"].start_index_map)
+            self.uses.lookups.append(Lookup(operands[0], outputs[0], indexed, times))
+
+
+def _body(jaxpr: Any) -> Any:
+    """Returns a jaxpr without its constants; jax says now the one, now the other."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def _same_rank(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+    pairs = zip(outer, inner, strict=True)
+    return sum(len(one.aval.shape) == len(other.aval.shape) for one, other in pairs)
+
+
+def _cut_states(body: Any, shapes: set[tuple[int, ...]]) -> set[tuple[tuple[str, ...], float]]:
+    """Returns (mesh axes of the first dimension, bytes on a device) of arrays that a loop's body lays out as it carries
+    them, if the mesh cuts their first dimension."""
+    found = set()
+    for equation in body.eqns:
+        if equation.primitive.name == "sharding_constraint" and equation.outvars[0].aval.shape in shapes:
+            sharding, value = equation.params["sharding"], equation.outvars[0].aval
+            first = (*sharding.spec, None)[0]
+            if first:
+                shard = math.prod(sharding.shard_shape(value.shape)) * jax.numpy.dtype(value.dtype).itemsize
+                found.add(((first,) if isinstance(first, str) else tuple(first), shard))
+    return found
+
+
+def _values(variables: Sequence[Any], times: int, causes: Sequence[Value | Weight]) -> list[Value]:
+    trained = any(isinstance(cause, Weight) or cause.trained for cause in causes)
+    return [Value(var.aval.shape, var.aval.dtype, times, trained) for var in variables]
+
+
+def _reshaped(weight: Weight, out: Any) -> Weight | None:
+    """Follows a reshape that adds or drops dimensions of size 1, or cuts or joins leading dimensions."""
+    old, new = list(weight.shape), list(out.shape)
+    tail = 0
+    while tail < min(len(old), len(new)) and old[-1 - tail] == new[-1 - tail]:
+        tail += 1
+    head = [dim for dim in range(len(old) - tail)]
+    axes = tuple(axis for dim in head for axis in weight.cuts[dim])
+    lead = len(new) - tail
+    names: list[str | None] = [None] * lead
+    cuts: list[tuple[str, ...]] = [()] * lead
+    if axes and not lead:
+        return None
+    if lead:
+        # A cut of the joined dimension falls on the first of the parts it is split into.
+        names[0], cuts[0] = (weight.names[head[0]] if head else None), axes
+    keep = range(len(old) - tail, len(old))
+    return Weight(
+        weight.path,
+        tuple(new),
+        out.dtype,
+        (*names, *(weight.names[dim] for dim in keep)),
+        (*cuts, *(weight.cuts[dim] for dim in keep)),
+    )
+
+
+def cut_into(cuts: Cuts, dims: Sequence[int], mesh: Mapping[str, int]) -> dict[str, int]:
+    """Returns mesh axis -> size of the axes that cut these dimensions into more than one part."""
+    return {axis: mesh[axis] for dim in dims for axis in cuts[dim] if mesh[axis] > 1}

@@ -1,0 +1,157 @@
+"""What a layout wastes without an error: state held many times, activations cut by nothing, needless resharding."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from meshway.framework.partitioning.explain import Row, format_bytes
+from meshway.framework.partitioning.partitioner import Partitioner
+from meshway.framework.planning.collectives import Collective
+from meshway.framework.planning.communication import ACTIVATIONS, WEIGHTS, Setting, minimum
+from meshway.framework.planning.comparison import role_of
+
+_WRITTEN = ("ppermute", "all_to_all", "psum", "all_gather", "reduce_scatter", "pmax", "ragged_all_to_all")
+
+
+@dataclasses.dataclass(frozen=True)
+class Waste:
+    """One warning: what, where, how much, and what to do about it."""
+
+    what: str
+    where: str
+    how_much: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.what}, {self.where}: {self.how_much}; {self.advice}"
+
+
+def state_waste(rows: Iterable[Row], mesh: Mapping[str, int], limit: float) -> list[Waste]:
+    """Returns a warning for each mesh axis along which too much of the state is the same and could be cut.
+
+    An axis could cut a tensor if it cuts no dimension of it yet and divides what is left of one.
+
+    Args:
+      rows: the tensors of the state (`explain`); those of the batch are left out.
+      mesh: sizes of the mesh's axes.
+      limit: the share of a device's bytes above which to warn, between 0 and 1.
+    """
+    state = [row for row in rows if not row.name.startswith("batch")]
+    total = sum(row.bytes_per_device for row in state)
+    found = []
+    for axis, size in mesh.items():
+        same = [row for row in state if size > 1 and _could_cut(row, axis, size, mesh)]
+        bytes_same = sum(row.bytes_per_device for row in same)
+        if not same or bytes_same <= limit * total:
+            continue
+        largest = max(same, key=lambda row: row.bytes_per_device)
+        found.append(
+            Waste(
+                "replicated state",
+                f"mesh axis {axis}={size}",
+                f"{_percent(bytes_same, total)} of the state on a device ({format_bytes(bytes_same)}) is the same on "
+                f"all {size}, most of it {largest.name}",
+                f"map a name of its axes ({', '.join(name for name in largest.axes if name)}) to {axis!r} in "
+                "Layout.parameters, or for the optimizer's state alone in Layout.optimizer",
+            )
+        )
+    return found
+
+
+def activation_waste(partitioner: Partitioner, limit: float) -> list[Waste]:
+    """Returns a warning for each mesh axis along which too much of the activations is the same.
+
+    Call it once the loss was traced. What counts are the activations that models constrain, each as often as it was
+    traced (a scanned layer once), in elements on a device.
+    """
+    mesh = dict(partitioner.mesh.shape)
+    found = []
+    for axis, size in mesh.items():
+        total = same = 0.0
+        kinds: dict[str, float] = {}
+        for (names, shape, spec), count in partitioner.placed.items():
+            axes = {each for entry in spec if entry for each in ((entry,) if isinstance(entry, str) else entry)}
+            own = count * math.prod(shape) / math.prod(mesh[each] for each in axes)
+            total += own
+            if axis not in axes:
+                same += own
+                kind = f"({', '.join(name or '-' for name in names)})"
+                kinds[kind] = kinds.get(kind, 0.0) + own
+        if size == 1 or same <= limit * total:
+            continue
+        largest = max(kinds, key=lambda kind: kinds[kind])
+        what = "idle mesh axis" if same == total else "replicated activations"
+        found.append(
+            Waste(
+                what,
+                f"mesh axis {axis}={size}",
+                f"{_percent(same, total)} of the constrained activations are the same on all {size}, most of them "
+                f"{largest}",
+                f"all {size} compute the same: map a name to {axis!r} in Layout.activations, or make the axis smaller"
+                if same == total
+                else f"map one of these names to {axis!r} in Layout.activations ('length' with alternatives, as "
+                "layouts/model_sequence does)",
+            )
+        )
+    return found
+
+
+def resharding_waste(setting: Setting, rows: Sequence[Collective], limit: float) -> list[Waste]:
+    """Returns warnings about collectives of a compiled step that the layout does not call for.
+
+    These are: activations exchanged, permuted or gathered by the compiler although no kernel wrote that and no rule
+    lays them out so, and weights gathered along axes that cut no tokens. The compiler's own message about that,
+    "involuntary full rematerialization", is not read: it is printed for one of its ways to reshard only, and not at
+    all when the compilation cache has the program. What it warns of is an all-gather in the program and found here.
+
+    Args:
+      setting: of the program (`setting.setting_of`).
+      rows: its collectives.
+      limit: the share of all bytes sent above which to warn, taken for each kind on each set of axes.
+    """
+    total = sum(row.sent for row in rows)
+    groups: dict[tuple[str, tuple[str, ...], str], list[Collective]] = {}
+    expected = setting.stream | setting.stages | setting.experts
+    for row in rows:
+        role = role_of(row, setting)
+        unasked = role == ACTIVATIONS and row.kind not in ("all-reduce", "reduce-scatter")
+        if unasked and (row.origin.rsplit("/", 1)[-1] in _WRITTEN or set(row.axes) <= expected):
+            continue
+        stray = role == WEIGHTS and not set(row.axes) & setting.tokens
+        if unasked or stray:
+            groups.setdefault((role, row.axes, row.kind), []).append(row)
+    exchanged: dict[tuple[tuple[str, ...], str], float] = {}  # lookups for which that is the cheapest way
+    for term in minimum(setting):
+        if "exchanged" in term.reason:
+            exchanged[term.axes, term.role] = exchanged.get((term.axes, term.role), 0.0) + term.bytes
+    found = []
+    for (role, axes, kind), members in groups.items():
+        sent = sum(row.sent for row in members)
+        if sent - exchanged.get((axes, role), 0.0) <= limit * total:
+            continue
+        largest = max(members, key=lambda row: row.sent)
+        shape = f"{largest.array.dtype}[{','.join(map(str, largest.array.shape))}]"
+        found.append(
+            Waste(
+                f"resharded {role}",
+                f"mesh {' x '.join(f'{axis}={setting.mesh[axis]}' for axis in axes)}",
+                f"{kind} of {format_bytes(sent)} a device and step ({_percent(sent, total)} of what is sent), the "
+                f"largest {shape} at {largest.origin or largest.instruction}",
+                "constrain what is computed there to where it is needed, or change the rules of its axes",
+            )
+        )
+    return found
+
+
+def _could_cut(row: Row, axis: str, size: int, mesh: Mapping[str, int]) -> bool:
+    cuts = [rule.partition("->")[2].split("+") for rule in row.rule.split(" ") if rule]
+    if any(axis in cut for cut in cuts):
+        return False
+    left = [
+        length // math.prod(mesh.get(each, 1) for each in cut) for length, cut in zip(row.shape, cuts, strict=False)
+    ]
+    return any(length % size == 0 and length >= size for length in left)
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.0f} %"
