@@ -11,6 +11,7 @@ INSIDE = [f"{folder}*" for folder in FOLDERS]
 PROSE = ["botocore>=1.40,<2"]
 GETTEXT = ["django>=5.2,<7", "polib>=1.2,<2", "sacrebleu>=2.5,<3"]
 DIGITS = ["scikit-learn>=1.6,<2"]
+RAY = ["ray>=2.50,<3"]
 
 setup(
     name="meshway",
@@ -37,6 +38,7 @@ setup(
         "tensorboardX>=2.6,<3",
         "matplotlib>=3.8,<4",
         "rich>=13,<16",
+        "pyyaml>=6,<7",
         "numpy>=2,<3",
     ],
     extras_require={
@@ -47,6 +49,7 @@ setup(
         "prose": PROSE,
         "gettext": GETTEXT,
         "digits": DIGITS,
+        "ray": RAY,
         "test": [
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
@@ -55,6 +58,9 @@ setup(
             *PROSE,
             *GETTEXT,
             *DIGITS,
+            *RAY,
+            "kubernetes-validate>=1.37,<2",
+            "jsonschema>=4.20,<5",
         ],
         "dev": ["ruff>=0.15,<0.18", "mypy>=1.18,<3"],
     },

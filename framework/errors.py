@@ -1,6 +1,9 @@
 """The two ways a run may end badly, and how a wrong name is answered."""
 
 import difflib
+import os
+import sys
+import traceback
 from collections.abc import Iterable
 
 
@@ -10,6 +13,23 @@ class UserError(Exception):
 
 class EnvironmentFailure(Exception):
     """The machine failed (a peer process, the network): one message, exit code 1."""
+
+
+def report(error: BaseException) -> int:
+    """Prints what ended a command to standard error, and returns its exit code.
+
+    A user's mistake (2), a failure of the machine (1) and an interruption (130) get one line; an error of our own (1)
+    its traceback, as all do with MESHWAY_TRACEBACK=1.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        print("meshway: interrupted", file=sys.stderr)
+        return 130
+    expected = isinstance(error, (UserError, EnvironmentFailure))
+    if not expected or os.environ.get("MESHWAY_TRACEBACK") == "1":
+        traceback.print_exception(error)
+    if expected:
+        print(f"meshway: error: {error}", file=sys.stderr)
+    return 2 if isinstance(error, UserError) else 1
 
 
 def did_you_mean(name: str, candidates: Iterable[str], limit: int = 3) -> str:

@@ -9,28 +9,38 @@ meshway bench data: how fast a recipe's examples become batches, stage by stage,
 
     meshway bench data --gin_file=recipes/quickstart.gin
     meshway bench data --batches=100000 --gin_file=...    # and how much memory that takes
+
+meshway bench parallel: what layouts make devices send in a step; see `bench_parallel`.
+meshway bench routing: accuracy where experts have little room, by who gets it; see `bench_routing`.
+
+meshway bench moe: the forms of dispatch of a mixture of experts, in turn; see `bench_moe`.
 """
 
 import json
-import os
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 
-from meshway.framework import distributed
+from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError
 from meshway.framework.planning.hardware import peak_flops
 from meshway.framework.training.program import TrainProgram
 from meshway.framework.training.state import TrainState
+from meshway.framework.training.timeline import process_began
 
 if TYPE_CHECKING:
     from meshway.framework.data.grain_loader import CachedData
+    from meshway.framework.interfaces import DataSource
+    from meshway.framework.partitioning.partitioner import Layout
+    from meshway.launch.bench_moe import Forms
+    from meshway.launch.bench_moe import Result as FormResult
+    from meshway.launch.bench_parallel import Result
+    from meshway.launch.bench_routing import Routing
     from meshway.launch.config import Invocation
 
 
@@ -70,7 +80,7 @@ def train(program: TrainProgram, steps: int = 10, rounds: int = 5, interleave: b
     bench = TrainBench(program)
     first = bench.once()
     info = {
-        "first_step_done_s": round(_seconds_since_start(), 2),
+        "first_step_done_s": round(time.time() - process_began(), 2),
         "compile_s": round(bench.compile_seconds, 2),
         "first_ms": round(first * 1e3, 1),
         "tokens": bench.tokens,
@@ -128,6 +138,57 @@ def data(
     return found
 
 
+def parallel(program: TrainProgram, layouts: str = "", steps: int = 0) -> "Result":
+    """Compares what one layout sends with its closed forms; `bench_parallel.run` calls it for each.
+
+    Args:
+      program: the recipe under one layout.
+      layouts: names or files of layouts, with commas between; "" for all shipped ones.
+      steps: how many steps to time after a first one; 0 runs none.
+    """
+    from meshway.launch import bench_parallel
+
+    return bench_parallel.measure(program, steps)
+
+
+def routing(program: TrainProgram, data: "DataSource", steps: int, **options: Any) -> "Routing":
+    """Returns what a recipe says of comparing who gets the experts' room; see `bench_routing.Routing`."""
+    from meshway.launch.bench_routing import Routing
+
+    return Routing(program, data, steps, **options)
+
+
+def moe(
+    forms: "Forms",
+    layout: "Layout",
+    batch_size: int = 8,
+    length: int = 512,
+    steps: int = 3,
+    rounds: int = 7,
+    dtype: str = "float32",
+) -> list["FormResult"]:
+    """Times a mixture of experts in each form of dispatch, forward and backward, and prints what it found.
+
+    Args:
+      forms: the layer of the recipe in each of its forms.
+      layout: of the mesh it is timed on.
+      batch_size, length: rows and tokens of each.
+      steps: passes a turn, whose median counts; `rounds` turns for each form, one after the other.
+      dtype: of activations.
+
+    Returns:
+      what was found of each form, in their order.
+
+    Raises:
+      UserError, ValueError: a number is out of range, or the layer does not fit the layout.
+    """
+    from meshway.launch import bench_moe
+
+    results, mesh = bench_moe.measure(forms, layout, batch_size, length, steps, rounds, dtype)
+    print(bench_moe.format_table(results, batch_size * length, mesh))
+    return results
+
+
 def _table(info: dict[str, Any], seconds: float, best: float, peak: float, source: str) -> str:
     achieved = info["flops"] / seconds
     lines = {
@@ -162,22 +223,9 @@ def _say(tag: str, content: dict[str, Any]) -> None:
     print(f"\n{tag} {json.dumps(content)}", flush=True)
 
 
-def _seconds_since_start() -> float:
-    """Seconds since the kernel started this process (Linux); elsewhere since this module was imported."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
-    except (OSError, ValueError, IndexError):
-        return time.perf_counter() - _IMPORTED
-    return uptime - ticks / os.sysconf("SC_CLK_TCK")
-
-
 def _peak_mib() -> float:
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return usage / (1 << 20 if sys.platform == "darwin" else 1 << 10)
-
-
-_IMPORTED = time.perf_counter()
 
 
 def run(invocation: "Invocation") -> None:
@@ -188,8 +236,23 @@ def run(invocation: "Invocation") -> None:
         recipe = config.load(invocation)
         data(**recipe.build("bench.data"), imported=recipe.unreferenced)
         return
-    distributed.start(*invocation.processes)
-    train(**config.load(invocation, import_unreferenced=False).build("bench.train"))
+    if invocation.subject == "parallel":
+        from meshway.launch import bench_parallel
+
+        with processes.joined(*invocation.processes):
+            bench_parallel.run(invocation)
+        return
+    if invocation.subject == "moe":
+        with processes.joined(*invocation.processes):
+            moe(**config.load(invocation, import_unreferenced=False).build("bench.moe"))
+        return
+    if invocation.subject == "routing":
+        from meshway.launch import bench_routing
+
+        bench_routing.run(invocation)
+        return
+    with processes.joined(*invocation.processes):
+        train(**config.load(invocation, import_unreferenced=False).build("bench.train"))
 
 
 if __name__ == "__main__":

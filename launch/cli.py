@@ -6,11 +6,11 @@ import importlib
 import os
 import re
 import sys
-import traceback
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
-from meshway.framework.errors import EnvironmentFailure, UserError, did_you_mean
+from meshway.framework.errors import EnvironmentFailure, UserError, did_you_mean, report
+from meshway.launch.arguments import Parser, count, help_formatter, whole
 from meshway.launch.invocation import MACROS, Invocation
 
 
@@ -62,9 +62,13 @@ _BENCH = (
     Switch("--batches", "bench.data.batches", "data: over how many batches memory is watched", "N", number=True),
     Switch("--workers", "bench.data.workers", "data: processes (default: one a core, 4 at most)", "N", number=True),
     Switch("--json", "bench.data.as_json=True", "data: print the results as JSON too"),
+    Switch("--layouts", "bench.parallel.layouts", "parallel: which (fsdp,model_1d; default: all shipped)", "LAYOUTS"),
+    Switch("--steps", "bench.parallel.steps", "parallel: steps to time too (default: none)", "N", number=True),
+    Switch("--seeds", "bench.routing.seeds", "routing: how many seeds to train from (default: 4)", "N", number=True),
 )
 
 _INSPECT = (
+    Switch("--compile", "inspect.layout.compile=True", "layout: compile the step, say what it sends over which axes"),
     Switch("--batches", "inspect.data.batches", "data: batches drawn for figures (default: 20)", "N", number=True),
     Switch("--rows", "inspect.data.rows", "data: rows to show of each source (default: 3)", "N", number=True),
     Switch("--html", "inspect.data.html", "data: the page (default: data.html in MODEL_DIR, or here)", "PATH"),
@@ -106,10 +110,11 @@ VERBS = {
     ),
     "bench": Verb(
         "meshway.launch.bench",
-        "time a recipe's step on synthetic data, or its data path",
-        subjects=("train", "data"),
+        "time a recipe's step on synthetic data, or its data path; or count what layouts make devices send",
+        subjects=("train", "data", "parallel", "routing", "moe"),
         switches=_BENCH,
     ),
+    "launch": Verb("meshway.launch.launch", "run a command on many processes, here or on a cluster", on_devices=False),
 }
 
 _USAGE_EXAMPLES = """examples:
@@ -119,17 +124,17 @@ _USAGE_EXAMPLES = """examples:
   meshway inspect data --gin_file=quickstart --rows=5 --html=data.html
   meshway bench train --gin_file=quickstart
   meshway bench data --gin_file=quickstart
+  meshway bench parallel --gin_file=quickstart --simulated_devices=8
+  meshway bench routing --gin_file=v_moe_digits
+  meshway bench moe --gin_file=bench_moe --simulated_devices=8 --gin.LAYOUT=expert
   meshway cache --gin_file=quickstart
   meshway cache --task=my_task --module=mylab.tasks --directory=/data/cache
+  meshway launch local --processes=4 --devices=2 -- train --gin_file=quickstart --gin.MODEL_DIR=runs/four
 
-Exit codes: 0 done, 1 the machine or the program failed, 2 the command or the recipe is wrong.
+Exit codes: 0 done, 1 the machine or the program failed, 2 the command or the recipe is wrong, 75 another process of the
+run was lost (started again, it goes on from the last checkpoint).
 MESHWAY_TRACEBACK=1 shows the traceback of every error. `meshway VERB --help` lists a verb's options.
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -139,24 +144,18 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the words after `meshway`; those of the process by default.
 
     Returns:
-      the exit code: 0, 1 when the machine failed, 2 when the user's input is wrong, 130 when interrupted.
-      Errors of our own keep their traceback.
+      the exit code: 0, 1 when the machine failed, 2 when the user's input is wrong, 130 when interrupted; that of
+      the command for one that was launched. Errors of our own keep their traceback.
     """
     try:
         invocation = parse(sys.argv[1:] if argv is None else argv)
         if invocation is not None:
             if os.getcwd() not in sys.path:  # as `python -m` does: a user's own packages beside the recipe
                 sys.path.insert(0, os.getcwd())
-            importlib.import_module(VERBS[invocation.verb].module).run(invocation)
+            return importlib.import_module(VERBS[invocation.verb].module).run(invocation) or 0
         return 0
-    except (UserError, EnvironmentFailure) as error:
-        if os.environ.get("MESHWAY_TRACEBACK") == "1":
-            traceback.print_exc()
-        print(f"meshway: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    except KeyboardInterrupt:
-        print("meshway: interrupted", file=sys.stderr)
-        return 130
+    except (UserError, EnvironmentFailure, KeyboardInterrupt) as error:
+        return report(error)
 
 
 def parse(argv: Sequence[str]) -> Invocation | None:
@@ -173,6 +172,10 @@ def parse(argv: Sequence[str]) -> Invocation | None:
     if verb not in VERBS:
         near = did_you_mean(verb, VERBS) or f"; the verbs are {', '.join(VERBS)}"
         raise UserError(f"there is no verb {verb!r}{near}")
+    if verb == "launch":
+        from meshway.launch.launch_options import parse_launch
+
+        return parse_launch(words, parse, [name for name, entry in VERBS.items() if entry.on_devices])
     bindings = [word.removeprefix("--gin.") for word in words if word.startswith("--gin.")]
     for binding in bindings:
         if "=" not in binding:
@@ -254,12 +257,12 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     command = " ".join([verb, *_subjects(entry)])
     recipe_or = f"(--gin_file=FILE | {entry.instead}=...)" if entry.instead else "--gin_file=FILE"
     macros = "\n".join(f"  {name:24}{MACROS[name]}" for name in entry.macros)
-    parser = _Parser(
+    parser = Parser(
         prog=f"meshway {verb}",
         usage=f"meshway {command} {recipe_or} [--gin.NAME=VALUE ...] [options]",
         description=f"{entry.help[0].upper()}{entry.help[1:]}.",
         epilog=f"macros that recipes honour (--gin.MACRO=VALUE):\n{macros}\n\n{_examples(verb)}",
-        formatter_class=_help_formatter,
+        formatter_class=help_formatter,
         allow_abbrev=False,
     )
     if entry.subjects:
@@ -295,42 +298,26 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     for switch in entry.switches:
         takes: dict[str, Any] = {"action": "store_true"}
         if switch.value:
-            takes = {"metavar": switch.value, "type": _whole if switch.number else str}
+            takes = {"metavar": switch.value, "type": whole if switch.number else str}
         parser.add_argument(switch.flag, default=argparse.SUPPRESS, help=switch.help, **takes)
     if entry.on_devices:
         _add_process_options(parser)
     return parser
 
 
-def _help_formatter(prog: str) -> argparse.HelpFormatter:
-    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=100)
-
-
 def _add_process_options(parser: argparse.ArgumentParser) -> None:
     processes = parser.add_argument_group("devices and processes")
     processes.add_argument(
-        "--simulated_devices", type=_count, metavar="N", help="simulate N CPU devices in this process"
+        "--simulated_devices", type=count, metavar="N", help="simulate N CPU devices in this process"
     )
     processes.add_argument("--coordinator_address", metavar="HOST:PORT", help="where process 0 of several listens")
-    processes.add_argument("--num_processes", type=_count, metavar="N", help="how many processes run together")
-    processes.add_argument("--process_id", type=_whole, metavar="I", help="which of them this is, from 0")
+    processes.add_argument("--num_processes", type=count, metavar="N", help="how many processes run together")
+    processes.add_argument("--process_id", type=whole, metavar="I", help="which of them this is, from 0")
 
 
 def _examples(verb: str) -> str:
     lines = [line for line in _USAGE_EXAMPLES.splitlines() if f" meshway {verb} " in line]
     return "\n".join(["examples:", *lines])
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from meshway.launch.launchers.job import Job, Renderer, Runner
+
 # Macro -> what it is. Every shipped recipe honours these; the same words serve the help and the errors.
 MACROS = {
     "MODEL_DIR": "the run directory: logs, checkpoints, report",
@@ -35,6 +37,9 @@ class Invocation:
       num_processes: processes in the run, None to let the cluster say.
       process_id: this process's rank, None to let the cluster say.
       simulated_devices: CPU devices to simulate in this process, None for the real ones.
+      job: `launch`: what is launched, the command after `--` in it.
+      place: `launch`: where, of the class that the subject names (`launchers/`).
+      output: `launch`: the job file to write, None to print it.
     """
 
     verb: str
@@ -47,8 +52,11 @@ class Invocation:
     num_processes: int | None = None
     process_id: int | None = None
     simulated_devices: int | None = None
+    job: Job | None = None
+    place: Runner | Renderer | None = None
+    output: str | None = None
 
     @property
     def processes(self) -> tuple[str | None, int | None, int | None, int | None]:
-        """The arguments of `distributed.start`."""
+        """The arguments of `processes.joined`."""
         return self.coordinator_address, self.num_processes, self.process_id, self.simulated_devices

@@ -9,26 +9,30 @@ import contextlib
 import os
 import sys
 import textwrap
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 
-from meshway.framework import distributed
 from meshway.framework.checkpoints.manager import Checkpoints, Keep
 from meshway.framework.checkpoints.mapping import Initial
 from meshway.framework.data.prefetch import prefetch
+from meshway.framework.distributed import processes
+from meshway.framework.distributed.agreement import agree
 from meshway.framework.evaluation import Evaluation, Evaluator, Report
 from meshway.framework.interfaces import DataSource
 from meshway.framework.planning.hardware import peak_flops
+from meshway.framework.training.goodput import in_one_line, read_goodput
 from meshway.framework.training.loop import Hook, Loop, Periods
 from meshway.framework.training.program import TrainProgram, check_batch, check_vocabularies
 from meshway.framework.training.progress import Progress
-from meshway.framework.training.report import write_report
+from meshway.framework.training.report.page import write_report
 from meshway.framework.training.reporter import Reporter
 from meshway.framework.training.run_directory import RunDirectory, summarize
 from meshway.framework.training.state import TrainState
+from meshway.framework.training.timeline import Timeline, process_began
 from meshway.framework.training.writers import JsonlWriter, TensorBoardWriter, Writers
 
 if TYPE_CHECKING:
@@ -46,6 +50,7 @@ def train(
     hooks: Sequence[Hook] = (),
     max_skipped_in_a_row: int = 10,
     resolved: str = "",
+    began: float | None = None,
 ) -> None:
     """Trains until `periods.total`, resuming from the latest checkpoint in `model_dir` if there is one.
 
@@ -62,16 +67,20 @@ def train(
       hooks: called after each step.
       max_skipped_in_a_row: non-finite steps in a row after which the run stops.
       resolved: the resolved recipe, written to the run directory and into checkpoints.
+      began: when this attempt at the run began, in seconds since 1970; None means now.
 
     Raises:
       UserError: anything the user can mend; one message.
     """
-    directory, primary = RunDirectory(Path(model_dir).expanduser()), distributed.is_primary()
+    began = time.time() if began is None else began
+    directory, primary = RunDirectory(Path(model_dir).expanduser()), processes.is_primary()
     rows = program.explain()
     if primary:
         directory.prepare(sum(row.total_bytes for row in rows if not row.name.startswith("batch")))
     checkpoints = Checkpoints(directory.checkpoints, keep, resolved)
     start = max(checkpoints.steps(), default=0)
+    devices = f"{jax.local_device_count()} {jax.default_backend()}"
+    agree({"recipe": resolved, "last checkpoint": str(start), "jax": jax.__version__, "devices": devices})
     if start >= periods.total:
         print(f"step {start} of {periods.total} is already reached in {directory.root}; raise TRAIN_STEPS to go on")
         return
@@ -79,24 +88,34 @@ def train(
     check_batch(program.batch_spec, dataset.spec())
     vocabularies = data.vocabularies()
     check_vocabularies(program, vocabularies)
+    agree({f"vocabulary of {name!r}": each.fingerprint for name, each in vocabularies.items()})
     if start:
         directory.check_vocabularies(vocabularies)
     if primary:
         directory.save_vocabularies(vocabularies)
     progress = _progress(periods, start, primary)
-    if start:
-        state, position = checkpoints.restore(start, program.abstract_state)
-        dataset.restore(position)
-        progress.note(f"resuming from {directory.checkpoints / str(start)}")
-    with contextlib.closing(prefetch(dataset)) as stream:  # reads while the step compiles
-        step = program.compile_step()
+    with contextlib.ExitStack() as stack:
+        if primary:
+            stack.callback(write_report, directory.root)  # last of all, however the attempt ends
+        timeline = stack.enter_context(Timeline(directory.timeline if primary else None, start, began))
+        timeline.mark("ready")
+        if start:
+            with timeline.phase("checkpoint"):
+                state, position = checkpoints.restore(start, program.abstract_state)
+            dataset.restore(position)
+            progress.note(f"resuming from {directory.checkpoints / str(start)}")
+        stream = stack.enter_context(contextlib.closing(prefetch(dataset)))  # reads while the step compiles
+        with timeline.phase("compile"):
+            step = program.compile_step()
+        timeline.mark("compiled", devices=program.partitioner.mesh.size)
         if not start:
             state = _fresh(program, initial)
         tasks = data.eval_tasks() if periods.evaluate else []
         if primary:
             directory.describe(resolved, rows, summarize(program, rows))
         evaluate = EvaluationLog(Evaluator(program, tasks, evaluation), directory, start, primary)
-        reporter = _reporter(directory, start, primary, progress, program, resolved)
+        reporter = _reporter(directory, start, primary, progress, timeline, program, resolved)
+        stack.enter_context(contextlib.closing(reporter))
         loop = Loop(
             step,
             program.put,
@@ -108,13 +127,10 @@ def train(
             hooks,
             max_skipped_in_a_row,
         )
-        try:
-            last = loop.run(state, start)
+        last = loop.run(state, start)
+        with timeline.phase("checkpoint"):
             checkpoints.close()
-        finally:
-            reporter.close()
-            if primary:
-                write_report(directory.root)
+        timeline.outcome = "done" if last == periods.total else "stopped"
     if primary:
         _say_goodbye(directory, last, periods, evaluate.samples())
 
@@ -148,7 +164,7 @@ def _fresh(program: TrainProgram, initial: Initial | None) -> TrainState:
     state = program.init()
     if initial is None:
         return state
-    return TrainState(**(vars(state) | {"params": initial.restore(state.params)}))
+    return TrainState(**(vars(state) | {"params": initial.restore(state.params, program.axes)}))
 
 
 def _progress(periods: Periods, start: int, primary: bool) -> Progress:
@@ -162,6 +178,7 @@ def _reporter(
     start: int,
     primary: bool,
     progress: Progress,
+    timeline: Timeline,
     program: TrainProgram,
     resolved: str,
 ) -> Reporter:
@@ -174,12 +191,13 @@ def _reporter(
     # The usual convention holds accelerators against their bfloat16 peak, whatever a recipe computes in.
     peak, source = peak_flops(devices, "float32" if devices[0].platform == "cpu" else "bfloat16")
     progress.note(f"matmul peak {peak / 1e9:,.0f} GFLOP/s ({source})")
-    return Reporter(Writers(writers), progress, program.flops, peak)
+    return Reporter(Writers(writers), progress, timeline, program.flops, peak)
 
 
 def _say_goodbye(directory: RunDirectory, last: int, periods: Periods, samples: str) -> None:
     if samples:
         print(samples)
+    print(in_one_line(read_goodput(directory.timeline)))
     if last < periods.total:
         print(f"stopped after step {last} of {periods.total}, saved; run the same command again to go on")
     else:
@@ -190,16 +208,16 @@ def run(invocation: "Invocation") -> None:
     """Runs the verb from the command line."""
     from meshway.launch import config
 
-    distributed.start(*invocation.processes)
-    recipe = config.load(invocation)
-    arguments = recipe.build("train.train", given=["resolved"])
-    if invocation.dry_run:
-        from meshway.launch.inspect import layout
+    with processes.joined(*invocation.processes):
+        recipe = config.load(invocation)
+        arguments = recipe.build("train.train", given=["resolved", "began"])
+        if invocation.dry_run:
+            from meshway.launch.inspect import layout
 
-        print(recipe.resolved)
-        print(layout(arguments["program"]))
-        return
-    train(**arguments, resolved=recipe.resolved)
+            print(recipe.resolved)
+            print(layout(arguments["program"]))
+            return
+        train(**arguments, resolved=recipe.resolved, began=process_began())
 
 
 if __name__ == "__main__":

@@ -28,12 +28,12 @@ def meshway(*words: str, cwd: Path = LAB) -> subprocess.CompletedProcess:
     return subprocess.run(command(*words), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=TIMEOUT)
 
 
-def start(*words: str, cwd: Path = LAB) -> subprocess.Popen:
-    """Starts one command; the caller ends it."""
+def start(*words: str, cwd: Path = LAB, **variables: str) -> subprocess.Popen:
+    """Starts one command, with more environment variables; the caller ends it."""
     return subprocess.Popen(
         command(*words),
         cwd=cwd,
-        env=environment(),
+        env=environment() | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

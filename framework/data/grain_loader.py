@@ -16,7 +16,6 @@ from typing import Any
 import grain
 from absl import flags
 
-from meshway.framework import distributed
 from meshway.framework.data import seqio_door, seqio_steps
 from meshway.framework.data.cache import builder as cache_builder
 from meshway.framework.data.cache.directory import cache_directory
@@ -32,6 +31,7 @@ from meshway.framework.data.rows.row_stream import RowStream, Source
 from meshway.framework.data.task_data import check_arguments, vocabularies_of, with_split
 from meshway.framework.data.vocabularies import check_named, load
 from meshway.framework.data.vocabulary import Vocabulary
+from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.interfaces import Batch
 
@@ -179,7 +179,7 @@ class CachedData:
             rates = seqio_door.mixing_rates(provider)
             tasks = {task.name: task for task in seqio_door.subtasks(provider)}
             self._ensure_caches()
-            if distributed.is_primary():
+            if processes.is_primary():
                 _write_if_changed(description, {"rates": rates})
         elif (self._directory / self.name / "info.json").is_file():
             rates, tasks = {self.name: 1.0}, {}
@@ -196,16 +196,27 @@ class CachedData:
     def _ensure_caches(self) -> None:
         """Builds what is missing in process 0, while the others wait for it."""
         arguments = (self.name, self.modules, self._directory)
-        if not distributed.is_primary():
-            while cache_builder.missing(*arguments):
-                time.sleep(1.0)
-        elif not self._build and (splits := cache_builder.missing(*arguments)):
+        primary = processes.is_primary()
+        if primary and not self._build and (splits := cache_builder.missing(*arguments)):
             modules = "".join(f" --module={module}" for module in self.modules)
             raise UserError(
                 f"not cached in {self._directory}: {', '.join(splits)}; run `meshway cache --task={self.name}{modules} "
                 f"--directory={self._directory}`, or set CachedData.build to True"
             )
+        if primary:
+            cache_builder.ensure(*arguments)
+        processes.barrier(f"the cache of {self.name}", None, waiting=self._say_what_is_missing)
+        if not primary and (splits := cache_builder.missing(*arguments)):
+            raise UserError(
+                f"process 0 has {self.name!r} in its {self._directory}, and this process does not see {splits} there; "
+                "give all hosts one shared --gin.CACHE_DIR, or run `meshway cache` on each"
+            )
         cache_builder.ensure(*arguments)
+
+    def _say_what_is_missing(self) -> None:
+        splits = cache_builder.missing(self.name, self.modules, self._directory)
+        if splits:
+            print(f"data: process 0 is still to cache {', '.join(splits)}", file=sys.stderr, flush=True)
 
     def open_task(self, task: CachedTask, split: str) -> tuple[Objective, Examples, bool]:
         """Returns (the task's objective, its examples, whether steps in TensorFlow must run on them first)."""

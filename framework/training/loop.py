@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 import jax
 
-from meshway.framework.distributed import StopSignal
+from meshway.framework.distributed.step_watch import StepWatch
+from meshway.framework.distributed.stop_signal import StopSignal
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Batch
 from meshway.framework.training.reporter import Reporter
@@ -65,6 +66,7 @@ class Loop:
     save: Callable[[TrainState, int, Mapping[str, int], Mapping[str, float]], None]
     hooks: Sequence[Hook] = ()
     max_skipped_in_a_row: int = 10
+    watch: StepWatch = dataclasses.field(default_factory=StepWatch)
 
     def run(self, state: TrainState, start: int) -> int:
         """Trains from after step `start` to the end or a stop signal; returns the last step, whose save has begun.
@@ -75,14 +77,16 @@ class Loop:
         streaks: list[tuple[int, jax.Array]] = []
         scalars: dict[str, float] = {}
         if start == 0 and self.periods.evaluate is not None:
-            with self.reporter.pause(state.step):
+            with self.reporter.pause("evaluation", state.step):
                 scalars = self.evaluate(state, 0)
             self.reporter.evaluated(0, scalars)
         step = start
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(StopSignal())
+            stack.enter_context(self.reporter.training())
             for hook in self.hooks:
                 stack.callback(hook.close)
+            watch = stack.enter_context(self.watch)
             for step in range(start + 1, self.periods.total + 1):
                 with self.reporter.waiting():
                     batch, position = next(self.stream)
@@ -90,20 +94,21 @@ class Loop:
                 self.reporter.add(step, metrics)
                 streaks = self._await_step_before_last(streaks, step, metrics)
                 if self.periods.evaluates(step):
-                    with self.reporter.pause(state.step):
+                    with self.reporter.pause("evaluation", state.step), watch.paused():
                         scalars = self.evaluate(state, step)
                     self.reporter.evaluated(step, scalars)
                 elif step % self.periods.report == 0:
                     self.reporter.report(step)
                 stopping = stop.requested(step)
                 if self.periods.saves(step) or stopping:
-                    with self.reporter.pause(state.step):
+                    with self.reporter.pause("checkpoint", state.step), watch.paused():
                         # A report of a step that will never run again must be on disk before its checkpoint is.
                         self.reporter.flush()
                         self._check_streaks(streaks)
                         self.save(state, step, position, scalars)
                 for hook in self.hooks:
                     hook.after_step(step)
+                watch.finished(step)
                 if stopping:
                     break
         return step

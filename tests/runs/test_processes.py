@@ -1,5 +1,6 @@
-"""Two real processes of two devices each train to the losses of one process of four."""
+"""Real processes: any number of them trains to the same losses, and each hears how the others end."""
 
+import shutil
 import signal
 import time
 
@@ -19,13 +20,19 @@ def arguments(folder, *more):
 
 
 def start_two(folder, *more):
+    return start_together(2, *arguments(folder, *more))
+
+
+def start_together(count, *words, variables=()):
+    """Starts processes with four devices in all; `variables` (process -> environment) differ between them."""
     address = f"127.0.0.1:{free_port()}"
+    place = (f"--coordinator_address={address}", f"--num_processes={count}") if count > 1 else ()
     return [
         start(
-            *arguments(folder, *more), "--simulated_devices=2", f"--coordinator_address={address}",
-            "--num_processes=2", f"--process_id={index}",
+            *words, f"--simulated_devices={4 // count}", *place, *([f"--process_id={index}"] if place else []),
+            **dict(variables).get(index, {}),
         )
-        for index in range(2)
+        for index in range(count)
     ]  # fmt: skip
 
 
@@ -70,3 +77,84 @@ def test_sigterm_to_one_process_saves_the_same_step_on_all(tmp_path):
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
     steps = [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
     assert len(steps) == 1 and f"stopped after step {steps[0]}" in said[0]
+
+
+def counting(folder, steps, *more):
+    return "train", "--gin_file=counting.gin", f"--gin.MODEL_DIR={folder}", f"--gin.TRAIN_STEPS={steps}", *more
+
+
+@pytest.fixture(scope="module")
+def by_count(tmp_path_factory):
+    """Twenty steps by one, two and four processes of four devices in all."""
+    folders = {count: tmp_path_factory.mktemp(f"by-{count}") for count in (1, 2, 4)}
+    for count, folder in folders.items():
+        processes = start_together(count, *counting(folder, 20))
+        said = outputs(processes)
+        assert [process.returncode for process in processes] == [0] * count, "\n".join(said)
+    return folders
+
+
+def losses(folder):
+    return {line["step"]: line["loss"] for line in lines(folder / "metrics.jsonl")}
+
+
+def test_one_two_and_four_processes_have_equal_losses(by_count):
+    one = losses(by_count[1])
+    assert list(one) == [5, 10, 15, 20]
+    for count in (2, 4):
+        assert losses(by_count[count]) == pytest.approx(one, rel=1e-6)
+
+
+@pytest.mark.parametrize(("first", "then"), [(1, 2), (1, 4), (2, 1), (2, 4), (4, 1), (4, 2)])
+def test_checkpoints_cross_between_any_two_counts(by_count, tmp_path, first, then):
+    folder = tmp_path / "run"
+    shutil.copytree(by_count[first], folder)
+    shutil.rmtree(folder / "checkpoints" / "20")
+    processes = start_together(then, *counting(folder, 20))
+    said = outputs(processes)
+    assert [process.returncode for process in processes] == [0] * then, "\n".join(said)
+    assert "resuming from" in said[0] and "checkpoints/10" in said[0]
+    assert losses(folder) == pytest.approx(losses(by_count[1]), rel=1e-6)
+
+
+def test_an_exception_in_one_process_ends_all_with_its_message(tmp_path):
+    variables = {1: {"LAB_FAILS_AT_BATCH": "7"}}
+    processes = start_together(2, *counting(tmp_path, 5000), variables=variables)
+    said = outputs(processes)
+    assert [process.returncode for process in processes] == [75, 1], "\n".join(said)
+    assert "Traceback" in said[1] and "the disk of this machine is gone" in said[1]
+    assert "process 0 of 2 stops: process 1: RuntimeError: the disk of this machine is gone" in said[0]
+
+
+def test_a_mistake_is_a_mistake_in_all(tmp_path):
+    processes = start_together(2, *counting(tmp_path, 10, "--gin.BATCH_SIZE=7"))
+    said = outputs(processes)
+    assert [process.returncode for process in processes] == [2, 2], "\n".join(said)
+    assert "does not divide" in said[0]
+
+
+def test_processes_with_other_recipes_are_named(tmp_path):
+    address = f"127.0.0.1:{free_port()}"
+    processes = [
+        start(
+            *counting(tmp_path, steps), "--simulated_devices=1", f"--coordinator_address={address}",
+            "--num_processes=4", f"--process_id={index}",
+        )
+        for index, steps in enumerate([10, 10, 11, 10])
+    ]  # fmt: skip
+    said = outputs(processes)
+    assert [process.returncode for process in processes] == [2] * 4, "\n".join(said)
+    assert "do not agree: recipe: process 2 of 4: " in said[0]
+
+
+def test_processes_that_do_not_meet_say_why(tmp_path):
+    address = f"127.0.0.1:{free_port()}"
+    place = (f"--coordinator_address={address}", "--num_processes=3")
+    processes = [
+        start(*counting(tmp_path, 10), *place, f"--process_id={index}", MESHWAY_START_SECONDS="20") for index in (0, 1)
+    ]
+    said = outputs(processes)
+    assert [process.returncode for process in processes] == [1, 1], "\n".join(said)
+    for text in said:
+        assert f"process 2 of 3 did not come to process 0 at {address} in 20 s" in text
+        assert "Traceback" not in text

@@ -7,6 +7,8 @@ import time
 import pytest
 from running import lines, meshway, start, state_hash
 
+from meshway.framework.training.goodput import read_goodput
+
 ARGUMENTS = ("train", "--gin_file=t5.gin")
 
 
@@ -26,6 +28,25 @@ def check_equal(folder, undisturbed):
         assert line.get("loss") == other.get("loss") and line.get("validation/loss") == other.get("validation/loss")
     evaluations = [line["step"] for line in lines(folder / "eval" / "lab_halves.jsonl")]
     assert evaluations == [0, 15, 30]
+
+
+def check_timeline(folder, outcomes):
+    """Every second from the first start to the last line is of some kind, and the page tells.
+
+    `outcomes` are the ways in which the attempts may have ended.
+    """
+    found = read_goodput(folder / "timeline.jsonl")
+    assert [attempt.outcome for attempt in found.attempts] in outcomes
+    every = lines(folder / "timeline.jsonl")
+    assert abs(found.wall - (every[-1]["time"] - every[0]["began"])) < 0.1
+    for attempt in found.attempts:
+        worked = attempt.outcome is not None  # what is killed has the time it has
+        kinds = ("startup", "compile", "productive", "checkpoint") if worked else ("startup",)
+        assert all(attempt.seconds[kind] > 0 for kind in kinds)
+    assert found.seconds["evaluation"] > 0 and found.attempts[-1].last_step == 30
+    assert all(attempt.seconds["restart"] > 0 for attempt in found.attempts[1:])
+    assert "Where the time went" in (folder / "report.html").read_text()
+    return found
 
 
 def wait_for_step(process, folder, step, deadline=300):
@@ -57,6 +78,9 @@ def kill_and_resume(folder, undisturbed, waits):
     done = meshway(*ARGUMENTS, f"--gin.MODEL_DIR={folder}")
     assert done.returncode == 0, done.stdout + done.stderr
     check_equal(folder, undisturbed)
+    # Killed in its first seconds, before it has looked at its folder, an attempt leaves no line.
+    found = check_timeline(folder, [[None] * count + ["done"] for count in range(1, len(waits) + 1)])
+    assert f" in {len(found.attempts)} attempts: " in done.stdout
 
 
 def test_kill_9_loses_nothing(tmp_path, undisturbed):
@@ -87,16 +111,19 @@ def test_sigterm_saves_says_how_to_go_on_and_exits_0(tmp_path, undisturbed):
     assert state_hash(tmp_path, 30) == state_hash(undisturbed, 30)
     steps = [line["step"] for line in lines(tmp_path / "metrics.jsonl")]
     assert steps == sorted(set(steps))
+    assert check_timeline(tmp_path, [["stopped", "done"]]).seconds["lost"] == 0
 
 
 def test_running_a_finished_run_again_changes_nothing(undisturbed):
     before = state_hash(undisturbed, 30)
     metrics = (undisturbed / "metrics.jsonl").read_text()
+    check_timeline(undisturbed, [["done"]])
     done = meshway(*ARGUMENTS, f"--gin.MODEL_DIR={undisturbed}")
     assert done.returncode == 0, done.stderr
     assert "already" in done.stdout
     assert state_hash(undisturbed, 30) == before
     assert (undisturbed / "metrics.jsonl").read_text() == metrics
+    check_timeline(undisturbed, [["done"]])
 
 
 @pytest.mark.slow
@@ -107,7 +134,14 @@ def test_the_resolved_recipe_reproduces_the_run(tmp_path, undisturbed):
 
 
 def test_what_a_run_leaves_behind(undisturbed):
-    for name in ("config.gin", "model_info.txt", "metrics.jsonl", "report.html", "eval/lab_halves.jsonl"):
+    for name in (
+        "config.gin",
+        "metrics.jsonl",
+        "timeline.jsonl",
+        "model_info.txt",
+        "report.html",
+        "eval/lab_halves.jsonl",
+    ):
         assert (undisturbed / name).stat().st_size > 100, name
     assert list((undisturbed / "tensorboard").glob("*tfevents*"))
     assert sorted(path.name for path in (undisturbed / "checkpoints").iterdir() if path.name.isdigit()) == [
