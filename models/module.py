@@ -18,11 +18,11 @@ class NetworkFactory(Protocol):
 
 
 class Param(nnx.Param):
-    """A parameter; metadata `axes` holds one logical axis name a dimension."""
+    """A parameter; metadata `axes` holds one logical axis name a dimension, or None."""
 
 
-def param(value: jax.Array, axes: tuple[str, ...]) -> Param:
-    """Declares a parameter with its logical axes.
+def param(value: jax.Array, axes: tuple[str | None, ...]) -> Param:
+    """Declares a parameter with its logical axes, None for a dimension that is never cut.
 
     Raises:
       ValueError: the number of names differs from the rank.

@@ -12,15 +12,27 @@ from meshway.launch.invocation import Invocation
 
 LENGTHS = {"inputs": 24, "targets": 16}
 FAMILIES = ("t5_1_1", "lm")
+MIXTURES = ("deepseek", "mixtral", "st_moe", "switch")  # of experts, over tokens
+VISION = ("v_moe", "vit")
 ONE_LAYER = {  # half the compile time; tests of stacks ask for more
     "t5_1_1": ("NUM_ENCODER_LAYERS=1", "NUM_DECODER_LAYERS=1"),
     "lm": ("NUM_LAYERS=1",),
+    "deepseek": ("NUM_LAYERS=1",),
+    "mixtral": ("NUM_LAYERS=1",),
+    "st_moe": (),  # as few as its pattern has
+    "switch": (),
+}
+FOUR_LAYERS = {  # as pipelines of two stages, passed twice, need
+    "t5_1_1": ("NUM_ENCODER_LAYERS=4", "NUM_DECODER_LAYERS=4"),
+    "lm": ("NUM_LAYERS=4",),
 }
 LAYOUTS = tuple(sorted(path.stem for path in (Path(__file__).parent.parent / "gin/layouts").glob("*.gin")))
+DENSE_LAYOUTS = tuple(layout for layout in LAYOUTS if "expert" not in layout)  # the others need experts to cut
 
 
 def program(family: str = "t5_1_1", *bindings: str, layout: str = "single", optimizer: str = "adamw") -> TrainProgram:
     """Returns the tiny program of a family under a shipped layout and optimizer, with command-line bindings."""
+    pipelined = layout.startswith("stage")
     invocation = Invocation(
         verb="bench",
         subject="train",
@@ -31,7 +43,8 @@ def program(family: str = "t5_1_1", *bindings: str, layout: str = "single", opti
             f"TASK_FEATURE_LENGTHS={LENGTHS}",
             "LEARNING_RATE=0.01",
             "WARMUP_STEPS=10",
-            *ONE_LAYER[family],
+            *(FOUR_LAYERS if pipelined else ONE_LAYER)[family],
+            *(["pipeline.Pipeline.num_microbatches=4"] if pipelined else []),
             f"LAYOUT='{layout}'",
             *bindings,
         ),

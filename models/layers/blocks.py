@@ -9,6 +9,7 @@ from flax import nnx
 from meshway.models.layers.dropout import dropout, split_key
 from meshway.models.layers.masks import Mask
 from meshway.models.layers.norm import RMSNorm
+from meshway.models.layers.padding import known_from
 from meshway.models.layers.positions import PositionBias
 
 
@@ -60,7 +61,8 @@ class SelfAttentionBlock(nnx.Module):
             rng=keys[0],
         )
         x = x + dropout(y, self.dropout_rate, keys[1])
-        y = self.mlp(self.mlp_norm(x), rng=keys[2])
+        with known_from(mask):
+            y = self.mlp(self.mlp_norm(x), rng=keys[2])
         return x + dropout(y, self.dropout_rate, keys[3]), cache
 
     def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Any:
@@ -115,7 +117,8 @@ class CrossAttentionBlock(nnx.Module):
         attended = self.cross_attention.keys_values(encoded) if cache is None else cache["encoded"]
         y, _ = self.cross_attention(self.cross_attention_norm(x), attended=attended, mask=cross_mask, rng=keys[2])
         x = x + dropout(y, self.dropout_rate, keys[3])
-        y = self.mlp(self.mlp_norm(x), rng=keys[4])
+        with known_from(mask):
+            y = self.mlp(self.mlp_norm(x), rng=keys[4])
         cache = None if cache is None else {"own": own, "encoded": attended}
         return x + dropout(y, self.dropout_rate, keys[5]), cache
 

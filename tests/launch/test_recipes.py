@@ -1,12 +1,13 @@
 """The shipped gin files: each recipe resolves to its golden text, each layout and optimizer fits both families."""
 
+import itertools
 import os
 import re
 from pathlib import Path
 
 import jax
 import pytest
-from tiny import FAMILIES, LAYOUTS, program
+from tiny import DENSE_LAYOUTS, FAMILIES, LAYOUTS, MIXTURES, VISION, program
 
 from meshway.launch import cli, config
 from meshway.launch.invocation import Invocation
@@ -18,6 +19,8 @@ NEEDED = {  # what a recipe leaves open
     "quickstart": ("MODEL_DIR='run'",),
     "real_mix": ("MODEL_DIR='run'",),
     "bench_t5": (),
+    "bench_moe": (),
+    "v_moe_digits": ("MODEL_DIR='run'",),
 }
 
 
@@ -25,7 +28,8 @@ NEEDED = {  # what a recipe leaves open
 def test_a_recipe_resolves_to_its_golden_text(name):
     """It may change only on purpose: MESHWAY_RENEW_GOLDENS=1 rewrites the files."""
     verb = "bench" if name.startswith("bench") else "train"
-    invocation = Invocation(verb=verb, subject="train", gin_files=(f"recipes/{name}.gin",), bindings=NEEDED[name])
+    subject = "moe" if name == "bench_moe" else "train"
+    invocation = Invocation(verb=verb, subject=subject, gin_files=(f"recipes/{name}.gin",), bindings=NEEDED[name])
     resolved = config.load(invocation, import_unreferenced=False).resolved
     path = GOLDENS / f"{name}.gin"
     if os.environ.get("MESHWAY_RENEW_GOLDENS") == "1":
@@ -35,11 +39,13 @@ def test_a_recipe_resolves_to_its_golden_text(name):
 
 
 def test_every_family_is_tested():
-    assert set(FAMILIES) == {path.name for path in (ROOT / "gin" / "models").iterdir()}
+    assert {*FAMILIES, *MIXTURES, *VISION} == {path.name for path in (ROOT / "gin" / "models").iterdir()}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout, family",
+    [*itertools.product(DENSE_LAYOUTS, FAMILIES), *((layout, "mixtral") for layout in LAYOUTS if "expert" in layout)],
+)
 def test_each_layout_fits_each_family(layout, family):
     made = program(family, layout=layout)
     made.trace_loss()

@@ -1,9 +1,11 @@
 """Every shipped layout, and many products of them, compute what one device computes."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
-from tiny import FAMILIES, LAYOUTS, gradients_and_losses, losses, program
+from tiny import DENSE_LAYOUTS, FAMILIES, gradients_and_losses, losses, program
 
 STEPS = 20
 QUICK = ("fsdp_model", "model_sequence")  # the others are slow proofs
@@ -15,8 +17,12 @@ SHAPES = {
     "model_2d": ["{'data': 2, 'model': 4}"],
     "fsdp_model": ["{'fsdp': 2, 'model': 4}"],
     "model_sequence": ["{'data': 2, 'model': 4}"],
+    "ring": ["{'data': 2, 'sequence': 4}", "{'sequence': 8}"],
+    "ring_model": ["{'sequence': 4, 'model': 2}"],
+    "ulysses": ["{'data': 2, 'sequence': 4}"],
 }
-CASES = [(layout, "") for layout in LAYOUTS if layout != "single"]
+# Pipelines need more layers: tests/models/layers/test_pipeline.py.
+CASES = [(layout, "") for layout in DENSE_LAYOUTS if layout != "single" and not layout.startswith("stage")]
 CASES += [(layout, f"mesh.MeshShape.ici={shape}") for layout, shapes in SHAPES.items() for shape in shapes]
 
 
@@ -37,10 +43,12 @@ def reference():
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layout_equals_one_device(family, layout, shape, reference):
-    fresh, gradients, expected = reference[family]
-    found_gradients, found = gradients_and_losses(
-        program(family, *[shape] if shape else [], layout=layout), fresh, STEPS
-    )
+    made = program(family, *[shape] if shape else [], layout=layout)
+    check_equal(made, *reference[family])
+
+
+def check_equal(made, fresh, gradients, expected):
+    found_gradients, found = gradients_and_losses(made, fresh, STEPS)
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     assert found[-1] < found[0]
@@ -49,6 +57,31 @@ def test_layout_equals_one_device(family, layout, shape, reference):
         np.testing.assert_allclose(
             found_gradients[name], gradient, rtol=1e-4, atol=1e-5 * np.abs(gradient).max(), err_msg=name
         )
+
+
+# Families of mixtures: in "all_to_all" with room for every token, and dropless.
+MIXTURE_CASES = [
+    (family, layout, dispatch)
+    for family, dispatch in (("switch", "all_to_all"), ("mixtral", "all_to_all"), ("mixtral", "dropless"))
+    for layout in ("expert", "fsdp_expert", "expert_model", "fsdp", "model_sequence")
+]
+
+
+def mixture(family, dispatch, layout="single"):
+    return program(family, f"DISPATCH='{dispatch}'", "moe.MoeMlp.capacity_factor=8.0", layout=layout)
+
+
+@functools.cache
+def mixture_reference(family, dispatch):
+    single = mixture(family, dispatch)
+    fresh = jax.device_get(single.init())
+    return fresh, *gradients_and_losses(single, fresh, STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, layout, dispatch", MIXTURE_CASES)
+def test_a_mixture_under_a_layout_equals_one_device(family, layout, dispatch):
+    check_equal(mixture(family, dispatch, layout), *mixture_reference(family, dispatch))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

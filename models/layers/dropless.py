@@ -1,0 +1,96 @@
+"""Dropless dispatch: choices are sorted by expert, and each expert multiplies as many rows as chose it.
+
+Where the mesh cuts experts and tokens, tokens are gathered over the mesh axes of "expert", each device computes what
+chose its own experts, and outputs are added and scattered back. Rows are enough for the worst case, in which all tokens
+choose one device.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from meshway.models.layers.dispatch import Groups, on_devices
+from meshway.models.layers.expert_mesh import ExpertMesh
+from meshway.models.layers.experts import ExpertWeights
+from meshway.models.layers.gather import gather_rows
+from meshway.models.layers.routers import Choices, TokenChoices
+
+
+def dropless(
+    x: jax.Array,
+    choices: Choices,
+    real: jax.Array,
+    weights: ExpertWeights,
+    masks: jax.Array | None,
+    groups: Groups,
+    cut: ExpertMesh | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Passes every token through all the experts it chose; arguments and results are those of `dispatch.einsum`, except
+    that masks are of rows and nothing is bounded.
+
+    Raises:
+      ValueError: experts choose the tokens.
+    """
+    del groups
+    if not isinstance(choices, TokenChoices):
+        raise ValueError(
+            "MoeMlp: with ExpertChoice each expert takes as many tokens as it has slots, so there is nothing for "
+            "dispatch = 'dropless' to do; use 'all_to_all'"
+        )
+    return on_devices(_exchange, x, choices, real, weights, masks, cut)
+
+
+def _exchange(
+    x: jax.Array,
+    choices: TokenChoices,
+    real: jax.Array,
+    weights: ExpertWeights,
+    mask: jax.Array | None,
+    cut: ExpertMesh | None,
+) -> tuple[jax.Array, jax.Array]:
+    """All tokens of the exchange through a device's own experts."""
+    kept = choices.experts.shape[-1] * real
+    first, _ = (0, 0) if cut is None else cut.own_experts(weights.output.shape[0] * cut.size(cut.expert))
+    tokens, choices, real = jax.tree.map(lambda t: t.reshape(-1, *t.shape[2:]), (x, choices, real))
+    if cut is not None and cut.exchange:
+        tokens, choices, real = jax.tree.map(
+            lambda t: jax.lax.all_gather(t, cut.exchange, tiled=True), (tokens, choices, real)
+        )
+    y = _own(tokens, choices, real, weights, mask, first).astype(x.dtype)
+    if cut is not None and cut.exchange:
+        y = jax.lax.psum_scatter(y, cut.exchange, tiled=True)
+    y = y.reshape(x.shape)
+    return (y if cut is None else cut.reduce(y)), kept
+
+
+def _own(
+    tokens: jax.Array,
+    choices: TokenChoices,
+    real: jax.Array,
+    weights: ExpertWeights,
+    mask: jax.Array | None,
+    first: jax.Array | int,
+) -> jax.Array:
+    """tokens [n, d_model] -> float32 [n, d_model], what the experts from `first` on add to them.
+
+    Choices of others' experts and of padding go to the end of the rows, past the last group.
+    """
+    (n, width), k, count = tokens.shape, choices.experts.shape[-1], weights.output.shape[0]
+    expert = choices.experts - first
+    own = (expert >= 0) & (expert < count) & (real[:, None] > 0)
+    ids = jnp.arange(n * k, dtype=jnp.int32)
+    expert, order = jax.lax.sort((jnp.where(own, expert, count).reshape(-1), ids), num_keys=1, is_stable=True)
+    sizes = jnp.sum(expert[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
+    place = jnp.zeros_like(order).at[order].set(ids, unique_indices=True)
+    rows = gather_rows(tokens, order // k, place.reshape(n, k))
+
+    def product(rows: jax.Array, weight: jax.Array) -> jax.Array:
+        return jax.lax.ragged_dot(rows, weight, sizes)
+
+    hidden = weights.hidden(rows, product)
+    if mask is not None:
+        hidden = hidden * mask[order // k // math.ceil(n / mask.shape[0])].astype(hidden.dtype)
+    out = jnp.where((expert < count)[:, None], product(hidden, weights.output), 0)
+    back = gather_rows(out, place, order[:, None]).reshape(n, k, width)
+    return jnp.einsum("nk,nkd->nd", choices.gates, back.astype(jnp.float32))
