@@ -42,9 +42,12 @@ def test_every_family_is_tested():
     assert {*FAMILIES, *MIXTURES, *VISION} == {path.name for path in (ROOT / "gin" / "models").iterdir()}
 
 
+QUICK = {("fsdp", "lm"), ("model_2d", "t5_1_1"), ("ring_model", "t5_1_1"), ("expert", "mixtral"), ("stage", "lm")}
+FITTING = [*itertools.product(DENSE_LAYOUTS, FAMILIES), *((name, "mixtral") for name in LAYOUTS if "expert" in name)]
+
+
 @pytest.mark.parametrize(
-    "layout, family",
-    [*itertools.product(DENSE_LAYOUTS, FAMILIES), *((layout, "mixtral") for layout in LAYOUTS if "expert" in layout)],
+    "layout, family", [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in FITTING]
 )
 def test_each_layout_fits_each_family(layout, family):
     made = program(family, layout=layout)
