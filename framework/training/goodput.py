@@ -127,7 +127,8 @@ def in_one_line(found: Goodput) -> str:
 def _attempt(lines: Sequence[Mapping[str, Any]], cut: int | None, before: float | None) -> Attempt:
     last = lines[-1]
     training = last["seconds"]["training"]
-    productive = training if cut is None else min(training, _training_until(lines, cut))
+    last_step = max(line["step"] for line in lines)
+    productive = training if cut is None or cut >= last_step else min(training, _training_until(lines, cut))
     seconds = dict.fromkeys(KINDS, 0.0) | {kind: last["seconds"][kind] for kind in KINDS if kind in last["seconds"]}
     seconds["productive"], seconds["lost"] = productive, training - productive
     seconds["restart"] = 0.0 if before is None else max(0.0, last["began"] - before)
@@ -136,7 +137,7 @@ def _attempt(lines: Sequence[Mapping[str, Any]], cut: int | None, before: float 
     return Attempt(
         began=last["began"],
         start_step=last["start_step"],
-        last_step=max(line["step"] for line in lines),
+        last_step=last_step,
         devices=devices[-1] if devices else None,
         outcome=outcome if isinstance(outcome, str) else None,
         seconds=seconds,

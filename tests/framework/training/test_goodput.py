@@ -66,6 +66,12 @@ def test_a_clean_stop_loses_nothing() -> None:
     assert found.seconds["restart"] == 21.0 and found.wall == 132.0
 
 
+def test_time_after_the_last_step_is_not_lost_where_that_step_is_not() -> None:
+    stopped = [line(0, 0, 73, training=73), line(0, 0, 73, "end", training=73.5, outcome="stopped")]
+    found = goodput([*stopped, line(100, 73, 100, training=27)])
+    assert found.seconds["lost"] == 0.0 and found.seconds["productive"] == 100.5
+
+
 def test_a_later_attempt_that_goes_back_further_throws_away_the_work_of_several() -> None:
     found = goodput(
         [
