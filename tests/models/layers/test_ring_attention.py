@@ -142,7 +142,7 @@ def test_a_length_of_one_is_whole_and_attends_all_the_same():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kernel, sends",
-    [(PLAIN, {"collective-permute"}), (RING, {"collective-permute"}), (ULYSSES, {"all-to-all", "all-gather"})],
+    [(PLAIN, ["collective-permute"]), (RING, ["collective-permute"]), (ULYSSES, ["all-gather", "all-to-all"])],
     ids=str,
 )
 def test_only_what_each_form_needs_is_sent(kernel, sends):
@@ -157,7 +157,7 @@ def test_only_what_each_form_needs_is_sent(kernel, sends):
             r" (all-to-all|all-gather|all-reduce|collective-permute|reduce-scatter)(?:-start)?\(", compiled.as_text()
         )
     )
-    assert found == sends  # all-to-all gathers segments and places, a few integers a token
+    assert sorted(found) == sends  # all-to-all gathers segments and places, a few integers a token
 
 
 @pytest.mark.slow
