@@ -12,7 +12,10 @@ KEPT = Path(__file__).parent.parent / ".cache" / "meshway"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Eight devices share two cores: a collective may wait for minutes, after which XLA would abort the process.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
 
 # Not the user's own caches. Tasks are cached anew by each session; corpora and vocabularies carry hashes and are kept.
 if "PYTEST_XDIST_WORKER" not in os.environ:

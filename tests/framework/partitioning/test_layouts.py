@@ -17,8 +17,8 @@ SHAPES = {
     "model_2d": ["{'data': 2, 'model': 4}"],
     "fsdp_model": ["{'fsdp': 2, 'model': 4}"],
     "model_sequence": ["{'data': 2, 'model': 4}"],
-    "ring": ["{'data': 2, 'sequence': 4}", "{'sequence': 8}"],
-    "ring_model": ["{'sequence': 4, 'model': 2}"],
+    "ring": ["{'data': 2, 'sequence': 4}", "{'data': 1, 'sequence': 8}"],
+    "ring_model": ["{'data': 1, 'sequence': 4, 'model': 2}"],
     "ulysses": ["{'data': 2, 'sequence': 4}"],
 }
 # Pipelines need more layers: tests/models/layers/test_pipeline.py.
