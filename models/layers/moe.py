@@ -8,17 +8,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from meshway.framework.axes import constrain
-from meshway.models.layers import dispatch as dispatch_lib
-from meshway.models.layers.dispatch import Groups
-from meshway.models.layers.dropless import dropless
 from meshway.models.layers.dropout import dropout, split_key
-from meshway.models.layers.expert_mesh import ExpertMesh, expert_mesh
-from meshway.models.layers.experts import Experts
+from meshway.models.layers.mixture import dispatch as dispatch_lib
+from meshway.models.layers.mixture.dispatch import Groups
+from meshway.models.layers.mixture.dropless import dropless
+from meshway.models.layers.mixture.expert_mesh import ExpertMesh, expert_mesh
+from meshway.models.layers.mixture.experts import Experts
+from meshway.models.layers.mixture.routers import Choices, RouterFactory, TokenChoices, TopK
+from meshway.models.layers.mixture.slots import capacity_of
 from meshway.models.layers.mlp import Mlp
 from meshway.models.layers.padding import real_tokens
 from meshway.models.layers.reports import add_metric
-from meshway.models.layers.routers import Choices, RouterFactory, TokenChoices, TopK
-from meshway.models.layers.slots import capacity_of
 
 DISPATCHES: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
     "all_to_all": dispatch_lib.all_to_all,

@@ -12,8 +12,9 @@ from flax import nnx
 
 from meshway.framework.partitioning.mesh import MeshShape
 from meshway.framework.partitioning.partitioner import Layout, Partitioner
-from meshway.models.layers import moe, routers
+from meshway.models.layers import moe
 from meshway.models.layers.masks import Mask, Sight
+from meshway.models.layers.mixture import routers
 from meshway.models.layers.mlp import ACTIVATIONS, Mlp
 from meshway.models.layers.padding import known_from
 from meshway.models.layers.reports import collecting

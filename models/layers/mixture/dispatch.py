@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from meshway.models.layers import slots as slots_lib
-from meshway.models.layers.expert_mesh import ExpertMesh
-from meshway.models.layers.experts import ExpertWeights
-from meshway.models.layers.gather import gather_rows
-from meshway.models.layers.routers import Choices, TokenChoices
-from meshway.models.layers.slots import Slots
+from meshway.models.layers.mixture import slots as slots_lib
+from meshway.models.layers.mixture.expert_mesh import ExpertMesh
+from meshway.models.layers.mixture.experts import ExpertWeights
+from meshway.models.layers.mixture.gather import gather_rows
+from meshway.models.layers.mixture.routers import Choices, TokenChoices
+from meshway.models.layers.mixture.slots import Slots
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,9 @@ import pytest
 from attention_cases import Case, arrays, assert_equals_reference, attend, partitioner
 from tiny import losses, program
 
+from meshway.models.layers.kernels.ring_attention import RingAttention
+from meshway.models.layers.kernels.ulysses import UlyssesAttention
 from meshway.models.layers.masks import Mask, Sight, row_positions, visible
-from meshway.models.layers.ring_attention import RingAttention
-from meshway.models.layers.ulysses import UlyssesAttention
 
 RING, PLAIN, ULYSSES = RingAttention(True, 4, 3), RingAttention(False, 5, 4), UlyssesAttention(5, 4)
 PACKED = Case(length=20, causal=True, segments=True, bias=True, dropout_rate=0.25)

@@ -7,8 +7,8 @@ import jax
 from jax import lax
 
 from meshway.models.layers.attention import dot_product_attention
-from meshway.models.layers.attention_shards import Cut, cut_of, on_shards, operands, repeated
-from meshway.models.layers.blockwise import (
+from meshway.models.layers.kernels.attention_shards import Cut, cut_of, on_shards, operands, repeated
+from meshway.models.layers.kernels.blockwise import (
     Keys,
     Queries,
     Terms,

@@ -10,11 +10,11 @@ import math
 import jax
 import jax.numpy as jnp
 
-from meshway.models.layers.dispatch import Groups, on_devices
-from meshway.models.layers.expert_mesh import ExpertMesh
-from meshway.models.layers.experts import ExpertWeights
-from meshway.models.layers.gather import gather_rows
-from meshway.models.layers.routers import Choices, TokenChoices
+from meshway.models.layers.mixture.dispatch import Groups, on_devices
+from meshway.models.layers.mixture.expert_mesh import ExpertMesh
+from meshway.models.layers.mixture.experts import ExpertWeights
+from meshway.models.layers.mixture.gather import gather_rows
+from meshway.models.layers.mixture.routers import Choices, TokenChoices
 
 
 def dropless(

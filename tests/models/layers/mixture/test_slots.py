@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshway.models.layers import slots
-from meshway.models.layers.routers import ExpertScores, TokenChoices
+from meshway.models.layers.mixture import slots
+from meshway.models.layers.mixture.routers import ExpertScores, TokenChoices
 
 TOKENS, EXPERTS, K, CAPACITY = 7, 3, 2, 3
 

@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from meshway.models.layers.routers import Choices, ExpertScores, TokenChoices
+from meshway.models.layers.mixture.routers import Choices, ExpertScores, TokenChoices
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meshway.models.layers import router_losses, routers
+from meshway.models.layers.mixture import router_losses, routers
 from meshway.models.layers.reports import collecting
 from meshway.models.module import Network
 

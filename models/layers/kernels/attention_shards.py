@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from meshway.framework.axes import placement
-from meshway.models.layers.blockwise import Keys, Queries, Terms
+from meshway.models.layers.kernels.blockwise import Keys, Queries, Terms
 from meshway.models.layers.masks import Mask
 from meshway.models.layers.positions import PositionBias
 

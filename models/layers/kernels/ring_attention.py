@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from meshway.models.layers.attention import dot_product_attention
-from meshway.models.layers.attention_shards import Operands, cut_of, on_shards, operands, repeated
-from meshway.models.layers.blockwise import (
+from meshway.models.layers.kernels.attention_shards import Operands, cut_of, on_shards, operands, repeated
+from meshway.models.layers.kernels.blockwise import (
     Gradients,
     Keys,
     Queries,

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from attention_cases import Case, assert_equals_reference
 
-from meshway.models.layers.blockwise import Keys, Queries, Terms, blockwise_attention
+from meshway.models.layers.kernels.blockwise import Keys, Queries, Terms, blockwise_attention
+from meshway.models.layers.kernels.ring_attention import RingAttention
 from meshway.models.layers.masks import Sight, row_positions
-from meshway.models.layers.ring_attention import RingAttention
 
 
 @pytest.mark.parametrize(
