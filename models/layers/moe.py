@@ -14,6 +14,7 @@ from meshway.models.layers.mixture.dispatch import Groups
 from meshway.models.layers.mixture.dropless import dropless
 from meshway.models.layers.mixture.expert_mesh import ExpertMesh, expert_mesh
 from meshway.models.layers.mixture.experts import Experts
+from meshway.models.layers.mixture.ragged import ragged
 from meshway.models.layers.mixture.routers import Choices, RouterFactory, TokenChoices, TopK
 from meshway.models.layers.mixture.slots import capacity_of
 from meshway.models.layers.mlp import Mlp
@@ -24,7 +25,9 @@ DISPATCHES: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
     "all_to_all": dispatch_lib.all_to_all,
     "einsum": dispatch_lib.einsum,
     "dropless": dropless,
+    "ragged": ragged,
 }
+SLOTLESS = ("dropless", "ragged")
 
 
 class MoeMlp(nnx.Module):
@@ -47,7 +50,7 @@ class MoeMlp(nnx.Module):
         *,
         rngs: nnx.Rngs,
         router: RouterFactory = TopK,
-        dispatch: Literal["all_to_all", "einsum", "dropless"] = "all_to_all",
+        dispatch: Literal["all_to_all", "einsum", "dropless", "ragged"] = "all_to_all",
         activations: Sequence[str] = ("gelu", "linear"),
         num_shared_experts: int = 0,
         capacity_factor: float = 1.25,
@@ -62,7 +65,8 @@ class MoeMlp(nnx.Module):
           rngs: for the initial parameters.
           router: one of `routers`.
           dispatch: "all_to_all" moves tokens to slots; "einsum" does the same by one-hot products; "dropless" has no
-            slots, drops nothing and reads no capacity.
+            slots, drops nothing and reads no capacity: where experts are cut it gathers tokens; "ragged" sends them
+            instead, by an instruction that TPUs and GPUs have (on CPU it is made of a gather, for tests).
           activations: names of `mlp.ACTIVATIONS`.
           num_shared_experts: experts that take every token.
           capacity_factor: an expert's slots in a group over its even share of the choices; `eval_capacity_factor` at
@@ -122,7 +126,7 @@ class MoeMlp(nnx.Module):
     def _units(self, shape: tuple[int, ...], cut: ExpertMesh | None) -> tuple[int, int]:
         """Returns (groups along the batch, groups along each row)."""
         batch, length = shape[:2]
-        if self.dispatch == "dropless":
+        if self.dispatch in SLOTLESS:
             return batch, 1
         rows, parts = self.group_rows, 1 if length == 1 else self.groups_per_row
         if batch % rows or length % parts:

@@ -33,15 +33,20 @@ def dropless(
       ValueError: experts choose the tokens.
     """
     del groups
+    check(choices, "dropless")
+    return on_devices(on_own_experts, x, choices, real, weights, masks, cut)
+
+
+def check(choices: Choices, dispatch: str) -> None:
+    """Raises ValueError where experts choose the tokens."""
     if not isinstance(choices, TokenChoices):
         raise ValueError(
             "MoeMlp: with ExpertChoice each expert takes as many tokens as it has slots, so there is nothing for "
-            "dispatch = 'dropless' to do; use 'all_to_all'"
+            f"dispatch = {dispatch!r} to do; use 'all_to_all'"
         )
-    return on_devices(_exchange, x, choices, real, weights, masks, cut)
 
 
-def _exchange(
+def on_own_experts(
     x: jax.Array,
     choices: TokenChoices,
     real: jax.Array,

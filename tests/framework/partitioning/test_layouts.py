@@ -59,12 +59,12 @@ def check_equal(made, fresh, gradients, expected):
         )
 
 
-# Families of mixtures: in "all_to_all" with room for every token, and dropless.
+# Families of mixtures: in "all_to_all" with room for every token, and without slots.
 MIXTURE_CASES = [
     (family, layout, dispatch)
     for family, dispatch in (("switch", "all_to_all"), ("mixtral", "all_to_all"), ("mixtral", "dropless"))
     for layout in ("expert", "fsdp_expert", "expert_model", "fsdp", "model_sequence")
-]
+] + [("mixtral", "fsdp_expert", "ragged")]
 
 
 def mixture(family, dispatch, layout="single"):

@@ -51,6 +51,7 @@ FORMS = {
     "all_to_all": SLOTS | {"dispatch": "all_to_all"},
     "einsum": SLOTS | {"dispatch": "einsum"},
     "dropless": SLOTS | {"dispatch": "dropless"},
+    "ragged": SLOTS | {"dispatch": "ragged"},
     "expert_choice": SLOTS | {"router": functools.partial(routers.ExpertChoice, z_loss=0.1)},
 }
 
@@ -142,7 +143,7 @@ def test_all_to_all_and_einsum_agree_on_what_is_dropped():
 
 
 def over_the_mesh(form, name):
-    parts = 2 if name.startswith("cut_rows") and form != "dropless" else 1
+    parts = 2 if name.startswith("cut_rows") and form not in moe.SLOTLESS else 1
     network, expected = on_one_device(form, parts)
     assert_same(run(network, params_of(1), partitioner=Partitioner(LAYOUTS[name])), expected)
 
@@ -152,7 +153,7 @@ def test_a_mesh_changes_nothing():
     over_the_mesh("all_to_all", "expert_model")
 
 
-EVERYWHERE = [(form, name) for form in ("all_to_all", "dropless") for name in LAYOUTS]
+EVERYWHERE = [(form, name) for form in ("all_to_all", "dropless", "ragged") for name in LAYOUTS]
 ELSEWHERE = [(form, name) for form in ("einsum", "expert_choice") for name in ("expert", "expert_model", "cut_rows")]
 
 
@@ -175,6 +176,16 @@ def test_one_pair_of_all_to_alls_a_layer():
     counts = {kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in COLLECTIVES}
     # The gathered array is the router's small kernel, which lies with the experts.
     assert counts == {"all-to-all": 2, "all-gather": 1, "all-reduce": 0, "reduce-scatter": 0, "collective-permute": 0}
+
+
+def test_ragged_dispatch_is_one_instruction_there_and_one_back_where_the_backend_has_it():
+    network, partitioner = layer(dispatch="ragged"), Partitioner(LAYOUTS["expert"])
+    with partitioner.activate():
+        lowered = jax.jit(lambda params, x: network.bind(params)(x)).trace(params_of(), X)
+        found = {
+            p: lowered.lower(lowering_platforms=(p,)).as_text().count("ragged_all_to_all(") for p in ("tpu", "cpu")
+        }
+    assert found == {"tpu": 2, "cpu": 0}
 
 
 def test_drop_rate_counts_what_found_no_slot():
@@ -286,7 +297,7 @@ def test_inside_scan_and_remat_and_mapped_over_stages(form):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dispatch": "ragged"}, "dispatch must be one of"),
+        ({"dispatch": "sorted"}, "dispatch must be one of"),
         ({"capacity_factor": 0.0}, "capacity_factor must be positive"),
         ({"num_experts": 0}, "num_experts must be positive"),
         ({"group_rows": 2, "groups_per_row": 2}, "one must be 1"),

@@ -1,0 +1,179 @@
+"""Ragged dispatch: dropless, and each choice travels to the device of its expert instead of every token to every device.
+
+Choices are sorted by expert, so what goes to one device lies together: one ragged all-to-all there, and one back. A
+device sends its tokens k times at most, where gathering sends them to all others. Room is still for the worst case, in
+which all choices fall on one device.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from meshway.models.layers.mixture import dropless as dropless_lib
+from meshway.models.layers.mixture.dispatch import Groups, on_devices
+from meshway.models.layers.mixture.expert_mesh import Axes, ExpertMesh
+from meshway.models.layers.mixture.experts import ExpertWeights
+from meshway.models.layers.mixture.gather import gather_rows
+from meshway.models.layers.mixture.routers import Choices, TokenChoices
+
+
+def ragged(
+    x: jax.Array,
+    choices: Choices,
+    real: jax.Array,
+    weights: ExpertWeights,
+    masks: jax.Array | None,
+    groups: Groups,
+    cut: ExpertMesh | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Passes every token through all the experts it chose; arguments, results and errors are those of `dropless`."""
+    del groups
+    dropless_lib.check(choices, "ragged")
+    return on_devices(_travel, x, choices, real, weights, masks, cut)
+
+
+def _travel(
+    x: jax.Array,
+    choices: TokenChoices,
+    real: jax.Array,
+    weights: ExpertWeights,
+    mask: jax.Array | None,
+    cut: ExpertMesh | None,
+) -> tuple[jax.Array, jax.Array]:
+    """A device's tokens to their experts and back."""
+    if cut is None or not cut.exchange:
+        return dropless_lib.on_own_experts(x, choices, real, weights, mask, cut)
+    count, k = weights.output.shape[0], choices.experts.shape[-1]
+    devices = cut.size(cut.exchange)
+    tokens = x.reshape(-1, x.shape[-1])
+    n = tokens.shape[0]
+    expert = jnp.where(real.reshape(-1, 1) > 0, choices.experts.reshape(n, k), devices * count)
+    by_expert = _sort(expert.reshape(-1), devices * count)
+    rows = gather_rows(tokens, by_expert.order // k, by_expert.place.reshape(n, k))
+    # What each device has for each expert.
+    table = jax.lax.all_gather(by_expert.sizes, cut.exchange)
+    sent = table.reshape(devices, devices, count).sum(-1)
+    arrived = exchange(rows, sent, devices * n * k, cut.exchange)
+    masked = None
+    if mask is not None:
+        units = mask.shape[0] // devices
+        unit = (by_expert.order // k // math.ceil(n / units)).astype(jnp.int32)[:, None]
+        masked = (mask, units, _move(unit, sent, arrived.shape[0], cut.exchange)[:, 0])
+    out = _through_own(arrived, table, weights, masked, cut)
+    rows = exchange(out.astype(x.dtype), sent.T, n * k, cut.exchange)
+    back = gather_rows(rows, by_expert.place, by_expert.order[:, None]).reshape(n, k, -1)
+    y = jnp.einsum("nk,nkd->nd", choices.gates.reshape(n, k), back.astype(jnp.float32))
+    return cut.reduce(y.astype(x.dtype).reshape(x.shape)), k * real
+
+
+def _through_own(
+    rows: jax.Array,
+    table: jax.Array,
+    weights: ExpertWeights,
+    masked: tuple[jax.Array, int, jax.Array] | None,
+    cut: ExpertMesh,
+) -> jax.Array:
+    """Passes what arrived, [room, d_model] by source and then by expert, through a device's own experts.
+
+    Args:
+      rows: those past what was sent are zeros.
+      table: int32 [devices, experts], what each device has for each expert.
+      weights: of the own experts.
+      masked: dropout's masks [units, d_ff] of all devices, how many units each has, and each row's unit [room].
+      cut: how the layout cuts.
+    """
+    devices = table.shape[0]
+    first, count = cut.own_experts(table.shape[1])
+    own = jax.lax.dynamic_slice_in_dim(table, first, count, axis=1)
+    ends = jnp.cumsum(own.reshape(-1))
+    segment = jnp.searchsorted(ends, jnp.arange(rows.shape[0]), side="right")
+    by_expert = _sort(jnp.where(segment < devices * count, segment % count, count).astype(jnp.int32), count)
+    rows = gather_rows(rows, by_expert.order, by_expert.place[:, None])
+
+    def product(rows: jax.Array, weight: jax.Array) -> jax.Array:
+        return jax.lax.ragged_dot(rows, weight, by_expert.sizes)
+
+    hidden = weights.hidden(rows, product)
+    if masked is not None:
+        mask, units, unit = masked
+        hidden = hidden * mask[(segment // count * units + unit)[by_expert.order]].astype(hidden.dtype)
+    out = jnp.where((by_expert.key < count)[:, None], product(hidden, weights.output), 0)
+    return gather_rows(out, by_expert.place, by_expert.order[:, None])
+
+
+class _Sorted(NamedTuple):
+    """Rows sorted by key, stably.
+
+    Attributes:
+      key: int32 [rows], in order.
+      order: where each row of the result comes from.
+      place: where each row went.
+      sizes: int32 [keys], how many rows have each key.
+    """
+
+    key: jax.Array
+    order: jax.Array
+    place: jax.Array
+    sizes: jax.Array
+
+
+def _sort(key: jax.Array, keys: int) -> _Sorted:
+    """Sorts rows by key below `keys`; those of higher keys come last and are not counted."""
+    ids = jnp.arange(key.shape[0], dtype=jnp.int32)
+    key, order = jax.lax.sort((key, ids), num_keys=1, is_stable=True)
+    place = jnp.zeros_like(order).at[order].set(ids, unique_indices=True)
+    return _Sorted(key, order, place, jnp.bincount(key, length=keys).astype(jnp.int32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def exchange(rows: jax.Array, sent: jax.Array, room: int, axes: Axes) -> jax.Array:
+    """Sends consecutive rows to each device. Inside a manual kernel only.
+
+    Args:
+      rows: [rows, features]: first those for device 0, then those for device 1, and so on.
+      sent: int32 [devices, devices], the same everywhere: how many rows the first sends to the second.
+      room: most rows that a device may get.
+      axes: the mesh axes of the devices.
+
+    Returns:
+      [room, features]: what device 0 sent here, then what device 1 did, and so on; then zeros.
+    """
+    return _move(rows, sent, room, axes)
+
+
+def _forward(rows: jax.Array, sent: jax.Array, room: int, axes: Axes) -> tuple[jax.Array, tuple[jax.Array, int]]:
+    return _move(rows, sent, room, axes), (sent, rows.shape[0])
+
+
+def _backward(room: int, axes: Axes, kept: tuple[jax.Array, int], gradient: jax.Array) -> tuple[jax.Array, None]:
+    sent, count = kept
+    return _move(gradient, sent.T, count, axes), None
+
+
+exchange.defvjp(_forward, _backward)
+
+
+def _move(rows: jax.Array, sent: jax.Array, room: int, axes: Axes) -> jax.Array:
+    me = jax.lax.axis_index(axes)
+    starts = jnp.cumsum(sent, axis=1) - sent  # where a sender's rows for each device begin
+    places = jnp.cumsum(sent, axis=0) - sent  # and where they begin in what that device gets
+
+    def travelling(rows: jax.Array) -> jax.Array:
+        empty = jnp.zeros((room, rows.shape[1]), rows.dtype)
+        offsets = (starts[me], sent[me], places[me], sent[:, me])
+        return jax.lax.ragged_all_to_all(rows, empty, *offsets, axis_name=axes)
+
+    def gathered(rows: jax.Array) -> jax.Array:
+        """The same where the backend lacks the instruction, for tests on CPU: everything to everyone."""
+        everything = jax.lax.all_gather(rows, axes)
+        ends = jnp.cumsum(sent[:, me])
+        row = jnp.arange(room)
+        source = jnp.searchsorted(ends, row, side="right")
+        known = jnp.minimum(source, ends.shape[0] - 1)
+        index = starts[known, me] + row - places[known, me]
+        return jnp.where((row < ends[-1])[:, None], everything.at[known, index].get(mode="clip"), 0)
+
+    return jax.lax.platform_dependent(rows, cpu=gathered, default=travelling)
