@@ -1,4 +1,4 @@
-"""Ragged dispatch: dropless, and each choice travels to the device of its expert instead of every token to every device.
+"""Ragged dispatch: dropless, and each choice travels to its expert's device instead of every token to every device.
 
 Choices are sorted by expert, so what goes to one device lies together: one ragged all-to-all there, and one back. A
 device sends its tokens k times at most, where gathering sends them to all others. Room is still for the worst case, in
