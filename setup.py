@@ -29,6 +29,9 @@ setup(
         "flax>=0.12.8,<0.13",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
+        "tensorstore>=0.1.80,<0.2",
+        "msgpack>=1.1,<2",
+        "safetensors>=0.8,<0.9",
         "gin-config>=0.5,<0.6",
         "seqio==0.0.20",
         "grain>=0.2.18,<0.3",
@@ -62,6 +65,7 @@ setup(
             "kubernetes-validate>=1.37,<2",
             "jsonschema>=4.20,<5",
         ],
+        "oracle": ["torch>=2.9,<3", "transformers>=5.20,<6"],  # what goldens are made with, and compared live
         "dev": ["ruff>=0.15,<0.18", "mypy>=1.18,<3"],
     },
     entry_points={"console_scripts": ["meshway = meshway.launch.cli:main"]},

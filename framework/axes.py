@@ -25,6 +25,7 @@ VOCABULARY = {
     "head_dim": "features of one attention head",
     "vocab": "entries of a vocabulary",
     "relpos_buckets": "buckets of T5's relative position bias",
+    "positions": "places in a segment that have a learned vector",
     "layers": "layers stacked into one array",
     "expert": "experts of a mixture",
     "stage": "stages of a pipeline",

@@ -1,13 +1,15 @@
-"""Evaluation inside a training run: teacher-forced losses and greedy predictions, on the training mesh."""
+"""Evaluation inside a training run: teacher-forced losses and predictions, on the training mesh."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from meshway.framework.inference.decoding import greedy
+from meshway.framework.inference.decoding import Decoder, Stop
+from meshway.framework.inference.sampling import Sampling
 from meshway.framework.interfaces import ArraySpec, Batch, EvalTask, Metrics, Params
 from meshway.framework.training.program import TrainProgram
 
@@ -20,13 +22,15 @@ class Evaluation:
     """What a recipe says of evaluation.
 
     `max_batches` bounds the teacher-forced pass (None reads the whole split); `max_predictions` examples are
-    decoded for the tasks that have metrics (0 decodes none), and `num_samples` of them are kept as text.
+    decoded by `decoder`, greedily unless another is bound, for the tasks that have metrics (0 decodes none), and
+    `num_samples` of them are kept as text. `eos_id` ends a prediction.
     """
 
     max_batches: int | None = None
     max_predictions: int = 64
     num_samples: int = 8
     eos_id: int = 1
+    decoder: Decoder = Sampling(temperature=0.0)
 
 
 class Evaluator:
@@ -83,7 +87,7 @@ class Evaluator:
         samples: list[dict[str, str]] = []
         limit = min(self._settings.max_predictions, task.num_examples)
         for batch, indices in _until(task.prompt_batches(), limit):
-            tokens = np.asarray(self._decode(params, batch))
+            tokens = np.asarray(self._decode(params, batch, indices))
             for index, row in zip(indices, tokens, strict=False):
                 predictions.append(task.postprocess(int(index), row))
                 if len(samples) < self._settings.num_samples:
@@ -91,23 +95,34 @@ class Evaluator:
                     samples.append({"input": task.inputs_text(int(index)), "target": target, "prediction": prediction})
         return task.metrics(predictions), samples
 
-    def _decode(self, params: Params, batch: Batch) -> jax.Array:
+    def _decode(self, params: Params, batch: Batch, indices: np.ndarray) -> jax.Array:
+        """Returns the best prediction of each row, int32 [batch, length]."""
         key = tuple(sorted((name, x.shape, str(x.dtype)) for name, x in batch.items()))
         partitioner = self._program.partitioner
         shardings = partitioner.batch_shardings(
             {name: ArraySpec(x.shape, x.dtype, ("batch", *[None] * (x.ndim - 1))) for name, x in batch.items()}
         )
+        rows = next(iter(batch.values())).shape[0]
         if key not in self._predict:
             model, length = self._program.model, self._program.lengths["targets"]
+            decoder, stop = self._settings.decoder, Stop((self._settings.eos_id,))
+
+            def predict(params: Params, batch: Batch, ids: jax.Array) -> jax.Array:
+                decoded = decoder(model, params, batch, length, stop, ids, jax.random.key(0))
+                best = jnp.argmax(decoded.scores, axis=1)[:, None, None]
+                return jnp.take_along_axis(decoded.tokens, best, axis=1)[:, 0]
+
             self._predict[key] = partitioner.compile(
-                lambda params, batch: greedy(model, params, batch, length, self._settings.eos_id),
+                predict,
                 self._program.param_shapes,
                 {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()},
-                in_shardings=(self._program.state_shardings.params, shardings),
+                jax.ShapeDtypeStruct((rows,), np.int32),
+                in_shardings=(self._program.state_shardings.params, shardings, partitioner.replicated),
                 out_shardings=partitioner.replicated,
             )
+        ids = np.resize(indices, rows).astype(np.int32)  # rows past the examples repeat, and are not read
         placed = partitioner.put_batch(self._mine(batch), shardings, self._program.batch_size)
-        return self._predict[key](params, placed)
+        return self._predict[key](params, placed, ids)
 
     def _compile_loss(self) -> Callable[..., Metrics]:
         model = self._program.model

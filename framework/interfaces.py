@@ -60,6 +60,14 @@ class Model(Protocol):
         """Feeds one token a row, tokens [batch, 1] at positions [batch]; returns (logits [batch, vocab], cache)."""
         ...
 
+    def fork(self, cache: Cache, times: int) -> Cache:
+        """Returns a cache of `times` copies of each row, one after the other: several predictions of an example."""
+        ...
+
+    def reorder(self, cache: Cache, rows: jax.Array) -> Cache:
+        """Returns a cache whose row i is row `rows[i]` of the old one, which must be of the same example."""
+        ...
+
 
 class Dataset(Protocol):
     """An endless stream of batches with a position instead of an iterator's hidden state."""

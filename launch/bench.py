@@ -14,6 +14,7 @@ meshway bench parallel: what layouts make devices send in a step; see `bench_par
 meshway bench routing: accuracy where experts have little room, by who gets it; see `bench_routing`.
 
 meshway bench moe: the forms of dispatch of a mixture of experts, in turn; see `bench_moe`.
+meshway bench attention: kernels of attention at several lengths, in turn; see `bench_attention`.
 """
 
 import json
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from meshway.framework.data.grain_loader import CachedData
     from meshway.framework.interfaces import DataSource
     from meshway.framework.partitioning.partitioner import Layout
+    from meshway.launch.bench_attention import Forms as KernelForms
+    from meshway.launch.bench_attention import Result as KernelResult
     from meshway.launch.bench_moe import Forms
     from meshway.launch.bench_moe import Result as FormResult
     from meshway.launch.bench_parallel import Result
@@ -189,6 +192,43 @@ def moe(
     return results
 
 
+def attention(
+    forms: "KernelForms",
+    layout: "Layout",
+    batch_size: int = 1,
+    lengths: Sequence[int] = (1024, 2048, 4096, 8192, 16384),
+    steps: int = 1,
+    rounds: int = 5,
+    dtype: str = "float32",
+    backward: bool = True,
+    most_bytes: int = 4 * 2**30,
+) -> list["KernelResult"]:
+    """Times one attention by each of several kernels and prints what it found.
+
+    Args:
+      forms: the kernels, and what they compute.
+      layout: of the mesh they are timed on.
+      batch_size, lengths: rows, and tokens of each, one length after the other.
+      steps: passes a turn, whose median counts; `rounds` turns for each kernel, one after the other.
+      dtype: of queries, keys and values.
+      backward: whether a pass goes forward and backward, not only forward.
+      most_bytes: a kernel that needs more temporary memory a device is not run; its memory is printed all the same.
+
+    Returns:
+      what was found, by length and kernel.
+
+    Raises:
+      UserError, ValueError: a number is out of range, or a kernel refuses the attention or the layout.
+    """
+    from meshway.launch import bench_attention
+
+    given = batch_size, lengths, steps, rounds, dtype, backward, most_bytes
+    results, mesh = bench_attention.measure(forms, layout, *given)
+    what = f"{batch_size} x length, {dtype}, forward{' and backward' if backward else ''}"
+    print(bench_attention.format_table(results, what, mesh))
+    return results
+
+
 def _table(info: dict[str, Any], seconds: float, best: float, peak: float, source: str) -> str:
     achieved = info["flops"] / seconds
     lines = {
@@ -245,6 +285,10 @@ def run(invocation: "Invocation") -> None:
     if invocation.subject == "moe":
         with processes.joined(*invocation.processes):
             moe(**config.load(invocation, import_unreferenced=False).build("bench.moe"))
+        return
+    if invocation.subject == "attention":
+        with processes.joined(*invocation.processes):
+            attention(**config.load(invocation, import_unreferenced=False).build("bench.attention"))
         return
     if invocation.subject == "routing":
         from meshway.launch import bench_routing

@@ -48,6 +48,7 @@ class Verb:
     dry_run: bool = False
     switches: tuple[Switch, ...] = ()
     instead: str = ""  # the flag that serves where no recipe is given
+    recipe: bool = True  # whether it takes one at all
     on_devices: bool = True
     macros: tuple[str, ...] = tuple(MACROS)  # those that the help lists
 
@@ -91,6 +92,18 @@ _CACHE = (
     ),
 )
 
+_CONVERT = (
+    Switch(
+        "--from", "convert.convert.source", "a Hugging Face directory, T5X checkpoints, or a run to write out", "DIR"
+    ),
+    Switch("--to", "convert.convert.target", "the directory to make: a run directory, or a Hugging Face one", "DIR"),
+    Switch("--family", "convert.convert.family", "what the model is (default: what config.json says)", "FAMILY"),
+    Switch("--dtype", "convert.convert.dtype", "float32, bfloat16, float16 or keep (default: keep)", "DTYPE"),
+    Switch("--step", "convert.convert.step", "which checkpoint of a run (default: the latest)", "N", number=True),
+    Switch("--max_shard_size", "convert.convert.max_shard_size", "of a safetensors file (default: 5GB)", "SIZE"),
+    Switch("--ignore_fields", "convert.convert.ignore_fields", "of config.json, that change nothing (a,b)", "FIELDS"),
+)
+
 VERBS = {
     "train": Verb("meshway.launch.train", "train a recipe, or go on from its last checkpoint", dry_run=True),
     "inspect": Verb(
@@ -108,10 +121,19 @@ VERBS = {
         on_devices=False,
         macros=("MIXTURE_OR_TASK_NAME", "MIXTURE_OR_TASK_MODULE", "CACHE_DIR"),
     ),
+    "convert": Verb(
+        "meshway.launch.convert",
+        "take a Hugging Face or T5X model in, with its recipe, or write a Hugging Face one",
+        switches=_CONVERT,
+        instead="--from",
+        recipe=False,
+        on_devices=False,
+        macros=(),
+    ),
     "bench": Verb(
         "meshway.launch.bench",
         "time a recipe's step on synthetic data, or its data path; or count what layouts make devices send",
-        subjects=("train", "data", "parallel", "routing", "moe"),
+        subjects=("train", "data", "parallel", "routing", "moe", "attention"),
         switches=_BENCH,
     ),
     "launch": Verb("meshway.launch.launch", "run a command on many processes, here or on a cluster", on_devices=False),
@@ -127,8 +149,11 @@ _USAGE_EXAMPLES = """examples:
   meshway bench parallel --gin_file=quickstart --simulated_devices=8
   meshway bench routing --gin_file=v_moe_digits
   meshway bench moe --gin_file=bench_moe --simulated_devices=8 --gin.LAYOUT=expert
+  meshway bench attention --gin_file=bench_attention
   meshway cache --gin_file=quickstart
   meshway cache --task=my_task --module=mylab.tasks --directory=/data/cache
+  meshway convert --from=models/Llama-3.2-1B --to=runs/llama
+  meshway convert --from=runs/llama --to=exported --dtype=bfloat16
   meshway launch local --processes=4 --devices=2 -- train --gin_file=quickstart --gin.MODEL_DIR=runs/four
 
 Exit codes: 0 done, 1 the machine or the program failed, 2 the command or the recipe is wrong, 75 another process of the
@@ -177,6 +202,8 @@ def parse(argv: Sequence[str]) -> Invocation | None:
 
         return parse_launch(words, parse, [name for name, entry in VERBS.items() if entry.on_devices])
     bindings = [word.removeprefix("--gin.") for word in words if word.startswith("--gin.")]
+    if bindings and not VERBS[verb].recipe:
+        raise UserError(f"meshway {verb} takes no recipe: leave out --gin.{bindings[0]}")
     for binding in bindings:
         if "=" not in binding:
             raise UserError(f"--gin.{binding} has no value: write --gin.{binding}=VALUE, without spaces")
@@ -195,10 +222,11 @@ def parse(argv: Sequence[str]) -> Invocation | None:
         if switch.flag.lstrip("-") in given:
             _refuse_elsewhere(verb, switch, given.get("subject"))
             bindings.append(switch.bound(given.pop(switch.flag.lstrip("-"))))
-    if not options.gin_files:
+    files, listed = given.pop("gin_files", ()), given.pop("search_paths", ())
+    if not files:
         _need_a_recipe(verb, bindings)
-    paths = tuple(path for listed in options.search_paths for path in listed.split(",") if path)
-    fields = {**given, "gin_files": tuple(options.gin_files), "search_paths": paths}
+    paths = tuple(path for each in listed for path in each.split(",") if path)
+    fields = {**given, "gin_files": tuple(files), "search_paths": paths}
     return Invocation(verb=verb, bindings=tuple(bindings), **fields)
 
 
@@ -208,6 +236,8 @@ def _need_a_recipe(verb: str, bindings: Sequence[str]) -> None:
     instead = next((switch for switch in VERBS[verb].switches if switch.flag == VERBS[verb].instead), None)
     if instead and any(binding.startswith(f"{instead.binding}=") for binding in bindings):
         return
+    if instead and not VERBS[verb].recipe:
+        raise UserError(f"meshway {verb} needs {instead.flag}={instead.value}: {instead.help}")
     raise UserError(f"meshway {verb} needs {needed}" + (f"; or {instead.flag}={instead.value}" if instead else ""))
 
 
@@ -255,19 +285,34 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     """Returns the parser of one verb's options; `--gin.NAME=VALUE` is read before it."""
     entry = VERBS[verb]
     command = " ".join([verb, *_subjects(entry)])
-    recipe_or = f"(--gin_file=FILE | {entry.instead}=...)" if entry.instead else "--gin_file=FILE"
+    given = f"(--gin_file=FILE | {entry.instead}=...)" if entry.instead else "--gin_file=FILE"
+    given = f"{given} [--gin.NAME=VALUE ...]" if entry.recipe else f"{entry.instead}=... --to=..."
     macros = "\n".join(f"  {name:24}{MACROS[name]}" for name in entry.macros)
+    macros = f"macros that recipes honour (--gin.MACRO=VALUE):\n{macros}\n\n" if macros else ""
     parser = Parser(
         prog=f"meshway {verb}",
-        usage=f"meshway {command} {recipe_or} [--gin.NAME=VALUE ...] [options]",
+        usage=f"meshway {command} {given} [options]",
         description=f"{entry.help[0].upper()}{entry.help[1:]}.",
-        epilog=f"macros that recipes honour (--gin.MACRO=VALUE):\n{macros}\n\n{_examples(verb)}",
+        epilog=f"{macros}{_examples(verb)}",
         formatter_class=help_formatter,
         allow_abbrev=False,
     )
     if entry.subjects:
         default = f" (default: {entry.default})" if entry.default else ""
         parser.add_argument("subject", choices=entry.subjects, help=f"what to {verb}{default}")
+    if entry.recipe:
+        _add_recipe_options(parser, entry.dry_run)
+    for switch in entry.switches:
+        takes: dict[str, Any] = {"action": "store_true"}
+        if switch.value:
+            takes = {"metavar": switch.value, "type": whole if switch.number else str}
+        parser.add_argument(switch.flag, default=argparse.SUPPRESS, help=switch.help, **takes)
+    if entry.on_devices:
+        _add_process_options(parser)
+    return parser
+
+
+def _add_recipe_options(parser: argparse.ArgumentParser, dry_run: bool) -> None:
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument(
         "--gin_file",
@@ -293,16 +338,8 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         metavar="DIR,DIR",
         help="folders to look for gin files in, before the shipped ones",
     )
-    if entry.dry_run:
+    if dry_run:
         recipe.add_argument("--dry_run", action="store_true", help="build and print everything, run and write nothing")
-    for switch in entry.switches:
-        takes: dict[str, Any] = {"action": "store_true"}
-        if switch.value:
-            takes = {"metavar": switch.value, "type": whole if switch.number else str}
-        parser.add_argument(switch.flag, default=argparse.SUPPRESS, help=switch.help, **takes)
-    if entry.on_devices:
-        _add_process_options(parser)
-    return parser
 
 
 def _add_process_options(parser: argparse.ArgumentParser) -> None:

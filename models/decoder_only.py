@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from meshway.models.layers.masks import Mask, Sight, row_positions, visible
+from meshway.models.layers.masks import Mask, row_positions, row_sight, visible
 from meshway.models.layers.reports import collecting
 from meshway.models.losses import CrossEntropy, beside_logits, target_log_probs
 from meshway.models.module import Network, NetworkFactory
@@ -86,6 +86,14 @@ class DecoderOnly:
         logits, layers = network.decode_cached(tokens, positions[:, None], cache["layers"], length)
         return logits[:, 0], cache | {"layers": layers}
 
+    def fork(self, cache: Any, times: int) -> Any:
+        """Returns a cache of `times` copies of each row, one after the other."""
+        return cache | {"layers": jax.tree.map(lambda x: jnp.repeat(x, times, axis=1), cache["layers"])}
+
+    def reorder(self, cache: Any, rows: jax.Array) -> Any:
+        """Returns a cache whose row i is row `rows[i]` of the old one."""
+        return cache | {"layers": jax.tree.map(lambda x: jnp.take(x, rows, axis=1), cache["layers"])}
+
     def logits(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> jax.Array:
         """Returns the logits of each target, float32 [batch, length, vocab]."""
         network = self._network.bind(params)
@@ -95,5 +103,5 @@ class DecoderOnly:
     def _mask(self, batch: Batch) -> Mask:
         segments = batch["decoder_segment_ids"]
         prefix = batch["decoder_prefix_mask"] if self._prefix else None
-        tokens = Sight(segments, row_positions(segments.shape[1]), prefix)
+        tokens = row_sight(segments.shape[1], segments, prefix)
         return visible(tokens, tokens, causal=True)

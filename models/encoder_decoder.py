@@ -1,6 +1,6 @@
 """The encoder-decoder objective: targets predicted from inputs. Meets `framework.interfaces.Model` by shape."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -70,6 +70,14 @@ class EncoderDecoder:
         logits, layers = network.decode_cached(tokens, positions[:, None], cache["layers"], cache["segments"], length)
         return logits[:, 0], cache | {"layers": layers}
 
+    def fork(self, cache: Any, times: int) -> Any:
+        """Returns a cache of `times` copies of each row, one after the other; these share what was encoded."""
+        return _each_own(lambda x: jnp.repeat(x, times, axis=1), cache)
+
+    def reorder(self, cache: Any, rows: jax.Array) -> Any:
+        """Returns a cache whose row i is row `rows[i]` of the old one, of the same example."""
+        return _each_own(lambda x: jnp.take(x, rows, axis=1), cache)
+
     def logits(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> jax.Array:
         """Returns the logits of each target, float32 [batch, length, vocab]."""
         network = self._network.bind(params)
@@ -79,3 +87,9 @@ class EncoderDecoder:
         return network.decode(
             batch["decoder_input_tokens"], batch["decoder_segment_ids"], encoded, segments, decoder_key
         )
+
+
+def _each_own(change: Callable[[jax.Array], jax.Array], cache: Any) -> Any:
+    """Changes what the cache holds of each prediction, [layers, rows, ...]; the rest is of examples."""
+    layers = [block | {"own": jax.tree.map(change, block["own"])} for block in cache["layers"]]
+    return cache | {"layers": layers}

@@ -1,4 +1,4 @@
-"""T5 1.1: an encoder and a decoder with relative position biases (Raffel et al. 2020, and its 1.1 release)."""
+"""T5: an encoder and a decoder with relative position biases (Raffel et al. 2020, and its 1.1 release)."""
 
 from typing import Any, Protocol
 
@@ -9,9 +9,9 @@ from flax import nnx
 from meshway.framework.axes import constrain
 from meshway.models.layers.blocks import LayerFactory
 from meshway.models.layers.dropout import dropout, split_key
-from meshway.models.layers.embedding import Embedding
+from meshway.models.layers.embedding import Embedding, EmbeddingFactory
 from meshway.models.layers.linear import Linear
-from meshway.models.layers.masks import Mask, Sight, causal_mask, row_positions, segment_mask, visible
+from meshway.models.layers.masks import Mask, Sight, causal_mask, row_positions, row_sight, segment_mask, visible
 from meshway.models.layers.norm import RMSNorm
 from meshway.models.layers.reports import collecting, say
 
@@ -40,14 +40,16 @@ class T5(nnx.Module):
         position_bias: BiasFactory,
         *,
         rngs: nnx.Rngs,
+        embedding: EmbeddingFactory = Embedding,
         norm: LayerFactory = RMSNorm,
         dropout_rate: float = 0.0,
         tied_logits: bool = False,
+        scale_tied_logits: bool = True,
         dtype: str = "float32",
     ):
         """`dtype` is what activations are computed in; parameters are float32. `tied_logits` (T5 1.0) reuses the
-        token embedding as the output layer."""
-        self.token_embedding = Embedding(vocab_size, d_model, rngs=rngs, dtype=dtype)
+        token embedding as the output layer, `scale_tied_logits` times 1/sqrt(d_model)."""
+        self.token_embedding = embedding(vocab_size=vocab_size, d_model=d_model, rngs=rngs, dtype=dtype)
         self.encoder_position_bias = position_bias(bidirectional=True, rngs=rngs)
         self.encoder = encoder(d_model=d_model, rngs=rngs)
         self.encoder_norm = norm(d_model=d_model, rngs=rngs)
@@ -55,7 +57,7 @@ class T5(nnx.Module):
         self.decoder = decoder(d_model=d_model, rngs=rngs)
         self.decoder_norm = norm(d_model=d_model, rngs=rngs)
         self.logits = None if tied_logits else Linear({"embed": d_model}, {"vocab": vocab_size}, rngs=rngs)
-        self.dropout_rate = dropout_rate
+        self.scale_tied_logits, self.dropout_rate = scale_tied_logits, dropout_rate
 
     def encode(self, tokens: jax.Array, segments: jax.Array, rng: jax.Array | None = None) -> jax.Array:
         """tokens and segments int32 [batch, length] (segment 0 is padding) -> [batch, length, d_model]."""
@@ -81,7 +83,7 @@ class T5(nnx.Module):
     ) -> jax.Array:
         """Teacher-forced: tokens [batch, length] against encoded [batch, kv_length, d_model] ->
         logits [batch, length, vocab]."""
-        own = Sight(segments, row_positions(tokens.shape[1]))
+        own = row_sight(tokens.shape[1], segments)
         logits, _ = self._decode(
             tokens,
             rng=rng,
@@ -99,15 +101,17 @@ class T5(nnx.Module):
     def decode_cached(
         self, tokens: jax.Array, positions: jax.Array, cache: Any, encoded_segments: jax.Array, length: int
     ) -> tuple[jax.Array, Any]:
-        """One step of decoding: tokens [batch, 1] at positions [batch, 1] -> (logits [batch, 1, vocab], cache)."""
+        """One step of decoding: tokens [rows, 1] at positions [rows, 1] -> (logits [rows, 1, vocab], cache); rows are a
+        multiple of the batch that was encoded, those of an example one after the other."""
         slots = row_positions(length)
+        asking = jnp.ones((encoded_segments.shape[0], tokens.size // encoded_segments.shape[0]), jnp.int32)
         return self._decode(
             tokens,
             cache=cache,
             cache_index=positions,
             bias=self.decoder_position_bias(positions, slots),
             mask=Mask(causal_mask(positions, slots)),
-            cross_mask=Mask(segment_mask(jnp.ones_like(tokens), encoded_segments)),
+            cross_mask=Mask(segment_mask(asking, encoded_segments)),
         )
 
     def _decode(self, tokens: jax.Array, rng: jax.Array | None = None, **context: Any) -> tuple[jax.Array, Any]:
@@ -118,5 +122,5 @@ class T5(nnx.Module):
         say(reports, "decoder/")
         x = dropout(self.decoder_norm(x), self.dropout_rate, keys[2])
         x = constrain(x, ("batch", "length", "embed"), free_for="vocab")
-        logits = self.token_embedding.logits(x) if self.logits is None else self.logits(x)
+        logits = self.token_embedding.logits(x, self.scale_tied_logits) if self.logits is None else self.logits(x)
         return constrain(logits.astype(jnp.float32), ("batch", "length", "vocab")), cache

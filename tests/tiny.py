@@ -6,22 +6,28 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from meshway.framework.inference.decoding import Stop
+from meshway.framework.inference.sampling import Sampling
 from meshway.framework.training.program import TrainProgram
 from meshway.launch import config
 from meshway.launch.invocation import Invocation
 
 LENGTHS = {"inputs": 24, "targets": 16}
-FAMILIES = ("t5_1_1", "lm")
+FAMILIES = ("t5_1_1", "lm")  # the two that others are made of
+DECODERS = ("chinchilla", "gemma2", "gemma3", "gpt2", "llama", "mistral", "palm", "qwen2_5", "qwen3", "t5x_decoder")
+ENCODER_DECODERS = ("byt5", "mt5", "t5", "ul2")
+ENCODERS = ("bert",)
 MIXTURES = ("deepseek", "mixtral", "st_moe", "switch")  # of experts, over tokens
 VISION = ("v_moe", "vit")
 ONE_LAYER = {  # half the compile time; tests of stacks ask for more
     "t5_1_1": ("NUM_ENCODER_LAYERS=1", "NUM_DECODER_LAYERS=1"),
-    "lm": ("NUM_LAYERS=1",),
-    "deepseek": ("NUM_LAYERS=1",),
-    "mixtral": ("NUM_LAYERS=1",),
     "st_moe": (),  # as few as its pattern has
     "switch": (),
+    "gemma2": (),
+    "gemma3": (),
+    **dict.fromkeys(ENCODER_DECODERS, ("NUM_ENCODER_LAYERS=1", "NUM_DECODER_LAYERS=1")),
 }
+ONE_LAYER |= {name: ("NUM_LAYERS=1",) for name in ("lm", *MIXTURES, *DECODERS, *ENCODERS) if name not in ONE_LAYER}
 FOUR_LAYERS = {  # as pipelines of two stages, passed twice, need
     "t5_1_1": ("NUM_ENCODER_LAYERS=4", "NUM_DECODER_LAYERS=4"),
     "lm": ("NUM_LAYERS=4",),
@@ -81,3 +87,10 @@ def gradients_and_losses(program: TrainProgram, fresh, steps: int) -> tuple[dict
         gradients = gradients or {name: np.asarray(m[0]) for name, m in metrics.items() if name.startswith("gradient[")}
         found.append(float(metrics["loss"][0]) / float(metrics["loss"][1]))
     return gradients, found
+
+
+def greedy(model, params, batch, length, eos_id):
+    """Returns the likeliest tokens, int32 [batch, length]."""
+    rows = next(iter(batch.values())).shape[0]
+    search = Sampling(temperature=0.0)
+    return search(model, params, batch, length, Stop((eos_id,)), np.arange(rows), jax.random.key(0)).tokens[:, 0]

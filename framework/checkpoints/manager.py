@@ -12,6 +12,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from meshway.framework.checkpoints.schema import differences, schema_of
 from meshway.framework.errors import UserError
+from meshway.framework.interfaces import Params
 from meshway.framework.training.state import TrainState
 from meshway.framework.version import installed_version
 
@@ -56,8 +57,22 @@ class Keep:
 class Checkpoints:
     """The folder `checkpoints/` of one run."""
 
-    def __init__(self, folder: Path, keep: Keep = Keep(), recipe: str = "", read_only: bool = False):
-        """`recipe` is the resolved gin text that goes into every checkpoint.
+    def __init__(
+        self,
+        folder: Path,
+        keep: Keep = Keep(),
+        recipe: str = "",
+        read_only: bool = False,
+        handler: ocp.PyTreeCheckpointHandler | None = None,
+    ):
+        """Opens the folder.
+
+        Args:
+          folder: made where it is missing.
+          keep: which checkpoints stay.
+          recipe: the resolved gin text that goes into every checkpoint.
+          read_only: write nothing.
+          handler: what writes and reads states, None for Orbax's own; it must keep to the same format.
 
         Raises:
           UserError: the folder cannot be made.
@@ -68,7 +83,7 @@ class Checkpoints:
             if not read_only:
                 self.folder.mkdir(parents=True, exist_ok=True)
             registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-            state = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)
+            state = handler or ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)
             registry.add("state", ocp.args.PyTreeSave, state)
             registry.add("state", ocp.args.PyTreeRestore, state)
             for item in ITEMS[1:]:
@@ -81,6 +96,8 @@ class Checkpoints:
                     preservation_policy=keep.policy(),
                     read_only=read_only,
                     cleanup_tmp_directories=not read_only,
+                    # Saved aside, a checkpoint must be complete in 20 minutes; one that is streamed may take longer.
+                    enable_async_checkpointing=handler is None,
                 ),
             )
         except OSError as error:
@@ -96,7 +113,13 @@ class Checkpoints:
         Raises:
           UserError: this save, or the one still running, failed (disk full, folder unwritable).
         """
-        tree = _as_tree(state)
+        self._save(_as_tree(state), step, position, metrics)
+
+    def save_params(self, params: Params, step: int) -> None:
+        """Saves parameters alone, as a converted model's: `restore_params` and `Initial` read them."""
+        self._save({"params": params}, step, {}, {})
+
+    def _save(self, tree: dict[str, Any], step: int, position: Mapping[str, int], metrics: Mapping[str, float]) -> None:
         recipe = {"gin": self._recipe, "version": installed_version(), "schema": schema_of(tree)}
         arguments = ocp.args.Composite(
             state=ocp.args.PyTreeSave(tree),

@@ -13,6 +13,8 @@ from meshway.framework.axes import Names
 from meshway.framework.checkpoints.manager import Checkpoints
 from meshway.framework.checkpoints.schema import Schema, nearest_names
 from meshway.framework.checkpoints.sources import Shape, Source, block_of, pattern_lengths
+from meshway.framework.conversion import hugging_face
+from meshway.framework.conversion.values import fill
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Axes, Params
 from meshway.framework.training.trees import flatten, map_paths
@@ -22,10 +24,12 @@ from meshway.framework.training.trees import flatten, map_paths
 class Initial:
     """Where a fresh run takes its parameters from; a run that has a checkpoint of its own never looks here.
 
-    `path` is a run directory or one of its checkpoints; `step` None means the latest. `renames` are ordered
-    (pattern, replacement): a parameter's name is looked up in the checkpoint under the replacement of the first
-    pattern that matches it whole, else under its own name. `left_at_init` are patterns of parameters that keep
-    their fresh values; any other parameter must be found, with its shape.
+    `path` is a run directory or one of its checkpoints; `step` None means the latest. Or it is a Hugging Face
+    directory, read straight into the shards: the recipe must be that model's, as `meshway convert` writes it.
+
+    `renames` are ordered (pattern, replacement): a parameter's name is looked up in the checkpoint under the
+    replacement of the first pattern that matches it whole, else under its own name. `left_at_init` are patterns of
+    parameters that keep their fresh values; any other parameter must be found, with its shape.
 
     Two more let a mixture of experts start from a dense model (sparse upcycling, Komatsuzaki et al. 2022, section 2):
 
@@ -52,6 +56,9 @@ class Initial:
           UserError: no checkpoint there; a parameter without a source or with another shape; a pattern that
             matches nothing.
         """
+        directory = Path(self.path).expanduser()
+        if hugging_face.is_model(directory):
+            return self._from_hugging_face(directory, params)
         folder, step = self._locate()
         checkpoints = Checkpoints(folder, read_only=True)
         if step is None and not checkpoints.steps():
@@ -112,6 +119,16 @@ class Initial:
         repeated = {axes[name][dim] or "" for name, source in sources.items() for dim in source.repeated}
         self._check(problems, used, repeated)
         return sources
+
+    def _from_hugging_face(self, directory: Path, params: Params) -> Params:
+        given = [field.name for field in dataclasses.fields(self)[1:] if getattr(self, field.name) != field.default]
+        if given:
+            raise UserError(
+                f"Initial.path={self.path!r} is a Hugging Face directory, whose tensors are taken as they are: leave "
+                f"out Initial.{given[0]}, or convert it first (meshway convert)"
+            )
+        shapes = {name: tuple(leaf.shape) for name, leaf in flatten(params).items()}
+        return fill(params, hugging_face.open_model(directory).values(shapes))
 
     def _renamed(self, name: str, used: set[str]) -> str:
         pattern = _first_match(name, [pattern for pattern, _ in self.renames], used)

@@ -1,4 +1,9 @@
-"""Search over one function `(params, tokens, positions, cache) -> (logits, cache)`."""
+"""What decoding is asked for and what it returns; `sampling` and `beam_search` do it, over one function
+`(params, tokens, positions, cache) -> (logits, cache)`."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -6,38 +11,96 @@ import jax.numpy as jnp
 from meshway.framework.interfaces import Batch, Model, Params
 
 
-def greedy(model: Model, params: Params, batch: Batch, max_length: int, eos_id: int) -> jax.Array:
-    """Takes the likeliest token at each position until every row has ended.
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """Predictions of a batch, several for each example.
 
-    Args:
-      model: decodes with a cache.
-      params: its parameters.
-      batch: inputs or prompts, as `model.prefill` reads them.
-      max_length: the most tokens to produce.
-      eos_id: the token that ends a row.
-
-    Returns:
-      int32 tokens [batch, max_length]: the prediction, its `eos_id`, then zeros.
+    Attributes:
+      tokens: int32 [batch, decodes, length]: each prediction with the stop token that ended it, then zeros.
+      lengths: int32 [batch, decodes], how many tokens that is.
+      log_probs: float32 [batch, decodes, length], of each token under the model, before penalties and filters; 0
+        past the end.
+      scores: float32 [batch, decodes], by which decodes of an example are compared: their sum, or what beam search
+        made of it.
     """
-    first, start, cache = model.prefill(params, batch, max_length)
-    rows = first.shape[0]
-    carry = (
-        jnp.zeros((), jnp.int32),
-        first,
-        cache,
-        jnp.zeros((rows, max_length), jnp.int32),
-        jnp.zeros(rows, bool),
-    )
 
-    def unfinished(carry: tuple) -> jax.Array:
-        index, _, _, _, done = carry
-        return (index < max_length) & ~jnp.all(done)
+    tokens: jax.Array
+    lengths: jax.Array
+    log_probs: jax.Array
+    scores: jax.Array
 
-    def advance(carry: tuple) -> tuple:
-        index, tokens, cache, output, done = carry
-        logits, cache = model.decode(params, tokens, start + index, cache)
-        chosen = jnp.where(done, 0, jnp.argmax(logits, axis=-1).astype(jnp.int32))
-        output = jax.lax.dynamic_update_slice_in_dim(output, chosen[:, None], index, axis=1)
-        return index + 1, chosen[:, None], cache, output, done | (chosen == eos_id)
 
-    return jax.lax.while_loop(unfinished, advance, carry)[3]
+jax.tree_util.register_dataclass(Decoded, ["tokens", "lengths", "log_probs", "scores"], [])
+
+
+@dataclasses.dataclass(frozen=True)
+class Stop:
+    """What ends a prediction: a token of `tokens`, or that its last tokens are one of `sequences`."""
+
+    tokens: Sequence[int] = (1,)
+    sequences: Sequence[Sequence[int]] = ()
+
+    def __post_init__(self) -> None:
+        if any(not sequence for sequence in self.sequences):
+            raise ValueError("Stop.sequences: a stop sequence needs a token")
+
+    def ended(self, output: jax.Array, index: jax.Array) -> jax.Array:
+        """Returns which rows end with the token at `index`: output [..., length] -> bool [...]."""
+        last = jax.lax.dynamic_index_in_dim(output, index, axis=-1, keepdims=False)
+        ended = jnp.zeros(last.shape, bool)
+        for token in self.tokens:
+            ended |= last == token
+        for sequence in self.sequences:
+            size = len(sequence)
+            if size > output.shape[-1]:
+                continue
+            tail = jax.lax.dynamic_slice_in_dim(output, index - size + 1, size, axis=-1)
+            ended |= (index >= size - 1) & jnp.all(tail == jnp.asarray(sequence), axis=-1)
+        return ended
+
+
+class Decoder(Protocol):
+    """A way to decode: `sampling.Sampling` says what all of them take and return."""
+
+    @property
+    def num_decodes(self) -> int:
+        """Predictions of each example."""
+        ...
+
+    def __call__(
+        self,
+        model: Model,
+        params: Params,
+        batch: Batch,
+        max_length: int,
+        stop: Stop,
+        ids: jax.Array,
+        seed: jax.Array,
+        forced: jax.Array | None = None,
+    ) -> Decoded: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a logit callback may look at.
+
+    Attributes:
+      made: int32 scalar, how many tokens each row has.
+      tokens: int32 [rows, length], those so far.
+      ids: int32 [rows], the example of each row.
+    """
+
+    made: jax.Array
+    tokens: jax.Array
+    ids: jax.Array
+
+
+LogitCallback = Callable[[jax.Array, Progress], jax.Array]  # (logits [rows, vocab], progress) -> logits
+
+
+def prompts(batch: Batch) -> jax.Array | None:
+    """Returns what each row's prediction goes on from, int32 [batch, length] with zeros elsewhere; None where
+    predictions start afresh, from an encoder's inputs."""
+    if "encoder_input_tokens" in batch or "decoder_input_tokens" not in batch:
+        return None
+    return jnp.where(batch["decoder_segment_ids"] != 0, batch["decoder_input_tokens"], 0)

@@ -22,7 +22,7 @@ from meshway.framework.training.schedules import Schedule
 from meshway.framework.training.trees import map_paths
 
 # Axes of tables, whose rows are looked up rather than multiplied: no linear map for Muon to orthogonalise.
-TABLE_AXES = ("vocab", "relpos_buckets", "length")
+TABLE_AXES = ("vocab", "relpos_buckets", "length", "positions")
 
 
 @dataclasses.dataclass(frozen=True)

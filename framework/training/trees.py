@@ -1,6 +1,6 @@
 """Nested dicts of parameters, addressed by '/'-joined paths such as ``decoder/layers/mlp/wi/kernel``."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from meshway.framework.interfaces import Params
@@ -12,6 +12,18 @@ def flatten(tree: Params, prefix: str = "") -> dict[str, Any]:
     for key, child in tree.items():
         flat.update(flatten(child, f"{prefix}{key}/") if isinstance(child, dict) else {prefix + key: child})
     return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> Params:
+    """Returns the nested dicts of leaves by path: the inverse of `flatten`."""
+    tree: Params = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return tree
 
 
 def map_paths(function: Callable[[str, Any], Any], tree: Params, prefix: str = "") -> Params:

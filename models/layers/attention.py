@@ -1,99 +1,37 @@
 """Multi-head attention, with grouped keys and values, and its cache."""
 
-import functools
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Collection
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from meshway.framework.axes import constrain
-from meshway.models.layers.dropout import dropout
+from meshway.models.layers.kernels.auto import AutoAttention
+from meshway.models.layers.kernels.reference import Kernel, dot_product_attention
 from meshway.models.layers.linear import Linear, fan_in_init
-from meshway.models.layers.masks import Mask
-from meshway.models.layers.positions import PositionBias
+from meshway.models.layers.masks import Mask, Sight, row_positions, row_sight, within
+from meshway.models.layers.positions import PositionBias, with_alibi
+from meshway.models.module import param
 
 KeysValues = tuple[jax.Array, jax.Array]  # each [batch, kv_length, kv_heads, head_dim]
-HIDDEN = -1e9  # a score that softmax turns to zero, finite so that a row with nothing to see stays finite
+PARTS = ("query", "key", "value", "out")
 
 
-class Kernel(Protocol):
-    """A way to compute attention: `dot_product_attention` says what all of them return."""
+@runtime_checkable
+class ScoreTerm(Protocol):
+    """What adds to the scores of queries with keys by what both are and where they stand: it needs all scores at once,
+    so that attention is then computed by `dot_product_attention`."""
 
-    def __call__(
-        self,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        *,
-        bias: PositionBias | None = None,
-        mask: Mask | None = None,
-        dropout_rate: float = 0.0,
-        rng: jax.Array | None = None,
-    ) -> jax.Array: ...
-
-
-def dot_product_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    *,
-    bias: PositionBias | None = None,
-    mask: Mask | None = None,
-    dropout_rate: float = 0.0,
-    rng: jax.Array | None = None,
-) -> jax.Array:
-    """softmax(query key^T + bias, where mask) value, exactly; scores and softmax in float32.
-
-    Args:
-      query: [batch, length, heads, head_dim], already scaled.
-      key, value: [batch, kv_length, kv_heads, head_dim]; `heads` is a multiple of `kv_heads`.
-      bias: added to the scores.
-      mask: which keys a query sees.
-      dropout_rate, rng: dropout of the attention weights, one mask shared by all queries (as T5 does).
-
-    Returns:
-      [batch, length, heads, head_dim] in the dtype of `query`.
-    """
-    batch, length, heads, head_dim = query.shape
-    groups = heads // key.shape[2]
-    if groups > 1:
-        key, value = jnp.repeat(key, groups, axis=2), jnp.repeat(value, groups, axis=2)
-    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
-    if bias is not None:
-        scores = _add_bias(bias.dense.shape[0] == 1 < batch, scores, bias.dense)
-    if mask is not None:
-        scores = jnp.where(mask.dense, scores, HIDDEN)
-    weights = dropout(jax.nn.softmax(scores, axis=-1), dropout_rate, rng).astype(value.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _add_bias(shared: bool, scores: jax.Array, bias: jax.Array) -> jax.Array:
-    """scores [batch, heads, length, kv_length] + bias [1 if shared else batch, ...].
-
-    The gradient of a bias shared by the batch is summed by a product with ones: left to itself XLA:CPU fuses the
-    sums of all layers with what follows, and runs that at a tenth of the speed of memory (8 % of a T5 step).
-    """
-    return scores + bias
-
-
-def _add_bias_forward(shared: bool, scores: jax.Array, bias: jax.Array) -> tuple[jax.Array, None]:
-    return scores + bias, None
-
-
-def _add_bias_backward(shared: bool, _: None, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    if not shared:
-        return gradient, gradient
-    return gradient, jnp.tensordot(jnp.ones(gradient.shape[0], gradient.dtype), gradient, axes=1)[None]
-
-
-_add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+    def scores(self, query: jax.Array, key: jax.Array, places: jax.Array, kv_places: jax.Array) -> jax.Array:
+        """Returns float32 [batch, heads, length, kv_length] for queries and keys as they meet, whose places in the row
+        are [rows, length] and [rows, kv_length]."""
+        ...
 
 
 class Attention(nnx.Module):
-    """Self- or cross-attention without biases."""
+    """Self- or cross-attention."""
 
     def __init__(
         self,
@@ -103,36 +41,72 @@ class Attention(nnx.Module):
         *,
         rngs: nnx.Rngs,
         num_kv_heads: int | None = None,
+        biases: Collection[str] = (),
+        qk_norm: Callable[..., Any] | None = None,
         scale_logits: bool = True,
+        query_scale: float | None = None,
         rotary: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+        relative: Callable[..., ScoreTerm] | None = None,
+        alibi: bool = False,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: bool = False,
         dropout_rate: float = 0.0,
-        kernel: Kernel = dot_product_attention,
+        kernel: Kernel = AutoAttention(),
     ):
-        """`num_kv_heads` below `num_heads` is GQA, 1 is MQA. `scale_logits` False leaves out 1/sqrt(head_dim) and
-        starts the query kernel that much smaller, as T5 does. `rotary` turns (x, positions) for queries and keys.
-        `kernel` computes attention, except over a cache; layouts that cut the length bind one that can.
+        """Builds the projections.
+
+        Args:
+          num_kv_heads: below `num_heads` it is GQA, 1 is MQA; None for as many.
+          biases: which of "query", "key", "value" and "out" add a bias to their projection.
+          qk_norm: normalisation of each head's queries and keys, called with d_model=head_dim, axis="head_dim", rngs.
+          scale_logits: False leaves out 1/sqrt(head_dim) and starts the query kernel that much smaller, as T5 does.
+          query_scale: what queries are multiplied by instead of 1/sqrt(head_dim).
+          rotary: turns (x [batch, length, heads, head_dim], positions [batch, length]) for queries and keys; one
+            that is a `ScoreTerm` (`rotary.ReRoPE`) corrects their scores too.
+          relative: called with d_model, num_heads, head_dim and rngs for a `ScoreTerm` (`relative.RelativeScores`).
+          alibi: takes a fixed slope a head off scores for each place between query and key (`positions.with_alibi`).
+          window: a query sees its own place and the window-1 before it, and where the mask is not causal as many after;
+            places are those in the row, whatever is packed in it.
+          soft_cap: scores become soft_cap * tanh(scores / soft_cap), before the mask.
+          sinks: one learned score a head that takes part in the softmax and has no value.
+          kernel: computes attention, except over a cache and with a `ScoreTerm`, which `dot_product_attention` does;
+            the default chooses one by platform, shapes and what is asked for. Layouts that cut the length bind one that
+            can.
 
         Raises:
-          ValueError: `num_heads` is no multiple of `num_kv_heads`.
+          ValueError: `num_heads` is no multiple of `num_kv_heads`, or an option is out of its range.
         """
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_heads % num_kv_heads:
-            raise ValueError(f"Attention: num_heads={num_heads} is no multiple of num_kv_heads={num_kv_heads}")
-        query_scale = 1.0 if scale_logits else 1.0 / head_dim
+        _check(num_heads, num_kv_heads, biases, scale_logits, query_scale, window, soft_cap)
         heads, kv_heads = {"heads": num_heads}, {"kv_heads": num_kv_heads}
         inputs, size = {"embed": d_model}, {"head_dim": head_dim}
-        self.query = Linear(inputs, heads | size, rngs=rngs, init=fan_in_init("normal", query_scale))
-        self.key = Linear(inputs, kv_heads | size, rngs=rngs, init=fan_in_init("normal"))
-        self.value = Linear(inputs, kv_heads | size, rngs=rngs, init=fan_in_init("normal"))
-        self.out = Linear(heads | size, inputs, rngs=rngs, init=fan_in_init("normal"))
-        self.rotary, self.dropout_rate, self.kernel = rotary, dropout_rate, kernel
-        self.logit_scale = head_dim**-0.5 if scale_logits else 1.0
-        self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
+
+        def linear(name: str, inputs: dict[str, int], outputs: dict[str, int], scale: float = 1.0) -> Linear:
+            return Linear(inputs, outputs, rngs=rngs, init=fan_in_init("normal", scale), use_bias=name in biases)
+
+        self.query = linear("query", inputs, heads | size, 1.0 if scale_logits else 1.0 / head_dim)
+        self.key = linear("key", inputs, kv_heads | size)
+        self.value = linear("value", inputs, kv_heads | size)
+        self.out = linear("out", heads | size, inputs)
+        self.query_norm, self.key_norm = (
+            None if qk_norm is None else qk_norm(d_model=head_dim, axis="head_dim", rngs=rngs) for _ in range(2)
+        )
+        self.sinks = param(jnp.zeros((num_heads,)), ("heads",)) if sinks else None
+        if query_scale is None:
+            query_scale = head_dim**-0.5 if scale_logits else 1.0
+        self.logit_scale, self.soft_cap = query_scale, soft_cap
+        self.relative = relative and relative(d_model=d_model, num_heads=num_heads, head_dim=head_dim, rngs=rngs)
+        self.rotary, self.alibi, self.window = rotary, alibi, window
+        self.dropout_rate, self.kernel = dropout_rate, kernel
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
 
     def keys_values(self, source: jax.Array, positions: jax.Array | None = None) -> KeysValues:
         """Projects what is attended to: source [batch, kv_length, d_model]."""
         source = constrain(source, ("batch", "length", "embed"), free_for="kv_heads")
         key, value = self.key(source), self.value(source)
+        if self.key_norm is not None:
+            key = self.key_norm(key)
         if self.rotary is not None and positions is not None:
             key = self.rotary(key, positions)
         names = ("batch", "kv_length", "kv_heads", "head_dim")
@@ -162,30 +136,96 @@ class Attention(nnx.Module):
           positions: [batch, length] of x in its segment, for rotary embeddings.
           bias, mask: over the cache's length where there is a cache.
           cache: keys and values seen so far; x's own are written in at `cache_index` before attending.
-          cache_index: int32 [batch, length], the slot of each position of x.
+          cache_index: int32 [batch, length], the slot of each position of x: its place in the row.
           rng: dropout key.
 
         Returns:
           (output [batch, length, d_model], the updated cache or None).
+
+        Raises:
+          ValueError: rotary embeddings without positions, or a window or ALiBi in cross-attention, where queries and
+            keys have no places in common.
         """
         x = constrain(x, ("batch", "length", "embed"), free_for="heads")
-        query = self.query(x) * self.logit_scale
+        query = self.query(x)
+        if self.query_norm is not None:
+            query = self.query_norm(query)
+        query = query * self.logit_scale
+        terms = self._terms() if attended is None else []
         if attended is None:
             if self.rotary is not None:
                 if positions is None:
                     raise ValueError("Attention with rotary embeddings needs the positions of its tokens")
                 query = self.rotary(query, positions)
             attended = self.keys_values(x, positions)
+            places = row_positions(x.shape[1])
             if cache is not None:
-                rows = jnp.arange(x.shape[0])[:, None]
-                keys, values = (
-                    old.at[rows, cache_index].set(new.astype(old.dtype))
-                    for old, new in zip(cache, attended, strict=True)
-                )
-                cache = attended = (keys, values)
+                assert cache_index is not None
+                places, cache = cache_index, _written(cache, attended, cache_index)
+                attended = cache
+            kv_places = row_positions(attended[0].shape[1])
+            if self.window is not None:
+                here = Sight(places=places, ordered=cache is None)
+                mask = within(mask, self.window, here, row_sight(attended[0].shape[1]))
+            if self.alibi:
+                bias = with_alibi(bias, self.num_heads, places, kv_places)
+            for term in terms:
+                bias = _added(bias, term.scores(query, attended[0], places, kv_places), places, kv_places)
+        elif self.window is not None or self.alibi or self.relative is not None:
+            raise ValueError(
+                "Attention.window, alibi and relative are of self-attention: the places of keys from elsewhere are "
+                "none of the queries' row; give cross-attention an Attention of its own, by a gin scope"
+            )
         query = constrain(query, ("batch", "length", "heads", "head_dim"))
-        blocks = mask is None or mask.queries is not None  # a cache's mask is known in full only
+        # A cache's mask, and what score terms add, are known in full only.
+        blocks = (mask is None or mask.queries is not None) and not terms
         attend = self.kernel if blocks else dot_product_attention
-        y = attend(query, *attended, bias=bias, mask=mask, dropout_rate=self.dropout_rate, rng=rng)
+        sinks = None if self.sinks is None else jnp.asarray(self.sinks[...])
+        y = attend(
+            query,
+            *attended,
+            bias=bias,
+            mask=mask,
+            soft_cap=self.soft_cap,
+            sinks=sinks,
+            dropout_rate=self.dropout_rate,
+            rng=rng,
+        )
         y = constrain(y, ("batch", "length", "heads", "head_dim"))
         return constrain(self.out(y), ("batch", "length", "embed")), cache
+
+    def _terms(self) -> list[ScoreTerm]:
+        return [term for term in (self.rotary, self.relative) if isinstance(term, ScoreTerm)]
+
+
+def _added(bias: PositionBias | None, scores: jax.Array, places: jax.Array, kv_places: jax.Array) -> PositionBias:
+    """Returns a bias and what a score term adds as one, for kernels that hold all scores."""
+    return PositionBias(scores if bias is None else scores + bias.dense, None, places, kv_places, None)
+
+
+def _written(cache: KeysValues, new: KeysValues, index: jax.Array | None) -> KeysValues:
+    """Returns the cache with new keys and values in the slots `index` [batch, length]."""
+    rows = jnp.arange(new[0].shape[0])[:, None]
+    keys, values = (old.at[rows, index].set(x.astype(old.dtype)) for old, x in zip(cache, new, strict=True))
+    return keys, values
+
+
+def _check(
+    num_heads: int,
+    num_kv_heads: int,
+    biases: Collection[str],
+    scale_logits: bool,
+    query_scale: float | None,
+    window: int | None,
+    soft_cap: float | None,
+) -> None:
+    if num_heads % num_kv_heads:
+        raise ValueError(f"Attention: num_heads={num_heads} is no multiple of num_kv_heads={num_kv_heads}")
+    if isinstance(biases, str) or not set(biases) <= set(PARTS):
+        raise ValueError(f"Attention.biases must be a list of some of {list(PARTS)}, not {biases!r}")
+    if query_scale is not None and not scale_logits:
+        raise ValueError(f"Attention: query_scale={query_scale} says how to scale, and scale_logits=False not to")
+    if window is not None and window < 1:
+        raise ValueError(f"Attention.window must be at least 1 (a query's own place), not {window}")
+    if soft_cap is not None and soft_cap <= 0:
+        raise ValueError(f"Attention.soft_cap must be above 0, not {soft_cap}; None leaves scores as they are")

@@ -1,6 +1,6 @@
-"""Pre-norm Transformer layers: x + f(norm(x)) for each part f."""
+"""Transformer layers: attention and feed-forward parts around a residual stream, and where they are normalised."""
 
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +30,29 @@ class SelfAttentionBlock(nnx.Module):
         *,
         rngs: nnx.Rngs,
         norm: LayerFactory = RMSNorm,
+        norms: Literal["pre", "post", "both"] = "pre",
+        parallel: bool = False,
         dropout_rate: float = 0.0,
     ):
+        """`norms` says where each part f is normalised: "pre" x + f(norm(x)), "post" norm(x + f(x)) as in the first
+        Transformers and BERT, "both" x + post_norm(f(norm(x))) as in Gemma 2. `parallel` adds both parts to x at once,
+        x + attention(norm(x)) + mlp(norm(x)), with one norm for both (GPT-J, PaLM).
+
+        Raises:
+          ValueError: an unknown order, or a parallel block whose norms are not "pre".
+        """
+        if norms not in ("pre", "post", "both"):
+            raise ValueError(f"SelfAttentionBlock.norms must be 'pre', 'post' or 'both', not {norms!r}")
+        if parallel and norms != "pre":
+            raise ValueError(f"SelfAttentionBlock: a parallel block has norms='pre', not {norms!r}")
+        twice = norms == "both"
         self.attention_norm = norm(d_model=d_model, rngs=rngs)
         self.attention = attention(d_model=d_model, rngs=rngs)
-        self.mlp_norm = norm(d_model=d_model, rngs=rngs)
+        self.attention_post_norm = norm(d_model=d_model, rngs=rngs) if twice else None
+        self.mlp_norm: Any = None if parallel else norm(d_model=d_model, rngs=rngs)
         self.mlp = mlp(d_model=d_model, rngs=rngs)
-        self.dropout_rate = dropout_rate
+        self.mlp_post_norm = norm(d_model=d_model, rngs=rngs) if twice else None
+        self.norms, self.dropout_rate = norms, dropout_rate
 
     def __call__(
         self,
@@ -51,8 +67,10 @@ class SelfAttentionBlock(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """x [batch, length, d_model]; the rest as `Attention` takes it."""
         keys = split_key(rng, 4)
+        post = self.norms == "post"
+        normed = x if post else self.attention_norm(x)
         y, cache = self.attention(
-            self.attention_norm(x),
+            normed,
             positions=positions,
             bias=bias,
             mask=mask,
@@ -60,10 +78,19 @@ class SelfAttentionBlock(nnx.Module):
             cache_index=cache_index,
             rng=keys[0],
         )
+        if self.attention_post_norm is not None:
+            y = self.attention_post_norm(y)
         x = x + dropout(y, self.dropout_rate, keys[1])
+        if post:
+            x = self.attention_norm(x)
+        if self.mlp_norm is not None:
+            normed = x if post else self.mlp_norm(x)
         with known_from(mask):
-            y = self.mlp(self.mlp_norm(x), rng=keys[2])
-        return x + dropout(y, self.dropout_rate, keys[3]), cache
+            y = self.mlp(normed, rng=keys[2])
+        if self.mlp_post_norm is not None:
+            y = self.mlp_post_norm(y)
+        x = x + dropout(y, self.dropout_rate, keys[3])
+        return (self.mlp_norm(x) if post else x), cache
 
     def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Any:
         """Returns room for `length` positions of self-attention."""
@@ -71,7 +98,7 @@ class SelfAttentionBlock(nnx.Module):
 
 
 class CrossAttentionBlock(nnx.Module):
-    """Self-attention, attention to an encoder's output, then a feed-forward layer."""
+    """Self-attention, attention to an encoder's output, then a feed-forward layer: x + f(norm(x)) for each part f."""
 
     def __init__(
         self,
@@ -103,7 +130,11 @@ class CrossAttentionBlock(nnx.Module):
         bias: PositionBias | None = None,
         mask: Mask | None = None,
     ) -> tuple[jax.Array, Any]:
-        """x [batch, length, d_model]; `encoded` [batch, kv_length, d_model] unless the cache holds its projections."""
+        """x [batch, length, d_model]; `encoded` [batch, kv_length, d_model] unless the cache holds its projections.
+
+        With a cache x may have several rows, one after the other, for each of these; `cross_mask` is then
+        [batch, 1, rows of each * length, kv_length].
+        """
         keys = split_key(rng, 6)
         y, own = self.attention(
             self.attention_norm(x),
@@ -115,8 +146,10 @@ class CrossAttentionBlock(nnx.Module):
         )
         x = x + dropout(y, self.dropout_rate, keys[1])
         attended = self.cross_attention.keys_values(encoded) if cache is None else cache["encoded"]
-        y, _ = self.cross_attention(self.cross_attention_norm(x), attended=attended, mask=cross_mask, rng=keys[2])
-        x = x + dropout(y, self.dropout_rate, keys[3])
+        # Several predictions of one example ask together: its keys are stored, and read, once.
+        asking = self.cross_attention_norm(x).reshape(attended[0].shape[0], -1, x.shape[-1])
+        y, _ = self.cross_attention(asking, attended=attended, mask=cross_mask, rng=keys[2])
+        x = x + dropout(y.reshape(x.shape), self.dropout_rate, keys[3])
         with known_from(mask):
             y = self.mlp(self.mlp_norm(x), rng=keys[4])
         cache = None if cache is None else {"own": own, "encoded": attended}

@@ -1,4 +1,6 @@
-"""Token embeddings."""
+"""Embeddings of tokens and of positions."""
+
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +38,63 @@ class Embedding(nnx.Module):
         tokens = constrain(tokens, ("batch", "length"), free_for="vocab")
         return constrain_lookup(table[tokens], names, table, ("vocab", "embed"))
 
-    def logits(self, x: jax.Array) -> jax.Array:
-        """Scores x [batch, length, d_model] against the table (tied output), scaled by 1/sqrt(d_model) as T5 does."""
+    def logits(self, x: jax.Array, scale: bool = True) -> jax.Array:
+        """Scores x [batch, length, d_model] against the table (tied output); `scale` by 1/sqrt(d_model) as T5 does."""
         table = self.embedding[...].astype(x.dtype)
-        return jnp.einsum("bld,vd->blv", x * table.shape[1] ** -0.5, table)
+        return jnp.einsum("bld,vd->blv", x * table.shape[1] ** -0.5 if scale else x, table)
+
+
+class EmbeddingFactory(Protocol):
+    """A gin-configured `Embedding`."""
+
+    def __call__(self, *, vocab_size: int, d_model: int, rngs: nnx.Rngs, dtype: str) -> Embedding: ...
+
+
+class OutputBias(nnx.Module):
+    """A bias [vocab] on logits that have no layer of their own."""
+
+    def __init__(self, vocab_size: int):
+        self.bias = param(jnp.zeros((vocab_size,)), ("vocab",))
+
+    def __call__(self, logits: jax.Array) -> jax.Array:
+        """logits [batch, length, vocab] -> the same shape and dtype."""
+        return logits + self.bias[...].astype(logits.dtype)
+
+
+class PositionEmbedding(nnx.Module):
+    """A learned vector for each place in a segment (GPT-2, BERT): a table [positions, d_model]."""
+
+    def __init__(self, d_model: int, num_positions: int, *, rngs: nnx.Rngs, stddev: float = 0.02):
+        table = stddev * jax.random.normal(rngs.params(), (num_positions, d_model), jnp.float32)
+        self.embedding = param(table, ("positions", "embed"))
+
+    def __call__(self, x: jax.Array, positions: jax.Array, length: int) -> jax.Array:
+        """Adds to x [batch, queries, d_model] what stands for `positions` [batch, queries] of rows of `length` tokens.
+
+        Raises:
+          ValueError: rows are longer than the table, in which a look-up would find its last entry instead.
+        """
+        table = self.embedding[...].astype(x.dtype)
+        if length > table.shape[0]:
+            raise ValueError(
+                f"rows of {length} tokens are longer than the {table.shape[0]} positions that were learned: "
+                "PositionEmbedding.num_positions; shorten TASK_FEATURE_LENGTHS, or what is to be decoded"
+            )
+        names = ("batch", "length", "embed")
+        return x + constrain_lookup(table[positions], names, table, ("positions", "embed"))
+
+
+class TypeEmbedding(nnx.Module):
+    """A learned vector for each kind of token (BERT): a table [types, d_model], which no mesh axis cuts by type."""
+
+    def __init__(self, d_model: int, num_types: int, *, rngs: nnx.Rngs, stddev: float = 0.02):
+        table = stddev * jax.random.normal(rngs.params(), (num_types, d_model), jnp.float32)
+        self.embedding = param(table, (None, "embed"))
+
+    def __call__(self, x: jax.Array, types: jax.Array | None) -> jax.Array:
+        """Adds to x [batch, length, d_model] the vectors of `types` int32 [batch, length], or of type 0."""
+        table = self.embedding[...].astype(x.dtype)
+        if types is None:
+            return x + table[0]
+        names = ("batch", "length", "embed")
+        return x + constrain_lookup(table[types], names, table, (None, "embed"))

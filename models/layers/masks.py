@@ -8,14 +8,24 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Sight:
-    """What tokens know of themselves, from which follows who sees whom: arrays [rows, length], rows 1 or the batch."""
+    """What tokens know of themselves, from which follows who sees whom: arrays [rows, length], rows 1 or the batch.
+
+    `ordered` says that the places are 0, 1, 2 ... along every row, which kernels that number tokens themselves rely on;
+    `row_sight` makes such.
+    """
 
     segments: jax.Array | None = None  # 0 is padding; None: all of one segment
-    places: jax.Array | None = None  # where tokens stand in the row; needed where sight is causal
+    places: jax.Array | None = None  # where tokens stand in the row; needed where sight is causal or has a window
     prefix: jax.Array | None = None  # 1 on tokens of a prefix that sees itself both ways
+    ordered: bool = False
 
 
-jax.tree_util.register_dataclass(Sight, ["segments", "places", "prefix"], [])
+jax.tree_util.register_dataclass(Sight, ["segments", "places", "prefix"], ["ordered"])
+
+
+def row_sight(length: int, segments: jax.Array | None = None, prefix: jax.Array | None = None) -> Sight:
+    """Returns the sight of tokens that stand in the row as they are numbered."""
+    return Sight(segments, row_positions(length), prefix, ordered=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,15 +37,35 @@ class Mask:
       dense: bool [rows, 1, queries, keys].
       queries, keys: None where only `dense` is known (a cache).
       causal: whether a query sees no later key.
+      window: a query sees keys fewer than so many places away; None: any.
     """
 
     dense: jax.Array
     queries: Sight | None = None
     keys: Sight | None = None
     causal: bool = False
+    window: int | None = None
 
 
-jax.tree_util.register_dataclass(Mask, ["dense", "queries", "keys"], ["causal"])
+jax.tree_util.register_dataclass(Mask, ["dense", "queries", "keys"], ["causal", "window"])
+
+
+def within(mask: Mask | None, window: int, queries: Sight, keys: Sight) -> Mask:
+    """Returns `mask` narrowed to keys fewer than `window` places before or after the query; None hides nothing else.
+
+    Args:
+      queries, keys: sights with places (slots of a cache), of use where the mask does not know of any itself.
+    """
+    if mask is None:
+        return Mask(_near(queries, keys, window), queries, keys, window=window)
+    if mask.queries is None or mask.keys is None:  # a cache
+        return dataclasses.replace(mask, dense=mask.dense & _near(queries, keys, window))
+    window = window if mask.window is None else min(window, mask.window)
+    queries, keys = (
+        own if own.places is not None else dataclasses.replace(own, places=given.places, ordered=given.ordered)
+        for own, given in ((mask.queries, queries), (mask.keys, keys))
+    )
+    return Mask(mask.dense & _near(queries, keys, window), queries, keys, mask.causal, window)
 
 
 def visible(queries: Sight, keys: Sight, causal: bool = False) -> Mask:
@@ -44,7 +74,7 @@ def visible(queries: Sight, keys: Sight, causal: bool = False) -> Mask:
     return Mask(visible_keys(queries, keys, causal), queries, keys, causal)
 
 
-def visible_keys(queries: Sight, keys: Sight, causal: bool) -> jax.Array:
+def visible_keys(queries: Sight, keys: Sight, causal: bool, window: int | None = None) -> jax.Array:
     """Returns bool [rows, 1, queries, keys]: the definition that every kernel follows, for any block of both.
 
     Raises:
@@ -56,6 +86,9 @@ def visible_keys(queries: Sight, keys: Sight, causal: bool) -> jax.Array:
         seen = causal_mask(queries.places, keys.places)
         if queries.prefix is not None and keys.prefix is not None:
             seen = seen | ((queries.prefix[:, :, None] == 1) & (keys.prefix[:, None, :] == 1))[:, None]
+    if window is not None:
+        near = _near(queries, keys, window)
+        seen = near if seen is None else seen & near
     if queries.segments is not None and keys.segments is not None:
         same = segment_mask(queries.segments, keys.segments)
         seen = same if seen is None else seen & same
@@ -73,6 +106,12 @@ def segment_mask(query_segments: jax.Array, kv_segments: jax.Array) -> jax.Array
 def causal_mask(query_positions: jax.Array, kv_positions: jax.Array) -> jax.Array:
     """Sees no later key: positions in the row, [rows, queries] and [rows, keys]."""
     return (kv_positions[:, None, :] <= query_positions[:, :, None])[:, None]
+
+
+def _near(queries: Sight, keys: Sight, window: int) -> jax.Array:
+    """Sees keys fewer than `window` places away, itself among them."""
+    assert queries.places is not None and keys.places is not None
+    return (jnp.abs(keys.places[:, None, :] - queries.places[:, :, None]) < window)[:, None]
 
 
 def row_positions(length: int) -> jax.Array:

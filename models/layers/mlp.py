@@ -1,5 +1,6 @@
 """Feed-forward layers."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -12,7 +13,10 @@ from meshway.models.layers.linear import Linear
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": jax.nn.gelu,  # the tanh form, as in T5 1.1
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
+    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
     "silu": jax.nn.silu,
     "linear": lambda x: x,
 }
@@ -28,9 +32,10 @@ class Mlp(nnx.Module):
         *,
         rngs: nnx.Rngs,
         activations: Sequence[str] = ("gelu", "linear"),
+        use_bias: bool = False,
         dropout_rate: float = 0.0,
     ):
-        """`activations` name functions of ACTIVATIONS.
+        """`activations` name functions of ACTIVATIONS; `use_bias` adds a bias to each product.
 
         Raises:
           ValueError: an unknown activation.
@@ -39,8 +44,8 @@ class Mlp(nnx.Module):
         if unknown or not activations:
             raise ValueError(f"Mlp.activations: unknown {unknown}; known are {sorted(ACTIVATIONS)}")
         for i in range(len(activations)):
-            setattr(self, f"wi_{i}", Linear({"embed": d_model}, {"mlp": d_ff}, rngs=rngs))
-        self.wo = Linear({"mlp": d_ff}, {"embed": d_model}, rngs=rngs)
+            setattr(self, f"wi_{i}", Linear({"embed": d_model}, {"mlp": d_ff}, rngs=rngs, use_bias=use_bias))
+        self.wo = Linear({"mlp": d_ff}, {"embed": d_model}, rngs=rngs, use_bias=use_bias)
         self.activations, self.dropout_rate = tuple(activations), dropout_rate
 
     def __call__(self, x: jax.Array, *, rng: jax.Array | None = None) -> jax.Array:

@@ -8,15 +8,51 @@ from meshway.models.module import param
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation without mean or bias (Zhang & Sennrich 2019, eq. 4), as in T5."""
+    """Root-mean-square normalisation without mean or bias (Zhang & Sennrich 2019, eq. 4), as in T5 and Llama."""
 
-    def __init__(self, d_model: int, *, rngs: nnx.Rngs, epsilon: float = 1e-6):
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        rngs: nnx.Rngs,
+        epsilon: float = 1e-6,
+        unit_offset: bool = False,
+        axis: str = "embed",
+    ):
+        """`unit_offset` stores the scale less one, as Gemma does; `axis` names the axis that is normalised."""
         del rngs  # the scale starts at one
-        self.scale = param(jnp.ones((d_model,)), ("embed",))
-        self.epsilon = epsilon
+        self.scale = param(jnp.zeros((d_model,)) if unit_offset else jnp.ones((d_model,)), (axis,))
+        self.epsilon, self.unit_offset = epsilon, unit_offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., d_model] -> the same shape and dtype; the statistics are float32."""
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
-        return (y * self.scale[...]).astype(x.dtype)
+        scale = self.scale[...]
+        return (y * (1.0 + scale if self.unit_offset else scale)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Normalisation to mean 0 and variance 1 (Ba et al. 2016, eq. 4), then a scale and a bias."""
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        rngs: nnx.Rngs,
+        epsilon: float = 1e-5,
+        use_bias: bool = True,
+        axis: str = "embed",
+    ):
+        """`axis` names the axis that is normalised."""
+        del rngs  # the scale starts at one, the bias at zero
+        self.scale = param(jnp.ones((d_model,)), (axis,))
+        self.bias = param(jnp.zeros((d_model,)), (axis,)) if use_bias else None
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., d_model] -> the same shape and dtype; the statistics are float32."""
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon) * self.scale[...]
+        return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)

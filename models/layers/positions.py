@@ -39,24 +39,62 @@ def relative_position_bucket(
 
 @dataclasses.dataclass(frozen=True)
 class PositionBias:
-    """A bias on attention scores: in full for kernels that hold all scores, as a table for those that work in blocks.
-    What a kernel leaves unread costs nothing once compiled.
+    """A bias on attention scores: in full for kernels that hold all scores, as a table, slopes or their sum for those
+    that work in blocks. What a kernel leaves unread costs nothing once compiled.
 
     Attributes:
       dense: float32 [rows, heads, queries, keys].
-      table: float32 [heads, buckets].
+      table: float32 [heads, buckets]; None: no table.
       query_positions, kv_positions: int32 [rows, queries] and [rows, keys].
-      bucket: maps key position - query position, int32 of any shape, to a bucket.
+      bucket: maps key position - query position, int32 of any shape, to a bucket of the table.
+      slopes: float32 [heads], taken off a score for each place between query and key; None: nothing is.
     """
 
     dense: jax.Array
-    table: jax.Array
+    table: jax.Array | None
     query_positions: jax.Array
     kv_positions: jax.Array
-    bucket: Callable[[jax.Array], jax.Array]
+    bucket: Callable[[jax.Array], jax.Array] | None
+    slopes: jax.Array | None = None
 
 
-jax.tree_util.register_dataclass(PositionBias, ["dense", "table", "query_positions", "kv_positions"], ["bucket"])
+jax.tree_util.register_dataclass(
+    PositionBias, ["dense", "table", "query_positions", "kv_positions", "slopes"], ["bucket"]
+)
+
+
+def alibi_slopes(num_heads: int) -> np.ndarray:
+    """Returns float32 [num_heads], how fast each head's bias falls with distance (Press et al. 2022, section 3).
+
+    For n heads, n a power of two, 2^(-8/n), 2^(-16/n) ... 2^-8; for other numbers those of the power below, then every
+    second one of the power above, as the paper's code has it.
+    """
+    power = 2 ** (num_heads.bit_length() - 1)
+
+    def of(number: int) -> np.ndarray:
+        return 2.0 ** (-8.0 / number * np.arange(1, number + 1))
+
+    return np.concatenate([of(power), of(2 * power)[::2][: num_heads - power]]).astype(np.float32)
+
+
+def with_alibi(
+    bias: PositionBias | None, num_heads: int, query_places: jax.Array | None, kv_places: jax.Array | None
+) -> PositionBias:
+    """Returns `bias` plus ALiBi's, -slope |key place - query place| (Press et al. 2022): nothing is learned.
+
+    Args:
+      query_places, kv_places: [rows, queries] and [rows, keys], where tokens stand in the row (slots of a cache). A
+        bias that is given has its own.
+    """
+    if bias is not None:
+        query_places, kv_places = bias.query_positions, bias.kv_positions
+    assert query_places is not None and kv_places is not None
+    slopes = jnp.asarray(alibi_slopes(num_heads))
+    distance = jnp.abs(kv_places[:, None, :] - query_places[:, :, None]).astype(jnp.float32)
+    dense = -slopes[:, None, None] * distance[:, None]
+    if bias is None:
+        return PositionBias(dense, None, query_places, kv_places, None, slopes)
+    return dataclasses.replace(bias, dense=bias.dense + dense, slopes=slopes)
 
 
 class RelativePositionBias(nnx.Module):
@@ -104,26 +142,3 @@ class RelativePositionBias(nnx.Module):
         dense = flat.reshape(1, heads, length, width)[..., :length]
         positions = row_positions(length)
         return PositionBias(dense, table, positions, positions, self.bucket)
-
-
-class Rotary:
-    """Rotary position embedding (Su et al. 2021, eq. 34), halves rotated as in Llama: no parameters."""
-
-    def __init__(self, base: float = 10_000.0):
-        self.base = base
-
-    def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """Rotates x [batch, length, heads, head_dim] by positions [batch, length]; angles are float32.
-
-        Raises:
-          ValueError: head_dim is odd.
-        """
-        head_dim = x.shape[-1]
-        if head_dim % 2:
-            raise ValueError(f"rotary positions need an even head_dim, not {head_dim}")
-        frequencies = self.base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-        angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-        cos, sin = jnp.cos(angles), jnp.sin(angles)
-        rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-        return rotated.astype(x.dtype)

@@ -12,7 +12,7 @@ from meshway.models.layers.dropout import split_key
 from meshway.models.layers.pipeline import Pipeline
 from meshway.models.layers.reports import Reports, collecting, say
 
-UNROLLED_PERIODS_ON_CPU = 8  # beyond, compile time (4x at 12+12 layers) outweighs scan's 13-20 % of the CPU step
+UNROLLED_LAYERS_ON_CPU = 8  # beyond, compile time (4x at 12+12 layers) outweighs scan's 13-20 % of the CPU step
 
 
 class Block(Protocol):
@@ -28,10 +28,11 @@ class BlockFactory(Protocol):
 
 
 class Stack(nnx.Module):
-    """`num_layers` blocks in the repeating pattern `blocks`.
+    """`num_layers` blocks in the repeating pattern `blocks`, whose last period may be a part.
 
-    Parameters are always stored stacked, [layers, ...] for each block of the pattern, whether the layers are then
-    run by `lax.scan` or unrolled: a checkpoint does not depend on how it was run.
+    Layer n of a pattern of P blocks is entry n // P of block_{n % P}. Parameters are always stored stacked, [layers,
+    ...] for each block of the pattern, whether the layers are then run by `lax.scan` or unrolled: a checkpoint does not
+    depend on how it was run.
     """
 
     def __init__(
@@ -49,18 +50,19 @@ class Stack(nnx.Module):
         `pipeline`, which layout files bind, runs the stack over the mesh's stages, except with a cache.
 
         Raises:
-          ValueError: `num_layers` is no multiple of the pattern, or an unknown option.
+          ValueError: no layers, or an unknown option.
         """
-        if num_layers % len(blocks):
-            raise ValueError(f"Stack: num_layers={num_layers} is no multiple of its pattern of {len(blocks)} blocks")
+        if num_layers < 1 or not blocks:
+            raise ValueError(f"Stack: num_layers={num_layers} of {len(blocks)} blocks; there must be one of each")
         if remat not in remat_lib.POLICIES:
             raise ValueError(f"Stack.remat: unknown policy {remat!r}; known are {sorted(remat_lib.POLICIES)}")
         if scan not in (True, False, "auto"):
             raise ValueError(f"Stack.scan must be True, False or 'auto', not {scan!r}")
-        self.num_periods, self.pattern = num_layers // len(blocks), len(blocks)
+        self.pattern = min(len(blocks), num_layers)
+        self.num_periods, self.remainder = divmod(num_layers, self.pattern)
         self.scan, self.remat, self.pipeline = scan, remat, pipeline
-        for i, block in enumerate(blocks):
-            keys = jax.random.split(rngs.params(), self.num_periods)
+        for i, block in enumerate(blocks[: self.pattern]):
+            keys = jax.random.split(rngs.params(), self.num_periods + (i < self.remainder))
             setattr(self, f"block_{i}", _stacked(block, d_model, keys))
 
     def __call__(
@@ -78,14 +80,14 @@ class Stack(nnx.Module):
           (activations, the updated cache or None). What blocks report is reported again as arrays [layers].
         """
         graphdefs, states = self._split()
-        keys = None if rng is None else jax.random.split(rng, self.num_periods)
+        keys = None if rng is None else jax.random.split(rng, self.num_periods + bool(self.remainder))
 
         def period(
             x: jax.Array, layer: tuple[Any, Any, Any], context: dict[str, Any]
         ) -> tuple[jax.Array, tuple[Any, list[Reports]]]:
             states, period_key, caches = layer
             new, said = [], []
-            for i, key in enumerate(split_key(period_key, self.pattern)):
+            for i, key in enumerate(split_key(period_key, self.pattern)[: len(states)]):
                 block = nnx.merge(graphdefs[i], states[i])
                 with collecting() as reports:
                     x, block_cache = block(x, rng=key, cache=None if caches is None else caches[i], **context)
@@ -95,11 +97,37 @@ class Stack(nnx.Module):
 
         layers, keep = (states, keys, cache), remat_lib.POLICIES[self.remat]
         if self.pipeline is not None and cache is None and self.pipeline.num_stages() > 1:
-            x, (cache, said) = self.pipeline(self._run, period, x, layers, context, keep)
+            self._check_whole_periods()
+            x, output = self.pipeline(self._run, period, x, layers, context, keep)
+            outputs = [output]
         else:
-            x, (cache, said) = self._run(lambda x, layer: period(x, layer, context), x, layers, keep)
-        _say_by_layer(said)
-        return x, cache
+            outputs = []
+            for part in self._parts(layers):
+                x, output = self._run(lambda x, layer: period(x, layer, context), x, part, keep)
+                outputs.append(output)
+        _say_by_layer([said for _, said in outputs])
+        return x, None if cache is None else _joined([caches for caches, _ in outputs])
+
+    def _parts(self, layers: tuple[Any, Any, Any]) -> list[Any]:
+        """Returns the layers of all whole periods and, where there is one, those of the last, partial period."""
+        if not self.remainder:
+            return [layers]
+        states, keys, cache = layers
+        rest = (states[: self.remainder], keys, None if cache is None else cache[: self.remainder])
+
+        def rows(tree: Any, part: slice) -> Any:
+            return jax.tree.map(lambda leaf: leaf[part], tree)
+
+        return [rows(layers, slice(self.num_periods)), rows(rest, slice(self.num_periods, None))]
+
+    def _check_whole_periods(self) -> None:
+        """Raises ValueError where the last period of the pattern is a part, which no stage of a pipeline could run."""
+        if self.remainder:
+            whole = self.num_periods * self.pattern
+            raise ValueError(
+                f"a pipeline runs whole periods: the stack's {whole + self.remainder} layers leave {self.remainder} "
+                f"over from periods of {self.pattern} blocks; {whole} or {whole + self.pattern} layers would do"
+            )
 
     def _run(
         self,
@@ -137,32 +165,46 @@ class Stack(nnx.Module):
 
     def _scans(self, num_periods: int) -> bool:
         if self.scan == "auto":
-            return jax.default_backend() != "cpu" or num_periods > UNROLLED_PERIODS_ON_CPU
+            return jax.default_backend() != "cpu" or num_periods * self.pattern > UNROLLED_LAYERS_ON_CPU
         return bool(self.scan)
 
 
 def _stacked(block: BlockFactory, d_model: int, keys: jax.Array) -> nnx.Module:
     """Builds a block with parameters [layers, ...], one layer a key."""
 
-    def make(key: jax.Array) -> tuple[Any, Any]:
-        return nnx.split(block(d_model=d_model, rngs=nnx.Rngs(params=key)))
+    graphdefs = []
 
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: nnx.merge(*make(jax.random.key(0)))))
-    stacked = nnx.merge(graphdef, jax.vmap(lambda key: make(key)[1])(keys))
+    def make(key: jax.Array) -> Any:
+        graphdef, state = nnx.split(block(d_model=d_model, rngs=nnx.Rngs(params=key)))
+        graphdefs.append(graphdef)  # it holds no arrays: the same for all layers
+        return state
+
+    states = jax.vmap(make)(keys)
+    stacked = nnx.merge(graphdefs[0], states)
     for _, node in nnx.iter_graph(stacked):
         if isinstance(node, nnx.Param):
             node.set_metadata(axes=("layers", *node.get_metadata("axes")))
     return stacked
 
 
-def _say_by_layer(said: list[Reports]) -> None:
-    """Reports what each block of the pattern said, arrays [periods], as arrays [layers] in the layers' order.
+def _joined(parts: list[list[Any]]) -> list[Any]:
+    """Returns each block's cache over all layers, from those of whole periods and of a last, partial one."""
+    whole, *rest = parts
+    for last in rest:
+        joined = [jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *pair) for pair in zip(whole, last, strict=False)]
+        whole = joined + whole[len(last) :]
+    return whole
+
+
+def _say_by_layer(parts: list[list[Reports]]) -> None:
+    """Reports what the blocks of a pattern said, arrays [periods] of each part of a stack, as arrays [layers] in the
+    layers' order.
 
     Where only some blocks of a pattern report a name, its layers are counted among those.
     """
     for kind in ("losses", "metrics"):
-        names = dict.fromkeys(name for reports in said for name in getattr(reports, kind))
-        for name in names:
-            columns = [getattr(reports, kind)[name] for reports in said if name in getattr(reports, kind)]
-            values = jnp.stack(columns, axis=1).reshape(-1)
-            say(Reports(**{kind: {name: values}}))
+        said = [[getattr(reports, kind) for reports in part] for part in parts]
+        for name in dict.fromkeys(name for part in said for block in part for name in block):
+            columns = [[block[name] for block in part if name in block] for part in said]
+            values = [jnp.stack(part, axis=1).reshape(-1) for part in columns if part]
+            say(Reports(**{kind: {name: jnp.concatenate(values)}}))

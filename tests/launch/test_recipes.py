@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from tiny import DENSE_LAYOUTS, FAMILIES, LAYOUTS, MIXTURES, VISION, program
+from tiny import DECODERS, DENSE_LAYOUTS, ENCODER_DECODERS, ENCODERS, FAMILIES, LAYOUTS, MIXTURES, VISION, program
 
 from meshway.launch import cli, config
 from meshway.launch.invocation import Invocation
@@ -19,6 +19,7 @@ NEEDED = {  # what a recipe leaves open
     "quickstart": ("MODEL_DIR='run'",),
     "real_mix": ("MODEL_DIR='run'",),
     "bench_t5": (),
+    "bench_attention": (),
     "bench_moe": (),
     "v_moe_digits": ("MODEL_DIR='run'",),
 }
@@ -28,7 +29,7 @@ NEEDED = {  # what a recipe leaves open
 def test_a_recipe_resolves_to_its_golden_text(name):
     """It may change only on purpose: MESHWAY_RENEW_GOLDENS=1 rewrites the files."""
     verb = "bench" if name.startswith("bench") else "train"
-    subject = "moe" if name == "bench_moe" else "train"
+    subject = {"bench_moe": "moe", "bench_attention": "attention"}.get(name, "train")
     invocation = Invocation(verb=verb, subject=subject, gin_files=(f"recipes/{name}.gin",), bindings=NEEDED[name])
     resolved = config.load(invocation, import_unreferenced=False).resolved
     path = GOLDENS / f"{name}.gin"
@@ -39,7 +40,8 @@ def test_a_recipe_resolves_to_its_golden_text(name):
 
 
 def test_every_family_is_tested():
-    assert {*FAMILIES, *MIXTURES, *VISION} == {path.name for path in (ROOT / "gin" / "models").iterdir()}
+    tested = {*FAMILIES, *DECODERS, *ENCODER_DECODERS, *ENCODERS, *MIXTURES, *VISION}
+    assert tested == {path.name for path in (ROOT / "gin" / "models").iterdir()}
 
 
 QUICK = {("fsdp", "lm"), ("model_2d", "t5_1_1"), ("ring_model", "t5_1_1"), ("expert", "mixtral"), ("stage", "lm")}

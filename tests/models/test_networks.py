@@ -1,32 +1,18 @@
 """Laws of the networks: causality, segments, prefixes, and T5 itself against T5X."""
 
-import json
 import math
-import os
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import FAMILIES, program
+from tiny import FAMILIES, greedy, program
 
-from meshway.models.layers import attention, positions
+from meshway.models.layers import attention, positions, rotary
 from meshway.models.losses import CrossEntropy
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
-PUBLISHED = {  # at a vocabulary of 32,128; Mixtral's is 32,000
-    "t5_1_1/small": 76_961_152,
-    "t5_1_1/base": 247_577_856,
-    "t5_1_1/large": 783_150_080,
-    "t5_1_1/xl": 2_849_757_184,
-    "t5_1_1/xxl": 11_135_332_352,
-    "switch/base_8": 619_339_008,
-    "mixtral/8x7b": 46_702_792_704,
-}
-GIN = Path(__file__).parent.parent.parent / "gin" / "models"
-NO_SIZES = ("common", "prefix")
-MODELS = sorted(f"{path.parent.name}/{path.stem}" for path in GIN.glob("*/*.gin") if path.stem not in NO_SIZES)
 
 
 def model_of(family, size, *bindings):
@@ -42,41 +28,12 @@ def model_of(family, size, *bindings):
     return config.load(invocation, import_unreferenced=False).build("bench.train")["program"]
 
 
-@pytest.mark.parametrize("model", PUBLISHED)
-def test_parameter_counts_are_the_published_ones(model):
-    assert model_of(*model.split("/")).num_params == PUBLISHED[model]
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_parameters_are_the_golden_ones(model):
-    """Names, shapes and axes. They may change only on purpose: MESHWAY_RENEW_GOLDENS=1 rewrites the files, and the
-    changelog then says how old checkpoints are read."""
-    family, size = model.split("/")
-    made = model_of(family, size)
-    from meshway.framework.partitioning.partitioner import path_name
-
-    found = {}
-    jax.tree_util.tree_map_with_path(
-        lambda path, leaf, names: found.update({path_name(path): {"shape": list(leaf.shape), "axes": list(names)}}),
-        made.param_shapes,
-        made.axes,
-    )
-    path = GOLDENS / "parameters" / f"{family}_{size}.json"
-    if os.environ.get("MESHWAY_RENEW_GOLDENS") == "1":
-        path.parent.mkdir(exist_ok=True)
-        lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(found[name])}" for name in sorted(found))
-        path.write_text("{\n" + lines + "\n}\n")
-    assert json.loads(path.read_text()) == found
-
-
 def test_t5_is_t5x():
     """A checkpoint of T5X's own T5 1.1 gives T5X's loss, logits, scores and greedy decodes.
 
     The file was made from a randomly initialised T5X model (2026-04 sources): its parameters under our names, a padded
     batch, and what T5X computed from it.
     """
-    from meshway.framework.inference.decoding import greedy
-
     golden = np.load(GOLDENS / "t5x_encoder_decoder.npz")
     made = model_of(
         "t5_1_1", "tiny", "VOCAB_SIZE=128", "D_MODEL=32", "NUM_HEADS=3", "HEAD_DIM=8", "D_FF=48", "Z_LOSS=0.0"
@@ -187,7 +144,7 @@ def test_grouped_queries_equal_repeated_heads():
 def test_rotary_scores_depend_on_distance_only():
     random = np.random.default_rng(0)
     query, key = random.standard_normal((2, 1, 1, 1, 8)).astype(np.float32)
-    rotate = positions.Rotary()
+    rotate = rotary.Rotary()
 
     def score(i, j):
         return float(jnp.sum(rotate(query, np.array([[i]])) * rotate(key, np.array([[j]]))))

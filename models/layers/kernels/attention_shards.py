@@ -11,7 +11,8 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from meshway.framework.axes import placement
-from meshway.models.layers.kernels.blockwise import Keys, Queries, Terms
+from meshway.models.layers.kernels.blockwise import Gradients
+from meshway.models.layers.kernels.scores import ByHead, Keys, Queries, Terms
 from meshway.models.layers.masks import Mask
 from meshway.models.layers.positions import PositionBias
 
@@ -26,7 +27,7 @@ class Operands:
 
     queries: Queries
     keys: Keys
-    table: jax.Array | None
+    by_head: ByHead
     terms: Terms
 
 
@@ -37,7 +38,7 @@ class Cut:
     Attributes:
       mesh: all of it; kernels are manual over every axis.
       sizes: of its axes.
-      heads, length, kv_length: the mesh axes of those dimensions.
+      heads, length, kv_length, head_dim: the mesh axes of those dimensions, without those of one device.
     """
 
     mesh: Mesh
@@ -45,6 +46,7 @@ class Cut:
     heads: tuple[str, ...]
     length: tuple[str, ...]
     kv_length: tuple[str, ...]
+    head_dim: tuple[str, ...]
 
     def parts(self, axes: tuple[str, ...]) -> int:
         """Returns in how many parts `axes` cut a dimension."""
@@ -56,8 +58,11 @@ def operands(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
+    *,
     bias: PositionBias | None,
     mask: Mask | None,
+    soft_cap: float | None,
+    sinks: jax.Array | None,
     dropout_rate: float,
     rng: jax.Array | None,
     blocks: tuple[int, int],
@@ -71,57 +76,78 @@ def operands(
     Raises:
       ValueError: a bias or a mask that is known in full only.
     """
-    if bias is not None and not isinstance(bias, PositionBias):
+    if bias is not None and not by_blocks(bias, None):
+        shape = jnp.shape(bias.dense if isinstance(bias, PositionBias) else bias)
         raise ValueError(
-            f"{kernel} takes a bias as positions.PositionBias (a table it can look up block by block), not an array of "
-            f"shape {jnp.shape(bias)}; use attention.dot_product_attention as attention.Attention.kernel for others"
+            f"{kernel} takes a bias as positions.PositionBias (a table or slopes, known by blocks), not an array of "
+            f"shape {shape}; use attention.dot_product_attention as attention.Attention.kernel for others"
         )
-    if mask is not None and (mask.queries is None or mask.keys is None):
+    if not by_blocks(None, mask):
         raise ValueError(
             f"{kernel} needs a mask made by masks.visible, which says what queries and keys know of themselves; "
             "this one is known in full only: use attention.dot_product_attention for it"
         )
     queries, keys = Queries(query), Keys(key, value)
-    causal, bucket, table = False, None, None
+    by_head, terms = ByHead(sinks=sinks), Terms(False, None, *blocks, soft_cap=soft_cap)
     if mask is not None:
-        queries, keys, causal = queries._replace(sight=mask.queries), keys._replace(sight=mask.keys), mask.causal
+        queries, keys = queries._replace(sight=mask.queries), keys._replace(sight=mask.keys)
+        terms = dataclasses.replace(terms, causal=mask.causal, window=mask.window)
     if bias is not None:
-        queries = queries._replace(positions=bias.query_positions)
-        keys, bucket, table = keys._replace(positions=bias.kv_positions), bias.bucket, bias.table
+        queries, keys = queries._replace(positions=bias.query_positions), keys._replace(positions=bias.kv_positions)
+        by_head, terms = ByHead(bias.table, bias.slopes, sinks), dataclasses.replace(terms, bucket=bias.bucket)
     if rng is not None and dropout_rate > 0.0:
         # The same draw as the reference's: one mask for all queries of a row, so it belongs to the keys.
         kept = jax.random.bernoulli(rng, 1.0 - dropout_rate, (query.shape[0], query.shape[2], 1, key.shape[1]))
         keys = keys._replace(kept=kept[:, :, 0].swapaxes(1, 2).astype(jnp.float32) / (1.0 - dropout_rate))
-    return Operands(queries, keys, table, Terms(causal, bucket, *blocks))
+    return Operands(queries, keys, by_head, terms)
 
 
-def cut_of(kernel: str, query: jax.Array, key: jax.Array) -> Cut | None:
-    """Returns how the ambient layout cuts query and key, None outside any mesh.
+def by_blocks(bias: PositionBias | None, mask: Mask | None) -> bool:
+    """Returns whether bias and mask can be computed for any block of queries and keys, not only looked up in full."""
+    if bias is not None and (not isinstance(bias, PositionBias) or (bias.table is None and bias.slopes is None)):
+        return False
+    return mask is None or (mask.queries is not None and mask.keys is not None)
 
-    Raises:
-      ValueError: it cuts head_dim, or the queries' length by other axes than the keys' (but for a length of one, which
-        rules leave whole).
-    """
+
+def cut_of(query: jax.Array, key: jax.Array) -> Cut | None:
+    """Returns how the ambient layout cuts query and key, None outside any mesh."""
     found = placement(QUERY, query.shape)
     if found is None:
         return None
     # The number of key heads may change yet; where its length lies does not depend on it.
     key_spec = placement(("batch", "kv_length"), key.shape[:2])
     assert key_spec is not None
-    length, heads, head_dim = (_axes(found.spec, dimension) for dimension in (1, 2, 3))
-    kv_length = _axes(key_spec.spec, 1)
-    if head_dim:
-        raise ValueError(
-            f"{kernel}: the layout cuts head_dim over {head_dim}; map 'head_dim' to None in Layout.activations"
-        )
-    if length != kv_length and 1 not in (query.shape[1], key.shape[1]):
-        raise ValueError(
-            f"{kernel}: Layout.activations maps 'length' to {length} and 'kv_length' to {kv_length}; "
-            "map both to the same mesh axes (keys travel between the devices that hold queries)"
-        )
     mesh = found.mesh
     assert isinstance(mesh, Mesh)
-    return Cut(mesh, dict(mesh.shape), heads, length, kv_length)
+    sizes = dict(mesh.shape)
+    dims = (found.spec, 2), (found.spec, 1), (key_spec.spec, 1), (found.spec, 3)
+    return Cut(mesh, sizes, *(tuple(axis for axis in _axes(*dim) if sizes[axis] > 1) for dim in dims))
+
+
+def checked(kernel: str, cut: Cut | None, query: jax.Array, key: jax.Array, gathers: bool = False) -> Cut | None:
+    """Returns `cut` if a kernel can work under it.
+
+    Args:
+      gathers: whether the kernel gathers keys, so that nothing need cut their length.
+
+    Raises:
+      ValueError: it cuts head_dim, or the queries' length by other axes than the keys' (but for a length of one, which
+        rules leave whole).
+    """
+    if cut is None:
+        return None
+    if cut.head_dim:
+        raise ValueError(
+            f"{kernel}: the layout cuts head_dim over {cut.head_dim}; map 'head_dim' to None in Layout.activations"
+        )
+    apart = cut.length != cut.kv_length and not (gathers and not cut.kv_length)
+    if apart and 1 not in (query.shape[1], key.shape[1]):
+        raise ValueError(
+            f"{kernel}: Layout.activations maps 'length' to {cut.length} and 'kv_length' to {cut.kv_length}; "
+            f"map both to the same mesh axes{', or kv_length to None' if gathers else ''} "
+            "(keys travel between the devices that hold queries)"
+        )
+    return cut
 
 
 def repeated(keys: Keys, heads: int, parts: int) -> Keys:
@@ -137,41 +163,42 @@ def repeated(keys: Keys, heads: int, parts: int) -> Keys:
 class ShardKernel(Protocol):
     """Attention of one device's shards, forward and backward; hashable."""
 
-    def forward(self, queries: Queries, keys: Keys, table: jax.Array | None) -> tuple[jax.Array, Any]:
+    def forward(self, queries: Queries, keys: Keys, by_head: ByHead) -> tuple[jax.Array, Any]:
         """Returns (the output of these queries, what `backward` needs)."""
         ...
 
-    def backward(self, saved: Any, gradient: jax.Array) -> tuple[Queries, Keys, jax.Array | None]:
-        """Returns the gradients of these queries and keys, and this device's share of the table's."""
+    def backward(self, saved: Any, gradient: jax.Array) -> tuple[Queries, Keys, ByHead]:
+        """Returns the gradients of these queries and keys, and this device's share of those by head."""
         ...
 
 
-def on_shards(kernel: ShardKernel, given: Operands, cut: Cut, table_heads: tuple[str, ...]) -> jax.Array:
+def on_shards(kernel: ShardKernel, given: Operands, cut: Cut, by_head: tuple[str, ...]) -> jax.Array:
     """Runs a kernel on each device's shards; returns the global output, cut as the query is.
 
     Args:
-      table_heads: the mesh axes that cut the heads of the bias table.
+      by_head: the mesh axes that cut the heads of `given.by_head`.
     """
-    specs = _specs(given, table_heads)
-    queries, keys, table = specs
-    gradients = (queries.query, keys.key, keys.value) + (() if table is None else (table,))
-    shards = _Shards(cut.mesh, tuple(jax.tree.leaves(specs)), gradients, table_heads)
-    return _sharded(kernel, shards, given.queries, given.keys, given.table)
+    specs = _specs(given, by_head)
+    queries, keys, heads = specs
+    gradients = Gradients(queries.query, keys.key, keys.value, heads._replace(slopes=None))
+    shards = _Shards(cut.mesh, tuple(jax.tree.leaves(specs)), gradients, by_head)
+    return _sharded(kernel, shards, given.queries, given.keys, given.by_head)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Shards:
-    """The mesh, and the specs of the arrays of (queries, keys, table), of all and of those that have gradients."""
+    """The mesh, the specs of the arrays of (queries, keys, by_head), and those of what has gradients."""
 
     mesh: Mesh
     specs: tuple[PartitionSpec, ...]
-    gradients: tuple[PartitionSpec, ...]
-    table_heads: tuple[str, ...]
+    gradients: Gradients
+    by_head: tuple[str, ...]
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The mesh axes that cut anything."""
-        return tuple(dict.fromkeys(axis for spec in self.specs for i in range(len(spec)) for axis in _axes(spec, i)))
+        """The mesh axes, of more than one device, that cut anything."""
+        axes = (axis for spec in self.specs for i in range(len(spec)) for axis in _axes(spec, i))
+        return tuple(dict.fromkeys(axis for axis in axes if self.mesh.shape[axis] > 1))
 
 
 # Both passes are `shard_map`s of their own, and gradients are summed by hand. Left to differentiate a `shard_map`, jax
@@ -179,14 +206,14 @@ class _Shards:
 # some operands have no batch (a pipeline's stages share the bias table), or sums every gradient over all mesh axes that
 # its operand does not name.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sharded(kernel: ShardKernel, shards: _Shards, queries: Queries, keys: Keys, table: jax.Array | None) -> jax.Array:
-    return _sharded_forward(kernel, shards, queries, keys, table)[0]
+def _sharded(kernel: ShardKernel, shards: _Shards, queries: Queries, keys: Keys, by_head: ByHead) -> jax.Array:
+    return _sharded_forward(kernel, shards, queries, keys, by_head)[0]
 
 
 def _sharded_forward(
-    kernel: ShardKernel, shards: _Shards, queries: Queries, keys: Keys, table: jax.Array | None
+    kernel: ShardKernel, shards: _Shards, queries: Queries, keys: Keys, by_head: ByHead
 ) -> tuple[jax.Array, Any]:
-    leaves, structure = jax.tree.flatten((queries, keys, table))
+    leaves, structure = jax.tree.flatten((queries, keys, by_head))
 
     def local(*leaves: jax.Array) -> tuple[jax.Array, Any]:
         out, saved = kernel.forward(*jax.tree.unflatten(structure, leaves))
@@ -198,29 +225,28 @@ def _sharded_forward(
 
 def _sharded_backward(
     kernel: ShardKernel, shards: _Shards, saved: Any, gradient: jax.Array
-) -> tuple[Queries, Keys, jax.Array | None]:
-    def local(saved: Any, gradient: jax.Array) -> tuple[jax.Array, ...]:
-        queries, keys, table = kernel.backward(jax.tree.map(lambda x: x[0], saved), gradient)
-        found = (queries.query, keys.key, keys.value)
-        if table is None:
-            return found
-        return *found, lax.psum(table, tuple(axis for axis in shards.axes if axis not in shards.table_heads))
+) -> tuple[Queries, Keys, ByHead]:
+    elsewhere = tuple(axis for axis in shards.axes if axis not in shards.by_head)
 
-    gradients = jax.shard_map(
+    def local(saved: Any, gradient: jax.Array) -> Gradients:
+        queries, keys, by_head = kernel.backward(jax.tree.map(lambda x: x[0], saved), gradient)
+        return Gradients(queries.query, keys.key, keys.value, jax.tree.map(lambda x: lax.psum(x, elsewhere), by_head))
+
+    found = jax.shard_map(
         local,
         mesh=shards.mesh,
         in_specs=(PartitionSpec(shards.axes or None), shards.specs[0]),
         out_specs=shards.gradients,
         check_vma=False,
     )(saved, gradient)
-    return Queries(gradients[0]), Keys(gradients[1], gradients[2]), gradients[3] if len(gradients) == 4 else None
+    return Queries(found.query), Keys(found.key, found.value), found.by_head
 
 
 _sharded.defvjp(_sharded_forward, _sharded_backward)
 
 
-def _specs(given: Operands, table_heads: tuple[str, ...]) -> Any:
-    """Returns the tree of (queries, keys, table) with a PartitionSpec for each array."""
+def _specs(given: Operands, by_head: tuple[str, ...]) -> Any:
+    """Returns the tree of (queries, keys, by_head) with a PartitionSpec for each array."""
 
     def spec(names: tuple[str, ...], x: jax.Array) -> PartitionSpec:
         found = placement(tuple(None if n == "batch" and x.shape[0] == 1 else n for n in names), x.shape)
@@ -241,7 +267,7 @@ def _specs(given: Operands, table_heads: tuple[str, ...]) -> Any:
             row_spec("kv_length", keys.real),
             None if keys.kept is None else spec(KEY[:3], keys.kept),
         ),
-        None if given.table is None else PartitionSpec(table_heads or None, None),
+        jax.tree.map(lambda _: PartitionSpec(by_head or None), given.by_head),
     )
 
 

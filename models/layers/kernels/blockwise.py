@@ -2,12 +2,12 @@
 
 The softmax of a row is taken while its keys go by (Milakov & Gimelshein 2018, algorithm 3; Rabe & Staats 2021,
 section 3); the backward pass computes the scores again from each row's log-sum-exp (Dao et al. 2022, algorithm 4).
-Blocks in which no query sees any key are skipped at run time, whatever hides them: later keys, other segments, padding.
+Blocks in which no query sees any key are not visited, whatever hides them: later keys, keys beyond the window, other
+segments, padding.
 
 Everything here works on plain local arrays: on one device, or on the shards inside a `shard_map`.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,61 +16,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from meshway.models.layers.masks import Sight, visible_keys
+from meshway.models.layers.kernels.scores import (
+    ByHead,
+    Keys,
+    Queries,
+    Terms,
+    dropped,
+    scores,
+    seen,
+    table_gradient,
+    uncapped,
+    visits,
+)
 
 LOWEST = float(jnp.finfo(jnp.float32).min)  # the peak of a row that has seen nothing; finite: -inf - -inf is no number
-
-
-class Queries(NamedTuple):
-    """What asks: the length is axis 1 of every array.
-
-    Attributes:
-      query: [batch, length, heads, head_dim], already scaled.
-      sight: who sees whom; None: everyone sees everything.
-      positions: int32 [rows, length], for a position bias.
-    """
-
-    query: Any
-    sight: Sight | None = None
-    positions: Any = None
-
-
-class Keys(NamedTuple):
-    """What is attended to: the length is axis 1 of every array.
-
-    Attributes:
-      key, value: [batch, kv_length, kv_heads, head_dim].
-      sight, positions: as for queries.
-      real: bool [1, kv_length], False on what only fills up a block; None: all are real.
-      kept: [batch, kv_length, heads], what dropout multiplies a key's attention weights by, the same for all queries.
-    """
-
-    key: Any
-    value: Any
-    sight: Sight | None = None
-    positions: Any = None
-    real: Any = None
-    kept: Any = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Terms:
-    """How scores are made, and in blocks of what size.
-
-    Attributes:
-      causal: whether a query sees no later key (see `masks.visible_keys`).
-      bucket: maps key position - query position to a column of the bias table; None: no bias.
-      query_block, kv_block: most queries and keys of one block of scores.
-    """
-
-    causal: bool = False
-    bucket: Callable[[jax.Array], jax.Array] | None = None
-    query_block: int = 512
-    kv_block: int = 512
-
-    def __post_init__(self) -> None:
-        if self.query_block < 1 or self.kv_block < 1:
-            raise ValueError(f"blocks of attention need a size of 1 or more, not {self.query_block} x {self.kv_block}")
 
 
 class Softmax(NamedTuple):
@@ -99,91 +58,81 @@ class Received(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Sums of gradients, float32, in the shapes of what they belong to."""
+    """Sums of gradients, float32, in the shapes of what they belong to; of slopes there is none."""
 
     query: jax.Array
     key: jax.Array
     value: jax.Array
-    table: jax.Array | None
+    by_head: ByHead
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def blockwise_attention(
-    queries: Queries, keys: Keys, table: jax.Array | None, terms: Terms
-) -> tuple[jax.Array, jax.Array]:
+def blockwise_attention(queries: Queries, keys: Keys, by_head: ByHead, terms: Terms) -> tuple[jax.Array, jax.Array]:
     """Computes attention as `dot_product_attention` does, block by block in both passes.
 
     Args:
       queries, keys: of any lengths; blocks that they do not fill are filled up and hidden.
-      table: float32 [heads, buckets], added to scores by `terms.bucket`.
+      by_head: biases and sinks.
       terms: how.
 
     Returns:
-      (output [batch, length, heads, head_dim] in the dtype of the query, log-sum-exp of the scores float32
-      [batch, length, heads]). A query that sees no key gets 0 and -inf (the dense reference: the mean of all values).
+      (output [batch, length, heads, head_dim] in the dtype of the query, log-sum-exp of the scores and the sink float32
+      [batch, length, heads]). A query that sees no key gets 0, and -inf if there are no sinks (the dense reference
+      without sinks: the mean of all values).
     """
-    return end(attend(begin(queries), queries, keys, table, terms), queries.query.dtype)
+    return end(attend(begin(queries, by_head), queries, keys, by_head, terms), queries.query.dtype)
 
 
-def _blockwise_forward(queries: Queries, keys: Keys, table: jax.Array | None, terms: Terms) -> Any:
-    out, logsumexp = blockwise_attention(queries, keys, table, terms)
-    return (out, logsumexp), (queries, keys, table, out, logsumexp)
+def _blockwise_forward(queries: Queries, keys: Keys, by_head: ByHead, terms: Terms) -> Any:
+    out, logsumexp = blockwise_attention(queries, keys, by_head, terms)
+    return (out, logsumexp), (queries, keys, by_head, out, logsumexp)
 
 
-def _blockwise_backward(terms: Terms, kept: Any, gradient: Any) -> tuple[Queries, Keys, jax.Array | None]:
-    queries, keys, table, out, logsumexp = kept
+def _blockwise_backward(terms: Terms, kept: Any, gradient: Any) -> tuple[Queries, Keys, ByHead]:
+    queries, keys, by_head, out, logsumexp = kept
     received = receive(gradient[0], out, logsumexp, gradient[1])
-    sums = attend_backward(no_gradients(queries, keys, table), queries, keys, table, terms, received)
-    return as_cotangents(sums, queries, keys)
+    sums = begin_backward(queries, keys, by_head, received)
+    return as_cotangents(attend_backward(sums, queries, keys, by_head, terms, received), queries, keys)
 
 
 blockwise_attention.defvjp(_blockwise_forward, _blockwise_backward)
 
 
-def begin(queries: Queries) -> Softmax:
-    """Returns the softmax of queries that have seen no key yet."""
+def begin(queries: Queries, by_head: ByHead) -> Softmax:
+    """Returns the softmax of queries that have seen no key yet: of the sinks alone, where there are any."""
     shape = queries.query.shape
-    return Softmax(
-        jnp.zeros(shape, jnp.float32),
-        jnp.full(shape[:3], LOWEST, jnp.float32),
-        jnp.zeros(shape[:3], jnp.float32),
-    )
+    weighted, total = jnp.zeros(shape, jnp.float32), jnp.zeros(shape[:3], jnp.float32)
+    if by_head.sinks is None:
+        return Softmax(weighted, jnp.full(shape[:3], LOWEST, jnp.float32), total)
+    return Softmax(weighted, jnp.broadcast_to(by_head.sinks.astype(jnp.float32), shape[:3]), total + 1.0)
 
 
-def attend(softmax: Softmax, queries: Queries, keys: Keys, table: jax.Array | None, terms: Terms) -> Softmax:
+def attend(softmax: Softmax, queries: Queries, keys: Keys, by_head: ByHead, terms: Terms) -> Softmax:
     """Returns the softmax after the queries have also seen `keys`."""
     length, kv_heads = queries.query.shape[1], keys.key.shape[2]
-    key_blocks = _key_blocks(keys, terms)
+    query_blocks, key_blocks = _query_blocks(queries, kv_heads, terms), _key_blocks(keys, terms)
 
-    def row(_: None, block: tuple[Softmax, Queries]) -> tuple[None, Softmax]:
-        softmax, queries = block
-        query = _by_head(queries.query, kv_heads)
+    def see(softmax: Softmax, queries: Queries, keys: Keys) -> Softmax:
+        found, shown = scores(queries, keys, by_head, terms), seen(queries, keys, terms)
+        if shown is not None:
+            found = jnp.where(shown, found, LOWEST)
+        peak = jnp.maximum(softmax.peak, found.max(axis=-1))
+        weights = jnp.exp(found - peak[..., None])
+        if shown is not None:  # a row that sees nothing has its peak at LOWEST too
+            weights = jnp.where(shown, weights, 0.0)
+        fade = jnp.exp(softmax.peak - peak)
+        total = softmax.total * fade + weights.sum(axis=-1)
+        weights = dropped(weights, keys.kept).astype(keys.value.dtype)
+        new = jnp.einsum("bhqgk,bhkd->bhqgd", weights, keys.value, preferred_element_type=jnp.float32)
+        return Softmax(softmax.weighted * fade[..., None] + new, peak, total)
 
-        def see(softmax: Softmax, keys: Keys, seen: jax.Array | None) -> Softmax:
-            scores = _scores(query, queries, keys, table, terms)
-            if seen is not None:
-                scores = jnp.where(seen, scores, LOWEST)
-            peak = jnp.maximum(softmax.peak, scores.max(axis=-1))
-            weights = jnp.exp(scores - peak[..., None])
-            if seen is not None:  # a row that sees nothing has its peak at LOWEST too
-                weights = jnp.where(seen, weights, 0.0)
-            fade = jnp.exp(softmax.peak - peak)
-            total = softmax.total * fade + weights.sum(axis=-1)
-            weights = _drop(weights, keys.kept, kv_heads).astype(keys.value.dtype)
-            new = jnp.einsum("bhqgk,bkhd->bhqgd", weights, keys.value, preferred_element_type=jnp.float32)
-            return Softmax(softmax.weighted * fade[..., None] + new, peak, total)
+    def row(_: None, block: tuple[Softmax, Queries, Any]) -> tuple[None, Softmax]:
+        softmax, queries, visited = block
+        return None, _over(visited, key_blocks, lambda _, keys, softmax: see(softmax, queries, keys), softmax)
 
-        def column(softmax: Softmax, keys: Keys) -> tuple[Softmax, None]:
-            seen = _seen(queries, keys, terms.causal)
-            if seen is None:
-                return see(softmax, keys, None), None
-            return lax.cond(jnp.any(seen), see, lambda softmax, *_: softmax, softmax, keys, seen), None
-
-        softmax, _ = lax.scan(column, jax.tree.map(lambda x: _by_head(x, kv_heads), softmax), key_blocks)
-        return None, jax.tree.map(_by_place, softmax)
-
-    _, softmax = lax.scan(row, None, _blocks((softmax, queries), terms.query_block))
-    return _whole(softmax, length)
+    blocks = jax.tree.map(lambda x: _by_head(x, kv_heads, terms.query_block), softmax)
+    _, softmax = lax.scan(row, None, (blocks, query_blocks, visits(query_blocks, key_blocks, terms)))
+    return jax.tree.map(lambda x: _by_place(x, length), softmax)
 
 
 def end(softmax: Softmax, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
@@ -202,52 +151,52 @@ def receive(
     return Received(gradient, logsumexp, delta - logsumexp_gradient)
 
 
-def no_gradients(queries: Queries, keys: Keys, table: jax.Array | None) -> Gradients:
-    """Returns sums of gradients to start from."""
+def begin_backward(queries: Queries, keys: Keys, by_head: ByHead, received: Received) -> Gradients:
+    """Returns sums of gradients to start from: zeros, and all of that of the sinks."""
     query, key, value = (jnp.zeros(x.shape, jnp.float32) for x in (queries.query, keys.key, keys.value))
-    return Gradients(query, key, value, None if table is None else jnp.zeros_like(table))
+    table = None if by_head.table is None else jnp.zeros_like(by_head.table)
+    sinks = None
+    if by_head.sinks is not None:
+        weights = jnp.exp(by_head.sinks.astype(jnp.float32) - received.logsumexp)
+        sinks = -jnp.sum(weights * received.delta, axis=range(weights.ndim - 1)).astype(by_head.sinks.dtype)
+    return Gradients(query, key, value, ByHead(table, None, sinks))
 
 
 def attend_backward(
-    sums: Gradients, queries: Queries, keys: Keys, table: jax.Array | None, terms: Terms, received: Received
+    sums: Gradients, queries: Queries, keys: Keys, by_head: ByHead, terms: Terms, received: Received
 ) -> Gradients:
     """Adds the gradients of one `attend` to `sums`."""
     length, kv_length, kv_heads = queries.query.shape[1], keys.key.shape[1], keys.key.shape[2]
-    key_blocks = _key_blocks(keys, terms)
-    key_sums = _blocks((sums.key, sums.value), terms.kv_block)
+    query_blocks, key_blocks = _query_blocks(queries, kv_heads, terms), _key_blocks(keys, terms)
 
-    def row(carry: Any, block: tuple[Queries, Received, jax.Array]) -> Any:
-        (queries, received, query_sum), (key_sums, table_sum) = block, carry
-        query, given = _by_head(queries.query, kv_heads), jax.tree.map(lambda x: _by_head(x, kv_heads), received)
+    def row(carry: Any, block: tuple[jax.Array, Queries, Received, Any]) -> Any:
+        query_sum, queries, received, visited = block
 
-        def see(sums: Gradients, keys: Keys, seen: jax.Array | None) -> Gradients:
-            return _block_gradients(sums, query, queries, keys, seen, table, terms, given)
+        def see(number: Any, keys: Keys, carry: Any) -> Any:
+            query_sum, table_sum, key_sums = carry
+            key_sum, value_sum = _take(key_sums, number)
+            sums = Gradients(query_sum, key_sum, value_sum, ByHead(table_sum))
+            sums = _block_gradients(sums, queries, keys, by_head, terms, received)
+            return sums.query, sums.by_head.table, _put(key_sums, number, (sums.key, sums.value))
 
-        def column(carry: Any, block: tuple[Keys, Any]) -> Any:
-            keys, (key_sum, value_sum) = block
-            sums = Gradients(carry[0], key_sum, value_sum, carry[1])
-            seen = _seen(queries, keys, terms.causal)
-            if seen is None:
-                sums = see(sums, keys, None)
-            else:
-                sums = lax.cond(jnp.any(seen), see, lambda sums, *_: sums, sums, keys, seen)
-            return (sums.query, sums.table), (sums.key, sums.value)
+        query_sum, table_sum, key_sums = _over(visited, key_blocks, see, (query_sum, *carry))
+        return (table_sum, key_sums), query_sum
 
-        start = (_by_head(query_sum, kv_heads), table_sum)
-        (query_sum, table_sum), key_sums = lax.scan(column, start, (key_blocks, key_sums))
-        return (key_sums, table_sum), _by_place(query_sum)
-
-    blocks = _blocks((queries, received, sums.query), terms.query_block)
-    (key_sums, table_sum), query_sum = lax.scan(row, (key_sums, sums.table), blocks)
-    key_sum, value_sum = _whole(key_sums, kv_length)
-    return Gradients(_whole(query_sum, length), key_sum, value_sum, table_sum)
+    query_sum, *given = (_by_head(x, kv_heads, terms.query_block) for x in (sums.query, *received))
+    # Laid out as [blocks, batch, kv_heads, head_dim, size]: XLA:CPU transposes the left factor of these products, and
+    # queries are smaller than scores.
+    key_sums = tuple(_by_kv_head(x, terms.kv_block).swapaxes(3, 4) for x in (sums.key, sums.value))
+    blocks = (query_sum, query_blocks, Received(*given), visits(query_blocks, key_blocks, terms))
+    (table_sum, key_sums), query_sum = lax.scan(row, (sums.by_head.table, key_sums), blocks)
+    key_sum, value_sum = (_by_place(jnp.expand_dims(x.swapaxes(3, 4), 4), kv_length) for x in key_sums)
+    return Gradients(_by_place(query_sum, length), key_sum, value_sum, sums.by_head._replace(table=table_sum))
 
 
-def as_cotangents(sums: Gradients, queries: Queries, keys: Keys) -> tuple[Queries, Keys, jax.Array | None]:
+def as_cotangents(sums: Gradients, queries: Queries, keys: Keys) -> tuple[Queries, Keys, ByHead]:
     """Returns gradients in the dtypes and the structure of what they belong to."""
     query = sums.query.astype(queries.query.dtype)
     key, value = sums.key.astype(keys.key.dtype), sums.value.astype(keys.value.dtype)
-    return Queries(query), Keys(key, value), sums.table
+    return Queries(query), Keys(key, value), sums.by_head
 
 
 def filled(keys: Keys, size: int) -> Keys:
@@ -261,117 +210,94 @@ def filled(keys: Keys, size: int) -> Keys:
 
 
 def fill_up(tree: Any, size: int) -> Any:
-    """Fills axis 1 of every array up to a multiple of `size` with zeros."""
+    """Fills axis 1 of every array up to a multiple of `size`: whole numbers (places, segments) as the last, so that the
+    ranges of blocks stay narrow, and others with zeros."""
 
     def fill(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
+        mode = "edge" if jnp.issubdtype(x.dtype, jnp.integer) else "constant"
+        return jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2), mode=mode)
 
     return jax.tree.map(fill, tree)
 
 
 def _block_gradients(
-    sums: Gradients,
-    query: jax.Array,
-    queries: Queries,
-    keys: Keys,
-    seen: jax.Array | None,
-    table: jax.Array | None,
-    terms: Terms,
-    given: Received,
+    sums: Gradients, queries: Queries, keys: Keys, by_head: ByHead, terms: Terms, received: Received
 ) -> Gradients:
-    """Adds the gradients of one block of scores; `query` and `given` are laid out by head."""
-    kv_heads, dtype = keys.key.shape[2], keys.key.dtype
+    """Adds the gradients of one block of scores; all is laid out by head, and sums of keys head_dim before length."""
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    dtype = keys.key.dtype
+    found, shown = scores(queries, keys, by_head, terms), seen(queries, keys, terms)
     # A weight is at most 1; the bound keeps rows that see nothing, whose log-sum-exp is -inf, finite.
-    scores = _scores(query, queries, keys, table, terms)
-    weights = jnp.exp(jnp.minimum(scores - given.logsumexp[..., None], 0.0))
-    if seen is not None:
-        weights = jnp.where(seen, weights, 0.0)
-    dropped = _drop(weights, keys.kept, kv_heads).astype(dtype)
-    value = sums.value + dot("bhqgk,bhqgd->bkhd", dropped, given.gradient)
-    weight_gradient = _drop(dot("bhqgd,bkhd->bhqgk", given.gradient, keys.value), keys.kept, kv_heads)
-    score_gradient = weights * (weight_gradient - given.delta[..., None])
-    table_sum = sums.table
-    if table is not None and table_sum is not None:
-        table_sum = table_sum + _table_gradient(score_gradient, _buckets(queries, keys, terms), table.shape)
-    score_gradient = score_gradient.astype(dtype)
+    weights = jnp.exp(jnp.minimum(found - received.logsumexp[..., None], 0.0))
+    if shown is not None:
+        weights = jnp.where(shown, weights, 0.0)
+    value = sums.value + dot("bhqgd,bhqgk->bhdk", received.gradient, dropped(weights, keys.kept).astype(dtype))
+    gradient = dropped(dot("bhqgd,bhkd->bhqgk", received.gradient, keys.value), keys.kept)
+    gradient = uncapped(weights * (gradient - received.delta[..., None]), found, terms)
+    table = sums.by_head.table
+    if table is not None:
+        table = table + table_gradient(gradient, queries, keys, by_head, terms)
+    gradient = gradient.astype(dtype)
     return Gradients(
-        sums.query + dot("bhqgk,bkhd->bhqgd", score_gradient, keys.key),
-        sums.key + dot("bhqgk,bhqgd->bkhd", score_gradient, query),
+        sums.query + dot("bhqgk,bhkd->bhqgd", gradient, keys.key),
+        sums.key + dot("bhqgd,bhqgk->bhdk", queries.query, gradient),
         value,
-        table_sum,
+        ByHead(table),
     )
 
 
-def _scores(query: jax.Array, queries: Queries, keys: Keys, table: jax.Array | None, terms: Terms) -> jax.Array:
-    """Returns scores with bias, float32 [batch, kv_heads, queries, groups, keys]; `query` is laid out by head."""
-    scores = jnp.einsum("bhqgd,bkhd->bhqgk", query, keys.key, preferred_element_type=jnp.float32)
-    if table is None:
-        return scores
-    by_group = table.reshape(keys.key.shape[2], -1, table.shape[1])
-    return scores + by_group[:, :, _buckets(queries, keys, terms)].transpose(2, 0, 3, 1, 4)
+def _over(visited: Any, key_blocks: Keys, step: Callable[[Any, Keys, Any], Any], carry: Any) -> Any:
+    """Runs `carry = step(number, keys, carry)` over the blocks of keys to visit: see `visits`, for one block of
+    queries."""
+    order, count = (None, key_blocks.key.shape[0]) if visited is None else visited
+
+    def turn(index: Any, carry: Any) -> Any:
+        number = index if order is None else order[index]
+        return step(number, _take(key_blocks, number), carry)
+
+    return lax.fori_loop(0, count, turn, carry)
 
 
-def _buckets(queries: Queries, keys: Keys, terms: Terms) -> jax.Array:
-    """Returns the column of the bias table for each pair, int32 [rows, queries, keys]."""
-    assert terms.bucket is not None
-    return terms.bucket(keys.positions[:, None, :] - queries.positions[:, :, None])
-
-
-def _table_gradient(score_gradient: jax.Array, buckets: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Sums gradients of scores by bucket, as a product with ones and zeros: accelerators are slow at scattered sums."""
-    if buckets.shape[0] == 1:
-        score_gradient = score_gradient.sum(axis=0, keepdims=True)
-    chosen = jax.nn.one_hot(buckets, shape[1], dtype=jnp.float32)
-    return jnp.einsum("rhqgk,rqkn->hgn", score_gradient, chosen, precision="highest").reshape(shape)
-
-
-def _seen(queries: Queries, keys: Keys, causal: bool) -> jax.Array | None:
-    """Returns which keys are seen, bool [rows, 1, queries, 1, keys]; None for all."""
-    seen = None if keys.real is None else keys.real[:, None, None, None, :]
-    if queries.sight is None or keys.sight is None:
-        return seen
-    visible = visible_keys(queries.sight, keys.sight, causal)[:, :, :, None, :]
-    return visible if seen is None else visible & seen
-
-
-def _drop(weights: jax.Array, kept: jax.Array | None, kv_heads: int) -> jax.Array:
-    """Applies dropout to weights [batch, kv_heads, queries, groups, keys]."""
-    if kept is None:
-        return weights
-    batch, length, _ = kept.shape
-    return weights * kept.reshape(batch, length, kv_heads, -1).transpose(0, 2, 3, 1)[:, :, None]
+def _query_blocks(queries: Queries, kv_heads: int, terms: Terms) -> Queries:
+    rest = jax.tree.map(lambda x: _blocks(x, terms.query_block), (queries.sight, queries.positions))
+    return Queries(_by_head(queries.query, kv_heads, terms.query_block), *rest)
 
 
 def _key_blocks(keys: Keys, terms: Terms) -> Keys:
-    return _blocks(filled(keys, min(terms.kv_block, keys.key.shape[1])), terms.kv_block)
+    size = min(terms.kv_block, keys.key.shape[1])
+    keys = filled(keys, size)
+    sight, positions, real = jax.tree.map(lambda x: _blocks(x, size), (keys.sight, keys.positions, keys.real))
+    kept = None if keys.kept is None else _by_head(keys.kept, keys.key.shape[2], size).swapaxes(3, 4)
+    return Keys(_by_kv_head(keys.key, size), _by_kv_head(keys.value, size), sight, positions, real, kept)
 
 
-def _blocks(tree: Any, size: int) -> Any:
-    """Cuts axis 1 of every array: [rows, length, ...] -> [blocks, rows, size, ...], filled up with zeros."""
-
-    def cut(x: jax.Array) -> jax.Array:
-        blocks = -(-x.shape[1] // size)
-        return jnp.moveaxis(x.reshape(x.shape[0], blocks, -1, *x.shape[2:]), 1, 0)
-
-    return jax.tree.map(lambda x: cut(fill_up(x, min(size, x.shape[1]))), tree)
+def _blocks(x: jax.Array, size: int) -> jax.Array:
+    """[rows, length, ...] -> [blocks, rows, size, ...], filled up."""
+    x = fill_up(x, min(size, x.shape[1]))
+    blocks = -(-x.shape[1] // size)
+    return jnp.moveaxis(x.reshape(x.shape[0], blocks, -1, *x.shape[2:]), 1, 0)
 
 
-def _whole(tree: Any, length: int) -> Any:
-    """Undoes `_blocks`."""
-
-    def join(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length]
-
-    return jax.tree.map(join, tree)
+def _by_head(x: jax.Array, kv_heads: int, size: int) -> jax.Array:
+    """[batch, length, heads, ...] -> [blocks, batch, kv_heads, size, groups, ...], filled up."""
+    x = _blocks(x, size)
+    return jnp.moveaxis(x.reshape(*x.shape[:3], kv_heads, -1, *x.shape[4:]), 3, 2)
 
 
-def _by_head(x: jax.Array, kv_heads: int) -> jax.Array:
-    """[batch, queries, heads, ...] -> [batch, kv_heads, queries, groups, ...]."""
-    return jnp.moveaxis(x.reshape(*x.shape[:2], kv_heads, -1, *x.shape[3:]), 1, 2)
+def _by_kv_head(x: jax.Array, size: int) -> jax.Array:
+    """[batch, length, kv_heads, ...] -> [blocks, batch, kv_heads, size, ...], filled up."""
+    return jnp.moveaxis(_blocks(x, size), 3, 2)
 
 
-def _by_place(x: jax.Array) -> jax.Array:
+def _by_place(x: jax.Array, length: int) -> jax.Array:
     """Undoes `_by_head`."""
-    x = jnp.moveaxis(x, 2, 1)
-    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+    x = x.transpose(1, 0, 3, 2, *range(4, x.ndim))
+    return x.reshape(x.shape[0], -1, x.shape[3] * x.shape[4], *x.shape[5:])[:, :length]
+
+
+def _take(tree: Any, number: jax.Array) -> Any:
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, number, 0, keepdims=False), tree)
+
+
+def _put(tree: Any, number: jax.Array, new: Any) -> Any:
+    return jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, number, 0), tree, new)

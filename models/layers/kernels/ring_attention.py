@@ -8,25 +8,23 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from meshway.models.layers.attention import dot_product_attention
-from meshway.models.layers.kernels.attention_shards import Operands, cut_of, on_shards, operands, repeated
+from meshway.models.layers.kernels.attention_shards import Operands, checked, cut_of, on_shards, operands, repeated
 from meshway.models.layers.kernels.blockwise import (
     Gradients,
-    Keys,
-    Queries,
     Softmax,
-    Terms,
     as_cotangents,
     attend,
     attend_backward,
     begin,
+    begin_backward,
     blockwise_attention,
     end,
     fill_up,
     filled,
-    no_gradients,
     receive,
 )
+from meshway.models.layers.kernels.reference import dot_product_attention
+from meshway.models.layers.kernels.scores import ByHead, Keys, Queries, Terms
 from meshway.models.layers.masks import Mask
 from meshway.models.layers.positions import PositionBias
 
@@ -59,6 +57,8 @@ class RingAttention:
         *,
         bias: PositionBias | None = None,
         mask: Mask | None = None,
+        soft_cap: float | None = None,
+        sinks: jax.Array | None = None,
         dropout_rate: float = 0.0,
         rng: jax.Array | None = None,
     ) -> jax.Array:
@@ -68,17 +68,17 @@ class RingAttention:
           ValueError: a bias that is no `PositionBias`, a mask known in full only, or a layout that cuts queries by
             other mesh axes than keys.
         """
-        blocks = (self.query_block, self.kv_block)
-        given = operands("RingAttention", query, key, value, bias, mask, dropout_rate, rng, blocks)
-        cut = cut_of("RingAttention", query, key)
+        how: Any = dict(bias=bias, mask=mask, soft_cap=soft_cap, sinks=sinks, dropout_rate=dropout_rate, rng=rng)
+        given = operands("RingAttention", query, key, value, **how, blocks=(self.query_block, self.kv_block))
+        cut = checked("RingAttention", cut_of(query, key), query, key)
         if cut is None:
-            return blockwise_attention(given.queries, given.keys, given.table, given.terms)[0]
+            return blockwise_attention(given.queries, given.keys, given.by_head, given.terms)[0]
         if cut.length != cut.kv_length:  # a single query or key lies whole, and scores are few
-            return dot_product_attention(query, key, value, bias=bias, mask=mask, dropout_rate=dropout_rate, rng=rng)
+            return dot_product_attention(query, key, value, **how)
         size = cut.parts(cut.length)
         given = dataclasses.replace(given, keys=repeated(given.keys, query.shape[2], cut.parts(cut.heads)))
         ring = Ring(cut.length, size, size > 1 and self.balanced and _is_triangle(given), given.terms)
-        return on_shards(ring, given, cut, table_heads=cut.heads)
+        return on_shards(ring, given, cut, by_head=cut.heads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Ring:
     zigzag: bool
     terms: Terms
 
-    def forward(self, queries: Queries, keys: Keys, table: jax.Array | None) -> tuple[jax.Array, Any]:
+    def forward(self, queries: Queries, keys: Keys, by_head: ByHead) -> tuple[jax.Array, Any]:
         """Attends from this device's queries to everybody's keys."""
         dtype, length = queries.query.dtype, queries.query.shape[1]
         queries, keys = _parts((queries, filled(keys, 2) if self.zigzag else keys), self)
@@ -99,7 +99,7 @@ class Ring:
         def step(turn: Any, softmax: Softmax, keys: Keys) -> Softmax:
             def see(softmax: Softmax, pair: jax.Array) -> tuple[Softmax, None]:
                 mine, theirs = pair
-                new = attend(_take(softmax, mine), _take(queries, mine), _take(keys, theirs), table, self.terms)
+                new = attend(_take(softmax, mine), _take(queries, mine), _take(keys, theirs), by_head, self.terms)
                 return _put(softmax, mine, new), None
 
             return lax.scan(see, softmax, _pairs(turn, self))[0]
@@ -109,28 +109,28 @@ class Ring:
             arriving = _pass_on(keys, self)  # while this turn's are attended to
             return (step(turn, softmax, keys), arriving), None
 
-        carry = (jax.vmap(begin)(queries), keys)
+        carry = (jax.vmap(lambda part: begin(part, by_head))(queries), keys)
         if self.size > 1:
             carry = _middle(turn, turn(carry, 0)[0], self)
         softmax = step(self.size - 1, *carry)
         out, logsumexp = _whole(end(softmax, dtype), self, length)
-        return out, (queries, keys, table, out, logsumexp)
+        return out, (queries, keys, by_head, out, logsumexp)
 
-    def backward(self, saved: Any, gradient: jax.Array) -> tuple[Queries, Keys, jax.Array | None]:
+    def backward(self, saved: Any, gradient: jax.Array) -> tuple[Queries, Keys, ByHead]:
         """Sends keys, values and the sums of their gradients round once more."""
-        queries, keys, table, out, logsumexp = saved
+        queries, keys, by_head, out, logsumexp = saved
         received = _parts(receive(gradient, out, logsumexp), self)
-        zeros = no_gradients(queries, keys, table)
+        zeros = begin_backward(queries, keys, by_head, received)
 
         def step(turn: Any, sums: Gradients, keys: Keys) -> Gradients:
             def see(sums: Gradients, pair: jax.Array) -> tuple[Gradients, None]:
                 mine, theirs = pair
                 key, value = _take((sums.key, sums.value), theirs)
-                part = Gradients(_take(sums.query, mine), key, value, sums.table)
-                side = (_take(queries, mine), _take(keys, theirs), table, self.terms, _take(received, mine))
+                part = Gradients(_take(sums.query, mine), key, value, sums.by_head)
+                side = (_take(queries, mine), _take(keys, theirs), by_head, self.terms, _take(received, mine))
                 new = attend_backward(part, *side)
                 key, value = _put((sums.key, sums.value), theirs, (new.key, new.value))
-                return Gradients(_put(sums.query, mine, new.query), key, value, new.table), None
+                return Gradients(_put(sums.query, mine, new.query), key, value, new.by_head), None
 
             return lax.scan(see, sums, _pairs(turn, self))[0]
 

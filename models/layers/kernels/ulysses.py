@@ -6,21 +6,19 @@ from typing import Any
 import jax
 from jax import lax
 
-from meshway.models.layers.attention import dot_product_attention
-from meshway.models.layers.kernels.attention_shards import Cut, cut_of, on_shards, operands, repeated
+from meshway.models.layers.kernels.attention_shards import Cut, checked, cut_of, on_shards, operands, repeated
 from meshway.models.layers.kernels.blockwise import (
-    Keys,
-    Queries,
-    Terms,
     as_cotangents,
     attend,
     attend_backward,
     begin,
+    begin_backward,
     blockwise_attention,
     end,
-    no_gradients,
     receive,
 )
+from meshway.models.layers.kernels.reference import dot_product_attention
+from meshway.models.layers.kernels.scores import ByHead, Keys, Queries, Terms
 from meshway.models.layers.masks import Mask
 from meshway.models.layers.positions import PositionBias
 
@@ -46,6 +44,8 @@ class UlyssesAttention:
         *,
         bias: PositionBias | None = None,
         mask: Mask | None = None,
+        soft_cap: float | None = None,
+        sinks: jax.Array | None = None,
         dropout_rate: float = 0.0,
         rng: jax.Array | None = None,
     ) -> jax.Array:
@@ -55,19 +55,19 @@ class UlyssesAttention:
           ValueError: the query heads of a device do not divide by the devices that cut the length, a bias that is no
             `PositionBias`, a mask known in full only, or a layout that cuts queries by other mesh axes than keys.
         """
-        blocks = (self.query_block, self.kv_block)
-        given = operands("UlyssesAttention", query, key, value, bias, mask, dropout_rate, rng, blocks)
-        cut = cut_of("UlyssesAttention", query, key)
+        how: Any = dict(bias=bias, mask=mask, soft_cap=soft_cap, sinks=sinks, dropout_rate=dropout_rate, rng=rng)
+        given = operands("UlyssesAttention", query, key, value, **how, blocks=(self.query_block, self.kv_block))
+        cut = checked("UlyssesAttention", cut_of(query, key), query, key)
         if cut is None:
-            return blockwise_attention(given.queries, given.keys, given.table, given.terms)[0]
+            return blockwise_attention(given.queries, given.keys, given.by_head, given.terms)[0]
         if cut.length != cut.kv_length:  # a single query or key lies whole, and scores are few
-            return dot_product_attention(query, key, value, bias=bias, mask=mask, dropout_rate=dropout_rate, rng=rng)
+            return dot_product_attention(query, key, value, **how)
         head_axes = (*cut.heads, *cut.length)
         _check_heads(query.shape[2], cut)
         given = dataclasses.replace(given, keys=repeated(given.keys, query.shape[2], cut.parts(head_axes)))
 
         exchange = Exchange(cut.length, cut.parts(cut.length), given.terms)
-        return on_shards(exchange, given, cut, table_heads=head_axes)
+        return on_shards(exchange, given, cut, by_head=head_axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,19 +78,21 @@ class Exchange:
     size: int
     terms: Terms
 
-    def forward(self, queries: Queries, keys: Keys, table: jax.Array | None) -> tuple[jax.Array, Any]:
+    def forward(self, queries: Queries, keys: Keys, by_head: ByHead) -> tuple[jax.Array, Any]:
         """Attends from all queries to all keys, in this device's share of the heads."""
         queries, keys = self._gather(queries), self._gather(keys)
-        out, logsumexp = end(attend(begin(queries), queries, keys, table, self.terms), queries.query.dtype)
-        return self._to_length(out), (queries, keys, table, out, logsumexp)
+        seen = attend(begin(queries, by_head), queries, keys, by_head, self.terms)
+        out, logsumexp = end(seen, queries.query.dtype)
+        return self._to_length(out), (queries, keys, by_head, out, logsumexp)
 
-    def backward(self, saved: Any, gradient: jax.Array) -> tuple[Queries, Keys, jax.Array | None]:
+    def backward(self, saved: Any, gradient: jax.Array) -> tuple[Queries, Keys, ByHead]:
         """Sends the output's gradient to the heads, and gradients of query, key and value back to the length."""
-        queries, keys, table, out, logsumexp = saved
+        queries, keys, by_head, out, logsumexp = saved
         received = receive(self._to_heads(gradient), out, logsumexp)
-        sums = attend_backward(no_gradients(queries, keys, table), queries, keys, table, self.terms, received)
-        query, key, table_sum = as_cotangents(sums, queries, keys)
-        return *jax.tree.map(self._to_length, (query, key)), table_sum
+        sums = begin_backward(queries, keys, by_head, received)
+        sums = attend_backward(sums, queries, keys, by_head, self.terms, received)
+        query, key, heads = as_cotangents(sums, queries, keys)
+        return *jax.tree.map(self._to_length, (query, key)), heads
 
     def _to_heads(self, x: jax.Array) -> jax.Array:
         """[rows, length / size, heads, ...] -> [rows, length, heads / size, ...]."""

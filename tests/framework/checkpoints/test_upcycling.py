@@ -30,7 +30,8 @@ def upcycled(folder, *bindings, layout="single"):
         bindings=(
             *SMALL,
             "NUM_KV_HEADS=None",
-            "positions.Rotary.base=10000.0",
+            "ROPE_BASE=10000.0",
+            "NORM_EPSILON=1e-06",
             "Z_LOSS=0.0001",
             "MODEL_DIR='unused'",
             "MIXTURE_OR_TASK_NAME='none'",

@@ -4,9 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import FAMILIES, program
-
-from meshway.framework.inference.decoding import greedy
+from tiny import FAMILIES, greedy, program
 
 
 def cached_scores(model, params, batch, prompt, targets):

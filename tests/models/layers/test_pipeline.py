@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import FAMILIES, gradients_and_losses, losses, program
+from tiny import FAMILIES, gradients_and_losses, greedy, losses, program
 
 from meshway.framework.errors import UserError
 from meshway.framework.partitioning.mesh import MeshShape
@@ -322,7 +322,6 @@ def test_dropout_in_a_network(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decoding_under_a_stage_layout(family):
     """A cache belongs to no microbatch: the stack runs whole, on parameters that lie by stage."""
-    from meshway.framework.inference.decoding import greedy
 
     def decoded(made):
         params = made.init().params

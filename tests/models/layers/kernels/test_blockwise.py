@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from attention_cases import Case, assert_equals_reference
 
-from meshway.models.layers.kernels.blockwise import Keys, Queries, Terms, blockwise_attention
+from meshway.models.layers.kernels.blockwise import blockwise_attention
 from meshway.models.layers.kernels.ring_attention import RingAttention
+from meshway.models.layers.kernels.scores import ByHead, Keys, Queries, Terms
 from meshway.models.layers.masks import Sight, row_positions
 
 
@@ -32,7 +33,7 @@ def test_logsumexp_joins_parts_and_has_a_gradient():
 
     def joined(query, key, value):
         parts = [
-            blockwise_attention(Queries(query), Keys(key[:, at], value[:, at]), None, terms)
+            blockwise_attention(Queries(query), Keys(key[:, at], value[:, at]), ByHead(), terms)
             for at in (slice(0, 2), slice(2, 6))
         ]
         shares = jax.nn.softmax(jnp.stack([logsumexp for _, logsumexp in parts]), axis=0)
@@ -58,7 +59,7 @@ def test_blocks_that_nobody_sees_are_not_computed():
     keys = Keys(poison, poison, Sight(segments, row_positions(8)))
     queries = Queries(query, Sight(segments, row_positions(8)))
     terms = Terms(causal=True, query_block=2, kv_block=2)
-    out, logsumexp = jax.jit(blockwise_attention, static_argnums=3)(queries, keys, None, terms)
+    out, logsumexp = jax.jit(blockwise_attention, static_argnums=3)(queries, keys, ByHead(), terms)
     np.testing.assert_allclose(out[:, :6], 1.0, atol=1e-6)
     np.testing.assert_array_equal(out[:, 6:], 0.0)  # padding sees nothing
     np.testing.assert_array_equal(np.isneginf(logsumexp[0, :, 0]), segments[0] == 0)

@@ -1,11 +1,12 @@
 """Attention over a cut length, by ring and by all-to-all, is attention: forward, backward, under every wrapper."""
 
+import dataclasses
 import re
 
 import jax
 import jax.numpy as jnp
 import pytest
-from attention_cases import Case, arrays, assert_equals_reference, attend, partitioner
+from attention_cases import TRANSFORMATIONS, Case, arrays, assert_equals_reference, attend, partitioner
 from tiny import losses, program
 
 from meshway.models.layers.kernels.ring_attention import RingAttention
@@ -14,9 +15,12 @@ from meshway.models.layers.masks import Mask, Sight, row_positions, visible
 
 RING, PLAIN, ULYSSES = RingAttention(True, 4, 3), RingAttention(False, 5, 4), UlyssesAttention(5, 4)
 PACKED = Case(length=20, causal=True, segments=True, bias=True, dropout_rate=0.25)
+EVERYTHING = dataclasses.replace(PACKED, alibi=True, window=9, soft_cap=1.5, sinks=True)
 CROSS = Case(length=8, kv_length=20, segments=True)
 CASES = [
     PACKED,
+    EVERYTHING,
+    Case(window=5, sinks=True, kv_heads=4),
     CROSS,
     Case(causal=True, kv_heads=4),
     Case(segments=True, bias=True, kv_heads=1),
@@ -28,7 +32,7 @@ ON = [(RING, (2, 2, 2)), (RING, (1, 8, 1)), (PLAIN, (1, 4, 2)), (ULYSSES, (2, 2,
 
 def test_balanced_ring_equals_the_reference():
     # Parts of five tokens do not halve; heads are cut as well, and one key head serves two queries' heads.
-    assert_equals_reference(RING, PACKED, partitioner((1, 4, 2)))
+    assert_equals_reference(RING, EVERYTHING, partitioner((1, 4, 2)))
 
 
 def test_plain_ring_equals_the_reference():
@@ -37,7 +41,7 @@ def test_plain_ring_equals_the_reference():
 
 def test_all_to_all_equals_the_reference():
     # Two key heads over four devices that cut heads: each is repeated once.
-    assert_equals_reference(ULYSSES, PACKED, partitioner((2, 2, 2)))
+    assert_equals_reference(ULYSSES, EVERYTHING, partitioner((2, 2, 2)))
 
 
 @pytest.mark.slow
@@ -66,35 +70,8 @@ def test_several_mesh_axes_may_cut_the_length(kernel):
     )
 
 
-def in_remat(function):
-    return jax.checkpoint(function, policy=jax.checkpoint_policies.nothing_saveable)
-
-
-def in_scan(function):
-    def scanned(*operands):
-        def body(carry, _):
-            total, out = function(*operands)
-            return (carry[0] + total, out), None
-
-        (total, out), _ = jax.lax.scan(body, (0.0, jnp.zeros_like(operands[0])), None, length=2)
-        return total / 2, out
-
-    return scanned
-
-
-def in_vmap(function):
-    """Two problems, one on each part of `data`, as a pipeline holds its stages; the second is the first's negative."""
-
-    def mapped(query, key, value, table):
-        stages = [jnp.stack([x, y]) for x, y in ((query, query), (key, key), (value, -value))]
-        totals, outs = jax.vmap(function, (0, 0, 0, None), spmd_axis_name="data")(*stages, table)
-        return (totals[0] - totals[1]) / 2, outs[0]
-
-    return mapped
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("around", [in_remat, in_scan, in_vmap])
+@pytest.mark.parametrize("around", TRANSFORMATIONS)
 @pytest.mark.parametrize("kernel", [RING, PLAIN, ULYSSES], ids=str)
 def test_works_inside_other_transformations(kernel, around):
     assert_equals_reference(kernel, PACKED, partitioner((2, 2, 2), batch=None), around=around)
@@ -128,7 +105,7 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_cannot_be_honoured_is_refused(what):
     kernel, message = REFUSED[what]
-    (query, key, value, _), _, _ = arrays(PACKED)
+    (query, key, value, *_), _, _ = arrays(PACKED)
     rules = {"keys elsewhere": {"kv_length": None}, "head_dim": {"heads": None, "kv_heads": None, "head_dim": "model"}}
     given = {"bias": {"bias": jnp.zeros((1, 4, 20, 20))}, "mask": {"mask": Mask(jnp.ones((1, 1, 20, 20), bool))}}
     with partitioner((1, 4, 2), **rules.get(what, {})).activate(), pytest.raises(ValueError, match=message):
@@ -151,7 +128,9 @@ def test_only_what_each_form_needs_is_sent(kernel, sends):
     four = on.sharding(("batch", "length", "heads", "head_dim"), operands[0].shape)
     with on.activate():
         placed = [jax.device_put(x, four) for x in operands[:3]]
-        compiled = jax.jit(lambda *x: attend(kernel, case, *x, None)[0], out_shardings=four).lower(*placed).compile()
+        compiled = (
+            jax.jit(lambda *x: attend(kernel, case, *x, None, None)[0], out_shardings=four).lower(*placed).compile()
+        )
     found = set(
         re.findall(
             r" (all-to-all|all-gather|all-reduce|collective-permute|reduce-scatter)(?:-start)?\(", compiled.as_text()

@@ -1,0 +1,204 @@
+"""Llama, Qwen, Mistral, Mixtral: decoders with rotary positions whose tensors are named alike."""
+
+from typing import Any
+
+from meshway.framework.conversion.family import Family
+from meshway.framework.conversion.forms import Form
+from meshway.framework.conversion.patterns import Layers, Window
+from meshway.framework.conversion.rope import Rope
+from meshway.framework.conversion.rules import Rule
+from meshway.framework.conversion.settings import Fixed, HeadDim, Same, Setting, Table, activation, same_in_words
+
+LAYER = "{base}layers.{layer}."
+OURS = "decoder/{block}/"
+
+SIZES: tuple[Setting, ...] = (
+    Same("vocab_size", "VOCAB_SIZE"),
+    Same("hidden_size", "D_MODEL"),
+    Same("intermediate_size", "D_FF"),
+    Same("num_hidden_layers", "NUM_LAYERS"),
+    Same("num_attention_heads", "NUM_HEADS"),
+    Same("num_key_value_heads", "NUM_KV_HEADS", like=("num_attention_heads", "NUM_HEADS")),
+    HeadDim("head_dim"),
+    Same("rms_norm_eps", "NORM_EPSILON"),
+    same_in_words("tie_word_embeddings", "TIED_LOGITS", False, True),
+)
+BIASES = Table("attention_bias", "ATTENTION_BIASES", ((False, ()), (True, ("query", "key", "value", "out"))))
+ATTENTION = (
+    Rule(LAYER + "self_attn.q_proj.weight", OURS + "attention/query/kernel",
+         Form("(heads head_dim) embed -> embed heads head_dim")),
+    Rule(LAYER + "self_attn.k_proj.weight", OURS + "attention/key/kernel",
+         Form("(kv_heads head_dim) embed -> embed kv_heads head_dim")),
+    Rule(LAYER + "self_attn.v_proj.weight", OURS + "attention/value/kernel",
+         Form("(kv_heads head_dim) embed -> embed kv_heads head_dim")),
+    Rule(LAYER + "self_attn.o_proj.weight", OURS + "attention/out/kernel",
+         Form("embed (heads head_dim) -> heads head_dim embed")),
+    Rule(LAYER + "self_attn.q_proj.bias", OURS + "attention/query/bias", Form("(heads head_dim) -> heads head_dim")),
+    Rule(LAYER + "self_attn.k_proj.bias", OURS + "attention/key/bias",
+         Form("(kv_heads head_dim) -> kv_heads head_dim")),
+    Rule(LAYER + "self_attn.v_proj.bias", OURS + "attention/value/bias",
+         Form("(kv_heads head_dim) -> kv_heads head_dim")),
+    Rule(LAYER + "self_attn.o_proj.bias", OURS + "attention/out/bias", Form("embed -> embed")),
+    Rule(LAYER + "self_attn.q_norm.weight", OURS + "attention/query_norm/scale", Form("head_dim -> head_dim")),
+    Rule(LAYER + "self_attn.k_norm.weight", OURS + "attention/key_norm/scale", Form("head_dim -> head_dim")),
+)  # fmt: skip
+MLP = tuple(
+    Rule(f"{LAYER}mlp.{theirs}.{kind[0]}", f"{OURS}mlp/{ours}/{kind[1]}", form)
+    for theirs, ours, form in (
+        ("gate_proj", "wi_0", Form("mlp embed -> embed mlp")),
+        ("up_proj", "wi_1", Form("mlp embed -> embed mlp")),
+        ("down_proj", "wo", Form("embed mlp -> mlp embed")),
+    )
+    for kind, form in ((("weight", "kernel"), form), (("bias", "bias"), Form("out -> out")))
+)
+NORMS = (
+    Rule(LAYER + "input_layernorm.weight", OURS + "attention_norm/scale", Form("embed -> embed")),
+    Rule(LAYER + "post_attention_layernorm.weight", OURS + "mlp_norm/scale", Form("embed -> embed")),
+)
+ENDS = (
+    Rule("{base}embed_tokens.weight", "token_embedding/embedding", Form("vocab embed -> vocab embed")),
+    Rule("{base}norm.weight", "decoder_norm/scale", Form("embed -> embed")),
+    Rule("lm_head.weight", "logits/kernel", Form("vocab embed -> embed vocab")),
+)
+EXPERTS = (
+    Rule(LAYER + "block_sparse_moe.gate.weight", OURS + "mlp/router/kernel", Form("expert embed -> embed expert")),
+    *(
+        Rule(LAYER + "block_sparse_moe.experts.{expert}." + theirs + ".weight", OURS + "mlp/experts/" + ours, form)
+        for theirs, ours, form in (
+            ("w1", "wi_0", Form("mlp embed -> embed mlp")),
+            ("w3", "wi_1", Form("mlp embed -> embed mlp")),
+            ("w2", "wo", Form("embed mlp -> mlp embed")),
+        )
+    ),
+)
+COPIES = {"lm_head.weight": "{base}embed_tokens.weight"}
+IGNORED = (r".*rotary_emb\.inv_freq",)
+BASES = ("model.", "")
+# What transformers takes for fields that config.json leaves out, of those on which the families agree.
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+_QWEN: dict[str, Any] = DEFAULTS | {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+
+LLAMA = Family(
+    name="llama",
+    model_types=("llama",),
+    architecture="LlamaForCausalLM",
+    include=lambda config: "models/llama/common.gin",
+    defaults=DEFAULTS
+    | {"intermediate_size": 11008, "max_position_embeddings": 2048, "attention_bias": False, "mlp_bias": False},
+    settings=(
+        *SIZES,
+        Rope(),
+        activation("hidden_act", gated=True),
+        BIASES,
+        same_in_words("mlp_bias", "MLP_BIAS", False, True),
+    ),
+    rules=(*ENDS[:1], *NORMS, *ATTENTION, *MLP, *ENDS[1:]),
+    bases=BASES,
+    copies=COPIES,
+    ignored=IGNORED,
+)
+QWEN2 = Family(
+    name="qwen2_5",
+    model_types=("qwen2",),
+    architecture="Qwen2ForCausalLM",
+    include=lambda config: "models/qwen2_5/common.gin",
+    defaults=_QWEN,
+    settings=(
+        *SIZES,
+        Rope(),
+        activation("hidden_act", gated=True),
+        Layers(starts="max_window_layers"),
+        Fixed("use_mrope", (False, None)),
+    ),
+    rules=LLAMA.rules,
+    bases=BASES,
+    copies=COPIES,
+    ignored=IGNORED,
+    written={"use_sliding_window": False},
+)
+QWEN3 = Family(
+    name="qwen3",
+    model_types=("qwen3",),
+    architecture="Qwen3ForCausalLM",
+    include=lambda config: "models/qwen3/common.gin",
+    defaults=_QWEN | {"head_dim": 128, "attention_bias": False},
+    settings=(
+        *SIZES,
+        Rope(),
+        activation("hidden_act", gated=True),
+        BIASES,
+        Layers(starts="max_window_layers"),
+    ),
+    rules=LLAMA.rules,
+    bases=BASES,
+    copies=COPIES,
+    ignored=IGNORED,
+    written={"use_sliding_window": False},
+)
+MISTRAL = Family(
+    name="mistral",
+    model_types=("mistral",),
+    architecture="MistralForCausalLM",
+    include=lambda config: "models/mistral/common.gin",
+    defaults=DEFAULTS
+    | {
+        "intermediate_size": 14336,
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+    settings=(*SIZES, Rope(), activation("hidden_act", gated=True), Window()),
+    rules=LLAMA.rules,
+    bases=BASES,
+    copies=COPIES,
+    ignored=IGNORED,
+)
+MIXTRAL = Family(
+    name="mixtral",
+    model_types=("mixtral",),
+    architecture="MixtralForCausalLM",
+    include=lambda config: "models/mixtral/common.gin",
+    defaults=DEFAULTS
+    | {
+        "intermediate_size": 14336,
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": None,
+        "num_experts_per_tok": 2,
+        "num_local_experts": 8,
+        "router_jitter_noise": 0.0,
+    },
+    settings=(
+        *SIZES,
+        Rope(theta=1e6),
+        activation("hidden_act", gated=True),
+        Window(),
+        Same("num_local_experts", "NUM_EXPERTS"),
+        Same("num_experts_per_tok", "routers.TopK.k"),
+        Fixed("router_jitter_noise", (0.0, None)),
+    ),
+    rules=(*ENDS[:1], *NORMS, *ATTENTION, *EXPERTS, *ENDS[1:]),
+    bases=BASES,
+    copies=COPIES,
+    ignored=IGNORED,
+    silent=frozenset({"output_router_logits", "router_aux_loss_coef"}),
+)

@@ -1,0 +1,103 @@
+"""Gemma 2 and Gemma 3's text model."""
+
+from meshway.framework.conversion.families.decoders import (
+    ATTENTION,
+    BASES,
+    BIASES,
+    COPIES,
+    DEFAULTS,
+    ENDS,
+    IGNORED,
+    LAYER,
+    MLP,
+    OURS,
+    SIZES,
+)
+from meshway.framework.conversion.family import Family
+from meshway.framework.conversion.forms import Form
+from meshway.framework.conversion.patterns import Layers
+from meshway.framework.conversion.rope import Rope
+from meshway.framework.conversion.rules import Rule
+from meshway.framework.conversion.settings import Fixed, InverseRoot, Same, activation
+
+_NORMS = tuple(
+    Rule(f"{LAYER}{theirs}.weight", f"{OURS}{ours}/scale", Form("embed -> embed"))
+    for theirs, ours in (
+        ("input_layernorm", "attention_norm"),
+        ("post_attention_layernorm", "attention_post_norm"),
+        ("pre_feedforward_layernorm", "mlp_norm"),
+        ("post_feedforward_layernorm", "mlp_post_norm"),
+    )
+)
+_RULES = (*ENDS[:1], *_NORMS, *ATTENTION, *MLP, *ENDS[1:])
+_DEFAULTS = DEFAULTS | {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "use_bidirectional_attention": False,
+}
+_SETTINGS = (
+    *SIZES,
+    activation("hidden_activation", gated=True),
+    InverseRoot("query_pre_attn_scalar", "QUERY_SCALE"),
+    BIASES,
+    Fixed("use_bidirectional_attention", (False, None)),
+)
+
+GEMMA2 = Family(
+    name="gemma2",
+    model_types=("gemma2",),
+    architecture="Gemma2ForCausalLM",
+    include=lambda config: "models/gemma2/common.gin",
+    defaults=_DEFAULTS
+    | {
+        "vocab_size": 256000,
+        "max_position_embeddings": 8192,
+        "final_logit_softcapping": 30.0,
+        "attn_logit_softcapping": 50.0,
+    },
+    settings=(
+        *_SETTINGS,
+        Rope(),
+        Layers(period=2),
+        Same("attn_logit_softcapping", "SCORES_SOFT_CAP"),
+        Same("final_logit_softcapping", "LOGITS_SOFT_CAP"),
+    ),
+    rules=_RULES,
+    bases=BASES,
+    copies=COPIES,
+    ignored=IGNORED,
+    silent=frozenset({"hidden_act", "sliding_window_size"}),
+)
+GEMMA3 = Family(
+    name="gemma3",
+    model_types=("gemma3_text",),
+    architecture="Gemma3ForCausalLM",
+    include=lambda config: "models/gemma3/common.gin",
+    defaults=_DEFAULTS
+    | {
+        "vocab_size": 262208,
+        "max_position_embeddings": 131072,
+        "final_logit_softcapping": None,
+    },
+    settings=(
+        *_SETTINGS,
+        Rope(theta=1e6, local_theta=1e4),
+        Layers(period=6),
+        Same("final_logit_softcapping", "lm.LanguageModel.logits_soft_cap", default=None),
+    ),
+    rules=_RULES,
+    bases=BASES,
+    copies=COPIES,
+    ignored=IGNORED,
+    # transformers has a soft cap of scores in this family's configuration, and does not use it.
+    silent=frozenset({"hidden_act", "attn_logit_softcapping"}),
+)

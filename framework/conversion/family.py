@@ -1,0 +1,143 @@
+"""A family of models: how its config.json and its tensors stand to recipes and parameters. Plain data."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from meshway.framework.conversion.rules import Rule
+from meshway.framework.conversion.settings import Bindings, Config, Setting
+from meshway.framework.errors import UserError, did_you_mean
+
+OWN_OUTPUT = "(an output layer of its own)"  # as if it were a field: what settings are told of the tensors
+
+# Fields that any config.json may have and that change nothing of what a text model computes at inference.
+_SILENT = """_name_or_path _attn_implementation_autoset architectures attention_dropout attn_implementation auto_map
+    bad_words_ids begin_suppress_tokens bos_token_id cache_implementation classifier_dropout decoder_start_token_id
+    diversity_penalty do_sample dropout dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing
+    id2label initializer_range label2id length_penalty max_length max_position_embeddings min_length model_type
+    no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions
+    output_hidden_states output_past output_scores pad_token_id prefix pretraining_tp problem_type remove_invalid_values
+    repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params
+    temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript transformers_version
+    transformers.js_config typical_p unk_token_id use_bfloat16 use_cache"""
+SILENT = frozenset(_SILENT.split())
+# Fields that any config.json may have, and the values with which they change nothing.
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False, None),
+    "chunk_size_feed_forward": (0, None),
+    "cross_attention_hidden_size": (None,),
+    "is_decoder": (False, True, None),
+    "pruned_heads": ({}, None),
+    "quantization_config": (None,),
+    "tie_encoder_decoder": (False, None),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What one kind of model is on both sides.
+
+    Attributes:
+      name: as --family takes it.
+      model_types: what config.json may call it; the first is written.
+      architecture: the class of transformers that loads it.
+      include: the gin file its recipes begin with, from the settings that were read.
+      defaults: what transformers takes for fields that config.json leaves out.
+      settings: all fields that matter.
+      rules: where the tensors' values lie.
+      bases: prefixes of the tensors' names; the first is written.
+      copies: tensors that may repeat another one ({base} is filled in): name -> the other. They are compared.
+      ignored: patterns of tensors that hold nothing learned.
+      silent: fields that change nothing, beside `SILENT`.
+      written: fields that are written as they stand here.
+      tied_by_tensors: whether the output layer is told by the tensors that are there, not by tie_word_embeddings.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    architecture: str
+    include: Callable[[Config], str]
+    defaults: Mapping[str, Any]
+    settings: Sequence[Setting]
+    rules: Sequence[Rule]
+    bases: tuple[str, ...] = ("",)
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    ignored: Sequence[str] = ()
+    silent: frozenset[str] = frozenset()
+    written: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tied_by_tensors: bool = False
+
+    def read(self, config: Config, own_output: bool = False, ignoring: Sequence[str] = ()) -> Bindings:
+        """Returns the bindings that say what config.json does.
+
+        Args:
+          config: config.json.
+          own_output: whether the files hold an output layer other than the embeddings.
+          ignoring: fields that the user says change nothing.
+
+        Raises:
+          UserError: a field that is not known, or has a value with which meshway would compute something else.
+        """
+        full = {**self.defaults, **config, OWN_OUTPUT: own_output}
+        known = {field for setting in self.settings for field in setting.fields}
+        for field, value in config.items():
+            if field in known or field in SILENT or field in self.silent or field in ignoring:
+                continue
+            if field in NEUTRAL:
+                if value not in NEUTRAL[field]:
+                    raise UserError(
+                        f"config.json: {field} = {_short(value)} is not something that meshway computes; it reads "
+                        f"models without it"
+                    )
+            elif value is not None:
+                near = did_you_mean(field, known, limit=1)
+                raise UserError(
+                    f"config.json: field {field!r} (= {_short(value)}) is not known for family {self.name}{near}; if "
+                    f"it changes nothing of what the model computes, give --ignore_fields={field}"
+                )
+        bindings: Bindings = {}
+        for setting in self.settings:
+            bindings |= setting.read(full)
+        return bindings
+
+    def write(self, bindings: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+        """Returns config.json for a recipe's bindings and weights of `dtype`.
+
+        Raises:
+          UserError: a binding that config.json cannot say, or one that is missing.
+        """
+        config: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_types[0]}
+        config |= self.written
+        for setting in self.settings:
+            config |= setting.write(bindings)
+        return config | {"torch_dtype": dtype}
+
+    def speaks_of(self, field: str) -> bool:
+        """Whether a setting reads or writes this field of config.json."""
+        return any(field in setting.fields for setting in self.settings)
+
+    def base_of(self, tensors: Sequence[str]) -> str:
+        """Returns the first prefix that one of these tensors' names has."""
+        return next((base for base in self.bases if any(name.startswith(base) for name in tensors)), self.bases[0])
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Returns config.json of a directory; raises UserError where there is none or it does not parse."""
+    path = Path(directory) / "config.json"
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{directory} has no config.json: it is no Hugging Face model directory") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type", ""), str):
+        raise UserError(f"{path} is no model's configuration")
+    return config
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,141 @@
+"""A Hugging Face model directory: its family, its settings as a recipe's bindings, its tensors as parameters."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from meshway.framework.conversion.families import registry
+from meshway.framework.conversion.family import Family, read_config
+from meshway.framework.conversion.rules import Piece, Shape, check_tensors, pieces_of
+from meshway.framework.conversion.settings import Bindings
+from meshway.framework.conversion.tensor_files import INDEX, SINGLE, TensorFiles
+from meshway.framework.conversion.values import Values, values_of
+from meshway.framework.errors import UserError
+
+_COMPARED_BYTES = 64 * 2**20  # of two tensors at a time
+_HEAD = "lm_head.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFaceModel:
+    """A model directory, opened.
+
+    Attributes:
+      directory: where it lies.
+      config: its config.json.
+      family: what it is.
+      base: the prefix of its tensors' names.
+      tensors: its weights.
+      copies: tensors that repeat another one: name -> the other.
+      bindings: what a recipe says for config.json.
+    """
+
+    directory: Path
+    config: Mapping[str, Any]
+    family: Family
+    base: str
+    tensors: TensorFiles
+    copies: Mapping[str, str]
+    bindings: Bindings
+
+    def pieces(self, shapes: Mapping[str, Shape]) -> list[Piece]:
+        """Returns how the tensors make up the parameters [shapes] of the model that `bindings` build.
+
+        Raises:
+          UserError: what does not fit, all of it.
+        """
+        pieces = pieces_of(self.family.rules, self.base, shapes)
+        found = {name: self.tensors.shape(name) for name in self.tensors}
+        try:
+            check_tensors(pieces, found, self.family.ignored, self.copies)
+        except UserError as error:
+            raise UserError(f"{self.directory} is no complete {self.family.name} model: {error}") from None
+        return pieces
+
+    def values(self, shapes: Mapping[str, Shape], dtype: np.dtype | None = None) -> dict[str, Values]:
+        """Returns the parameters [shapes], to be read piece by piece or shard by shard.
+
+        Args:
+          shapes: of all parameters of the model.
+          dtype: that they are converted to, None for their own.
+
+        Raises:
+          UserError: a tensor is missing, has no place, another shape or a dtype that is not converted.
+        """
+        return values_of(self.pieces(shapes), shapes, self.tensors, dtype)
+
+
+def is_model(directory: Path) -> bool:
+    """Whether a directory looks like a Hugging Face model."""
+    return any((directory / name).is_file() for name in ("config.json", SINGLE, INDEX))
+
+
+def open_model(directory: Path, family: str | None = None, ignoring: Sequence[str] = ()) -> HuggingFaceModel:
+    """Opens a model directory; reads config.json and the headers of the weights.
+
+    Args:
+      directory: with config.json, and `model.safetensors` or its shards and their index.
+      family: what it must be, None to take what config.json says.
+      ignoring: fields of config.json that the user says change nothing.
+
+    Raises:
+      UserError: no such directory, another family, a field that is not known, a file that is missing or truncated.
+    """
+    directory = Path(directory)
+    config = read_config(directory)
+    found = registry.detect(config, family)
+    tensors = TensorFiles(directory)
+    base = found.base_of(list(tensors))
+    copies = _copies(found, base, tensors)
+    bindings = found.read(config, _HEAD in tensors and _HEAD not in copies, ignoring)
+    if not found.tied_by_tensors:
+        copies = _checked(copies, tensors, bool(bindings["TIED_LOGITS"]))
+    return HuggingFaceModel(directory, config, found, base, tensors, copies, bindings)
+
+
+def _copies(family: Family, base: str, tensors: TensorFiles) -> dict[str, str]:
+    """Returns the tensors that are there twice.
+
+    Raises:
+      UserError: one that can only be a copy differs.
+    """
+    copies = {}
+    for name, other in ((name, other.format(base=base)) for name, other in family.copies.items()):
+        if name not in tensors or other not in tensors:
+            continue
+        if name != _HEAD:
+            if not _equal(tensors, name, other):
+                raise UserError(f"{tensors.directory}: {name} differs from {other}, which it should repeat")
+            copies[name] = other
+        elif not family.tied_by_tensors or _equal(tensors, name, other):
+            copies[name] = other
+    return copies
+
+
+def _checked(copies: Mapping[str, str], tensors: TensorFiles, tied: bool) -> dict[str, str]:
+    """Returns the copies of a family whose config.json tells whether the output layer is one."""
+    if not tied:
+        return {name: other for name, other in copies.items() if name != _HEAD}
+    if _HEAD in copies and not _equal(tensors, _HEAD, copies[_HEAD]):
+        raise UserError(
+            f"{tensors.directory}: config.json ties the output layer to the embeddings, but {_HEAD} differs from "
+            f"{copies[_HEAD]}; set tie_word_embeddings to false if it is a layer of its own"
+        )
+    return dict(copies)
+
+
+def _equal(tensors: TensorFiles, name: str, other: str) -> bool:
+    """Whether two tensors are the same, bit for bit."""
+    shape = tensors.shape(name)
+    if shape != tensors.shape(other) or tensors.dtype(name) != tensors.dtype(other):
+        return False
+    row = int(np.prod(shape[1:])) * tensors.dtype(name).itemsize
+    rows = max(1, _COMPARED_BYTES // max(row, 1))
+    for start in range(0, shape[0], rows):
+        box = (slice(start, min(start + rows, shape[0])),)
+        if tensors.read(name, box).tobytes() != tensors.read(other, box).tobytes():
+            return False
+    return True

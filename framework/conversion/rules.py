@@ -1,0 +1,169 @@
+"""The map between a Hugging Face model's tensors and our parameters: rules that serve both ways."""
+
+import dataclasses
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+from meshway.framework.checkpoints.schema import nearest_names
+from meshway.framework.checkpoints.sources import block_of, pattern_lengths
+from meshway.framework.conversion.forms import Form
+from meshway.framework.errors import UserError
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Which tensor holds which parameter.
+
+    Attributes:
+      theirs: the tensor's name; {base} is the family's prefix, {layer} the layer's number, {expert} the expert's.
+      ours: the parameter's path, where {block} stands for the block of the stack's pattern that the layer is; several
+        paths where one tensor holds several parameters, in the order of `part`.
+      form: how dimensions differ, without those of layers and experts, which lead ours.
+      beside: only where the model has a parameter whose path ends so; with '!' only where it has none.
+    """
+
+    theirs: str
+    ours: str | tuple[str, ...]
+    form: Form
+    beside: str = ""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The parameters, one or several."""
+        return (self.ours,) if isinstance(self.ours, str) else self.ours
+
+    def applies(self, paths: Collection[str]) -> bool:
+        """Whether the rule is one for the model with these parameters."""
+        wanted = self.beside.removeprefix("!")
+        return not wanted or any(path.endswith(wanted) for path in paths) != self.beside.startswith("!")
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One tensor, and the entries of our parameters that it holds.
+
+    Attributes:
+      theirs: the tensor's name.
+      ours: the parameters, in the order of parts.
+      index: the entry of them all: (layer,), (layer, expert) or ().
+      form: how dimensions differ.
+      sizes: of the form's names.
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    index: tuple[int, ...]
+    form: Form
+    sizes: Mapping[str, int]
+
+    @property
+    def their_shape(self) -> Shape:
+        """The tensor's shape."""
+        return self.form.their_shape(self.sizes)
+
+
+def pieces_of(rules: Sequence[Rule], base: str, shapes: Mapping[str, Shape]) -> list[Piece]:
+    """Returns the tensors that a model with parameters [shapes] is made of, in the order of the parameters.
+
+    Raises:
+      UserError: a parameter that no rule speaks of, or that has other dimensions than its rule: all are listed.
+    """
+    rules = [rule for rule in rules if rule.applies(shapes)]
+    lengths = pattern_lengths(shapes)
+    pieces, problems = [], []
+    for path, shape in shapes.items():
+        found = next(((rule, part, stack) for rule in rules for part, stack in _matches(rule, path)), None)
+        if found is None:
+            problems.append(path)
+            continue
+        rule, part, stack = found
+        if part:
+            continue  # it lies in the tensor of the first one
+        count = ("{layer}" in rule.theirs) + ("{expert}" in rule.theirs)
+        sizes = rule.form.sizes(shape[count:], len(rule.paths))
+        if sizes is None:
+            problems.append(f"{path} (of {len(shape)} dimensions)")
+            continue
+        block = block_of(path)
+        for index in _indices(shape[:count]):
+            layer = index[0] * lengths[block.stack] + block.index if block and index else 0
+            name = rule.theirs.format(base=base, layer=layer, expert=index[-1] if index else 0)
+            ours = tuple(each.replace("{block}", stack) for each in rule.paths)
+            pieces.append(Piece(name, ours, index, rule.form, sizes))
+    if problems:
+        raise UserError(f"{len(problems)} parameters of the model have no place in this family: {_listed(problems)}")
+    return pieces
+
+
+def check_tensors(
+    pieces: Sequence[Piece], tensors: Mapping[str, Shape], ignored: Sequence[str], copies: Collection[str] = ()
+) -> None:
+    """Compares the tensors that a model is made of with those that are there.
+
+    Args:
+      pieces: what the model is made of.
+      tensors: the shapes of those there.
+      ignored: patterns of tensors that hold nothing learned, such as a table of rotary frequencies.
+      copies: names that repeat another tensor, and were compared with it.
+
+    Raises:
+      UserError: parameters without a tensor, tensors without a parameter, or other shapes: all are listed.
+    """
+    wanted = {piece.theirs: piece.their_shape for piece in pieces}
+    missing = [name for name in wanted if name not in tensors]
+    left = [
+        name
+        for name in tensors
+        if name not in wanted and name not in copies and not any(re.fullmatch(each, name) for each in ignored)
+    ]
+    shapes = [
+        f"{name} is {list(tensors[name])}, not {list(shape)}"
+        for name, shape in wanted.items()
+        if name in tensors and tensors[name] != shape
+    ]
+    problems = []
+    if missing:
+        near = nearest_names(missing[0], left) if left else []
+        hint = f" (nearest there: {near[0]})" if near else ""
+        problems.append(f"{len(missing)} tensors are missing: {_listed(missing)}{hint}")
+    if left:
+        problems.append(f"{len(left)} tensors have no place in the model: {_listed(left)}")
+    if shapes:
+        problems.append(f"{len(shapes)} tensors have another shape than config.json says: {_listed(shapes)}")
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def by_parameter(pieces: Sequence[Piece]) -> dict[str, list[tuple[Piece, int]]]:
+    """Returns the pieces of each parameter, each with the number of its part in the tensor."""
+    found: dict[str, list[tuple[Piece, int]]] = defaultdict(list)
+    for piece in pieces:
+        for part, path in enumerate(piece.ours):
+            found[path].append((piece, part))
+    return dict(found)
+
+
+def _matches(rule: Rule, path: str) -> Iterator[tuple[int, str]]:
+    """Yields (the number of `path` among the rule's parameters, its block)."""
+    for part, pattern in enumerate(rule.paths):
+        before, block, after = pattern.partition("{block}")
+        match = re.fullmatch(re.escape(before) + (r"(block_\d+)" if block else "") + re.escape(after), path)
+        if match:
+            yield part, match[1] if block else ""
+
+
+def _indices(shape: Shape) -> Iterator[tuple[int, ...]]:
+    if not shape:
+        yield ()
+        return
+    for first in range(shape[0]):
+        for rest in _indices(shape[1:]):
+            yield (first, *rest)
+
+
+def _listed(names: Sequence[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,228 @@
+"""T5X's networks under our names: T5 1.1, T5 1.0 and its decoder-only example.
+
+A stack's layers lie in T5X either side by side ("encoder/layers_3/mlp/wo/kernel") or, where they are scanned, in one
+array whose second dimension is the layers ("encoder/layers/mlp/wo/kernel"; until 2023 "encoder/encoder/...").
+"""
+
+import ast
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from meshway.framework.conversion.forms import Form
+from meshway.framework.conversion.rules import Rule, Shape
+from meshway.framework.conversion.settings import Bindings
+from meshway.framework.conversion.t5x_files import T5XFiles
+from meshway.framework.errors import UserError
+
+_ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu", "linear": "linear"}
+_LAYER = re.compile(r"(encoder|decoder)/(?:layers_(?P<layer>\d+)|(?P<scanned>layers|encoder|decoder))/(?P<rest>.+)")
+Names = tuple[tuple[str, str, str], ...]  # T5X's name, ours, how dimensions differ
+
+_VECTOR, _MATRIX = "embed -> embed", "rows columns -> rows columns"
+_TABLE = "heads buckets -> heads buckets"
+_INPUTS = "embed (heads head_dim) -> embed heads head_dim"  # T5X keeps heads and their size in one dimension
+_OUTPUTS = "(heads head_dim) embed -> heads head_dim embed"
+
+
+def _attention(theirs: str, ours: str) -> Names:
+    inputs = tuple((f"{theirs}/{name}/kernel", f"{ours}/{name}/kernel", _INPUTS) for name in ("query", "key", "value"))
+    return (*inputs, (f"{theirs}/out/kernel", f"{ours}/out/kernel", _OUTPUTS))
+
+
+_GATED: Names = (
+    ("mlp/wi_0/kernel", "mlp/wi_0/kernel", _MATRIX),
+    ("mlp/wi_1/kernel", "mlp/wi_1/kernel", _MATRIX),
+)
+_PLAIN: Names = (("mlp/wi/kernel", "mlp/wi_0/kernel", _MATRIX),)
+_LAYER_NAMES: Mapping[str, Names] = {  # of one layer, but for how its MLP begins
+    "encoder": (
+        ("pre_attention_layer_norm/scale", "attention_norm/scale", _VECTOR),
+        *_attention("attention", "attention"),
+        ("pre_mlp_layer_norm/scale", "mlp_norm/scale", _VECTOR),
+        ("mlp/wo/kernel", "mlp/wo/kernel", _MATRIX),
+    ),
+    "decoder": (
+        ("pre_self_attention_layer_norm/scale", "attention_norm/scale", _VECTOR),
+        *_attention("self_attention", "attention"),
+        ("pre_cross_attention_layer_norm/scale", "cross_attention_norm/scale", _VECTOR),
+        *_attention("encoder_decoder_attention", "cross_attention"),
+        ("pre_mlp_layer_norm/scale", "mlp_norm/scale", _VECTOR),
+        ("mlp/wo/kernel", "mlp/wo/kernel", _MATRIX),
+    ),
+}
+_AROUND_DECODER: Names = (
+    ("decoder/decoder_norm/scale", "decoder_norm/scale", _VECTOR),
+    ("decoder/logits_dense/kernel", "logits/kernel", _MATRIX),
+)
+_AROUND_T5: Names = (
+    ("token_embedder/embedding", "token_embedding/embedding", _MATRIX),
+    ("encoder/relpos_bias/rel_embedding", "encoder_position_bias/embedding", _TABLE),
+    ("encoder/encoder_norm/scale", "encoder_norm/scale", _VECTOR),
+    ("decoder/relpos_bias/rel_embedding", "decoder_position_bias/embedding", _TABLE),
+    *_AROUND_DECODER,
+)
+_AROUND_LM: Names = (
+    ("decoder/token_embedder/embedding", "token_embedding/embedding", _MATRIX),
+    ("decoder/relpos_bias/rel_embedding", "position_bias/embedding", _TABLE),
+    *_AROUND_DECODER,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class T5XNetwork:
+    """What a checkpoint's network is here.
+
+    Attributes:
+      include: the gin file that its recipe begins with.
+      bindings: macros of that file.
+      rules: where each parameter's values lie in the checkpoint.
+    """
+
+    include: str
+    bindings: Bindings
+    rules: tuple[Rule, ...]
+
+
+def network_of(files: T5XFiles) -> T5XNetwork:
+    """Returns what network a checkpoint holds, by the names and shapes of its arrays.
+
+    Only the MLP's activations leave no trace there. They are read from the `config.gin` that T5X writes beside its
+    checkpoints; without one a gated MLP is T5 1.1's (gelu, linear), a plain one T5 1.0's (relu).
+
+    Raises:
+      UserError: an array that these networks must have is missing; activations that meshway lacks; a position bias
+        in each layer, which its T5 lacks.
+    """
+    shapes = {name: files.shape(name) for name in files}
+    _refuse_biases_by_layer(shapes)
+    stacks = {stack: _Stack.of(stack, shapes) for stack in ("encoder", "decoder")}
+    encoder, decoder = stacks["encoder"], stacks["decoder"]
+    if decoder is None:
+        raise UserError(f"{files.directory} is neither a T5 nor a decoder of T5X: it has no layers in 'decoder'")
+    around = _AROUND_LM if encoder is None else _AROUND_T5
+    vocab_size, d_model = _shape_of(around[0][0], shapes)
+    num_heads, num_buckets = _shape_of("decoder/relpos_bias/rel_embedding", shapes)
+    gated, tied = decoder.is_gated, "decoder/logits_dense/kernel" not in shapes
+    activations = _activations(files.directory.parent, gated)
+    bindings: Bindings = {
+        "VOCAB_SIZE": vocab_size,
+        "D_MODEL": d_model,
+        "D_FF": decoder.shape("mlp/wo/kernel")[0],
+        "NUM_HEADS": num_heads,
+        "HEAD_DIM": decoder.shape("self_attention/out/kernel")[0] // num_heads,
+        "NUM_BUCKETS": num_buckets,
+        "ACTIVATIONS": activations,
+        "TIED_LOGITS": tied,
+    }
+    if encoder is None:
+        include, depths = "models/t5x_decoder/common.gin", {"NUM_LAYERS": decoder.num_layers}
+    else:
+        include = f"models/{'t5_1_1' if gated else 't5'}/common.gin"
+        depths = {"NUM_ENCODER_LAYERS": encoder.num_layers, "NUM_DECODER_LAYERS": decoder.num_layers}
+    rules = [rule for stack in (encoder, decoder) if stack for rule in stack.rules()]
+    rules += [Rule(theirs, ours, Form(form)) for theirs, ours, form in around]
+    return T5XNetwork(include, bindings | depths, tuple(rules))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stack:
+    """The layers of an encoder or a decoder.
+
+    Attributes:
+      name: encoder or decoder.
+      scanned: the name under which all layers lie in one array, if they do.
+      num_layers: how many.
+      first: shapes of the first layer's arrays, of all layers' where scanned.
+    """
+
+    name: str
+    scanned: str
+    num_layers: int
+    first: Mapping[str, Shape]
+
+    @classmethod
+    def of(cls, name: str, shapes: Mapping[str, Shape]) -> "_Stack | None":
+        """Returns a stack of the checkpoint, None where it has no layer of it."""
+        matches = [(match, shape) for match, shape in _layers(shapes) if match[1] == name]
+        if not matches:
+            return None
+        scanned = next((match["scanned"] for match, _ in matches if match["scanned"]), "")
+        first = {match["rest"]: shape for match, shape in matches if (match["layer"] or "0") == "0"}
+        layers = [int(match["layer"]) for match, _ in matches if match["layer"]]
+        norms = [shape for rest, shape in first.items() if rest.endswith("norm/scale")]
+        if scanned and (layers or not norms or len(norms[0]) != 2):
+            raise UserError(f"T5X checkpoint: {name}/{scanned} has no second dimension of layers, as scanned ones have")
+        return cls(name, scanned, norms[0][1] if scanned else max(layers) + 1, first)
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the MLP has two inner layers."""
+        return "mlp/wi_1/kernel" in self.first
+
+    def shape(self, name: str) -> Shape:
+        """Returns the shape of one layer's array."""
+        shape = _shape_of(name, self.first, f"{self.name}/{self.scanned or 'layers_0'}/")
+        return (shape[0], *shape[2:]) if self.scanned else shape
+
+    def rules(self) -> Iterator[Rule]:
+        """Yields where the layers' parameters lie."""
+        for theirs, ours, form in (*_LAYER_NAMES[self.name], *(_GATED if self.is_gated else _PLAIN)):
+            if self.scanned:
+                left, right = form.split(" -> ")
+                first, *others = re.findall(r"\(.*?\)|\w+", left)
+                form = f"{' '.join((first, 'layers', *others))} -> layers {right}"
+            yield Rule(
+                f"{self.name}/{self.scanned or 'layers_{layer}'}/{theirs}", f"{self.name}/{{block}}/{ours}", Form(form)
+            )
+
+
+def _layers(names: Mapping[str, Shape]) -> Iterator[tuple[re.Match[str], Shape]]:
+    for name, shape in names.items():
+        match = _LAYER.fullmatch(name)
+        if match:
+            yield match, shape
+
+
+def _shape_of(name: str, shapes: Mapping[str, Shape], prefix: str = "") -> Shape:
+    if name not in shapes:
+        raise UserError(
+            f"the T5X checkpoint has no {prefix}{name}, which T5 and T5X's decoder-only example have; it has "
+            + _some(prefix + known for known in shapes)
+        )
+    return shapes[name]
+
+
+def _refuse_biases_by_layer(shapes: Mapping[str, Shape]) -> None:
+    found = [match[0] for match, _ in _layers(shapes) if match["rest"].endswith("/rel_embedding")]
+    if found:
+        raise UserError(
+            f"the T5X checkpoint has a position bias in each layer ({found[0]}), as umT5 and the scalable examples do; "
+            "meshway's T5 has one for all layers of a stack"
+        )
+
+
+def _activations(run: Path, gated: bool) -> tuple[str, ...]:
+    """Returns the MLP's activations that a run's config.gin binds, else those of T5 1.1 or 1.0."""
+    file = run / "config.gin"
+    text = file.read_text("utf-8", errors="replace") if file.is_file() else ""
+    match = re.search(r"\bmlp_activations\s*=\s*([(\[][^)\]]*[)\]])", text)
+    if not match:
+        return ("gelu", "linear") if gated else ("relu",)
+    try:
+        names = [str(name) for name in ast.literal_eval(match[1])]
+    except (ValueError, SyntaxError) as error:
+        raise UserError(f"{file}: mlp_activations = {match[1]} cannot be read") from error
+    unknown = [name for name in names if name not in _ACTIVATIONS]
+    if unknown or len(names) != 1 + gated:
+        wanted = f"{1 + gated} of {', '.join(_ACTIVATIONS)}"
+        raise UserError(
+            f"{file}: mlp_activations = {match[1]} is not what the checkpoint can be converted with: {wanted}"
+        )
+    return tuple(_ACTIVATIONS[name] for name in names)
+
+
+def _some(names: Iterable[str], limit: int = 4) -> str:
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,0 +1,152 @@
+"""A directory of safetensors files, read tensor by tensor or slice by slice."""
+
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from meshway.framework.errors import UserError, did_you_mean
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES: Mapping[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}  # the format's names of what can be converted
+Box = tuple[slice, ...]  # one slice with explicit bounds a dimension
+
+
+class TensorFiles:
+    """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` lists.
+
+    Only headers are read at first, and all of them: what is missing or truncated is found before any work. Data is
+    read, not mapped, so that memory holds no more than what was asked for.
+    """
+
+    def __init__(self, directory: Path):
+        """Raises UserError: no weights there; a shard is missing, truncated or damaged; the index names a tensor that
+        its shard has not."""
+        self.directory = Path(directory)
+        self._file_of = self._listed()
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
+        for path in dict.fromkeys(self._file_of.values()):
+            self._read_header(path)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns a tensor's shape."""
+        return self._shapes[name]
+
+    def stored_dtype(self, name: str) -> str:
+        """Returns a tensor's dtype in the format's words, as 'BF16' or 'F8_E4M3'."""
+        return self._dtypes[name]
+
+    def dtype(self, name: str) -> np.dtype:
+        """Returns a tensor's dtype.
+
+        Raises:
+          UserError: it is not one of `DTYPES`, as that of quantised weights.
+        """
+        stored = self._dtypes[name]
+        if stored not in DTYPES:
+            raise UserError(
+                f"tensor {name!r} in {self._file_of[name].name} has dtype {stored}, which meshway does not convert "
+                f"(it reads {', '.join(DTYPES)}): give a directory with unquantised weights"
+            )
+        return DTYPES[stored]
+
+    def read(self, name: str, box: Box = ()) -> np.ndarray:
+        """Returns a tensor, or the part of it in `box`, of which missing dimensions are whole.
+
+        Raises:
+          UserError: a dtype that is not converted, or the file can no longer be read.
+        """
+        dtype = self.dtype(name)
+        try:
+            with safe_open(self._file_of[name], framework="np", backend="pread") as file:
+                if not self._shapes[name]:
+                    return np.asarray(file.get_tensor(name), dtype)
+                value: np.ndarray = file.get_slice(name)[tuple(box) or (slice(None),)]
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"tensor {name!r} cannot be read from {self._file_of[name]}: {error}") from error
+        return value
+
+    @functools.cached_property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors that can be converted."""
+        sizes = (
+            int(np.prod(self._shapes[name])) * DTYPES[self._dtypes[name]].itemsize
+            for name in self
+            if self._dtypes[name] in DTYPES
+        )
+        return sum(sizes)
+
+    def _listed(self) -> dict[str, Path]:
+        """Returns the file of each tensor; of a single file, before its header is read, of none but the file's own."""
+        index, single = self.directory / INDEX, self.directory / SINGLE
+        if single.is_file():  # as transformers, which looks for an index only without it
+            return {"": single}
+        if not index.is_file():
+            raise UserError(f"{self.directory} has neither {SINGLE} nor {INDEX}{_other_weights(self.directory)}")
+        try:
+            listed = json.loads(index.read_text("utf-8"))["weight_map"]
+            files = {str(name): self.directory / str(file) for name, file in listed.items()}
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{index} cannot be read: {_words(error)}") from error
+        missing = sorted({path.name for path in files.values() if not path.is_file()})
+        if missing:
+            some = next(name for name, path in files.items() if path.name == missing[0])
+            raise UserError(
+                f"{self.directory} lacks {len(missing)} of {len(set(files.values()))} shards that {INDEX} lists: "
+                f"{', '.join(missing[:4])} (as of tensor {some!r}); fetch the directory again"
+            )
+        return files
+
+    def _read_header(self, path: Path) -> None:
+        """Notes what a file holds; raises UserError where that is not what the index says."""
+        try:
+            with safe_open(path, framework="np", backend="pread") as file:
+                held = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 it is no dict
+                headers: dict[str, tuple[tuple[int, ...], str]] = {
+                    name: (tuple(view.get_shape()), view.get_dtype()) for name, view in held.items()
+                }
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{path} is truncated, damaged or no safetensors file ({_words(error)}); fetch it again"
+            ) from error
+        if "" in self._file_of:
+            self._file_of = dict.fromkeys(headers, path)
+        for name in (name for name, owner in self._file_of.items() if owner == path):
+            if name not in headers:
+                near = did_you_mean(name, headers, limit=1)
+                raise UserError(f"{INDEX} says that {path.name} holds tensor {name!r}, but it does not{near}")
+            self._shapes[name], self._dtypes[name] = headers[name]
+        extra = [name for name in headers if self._file_of.get(name) != path]
+        if extra:
+            raise UserError(f"{path.name} holds tensor {extra[0]!r}, which {INDEX} does not say")
+
+
+def _other_weights(directory: Path) -> str:
+    """Returns what to do about weights in another format, where there are any."""
+    others = sorted(
+        path.name for pattern in ("*.bin", "*.msgpack", "*.h5", "*.gguf") for path in directory.glob(pattern)
+    )
+    if not others:
+        return ""
+    return f"; {others[0]} is not read: save the model in safetensors (transformers' save_pretrained does)"
+
+
+def _words(error: Any) -> str:
+    return f"{error}" or type(error).__name__

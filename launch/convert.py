@@ -1,0 +1,178 @@
+"""meshway convert: weights of Hugging Face models in and out.
+
+    meshway convert --from=DIR --to=runs/llama
+    meshway convert --from=runs/llama --to=DIR
+
+The first makes a run directory with a recipe, from which `meshway` goes on at once; the second a directory that
+transformers loads. Weights pass through memory tensor by tensor.
+"""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from meshway.framework.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from meshway.framework.interfaces import Model
+    from meshway.launch.config import Recipe
+    from meshway.launch.invocation import Invocation
+
+DTYPES = ("keep", "float32", "bfloat16", "float16")
+CONVERT, NETWORK = "convert", "network"
+_SHARD = "5GB"
+
+
+def convert(
+    source: str,
+    target: str,
+    family: str | None = None,
+    dtype: str = "keep",
+    step: int | None = None,
+    max_shard_size: str | None = None,
+    ignore_fields: str = "",
+) -> None:
+    """Converts a Hugging Face directory to a run directory, or a run's checkpoint to a Hugging Face directory.
+
+    Args:
+      source: a Hugging Face directory, T5X's checkpoints or one of them, a run directory, or one of its checkpoints.
+      target: the directory to make; it must not be there yet.
+      family: what the model is, None to find out.
+      dtype: what weights are written as: 'float32', 'bfloat16', 'float16', or 'keep' for what they are.
+      step: which checkpoint of a run, T5X's too, None for the latest.
+      max_shard_size: of one safetensors file, as '800MB'; None for 5GB.
+      ignore_fields: fields of config.json, 'a,b', that change nothing of what the model computes.
+
+    Raises:
+      UserError: anything that does not fit; nothing is left behind then.
+    """
+    from meshway.framework.conversion import hugging_face, t5x_files
+    from meshway.launch import convert_in, convert_out, convert_t5x
+
+    origin, goal = Path(source).expanduser(), Path(target).expanduser()
+    if not origin.exists():
+        raise UserError(f"--from={source}: there is no such directory")
+    wanted = _dtype(dtype)
+    run = convert_out.find_run(origin, step)
+    is_t5x = run is None and t5x_files.is_run(origin)
+    if run is None and not is_t5x and not hugging_face.is_model(origin):
+        raise UserError(
+            f"--from={source} is neither a Hugging Face directory (config.json, model.safetensors) nor a run directory "
+            "(checkpoints/) nor a checkpoint, nor T5X's (checkpoint_STEP/)"
+        )
+    if is_t5x and family is not None:
+        raise UserError("--family is not for T5X's checkpoints, whose arrays tell what the model is")
+    if ignore_fields and (is_t5x or run is not None):
+        raise UserError(
+            "--ignore_fields is about config.json of a Hugging Face directory to take in, and --from is none"
+        )
+    if max_shard_size is not None and run is None:
+        raise UserError("--max_shard_size is about files to write out, and --from is to be taken in")
+    with fresh_directory(goal) as folder:
+        if run is not None:
+            summary = convert_out.to_hugging_face(run, folder, family, wanted, max_shard_size or _SHARD)
+        elif is_t5x:
+            summary = convert_t5x.from_t5x(origin, folder, goal.absolute(), wanted, step)
+        else:
+            if step is not None:
+                raise UserError("--step names a checkpoint of a run, and --from is a Hugging Face directory")
+            ignoring = [field for field in ignore_fields.split(",") if field]
+            summary = convert_in.from_hugging_face(origin, folder, goal.absolute(), family, wanted, ignoring)
+    say(summary | {"written to": str(goal)})
+
+
+def network(model: "Model") -> "Model":
+    """Returns the model of a recipe: what `runs/convert.gin` binds."""
+    return model
+
+
+def build_network(path: Path) -> tuple["Model", "Recipe"]:
+    """Returns the model that a recipe file describes, and the recipe.
+
+    Raises:
+      UserError: the recipe is wrong.
+    """
+    from meshway.launch import config
+    from meshway.launch.invocation import Invocation
+
+    recipe = config.load(Invocation(CONVERT, NETWORK, gin_files=(str(path),)), import_unreferenced=False)
+    return network(**recipe.build(f"{CONVERT}.{NETWORK}")), recipe
+
+
+@contextlib.contextmanager
+def fresh_directory(target: Path) -> Iterator[Path]:
+    """Yields a directory beside `target` that takes its name once all went well, and is removed otherwise.
+
+    Raises:
+      UserError: `target` is there, or cannot be made.
+    """
+    if target.exists() or target.is_symlink():
+        raise UserError(f"--to={target} is there already: give a new directory, nothing is written over")
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+    except OSError as error:
+        raise UserError(f"--to={target} cannot be made: {error.strerror or error}") from error
+    try:
+        yield partial
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def progress(total_bytes: int, what: str) -> Iterator[Callable[[int], None]]:
+    """Yields what to tell the bytes that were written; shows a bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(what, total=total_bytes)
+        yield lambda size: bar.advance(task, size)
+
+
+def say(facts: Mapping[str, str]) -> None:
+    """Prints what was done, a line a fact."""
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:{width}}  {value}")
+
+
+def _dtype(name: str) -> "np.dtype | None":
+    if name not in DTYPES:
+        raise UserError(f"--dtype={name} is not one of {', '.join(DTYPES)}")
+    if name == "keep":
+        return None
+    import jax.numpy as jnp
+
+    return jnp.dtype(name)
+
+
+def run(invocation: "Invocation") -> None:
+    """Runs the verb from the command line."""
+    import jax
+
+    from meshway.launch import config
+
+    jax.config.update("jax_platforms", "cpu")  # values only move: accelerators stay free
+    own = f"{CONVERT}.{CONVERT}"
+    if not any(binding.startswith(f"{own}.target=") for binding in invocation.bindings):
+        raise UserError("meshway convert needs --to=DIR: the directory to make")
+    recipe = config.load(dataclasses.replace(invocation, subject=CONVERT))
+    convert(**recipe.build(own))
+
+
+if __name__ == "__main__":
+    from meshway.launch import cli
+
+    sys.exit(cli.main([CONVERT, *sys.argv[1:]]))

@@ -1,0 +1,162 @@
+"""A Hugging Face directory as a run directory: checkpoint, recipe, vocabulary."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from meshway.framework.conversion import tokenizer_files
+from meshway.framework.conversion.hugging_face import HuggingFaceModel, open_model
+from meshway.framework.conversion.rules import Shape
+from meshway.framework.conversion.settings import Bindings, Reference
+from meshway.framework.conversion.stream import write_checkpoint
+from meshway.framework.conversion.values import Tensors, Values
+from meshway.framework.data.vocabulary import Vocabulary
+from meshway.framework.errors import UserError
+from meshway.framework.interfaces import Model
+from meshway.framework.partitioning.explain import format_bytes
+from meshway.framework.training.run_directory import RunDirectory
+from meshway.framework.training.trees import flatten
+from meshway.launch import convert, recipe_bindings
+from meshway.launch.recipe_text import Macro
+
+ORIGIN, NOTES, RECIPE = "hugging_face", "conversion.json", "recipe.gin"
+_FEATURES = {True: ("inputs", "targets"), False: ("targets",)}  # of a task, by whether the model has an encoder
+
+
+def from_hugging_face(
+    source: Path, folder: Path, goal: Path, family: str | None, dtype: np.dtype | None, ignoring: Sequence[str]
+) -> dict[str, str]:
+    """Makes a run directory of a Hugging Face directory.
+
+    Args:
+      source: the Hugging Face directory.
+      folder: where it is made, empty.
+      goal: where it will lie in the end, for paths in the recipe.
+      family, dtype, ignoring: see `convert.convert`.
+
+    Returns:
+      what was done, for people.
+
+    Raises:
+      UserError: see `open_model`; the tokenizer is not the model's; the disk refuses.
+    """
+    model = open_model(source, family, ignoring)
+    vocabulary = tokenizer_files.read_vocabulary(source, model.config)
+    if vocabulary is not None:
+        tokenizer_files.check_size(vocabulary, model.bindings["VOCAB_SIZE"], source)
+    features = _FEATURES["NUM_ENCODER_LAYERS" in model.bindings]
+    text = _recipe(model, vocabulary, features, goal, ignoring)
+    values = write_run(folder, text, lambda shapes: model.values(shapes, dtype))
+    copied = _keep_origin(model, folder / ORIGIN)
+    if vocabulary is not None:
+        RunDirectory(folder).save_vocabularies(dict.fromkeys(features, vocabulary))
+    return {
+        "family": model.family.name,
+        **described(values, model.tensors),
+        "tokenizer": "none was found; the recipe binds no vocabulary" if vocabulary is None else str(vocabulary),
+        "kept beside": ", ".join(copied),
+        "recipe": str(goal / RECIPE),
+    }
+
+
+def write_run(
+    folder: Path, text: str, values_for: Callable[[Mapping[str, Shape]], dict[str, Values]]
+) -> dict[str, Values]:
+    """Makes a run directory of one checkpoint.
+
+    Args:
+      folder: where, empty.
+      text: the recipe to write.
+      values_for: returns the parameters of its model, given their shapes.
+
+    Returns:
+      the parameters, written.
+
+    Raises:
+      UserError: the recipe's model cannot be built; a tensor cannot be read; the disk refuses, or has too little room.
+    """
+    path = folder / RECIPE
+    path.write_text(text, encoding="utf-8")
+    built, recipe = convert.build_network(path)
+    values = values_for(shapes_of(built))
+    total = sum(each.nbytes for each in values.values())
+    _check_room(folder, total)
+    with convert.progress(total, "reading tensors") as wrote:
+        write_checkpoint(folder / "checkpoints", 0, values, recipe.resolved, wrote)
+    (folder / "config.gin").write_text(recipe.resolved, encoding="utf-8")
+    return values
+
+
+def described(values: Mapping[str, Values], tensors: Tensors) -> dict[str, str]:
+    """Returns how many parameters were written and as what, for people."""
+    num_params = sum(each.size for each in values.values())
+    return {
+        "parameters": f"{num_params:,} in {len(values)} arrays, from {len(list(tensors))} tensors",
+        "dtype": ", ".join(sorted({each.dtype.name for each in values.values()})),
+        "size": format_bytes(sum(each.nbytes for each in values.values())),
+    }
+
+
+def shapes_of(model: Model) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each parameter of a model; nothing is allocated.
+
+    Raises:
+      UserError: the network refuses its sizes.
+    """
+    try:
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the model of the recipe cannot be built: {str(error).splitlines()[0]}") from error
+    return {name: tuple(leaf.shape) for name, leaf in flatten(shapes).items()}
+
+
+def _recipe(
+    model: HuggingFaceModel,
+    vocabulary: Vocabulary | None,
+    features: Sequence[str],
+    goal: Path,
+    ignoring: Sequence[str],
+) -> str:
+    bindings: Bindings = dict(model.bindings)
+    bindings |= {"train.train.initial": Reference("mapping.Initial"), "mapping.Initial.path": str(goal)}
+    if vocabulary is not None:
+        bindings["VOCABULARY"] = Reference("vocabularies.load")
+        bindings |= {
+            "vocabularies.load.directory": str(goal / "vocabularies"),
+            "vocabularies.load.name": features[-1],
+            "grain_loader.CachedData.vocabularies": {feature: Macro("VOCABULARY") for feature in features},
+        }
+    config = {**model.family.defaults, **model.config}
+    heading = (
+        f"A {model.family.name} model, converted by `meshway convert` from {model.directory.absolute()}.\n"
+        "Runs that include this file start from its weights: if this directory moves, change its path below."
+    )
+    if ignoring:
+        heading += f"\nNot read of its config.json: {', '.join(ignoring)}."
+    return recipe_bindings.text_of(model.family.include(config), bindings, heading)
+
+
+def _keep_origin(model: HuggingFaceModel, folder: Path) -> list[str]:
+    """Copies the small files of the source, and notes what export needs to give the same tensors back."""
+    copied = tokenizer_files.copy_files(model.directory, folder, ("config.json", *tokenizer_files.FILES))
+    notes: Mapping[str, Any] = {
+        "family": model.family.name,
+        "base": model.base,
+        "copies": model.copies,
+        "bindings": json.loads(json.dumps(model.bindings, default=repr)),
+    }
+    (folder / NOTES).write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
+    return copied
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"the disk of {folder.parent} has {format_bytes(free)} free, and the weights need {format_bytes(needed)}"
+        )

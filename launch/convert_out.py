@@ -1,0 +1,197 @@
+"""A run's checkpoint as a Hugging Face directory: weights, config.json, tokenizer."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from meshway.framework.checkpoints.manager import Checkpoints
+from meshway.framework.conversion import tokenizer_files
+from meshway.framework.conversion.families import registry
+from meshway.framework.conversion.family import Family, read_config
+from meshway.framework.conversion.rules import pieces_of
+from meshway.framework.conversion.shard_writer import size_in_bytes, write_tensors
+from meshway.framework.conversion.stored import StoredParams
+from meshway.framework.data.vocabularies import load
+from meshway.framework.errors import UserError
+from meshway.framework.partitioning.explain import format_bytes
+from meshway.launch import convert, recipe_bindings
+from meshway.launch.convert_in import NOTES, ORIGIN
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A checkpoint of a run.
+
+    Attributes:
+      root: the run directory.
+      checkpoints: its folder of checkpoints.
+      step: which one.
+    """
+
+    root: Path
+    checkpoints: Path
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What is known of where a run's weights came from.
+
+    Attributes:
+      folder: the files kept of it.
+      notes: what import noted: "family", "base", "copies".
+      config: its config.json.
+    """
+
+    folder: Path
+    notes: Mapping[str, Any]
+    config: Mapping[str, Any]
+
+
+def find_run(path: Path, step: int | None) -> Run | None:
+    """Returns the checkpoint that a path means: a run directory's latest or `step`, or the folder of one itself; None
+    where it is none of them.
+
+    Raises:
+      UserError: there is no complete checkpoint, or none of `step`.
+    """
+    if path.name.isdigit() and (path / "state").is_dir():
+        folder, step = path.parent, int(path.name)
+    else:
+        folder = path if path.name == "checkpoints" else path / "checkpoints"
+    if not folder.is_dir():
+        return None
+    steps = Checkpoints(folder, read_only=True).steps()
+    if not steps:
+        raise UserError(f"there is no complete checkpoint in {folder}")
+    if step is not None and step not in steps:
+        raise UserError(f"{folder} has no checkpoint of step {step}; there are {steps}")
+    return Run(folder.parent, folder, steps[-1] if step is None else step)
+
+
+def to_hugging_face(
+    run: Run, folder: Path, family: str | None, dtype: np.dtype | None, max_shard_size: str
+) -> dict[str, str]:
+    """Writes a checkpoint as a Hugging Face directory.
+
+    Args:
+      run: the checkpoint.
+      folder: where, empty.
+      family, dtype, max_shard_size: see `convert.convert`.
+
+    Returns:
+      what was done, for people.
+
+    Raises:
+      UserError: the model is of no family, or its recipe computes something that the family's config.json cannot say.
+    """
+    max_bytes = size_in_bytes(max_shard_size)
+    saved = Checkpoints(run.checkpoints, read_only=True).recipe(run.step)
+    bindings = recipe_bindings.bindings_of(saved["gin"], f"the recipe of {run.root}")
+    origin = _origin(run, bindings)
+    found = _family(family, origin, run)
+    stored = StoredParams(run.checkpoints / str(run.step) / "state", saved["schema"])
+    base = origin.notes["base"] if origin else found.bases[0]
+    pieces = pieces_of(found.rules, base, stored.shapes)
+    specs = {piece.theirs: stored.spec(piece, dtype) for piece in pieces}
+    made = {piece.theirs: piece for piece in pieces}
+    for name, other in (origin.notes["copies"] if origin else {}).items():
+        if name not in made:
+            specs[name], made[name] = specs[other], made[other]
+    config = _config(found, bindings, origin, {spec.dtype for spec in specs.values()})
+    _check_nothing_lost(found, config, saved["gin"], "logits/kernel" in stored.shapes, folder)
+    total = sum(spec.num_bytes for spec in specs.values())
+    with convert.progress(total, "writing tensors") as wrote:
+        names = write_tensors(folder, specs, lambda name: stored.tensor(made[name], dtype), max_bytes, wrote)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    copied = _tokenizer(run, origin, folder)
+    return {
+        "family": f"{found.name} ({found.architecture})",
+        "checkpoint": f"step {run.step} of {run.root}",
+        "tensors": f"{len(specs)} in {len(names)} file{'s' if len(names) > 1 else ''}, {format_bytes(total)}",
+        "dtype": ", ".join(sorted({spec.dtype.name for spec in specs.values()})),
+        "tokenizer": ", ".join(copied) or "none was kept with the run",
+    }
+
+
+def _family(wanted: str | None, origin: Origin | None, run: Run) -> Family:
+    if origin is None:
+        if wanted is None:
+            raise UserError(
+                f"{run.root} was not converted from a Hugging Face directory: say what it is to become by --family, "
+                f"one of {', '.join(registry.FAMILIES)}"
+            )
+        return registry.named(wanted)
+    own = registry.named(origin.notes["family"])
+    if wanted is not None and registry.named(wanted) is not own:
+        raise UserError(f"--family={wanted}, but {run.root} holds a model of family {own.name}")
+    return own
+
+
+def _origin(run: Run, bindings: Mapping[str, Any]) -> Origin | None:
+    """Returns what import kept: in the run directory, or in the one that the run started from."""
+    started = bindings.get("mapping.Initial.path")
+    for root in (run.root, *([Path(started).expanduser()] if isinstance(started, str) else [])):
+        path = root / ORIGIN / NOTES
+        if path.is_file():
+            try:
+                notes = json.loads(path.read_text("utf-8"))
+            except ValueError as error:
+                raise UserError(f"{path} cannot be read: {error}") from error
+            return Origin(path.parent, notes, read_config(path.parent))
+    return None
+
+
+def _config(
+    family: Family, bindings: Mapping[str, Any], origin: Origin | None, dtypes: set[np.dtype]
+) -> dict[str, Any]:
+    """Returns config.json: the origin's own where it says the same as the recipe, else one made from the recipe."""
+    dtype = next(iter(dtypes)).name if len(dtypes) == 1 else "float32"
+    made = family.write(bindings, dtype)
+    if origin is None:
+        return made
+    kept = dict(origin.config)
+    key = "dtype" if "dtype" in kept else "torch_dtype"
+    tied = not bindings["TIED_LOGITS"]
+    if family.read(kept, tied, list(kept)) == family.read(made, tied, list(made)):
+        return kept | ({key: dtype} if len(dtypes) == 1 else {})
+    silent = {name: value for name, value in kept.items() if name not in made and not family.speaks_of(name)}
+    return silent | made
+
+
+def _check_nothing_lost(family: Family, config: Mapping[str, Any], gin: str, own_output: bool, folder: Path) -> None:
+    """Raises UserError where the recipe's model computes something else than one of this config.json would.
+
+    The recipe that import would write for `config` is resolved, and compared with the run's own.
+    """
+    path = folder / "compared.gin"
+    again = family.read(config, own_output, list(config))
+    path.write_text(recipe_bindings.text_of(family.include({**family.defaults, **config}), again), encoding="utf-8")
+    _, recipe = convert.build_network(path)
+    path.unlink()
+    expected = recipe_bindings.model_of(recipe.resolved, "the recipe of the exported model")
+    found = recipe_bindings.model_of(gin, "the recipe of the run")
+    other = [
+        f"{name} is {found.get(name, 'not bound')!r} in the recipe and {expected.get(name, 'not bound')!r} in a "
+        f"{family.name} model of this config.json"
+        for name in recipe_bindings.differences(found, expected)
+    ]
+    if other:
+        more = f"; and {len(other) - 4} more" if len(other) > 4 else ""
+        raise UserError(
+            f"the model is no {family.name} model that transformers could load: {'; '.join(other[:4])}{more}"
+        )
+
+
+def _tokenizer(run: Run, origin: Origin | None, folder: Path) -> list[str]:
+    """Copies the tokenizer's files, or writes the vocabulary of a model that was trained here; returns their names."""
+    if origin is not None:
+        return tokenizer_files.copy_files(origin.folder, folder)
+    if not (run.root / "vocabularies.json").is_file():
+        return []
+    tokenizer_files.write_vocabulary(load(run.root / "vocabularies", "targets"), folder)
+    return [name for name in tokenizer_files.FILES if (folder / name).is_file()]

@@ -1,0 +1,61 @@
+"""A T5X checkpoint as a run directory: checkpoint and recipe."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from meshway.framework.conversion.rules import Shape, check_tensors, pieces_of
+from meshway.framework.conversion.settings import Reference
+from meshway.framework.conversion.t5x import network_of
+from meshway.framework.conversion.t5x_files import T5XFiles
+from meshway.framework.conversion.values import Values, values_of
+from meshway.framework.errors import UserError
+from meshway.launch import convert_in, recipe_bindings
+
+
+def from_t5x(source: Path, folder: Path, goal: Path, dtype: np.dtype | None, step: int | None) -> dict[str, str]:
+    """Makes a run directory of the parameters in a T5X checkpoint; the optimizer's state is left out.
+
+    Args:
+      source: a folder of `checkpoint_STEP` folders, or one of those.
+      folder: where it is made, empty.
+      goal: where it will lie in the end, for paths in the recipe.
+      dtype: what weights are written as, None for what they are.
+      step: which checkpoint, None for the latest.
+
+    Returns:
+      what was done, for people.
+
+    Raises:
+      UserError: there is no such checkpoint, it is damaged, or it is of another network; the disk refuses.
+    """
+    files = T5XFiles(source, step)
+    network = network_of(files)
+
+    def values(shapes: Mapping[str, Shape]) -> dict[str, Values]:
+        pieces = pieces_of(network.rules, "", shapes)
+        try:
+            check_tensors(pieces, {name: files.shape(name) for name in files}, ())
+        except UserError as error:
+            raise UserError(f"{files.directory} is no complete model of {network.include}: {error}") from None
+        return values_of(pieces, shapes, files, dtype)
+
+    heading = (
+        f"A network of T5X, converted by `meshway convert` from {files.directory}.\n"
+        "Runs that include this file start from its weights: if this directory moves, change its path below."
+    )
+    bindings = network.bindings | {
+        "train.train.initial": Reference("mapping.Initial"),
+        "mapping.Initial.path": str(goal),
+    }
+    written = convert_in.write_run(folder, recipe_bindings.text_of(network.include, bindings, heading), values)
+    return {
+        "network": network.include,
+        "checkpoint": f"step {files.step} of {files.directory}",
+        "left out": "the optimizer's state",
+        **convert_in.described(written, files),
+        "activations": f"{network.bindings['ACTIVATIONS']}; arrays do not tell: if it had others, bind ACTIVATIONS",
+        "tokenizer": "T5X keeps none; bind the vocabulary of its task",
+        "recipe": str(goal / convert_in.RECIPE),
+    }

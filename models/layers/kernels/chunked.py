@@ -1,0 +1,106 @@
+"""Chunked attention: exact, in pure JAX, with memory that grows with the length and not with its square."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from meshway.models.layers.kernels.attention_shards import checked, cut_of, on_shards, operands, repeated
+from meshway.models.layers.kernels.blockwise import (
+    as_cotangents,
+    attend,
+    attend_backward,
+    begin,
+    begin_backward,
+    blockwise_attention,
+    end,
+    receive,
+)
+from meshway.models.layers.kernels.reference import dot_product_attention
+from meshway.models.layers.kernels.scores import ByHead, Keys, Queries, Terms
+from meshway.models.layers.masks import Mask
+from meshway.models.layers.positions import PositionBias
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkedAttention:
+    """A `Kernel` that holds the scores of one block of queries and keys at a time, in both passes (`blockwise`).
+
+    It knows everything that the reference does, of any lengths: causal and bidirectional, packed segments, prefixes,
+    windows, position biases (T5's, ALiBi), soft caps, sinks, fewer key heads than query heads, dropout (draw for draw).
+    Blocks that nobody sees, beyond a window or in other segments, are not visited. What it refuses is a bias or a mask
+    that is known in full only.
+
+    Under a mesh each device attends from its own queries, rows and heads, and nothing is sent where the layout cuts
+    only these. Where it cuts the length of keys too, they are gathered whole (their gradients are summed on the way
+    back): that takes more memory than `ring_attention.RingAttention`, and causal work is not balanced.
+    """
+
+    query_block: int = 512
+    kv_block: int = 512
+
+    def __call__(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        *,
+        bias: PositionBias | None = None,
+        mask: Mask | None = None,
+        soft_cap: float | None = None,
+        sinks: jax.Array | None = None,
+        dropout_rate: float = 0.0,
+        rng: jax.Array | None = None,
+    ) -> jax.Array:
+        """See `dot_product_attention`; a query that sees no key gets 0 instead of the mean of all values.
+
+        Raises:
+          ValueError: a bias that is no `PositionBias`, a mask known in full only, a layout that cuts head_dim, or one
+            that cuts keys by other mesh axes than queries.
+        """
+        how: Any = dict(bias=bias, mask=mask, soft_cap=soft_cap, sinks=sinks, dropout_rate=dropout_rate, rng=rng)
+        given = operands("ChunkedAttention", query, key, value, **how, blocks=(self.query_block, self.kv_block))
+        cut = checked("ChunkedAttention", cut_of(query, key), query, key, gathers=True)
+        if cut is None or cut.mesh.size == 1:
+            return blockwise_attention(given.queries, given.keys, given.by_head, given.terms)[0]
+        if cut.kv_length not in ((), cut.length):  # a single query lies whole, and scores are few
+            return dot_product_attention(query, key, value, **how)
+        given = dataclasses.replace(given, keys=repeated(given.keys, query.shape[2], cut.parts(cut.heads)))
+        return on_shards(Gathered(cut.length, cut.kv_length, given.terms), given, cut, by_head=cut.heads)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gathered:
+    """Attention of a device's own queries to all keys, as a `ShardKernel`; `length` and `kv_length` are the mesh axes
+    that cut them, of the keys the same or none."""
+
+    length: tuple[str, ...]
+    kv_length: tuple[str, ...]
+    terms: Terms
+
+    def forward(self, queries: Queries, keys: Keys, by_head: ByHead) -> tuple[jax.Array, Any]:
+        """Attends from this device's queries to everybody's keys."""
+        softmax = attend(begin(queries, by_head), queries, self._gather(keys), by_head, self.terms)
+        out, logsumexp = end(softmax, queries.query.dtype)
+        return out, (queries, keys, by_head, out, logsumexp)
+
+    def backward(self, saved: Any, gradient: jax.Array) -> tuple[Queries, Keys, ByHead]:
+        """Gathers the keys once more, and sums their gradients over the devices whose queries saw them."""
+        queries, keys, by_head, out, logsumexp = saved
+        keys = self._gather(keys)
+        received = receive(gradient, out, logsumexp)
+        sums = begin_backward(queries, keys, by_head, received)
+        sums = attend_backward(sums, queries, keys, by_head, self.terms, received)
+        return as_cotangents(sums._replace(key=self._sum(sums.key), value=self._sum(sums.value)), queries, keys)
+
+    def _gather(self, keys: Keys) -> Keys:
+        if not self.kv_length:
+            return keys
+        return jax.tree.map(lambda x: lax.all_gather(x, self.kv_length, axis=1, tiled=True), keys)
+
+    def _sum(self, gradient: jax.Array) -> jax.Array:
+        if self.kv_length:
+            return lax.psum_scatter(gradient, self.kv_length, scatter_dimension=1, tiled=True)
+        return lax.psum(gradient, self.length) if self.length else jnp.asarray(gradient)

@@ -1,0 +1,65 @@
+"""Hugging Face directories taken in by `meshway convert`, and the logits of what came out."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from meshway.framework.checkpoints.manager import Checkpoints
+from meshway.framework.conversion.tensor_files import TensorFiles
+from meshway.framework.interfaces import Model
+from meshway.framework.training.trees import flatten, unflatten
+from meshway.launch.convert import build_network, convert
+
+Batch = dict[str, np.ndarray]
+
+
+def model_of(run: Path) -> Model:
+    """Returns the model that the recipe of a run directory builds."""
+    return build_network(run / "recipe.gin")[0]
+
+
+def params_of(run: Path, model: Model, step: int = 0) -> dict:
+    """Returns a run's parameters, float32, on one device."""
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = flatten(jax.eval_shape(model.init, jax.random.key(0)))
+    wanted = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where) for name, leaf in shapes.items()}
+    return Checkpoints(run / "checkpoints", read_only=True).restore_params(step, unflatten(wanted))
+
+
+def logits_of(directory: Path, run: Path, batch: Batch) -> np.ndarray:
+    """Takes a Hugging Face directory in as `run`, and returns what the model makes of a batch as transformers names it.
+
+    Args:
+      directory: with config.json and weights.
+      run: the run directory to make.
+      batch: input_ids, attention_mask [rows, length]; of encoder-decoders decoder_input_ids, decoder_attention_mask.
+
+    Returns:
+      float32 [rows, length, vocab], zero where the query is padding.
+    """
+    convert(str(directory), str(run))
+    model = model_of(run)
+    kind = "decoder_" if "decoder_input_ids" in batch else ""
+    tokens, mask = (np.asarray(batch[f"{kind}{name}"], np.int32) for name in ("input_ids", "attention_mask"))
+    ours = {
+        "decoder_input_tokens": tokens,
+        "decoder_segment_ids": mask,
+        "decoder_positions": np.maximum(np.cumsum(mask, axis=1) - 1, 0).astype(np.int32),
+    }
+    if kind:
+        ours["encoder_input_tokens"] = np.asarray(batch["input_ids"], np.int32)
+        ours["encoder_segment_ids"] = np.asarray(batch["attention_mask"], np.int32)
+    logits = jax.jit(lambda params, batch: model.logits(params, batch, None))(params_of(run, model), ours)
+    return np.asarray(logits) * mask[..., None]
+
+
+def assert_same_directory(found: Path, wanted: Path) -> None:
+    """Compares two Hugging Face directories: config.json, names, dtypes and bits of all tensors."""
+    assert json.loads((found / "config.json").read_text()) == json.loads((wanted / "config.json").read_text())
+    ours, theirs = TensorFiles(found), TensorFiles(wanted)
+    assert sorted(ours) == sorted(theirs)
+    for name in ours:
+        assert (ours.shape(name), ours.dtype(name)) == (theirs.shape(name), theirs.dtype(name)), name
+        assert ours.read(name).tobytes() == theirs.read(name).tobytes(), name
