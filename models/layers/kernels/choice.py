@@ -9,8 +9,9 @@ from meshway.models.layers.kernels.attention_shards import Cut, by_blocks
 from meshway.models.layers.masks import Mask
 from meshway.models.layers.positions import PositionBias
 
-# Scores of one head and row up to which the reference is quicker, or as quick, and its memory no matter.
-REFERENCE_SCORES = 1024 * 1024
+# Scores of one head and row up to which the reference is as quick, and its memory no matter. Measured on CPU (by
+# `meshway bench attention`); elsewhere a guess, since chunks are many small kernels there.
+REFERENCE_SCORES = {"cpu": 512 * 512, "cuda": 1024 * 1024, "rocm": 1024 * 1024, "tpu": 1024 * 1024}
 LANES = 128  # splash works on multiples of so many queries and keys
 CUDNN_HEAD_DIM = 128
 
@@ -74,7 +75,7 @@ def choose(platform: str, call: Call) -> Choice:
                 return Choice(fused, f"the quickest on {platform} for what is asked")
             why = f"; no {fused}: {refusal}"
     pairs = call.length * call.kv_length
-    if pairs <= REFERENCE_SCORES:
+    if pairs <= REFERENCE_SCORES.get(platform, 512 * 512):
         return Choice("reference", f"{call.length} x {call.kv_length} scores are few{why}")
     if "kv_length" in call.cut and "length" not in call.cut:
         return Choice("reference", f"the layout cuts the keys' length alone{why}")

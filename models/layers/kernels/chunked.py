@@ -38,8 +38,8 @@ class ChunkedAttention:
     back): that takes more memory than `ring_attention.RingAttention`, and causal work is not balanced.
     """
 
-    query_block: int = 512
-    kv_block: int = 512
+    query_block: int = 256
+    kv_block: int = 256
 
     def __call__(
         self,

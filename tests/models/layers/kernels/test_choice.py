@@ -10,7 +10,7 @@ from attention_cases import Case, arrays, assert_equals_reference, attend, parti
 
 from meshway.models.layers.kernels.attention_shards import cut_of
 from meshway.models.layers.kernels.auto import AutoAttention
-from meshway.models.layers.kernels.choice import Call, choose, cudnn_refuses, describe, splash_refuses
+from meshway.models.layers.kernels.choice import REFERENCE_SCORES, Call, choose, cudnn_refuses, describe, splash_refuses
 from meshway.models.layers.kernels.chunked import ChunkedAttention
 from meshway.models.layers.masks import Mask, row_sight, visible, within
 
@@ -20,6 +20,8 @@ PACKED = {"segments": True}
 
 CHOICES = [
     ("cpu", SHORT, {}, "reference", "512 x 512 scores are few"),
+    ("cpu", SHORT, {"kv_length": 513, "causal": False}, "chunked", "512 x 513 scores are many"),
+    ("cuda", SHORT, {"kv_length": 513, "causal": False}, "reference", "512 x 513 scores are few"),
     ("cpu", LONG, {}, "chunked", "4096 x 4096 scores are many"),
     ("cpu", LONG, {"by_blocks": False}, "reference", "known in full only"),
     ("cpu", LONG, {"cut": ("head_dim",)}, "reference", "cuts head_dim"),
@@ -98,7 +100,7 @@ def test_what_is_chosen_is_logged_once_for_each_kind_of_call(caplog):
 
 @pytest.mark.slow
 def test_whoever_is_chosen_computes_the_same(monkeypatch):
-    monkeypatch.setattr("meshway.models.layers.kernels.choice.REFERENCE_SCORES", 100)
+    monkeypatch.setitem(REFERENCE_SCORES, "cpu", 100)
     taken = []
 
     def chunked(*arguments, **how):
