@@ -19,6 +19,9 @@ from meshway.framework.conversion.t5x_files import T5XFiles
 from meshway.framework.conversion.tensor_files import TensorFiles
 from meshway.framework.conversion.values import values_of
 from meshway.framework.errors import UserError
+from meshway.framework.inference.beam_search import BeamSearch
+from meshway.framework.inference.decoding import Stop
+from meshway.framework.inference.sampling import Sampling
 from meshway.launch import convert_in, recipe_bindings
 from meshway.launch.convert import build_network, convert
 
@@ -86,6 +89,23 @@ def values_in(folder, shapes):
     pieces = pieces_of(network_of(files).rules, "", shapes)
     check_tensors(pieces, {name: files.shape(name) for name in files}, ())
     return values_of(pieces, shapes, files, None)
+
+
+def test_beams_and_greedy_decodes_are_t5x_own(runs, tmp_path):
+    """Four beams in increasing score, length penalty 0.6; the targets' 7 places hold what is produced."""
+    convert(str(runs["t5_native"]), str(tmp_path / "run"))
+    model = model_of(tmp_path / "run")
+    params = params_of(tmp_path / "run", model)
+    expected = np.load(GOLDENS / "t5_expected.npz")
+    tokens = expected["batch/encoder_input_tokens"]
+    batch = {"encoder_input_tokens": tokens, "encoder_segment_ids": (tokens > 0).astype(np.int32)}
+    decode = functools.partial(jax.jit, static_argnums=0)(
+        lambda decoder, params, batch: decoder(model, params, batch, 7, Stop(), np.arange(3), jax.random.key(0))
+    )
+    beams, greedy = decode(BeamSearch(4, 0.6), params, batch), decode(Sampling(temperature=0.0), params, batch)
+    np.testing.assert_array_equal(beams.tokens, expected["beam4"])
+    np.testing.assert_allclose(beams.scores, expected["beam4_scores"], rtol=1e-5)
+    np.testing.assert_array_equal(greedy.tokens[:, 0], expected["greedy"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
