@@ -33,6 +33,7 @@ def make_data(caches, monkeypatch):
     return functools.partial(CachedData, **known, converter=EncoderDecoder(), cache_dir=caches)
 
 
+@pytest.mark.slow
 def test_a_run_measures_every_stage_and_prints_it(make_data, capsys):
     found = bench.data(make_data, seconds=1, batches=30, workers=0, as_json=True)
     ours = {"cache", "read", "seek", "load kept_plain: thread"}

@@ -58,11 +58,11 @@ def decoded(model, params, batch):
     return jnp.stack(found, axis=1)
 
 
-SLOW = ("bloom", "gpt_j", "partial_rotary", "yarn")
+SLOW = ("bloom", "chinchilla", "gpt_j", "llama", "mistral", "palm", "partial_rotary", "qwen2_5", "t5x_decoder", "yarn")
 
 
 @pytest.mark.parametrize(
-    "name", [*DECODERS, *(pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in VARIANTS)]
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in (*DECODERS, *VARIANTS)]
 )
 def test_decoding_with_a_cache_is_the_full_forward_pass(name):
     model, params, batch = made(*VARIANTS.get(name, (name,)))

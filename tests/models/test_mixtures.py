@@ -38,6 +38,7 @@ def test_a_dry_run_cuts_experts(family, capsys):
     assert any("router/kernel" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_a_bias_follows_its_load_and_nothing_else_does():
     """One step of DeepSeek's mixture: every bias moves by the speed or not at all, whatever the optimizer."""
     made = program("deepseek", "BIAS_SPEED=0.25", "D_MODEL=16", "NUM_HEADS=2", "HEAD_DIM=8")

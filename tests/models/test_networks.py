@@ -28,6 +28,7 @@ def model_of(family, size, *bindings):
     return config.load(invocation, import_unreferenced=False).build("bench.train")["program"]
 
 
+@pytest.mark.slow
 def test_t5_is_t5x():
     """A checkpoint of T5X's own T5 1.1 gives T5X's loss, logits, scores and greedy decodes.
 

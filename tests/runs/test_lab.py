@@ -22,6 +22,7 @@ def check(folder):
     assert "(None, codes)" in row and "codes->codes" in row
 
 
+@pytest.mark.slow
 def test_beside_an_installed_meshway(tmp_path):
     done = meshway(*ARGUMENTS, f"--gin.MODEL_DIR={tmp_path / 'run'}", cwd=copy_lab(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr

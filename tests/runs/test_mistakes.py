@@ -158,6 +158,7 @@ def test_a_disk_that_is_full_before_the_run(tmp_path):
     assert "free" in done.stderr and "one checkpoint needs" in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_while_a_checkpoint_is_written(tmp_path):
     """No file may grow past 200 KiB. Writes still under way in tensorstore's threads may complain beside us."""
     limit = ["bash", "-c", 'trap "" XFSZ; ulimit -f 200; exec "$@"', "limited"]

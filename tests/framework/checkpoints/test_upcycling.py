@@ -69,7 +69,7 @@ def loss(made, params):
 
 @pytest.mark.parametrize(
     "bindings, layout",
-    [pytest.param(EVERY_LAYER, "single", marks=pytest.mark.slow), (EVERY_SECOND, "fsdp_expert")],
+    [(EVERY_LAYER, "single"), pytest.param(EVERY_SECOND, "fsdp_expert", marks=pytest.mark.slow)],
 )
 def test_the_loss_is_the_dense_models(dense, bindings, layout):
     folder, weights, expected = dense

@@ -23,7 +23,13 @@ def plain():
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    "variant", [["NUM_MICROBATCHES=4"], ["SCAN=True"], ["SCAN=True", "REMAT='minimal'"], ["REMAT='full'"]]
+    "variant",
+    [
+        ["NUM_MICROBATCHES=4"],
+        pytest.param(["SCAN=True"], marks=pytest.mark.slow),
+        ["SCAN=True", "REMAT='minimal'"],
+        pytest.param(["REMAT='full'"], marks=pytest.mark.slow),
+    ],
 )
 def test_how_a_step_is_run_changes_nothing(family, variant, plain):
     other, _ = losses(program(family, *TWO_LAYERS[family], *variant), 5)

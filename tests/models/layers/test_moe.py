@@ -178,6 +178,7 @@ def test_one_pair_of_all_to_alls_a_layer():
     assert counts == {"all-to-all": 2, "all-gather": 1, "all-reduce": 0, "reduce-scatter": 0, "collective-permute": 0}
 
 
+@pytest.mark.slow
 def test_ragged_dispatch_is_one_instruction_there_and_one_back_where_the_backend_has_it():
     network, partitioner = layer(dispatch="ragged"), Partitioner(LAYOUTS["expert"])
     with partitioner.activate():

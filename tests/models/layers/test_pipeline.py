@@ -231,7 +231,7 @@ def rolls(text):
 @pytest.mark.parametrize(
     "family, layout, layers, steps",
     [
-        ("t5_1_1", "stage_model", 2, 4 + 1),
+        pytest.param("t5_1_1", "stage_model", 2, 4 + 1, marks=pytest.mark.slow),
         pytest.param("lm", "stage_circular", 4, 4 * 2 + 1, marks=pytest.mark.slow),
     ],
 )

@@ -312,6 +312,7 @@ def test_bad_examples_are_refused_or_counted(tasks, tmp_path):
     assert "has 2 bad examples" in refused(lambda: build(tmp_path, "kept_failing"))  # what is there counts too
 
 
+@pytest.mark.slow
 def test_a_worker_tells_a_tasks_mistake_and_that_it_died(tmp_path, monkeypatch):
     message = refused(lambda: build(tmp_path, "kept_failing", num_workers=2))
     assert "task 'kept_failing', split 'train', example" in message

@@ -30,6 +30,7 @@ def test_all_orders_of_four_are_equally_likely():
     assert sum((n - trials / 24) ** 2 / (trials / 24) for n in seen.values()) < 49.7
 
 
+@pytest.mark.slow
 def test_the_first_of_a_hundred_is_anyone():
     trials = 20_000
     seen = Counter(int(permute(np.array([0]), 100, key_of("first", i))[0]) for i in range(trials))
