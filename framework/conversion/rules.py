@@ -132,7 +132,7 @@ def check_tensors(
     if left:
         problems.append(f"{len(left)} tensors have no place in the model: {_listed(left)}")
     if shapes:
-        problems.append(f"{len(shapes)} tensors have another shape than config.json says: {_listed(shapes)}")
+        problems.append(f"{len(shapes)} tensors have another shape than the model: {_listed(shapes)}")
     if problems:
         raise UserError("; ".join(problems))
 
