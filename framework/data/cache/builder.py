@@ -207,7 +207,9 @@ def _wanted(task: Any, splits: Sequence[str] | None) -> list[str]:
 def _clear(directory: Path, overwrite: bool) -> None:
     """Removes a task's old cache if that is asked for; UserError where the folder is something else."""
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    if "info.json" not in names and any(not name.startswith(".building-") for name in names):
+    # Vocabularies come before info.json: another builder is at it, or was killed between the two.
+    begun = [name for name in names if name == cache_summary.VOCABULARIES or name.startswith(".building-")]
+    if "info.json" not in names and len(begun) < len(names):
         raise UserError(f"{directory} is no cache of a task: it holds {sorted(names)[:5]} and no info.json")
     if overwrite and directory.exists():
         with failures_of(directory):

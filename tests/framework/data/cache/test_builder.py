@@ -182,6 +182,13 @@ def test_what_a_killed_builder_left_is_swept_and_a_living_ones_work_is_not(cache
     assert not list(cache.glob(".building-*"))
 
 
+def test_a_builder_killed_before_it_wrote_info_is_no_obstacle(reference, tmp_path):
+    begun = tmp_path / "kept_plain"
+    (begun / "vocabularies").mkdir(parents=True)
+    build(tmp_path)
+    assert files(begun) == files(reference)
+
+
 def test_two_builders_at_once_leave_one_whole_cache(reference, tmp_path):
     import threading
 
