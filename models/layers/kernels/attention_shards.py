@@ -59,13 +59,13 @@ def operands(
     key: jax.Array,
     value: jax.Array,
     *,
-    bias: PositionBias | None,
-    mask: Mask | None,
-    soft_cap: float | None,
-    sinks: jax.Array | None,
-    dropout_rate: float,
-    rng: jax.Array | None,
     blocks: tuple[int, int],
+    bias: PositionBias | None = None,
+    mask: Mask | None = None,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    rng: jax.Array | None = None,
 ) -> Operands:
     """Returns the arguments of a `Kernel` in the form that works in blocks: nothing of size length x kv_length.
 
@@ -150,16 +150,6 @@ def checked(kernel: str, cut: Cut | None, query: jax.Array, key: jax.Array, gath
     return cut
 
 
-def repeated(keys: Keys, heads: int, parts: int) -> Keys:
-    """Repeats key and value heads as little as lets them be cut in `parts`, a divisor of the query heads."""
-    kv_heads = keys.key.shape[2]
-    groups = heads // kv_heads
-    times = next(n for n in range(1, groups + 1) if not groups % n and not kv_heads * n % parts)
-    if times == 1:
-        return keys
-    return keys._replace(key=jnp.repeat(keys.key, times, axis=2), value=jnp.repeat(keys.value, times, axis=2))
-
-
 class ShardKernel(Protocol):
     """Attention of one device's shards, forward and backward; hashable."""
 
@@ -175,14 +165,28 @@ class ShardKernel(Protocol):
 def on_shards(kernel: ShardKernel, given: Operands, cut: Cut, by_head: tuple[str, ...]) -> jax.Array:
     """Runs a kernel on each device's shards; returns the global output, cut as the query is.
 
+    Key heads too few for `by_head` to cut are repeated, as little as lets it.
+
     Args:
       by_head: the mesh axes that cut the heads of `given.by_head`.
     """
+    keys = _repeated(given.keys, given.queries.query.shape[2], cut.parts(by_head))
+    given = dataclasses.replace(given, keys=keys)
     specs = _specs(given, by_head)
-    queries, keys, heads = specs
-    gradients = Gradients(queries.query, keys.key, keys.value, heads._replace(slopes=None))
+    query_spec, key_spec, head_spec = specs
+    gradients = Gradients(query_spec.query, key_spec.key, key_spec.value, head_spec._replace(slopes=None))
     shards = _Shards(cut.mesh, tuple(jax.tree.leaves(specs)), gradients, by_head)
     return _sharded(kernel, shards, given.queries, given.keys, given.by_head)
+
+
+def _repeated(keys: Keys, heads: int, parts: int) -> Keys:
+    """Repeats key and value heads as little as lets them be cut in `parts`, a divisor of the query heads."""
+    kv_heads = keys.key.shape[2]
+    groups = heads // kv_heads
+    times = next(n for n in range(1, groups + 1) if not groups % n and not kv_heads * n % parts)
+    if times == 1:
+        return keys
+    return keys._replace(key=jnp.repeat(keys.key, times, axis=2), value=jnp.repeat(keys.value, times, axis=2))
 
 
 @dataclasses.dataclass(frozen=True)

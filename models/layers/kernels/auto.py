@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from typing import Any
+from typing import Unpack
 
 import jax
 
@@ -11,9 +11,7 @@ from meshway.models.layers.kernels.attention_shards import Cut, cut_of
 from meshway.models.layers.kernels.choice import Call, Choice, choose, describe
 from meshway.models.layers.kernels.chunked import ChunkedAttention
 from meshway.models.layers.kernels.fused import CudnnAttention, SplashAttention
-from meshway.models.layers.kernels.reference import Kernel, dot_product_attention
-from meshway.models.layers.masks import Mask
-from meshway.models.layers.positions import PositionBias
+from meshway.models.layers.kernels.reference import Kernel, Options, dot_product_attention
 
 logger = logging.getLogger(__name__)
 
@@ -32,30 +30,17 @@ class AutoAttention:
     splash: Kernel = SplashAttention()
     cudnn: Kernel = CudnnAttention()
 
-    def __call__(
-        self,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        *,
-        bias: PositionBias | None = None,
-        mask: Mask | None = None,
-        soft_cap: float | None = None,
-        sinks: jax.Array | None = None,
-        dropout_rate: float = 0.0,
-        rng: jax.Array | None = None,
-    ) -> jax.Array:
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Unpack[Options]) -> jax.Array:
         """See `dot_product_attention`."""
-        how: Any = dict(bias=bias, mask=mask, soft_cap=soft_cap, sinks=sinks, dropout_rate=dropout_rate, rng=rng)
         cut = cut_of(query, key)
-        choice = _chosen(_platform(cut), describe(query, key, **how, cut=cut))
+        choice = _chosen(_platform(cut), describe(query, key, **options, cut=cut))
         kernels: dict[str, Kernel] = {
             "reference": dot_product_attention,
             "chunked": self.chunked,
             "splash": self.splash,
             "cudnn": self.cudnn,
         }
-        return kernels[choice.name](query, key, value, **how)
+        return kernels[choice.name](query, key, value, **options)
 
 
 @functools.cache

@@ -29,6 +29,7 @@ class Call:
       soft_cap, sinks, dropout: whether there are any.
       by_blocks: whether mask and bias are known for any block, not only in full.
       cut: which of "length", "kv_length" and "head_dim" the mesh cuts.
+      apart: whether it cuts keys' length, and by other axes than queries'.
     """
 
     length: int
@@ -47,6 +48,7 @@ class Call:
     dropout: bool = False
     by_blocks: bool = True
     cut: tuple[str, ...] = ()
+    apart: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +79,8 @@ def choose(platform: str, call: Call) -> Choice:
     pairs = call.length * call.kv_length
     if pairs <= REFERENCE_SCORES.get(platform, 512 * 512):
         return Choice("reference", f"{call.length} x {call.kv_length} scores are few{why}")
-    if "kv_length" in call.cut and "length" not in call.cut:
-        return Choice("reference", f"the layout cuts the keys' length alone{why}")
+    if call.apart:
+        return Choice("reference", f"the layout cuts the keys' length by other axes than the queries'{why}")
     return Choice("chunked", f"{call.length} x {call.kv_length} scores are many{why}")
 
 
@@ -124,13 +126,13 @@ def describe(
     query: jax.Array,
     key: jax.Array,
     *,
-    bias: PositionBias | None,
-    mask: Mask | None,
-    soft_cap: float | None,
-    sinks: jax.Array | None,
-    dropout_rate: float,
-    rng: jax.Array | None,
     cut: Cut | None,
+    bias: PositionBias | None = None,
+    mask: Mask | None = None,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    rng: jax.Array | None = None,
 ) -> Call:
     """Returns what the arguments of a `Kernel` ask for, under `cut`."""
     sights = [] if mask is None else [sight for sight in (mask.queries, mask.keys) if sight is not None]
@@ -152,4 +154,5 @@ def describe(
         dropout=rng is not None and dropout_rate > 0.0,
         by_blocks=by_blocks(bias, mask),
         cut=tuple(name for name, axes in dims.items() if cut is not None and cut.parts(axes) > 1),
+        apart=cut is not None and cut.kv_length not in ((), cut.length),
     )

@@ -1,13 +1,13 @@
 """Chunked attention: exact, in pure JAX, with memory that grows with the length and not with its square."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from meshway.models.layers.kernels.attention_shards import checked, cut_of, on_shards, operands, repeated
+from meshway.models.layers.kernels.attention_shards import checked, cut_of, on_shards, operands
 from meshway.models.layers.kernels.blockwise import (
     as_cotangents,
     attend,
@@ -18,10 +18,8 @@ from meshway.models.layers.kernels.blockwise import (
     end,
     receive,
 )
-from meshway.models.layers.kernels.reference import dot_product_attention
+from meshway.models.layers.kernels.reference import Options, dot_product_attention
 from meshway.models.layers.kernels.scores import ByHead, Keys, Queries, Terms
-from meshway.models.layers.masks import Mask
-from meshway.models.layers.positions import PositionBias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,33 +39,19 @@ class ChunkedAttention:
     query_block: int = 256
     kv_block: int = 256
 
-    def __call__(
-        self,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        *,
-        bias: PositionBias | None = None,
-        mask: Mask | None = None,
-        soft_cap: float | None = None,
-        sinks: jax.Array | None = None,
-        dropout_rate: float = 0.0,
-        rng: jax.Array | None = None,
-    ) -> jax.Array:
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Unpack[Options]) -> jax.Array:
         """See `dot_product_attention`; a query that sees no key gets 0 instead of the mean of all values.
 
         Raises:
           ValueError: a bias that is no `PositionBias`, a mask known in full only, a layout that cuts head_dim, or one
             that cuts keys by other mesh axes than queries.
         """
-        how: Any = dict(bias=bias, mask=mask, soft_cap=soft_cap, sinks=sinks, dropout_rate=dropout_rate, rng=rng)
-        given = operands("ChunkedAttention", query, key, value, **how, blocks=(self.query_block, self.kv_block))
+        given = operands("ChunkedAttention", query, key, value, **options, blocks=(self.query_block, self.kv_block))
         cut = checked("ChunkedAttention", cut_of(query, key), query, key, gathers=True)
         if cut is None or cut.mesh.size == 1:
             return blockwise_attention(given.queries, given.keys, given.by_head, given.terms)[0]
         if cut.kv_length not in ((), cut.length):  # a single query lies whole, and scores are few
-            return dot_product_attention(query, key, value, **how)
-        given = dataclasses.replace(given, keys=repeated(given.keys, query.shape[2], cut.parts(cut.heads)))
+            return dot_product_attention(query, key, value, **options)
         return on_shards(Gathered(cut.length, cut.kv_length, given.terms), given, cut, by_head=cut.heads)
 
 

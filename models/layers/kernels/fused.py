@@ -2,16 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 
-from meshway.models.layers.kernels.attention_shards import Operands, cut_of, on_shards, operands, repeated
+from meshway.models.layers.kernels.attention_shards import Operands, cut_of, on_shards, operands
 from meshway.models.layers.kernels.choice import LANES, Call, cudnn_refuses, describe, splash_refuses
+from meshway.models.layers.kernels.reference import Options
 from meshway.models.layers.kernels.scores import ByHead, Keys, Queries, Terms
-from meshway.models.layers.masks import Mask
-from meshway.models.layers.positions import PositionBias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,26 +28,13 @@ class SplashAttention:
     block: int = 512
     interpret: bool = False
 
-    def __call__(
-        self,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        *,
-        bias: PositionBias | None = None,
-        mask: Mask | None = None,
-        soft_cap: float | None = None,
-        sinks: jax.Array | None = None,
-        dropout_rate: float = 0.0,
-        rng: jax.Array | None = None,
-    ) -> jax.Array:
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Unpack[Options]) -> jax.Array:
         """See `dot_product_attention`; padding attends to padding.
 
         Raises:
           ValueError: something it cannot do; see `choice.splash_refuses`.
         """
-        how: Any = dict(bias=bias, mask=mask, soft_cap=soft_cap, sinks=sinks, dropout_rate=dropout_rate, rng=rng)
-        return _fused("SplashAttention", splash_refuses, self._attend, query, key, value, how)
+        return _fused("SplashAttention", splash_refuses, self._attend, query, key, value, options)
 
     def _attend(self, terms: Terms) -> "Splash":
         return Splash(terms, self.block, self.interpret)
@@ -63,26 +49,13 @@ class CudnnAttention:
     packed segments, and it has no biases, prefixes, soft caps, sinks or dropout like ours.
     """
 
-    def __call__(
-        self,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        *,
-        bias: PositionBias | None = None,
-        mask: Mask | None = None,
-        soft_cap: float | None = None,
-        sinks: jax.Array | None = None,
-        dropout_rate: float = 0.0,
-        rng: jax.Array | None = None,
-    ) -> jax.Array:
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Unpack[Options]) -> jax.Array:
         """See `dot_product_attention`.
 
         Raises:
           ValueError: something it cannot do; see `choice.cudnn_refuses`.
         """
-        how: Any = dict(bias=bias, mask=mask, soft_cap=soft_cap, sinks=sinks, dropout_rate=dropout_rate, rng=rng)
-        return _fused("CudnnAttention", cudnn_refuses, Cudnn, query, key, value, how)
+        return _fused("CudnnAttention", cudnn_refuses, Cudnn, query, key, value, options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +147,7 @@ def _fused(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    how: dict[str, Any],
+    options: Options,
 ) -> jax.Array:
     """Computes attention by a fused kernel, on each device's rows and heads.
 
@@ -182,13 +155,12 @@ def _fused(
       ValueError: the kernel refuses.
     """
     cut = cut_of(query, key)
-    refusal = refuses(describe(query, key, **how, cut=cut))
+    refusal = refuses(describe(query, key, **options, cut=cut))
     if refusal is not None:
         raise ValueError(f"{name}: {refusal}; chunked.ChunkedAttention as attention.Attention.kernel can do this")
-    given: Operands = operands(name, query, key, value, **how, blocks=(1, 1))
+    given: Operands = operands(name, query, key, value, **options, blocks=(1, 1))
     if cut is None or cut.mesh.size == 1:
         return attend(given.terms)(given.queries, given.keys, given.by_head)
-    given = dataclasses.replace(given, keys=repeated(given.keys, query.shape[2], cut.parts(cut.heads)))
     return on_shards(Differentiated(attend(given.terms)), given, cut, by_head=cut.heads)
 
 

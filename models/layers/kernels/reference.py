@@ -1,7 +1,7 @@
 """What attention is: the protocol that all kernels follow, and the one that holds all scores."""
 
 import functools
-from typing import Protocol
+from typing import Protocol, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -13,22 +13,21 @@ from meshway.models.layers.positions import PositionBias
 HIDDEN = -1e9  # a score that softmax turns to zero, finite so that a row with nothing to see stays finite
 
 
+class Options(TypedDict, total=False):
+    """What attention may be asked for beside query, key and value; `dot_product_attention` says what each means."""
+
+    bias: PositionBias | None
+    mask: Mask | None
+    soft_cap: float | None
+    sinks: jax.Array | None
+    dropout_rate: float
+    rng: jax.Array | None
+
+
 class Kernel(Protocol):
     """A way to compute attention: `dot_product_attention` says what all of them return."""
 
-    def __call__(
-        self,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        *,
-        bias: PositionBias | None = None,
-        mask: Mask | None = None,
-        soft_cap: float | None = None,
-        sinks: jax.Array | None = None,
-        dropout_rate: float = 0.0,
-        rng: jax.Array | None = None,
-    ) -> jax.Array: ...
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Unpack[Options]) -> jax.Array: ...
 
 
 def dot_product_attention(

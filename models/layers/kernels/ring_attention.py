@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from meshway.models.layers.kernels.attention_shards import Operands, checked, cut_of, on_shards, operands, repeated
+from meshway.models.layers.kernels.attention_shards import Operands, checked, cut_of, on_shards, operands
 from meshway.models.layers.kernels.blockwise import (
     Gradients,
     Softmax,
@@ -23,10 +23,8 @@ from meshway.models.layers.kernels.blockwise import (
     filled,
     receive,
 )
-from meshway.models.layers.kernels.reference import dot_product_attention
+from meshway.models.layers.kernels.reference import Options, dot_product_attention
 from meshway.models.layers.kernels.scores import ByHead, Keys, Queries, Terms
-from meshway.models.layers.masks import Mask
-from meshway.models.layers.positions import PositionBias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,34 +47,20 @@ class RingAttention:
     query_block: int = 512
     kv_block: int = 512
 
-    def __call__(
-        self,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        *,
-        bias: PositionBias | None = None,
-        mask: Mask | None = None,
-        soft_cap: float | None = None,
-        sinks: jax.Array | None = None,
-        dropout_rate: float = 0.0,
-        rng: jax.Array | None = None,
-    ) -> jax.Array:
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Unpack[Options]) -> jax.Array:
         """See `dot_product_attention`; a query that sees no key gets 0 instead of the mean of all values.
 
         Raises:
           ValueError: a bias that is no `PositionBias`, a mask known in full only, or a layout that cuts queries by
             other mesh axes than keys.
         """
-        how: Any = dict(bias=bias, mask=mask, soft_cap=soft_cap, sinks=sinks, dropout_rate=dropout_rate, rng=rng)
-        given = operands("RingAttention", query, key, value, **how, blocks=(self.query_block, self.kv_block))
+        given = operands("RingAttention", query, key, value, **options, blocks=(self.query_block, self.kv_block))
         cut = checked("RingAttention", cut_of(query, key), query, key)
         if cut is None:
             return blockwise_attention(given.queries, given.keys, given.by_head, given.terms)[0]
         if cut.length != cut.kv_length:  # a single query or key lies whole, and scores are few
-            return dot_product_attention(query, key, value, **how)
+            return dot_product_attention(query, key, value, **options)
         size = cut.parts(cut.length)
-        given = dataclasses.replace(given, keys=repeated(given.keys, query.shape[2], cut.parts(cut.heads)))
         ring = Ring(cut.length, size, size > 1 and self.balanced and _is_triangle(given), given.terms)
         return on_shards(ring, given, cut, by_head=cut.heads)
 

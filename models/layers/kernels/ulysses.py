@@ -1,12 +1,12 @@
 """Ulysses attention: each device gathers the whole length for a share of the heads, and gives it back after."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 from jax import lax
 
-from meshway.models.layers.kernels.attention_shards import Cut, checked, cut_of, on_shards, operands, repeated
+from meshway.models.layers.kernels.attention_shards import Cut, checked, cut_of, on_shards, operands
 from meshway.models.layers.kernels.blockwise import (
     as_cotangents,
     attend,
@@ -17,10 +17,8 @@ from meshway.models.layers.kernels.blockwise import (
     end,
     receive,
 )
-from meshway.models.layers.kernels.reference import dot_product_attention
+from meshway.models.layers.kernels.reference import Options, dot_product_attention
 from meshway.models.layers.kernels.scores import ByHead, Keys, Queries, Terms
-from meshway.models.layers.masks import Mask
-from meshway.models.layers.positions import PositionBias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,36 +34,21 @@ class UlyssesAttention:
     query_block: int = 512
     kv_block: int = 512
 
-    def __call__(
-        self,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        *,
-        bias: PositionBias | None = None,
-        mask: Mask | None = None,
-        soft_cap: float | None = None,
-        sinks: jax.Array | None = None,
-        dropout_rate: float = 0.0,
-        rng: jax.Array | None = None,
-    ) -> jax.Array:
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Unpack[Options]) -> jax.Array:
         """See `dot_product_attention`; a query that sees no key gets 0 instead of the mean of all values.
 
         Raises:
           ValueError: the query heads of a device do not divide by the devices that cut the length, a bias that is no
             `PositionBias`, a mask known in full only, or a layout that cuts queries by other mesh axes than keys.
         """
-        how: Any = dict(bias=bias, mask=mask, soft_cap=soft_cap, sinks=sinks, dropout_rate=dropout_rate, rng=rng)
-        given = operands("UlyssesAttention", query, key, value, **how, blocks=(self.query_block, self.kv_block))
+        given = operands("UlyssesAttention", query, key, value, **options, blocks=(self.query_block, self.kv_block))
         cut = checked("UlyssesAttention", cut_of(query, key), query, key)
         if cut is None:
             return blockwise_attention(given.queries, given.keys, given.by_head, given.terms)[0]
         if cut.length != cut.kv_length:  # a single query or key lies whole, and scores are few
-            return dot_product_attention(query, key, value, **how)
+            return dot_product_attention(query, key, value, **options)
         head_axes = (*cut.heads, *cut.length)
         _check_heads(query.shape[2], cut)
-        given = dataclasses.replace(given, keys=repeated(given.keys, query.shape[2], cut.parts(head_axes)))
-
         exchange = Exchange(cut.length, cut.parts(cut.length), given.terms)
         return on_shards(exchange, given, cut, by_head=head_axes)
 

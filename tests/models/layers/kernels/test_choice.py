@@ -26,7 +26,7 @@ CHOICES = [
     ("cpu", LONG, {"by_blocks": False}, "reference", "known in full only"),
     ("cpu", LONG, {"cut": ("head_dim",)}, "reference", "cuts head_dim"),
     ("cpu", LONG, {"cut": ("length", "kv_length")}, "chunked", "many"),
-    ("cpu", LONG, {"cut": ("kv_length",)}, "reference", "the keys' length alone"),
+    ("cpu", LONG, {"cut": ("kv_length",), "apart": True}, "reference", "by other axes than the queries'"),
     ("rocm", LONG, {}, "chunked", "many"),
     ("tpu", SHORT, PACKED, "splash", "quickest on tpu"),
     ("tpu", LONG, {"window": 512, "soft_cap": True, "sinks": True}, "splash", "quickest on tpu"),
@@ -84,7 +84,10 @@ def test_a_call_is_described_by_its_arguments():
     assert not described(mask=Mask(narrow.dense)).by_blocks and not described(bias=jnp.zeros(3)).by_blocks
     assert described(rate=0.5).dropout
     assert described(on=partitioner((1, 4, 2))).cut == ("length", "kv_length")
+    assert not described(on=partitioner((1, 4, 2))).apart
     assert described(on=partitioner((4, 1, 2))).cut == ()
+    assert described(on=partitioner((1, 4, 2), kv_length="model", heads=None)).apart
+    assert described(on=partitioner((1, 4, 2), length=None)).apart
 
 
 def test_what_is_chosen_is_logged_once_for_each_kind_of_call(caplog):
@@ -112,6 +115,9 @@ def test_whoever_is_chosen_computes_the_same(monkeypatch):
     assert taken
     assert_equals_reference(AutoAttention(chunked=chunked), dataclasses.replace(case, length=9))
     assert len(taken) == 1
+    even = dataclasses.replace(case, length=24)
+    with partitioner((1, 4, 2), kv_length="model", heads=None).activate():  # which chunked attention refuses
+        jax.eval_shape(lambda *x: attend(AutoAttention(), even, *x)[0], *arrays(even)[0])
 
 
 def test_the_fused_kernels_refuse_all_that_they_are_not_given():
