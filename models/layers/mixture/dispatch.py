@@ -183,9 +183,7 @@ def _from_slots(rows: jax.Array, slots: Slots, choices: Choices, tokens: int) ->
     flat = rows.reshape(slots.token.size, -1)
     if isinstance(choices, TokenChoices):
         assert slots.slot is not None
-        k = slots.slot.shape[-1]
-        back = gather_rows(flat, slots.slot.reshape(-1), slots.choice.reshape(-1, 1)).reshape(tokens, k, -1)
-        return jnp.einsum("nk,nkd->nd", choices.gates.reshape(tokens, k), back.astype(jnp.float32))
+        return choices.combine(gather_rows(flat, slots.slot.reshape(-1), slots.choice.reshape(-1, 1)))
     weighed = slots.gate.reshape(-1, 1) * flat.astype(jnp.float32)
     return jnp.zeros((tokens, flat.shape[-1]), jnp.float32).at[slots.token.reshape(-1)].add(weighed, mode="drop")
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from meshway.models.layers.mixture.dispatch import Groups, on_devices
 from meshway.models.layers.mixture.expert_mesh import ExpertMesh
 from meshway.models.layers.mixture.experts import ExpertWeights
-from meshway.models.layers.mixture.gather import gather_rows
+from meshway.models.layers.mixture.grouped import sort_by_expert, through_experts
 from meshway.models.layers.mixture.routers import Choices, TokenChoices
 
 
@@ -81,21 +81,10 @@ def _own(
 
     Choices of others' experts and of padding go to the end of the rows, past the last group.
     """
-    (n, width), k, count = tokens.shape, choices.experts.shape[-1], weights.output.shape[0]
+    (n, k), count = choices.experts.shape, weights.output.shape[0]
     expert = choices.experts - first
     own = (expert >= 0) & (expert < count) & (real[:, None] > 0)
-    ids = jnp.arange(n * k, dtype=jnp.int32)
-    expert, order = jax.lax.sort((jnp.where(own, expert, count).reshape(-1), ids), num_keys=1, is_stable=True)
-    sizes = jnp.sum(expert[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
-    place = jnp.zeros_like(order).at[order].set(ids, unique_indices=True)
-    rows = gather_rows(tokens, order // k, place.reshape(n, k))
-
-    def product(rows: jax.Array, weight: jax.Array) -> jax.Array:
-        return jax.lax.ragged_dot(rows, weight, sizes)
-
-    hidden = weights.hidden(rows, product)
+    by_expert = sort_by_expert(jnp.where(own, expert, count).reshape(-1), count)
     if mask is not None:
-        hidden = hidden * mask[order // k // math.ceil(n / mask.shape[0])].astype(hidden.dtype)
-    out = jnp.where((expert < count)[:, None], product(hidden, weights.output), 0)
-    back = gather_rows(out, place, order[:, None]).reshape(n, k, width)
-    return jnp.einsum("nk,nkd->nd", choices.gates, back.astype(jnp.float32))
+        mask = mask[by_expert.order // k // math.ceil(n / mask.shape[0])]
+    return choices.combine(through_experts(tokens, by_expert, weights, mask))

@@ -7,7 +7,6 @@ which all choices fall on one device.
 
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from meshway.models.layers.mixture import dropless as dropless_lib
 from meshway.models.layers.mixture.dispatch import Groups, on_devices
 from meshway.models.layers.mixture.expert_mesh import Axes, ExpertMesh
 from meshway.models.layers.mixture.experts import ExpertWeights
-from meshway.models.layers.mixture.gather import gather_rows
+from meshway.models.layers.mixture.grouped import sort_by_expert, through_experts
 from meshway.models.layers.mixture.routers import Choices, TokenChoices
 
 
@@ -51,12 +50,11 @@ def _travel(
     tokens = x.reshape(-1, x.shape[-1])
     n = tokens.shape[0]
     expert = jnp.where(real.reshape(-1, 1) > 0, choices.experts.reshape(n, k), devices * count)
-    by_expert = _sort(expert.reshape(-1), devices * count)
-    rows = gather_rows(tokens, by_expert.order // k, by_expert.place.reshape(n, k))
+    by_expert = sort_by_expert(expert.reshape(-1), devices * count)
     # What each device has for each expert.
     table = jax.lax.all_gather(by_expert.sizes, cut.exchange)
     sent = table.reshape(devices, devices, count).sum(-1)
-    arrived = exchange(rows, sent, devices * n * k, cut.exchange)
+    arrived = exchange(by_expert.rows(tokens), sent, devices * n * k, cut.exchange)
     masked = None
     if mask is not None:
         units = mask.shape[0] // devices
@@ -64,9 +62,8 @@ def _travel(
         masked = (mask, units, _move(unit, sent, arrived.shape[0], cut.exchange)[:, 0])
     out = _through_own(arrived, table, weights, masked, cut)
     rows = exchange(out.astype(x.dtype), sent.T, n * k, cut.exchange)
-    back = gather_rows(rows, by_expert.place, by_expert.order[:, None]).reshape(n, k, -1)
-    y = jnp.einsum("nk,nkd->nd", choices.gates.reshape(n, k), back.astype(jnp.float32))
-    return cut.reduce(y.astype(x.dtype).reshape(x.shape)), k * real
+    y = choices.combine(by_expert.choices(rows)).astype(x.dtype)
+    return cut.reduce(y.reshape(x.shape)), k * real
 
 
 def _through_own(
@@ -90,42 +87,13 @@ def _through_own(
     own = jax.lax.dynamic_slice_in_dim(table, first, count, axis=1)
     ends = jnp.cumsum(own.reshape(-1))
     segment = jnp.searchsorted(ends, jnp.arange(rows.shape[0]), side="right")
-    by_expert = _sort(jnp.where(segment < devices * count, segment % count, count).astype(jnp.int32), count)
-    rows = gather_rows(rows, by_expert.order, by_expert.place[:, None])
-
-    def product(rows: jax.Array, weight: jax.Array) -> jax.Array:
-        return jax.lax.ragged_dot(rows, weight, by_expert.sizes)
-
-    hidden = weights.hidden(rows, product)
+    expert = jnp.where(segment < devices * count, segment % count, count).astype(jnp.int32)
+    by_expert = sort_by_expert(expert, count)
+    mask = None
     if masked is not None:
-        mask, units, unit = masked
-        hidden = hidden * mask[(segment // count * units + unit)[by_expert.order]].astype(hidden.dtype)
-    out = jnp.where((by_expert.key < count)[:, None], product(hidden, weights.output), 0)
-    return gather_rows(out, by_expert.place, by_expert.order[:, None])
-
-
-class _Sorted(NamedTuple):
-    """Rows sorted by key, stably.
-
-    Attributes:
-      key: int32 [rows], in order.
-      order: where each row of the result comes from.
-      place: where each row went.
-      sizes: int32 [keys], how many rows have each key.
-    """
-
-    key: jax.Array
-    order: jax.Array
-    place: jax.Array
-    sizes: jax.Array
-
-
-def _sort(key: jax.Array, keys: int) -> _Sorted:
-    """Sorts rows by key below `keys`; those of higher keys come last and are not counted."""
-    ids = jnp.arange(key.shape[0], dtype=jnp.int32)
-    key, order = jax.lax.sort((key, ids), num_keys=1, is_stable=True)
-    place = jnp.zeros_like(order).at[order].set(ids, unique_indices=True)
-    return _Sorted(key, order, place, jnp.bincount(key, length=keys).astype(jnp.int32))
+        masks, units, unit = masked
+        mask = masks[(segment // count * units + unit)[by_expert.order]]
+    return through_experts(rows, by_expert, weights, mask)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

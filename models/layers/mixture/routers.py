@@ -35,6 +35,12 @@ class TokenChoices:
     gates: jax.Array
     priority: jax.Array | None = None
 
+    def combine(self, outputs: jax.Array) -> jax.Array:
+        """outputs [batch * length * k, d_model], one a choice -> float32 [batch * length, d_model], added by gates."""
+        gates = self.gates.reshape(-1, self.gates.shape[-1])
+        outputs = outputs.reshape(*gates.shape, -1)
+        return jnp.einsum("nk,nkd->nd", gates, outputs.astype(jnp.float32))
+
 
 @dataclasses.dataclass(frozen=True)
 class ExpertScores:
