@@ -32,6 +32,13 @@ def report(error: BaseException) -> int:
     return 2 if isinstance(error, UserError) else 1
 
 
+def first_line(error: BaseException) -> str:
+    """Returns what another library's error says, in one line of at most 300 characters."""
+    text = str(error).strip() or type(error).__name__
+    # TensorStore ends its messages with all of what it was asked to open.
+    return text.splitlines()[0].partition(" [tensorstore_spec=")[0][:300]
+
+
 def did_you_mean(name: str, candidates: Iterable[str], limit: int = 3) -> str:
     """Returns ``"; did you mean 'x'?"`` for the candidates nearest to `name`, or an empty string."""
     near = difflib.get_close_matches(name, list(candidates), n=limit, cutoff=0.5)

@@ -1,7 +1,7 @@
 """Evaluation inside a training run: teacher-forced losses and predictions, on the training mesh."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from meshway.framework.inference.decoding import Decoder, Stop
 from meshway.framework.inference.sampling import Sampling
 from meshway.framework.interfaces import ArraySpec, Batch, EvalTask, Metrics, Params
-from meshway.framework.training.program import TrainProgram
+from meshway.framework.partitioning.placed_model import PlacedModel
 
 # What one task's evaluation found: metrics by name, and some predictions for people to read.
 Report = dict[str, Any]
@@ -36,11 +36,20 @@ class Evaluation:
 class Evaluator:
     """Evaluates parameters on tasks; the programs are compiled once, by the first evaluation."""
 
-    def __init__(self, program: TrainProgram, tasks: Sequence[EvalTask], settings: Evaluation):
-        self._program, self._tasks, self._settings = program, list(tasks), settings
+    def __init__(
+        self,
+        placed: PlacedModel,
+        batch_size: int,
+        lengths: Mapping[str, int],
+        tasks: Sequence[EvalTask],
+        settings: Evaluation,
+    ):
+        """`batch_size` counts examples over all processes; `lengths` are tokens by task feature."""
+        self._placed, self._lengths, self._tasks, self._settings = placed, lengths, list(tasks), settings
+        self._batch = placed.batch(batch_size, lengths)
         self._loss: Callable[..., Metrics] | None = None
         self._predict: dict[tuple, Callable[..., jax.Array]] = {}
-        self._rows = program.partitioner.process_rows(program.batch_size)
+        self._rows = placed.partitioner.process_rows(batch_size)
 
     @property
     def task_names(self) -> list[str]:
@@ -77,7 +86,7 @@ class Evaluator:
         for index, (batch, _) in enumerate(task.batches()):
             if index == self._settings.max_batches:
                 break
-            metrics = jax.device_get(self._loss(params, self._program.put(self._mine(batch))))
+            metrics = jax.device_get(self._loss(params, self._batch.put(self._mine(batch))))
             for name, pair in metrics.items():
                 sums[name] = sums.get(name, np.zeros(2)) + np.array(pair, np.float64)
         return sums
@@ -98,13 +107,13 @@ class Evaluator:
     def _decode(self, params: Params, batch: Batch, indices: np.ndarray) -> jax.Array:
         """Returns the best prediction of each row, int32 [batch, length]."""
         key = tuple(sorted((name, x.shape, str(x.dtype)) for name, x in batch.items()))
-        partitioner = self._program.partitioner
+        partitioner = self._placed.partitioner
         shardings = partitioner.batch_shardings(
             {name: ArraySpec(x.shape, x.dtype, ("batch", *[None] * (x.ndim - 1))) for name, x in batch.items()}
         )
         rows = next(iter(batch.values())).shape[0]
         if key not in self._predict:
-            model, length = self._program.model, self._program.lengths["targets"]
+            model, length = self._placed.model, self._lengths["targets"]
             decoder, stop = self._settings.decoder, Stop((self._settings.eos_id,))
 
             def predict(params: Params, batch: Batch, ids: jax.Array) -> jax.Array:
@@ -114,29 +123,29 @@ class Evaluator:
 
             self._predict[key] = partitioner.compile(
                 predict,
-                self._program.param_shapes,
+                self._placed.param_shapes,
                 {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()},
                 jax.ShapeDtypeStruct((rows,), np.int32),
-                in_shardings=(self._program.state_shardings.params, shardings, partitioner.replicated),
+                in_shardings=(self._placed.param_shardings, shardings, partitioner.replicated),
                 out_shardings=partitioner.replicated,
             )
         ids = np.resize(indices, rows).astype(np.int32)  # rows past the examples repeat, and are not read
-        placed = partitioner.put_batch(self._mine(batch), shardings, self._program.batch_size)
+        placed = partitioner.put_batch(self._mine(batch), shardings, self._batch.size)
         return self._predict[key](params, placed, ids)
 
     def _compile_loss(self) -> Callable[..., Metrics]:
-        model = self._program.model
+        model = self._placed.model
 
         def metrics(params: Params, batch: Batch) -> Metrics:
             loss, weight, metrics = model.loss(params, batch, None)
             return metrics | {"loss": (loss, weight)}
 
-        return self._program.partitioner.compile(
+        return self._placed.partitioner.compile(
             metrics,
-            self._program.param_shapes,
-            self._program.abstract_batch,
-            in_shardings=(self._program.state_shardings.params, self._program.batch_shardings),
-            out_shardings=self._program.partitioner.replicated,
+            self._placed.param_shapes,
+            self._batch.abstract,
+            in_shardings=(self._placed.param_shardings, self._batch.shardings),
+            out_shardings=self._placed.partitioner.replicated,
         )
 
     def _mine(self, batch: Batch) -> Batch:

@@ -27,12 +27,13 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from meshway.framework.columns import format_columns
 from meshway.framework.distributed import processes
-from meshway.framework.errors import UserError
 from meshway.framework.planning.hardware import peak_flops
 from meshway.framework.training.program import TrainProgram
 from meshway.framework.training.state import TrainState
 from meshway.framework.training.timeline import process_began
+from meshway.launch.rounds import require_at_least
 
 if TYPE_CHECKING:
     from meshway.framework.data.grain_loader import CachedData
@@ -131,9 +132,8 @@ def data(
     """
     from meshway.launch import bench_data  # `bench train` starts without it
 
-    for name, value, least in (("seconds", seconds, 1), ("batches", batches, 1), ("workers", workers, 0)):
-        if value is not None and value < least:
-            raise UserError(f"bench.data.{name} must be at least {least}, not {value}")
+    require_at_least(1, "bench.data", seconds=seconds, batches=batches)
+    require_at_least(0, "bench.data", workers=workers)
     found = bench_data.measure(data, seconds, batches, workers, imported)
     print(bench_data.format_table(found))
     if as_json:
@@ -244,8 +244,7 @@ def _table(info: dict[str, Any], seconds: float, best: float, peak: float, sourc
         "peak memory of the process": f"{_peak_mib():,.0f} MiB",
         "TensorFlow imported": "yes" if info["tensorflow_imported"] else "no",
     }
-    width = max(map(len, lines))
-    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in lines.items())
+    return "\n".join(format_columns(lines.items()))
 
 
 def _serve(burst: Callable[[], list[float]], info: dict[str, Any]) -> None:

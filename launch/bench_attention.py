@@ -9,8 +9,6 @@ that what else the machine does falls on all alike; memory is what the compiler 
 """
 
 import dataclasses
-import statistics
-import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -18,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meshway.framework.errors import UserError
+from meshway.framework.columns import format_columns
 from meshway.framework.partitioning.explain import format_bytes
 from meshway.framework.partitioning.partitioner import Layout, Partitioner
+from meshway.launch.rounds import require_at_least, time_in_turn
 
 
 class Forms(Protocol):
@@ -63,7 +62,7 @@ class _Form:
             return forms.loss(name, *operands)
 
         where = tuple(x.sharding for x in operands)
-        self.name, self._operands, self.seconds = name, operands, list[float]()
+        self.name, self._operands = name, operands
         self._step = partitioner.compile(
             jax.grad(forward, (0, 1, 2)) if backward else forward,
             *operands,
@@ -73,18 +72,9 @@ class _Form:
         memory: Any = self._step.memory_analysis()
         self.temporary: int = memory.temp_size_in_bytes
 
-    def turn(self, steps: int) -> None:
-        """Times `steps` passes; keeps their median."""
-        times = []
-        for _ in range(steps):
-            begin = time.perf_counter()
-            self.once()
-            times.append(time.perf_counter() - begin)
-        self.seconds.append(statistics.median(times))
-
-    def once(self) -> None:
-        """Runs one pass to its end."""
-        jax.block_until_ready(self._step(*self._operands))
+    def once(self) -> Any:
+        """Runs one pass and returns what it computes."""
+        return self._step(*self._operands)
 
 
 def measure(
@@ -106,10 +96,8 @@ def measure(
     Raises:
       UserError, ValueError: a number is out of range, or a kernel refuses the attention or the layout.
     """
-    numbers = {"batch_size": batch_size, "steps": steps, "rounds": rounds, "lengths": min(lengths, default=0)}
-    for name, value in numbers.items():
-        if value < 1:
-            raise UserError(f"bench.attention.{name} must be at least 1, not {value}")
+    least = min(lengths, default=0)
+    require_at_least(1, "bench.attention", batch_size=batch_size, steps=steps, rounds=rounds, lengths=least)
     partitioner, random, results = Partitioner(layout), np.random.default_rng(0), []
     for length in lengths:
         operands = [
@@ -117,16 +105,11 @@ def measure(
             for names, shape in forms.operands(batch_size, length)
         ]
         compiled = [_Form(forms, name, partitioner, operands, backward) for name in forms.names]
-        running = [form for form in compiled if form.temporary <= most_bytes]
-        for form in running:
-            form.once()
-        for _ in range(rounds):
-            for form in running:
-                form.turn(steps)
+        passes = {form.name: form.once for form in compiled if form.temporary <= most_bytes}
+        seconds = time_in_turn(passes, steps, rounds)
         flops = forms.flops(batch_size, length, backward)
         for form in compiled:
-            seconds = statistics.median(form.seconds) if form.seconds else None
-            results.append(Result(form.name, length, seconds, form.temporary, flops))
+            results.append(Result(form.name, length, seconds.get(form.name), form.temporary, flops))
     return results, dict(partitioner.mesh.shape)
 
 
@@ -141,6 +124,5 @@ def format_table(results: list[Result], what: str, mesh: dict[str, int]) -> str:
             time, speed = f"{each.seconds * 1e3:,.1f} ms", f"{each.flops / each.seconds / 1e9:,.1f}"
             ratio = f"x{each.seconds / first.seconds:.2f}" if first.seconds else ""
         lines.append((f"{each.length:,}", each.name, time, ratio, speed, format_bytes(each.temporary)))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([f"{what}, on {' x '.join(f'{axis}={size}' for axis, size in mesh.items())}", *table])
+    where = " x ".join(f"{axis}={size}" for axis, size in mesh.items())
+    return "\n".join([f"{what}, on {where}", *format_columns(lines)])

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from meshway.framework.columns import format_columns
 from meshway.framework.data import seqio_door
 from meshway.framework.data.cache import builder as cache_builder
 from meshway.framework.data.features import EncoderDecoder, LanguageModel
@@ -347,11 +348,7 @@ def format_table(found: Mapping[str, Any]) -> str:
         if name in ratios:
             details.append(f"meshway: {ratios[name]:.1f} times as fast")
         rows.append([name, *cells, ", ".join(details)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(f"{cell:{'<' if place in (0, 4) else '>'}{widths[place]}}" for place, cell in enumerate(row)).rstrip()
-        for row in rows
-    ]
+    lines = format_columns(rows, right=range(1, 4))
     lines += [
         "",
         f"seek to batch {_SEEK:,}, stream opened and planned anew: {found['stages']['seek']['seconds']:.3f} s",

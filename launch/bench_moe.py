@@ -9,8 +9,6 @@ else the machine does falls on all alike.
 """
 
 import dataclasses
-import statistics
-import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -19,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meshway.framework.errors import UserError
+from meshway.framework.columns import format_columns
 from meshway.framework.partitioning.explain import format_bytes
 from meshway.framework.partitioning.partitioner import Layout, Partitioner
 from meshway.framework.planning.collectives import read_collectives
+from meshway.launch.rounds import require_at_least, time_in_turn
 
 
 class Forms(Protocol):
@@ -78,29 +77,22 @@ class _Form:
             out_shardings=(whole, jax.tree.map(lambda _: whole, metrics), (stored, x.sharding)),
         )
         self._mesh = dict(partitioner.mesh.shape)
-        self.seconds: list[float] = []
-        self.dropped = float(self._once()[1].get("router/drop_rate", float("nan")))
+        self._metrics: dict[str, jax.Array] = {}
 
-    def turn(self, steps: int) -> None:
-        """Times `steps` passes; keeps their median."""
-        times = []
-        for _ in range(steps):
-            begin = time.perf_counter()
-            self._once()
-            times.append(time.perf_counter() - begin)
-        self.seconds.append(statistics.median(times))
+    def once(self) -> Any:
+        """Runs one pass and returns what it computes."""
+        found = self._step(*self._arguments)
+        self._metrics = found[1]
+        return found
 
-    def result(self) -> Result:
-        """Returns what was found."""
+    def result(self, seconds: float) -> Result:
+        """Returns what was found; `once` has run, in so many seconds."""
         moved = read_collectives(self._step.as_text() or "", self._mesh)
         kinds = Counter({row.instruction: row.kind for row in moved}.values())
         memory: Any = self._step.memory_analysis()
         sent = sum(row.sent for row in moved)
-        median = statistics.median(self.seconds)
-        return Result(self.name, median, memory.temp_size_in_bytes, sent, dict(sorted(kinds.items())), self.dropped)
-
-    def _once(self) -> Any:
-        return jax.block_until_ready(self._step(*self._arguments))
+        dropped = float(self._metrics.get("router/drop_rate", float("nan")))
+        return Result(self.name, seconds, memory.temp_size_in_bytes, sent, dict(sorted(kinds.items())), dropped)
 
 
 def measure(
@@ -114,9 +106,7 @@ def measure(
     Raises:
       UserError, ValueError: a number is out of range, or the layer does not fit the layout.
     """
-    for name, value in (("batch_size", batch_size), ("length", length), ("steps", steps), ("rounds", rounds)):
-        if value < 1:
-            raise UserError(f"bench.moe.{name} must be at least 1, not {value}")
+    require_at_least(1, "bench.moe", batch_size=batch_size, length=length, steps=steps, rounds=rounds)
     partitioner = Partitioner(layout)
     shape = (batch_size, length, forms.d_model)
     tokens = partitioner.sharding(("batch", "length", "embed"), shape)
@@ -126,10 +116,8 @@ def measure(
     )
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
     compiled = [_Form(forms, name, partitioner, params, stored, jax.device_put(x, tokens)) for name in forms.names]
-    for _ in range(rounds):
-        for form in compiled:
-            form.turn(steps)
-    return [form.result() for form in compiled], dict(partitioner.mesh.shape)
+    seconds = time_in_turn({form: form.once for form in compiled}, steps, rounds)
+    return [form.result(seconds[form]) for form in compiled], dict(partitioner.mesh.shape)
 
 
 def format_table(results: list[Result], tokens: int, mesh: dict[str, int]) -> str:
@@ -149,10 +137,8 @@ def format_table(results: list[Result], tokens: int, mesh: dict[str, int]) -> st
                 kinds,
             )
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     where = " x ".join(f"{axis}={size}" for axis, size in mesh.items())
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([f"{tokens:,} tokens, forward and backward, on {where}", *table])
+    return "\n".join([f"{tokens:,} tokens, forward and backward, on {where}", *format_columns(lines)])
 
 
 def _shapes(partitioner: Partitioner, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from meshway.framework.columns import format_columns
 from meshway.framework.errors import UserError
 from meshway.framework.partitioning.explain import format_bytes
 from meshway.framework.planning.collectives import Collective, read_collectives
@@ -111,10 +112,9 @@ def format_result(result: Result) -> str:
         least = format_bytes(line.minimum) if line.minimum else "-"
         sent = format_bytes(line.measured)
         cells.append(("+".join(line.axes), line.role, sent, least, ratio(line.measured, line.minimum), line.calls))
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     text = [f"{result.layout} ({mesh}): {total}{timed}"]
-    for row, why in zip(cells, [(), *[line.why for line in result.lines]], strict=True):
-        text.append("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for row, why in zip(format_columns(cells), [(), *[line.why for line in result.lines]], strict=True):
+        text.append(f"  {row}")
         text += [f"      {reason}" for reason in why]
     return "\n".join([*text, *[f"  counted with care: {note}" for note in result.notes]])
 
@@ -127,10 +127,7 @@ def format_summary(results: Sequence[Result]) -> str:
         sent, least = format_bytes(result.measured), format_bytes(result.minimum)
         figures = (sent, least, ratio(result.measured, result.minimum), timed)
         cells.append((result.layout, *(("does not fit", "", "", "") if result.misfit else figures)))
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
-    )
+    return "\n".join(format_columns(cells))
 
 
 def run(invocation: "Invocation") -> list[Result]:

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from meshway.framework.columns import format_columns
 from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError
 from meshway.framework.evaluation import Evaluation, Evaluator
+from meshway.launch.rounds import require_at_least
 
 if TYPE_CHECKING:
     from meshway.framework.interfaces import DataSource
@@ -49,9 +51,7 @@ class Routing:
     trained: Sequence[str] = tuple(PRIORITIES)
 
     def __post_init__(self) -> None:
-        for name, value in (("steps", self.steps), ("seeds", self.seeds)):
-            if value < 1:
-                raise UserError(f"bench.routing.{name} must be at least 1, not {value}")
+        require_at_least(1, "bench.routing", steps=self.steps, seeds=self.seeds)
         unknown = [name for name in self.trained if name not in PRIORITIES]
         if unknown or not self.trained or not self.ratios:
             raise UserError(f"bench.routing needs ratios, and in `trained` some of {list(PRIORITIES)}; not {unknown}")
@@ -87,7 +87,13 @@ def compare(invocation: "Invocation") -> Accuracies:
         for ratio in settings.ratios:
             chosen = _settings(invocation, PRIORITY=priority, EVAL_CAPACITY_FACTOR=ratio)
             tasks = chosen.data.eval_tasks()
-            evaluators[priority, ratio] = Evaluator(chosen.program, tasks, Evaluation(max_predictions=0))
+            evaluators[priority, ratio] = Evaluator(
+                chosen.program.placed,
+                chosen.program.batch_size,
+                chosen.program.lengths,
+                tasks,
+                Evaluation(max_predictions=0),
+            )
     found: Accuracies = {}
     for trained in settings.trained:
         chosen = _settings(invocation, PRIORITY=trained)
@@ -111,9 +117,7 @@ def format_table(found: Accuracies) -> str:
         means = [f"{statistics.mean(values):.1f} %" for values in (vanilla, priority)]
         gain = (f"{statistics.mean(gains):+.1f}", f"{min(gains):+.1f}")
         cells.append((PRIORITIES[trained], f"{ratio:g}", *means, *gain))
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return "\n".join([f"accuracy on the validation split, mean of {seeds} seeds", *lines])
+    return "\n".join([f"accuracy on the validation split, mean of {seeds} seeds", *format_columns(cells)])
 
 
 def _settings(invocation: "Invocation", **macros: Any) -> Routing:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from meshway.framework.columns import format_columns
 from meshway.framework.data.cache.builder import BuiltSplit, build
 from meshway.framework.data.cache.directory import cache_directory
 
@@ -74,12 +75,7 @@ def format_table(built: Sequence[BuiltSplit]) -> str:
     for one in built:
         tokens = [f"{one.tokens[name]:,}" if name in one.tokens else "-" for name in names]
         rows.append([one.task, one.split, f"{one.examples:,}", *tokens, f"{one.bytes / 1e6:.1f}", f"{one.seconds:.1f}"])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [f"{cell:{'<' if place < 2 else '>'}{widths[place]}}" for place, cell in enumerate(row)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return "\n".join(format_columns(rows, right=range(2, len(rows[0]))))
 
 
 def run(invocation: "Invocation") -> None:

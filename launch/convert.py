@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from meshway.framework.columns import format_columns
 from meshway.framework.errors import UserError
 
 if TYPE_CHECKING:
@@ -143,9 +144,7 @@ def progress(total_bytes: int, what: str) -> Iterator[Callable[[int], None]]:
 
 def say(facts: Mapping[str, str]) -> None:
     """Prints what was done, a line a fact."""
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        print(f"{name:{width}}  {value}")
+    print("\n".join(format_columns(facts.items())))
 
 
 def _dtype(name: str) -> "np.dtype | None":

@@ -15,7 +15,6 @@ from meshway.framework.conversion.rules import Shape
 from meshway.framework.conversion.settings import Bindings, Reference
 from meshway.framework.conversion.stream import write_checkpoint
 from meshway.framework.conversion.values import Tensors, Values
-from meshway.framework.data.vocabulary import Vocabulary
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Model
 from meshway.framework.partitioning.explain import format_bytes
@@ -50,7 +49,14 @@ def from_hugging_face(
     if vocabulary is not None:
         tokenizer_files.check_size(vocabulary, model.bindings["VOCAB_SIZE"], source)
     features = _FEATURES["NUM_ENCODER_LAYERS" in model.bindings]
-    text = _recipe(model, vocabulary, features, goal, ignoring)
+    text = recipe_text(
+        f"{model.family.name} model",
+        model.directory.absolute(),
+        model.family.include(model.config),
+        model.bindings if vocabulary is None else model.bindings | _vocabulary(goal / "vocabularies", features),
+        goal,
+        f"Not read of its config.json: {', '.join(ignoring)}." if ignoring else "",
+    )
     values = write_run(folder, text, lambda shapes: model.values(shapes, dtype))
     copied = _keep_origin(model, folder / ORIGIN)
     if vocabulary is not None:
@@ -62,6 +68,25 @@ def from_hugging_face(
         "kept beside": ", ".join(copied),
         "recipe": str(goal / RECIPE),
     }
+
+
+def recipe_text(what: str, source: Path, include: str, bindings: Bindings, goal: Path, note: str = "") -> str:
+    """Returns the recipe of a converted model, from whose weights runs start.
+
+    Args:
+      what: the model, in two or three words.
+      source: where it was read.
+      include: the shipped file that the recipe begins with.
+      bindings: what the recipe says beside.
+      goal: the run directory, where it will lie in the end.
+      note: a last line for people.
+    """
+    heading = (
+        f"A {what}, converted by `meshway convert` from {source}.\n"
+        f"Runs that include this file start from its weights: if this directory moves, change its path below.\n{note}"
+    )
+    initial = {"train.train.initial": Reference("mapping.Initial"), "mapping.Initial.path": str(goal)}
+    return recipe_bindings.text_of(include, initial | bindings, heading)
 
 
 def write_run(
@@ -115,30 +140,14 @@ def shapes_of(model: Model) -> dict[str, tuple[int, ...]]:
     return {name: tuple(leaf.shape) for name, leaf in flatten(shapes).items()}
 
 
-def _recipe(
-    model: HuggingFaceModel,
-    vocabulary: Vocabulary | None,
-    features: Sequence[str],
-    goal: Path,
-    ignoring: Sequence[str],
-) -> str:
-    bindings: Bindings = dict(model.bindings)
-    bindings |= {"train.train.initial": Reference("mapping.Initial"), "mapping.Initial.path": str(goal)}
-    if vocabulary is not None:
-        bindings["VOCABULARY"] = Reference("vocabularies.load")
-        bindings |= {
-            "vocabularies.load.directory": str(goal / "vocabularies"),
-            "vocabularies.load.name": features[-1],
-            "grain_loader.CachedData.vocabularies": {feature: Macro("VOCABULARY") for feature in features},
-        }
-    config = {**model.family.defaults, **model.config}
-    heading = (
-        f"A {model.family.name} model, converted by `meshway convert` from {model.directory.absolute()}.\n"
-        "Runs that include this file start from its weights: if this directory moves, change its path below."
-    )
-    if ignoring:
-        heading += f"\nNot read of its config.json: {', '.join(ignoring)}."
-    return recipe_bindings.text_of(model.family.include(config), bindings, heading)
+def _vocabulary(directory: Path, features: Sequence[str]) -> Bindings:
+    """Returns the bindings of a run's own vocabulary, for all features of its tasks."""
+    return {
+        "VOCABULARY": Reference("vocabularies.load"),
+        "vocabularies.load.directory": str(directory),
+        "vocabularies.load.name": features[-1],
+        "grain_loader.CachedData.vocabularies": {feature: Macro("VOCABULARY") for feature in features},
+    }
 
 
 def _keep_origin(model: HuggingFaceModel, folder: Path) -> list[str]:

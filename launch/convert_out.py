@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from meshway.framework.checkpoints.manager import Checkpoints
+from meshway.framework.checkpoints.manager import Checkpoints, find_checkpoint
 from meshway.framework.conversion import tokenizer_files
 from meshway.framework.conversion.families import registry
 from meshway.framework.conversion.family import Family, read_config
@@ -53,24 +53,9 @@ class Origin:
 
 
 def find_run(path: Path, step: int | None) -> Run | None:
-    """Returns the checkpoint that a path means: a run directory's latest or `step`, or the folder of one itself; None
-    where it is none of them.
-
-    Raises:
-      UserError: there is no complete checkpoint, or none of `step`.
-    """
-    if path.name.isdigit() and (path / "state").is_dir():
-        folder, step = path.parent, int(path.name)
-    else:
-        folder = path if path.name == "checkpoints" else path / "checkpoints"
-    if not folder.is_dir():
-        return None
-    steps = Checkpoints(folder, read_only=True).steps()
-    if not steps:
-        raise UserError(f"there is no complete checkpoint in {folder}")
-    if step is not None and step not in steps:
-        raise UserError(f"{folder} has no checkpoint of step {step}; there are {steps}")
-    return Run(folder.parent, folder, steps[-1] if step is None else step)
+    """Returns the checkpoint that --from means, None where it means none; raises as `find_checkpoint` does."""
+    found = find_checkpoint(path, step, "--from")
+    return None if found is None else Run(found[0].parent, *found)
 
 
 def to_hugging_face(
@@ -170,7 +155,7 @@ def _check_nothing_lost(family: Family, config: Mapping[str, Any], gin: str, own
     """
     path = folder / "compared.gin"
     again = family.read(config, own_output, list(config))
-    path.write_text(recipe_bindings.text_of(family.include({**family.defaults, **config}), again), encoding="utf-8")
+    path.write_text(recipe_bindings.text_of(family.include(config), again), encoding="utf-8")
     _, recipe = convert.build_network(path)
     path.unlink()
     expected = recipe_bindings.model_of(recipe.resolved, "the recipe of the exported model")

@@ -5,13 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from meshway.framework.conversion.rules import Shape, check_tensors, pieces_of
-from meshway.framework.conversion.settings import Reference
+from meshway.framework.conversion.rules import Shape, pieces_of
 from meshway.framework.conversion.t5x import network_of
 from meshway.framework.conversion.t5x_files import T5XFiles
-from meshway.framework.conversion.values import Values, values_of
-from meshway.framework.errors import UserError
-from meshway.launch import convert_in, recipe_bindings
+from meshway.framework.conversion.values import Values, complete_values
+from meshway.launch import convert_in
 
 
 def from_t5x(source: Path, folder: Path, goal: Path, dtype: np.dtype | None, step: int | None) -> dict[str, str]:
@@ -35,21 +33,10 @@ def from_t5x(source: Path, folder: Path, goal: Path, dtype: np.dtype | None, ste
 
     def values(shapes: Mapping[str, Shape]) -> dict[str, Values]:
         pieces = pieces_of(network.rules, "", shapes)
-        try:
-            check_tensors(pieces, {name: files.shape(name) for name in files}, ())
-        except UserError as error:
-            raise UserError(f"{files.directory} is no complete model of {network.include}: {error}") from None
-        return values_of(pieces, shapes, files, dtype)
+        return complete_values(f"model of {network.include}", pieces, shapes, files, dtype)
 
-    heading = (
-        f"A network of T5X, converted by `meshway convert` from {files.directory}.\n"
-        "Runs that include this file start from its weights: if this directory moves, change its path below."
-    )
-    bindings = network.bindings | {
-        "train.train.initial": Reference("mapping.Initial"),
-        "mapping.Initial.path": str(goal),
-    }
-    written = convert_in.write_run(folder, recipe_bindings.text_of(network.include, bindings, heading), values)
+    text = convert_in.recipe_text("network of T5X", files.directory, network.include, network.bindings, goal)
+    written = convert_in.write_run(folder, text, values)
     return {
         "network": network.include,
         "checkpoint": f"step {files.step} of {files.directory}",

@@ -113,7 +113,8 @@ def train(
         tasks = data.eval_tasks() if periods.evaluate else []
         if primary:
             directory.describe(resolved, rows, summarize(program, rows))
-        evaluate = EvaluationLog(Evaluator(program, tasks, evaluation), directory, start, primary)
+        evaluator = Evaluator(program.placed, program.batch_size, program.lengths, tasks, evaluation)
+        evaluate = EvaluationLog(evaluator, directory, start, primary)
         reporter = _reporter(directory, start, primary, progress, timeline, program, resolved)
         stack.enter_context(contextlib.closing(reporter))
         loop = Loop(

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from meshway.framework.checkpoints.schema import differences, schema_of
-from meshway.framework.errors import UserError
+from meshway.framework.errors import UserError, first_line
 from meshway.framework.interfaces import Params
 from meshway.framework.training.state import TrainState
 from meshway.framework.version import installed_version
@@ -161,6 +161,20 @@ class Checkpoints:
         items = self._read(step, state=arguments, data=ocp.args.JsonRestore())
         return TrainState(**items["state"]), dict(items["data"])
 
+    def load_params(self, step: int, abstract: Params) -> Params:
+        """Restores all parameters of a checkpoint onto the shardings of `abstract`, and nothing else of it.
+
+        Raises:
+          UserError: it holds another model (the differences are listed), or it is damaged.
+        """
+        saved = {name: spec for name, spec in self.recipe(step)["schema"].items() if name.startswith("params/")}
+        if found := differences(saved, schema_of({"params": abstract})):
+            raise UserError(
+                f"checkpoint {self.folder / str(step)} holds another model than this recipe: {found}. Give the recipe "
+                "of that run (config.gin beside its checkpoints), or another MODEL_DIR"
+            )
+        return self.restore_params(step, abstract)
+
     def restore_params(self, step: int, params: Any) -> Any:
         """Restores only the parameters named in `params`, a tree of ShapeDtypeStructs with shardings."""
         tree = {"params": params}
@@ -176,7 +190,7 @@ class Checkpoints:
             others = [other for other in self.steps() if other != step]
             raise UserError(
                 f"checkpoint {self.folder / str(step)} cannot be read: it is truncated, damaged or not meshway's "
-                f"({_first_line(error)}). "
+                f"({first_line(error)}). "
                 + (f"Remove that folder to go on from step {others[-1]}" if others else "There is no other one")
             ) from error
 
@@ -187,9 +201,37 @@ class Checkpoints:
         except Exception as error:
             what = "checkpoint" if step is None else f"checkpoint {step}"
             raise UserError(
-                f"saving {what} in {self.folder} failed ({_first_line(error)}); complete checkpoints: "
+                f"saving {what} in {self.folder} failed ({first_line(error)}); complete checkpoints: "
                 f"{self.steps() or 'none'}. Free some space or make the folder writable, then run the command again"
             ) from error
+
+
+def find_checkpoint(path: Path, step: int | None, given_by: str) -> tuple[Path, int] | None:
+    """Returns the folder of checkpoints, and which of them a path means.
+
+    Args:
+      path: a run directory, its folder `checkpoints`, or the folder of one checkpoint.
+      step: which one, None for the latest; not looked at where `path` is one itself.
+      given_by: the setting that gave the path, for messages.
+
+    Returns:
+      (folder, step); None where the path is none of the three.
+
+    Raises:
+      UserError: there is no complete checkpoint, or none of `step`.
+    """
+    if path.name.isdigit() and (path / "state").is_dir():
+        folder, step = path.parent, int(path.name)
+    else:
+        folder = path if path.name == "checkpoints" else path / "checkpoints"
+    if not folder.is_dir():
+        return None
+    steps = Checkpoints(folder, read_only=True).steps()
+    if not steps:
+        raise UserError(f"{given_by}: there is no complete checkpoint in {folder}")
+    if step is not None and step not in steps:
+        raise UserError(f"{given_by}: {folder} has no checkpoint of step {step}; there are {steps}")
+    return folder, steps[-1] if step is None else step
 
 
 def _quiet_orbax() -> None:
@@ -202,8 +244,3 @@ def _quiet_orbax() -> None:
 
 def _as_tree(state: TrainState) -> dict[str, Any]:
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]

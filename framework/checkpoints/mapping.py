@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from meshway.framework.axes import Names
-from meshway.framework.checkpoints.manager import Checkpoints
+from meshway.framework.checkpoints.manager import Checkpoints, find_checkpoint
 from meshway.framework.checkpoints.schema import Schema, nearest_names
 from meshway.framework.checkpoints.sources import Shape, Source, block_of, pattern_lengths
 from meshway.framework.conversion import hugging_face
@@ -59,13 +59,13 @@ class Initial:
         directory = Path(self.path).expanduser()
         if hugging_face.is_model(directory):
             return self._from_hugging_face(directory, params)
-        folder, step = self._locate()
+        place = find_checkpoint(directory, self.step, "Initial.path")
+        if place is None:
+            raise UserError(
+                f"Initial.path: {directory} is neither a run directory nor a checkpoint (no checkpoints/ in it)"
+            )
+        folder, step = place
         checkpoints = Checkpoints(folder, read_only=True)
-        if step is None and not checkpoints.steps():
-            raise UserError(f"Initial.path: there is no complete checkpoint in {folder}")
-        step = checkpoints.steps()[-1] if step is None else step
-        if step not in checkpoints.steps():
-            raise UserError(f"Initial: {folder} has no checkpoint of step {step}; there are {checkpoints.steps()}")
         schema = checkpoints.recipe(step)["schema"]
         leaves = flatten(params)
         sources = self.sources({name: tuple(leaf.shape) for name, leaf in leaves.items()}, flatten(axes), schema)
@@ -146,15 +146,6 @@ class Initial:
                 f"Initial.path={self.path!r}: " + "; ".join(problems) + ". Add Initial.renames or Initial.left_at_init "
                 "(for a mixture of experts from a dense model include initial/upcycle.gin)"
             )
-
-    def _locate(self) -> tuple[Path, int | None]:
-        path = Path(self.path).expanduser()
-        if path.name.isdigit() and (path / "state").is_dir():
-            return path.parent, int(path.name)
-        folder = path if path.name == "checkpoints" else path / "checkpoints"
-        if not folder.is_dir():
-            raise UserError(f"Initial.path: {path} is neither a run directory nor a checkpoint (no {folder})")
-        return folder, self.step
 
 
 def _first_match(name: str, patterns: Sequence[str], used: set[str]) -> str | None:

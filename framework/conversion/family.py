@@ -44,7 +44,6 @@ class Family:
       name: as --family takes it.
       model_types: what config.json may call it; the first is written.
       architecture: the class of transformers that loads it.
-      include: the gin file its recipes begin with, from the settings that were read.
       defaults: what transformers takes for fields that config.json leaves out.
       settings: all fields that matter.
       rules: where the tensors' values lie.
@@ -54,12 +53,12 @@ class Family:
       silent: fields that change nothing, beside `SILENT`.
       written: fields that are written as they stand here.
       tied_by_tensors: whether the output layer is told by the tensors that are there, not by tie_word_embeddings.
+      folder: which of gin/models/ its recipes begin with, from config.json; None for the one called `name`.
     """
 
     name: str
     model_types: tuple[str, ...]
     architecture: str
-    include: Callable[[Config], str]
     defaults: Mapping[str, Any]
     settings: Sequence[Setting]
     rules: Sequence[Rule]
@@ -69,6 +68,12 @@ class Family:
     silent: frozenset[str] = frozenset()
     written: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tied_by_tensors: bool = False
+    folder: Callable[[Config], str] | None = None
+
+    def include(self, config: Config) -> str:
+        """Returns the gin file that the recipe of a config.json begins with."""
+        folder = self.folder({**self.defaults, **config}) if self.folder else self.name
+        return f"models/{folder}/common.gin"
 
     def read(self, config: Config, own_output: bool = False, ignoring: Sequence[str] = ()) -> Bindings:
         """Returns the bindings that say what config.json does.

@@ -9,10 +9,10 @@ import numpy as np
 
 from meshway.framework.conversion.families import registry
 from meshway.framework.conversion.family import Family, read_config
-from meshway.framework.conversion.rules import Piece, Shape, check_tensors, pieces_of
+from meshway.framework.conversion.rules import Shape, pieces_of
 from meshway.framework.conversion.settings import Bindings
 from meshway.framework.conversion.tensor_files import INDEX, SINGLE, TensorFiles
-from meshway.framework.conversion.values import Values, values_of
+from meshway.framework.conversion.values import Values, complete_values
 from meshway.framework.errors import UserError
 
 _COMPARED_BYTES = 64 * 2**20  # of two tensors at a time
@@ -41,31 +41,18 @@ class HuggingFaceModel:
     copies: Mapping[str, str]
     bindings: Bindings
 
-    def pieces(self, shapes: Mapping[str, Shape]) -> list[Piece]:
-        """Returns how the tensors make up the parameters [shapes] of the model that `bindings` build.
-
-        Raises:
-          UserError: what does not fit, all of it.
-        """
-        pieces = pieces_of(self.family.rules, self.base, shapes)
-        found = {name: self.tensors.shape(name) for name in self.tensors}
-        try:
-            check_tensors(pieces, found, self.family.ignored, self.copies)
-        except UserError as error:
-            raise UserError(f"{self.directory} is no complete {self.family.name} model: {error}") from None
-        return pieces
-
     def values(self, shapes: Mapping[str, Shape], dtype: np.dtype | None = None) -> dict[str, Values]:
         """Returns the parameters [shapes], to be read piece by piece or shard by shard.
 
         Args:
-          shapes: of all parameters of the model.
+          shapes: of all parameters of the model that `bindings` build.
           dtype: that they are converted to, None for their own.
 
         Raises:
           UserError: a tensor is missing, has no place, another shape or a dtype that is not converted.
         """
-        return values_of(self.pieces(shapes), shapes, self.tensors, dtype)
+        family, pieces = self.family, pieces_of(self.family.rules, self.base, shapes)
+        return complete_values(f"{family.name} model", pieces, shapes, self.tensors, dtype, family.ignored, self.copies)
 
 
 def is_model(directory: Path) -> bool:

@@ -61,7 +61,7 @@ class Layers:
         if self.period:
             if SLIDING in kinds:
                 bindings["WINDOW"] = window
-            if kinds != self._own(len(kinds)):
+            if kinds != _periodic(self.period, len(kinds)):
                 bindings["PATTERN"] = [_BLOCKS[kind] for kind in _shortest(kinds)]
         elif SLIDING in kinds:
             if window is None:
@@ -91,11 +91,12 @@ class Layers:
             first = config[self.starts] if config["use_sliding_window"] else count
             return [SLIDING if layer >= first else FULL for layer in range(count)]
         period = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or self.period
-        return [SLIDING if (layer + 1) % period else FULL for layer in range(count)]
+        return _periodic(period, count)
 
-    def _own(self, count: int) -> list[str]:
-        """Returns what the recipe's own pattern makes of so many layers."""
-        return [SLIDING if (layer + 1) % self.period else FULL for layer in range(count)]
+
+def _periodic(period: int, count: int) -> list[str]:
+    """Returns so many layers with a window, but for every `period`-th."""
+    return [SLIDING if (layer + 1) % period else FULL for layer in range(count)]
 
 
 def _kind(block: Any) -> str:

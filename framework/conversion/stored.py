@@ -9,7 +9,7 @@ import tensorstore
 from meshway.framework.checkpoints.schema import Schema
 from meshway.framework.conversion.rules import Piece
 from meshway.framework.conversion.shard_writer import Spec
-from meshway.framework.errors import UserError
+from meshway.framework.errors import UserError, first_line
 
 _MOST_CACHE_BYTES = 4 * 2**30
 
@@ -73,8 +73,7 @@ class StoredParams:
         return value
 
     def _damaged(self, name: str, error: ValueError) -> UserError:
-        words = str(error).splitlines()[0].partition(" [")[0][:200]
-        return UserError(f"parameter {name} cannot be read from {self._state}: {words}")
+        return UserError(f"parameter {name} cannot be read from {self._state}: {first_line(error)}")
 
 
 def _chunk_bytes(array: tensorstore.TensorStore) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import tensorstore
 
 from meshway.framework.conversion.tensor_files import DTYPES, Box
-from meshway.framework.errors import UserError
+from meshway.framework.errors import UserError, first_line
 
 _STEP_FOLDER = re.compile(r"checkpoint_(\d+)")
 _NATIVE, _ORBAX = "checkpoint", "state"  # the msgpack file of the one, the folder of arrays of the other
@@ -81,7 +81,7 @@ class T5XFiles:
         try:
             return part if isinstance(part, np.ndarray) else part.read().result()
         except ValueError as error:
-            raise UserError(f"{name!r} cannot be read from {self.directory}: {_first_line(error)}") from error
+            raise UserError(f"{name!r} cannot be read from {self.directory}: {first_line(error)}") from error
 
     @property
     def num_bytes(self) -> int:
@@ -127,7 +127,7 @@ def _native(folder: Path) -> dict[str, Values]:
     try:
         tree = msgpack.unpackb(file.read_bytes(), strict_map_key=False)
     except (OSError, ValueError, msgpack.UnpackException) as error:
-        raise UserError(f"{file} is truncated or no msgpack file ({_first_line(error)})") from error
+        raise UserError(f"{file} is truncated or no msgpack file ({first_line(error)})") from error
     optimizer = tree.get("optimizer") if isinstance(tree, dict) else None
     target = optimizer.get("target") if isinstance(optimizer, dict) else None
     if not isinstance(target, dict) or not target:
@@ -160,7 +160,7 @@ def _orbax(state: Path) -> dict[str, Values]:
     try:
         keys = [key.decode() for key in tensorstore.KvStore.open(store).result().list().result()]
     except ValueError as error:
-        raise UserError(f"{state} is truncated or damaged: {_first_line(error)}") from error
+        raise UserError(f"{state} is truncated or damaged: {first_line(error)}") from error
     found: dict[str, Values] = {}
     for key in keys:
         array, _, kind = key.rpartition("/")
@@ -190,7 +190,7 @@ def _promised(metadata: Path) -> list[str]:
         entries = json.loads(metadata.read_text("utf-8"))["tree_metadata"].values()
         paths = [[str(part["key"]) for part in entry["key_metadata"]] for entry in entries]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{metadata} is truncated or damaged ({_first_line(error)})") from error
+        raise UserError(f"{metadata} is truncated or damaged ({first_line(error)})") from error
     return ["/".join(path[1:]) for path in paths if path[:1] == ["target"]]
 
 
@@ -200,12 +200,8 @@ def _open(where: Path, name: str, driver: str, kvstore: Spec) -> tensorstore.Ten
     try:
         return tensorstore.open(spec, open=True, read=True).result()
     except ValueError as error:
-        raise UserError(f"{name!r} is missing or damaged in {where}: {_first_line(error)}") from error
+        raise UserError(f"{name!r} is missing or damaged in {where}: {first_line(error)}") from error
 
 
 def _dtype(values: Values) -> np.dtype:
     return values.dtype if isinstance(values, np.ndarray) else values.dtype.numpy_dtype
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].split(" [tensorstore_spec=")[0][:300]

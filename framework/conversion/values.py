@@ -1,13 +1,14 @@
 """Parameters assembled from tensors piece by piece, whole or a shard of them."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import jax
 import numpy as np
 
-from meshway.framework.conversion.rules import Piece, Shape, by_parameter
+from meshway.framework.conversion.rules import Piece, Shape, by_parameter, check_tensors
 from meshway.framework.conversion.tensor_files import Box
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Params
@@ -16,6 +17,8 @@ from meshway.framework.training.trees import map_paths
 
 class Tensors(Protocol):
     """Named tensors that are read on demand: a directory of safetensors, another system's checkpoint."""
+
+    directory: Path
 
     def __iter__(self) -> Iterator[str]: ...
 
@@ -114,6 +117,32 @@ def values_of(
             raise UserError(f"layers of {path}, one array here, have several dtypes: {several}; give --dtype")
         found[path] = Values(shapes[path], dtype or next(iter(dtypes)), own, tensors)
     return found
+
+
+def complete_values(
+    model: str,
+    pieces: Sequence[Piece],
+    shapes: Mapping[str, Shape],
+    tensors: Tensors,
+    dtype: np.dtype | None,
+    ignored: Sequence[str] = (),
+    copies: Collection[str] = (),
+) -> dict[str, Values]:
+    """Returns `values_of`, once the tensors are known to be what the pieces need and nothing else.
+
+    Args:
+      model: what they are to be, as 'llama model'.
+      pieces, shapes, tensors, dtype: see `values_of`.
+      ignored, copies: see `check_tensors`.
+
+    Raises:
+      UserError: what does not fit, all of it; and as `values_of`.
+    """
+    try:
+        check_tensors(pieces, {name: tensors.shape(name) for name in tensors}, ignored, copies)
+    except UserError as error:
+        raise UserError(f"{tensors.directory} is no complete {model}: {error}") from None
+    return values_of(pieces, shapes, tensors, dtype)
 
 
 def fill(params: Params, values: Mapping[str, Values]) -> Params:

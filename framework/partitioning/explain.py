@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
+from meshway.framework.columns import format_columns
 from meshway.framework.partitioning.partitioner import Partitioner, path_name
 
 
@@ -82,10 +83,7 @@ def format_rows(rows: Iterable[Row]) -> str:
                 row.rule,
             )
         )
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
-    )
+    return "\n".join(format_columns(cells))
 
 
 def format_bytes(count: float) -> str:

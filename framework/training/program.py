@@ -12,7 +12,8 @@ from meshway.framework.data.vocabulary import Vocabulary
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import ArraySpec, Batch, Model
 from meshway.framework.partitioning.explain import Row, explain
-from meshway.framework.partitioning.partitioner import Layout, Partitioner
+from meshway.framework.partitioning.partitioner import Layout
+from meshway.framework.partitioning.placed_model import PlacedModel
 from meshway.framework.planning.flops import train_flops
 from meshway.framework.training.optimizers import BoundOptimizer, Optimizer
 from meshway.framework.training.state import TrainState, init_sharded, init_state, state_axes
@@ -41,17 +42,14 @@ class TrainProgram:
         check_microbatches(batch_size, num_microbatches)
         self.model, self.seed, self.batch_size, self.lengths = model, seed, batch_size, dict(lengths)
         self.num_microbatches = num_microbatches
-        self.partitioner = Partitioner(layout)
-        try:
-            self.batch_spec: dict[str, ArraySpec] = dict(model.batch_spec(batch_size, self.lengths))
-        except KeyError as error:
-            raise UserError(
-                f"TASK_FEATURE_LENGTHS={self.lengths} lacks {error.args[0]!r}, which {type(model).__name__} needs; "
-                f"add it: --gin.TASK_FEATURE_LENGTHS=\"{{..., '{error.args[0]}': 128}}\""
-            ) from error
-        self.batch_shardings = self.partitioner.batch_shardings(self.batch_spec)
-        self.axes = model.axes()
-        self.param_shapes = jax.eval_shape(model.init, jax.random.key(seed))
+        self.placed = PlacedModel(model, layout)
+        self.batch = self.placed.batch(batch_size, self.lengths)
+        self.partitioner, self.axes, self.param_shapes = (
+            self.placed.partitioner,
+            self.placed.axes,
+            self.placed.param_shapes,
+        )
+        self.batch_spec, self.batch_shardings = self.batch.spec, self.batch.shardings
         self.optimizer: BoundOptimizer = optimizer.bind(self.axes, self.param_shapes)
         self._step = TrainStep(model, self.optimizer, seed, num_microbatches, gradient_rule)
 
@@ -81,7 +79,7 @@ class TrainProgram:
     @property
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """A batch's shapes."""
-        return {name: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for name, spec in self.batch_spec.items()}
+        return self.batch.abstract
 
     @functools.cached_property
     def num_params(self) -> int:
@@ -138,7 +136,7 @@ class TrainProgram:
 
     def put(self, batch: Batch) -> dict[str, jax.Array]:
         """Puts this process's rows of a batch on its devices."""
-        return self.partitioner.put_batch(batch, self.batch_shardings, self.batch_size)
+        return self.batch.put(batch)
 
     def explain(self) -> list[Row]:
         """Returns a row for every tensor of the state and the batch."""

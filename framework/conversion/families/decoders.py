@@ -1,5 +1,6 @@
 """Llama, Qwen, Mistral, Mixtral: decoders with rotary positions whose tensors are named alike."""
 
+import dataclasses
 from typing import Any
 
 from meshway.framework.conversion.family import Family
@@ -71,9 +72,6 @@ EXPERTS = (
         )
     ),
 )
-COPIES = {"lm_head.weight": "{base}embed_tokens.weight"}
-IGNORED = (r".*rotary_emb\.inv_freq",)
-BASES = ("model.", "")
 # What transformers takes for fields that config.json leaves out, of those on which the families agree.
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 32000,
@@ -86,78 +84,51 @@ DEFAULTS: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
-_QWEN: dict[str, Any] = DEFAULTS | {
-    "vocab_size": 151936,
-    "intermediate_size": 22016,
-    "max_position_embeddings": 32768,
-    "num_key_value_heads": 32,
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-}
+_SETTINGS = (*SIZES, Rope(), activation("hidden_act", gated=True))
 
 LLAMA = Family(
     name="llama",
     model_types=("llama",),
     architecture="LlamaForCausalLM",
-    include=lambda config: "models/llama/common.gin",
     defaults=DEFAULTS
     | {"intermediate_size": 11008, "max_position_embeddings": 2048, "attention_bias": False, "mlp_bias": False},
-    settings=(
-        *SIZES,
-        Rope(),
-        activation("hidden_act", gated=True),
-        BIASES,
-        same_in_words("mlp_bias", "MLP_BIAS", False, True),
-    ),
-    rules=(*ENDS[:1], *NORMS, *ATTENTION, *MLP, *ENDS[1:]),
-    bases=BASES,
-    copies=COPIES,
-    ignored=IGNORED,
+    settings=(*_SETTINGS, BIASES, same_in_words("mlp_bias", "MLP_BIAS", False, True)),
+    rules=(*ENDS, *NORMS, *ATTENTION, *MLP),
+    bases=("model.", ""),
+    copies={"lm_head.weight": "{base}embed_tokens.weight"},
+    ignored=(r".*rotary_emb\.inv_freq",),
 )
-QWEN2 = Family(
+QWEN2 = dataclasses.replace(
+    LLAMA,
     name="qwen2_5",
     model_types=("qwen2",),
     architecture="Qwen2ForCausalLM",
-    include=lambda config: "models/qwen2_5/common.gin",
-    defaults=_QWEN,
-    settings=(
-        *SIZES,
-        Rope(),
-        activation("hidden_act", gated=True),
-        Layers(starts="max_window_layers"),
-        Fixed("use_mrope", (False, None)),
-    ),
-    rules=LLAMA.rules,
-    bases=BASES,
-    copies=COPIES,
-    ignored=IGNORED,
+    defaults=DEFAULTS
+    | {
+        "vocab_size": 151936,
+        "intermediate_size": 22016,
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    settings=(*_SETTINGS, Layers(starts="max_window_layers"), Fixed("use_mrope", (False, None))),
     written={"use_sliding_window": False},
 )
-QWEN3 = Family(
+QWEN3 = dataclasses.replace(
+    QWEN2,
     name="qwen3",
     model_types=("qwen3",),
     architecture="Qwen3ForCausalLM",
-    include=lambda config: "models/qwen3/common.gin",
-    defaults=_QWEN | {"head_dim": 128, "attention_bias": False},
-    settings=(
-        *SIZES,
-        Rope(),
-        activation("hidden_act", gated=True),
-        BIASES,
-        Layers(starts="max_window_layers"),
-    ),
-    rules=LLAMA.rules,
-    bases=BASES,
-    copies=COPIES,
-    ignored=IGNORED,
-    written={"use_sliding_window": False},
+    defaults={**QWEN2.defaults, "head_dim": 128, "attention_bias": False},
+    settings=(*_SETTINGS, BIASES, Layers(starts="max_window_layers")),
 )
-MISTRAL = Family(
+MISTRAL = dataclasses.replace(
+    LLAMA,
     name="mistral",
     model_types=("mistral",),
     architecture="MistralForCausalLM",
-    include=lambda config: "models/mistral/common.gin",
     defaults=DEFAULTS
     | {
         "intermediate_size": 14336,
@@ -165,22 +136,15 @@ MISTRAL = Family(
         "num_key_value_heads": 8,
         "sliding_window": 4096,
     },
-    settings=(*SIZES, Rope(), activation("hidden_act", gated=True), Window()),
-    rules=LLAMA.rules,
-    bases=BASES,
-    copies=COPIES,
-    ignored=IGNORED,
+    settings=(*_SETTINGS, Window()),
 )
-MIXTRAL = Family(
+MIXTRAL = dataclasses.replace(
+    MISTRAL,
     name="mixtral",
     model_types=("mixtral",),
     architecture="MixtralForCausalLM",
-    include=lambda config: "models/mixtral/common.gin",
-    defaults=DEFAULTS
-    | {
-        "intermediate_size": 14336,
-        "max_position_embeddings": 131072,
-        "num_key_value_heads": 8,
+    defaults={
+        **MISTRAL.defaults,
         "rms_norm_eps": 1e-5,
         "sliding_window": None,
         "num_experts_per_tok": 2,
@@ -196,9 +160,6 @@ MIXTRAL = Family(
         Same("num_experts_per_tok", "routers.TopK.k"),
         Fixed("router_jitter_noise", (0.0, None)),
     ),
-    rules=(*ENDS[:1], *NORMS, *ATTENTION, *EXPERTS, *ENDS[1:]),
-    bases=BASES,
-    copies=COPIES,
-    ignored=IGNORED,
+    rules=(*ENDS, *NORMS, *ATTENTION, *EXPERTS),
     silent=frozenset({"output_router_logits", "router_aux_loss_coef"}),
 )

@@ -1,19 +1,18 @@
 """Gemma 2 and Gemma 3's text model."""
 
+import dataclasses
+
 from meshway.framework.conversion.families.decoders import (
     ATTENTION,
-    BASES,
     BIASES,
-    COPIES,
     DEFAULTS,
     ENDS,
-    IGNORED,
     LAYER,
+    LLAMA,
     MLP,
     OURS,
     SIZES,
 )
-from meshway.framework.conversion.family import Family
 from meshway.framework.conversion.forms import Form
 from meshway.framework.conversion.patterns import Layers
 from meshway.framework.conversion.rope import Rope
@@ -29,7 +28,6 @@ _NORMS = tuple(
         ("post_feedforward_layernorm", "mlp_post_norm"),
     )
 )
-_RULES = (*ENDS[:1], *_NORMS, *ATTENTION, *MLP, *ENDS[1:])
 _DEFAULTS = DEFAULTS | {
     "hidden_size": 2304,
     "intermediate_size": 9216,
@@ -52,11 +50,11 @@ _SETTINGS = (
     Fixed("use_bidirectional_attention", (False, None)),
 )
 
-GEMMA2 = Family(
+GEMMA2 = dataclasses.replace(
+    LLAMA,
     name="gemma2",
     model_types=("gemma2",),
     architecture="Gemma2ForCausalLM",
-    include=lambda config: "models/gemma2/common.gin",
     defaults=_DEFAULTS
     | {
         "vocab_size": 256000,
@@ -71,17 +69,14 @@ GEMMA2 = Family(
         Same("attn_logit_softcapping", "SCORES_SOFT_CAP"),
         Same("final_logit_softcapping", "LOGITS_SOFT_CAP"),
     ),
-    rules=_RULES,
-    bases=BASES,
-    copies=COPIES,
-    ignored=IGNORED,
+    rules=(*ENDS, *_NORMS, *ATTENTION, *MLP),
     silent=frozenset({"hidden_act", "sliding_window_size"}),
 )
-GEMMA3 = Family(
+GEMMA3 = dataclasses.replace(
+    GEMMA2,
     name="gemma3",
     model_types=("gemma3_text",),
     architecture="Gemma3ForCausalLM",
-    include=lambda config: "models/gemma3/common.gin",
     defaults=_DEFAULTS
     | {
         "vocab_size": 262208,
@@ -94,10 +89,6 @@ GEMMA3 = Family(
         Layers(period=6),
         Same("final_logit_softcapping", "lm.LanguageModel.logits_soft_cap", default=None),
     ),
-    rules=_RULES,
-    bases=BASES,
-    copies=COPIES,
-    ignored=IGNORED,
     # transformers has a soft cap of scores in this family's configuration, and does not use it.
     silent=frozenset({"hidden_act", "attn_logit_softcapping"}),
 )

@@ -14,7 +14,6 @@ GPT2 = Family(
     name="gpt2",
     model_types=("gpt2",),
     architecture="GPT2LMHeadModel",
-    include=lambda config: "models/gpt2/common.gin",
     defaults={
         "vocab_size": 50257,
         "n_positions": 1024,

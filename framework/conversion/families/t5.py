@@ -148,16 +148,15 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def _include(config: Config) -> str:
-    """Returns T5 1.1's file for gated MLPs, T5 1.0's for plain ones."""
-    return f"models/{'t5_1_1' if str(config['feed_forward_proj']).startswith('gated') else 't5'}/common.gin"
+def _folder(config: Config) -> str:
+    """Returns T5 1.1's folder for gated MLPs, T5 1.0's for plain ones."""
+    return "t5_1_1" if str(config["feed_forward_proj"]).startswith("gated") else "t5"
 
 
 T5 = Family(
     name="t5",
     model_types=("t5",),
     architecture="T5ForConditionalGeneration",
-    include=_include,
     defaults=_DEFAULTS,
     settings=(*_SETTINGS, Output()),
     rules=_RULES,
@@ -170,14 +169,15 @@ T5 = Family(
     silent=frozenset({"dropout_rate", "initializer_factor", "is_encoder_decoder", "n_positions"}),
     written={"is_encoder_decoder": True, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1},
     tied_by_tensors=True,
+    folder=_folder,
 )
 MT5 = dataclasses.replace(
     T5,
     name="mt5",
     model_types=("mt5",),
     architecture="MT5ForConditionalGeneration",
-    include=lambda config: "models/mt5/common.gin",
     defaults=_DEFAULTS
     | {"vocab_size": 250112, "d_ff": 1024, "num_layers": 8, "num_heads": 6, "feed_forward_proj": "gated-gelu"},
     settings=(*_SETTINGS, Output(scales=False)),
+    folder=None,
 )
