@@ -14,6 +14,8 @@ $(BIN)/meshway: setup.py
 
 quickstart: $(BIN)/meshway
 	$(BIN)/meshway train --gin_file=quickstart --gin.MODEL_DIR=runs/quickstart
+	$(BIN)/meshway eval --model_dir=runs/quickstart
+	$(BIN)/meshway infer --model_dir=runs/quickstart --split=validation --output=runs/quickstart/predictions.jsonl
 
 test: $(BIN)/meshway
 	$(BIN)/python -m pytest -n 2 --dist loadscope -q

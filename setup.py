@@ -12,6 +12,7 @@ PROSE = ["botocore>=1.40,<2"]
 GETTEXT = ["django>=5.2,<7", "polib>=1.2,<2", "sacrebleu>=2.5,<3"]
 DIGITS = ["scikit-learn>=1.6,<2"]
 RAY = ["ray>=2.50,<3"]
+PARQUET = ["pyarrow>=22,<27"]
 
 setup(
     name="meshway",
@@ -53,6 +54,7 @@ setup(
         "gettext": GETTEXT,
         "digits": DIGITS,
         "ray": RAY,
+        "parquet": PARQUET,
         "test": [
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
@@ -62,11 +64,15 @@ setup(
             *GETTEXT,
             *DIGITS,
             *RAY,
+            *PARQUET,
             "kubernetes-validate>=1.37,<2",
             "jsonschema>=4.20,<5",
         ],
         "oracle": ["torch>=2.9,<3", "transformers>=5.20,<6"],  # what goldens are made with, and compared live
         "dev": ["ruff>=0.15,<0.18", "mypy>=1.18,<3"],
     },
-    entry_points={"console_scripts": ["meshway = meshway.launch.cli:main"]},
+    entry_points={
+        "console_scripts": ["meshway = meshway.launch.cli:main"],
+        "meshway.recipes": ["open = meshway.launch.infer:open_recipe"],
+    },
 )

@@ -4,7 +4,7 @@ import difflib
 import os
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
@@ -30,6 +30,14 @@ def report(error: BaseException) -> int:
     if expected:
         print(f"meshway: error: {error}", file=sys.stderr)
     return 2 if isinstance(error, UserError) else 1
+
+
+def nearest_steps(step: int, steps: Sequence[int], limit: int = 6) -> str:
+    """Returns the steps nearest to one that is not among them, in words; `steps` are ascending, and some."""
+    near = sorted(sorted(steps, key=lambda other: abs(other - step))[:limit])
+    if len(near) == len(steps):
+        return f"there are {near}"
+    return f"the nearest are {near}, of {len(steps)} in all"
 
 
 def first_line(error: BaseException) -> str:

@@ -1,36 +1,50 @@
-"""Evaluation inside a training run: teacher-forced losses and predictions, on the training mesh."""
+"""Evaluation of parameters on tasks: teacher-forced losses, predictions and scores, on the mesh of the parameters."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from meshway.framework.errors import first_line
 from meshway.framework.inference.decoding import Decoder, Stop
 from meshway.framework.inference.sampling import Sampling
 from meshway.framework.interfaces import ArraySpec, Batch, EvalTask, Metrics, Params
 from meshway.framework.partitioning.placed_model import PlacedModel
 
-# What one task's evaluation found: metrics by name, and some predictions for people to read.
+# What one task's evaluation found, as it is written down: `metrics` by name; `counts` of what they are of; some
+# `predictions` for people to read; `failed`, where there are any: function of the task -> what it raised.
 Report = dict[str, Any]
+
+# Told how far one task is: (task, what it does, done, of how many).
+Observer = Callable[[str, str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """What a recipe says of evaluation.
 
-    `max_batches` bounds the teacher-forced pass (None reads the whole split); `max_predictions` examples are
-    decoded by `decoder`, greedily unless another is bound, for the tasks that have metrics (0 decodes none), and
-    `num_samples` of them are kept as text. `eos_id` ends a prediction.
+    `max_batches` bounds the teacher-forced pass (None reads the whole split); of the tasks that have metrics of
+    predictions or scores `max_predictions` examples (None: all, 0: none) are decoded by `decoder`, greedily unless
+    another is bound, and scored; `num_samples` of them are kept as text. `eos_id` ends a prediction.
     """
 
     max_batches: int | None = None
-    max_predictions: int = 64
+    max_predictions: int | None = 64
     num_samples: int = 8
     eos_id: int = 1
     decoder: Decoder = Sampling(temperature=0.0)
+
+
+class TaskResult(NamedTuple):
+    """What one task gave: its report, and its summed loss and weight."""
+
+    name: str
+    report: Report
+    loss: np.ndarray
 
 
 class Evaluator:
@@ -48,13 +62,19 @@ class Evaluator:
         self._placed, self._lengths, self._tasks, self._settings = placed, lengths, list(tasks), settings
         self._batch = placed.batch(batch_size, lengths)
         self._loss: Callable[..., Metrics] | None = None
-        self._predict: dict[tuple, Callable[..., jax.Array]] = {}
+        self._score: Callable[..., jax.Array] | None = None
+        self._predict: dict[tuple, Callable[..., tuple[jax.Array, jax.Array]]] = {}
         self._rows = placed.partitioner.process_rows(batch_size)
 
     @property
     def task_names(self) -> list[str]:
         """The tasks it evaluates, in order."""
         return [task.name for task in self._tasks]
+
+    @property
+    def left_out(self) -> list[str]:
+        """What of the tasks' metrics cannot be run, in words."""
+        return [f"{task.name}: not evaluated: {what}" for task in self._tasks for what in task.left_out]
 
     def evaluate(self, params: Params) -> tuple[dict[str, float], dict[str, Report]]:
         """Returns (scalars, reports by task).
@@ -65,47 +85,93 @@ class Evaluator:
         scalars: dict[str, float] = {}
         reports: dict[str, Report] = {}
         totals = np.zeros(2)
-        for task in self._tasks:
-            sums = self._teacher_forced(params, task)
-            totals += sums["loss"]
-            metrics = {name: float(total / max(weight, 1e-9)) for name, (total, weight) in sums.items()}
-            samples: list[dict[str, str]] = []
-            if task.has_metrics and self._settings.max_predictions:
-                predicted, samples = self._predictions(params, task)
-                metrics |= predicted
-            scalars |= {f"validation/{task.name}/{name}": value for name, value in metrics.items()}
-            reports[task.name] = {"metrics": metrics, "predictions": samples}
-        if self._tasks:
+        for name, report, loss in self.results(params):
+            totals += loss
+            scalars |= {f"validation/{name}/{metric}": value for metric, value in report["metrics"].items()}
+            reports[name] = report
+        if reports:
             scalars["validation/loss"] = float(totals[0] / max(totals[1], 1e-9))
         return scalars, reports
 
-    def _teacher_forced(self, params: Params, task: EvalTask) -> dict[str, np.ndarray]:
+    def results(self, params: Params, observe: Observer = lambda *_: None) -> Iterator[TaskResult]:
+        """Yields each task's result once it is there; every process must go through all of them."""
+        for task in self._tasks:
+            sums, rows = self._teacher_forced(params, task, observe)
+            metrics = {name: float(total / max(weight, 1e-9)) for name, (total, weight) in sums.items()}
+            report: Report = {
+                "metrics": metrics,
+                "counts": {"rows": rows, "tokens": float(sums["loss"][1])},
+                "predictions": [],
+            }
+            self._add_metrics(report, params, task, observe)
+            yield TaskResult(task.name, report, sums["loss"])
+
+    def _teacher_forced(self, params: Params, task: EvalTask, observe: Observer) -> tuple[dict[str, np.ndarray], int]:
+        """Returns (sum and weight of each metric, how many rows they are of)."""
         if self._loss is None:
             self._loss = self._compile_loss()
-        sums: dict[str, np.ndarray] = {}
-        for index, (batch, _) in enumerate(task.batches()):
-            if index == self._settings.max_batches:
-                break
-            metrics = jax.device_get(self._loss(params, self._batch.put(self._mine(batch))))
-            for name, pair in metrics.items():
+        sums: dict[str, np.ndarray] = {"loss": np.zeros(2)}
+        rows = 0
+        batches = itertools.islice(task.batches(), self._settings.max_batches)
+        started = ((real, self._loss(params, self._batch.put(self._mine(batch)))) for batch, real in batches)
+        for real, metrics in _one_ahead(started):
+            for name, pair in jax.device_get(metrics).items():
                 sums[name] = sums.get(name, np.zeros(2)) + np.array(pair, np.float64)
-        return sums
+            rows += real
+            observe(task.name, "loss", rows, task.num_rows)
+        return sums, rows
 
-    def _predictions(self, params: Params, task: EvalTask) -> tuple[dict[str, float], list[dict[str, str]]]:
-        predictions: list[Any] = []
-        samples: list[dict[str, str]] = []
-        limit = min(self._settings.max_predictions, task.num_examples)
-        for batch, indices in _until(task.prompt_batches(), limit):
-            tokens = np.asarray(self._decode(params, batch, indices))
-            for index, row in zip(indices, tokens, strict=False):
-                predictions.append(task.postprocess(int(index), row))
-                if len(samples) < self._settings.num_samples:
-                    target, prediction = str(task.target(int(index))), str(predictions[-1])
-                    samples.append({"input": task.inputs_text(int(index)), "target": target, "prediction": prediction})
-        return task.metrics(predictions), samples
+    def _add_metrics(self, report: Report, params: Params, task: EvalTask, observe: Observer) -> None:
+        """Adds what the task's own functions find in predictions and scores."""
+        limit = self._settings.max_predictions
+        limit = task.num_examples if limit is None else min(limit, task.num_examples)
+        predictions: list[Any] | None = None
+        aux: dict[str, list[float]] | None = None
+        scores: dict[int, float] | None = None
+        failed: dict[str, str] = {}
+        if task.has_metrics and limit:
+            predicted = self._predictions(params, task, limit, observe)
+            report["predictions"], failed = predicted.samples, predicted.failed
+            report["counts"]["predictions"] = len(predicted.values)
+            if not failed:
+                predictions, aux = predicted.values, {"scores": predicted.scores}
+        if task.has_score_metrics and limit:
+            scores = self._scores(params, task, limit, observe)
+            report["counts"]["scores"] = len(scores)
+        if predictions is not None or scores is not None:
+            try:
+                measured = task.metrics(predictions, aux, scores)
+            except Exception as error:  # a target's postprocessing: the task's own code, like that of predictions
+                failed |= {"postprocess_fn": described(error)}
+            else:
+                report["metrics"] |= measured.values
+                failed |= measured.failures
+        if failed:
+            report["failed"] = failed
 
-    def _decode(self, params: Params, batch: Batch, indices: np.ndarray) -> jax.Array:
-        """Returns the best prediction of each row, int32 [batch, length]."""
+    def _predictions(self, params: Params, task: EvalTask, limit: int, observe: Observer) -> "_Predicted":
+        found = _Predicted([], [], [], {})
+        batches = _until(task.prompt_batches(), limit)
+        for indices, decoded in _one_ahead((each[1], self._decode(params, *each)) for each in batches):
+            tokens, scores = map(np.asarray, decoded)
+            for index, row, score in zip(indices.tolist(), tokens, scores.tolist(), strict=False):
+                if found.failed:
+                    break  # the others' programs go on, and so does this one's
+                try:
+                    prediction = task.postprocess(index, row)
+                    if len(found.samples) < self._settings.num_samples:
+                        texts = {"input": task.inputs_text(index), "target": str(task.target(index))}
+                        found.samples.append(texts | {"prediction": str(prediction)})
+                except Exception as error:
+                    found.failed["postprocess_fn"] = f"on example {index}: {described(error)}"
+                    break
+                found.values.append(prediction)
+                found.scores.append(score)
+            observe(task.name, "predictions", min(int(indices[-1]) + 1, limit), limit)
+        return found
+
+    def _decode(self, params: Params, batch: Batch, indices: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        """Returns the best prediction of each row, int32 [batch, length], and its score, float32 [batch]."""
         key = tuple(sorted((name, x.shape, str(x.dtype)) for name, x in batch.items()))
         partitioner = self._placed.partitioner
         shardings = partitioner.batch_shardings(
@@ -116,10 +182,11 @@ class Evaluator:
             model, length = self._placed.model, self._lengths["targets"]
             decoder, stop = self._settings.decoder, Stop((self._settings.eos_id,))
 
-            def predict(params: Params, batch: Batch, ids: jax.Array) -> jax.Array:
+            def predict(params: Params, batch: Batch, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
                 decoded = decoder(model, params, batch, length, stop, ids, jax.random.key(0))
                 best = jnp.argmax(decoded.scores, axis=1)[:, None, None]
-                return jnp.take_along_axis(decoded.tokens, best, axis=1)[:, 0]
+                tokens = jnp.take_along_axis(decoded.tokens, best, axis=1)[:, 0]
+                return tokens, jnp.max(decoded.scores, axis=1)
 
             self._predict[key] = partitioner.compile(
                 predict,
@@ -133,6 +200,19 @@ class Evaluator:
         placed = partitioner.put_batch(self._mine(batch), shardings, self._batch.size)
         return self._predict[key](params, placed, ids)
 
+    def _scores(self, params: Params, task: EvalTask, limit: int, observe: Observer) -> dict[int, float]:
+        """Returns example -> log-probability of its targets, of those of the first `limit` that have a row."""
+        if self._score is None:
+            self._score = self._compile_score()
+        scores: dict[int, float] = {}
+        batches = _until(task.score_batches(), limit)
+        started = ((indices, self._score(params, self._batch.put(self._mine(batch)))) for batch, indices in batches)
+        for indices, found in _one_ahead(started):
+            for index, score in zip(indices.tolist(), np.asarray(found, np.float64).tolist(), strict=False):
+                scores[index] = scores.get(index, 0.0) + score
+            observe(task.name, "scores", min(int(indices[-1]) + 1, limit), limit)
+        return scores
+
     def _compile_loss(self) -> Callable[..., Metrics]:
         model = self._placed.model
 
@@ -140,8 +220,21 @@ class Evaluator:
             loss, weight, metrics = model.loss(params, batch, None)
             return metrics | {"loss": (loss, weight)}
 
+        return self._compile(metrics)
+
+    def _compile_score(self) -> Callable[..., jax.Array]:
+        model = self._placed.model
+
+        def score(params: Params, batch: Batch) -> jax.Array:
+            scores = model.score(params, batch)
+            return jnp.sum(scores.reshape(scores.shape[0], -1), axis=1)
+
+        return self._compile(score)
+
+    def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Compiles a function of (parameters, batch) whose result all processes get."""
         return self._placed.partitioner.compile(
-            metrics,
+            function,
             self._placed.param_shapes,
             self._batch.abstract,
             in_shardings=(self._placed.param_shardings, self._batch.shardings),
@@ -152,7 +245,32 @@ class Evaluator:
         return {name: rows[self._rows] for name, rows in batch.items()}
 
 
+class _Predicted(NamedTuple):
+    """The postprocessed predictions of the first examples, their scores, some as text, and what failed."""
+
+    values: list[Any]
+    scores: list[float]
+    samples: list[dict[str, str]]
+    failed: dict[str, str]
+
+
+def described(error: Exception) -> str:
+    """Returns an error of a task's own code in one line."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _one_ahead(started: Iterator[Any]) -> Iterator[Any]:
+    """Yields what has been started once the next is started too: devices work while the host reads and writes."""
+    waiting: list[Any] = []
+    for each in started:
+        waiting.append(each)
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting
+
+
 def _until(batches: Iterator[tuple[Batch, np.ndarray]], limit: int) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Yields batches with the indices, ascending, of their examples before number `limit`."""
     for batch, indices in batches:
         if indices[0] >= limit:
             return

@@ -1,8 +1,8 @@
 """The contracts between the framework and what it runs: nothing here is inherited, all is met by shape."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -48,6 +48,14 @@ class Model(Protocol):
         """Returns the log-probability of each target token, float32 [batch, length], 0 where weights are 0."""
         ...
 
+    def observe(self, params: Params, batch: Batch, names: Collection[str]) -> dict[str, jax.Array]:
+        """Returns intermediate values of the pass that `score` makes, by name, [batch, length, ...].
+
+        Raises:
+          ValueError: a name that the model does not know; says which it does.
+        """
+        ...
+
     def prefill(self, params: Params, batch: Batch, max_length: int) -> tuple[jax.Array, jax.Array, Cache]:
         """Reads the inputs of a batch and returns what greedy search starts from.
 
@@ -64,8 +72,9 @@ class Model(Protocol):
         """Returns a cache of `times` copies of each row, one after the other: several predictions of an example."""
         ...
 
-    def reorder(self, cache: Cache, rows: jax.Array) -> Cache:
-        """Returns a cache whose row i is row `rows[i]` of the old one, which must be of the same example."""
+    def reorder(self, cache: Cache, chosen: jax.Array) -> Cache:
+        """Returns a cache of predictions as `fork` orders them: the j-th of example i is the old one's
+        `chosen[i, j]`-th of that example; chosen int32 [batch, times]."""
         ...
 
 
@@ -105,20 +114,60 @@ class DataSource(Protocol):
         """Opens the endless training stream; `rows` are this process's rows of each global batch."""
         ...
 
-    def eval_tasks(self) -> list["EvalTask"]:
-        """Opens the validation split of each (sub-)task."""
+    def eval_tasks(self, split: str | None = None) -> Sequence["EvalTask"]:
+        """Opens a split of each (sub-)task, by default the recipe's validation split; a source without splits need
+        not take the argument."""
         ...
 
 
+class Measured(NamedTuple):
+    """What metric functions found.
+
+    Attributes:
+      values: metrics by name.
+      failures: function -> what it raised.
+    """
+
+    values: dict[str, float]
+    failures: dict[str, str]
+
+
 class EvalTask(Protocol):
-    """One task's validation split, read once, in a fixed order, and its metrics."""
+    """One split of a task, read once, in a fixed order, and its metrics."""
 
     name: str
-    num_examples: int
-    has_metrics: bool  # whether the task has metrics of predictions
+
+    @property
+    def num_examples(self) -> int:
+        """How many examples it has."""
+        ...
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows `batches` gives."""
+        ...
+
+    @property
+    def has_metrics(self) -> bool:
+        """Whether it has metrics of predictions."""
+        ...
+
+    @property
+    def has_score_metrics(self) -> bool:
+        """Whether it has metrics of the log-probabilities of targets."""
+        ...
+
+    @property
+    def left_out(self) -> Sequence[str]:
+        """What of its metrics cannot be run, in words."""
+        ...
 
     def batches(self) -> Iterator[tuple[Batch, int]]:
         """Yields (global batch, number of real rows); rows past that number are padding of weight 0."""
+        ...
+
+    def score_batches(self) -> Iterator[tuple[Batch, np.ndarray]]:
+        """Yields (global batch, example index of each real row); an example may have several rows, or none."""
         ...
 
     def prompt_batches(self, batch_size: int | None = None) -> Iterator[tuple[Batch, np.ndarray]]:
@@ -140,8 +189,14 @@ class EvalTask(Protocol):
         """Returns the postprocessed target of example `index`."""
         ...
 
-    def metrics(self, predictions: list[Any]) -> dict[str, float]:
-        """Returns the task's metrics of postprocessed predictions, in example order (may be the first n examples)."""
+    def metrics(
+        self,
+        predictions: Sequence[Any] | None = None,
+        aux_values: Mapping[str, Sequence[Any]] | None = None,
+        scores: Mapping[int, float] | None = None,
+    ) -> Measured:
+        """Returns the task's metrics of postprocessed predictions, in example order (may be the first n examples), of
+        values that belong to them, and of scores by example index."""
         ...
 
 

@@ -15,6 +15,7 @@ meshway bench routing: accuracy where experts have little room, by who gets it; 
 
 meshway bench moe: the forms of dispatch of a mixture of experts, in turn; see `bench_moe`.
 meshway bench attention: kernels of attention at several lengths, in turn; see `bench_attention`.
+meshway bench decode: what a token costs, beside how fast memory is read; see `bench_decode`.
 """
 
 import json
@@ -39,8 +40,10 @@ if TYPE_CHECKING:
     from meshway.framework.data.grain_loader import CachedData
     from meshway.framework.interfaces import DataSource
     from meshway.framework.partitioning.partitioner import Layout
+    from meshway.framework.partitioning.placed_model import PlacedModel
     from meshway.launch.bench_attention import Forms as KernelForms
     from meshway.launch.bench_attention import Result as KernelResult
+    from meshway.launch.bench_decode import Found as DecodingFound
     from meshway.launch.bench_moe import Forms
     from meshway.launch.bench_moe import Result as FormResult
     from meshway.launch.bench_parallel import Result
@@ -229,6 +232,40 @@ def attention(
     return results
 
 
+def decode(
+    placed: "PlacedModel",
+    batch_sizes: Sequence[int] = (1, 8),
+    prompt_length: int = 128,
+    new_tokens: int = 16,
+    rounds: int = 5,
+    mixed_batches: int = 8,
+    params_dtype: str | None = None,
+) -> "DecodingFound":
+    """Times decoding of a recipe's model, with random parameters and prompts, and prints what it found.
+
+    Args:
+      placed: what decodes, on the mesh it is timed on.
+      batch_sizes: rows, one size after the other.
+      prompt_length: tokens of each prompt, of the encoder's inputs where there is one; 2 at least.
+      new_tokens: what is predicted of each row in a turn.
+      rounds: turns of each pass, whose median counts.
+      mixed_batches: of the job of mixed lengths that must compile nothing.
+      params_dtype: what parameters are kept in ("bfloat16"); None for float32, as in training.
+
+    Returns:
+      what was found.
+
+    Raises:
+      UserError: a number is out of range, or the model predicts no text or does not fit the layout.
+    """
+    from meshway.launch import bench_decode
+
+    setting = bench_decode.Setting(batch_sizes, prompt_length, new_tokens, rounds, mixed_batches, params_dtype)
+    found = bench_decode.measure(placed, setting)
+    print(bench_decode.format_table(found, setting))
+    return found
+
+
 def _table(info: dict[str, Any], seconds: float, best: float, peak: float, source: str) -> str:
     achieved = info["flops"] / seconds
     lines = {
@@ -288,6 +325,10 @@ def run(invocation: "Invocation") -> None:
     if invocation.subject == "attention":
         with processes.joined(*invocation.processes):
             attention(**config.load(invocation, import_unreferenced=False).build("bench.attention"))
+        return
+    if invocation.subject == "decode":
+        with processes.joined(*invocation.processes):
+            decode(**config.load(invocation, import_unreferenced=False).build("bench.decode"))
         return
     if invocation.subject == "routing":
         from meshway.launch import bench_routing

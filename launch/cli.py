@@ -1,7 +1,6 @@
 """`meshway <verb>`: reads the command line, runs the verb, turns errors into messages and exit codes."""
 
 import argparse
-import dataclasses
 import importlib
 import os
 import re
@@ -12,154 +11,7 @@ from typing import Any
 from meshway.framework.errors import EnvironmentFailure, UserError, did_you_mean, report
 from meshway.launch.arguments import Parser, count, help_formatter, whole
 from meshway.launch.invocation import MACROS, Invocation
-
-
-@dataclasses.dataclass(frozen=True)
-class Switch:
-    """A flag: a short word for a binding.
-
-    Attributes:
-      flag: as `--task`.
-      binding: `NAME=VALUE` for a flag without a value, `NAME` for one that takes it.
-      help: what it is for.
-      value: what the help calls the value; "" for none.
-      number: whether the value is a whole number; else it is text.
-    """
-
-    flag: str
-    binding: str
-    help: str
-    value: str = ""
-    number: bool = False
-
-    def bound(self, value: Any) -> str:
-        """Returns the binding for a value read from the command line."""
-        return f"{self.binding}={value!r}" if self.value else self.binding
-
-
-@dataclasses.dataclass(frozen=True)
-class Verb:
-    """A verb: its module's `run(invocation)` does the work, and is imported only then."""
-
-    module: str
-    help: str
-    subjects: tuple[str, ...] = ()  # what the word after the verb may be
-    default: str = ""  # the subject where that word is left out
-    dry_run: bool = False
-    switches: tuple[Switch, ...] = ()
-    instead: str = ""  # the flag that serves where no recipe is given
-    recipe: bool = True  # whether it takes one at all
-    on_devices: bool = True
-    macros: tuple[str, ...] = tuple(MACROS)  # those that the help lists
-
-
-_BENCH = (
-    Switch(
-        "--interleave",
-        "bench.train.interleave=True",
-        "train: speak the burst protocol on a pipe, to be timed in turn with other programs",
-    ),
-    Switch("--seconds", "bench.data.seconds", "data: how long to time (default: 45)", "N", number=True),
-    Switch("--batches", "bench.data.batches", "data: over how many batches memory is watched", "N", number=True),
-    Switch("--workers", "bench.data.workers", "data: processes (default: one a core, 4 at most)", "N", number=True),
-    Switch("--json", "bench.data.as_json=True", "data: print the results as JSON too"),
-    Switch("--layouts", "bench.parallel.layouts", "parallel: which (fsdp,model_1d; default: all shipped)", "LAYOUTS"),
-    Switch("--steps", "bench.parallel.steps", "parallel: steps to time too (default: none)", "N", number=True),
-    Switch("--seeds", "bench.routing.seeds", "routing: how many seeds to train from (default: 4)", "N", number=True),
-)
-
-_INSPECT = (
-    Switch("--compile", "inspect.layout.compile=True", "layout: compile the step, say what it sends over which axes"),
-    Switch("--batches", "inspect.data.batches", "data: batches drawn for figures (default: 20)", "N", number=True),
-    Switch("--rows", "inspect.data.rows", "data: rows to show of each source (default: 3)", "N", number=True),
-    Switch("--html", "inspect.data.html", "data: the page (default: data.html in MODEL_DIR, or here)", "PATH"),
-)
-
-_CACHE = (
-    Switch("--task", "MIXTURE_OR_TASK_NAME", "the registered task or mixture, if not the recipe's", "NAME"),
-    Switch("--module", "MIXTURE_OR_TASK_MODULE", "the Python module that registers it (mylab.tasks)", "MODULE"),
-    Switch("--directory", "CACHE_DIR", "where to keep it (default: meshway/tasks in the user's cache)", "DIR"),
-    Switch("--splits", "cache.cache.splits", "which splits (train,validation; default: all)", "SPLITS"),
-    Switch("--num_shards", "cache.cache.num_shards", "files of each split (default: 8)", "N", number=True),
-    Switch("--workers", "cache.cache.workers", "processes (default: one a core)", "N", number=True),
-    Switch("--overwrite", "cache.cache.overwrite=True", "remove what is cached of the task first, all splits of it"),
-    Switch(
-        "--max_bad_examples",
-        "cache.cache.max_bad_examples",
-        "examples of a split that may fail in a preprocessor; they are left out and reported (default: 0)",
-        "N",
-        number=True,
-    ),
-)
-
-_CONVERT = (
-    Switch(
-        "--from", "convert.convert.source", "a Hugging Face directory, T5X checkpoints, or a run to write out", "DIR"
-    ),
-    Switch("--to", "convert.convert.target", "the directory to make: a run directory, or a Hugging Face one", "DIR"),
-    Switch("--family", "convert.convert.family", "what the model is (default: what config.json says)", "FAMILY"),
-    Switch("--dtype", "convert.convert.dtype", "float32, bfloat16, float16 or keep (default: keep)", "DTYPE"),
-    Switch("--step", "convert.convert.step", "which checkpoint of a run (default: the latest)", "N", number=True),
-    Switch("--max_shard_size", "convert.convert.max_shard_size", "of a safetensors file (default: 5GB)", "SIZE"),
-    Switch("--ignore_fields", "convert.convert.ignore_fields", "of config.json, that change nothing (a,b)", "FIELDS"),
-)
-
-VERBS = {
-    "train": Verb("meshway.launch.train", "train a recipe, or go on from its last checkpoint", dry_run=True),
-    "inspect": Verb(
-        "meshway.launch.inspect",
-        "print every tensor: axes, sharding, bytes a device, and the rule; or what the data is like",
-        subjects=("layout", "data"),
-        default="layout",
-        switches=_INSPECT,
-    ),
-    "cache": Verb(
-        "meshway.launch.cache",
-        "prepare the tasks of a recipe, or --task, once and keep them",
-        switches=_CACHE,
-        instead="--task",
-        on_devices=False,
-        macros=("MIXTURE_OR_TASK_NAME", "MIXTURE_OR_TASK_MODULE", "CACHE_DIR"),
-    ),
-    "convert": Verb(
-        "meshway.launch.convert",
-        "take a Hugging Face or T5X model in, with its recipe, or write a Hugging Face one",
-        switches=_CONVERT,
-        instead="--from",
-        recipe=False,
-        on_devices=False,
-        macros=(),
-    ),
-    "bench": Verb(
-        "meshway.launch.bench",
-        "time a recipe's step on synthetic data, or its data path; or count what layouts make devices send",
-        subjects=("train", "data", "parallel", "routing", "moe", "attention"),
-        switches=_BENCH,
-    ),
-    "launch": Verb("meshway.launch.launch", "run a command on many processes, here or on a cluster", on_devices=False),
-}
-
-_USAGE_EXAMPLES = """examples:
-  meshway train --gin_file=recipes/quickstart.gin --gin.MODEL_DIR=runs/quickstart
-  meshway train --gin_file=my.gin --gin.MODEL_DIR=/tmp/run --gin.LAYOUT=fsdp --dry_run
-  meshway inspect --gin_file=quickstart --gin.LAYOUT=fsdp --simulated_devices=8
-  meshway inspect data --gin_file=quickstart --rows=5 --html=data.html
-  meshway bench train --gin_file=quickstart
-  meshway bench data --gin_file=quickstart
-  meshway bench parallel --gin_file=quickstart --simulated_devices=8
-  meshway bench routing --gin_file=v_moe_digits
-  meshway bench moe --gin_file=bench_moe --simulated_devices=8 --gin.LAYOUT=expert
-  meshway bench attention --gin_file=bench_attention
-  meshway cache --gin_file=quickstart
-  meshway cache --task=my_task --module=mylab.tasks --directory=/data/cache
-  meshway convert --from=models/Llama-3.2-1B --to=runs/llama
-  meshway convert --from=runs/llama --to=exported --dtype=bfloat16
-  meshway launch local --processes=4 --devices=2 -- train --gin_file=quickstart --gin.MODEL_DIR=runs/four
-
-Exit codes: 0 done, 1 the machine or the program failed, 2 the command or the recipe is wrong, 75 another process of the
-run was lost (started again, it goes on from the last checkpoint).
-MESHWAY_TRACEBACK=1 shows the traceback of every error. `meshway VERB --help` lists a verb's options.
-"""
+from meshway.launch.verbs import USAGE, VERBS, Switch, Verb
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -273,7 +125,7 @@ def _help() -> str:
         "",
     ]
     lines += ["verbs:", *(f"  {' '.join([n, *_subjects(v)]):24}{v.help}" for n, v in VERBS.items()), ""]
-    return "\n".join(lines) + "\n" + _USAGE_EXAMPLES
+    return "\n".join(lines) + "\n" + USAGE
 
 
 def _subjects(verb: Verb) -> list[str]:
@@ -305,7 +157,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     for switch in entry.switches:
         takes: dict[str, Any] = {"action": "store_true"}
         if switch.value:
-            takes = {"metavar": switch.value, "type": whole if switch.number else str}
+            takes = {"metavar": switch.value, "type": whole if switch.number else float if switch.real else str}
         parser.add_argument(switch.flag, default=argparse.SUPPRESS, help=switch.help, **takes)
     if entry.on_devices:
         _add_process_options(parser)
@@ -353,7 +205,7 @@ def _add_process_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _examples(verb: str) -> str:
-    lines = [line for line in _USAGE_EXAMPLES.splitlines() if f" meshway {verb} " in line]
+    lines = [line for line in USAGE.splitlines() if f" meshway {verb} " in line]
     return "\n".join(["examples:", *lines])
 
 

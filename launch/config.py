@@ -1,6 +1,7 @@
 """Reads the recipe of a command, checks all of it, and builds what the verb runs."""
 
 import contextlib
+import hashlib
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -115,6 +116,25 @@ class Recipe:
         with self._user_errors(root):
             return gin.get_bindings(function) if own else {}
 
+    def fingerprint(self, root: str, without: Collection[str]) -> str:
+        """Returns a hash of what a verb's function hangs on: recipes that have the same one ask for the same.
+
+        Args:
+          root: `module.function` inside the package of verbs, as `eval.evaluate`.
+          without: arguments of it that do not matter. MODEL_DIR never does.
+        """
+        module, _, name = root.partition(".")
+        target = Target(f"{self._program.package}.{module}", (name,))
+        own = configurables.key(target)
+        bindings = [
+            binding
+            for binding in final(self._program.bindings)
+            if not (binding.target and configurables.key(binding.target) == own and binding.parameter in without)
+        ]
+        used = Walk(bindings, importing=True).run([target]).used - {"MODEL_DIR"}
+        lines = [_plain(binding) for binding in bindings if binding_key(binding) in used]
+        return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
+
     def _install(self, bindings: list[Binding]) -> None:
         """Gives gin these bindings and nothing else."""
         lines, written = _gin_lines(bindings)
@@ -209,6 +229,20 @@ def _gin_lines(bindings: list[Binding]) -> tuple[list[str], dict[int, Binding]]:
     imports = [f"import {module} as {_alias(module)}" for module in sorted(modules)]
     head = ["from __gin__ import dynamic_registration", *imports]
     return [*head, *body], dict(enumerate(bindings, len(head) + 1))
+
+
+def _plain(binding: Binding) -> str:
+    """Returns a binding as text that does not depend on how the recipe imports what it names."""
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, Reference) and value.target:
+            return Reference(value.scope, str(value.target), value.evaluate)
+        if isinstance(value, Macro) and value.target:
+            return Macro(str(value.target))
+        return value
+
+    name = f"{binding.target}.{binding.parameter}" if binding.target else binding.parameter
+    return f"{binding.scope}/{name} = {map_leaves(leaf, binding.value)!r}"
 
 
 def _alias(module: str) -> str:

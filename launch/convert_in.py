@@ -48,7 +48,8 @@ def from_hugging_face(
     vocabulary = tokenizer_files.read_vocabulary(source, model.config)
     if vocabulary is not None:
         tokenizer_files.check_size(vocabulary, model.bindings["VOCAB_SIZE"], source)
-    features = _FEATURES["NUM_ENCODER_LAYERS" in model.bindings]
+    has_encoder = "NUM_ENCODER_LAYERS" in model.bindings
+    features = _FEATURES[has_encoder]
     text = recipe_text(
         f"{model.family.name} model",
         model.directory.absolute(),
@@ -60,7 +61,8 @@ def from_hugging_face(
     values = write_run(folder, text, lambda shapes: model.values(shapes, dtype))
     copied = _keep_origin(model, folder / ORIGIN)
     if vocabulary is not None:
-        RunDirectory(folder).save_vocabularies(dict.fromkeys(features, vocabulary))
+        framing = tokenizer_files.read_framing(source, model.config, has_encoder)
+        RunDirectory(folder).save_vocabularies(dict.fromkeys(features, vocabulary), framing)
     return {
         "family": model.family.name,
         **described(values, model.tensors),

@@ -10,7 +10,7 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from meshway.framework.distributed.agreement import agree
 from meshway.framework.evaluation import Evaluation, Evaluator, Report
 from meshway.framework.interfaces import DataSource
 from meshway.framework.planning.hardware import peak_flops
+from meshway.framework.results.records import Records
 from meshway.framework.training.goodput import in_one_line, read_goodput
 from meshway.framework.training.loop import Hook, Loop, Periods
 from meshway.framework.training.program import TrainProgram, check_batch, check_vocabularies
@@ -114,7 +115,7 @@ def train(
         if primary:
             directory.describe(resolved, rows, summarize(program, rows))
         evaluator = Evaluator(program.placed, program.batch_size, program.lengths, tasks, evaluation)
-        evaluate = EvaluationLog(evaluator, directory, start, primary)
+        evaluate = EvaluationLog(evaluator, directory, start, primary, progress.note)
         reporter = _reporter(directory, start, primary, progress, timeline, program, resolved)
         stack.enter_context(contextlib.closing(reporter))
         loop = Loop(
@@ -137,18 +138,34 @@ def train(
 
 
 class EvaluationLog:
-    """Evaluates, and keeps each task's results in `eval/<task>.jsonl`."""
+    """Evaluates, and keeps each task's results in `eval/<task>.jsonl`.
 
-    def __init__(self, evaluator: Evaluator, directory: RunDirectory, start: int, primary: bool):
-        names = evaluator.task_names if primary else []
-        self._files = {name: JsonlWriter(directory.evaluation(name), start) for name in names}
-        self._evaluator = evaluator
+    Args:
+      evaluator: what evaluates.
+      directory: the run.
+      start: the step from which the run goes on: what was found at later ones is removed.
+      primary: whether this process writes and speaks.
+      say: prints a line.
+    """
+
+    def __init__(
+        self, evaluator: Evaluator, directory: RunDirectory, start: int, primary: bool, say: Callable[[str], None]
+    ):
+        self._records = Records(directory.evaluations) if primary else None
+        self._evaluator, self._say = evaluator, say
         self._reports: dict[str, Report] = {}
+        if self._records is not None:
+            self._records.keep_up_to(start)
+        for line in evaluator.left_out:
+            say(line)
 
     def __call__(self, state: TrainState, step: int) -> dict[str, float]:
         scalars, self._reports = self._evaluator.evaluate(state.params)
-        for name, file in self._files.items():
-            file.write_record(step, self._reports[name])
+        if self._records is not None:
+            self._records.add(step, self._reports)
+        for name, report in self._reports.items():
+            for function, message in report.get("failed", {}).items():
+                self._say(f"evaluation at step {step}: task {name!r}, {function} raised {message}")
         return scalars
 
     def samples(self, limit: int = 3) -> str:

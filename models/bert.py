@@ -14,6 +14,7 @@ from meshway.models.layers.linear import Linear
 from meshway.models.layers.masks import Mask
 from meshway.models.layers.mlp import ACTIVATIONS
 from meshway.models.layers.norm import LayerNorm
+from meshway.models.layers.observed import observe
 from meshway.models.layers.reports import collecting, say
 from meshway.models.t5 import StackFactory
 
@@ -96,8 +97,8 @@ class Bert(nnx.Module):
         with collecting() as reports:
             x, _ = self.encoder(x, positions=positions, mask=mask, rng=keys[1])
         say(reports, "encoder/")
-        x = constrain(x, ("batch", "length", "embed"), free_for="mlp")
+        x = constrain(observe("encoder_output", x), ("batch", "length", "embed"), free_for="mlp")
         x = self.head_norm(constrain(self.activation(self.head(x)), ("batch", "length", "embed")))
         x = constrain(x, ("batch", "length", "embed"), free_for="vocab")
         logits = self.logits(self.token_embedding.logits(x, scale=False))
-        return constrain(logits.astype(jnp.float32), ("batch", "length", "vocab"))
+        return observe("logits", constrain(logits.astype(jnp.float32), ("batch", "length", "vocab")))

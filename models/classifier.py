@@ -1,11 +1,12 @@
 """The classification objective: one label an image. Meets `framework.interfaces.Model` by shape, but for decoding."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
 
+from meshway.models.layers.observed import observing
 from meshway.models.layers.reports import collecting
 from meshway.models.losses import CrossEntropy, target_log_probs
 from meshway.models.module import Network, NetworkFactory
@@ -57,6 +58,12 @@ class Classifier:
     def logits(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> jax.Array:
         """Returns the logits of each class, float32 [batch, classes]."""
         return self._network.bind(params)(batch["image"], batch["loss_weights"] > 0, rng=rng)
+
+    def observe(self, params: dict[str, Any], batch: Batch, names: Collection[str]) -> dict[str, jax.Array]:
+        """Returns intermediate values by name, [batch, ...] (`observed`); ValueError for a name that is none."""
+        with observing(names) as found:
+            self.logits(params, batch, None)
+        return found
 
     def prefill(self, params: dict[str, Any], batch: Batch, max_length: int) -> NoReturn:
         """Raises ValueError: there are no tokens to produce."""

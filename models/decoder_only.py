@@ -1,12 +1,14 @@
 """The decoder-only objective: each token from those before it. Meets `framework.interfaces.Model` by shape."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from meshway.models.layers.cache import take_copies
 from meshway.models.layers.masks import Mask, row_positions, row_sight, visible
+from meshway.models.layers.observed import observing
 from meshway.models.layers.reports import collecting
 from meshway.models.losses import CrossEntropy, beside_logits, target_log_probs
 from meshway.models.module import Network, NetworkFactory
@@ -59,6 +61,16 @@ class DecoderOnly:
         logits = self.logits(params, batch, None)
         return target_log_probs(logits, *beside_logits(batch["decoder_target_tokens"], batch["decoder_loss_weights"]))
 
+    def observe(self, params: dict[str, Any], batch: Batch, names: Collection[str]) -> dict[str, jax.Array]:
+        """Returns intermediate values of a teacher-forced pass by name, [batch, length, ...] (`observed`).
+
+        Raises:
+          ValueError: a name that the network does not know; says which it does.
+        """
+        with observing(names) as found:
+            self.logits(params, batch, None)
+        return found
+
     def prefill(self, params: dict[str, Any], batch: Batch, max_length: int) -> tuple[jax.Array, jax.Array, Any]:
         """Reads prompts of different lengths, left-aligned in `decoder_input_tokens` with segment 1.
 
@@ -90,9 +102,9 @@ class DecoderOnly:
         """Returns a cache of `times` copies of each row, one after the other."""
         return cache | {"layers": jax.tree.map(lambda x: jnp.repeat(x, times, axis=1), cache["layers"])}
 
-    def reorder(self, cache: Any, rows: jax.Array) -> Any:
-        """Returns a cache whose row i is row `rows[i]` of the old one."""
-        return cache | {"layers": jax.tree.map(lambda x: jnp.take(x, rows, axis=1), cache["layers"])}
+    def reorder(self, cache: Any, chosen: jax.Array) -> Any:
+        """Returns a cache in which copy j of row i is the old one's copy `chosen[i, j]` of that row."""
+        return cache | {"layers": jax.tree.map(lambda x: take_copies(x, chosen), cache["layers"])}
 
     def logits(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> jax.Array:
         """Returns the logits of each target, float32 [batch, length, vocab]."""

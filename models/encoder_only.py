@@ -1,11 +1,12 @@
 """The encoder-only objective: hidden tokens restored from all others. Meets `framework.interfaces.Model` by shape."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
 import jax
 
 from meshway.models.layers.masks import Sight, visible
+from meshway.models.layers.observed import observing
 from meshway.models.layers.reports import collecting
 from meshway.models.losses import CrossEntropy, beside_logits, target_log_probs
 from meshway.models.module import Network, NetworkFactory
@@ -55,6 +56,12 @@ class EncoderOnly:
         tokens = Sight(batch["encoder_segment_ids"])
         network = self._network.bind(params)
         return network(batch["encoder_input_tokens"], batch["encoder_positions"], visible(tokens, tokens), rng=rng)
+
+    def observe(self, params: dict[str, Any], batch: Batch, names: Collection[str]) -> dict[str, jax.Array]:
+        """Returns intermediate values by name, [batch, ...] (`observed`); ValueError for a name that is none."""
+        with observing(names) as found:
+            self.logits(params, batch, None)
+        return found
 
     def prefill(self, params: dict[str, Any], batch: Batch, max_length: int) -> NoReturn:
         """Raises ValueError: there are no tokens to produce."""

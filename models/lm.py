@@ -14,6 +14,7 @@ from meshway.models.layers.embedding import Embedding, EmbeddingFactory, OutputB
 from meshway.models.layers.linear import Linear
 from meshway.models.layers.masks import Mask, causal_mask, row_positions
 from meshway.models.layers.norm import RMSNorm
+from meshway.models.layers.observed import observe
 from meshway.models.layers.reports import collecting, say
 from meshway.models.t5 import BiasFactory, StackFactory
 
@@ -104,7 +105,7 @@ class LanguageModel(nnx.Module):
         """
         keys = split_key(rng, 3)
         kv_length = mask.dense.shape[-1]
-        x = dropout(self._embed(tokens, positions, kv_length), self.dropout_rate, keys[0])
+        x = dropout(observe("embedding", self._embed(tokens, positions, kv_length)), self.dropout_rate, keys[0])
         context: dict[str, Any] = {"positions": positions, "mask": mask}
         if self.position_bias is not None and cache is None:
             context["bias"] = self.position_bias.square(tokens.shape[1])
@@ -115,7 +116,8 @@ class LanguageModel(nnx.Module):
         say(reports, "decoder/")
         if self.decoder_norm is not None:
             x = self.decoder_norm(x)
-        return self._score(dropout(x, self.dropout_rate, keys[2])), cache
+        x = observe("decoder_output", dropout(x, self.dropout_rate, keys[2]))
+        return observe("logits", self._score(x)), cache
 
     def empty_cache(self, batch: int, length: int) -> Any:
         """Returns room for the keys and values of `length` positions."""

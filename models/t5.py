@@ -13,6 +13,7 @@ from meshway.models.layers.embedding import Embedding, EmbeddingFactory
 from meshway.models.layers.linear import Linear
 from meshway.models.layers.masks import Mask, Sight, causal_mask, row_positions, row_sight, segment_mask, visible
 from meshway.models.layers.norm import RMSNorm
+from meshway.models.layers.observed import observe
 from meshway.models.layers.reports import collecting, say
 
 
@@ -62,7 +63,7 @@ class T5(nnx.Module):
     def encode(self, tokens: jax.Array, segments: jax.Array, rng: jax.Array | None = None) -> jax.Array:
         """tokens and segments int32 [batch, length] (segment 0 is padding) -> [batch, length, d_model]."""
         keys = split_key(rng, 3)
-        x = dropout(self.token_embedding(tokens), self.dropout_rate, keys[0])
+        x = dropout(observe("encoder_embedding", self.token_embedding(tokens)), self.dropout_rate, keys[0])
         with collecting() as reports:
             x, _ = self.encoder(
                 x,
@@ -71,7 +72,7 @@ class T5(nnx.Module):
                 rng=keys[1],
             )
         say(reports, "encoder/")
-        return dropout(self.encoder_norm(x), self.dropout_rate, keys[2])
+        return observe("encoder_output", dropout(self.encoder_norm(x), self.dropout_rate, keys[2]))
 
     def decode(
         self,
@@ -120,7 +121,7 @@ class T5(nnx.Module):
         with collecting() as reports:
             x, cache = self.decoder(x, rng=keys[1], **context)
         say(reports, "decoder/")
-        x = dropout(self.decoder_norm(x), self.dropout_rate, keys[2])
+        x = observe("decoder_output", dropout(self.decoder_norm(x), self.dropout_rate, keys[2]))
         x = constrain(x, ("batch", "length", "embed"), free_for="vocab")
         logits = self.token_embedding.logits(x, self.scale_tied_logits) if self.logits is None else self.logits(x)
-        return constrain(logits.astype(jnp.float32), ("batch", "length", "vocab")), cache
+        return observe("logits", constrain(logits.astype(jnp.float32), ("batch", "length", "vocab"))), cache

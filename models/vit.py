@@ -17,6 +17,7 @@ from meshway.models.layers.dropout import dropout, split_key
 from meshway.models.layers.linear import Linear, fan_in_init
 from meshway.models.layers.masks import Sight, visible
 from meshway.models.layers.norm import RMSNorm
+from meshway.models.layers.observed import observe
 from meshway.models.layers.reports import collecting, say
 from meshway.models.module import param
 from meshway.models.t5 import StackFactory
@@ -79,9 +80,9 @@ class VisionTransformer(nnx.Module):
         with collecting() as reports:
             x, _ = self.encoder(x, mask=mask, rng=keys[1])
         say(reports, "encoder/")
-        x = dropout(self.encoder_norm(x), self.dropout_rate, keys[2])
+        x = observe("encoder_output", dropout(self.encoder_norm(x), self.dropout_rate, keys[2]))
         x = constrain(jnp.mean(x.astype(jnp.float32), axis=1), ("batch", "embed"))
-        return constrain(self.logits(x), ("batch", "vocab"))
+        return observe("logits", constrain(self.logits(x), ("batch", "vocab")))
 
 
 def patches_of(images: jax.Array, size: int) -> jax.Array:

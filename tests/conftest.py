@@ -34,6 +34,11 @@ def pytest_sessionfinish() -> None:
         shutil.rmtree(SESSION, ignore_errors=True)
 
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
+
+# A test that is slow on a busy machine is not wrong.
+hypothesis.settings.register_profile("meshway", deadline=None)
+hypothesis.settings.load_profile("meshway")
 
 jax.config.update("jax_num_cpu_devices", 8)

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from meshway.framework.checkpoints.schema import differences, schema_of
-from meshway.framework.errors import UserError, first_line
+from meshway.framework.errors import UserError, first_line, nearest_steps
 from meshway.framework.interfaces import Params
 from meshway.framework.training.state import TrainState
 from meshway.framework.version import installed_version
@@ -162,13 +162,18 @@ class Checkpoints:
         return TrainState(**items["state"]), dict(items["data"])
 
     def load_params(self, step: int, abstract: Params) -> Params:
-        """Restores all parameters of a checkpoint onto the shardings of `abstract`, and nothing else of it.
+        """Restores all parameters of a checkpoint onto the shardings and dtypes of `abstract`, and nothing else of it.
 
         Raises:
           UserError: it holds another model (the differences are listed), or it is damaged.
         """
-        saved = {name: spec for name, spec in self.recipe(step)["schema"].items() if name.startswith("params/")}
-        if found := differences(saved, schema_of({"params": abstract})):
+        wanted = schema_of({"params": abstract})
+        saved = {  # a converted model may be stored in another precision than it is trained in
+            name: [shape, wanted.get(name, (shape, dtype))[1]]
+            for name, (shape, dtype) in self.recipe(step)["schema"].items()
+            if name.startswith("params/")
+        }
+        if found := differences(saved, wanted):
             raise UserError(
                 f"checkpoint {self.folder / str(step)} holds another model than this recipe: {found}. Give the recipe "
                 "of that run (config.gin beside its checkpoints), or another MODEL_DIR"
@@ -230,7 +235,7 @@ def find_checkpoint(path: Path, step: int | None, given_by: str) -> tuple[Path, 
     if not steps:
         raise UserError(f"{given_by}: there is no complete checkpoint in {folder}")
     if step is not None and step not in steps:
-        raise UserError(f"{given_by}: {folder} has no checkpoint of step {step}; there are {steps}")
+        raise UserError(f"{given_by}: {folder} has no checkpoint of step {step}; {nearest_steps(step, steps)}")
     return folder, steps[-1] if step is None else step
 
 

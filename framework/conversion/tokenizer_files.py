@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from meshway.framework.data.vocabularies import HuggingFace, SentencePiece
-from meshway.framework.data.vocabulary import Vocabulary
+from meshway.framework.data.vocabulary import Framing, Vocabulary
 from meshway.framework.errors import UserError
 
 TOKENIZERS, SENTENCE_PIECES = "tokenizer.json", ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
@@ -54,6 +54,38 @@ def read_vocabulary(directory: Path, config: Mapping[str, Any]) -> Vocabulary | 
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"the tokenizer {path} cannot be read: {error}") from error
     return None
+
+
+def read_framing(directory: Path, config: Mapping[str, Any], has_encoder: bool) -> Framing:
+    """Returns what a model directory's tokenizer puts around text.
+
+    Args:
+      directory: of the model.
+      config: its config.json.
+      has_encoder: whether inputs go to an encoder: then they end with EOS, and the decoder starts as config.json says.
+
+    Raises:
+      UserError: the tokenizer cannot be read.
+    """
+    if has_encoder:
+        return Framing((int(config.get("decoder_start_token_id") or 0),), True)
+    bos = config.get("bos_token_id")
+    try:
+        if (directory / TOKENIZERS).is_file():
+            import tokenizers
+
+            tokenizer = tokenizers.Tokenizer.from_file(str(directory / TOKENIZERS))
+            framed, plain = (tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
+            added = len(framed) - len(plain)
+            start = next(n for n in range(added + 1) if framed[n : n + len(plain)] == plain)
+            return Framing(tuple(framed[:start]), False)
+        adds = any((directory / name).is_file() for name in SENTENCE_PIECES)
+        path = directory / "tokenizer_config.json"
+        if adds and path.is_file():
+            adds = bool(json.loads(path.read_text("utf-8")).get("add_bos_token", True))
+    except (OSError, ValueError, ImportError, StopIteration) as error:
+        raise UserError(f"the tokenizer in {directory} cannot be read: {error}") from error
+    return Framing((int(bos),) if adds and bos is not None else (), False)
 
 
 def check_size(vocabulary: Vocabulary, vocab_size: int, directory: Path) -> None:

@@ -1,6 +1,7 @@
 """A task's validation split as the framework's `EvalTask`; handed a seqio task, it imports no seqio."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,17 +11,14 @@ from meshway.framework.data.rows.examples import Examples
 from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.data.rows.row_stream import RowStream
 from meshway.framework.data.vocabulary import Vocabulary
-from meshway.framework.errors import UserError
-from meshway.framework.interfaces import Batch
+from meshway.framework.errors import UserError, first_line
+from meshway.framework.interfaces import Batch, Measured
 
 EVAL_SEED = 42  # the same for every run, so that runs of different seeds are measured on the same examples
 
 
 class TaskEvaluation:
-    """Evaluates a task: teacher-forced batches, and the metrics of its seqio task where there is one.
-
-    Only metric functions of (targets, predictions) are run; functions of scores or of auxiliary values are
-    not.
+    """Evaluates a task: teacher-forced batches, and the metric functions of its seqio task where there is one.
 
     Args:
       name: the task's name.
@@ -59,28 +57,46 @@ class TaskEvaluation:
         return len(self._examples)
 
     @property
+    def num_rows(self) -> int:
+        """How many rows `batches` gives."""
+        return self._rows.rows_in_round(0)
+
+    @property
     def has_metrics(self) -> bool:
         """Whether the task has metrics of predictions, and its converter something to predict from."""
-        return self._task is not None and self._converter.can_predict and bool(self._task.predict_metric_fns)
+        return self._converter.can_predict and bool(self._of_predictions)
+
+    @property
+    def has_score_metrics(self) -> bool:
+        """Whether the task has metrics of scores."""
+        return bool(self._of_scores)
+
+    @property
+    def left_out(self) -> list[str]:
+        """What of the task's metrics cannot be run, in words."""
+        if self._task is None:
+            return ["metric functions, if there are any: they are those of a seqio task, and seqio is not installed"]
+        found = []
+        if self._of_predictions and not self._converter.can_predict:
+            found.append(
+                f"{_listed(self._of_predictions)}: {type(self._converter).__name__} has nothing to predict from"
+            )
+        objects = getattr(self._task, "metric_objs", ())
+        if more := len(objects) - len(self._task.metric_fns if objects else ()):
+            found.append(f"{more} of metric_objs: only metric functions are run")
+        return found
 
     def batches(self) -> Iterator[tuple[Batch, int]]:
         """Yields (global batch, real rows), packed if the converter packs; padding rows are all 0."""
-        source = RowSource(
-            self.name,
-            self._examples,
-            self._objective,
-            self._converter.pack,
-            shuffle=False,
-            seed=EVAL_SEED,
-            endless=False,
-        )
-        total = source.rows_in_round(0)
-        spec = self._converter.spec(self._lengths, self._batch_size)
-        stream = RowStream(
-            self.name, [source], {self.name: 1.0}, [], spec, self._batch_size, slice(0, self._batch_size), limit=total
-        )
-        for start in range(0, total, self._batch_size):
-            yield next(stream), min(self._batch_size, total - start)
+        return ((batch, len(numbers)) for batch, numbers in self._batches_of(self._rows))
+
+    def score_batches(self) -> Iterator[tuple[Batch, np.ndarray]]:
+        """Yields (global batch, example index of each real row), a row holding one example or a part of one.
+
+        An example's rows follow each other; one that the converter leaves out has none. Padding rows are all 0.
+        """
+        source = self._source(pack=False)
+        return ((batch, source.examples_of(numbers)) for batch, numbers in self._batches_of(source))
 
     def prompt_batches(self, batch_size: int | None = None) -> Iterator[tuple[Batch, np.ndarray]]:
         """Yields (batch to predict from, example index of each real row); more rows repeat the last one.
@@ -97,6 +113,14 @@ class TaskEvaluation:
             # A repeated row ends its search when the row it repeats does; an empty one might never.
             filled = np.minimum(np.arange(start, start + size), self.num_examples - 1)
             yield self._objective.prompts(self._examples.read(filled)), indices
+
+    def read(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
+        """Returns examples as their task made them, before any converter."""
+        return list(self._examples.read(indices))
+
+    def text(self, feature: str, index: int) -> str:
+        """Returns a feature of token ids of example `index` as text."""
+        return str(self._decode(feature, self._example(index)[feature]))
 
     def inputs_text(self, index: int) -> str:
         """Returns example `index`'s input as text, as the model sees it ('' where a task has none)."""
@@ -120,25 +144,87 @@ class TaskEvaluation:
             text = text.decode("utf-8")
         return self._task.postprocess_fn(text, example=example, is_target=True)
 
-    def metrics(self, predictions: list[Any]) -> dict[str, float]:
-        """Returns the task's scalar metrics of the first `len(predictions)` examples.
+    def metrics(
+        self,
+        predictions: Sequence[Any] | None = None,
+        aux_values: Mapping[str, Sequence[Any]] | None = None,
+        scores: Mapping[int, float] | None = None,
+    ) -> Measured:
+        """Runs the task's metric functions, those of what is given; one that raises is named, the others are run.
 
         Numbers and seqio Scalars are kept, mappings are flattened ('a/b'), anything else (text, images,
         histograms) is left out.
 
+        Args:
+          predictions: postprocessed, of the first `len(predictions)` examples.
+          aux_values: name -> a value for each of them, for functions that take such.
+          scores: example index -> log-probability of its targets.
+
         Raises:
-          UserError: two metric functions return the same name, or there are more predictions than examples.
+          UserError: there are more predictions than examples.
         """
-        if len(predictions) > self.num_examples:
-            raise UserError(f"task {self.name!r}: {len(predictions)} predictions for {self.num_examples} examples")
-        targets = [self.target(index) for index in range(len(predictions))]
-        result: dict[str, float] = {}
-        for metric_fn in self._task.predict_metric_fns:
-            for name, value in _scalars(metric_fn(targets, predictions)):
-                if name in result:
-                    raise UserError(f"task {self.name!r}: two metric functions return {name!r}")
-                result[name] = value
-        return result
+        calls: list[tuple[Callable[..., Any], dict[str, Any]]] = []
+        if predictions is not None:
+            if len(predictions) > self.num_examples:
+                raise UserError(f"task {self.name!r}: {len(predictions)} predictions for {self.num_examples} examples")
+            given: dict[str, Any] = {
+                "targets": [self.target(index) for index in range(len(predictions))],
+                "predictions": list(predictions),
+            }
+            calls += [(metric_fn, given) for metric_fn in self._task.predict_metric_fns]
+            if aux_values is not None:
+                aux = {name: np.asarray(values) for name, values in aux_values.items()}
+                given = given | {"aux_values": aux}
+                calls += [(metric_fn, given) for metric_fn in self._task.predict_with_aux_metric_fns]
+        if scores is not None:
+            indices = sorted(scores)
+            given = {
+                "targets": [self.target(index) for index in indices],
+                "scores": np.array([scores[index] for index in indices]),
+            }
+            calls += [(metric_fn, given) for metric_fn in self._of_scores]
+        values: dict[str, float] = {}
+        failures: dict[str, str] = {}
+        for metric_fn, given in calls:
+            try:
+                found = dict(_scalars(metric_fn(**given)))
+                if twice := sorted(found.keys() & values.keys()):
+                    raise ValueError(f"another metric function returns {twice[0]!r} too")
+                values |= found
+            except Exception as error:
+                failures[_name(metric_fn)] = f"{type(error).__name__}: {first_line(error)}"
+        return Measured(values, failures)
+
+    @property
+    def _of_predictions(self) -> list[Callable[..., Any]]:
+        return [*self._functions("predict_metric_fns"), *self._functions("predict_with_aux_metric_fns")]
+
+    @property
+    def _of_scores(self) -> list[Callable[..., Any]]:
+        return self._functions("score_metric_fns")
+
+    def _functions(self, kind: str) -> list[Callable[..., Any]]:
+        """Returns the task's metric functions of one kind; UserError where seqio cannot tell what one takes."""
+        try:
+            return [] if self._task is None else list(getattr(self._task, kind))
+        except ValueError as error:
+            raise UserError(f"task {self.name!r}: {first_line(error)}") from error
+
+    def _source(self, pack: bool) -> RowSource:
+        arguments = (self.name, self._examples, self._objective, pack)
+        return RowSource(*arguments, shuffle=False, seed=EVAL_SEED, endless=False)
+
+    @functools.cached_property
+    def _rows(self) -> RowSource:
+        return self._source(self._converter.pack)
+
+    def _batches_of(self, source: RowSource) -> Iterator[tuple[Batch, np.ndarray]]:
+        """Yields (global batch, numbers of its real rows) of one pass."""
+        total, size = source.rows_in_round(0), self._batch_size
+        spec = self._converter.spec(self._lengths, size)
+        stream = RowStream(self.name, [source], {self.name: 1.0}, [], spec, size, slice(0, size), limit=total)
+        for start in range(0, total, size):
+            yield next(stream), np.arange(start, min(start + size, total))
 
     def _example(self, index: int) -> Mapping[str, Any]:
         return self._examples.read([index])[0]
@@ -150,6 +236,17 @@ class TaskEvaluation:
         if own.eos_id is not None and own.eos_id in ids:
             ids = ids[: ids.index(own.eos_id)]
         return own.decode(ids)
+
+
+def _name(function: Callable[..., Any]) -> str:
+    """Returns what people call a function, through functools.partial."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _listed(functions: Sequence[Callable[..., Any]]) -> str:
+    return ", ".join(map(_name, functions))
 
 
 def _scalars(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

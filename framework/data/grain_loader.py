@@ -114,7 +114,7 @@ class CachedData:
         self.modules = [module] if isinstance(module, str) else list(module or ())
         self._seed = seed
         self.train_split = train_split
-        self._eval_split = eval_split
+        self.eval_split = eval_split
         self._eval_examples = eval_examples
         self._shuffle = shuffle
         self._directory = Path(cache_dir).expanduser() if cache_dir else cache_directory()
@@ -144,12 +144,13 @@ class CachedData:
             )
         return stream if online or self._num_workers == 0 else WorkerStream(stream, self._num_workers)
 
-    def eval_tasks(self) -> list[TaskEvaluation]:
-        """Opens the evaluation split of each sub-task that has it; raises UserError when none has."""
+    def eval_tasks(self, split: str | None = None) -> list[TaskEvaluation]:
+        """Opens a split, by default `eval_split`, of each sub-task that has it; raises UserError when none has."""
+        split = split or self.eval_split
         vocabularies = self.vocabularies()
         result = []
-        for task in self._with_split(self._eval_split, "evaluation"):
-            objective, examples, online = self.open_task(task, self._eval_split)
+        for task in self._with_split(split, "evaluation"):
+            objective, examples, online = self.open_task(task, split)
             if online:
                 examples = InMemory(self._steps(task)(examples.read(range(len(examples))), EVAL_SEED))
             if self._eval_examples is not None:

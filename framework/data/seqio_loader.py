@@ -71,7 +71,7 @@ class SeqioData:
         self._modules = [module] if isinstance(module, str) else list(module or ())
         self._seed = seed
         self._train_split = train_split
-        self._eval_split = eval_split
+        self.eval_split = eval_split
         self._eval_examples = eval_examples
         self._shuffle = shuffle
         self._use_cached = use_cached
@@ -102,13 +102,14 @@ class SeqioData:
             self._seed,
         )
 
-    def eval_tasks(self) -> list[TaskEvaluation]:
-        """Opens the evaluation split of each sub-task that has it; raises UserError when none has."""
+    def eval_tasks(self, split: str | None = None) -> list[TaskEvaluation]:
+        """Opens a split, by default `eval_split`, of each sub-task that has it; raises UserError when none has."""
+        split = split or self.eval_split
         vocabularies = self.vocabularies()
         return [
             TaskEvaluation(
                 task.name,
-                _Late(functools.partial(self._read, task, self._eval_split)),
+                _Late(functools.partial(self._read, task, split)),
                 self._objective(task),
                 self.converter,
                 self.lengths,
@@ -116,7 +117,7 @@ class SeqioData:
                 vocabularies,
                 task,
             )
-            for task in self._with_split(self._eval_split, "evaluation")
+            for task in self._with_split(split, "evaluation")
         ]
 
     def vocabularies(self) -> dict[str, Vocabulary]:

@@ -1,6 +1,7 @@
 """The base of vocabularies: text to token ids and back, a fingerprint, files. No TensorFlow, no seqio."""
 
 import abc
+import dataclasses
 import functools
 import hashlib
 import json
@@ -114,6 +115,19 @@ class Vocabulary(abc.ABC):
     def _canonical(self) -> bytes:
         """The content, without what does not matter."""
         return self._content()
+
+
+@dataclasses.dataclass(frozen=True)
+class Framing:
+    """What stands around the text of a model.
+
+    Attributes:
+      start: ids that the decoder reads before anything else; () for none.
+      append_eos: whether inputs end with EOS.
+    """
+
+    start: tuple[int, ...]
+    append_eos: bool
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -104,3 +104,12 @@ def prompts(batch: Batch) -> jax.Array | None:
     if "encoder_input_tokens" in batch or "decoder_input_tokens" not in batch:
         return None
     return jnp.where(batch["decoder_segment_ids"] != 0, batch["decoder_input_tokens"], 0)
+
+
+def forced_tokens(forced: jax.Array | None, max_length: int, decodes: int) -> jax.Array | None:
+    """Returns what each prediction must begin with, int32 [batch * decodes, max_length], 0 where it is free, from
+    `forced` [batch, n] of any n; None of None."""
+    if forced is None:
+        return None
+    room = jnp.zeros((forced.shape[0], max_length), jnp.int32)
+    return jnp.repeat(room.at[:, : forced.shape[1]].set(forced[:, :max_length]), decodes, axis=0)

@@ -6,6 +6,8 @@ Settings are numbers, or arrays [rows] with one number a row. A filter turns wha
 import jax
 import jax.numpy as jnp
 
+from meshway.framework.axes import placement
+
 Setting = float | jax.Array
 
 
@@ -33,11 +35,28 @@ def penalize(
     return logits - _column(frequency) * generated - _column(presence) * (generated > 0)
 
 
+def largest(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the k largest of each row of x [batch, n], the largest first, and their places, [batch, k] both.
+
+    As `lax.top_k`, for which XLA would gather all rows on every device: here each finds those of its own.
+    """
+
+    def find(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        values, places = jax.lax.top_k(x, k)
+        return values, places
+
+    where = placement(("batch", None), x.shape)
+    if where is not None and where.mesh.size > 1:
+        specs = (where.spec, where.spec)
+        find = jax.shard_map(find, mesh=where.mesh, in_specs=where.spec, out_specs=specs, check_vma=False)
+    return find(x)
+
+
 def top_k(logits: jax.Array, k: int) -> jax.Array:
     """Leaves the k largest logits of each row, and what equals the last of them; k = 0 leaves all."""
     if k <= 0 or k >= logits.shape[-1]:
         return logits
-    least = jax.lax.top_k(logits, k)[0][..., -1:]
+    least = largest(logits, k)[0][..., -1:]
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from meshway.framework.inference import filters
-from meshway.framework.inference.decoding import Decoded, LogitCallback, Progress, Stop, prompts
+from meshway.framework.inference.decoding import Decoded, LogitCallback, Progress, Stop, forced_tokens, prompts
 from meshway.framework.interfaces import Batch, Model, Params
 
 
@@ -76,22 +76,109 @@ class Sampling:
           seed: a random key.
           forced: int32 [batch, n], tokens that predictions must begin with, 0 where they are free.
         """
+        drawing = jax.lax.while_loop(
+            lambda drawing: (drawing.made < max_length) & ~jnp.all(drawing.done),
+            lambda drawing: self.step(model, params, stop, drawing),
+            self.begin(model, params, batch, max_length, ids, seed, forced),
+        )
+        shape = (-1, self.num_decodes, max_length)
+        log_probs = drawing.log_probs.reshape(shape)
+        lengths = drawing.lengths.reshape(shape[:2])
+        return Decoded(drawing.output.reshape(shape), lengths, log_probs, log_probs.sum(-1))
+
+    def begin(
+        self,
+        model: Model,
+        params: Params,
+        batch: Batch,
+        max_length: int,
+        ids: jax.Array,
+        seed: jax.Array,
+        forced: jax.Array | None = None,
+    ) -> "Drawing":
+        """Reads inputs; arguments as those of a call. Each `step` then adds a token to every row: a stream of them is
+        what a call returns whole."""
         first, start, cache = model.prefill(params, batch, max_length)
-        rows, decodes = first.shape[0], self.num_decodes
+        examples, decodes, prompted, generated = first.shape[0], self.num_decodes, None, None
         if decodes > 1:
             cache = model.fork(cache, decodes)
             first, start = jnp.repeat(first, decodes, axis=0), jnp.repeat(start, decodes, axis=0)
-        drawing = _Drawing(self, model, params, stop, start, _forced(forced, max_length, decodes), ids, seed)
-        state = drawing.run(first, cache, max_length, batch)
-        shape = (rows, decodes, max_length)
-        log_probs = state.log_probs.reshape(shape)
-        return Decoded(state.output.reshape(shape), state.lengths.reshape(shape[:2]), log_probs, log_probs.sum(-1))
+        ids, which = jnp.repeat(jnp.asarray(ids), decodes), jnp.tile(jnp.arange(decodes), examples)
+        if self.penalizes:
+            vocab = jax.eval_shape(model.decode, params, first, start, cache)[0].shape[-1]
+            generated = jnp.zeros((first.shape[0], vocab), jnp.int32)
+            prompted = _held(prompts(batch), vocab, decodes, first.shape[0])
+        return Drawing(
+            start,
+            forced_tokens(forced, max_length, decodes),
+            ids,
+            jax.vmap(lambda id, decode: jax.random.fold_in(jax.random.fold_in(seed, id), decode))(ids, which),
+            prompted,
+            jnp.zeros((), jnp.int32),
+            first,
+            cache,
+            jnp.zeros((first.shape[0], max_length), jnp.int32),
+            jnp.zeros((first.shape[0], max_length), jnp.float32),
+            jnp.zeros(first.shape[0], jnp.int32),
+            jnp.zeros(first.shape[0], bool),
+            generated,
+        )
+
+    def step(self, model: Model, params: Params, stop: Stop, at: "Drawing") -> "Drawing":
+        """Adds a token to every row that is not done."""
+        logits, cache = model.decode(params, at.tokens, at.start + at.made, at.cache)
+        chosen = self._choose(logits, at)
+        if at.forced is not None:
+            forced = jax.lax.dynamic_index_in_dim(at.forced, at.made, axis=1, keepdims=False)
+            chosen = jnp.where(forced != 0, forced, chosen)
+        chosen = jnp.where(at.done, 0, chosen)
+        log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), chosen[:, None], axis=1)
+        log_prob = jnp.where(at.done[:, None], 0.0, log_prob)
+        output = jax.lax.dynamic_update_slice_in_dim(at.output, chosen[:, None], at.made, axis=1)
+        generated = at.generated
+        if generated is not None:
+            generated = jax.vmap(lambda counts, token, new: counts.at[token].add(new))(generated, chosen, ~at.done)
+        return at._replace(
+            made=at.made + 1,
+            tokens=chosen[:, None],
+            cache=cache,
+            output=output,
+            log_probs=jax.lax.dynamic_update_slice_in_dim(at.log_probs, log_prob, at.made, axis=1),
+            lengths=at.lengths + ~at.done,
+            done=at.done | stop.ended(output, at.made),
+            generated=generated,
+        )
+
+    def _choose(self, logits: jax.Array, at: "Drawing") -> jax.Array:
+        """Returns the next token of each row, int32 [rows]."""
+        if at.generated is not None and at.prompted is not None:
+            penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+            logits = filters.penalize(logits, at.generated, at.prompted, *penalties)
+        for callback in self.callbacks:
+            logits = callback(logits, Progress(at.made, at.output, at.ids))
+        if self.temperature == 0:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        logits = filters.top_k(logits / self.temperature, self.top_k)
+        if self.top_p < 1:
+            logits = filters.top_p(logits, self.top_p)
+        if self.min_p > 0:
+            logits = filters.min_p(logits, self.min_p)
+
+        def draw(key: jax.Array, logits: jax.Array) -> jax.Array:
+            return jax.random.categorical(jax.random.fold_in(key, at.made), logits).astype(jnp.int32)
+
+        return jax.vmap(draw)(at.keys, logits)
 
 
-class _State(NamedTuple):
-    """What a step changes.
+class Drawing(NamedTuple):
+    """Predictions on their way, one a row.
 
     Attributes:
+      start: [rows], where the first predicted token stands.
+      forced: [rows, length], tokens to begin with, 0 where they are free; None without any.
+      ids: [rows], of the example.
+      keys: [rows], random keys.
+      prompted: bool [rows, vocab], which tokens the prompt holds; None without penalties.
       made: how many tokens there are.
       tokens: [rows, 1], what is fed next.
       cache: the model's.
@@ -101,6 +188,11 @@ class _State(NamedTuple):
       generated: int32 [rows, vocab], counts; None without penalties.
     """
 
+    start: jax.Array
+    forced: jax.Array | None
+    ids: jax.Array
+    keys: jax.Array
+    prompted: jax.Array | None
     made: jax.Array
     tokens: jax.Array
     cache: Any
@@ -111,102 +203,9 @@ class _State(NamedTuple):
     generated: jax.Array | None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Drawing:
-    """One call of `Sampling`: what no step changes."""
-
-    sampling: Sampling
-    model: Model
-    params: Params
-    stop: Stop
-    start: jax.Array
-    forced: jax.Array | None
-    ids: jax.Array
-    seed: jax.Array
-
-    def run(self, first: jax.Array, cache: Any, max_length: int, batch: Batch) -> _State:
-        rows, prompted, generated = first.shape[0], None, None
-        if self.sampling.penalizes:
-            vocab = jax.eval_shape(self.model.decode, self.params, first, self.start, cache)[0].shape[-1]
-            generated = jnp.zeros((rows, vocab), jnp.int32)
-            prompted = _held(prompts(batch), vocab, self.sampling.num_decodes, rows)
-        state = _State(
-            jnp.zeros((), jnp.int32),
-            first,
-            cache,
-            jnp.zeros((rows, max_length), jnp.int32),
-            jnp.zeros((rows, max_length), jnp.float32),
-            jnp.zeros(rows, jnp.int32),
-            jnp.zeros(rows, bool),
-            generated,
-        )
-        return jax.lax.while_loop(
-            lambda state: (state.made < max_length) & ~jnp.all(state.done),
-            lambda state: self.step(state, prompted),
-            state,
-        )
-
-    def step(self, state: _State, prompted: jax.Array | None) -> _State:
-        logits, cache = self.model.decode(self.params, state.tokens, self.start + state.made, state.cache)
-        chosen = self.choose(logits, state, prompted)
-        if self.forced is not None:
-            forced = jax.lax.dynamic_index_in_dim(self.forced, state.made, axis=1, keepdims=False)
-            chosen = jnp.where(forced != 0, forced, chosen)
-        chosen = jnp.where(state.done, 0, chosen)
-        log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), chosen[:, None], axis=1)
-        log_prob = jnp.where(state.done[:, None], 0.0, log_prob)
-        output = jax.lax.dynamic_update_slice_in_dim(state.output, chosen[:, None], state.made, axis=1)
-        generated = state.generated
-        if generated is not None:
-            generated = generated.at[jnp.arange(chosen.shape[0]), chosen].add(~state.done)
-        return _State(
-            state.made + 1,
-            chosen[:, None],
-            cache,
-            output,
-            jax.lax.dynamic_update_slice_in_dim(state.log_probs, log_prob, state.made, axis=1),
-            state.lengths + ~state.done,
-            state.done | self.stop.ended(output, state.made),
-            generated,
-        )
-
-    def choose(self, logits: jax.Array, state: _State, prompted: jax.Array | None) -> jax.Array:
-        """Returns the next token of each row, int32 [rows]."""
-        how, decodes = self.sampling, self.sampling.num_decodes
-        if state.generated is not None and prompted is not None:
-            penalties = (how.repetition_penalty, how.presence_penalty, how.frequency_penalty)
-            logits = filters.penalize(logits, state.generated, prompted, *penalties)
-        for callback in how.callbacks:
-            logits = callback(logits, Progress(state.made, state.output, jnp.repeat(self.ids, decodes)))
-        if how.temperature == 0:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        logits = filters.top_k(logits / how.temperature, how.top_k)
-        if how.top_p < 1:
-            logits = filters.top_p(logits, how.top_p)
-        if how.min_p > 0:
-            logits = filters.min_p(logits, how.min_p)
-
-        def draw(id: jax.Array, decode: jax.Array, logits: jax.Array) -> jax.Array:
-            key = self.seed
-            for part in (id, decode, state.made):
-                key = jax.random.fold_in(key, part)
-            return jax.random.categorical(key, logits).astype(jnp.int32)
-
-        examples = self.ids.shape[0]
-        return jax.vmap(draw)(jnp.repeat(self.ids, decodes), jnp.tile(jnp.arange(decodes), examples), logits)
-
-
-def _forced(forced: jax.Array | None, max_length: int, decodes: int) -> jax.Array | None:
-    if forced is None:
-        return None
-    room = jnp.zeros((forced.shape[0], max_length), jnp.int32)
-    return jnp.repeat(room.at[:, : forced.shape[1]].set(forced[:, :max_length]), decodes, axis=0)
-
-
 def _held(tokens: jax.Array | None, vocab: int, decodes: int, rows: int) -> jax.Array:
     """Returns which tokens each row of `tokens` holds, 0 apart: bool [rows, vocab]."""
     if tokens is None:
         return jnp.zeros((rows, vocab), bool)
-    held = jnp.zeros((tokens.shape[0], vocab), bool)
-    held = held.at[jnp.arange(tokens.shape[0])[:, None], tokens].set(True).at[:, 0].set(False)
-    return jnp.repeat(held, decodes, axis=0)
+    held = jax.vmap(lambda row: jnp.zeros(vocab, bool).at[row].set(True))(tokens)
+    return jnp.repeat(held.at[:, 0].set(False), decodes, axis=0)

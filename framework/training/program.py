@@ -178,7 +178,7 @@ def check_batch(spec: Mapping[str, ArraySpec], given: Mapping[str, tuple[Sequenc
             )
 
 
-def check_vocabularies(program: TrainProgram, vocabularies: Mapping[str, Vocabulary]) -> None:
+def check_vocabularies(program: TrainProgram | PlacedModel, vocabularies: Mapping[str, Vocabulary]) -> None:
     """Compares the data's vocabularies, by task feature, with the model's axis "vocab".
 
     Raises:

@@ -6,10 +6,11 @@ import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from meshway.framework.data.vocabulary import Vocabulary
+from meshway.framework.data.vocabulary import Framing, Vocabulary
 from meshway.framework.errors import UserError
 from meshway.framework.partitioning.explain import Row, format_bytes, format_rows, replicated_share
 from meshway.framework.training.program import TrainProgram
@@ -47,9 +48,10 @@ class RunDirectory:
         """The vocabularies of the task's features, as files; `vocabularies.json` beside it lists them."""
         return self.root / "vocabularies"
 
-    def evaluation(self, task: str) -> Path:
-        """One JSON object an evaluation of `task`: metrics, and some predictions."""
-        return self.root / "eval" / f"{task}.jsonl"
+    @property
+    def evaluations(self) -> Path:
+        """One file a task, of one JSON object a step: metrics, and some predictions."""
+        return self.root / "eval"
 
     def prepare(self, needed_bytes: int) -> None:
         """Makes the directory and tries to write in it, before anything costly.
@@ -77,8 +79,12 @@ class RunDirectory:
                 f"{format_bytes(needed_bytes)}; free some space or give another --gin.MODEL_DIR=..."
             )
 
-    def save_vocabularies(self, vocabularies: Mapping[str, Vocabulary]) -> None:
+    def save_vocabularies(self, vocabularies: Mapping[str, Vocabulary], framing: Framing | None = None) -> None:
         """Writes `vocabularies/FEATURE.*`, then `vocabularies.json`, which tells their kinds and fingerprints.
+
+        Args:
+          vocabularies: by feature.
+          framing: what stands around text, where that is not what T5X's tasks have.
 
         Raises:
           UserError: the disk refuses.
@@ -89,7 +95,9 @@ class RunDirectory:
             feature: {"kind": each.kind, "fingerprint": each.fingerprint, "description": str(each)}
             for feature, each in vocabularies.items()
         }
-        index = {"python": platform.python_version(), "features": entries}
+        index: dict[str, Any] = {"python": platform.python_version(), "features": entries}
+        if framing is not None:
+            index |= {"start": list(framing.start), "append_eos": framing.append_eos}
         self._write("vocabularies.json", json.dumps(index, indent=1) + "\n")
 
     def check_vocabularies(self, vocabularies: Mapping[str, Vocabulary]) -> None:

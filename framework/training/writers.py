@@ -7,10 +7,12 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from meshway.framework.errors import UserError
-from meshway.framework.interfaces import Writer
+
+if TYPE_CHECKING:  # what writes files need not load JAX
+    from meshway.framework.interfaces import Writer
 
 
 class JsonlWriter:
@@ -53,12 +55,7 @@ class JsonlWriter:
         """Writes one line of nested dicts, lists, strings and numbers; raises as `write` does."""
         if self.last_step is not None and step <= self.last_step:
             raise ValueError(f"{self._path}: step {step} after {self.last_step}: each step is written once")
-        nonfinite: dict[str, str] = {}
-        values = {name: _strict(record[name], name, nonfinite) for name in sorted(record)}
-        if nonfinite:
-            values["nonfinite"] = nonfinite
-        line = json.dumps({"step": step, **values}, allow_nan=False, ensure_ascii=False)
-        data = memoryview(line.encode("utf-8", "backslashreplace") + b"\n")
+        data = memoryview(json_line(step, record))
         with io_errors(self._path):
             while data:
                 data = data[self._file.write(data) :]
@@ -76,8 +73,13 @@ class TensorBoardWriter:
     a thread of its own, so kill -9 loses half a minute of them, and a full disk ends in a caller that hangs.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], start_step: int = 0) -> None:
-        """Opens a new event file in `folder`; `start_step` is as for `JsonlWriter`. Raises UserError."""
+    def __init__(self, folder: str | os.PathLike[str], start_step: int | None = 0) -> None:
+        """Opens a new event file in `folder`. Raises UserError.
+
+        Args:
+          folder: made where it is missing.
+          start_step: as for `JsonlWriter`; None disowns nothing, for points that come in any order.
+        """
         from tensorboardX.event_file_writer import EventsWriter  # not paid by processes that write nothing
         from tensorboardX.proto.event_pb2 import SessionLog
 
@@ -86,8 +88,8 @@ class TensorBoardWriter:
             self._folder.mkdir(parents=True, exist_ok=True)
             # Its own file, also for a second run within the second that names the file.
             self._writer = EventsWriter(str(self._folder / "events"), filename_suffix=f".{time.time_ns()}")
-        purge_step = start_step + 1 if start_step else 0
-        self._add(purge_step, session_log=SessionLog(status=SessionLog.START))
+        if start_step is not None:
+            self._add(start_step + 1 if start_step else 0, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Adds one point a scalar. Raises UserError if the disk refuses."""
@@ -118,7 +120,7 @@ class TensorBoardWriter:
 class Writers:
     """Several writers as one."""
 
-    def __init__(self, writers: Sequence[Writer]) -> None:
+    def __init__(self, writers: "Sequence[Writer]") -> None:
         self._writers = list(writers)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -130,6 +132,19 @@ class Writers:
         with contextlib.ExitStack() as stack:
             for writer in reversed(self._writers):
                 stack.callback(writer.close)
+
+
+def json_line(step: int, record: Mapping[str, Any]) -> bytes:
+    """Returns a record as a line of a file that `JsonlWriter` describes, with its newline.
+
+    Of a record read from such a file it gives the same line again.
+    """
+    nonfinite: dict[str, str] = dict(record.get("nonfinite", {}))
+    values = {name: _strict(record[name], name, nonfinite) for name in sorted({*record} - {"nonfinite"})}
+    if nonfinite:
+        values["nonfinite"] = nonfinite
+    line = json.dumps({"step": step, **values}, allow_nan=False, ensure_ascii=False)
+    return line.encode("utf-8", "backslashreplace") + b"\n"
 
 
 def _keep_up_to(path: Path, start_step: int) -> int | None:

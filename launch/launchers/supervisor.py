@@ -77,7 +77,8 @@ def verdict(children: Children) -> tuple[int, str]:
 
 def model_directory(words: Sequence[str]) -> Path | None:
     """Returns the run directory that a command names; None where only its recipe does."""
-    values = [word.partition("=")[2] for word in words if word.startswith("--gin.MODEL_DIR=")]
+    flags = ("--gin.MODEL_DIR=", "--model_dir=")
+    values = [word.partition("=")[2] for word in words if word.startswith(flags)]
     return Path(values[-1].strip("'\"")).expanduser() if values else None
 
 

@@ -1,13 +1,15 @@
 """Multi-head attention, with grouped keys and values, and its cache."""
 
 from collections.abc import Callable, Collection
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from meshway.framework.axes import constrain
+from meshway.models.layers import cache as cache_lib
+from meshway.models.layers.cache import Cache, KeysValues
 from meshway.models.layers.kernels.auto import AutoAttention
 from meshway.models.layers.kernels.reference import Kernel, dot_product_attention
 from meshway.models.layers.linear import Linear, fan_in_init
@@ -15,7 +17,6 @@ from meshway.models.layers.masks import Mask, Sight, row_positions, row_sight, w
 from meshway.models.layers.positions import PositionBias, with_alibi
 from meshway.models.module import param
 
-KeysValues = tuple[jax.Array, jax.Array]  # each [batch, kv_length, kv_heads, head_dim]
 PARTS = ("query", "key", "value", "out")
 
 
@@ -53,6 +54,7 @@ class Attention(nnx.Module):
         sinks: bool = False,
         dropout_rate: float = 0.0,
         kernel: Kernel = AutoAttention(),
+        cache_dtype: str | None = None,
     ):
         """Builds the projections.
 
@@ -73,12 +75,16 @@ class Attention(nnx.Module):
           kernel: computes attention, except over a cache and with a `ScoreTerm`, which `dot_product_attention` does;
             the default chooses one by platform, shapes and what is asked for. Layouts that cut the length bind one that
             can.
+          cache_dtype: how keys and values are kept while decoding: "float32", "bfloat16", or "int8" with a scale for
+            each head at each place (`cache.Quantized`); None for the dtype that is computed in. They are rounded as
+            they are written, those of an encoder's output too, and attended to in the dtype of the queries.
 
         Raises:
           ValueError: `num_heads` is no multiple of `num_kv_heads`, or an option is out of its range.
         """
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         _check(num_heads, num_kv_heads, biases, scale_logits, query_scale, window, soft_cap)
+        cache_lib.check_cache_dtype(cache_dtype)
         heads, kv_heads = {"heads": num_heads}, {"kv_heads": num_kv_heads}
         inputs, size = {"embed": d_model}, {"head_dim": head_dim}
 
@@ -98,7 +104,7 @@ class Attention(nnx.Module):
         self.logit_scale, self.soft_cap = query_scale, soft_cap
         self.relative = relative and relative(d_model=d_model, num_heads=num_heads, head_dim=head_dim, rngs=rngs)
         self.rotary, self.alibi, self.window = rotary, alibi, window
-        self.dropout_rate, self.kernel = dropout_rate, kernel
+        self.dropout_rate, self.kernel, self.cache_dtype = dropout_rate, kernel, cache_dtype
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
 
     def keys_values(self, source: jax.Array, positions: jax.Array | None = None) -> KeysValues:
@@ -112,10 +118,14 @@ class Attention(nnx.Module):
         names = ("batch", "kv_length", "kv_heads", "head_dim")
         return constrain(key, names), constrain(value, names)
 
-    def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> KeysValues:
-        """Returns room for the keys and values of `length` positions."""
+    def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Cache:
+        """Returns room for the keys and values of `length` positions; `dtype` is what is computed in."""
         shape = (batch, length, self.num_kv_heads, self.head_dim)
-        return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+        return cache_lib.empty_cache(shape, self._cache_dtype(dtype))
+
+    def full_cache(self, source: jax.Array) -> Cache:
+        """Returns what is remembered of a source [batch, kv_length, d_model] that all steps attend to."""
+        return cache_lib.store_all(self.keys_values(source), self._cache_dtype(source.dtype))
 
     def __call__(
         self,
@@ -125,10 +135,11 @@ class Attention(nnx.Module):
         positions: jax.Array | None = None,
         bias: PositionBias | None = None,
         mask: Mask | None = None,
-        cache: KeysValues | None = None,
+        cache: Cache | None = None,
         cache_index: jax.Array | None = None,
+        queries: Literal["length"] | None = "length",
         rng: jax.Array | None = None,
-    ) -> tuple[jax.Array, KeysValues | None]:
+    ) -> tuple[jax.Array, Cache | None]:
         """Attends from x [batch, length, d_model].
 
         Args:
@@ -137,6 +148,8 @@ class Attention(nnx.Module):
           bias, mask: over the cache's length where there is a cache.
           cache: keys and values seen so far; x's own are written in at `cache_index` before attending.
           cache_index: int32 [batch, length], the slot of each position of x: its place in the row.
+          queries: the logical axis along x's second dimension; None if no layout cuts it, as where it counts the
+            predictions of an example.
           rng: dropout key.
 
         Returns:
@@ -146,7 +159,7 @@ class Attention(nnx.Module):
           ValueError: rotary embeddings without positions, or a window or ALiBi in cross-attention, where queries and
             keys have no places in common.
         """
-        x = constrain(x, ("batch", "length", "embed"), free_for="heads")
+        x = constrain(x, ("batch", queries, "embed"), free_for="heads")
         query = self.query(x)
         if self.query_norm is not None:
             query = self.query_norm(query)
@@ -161,8 +174,8 @@ class Attention(nnx.Module):
             places = row_positions(x.shape[1])
             if cache is not None:
                 assert cache_index is not None
-                places, cache = cache_index, _written(cache, attended, cache_index)
-                attended = cache
+                places, cache = cache_index, cache_lib.write(cache, attended, cache_index)
+                attended = cache_lib.read(cache, x.dtype)
             kv_places = row_positions(attended[0].shape[1])
             if self.window is not None:
                 here = Sight(places=places, ordered=cache is None)
@@ -176,7 +189,7 @@ class Attention(nnx.Module):
                 "Attention.window, alibi and relative are of self-attention: the places of keys from elsewhere are "
                 "none of the queries' row; give cross-attention an Attention of its own, by a gin scope"
             )
-        query = constrain(query, ("batch", "length", "heads", "head_dim"))
+        query = constrain(query, ("batch", queries, "heads", "head_dim"))
         # A cache's mask, and what score terms add, are known in full only.
         blocks = (mask is None or mask.queries is not None) and not terms
         attend = self.kernel if blocks else dot_product_attention
@@ -191,8 +204,11 @@ class Attention(nnx.Module):
             dropout_rate=self.dropout_rate,
             rng=rng,
         )
-        y = constrain(y, ("batch", "length", "heads", "head_dim"))
-        return constrain(self.out(y), ("batch", "length", "embed")), cache
+        y = constrain(y, ("batch", queries, "heads", "head_dim"))
+        return constrain(self.out(y), ("batch", queries, "embed")), cache
+
+    def _cache_dtype(self, computed: jnp.dtype) -> str | jnp.dtype:
+        return computed if self.cache_dtype is None else self.cache_dtype
 
     def _terms(self) -> list[ScoreTerm]:
         return [term for term in (self.rotary, self.relative) if isinstance(term, ScoreTerm)]
@@ -201,13 +217,6 @@ class Attention(nnx.Module):
 def _added(bias: PositionBias | None, scores: jax.Array, places: jax.Array, kv_places: jax.Array) -> PositionBias:
     """Returns a bias and what a score term adds as one, for kernels that hold all scores."""
     return PositionBias(scores if bias is None else scores + bias.dense, None, places, kv_places, None)
-
-
-def _written(cache: KeysValues, new: KeysValues, index: jax.Array | None) -> KeysValues:
-    """Returns the cache with new keys and values in the slots `index` [batch, length]."""
-    rows = jnp.arange(new[0].shape[0])[:, None]
-    keys, values = (old.at[rows, index].set(x.astype(old.dtype)) for old, x in zip(cache, new, strict=True))
-    return keys, values
 
 
 def _check(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from meshway.models.layers.cache import read
 from meshway.models.layers.dropout import dropout, split_key
 from meshway.models.layers.masks import Mask
 from meshway.models.layers.norm import RMSNorm
@@ -145,19 +146,20 @@ class CrossAttentionBlock(nnx.Module):
             rng=keys[0],
         )
         x = x + dropout(y, self.dropout_rate, keys[1])
-        attended = self.cross_attention.keys_values(encoded) if cache is None else cache["encoded"]
+        attended = self.cross_attention.keys_values(encoded) if cache is None else read(cache["encoded"], x.dtype)
         # Several predictions of one example ask together: its keys are stored, and read, once.
         asking = self.cross_attention_norm(x).reshape(attended[0].shape[0], -1, x.shape[-1])
-        y, _ = self.cross_attention(asking, attended=attended, mask=cross_mask, rng=keys[2])
+        queries = "length" if cache is None else None
+        y, _ = self.cross_attention(asking, attended=attended, mask=cross_mask, queries=queries, rng=keys[2])
         x = x + dropout(y.reshape(x.shape), self.dropout_rate, keys[3])
         with known_from(mask):
             y = self.mlp(self.mlp_norm(x), rng=keys[4])
-        cache = None if cache is None else {"own": own, "encoded": attended}
+        cache = None if cache is None else {"own": own, "encoded": cache["encoded"]}
         return x + dropout(y, self.dropout_rate, keys[5]), cache
 
     def empty_cache(self, encoded: jax.Array, length: int) -> Any:
         """Returns room for `length` positions, and the encoder's output projected once for all steps."""
         return {
             "own": self.attention.empty_cache(encoded.shape[0], length, encoded.dtype),
-            "encoded": self.cross_attention.keys_values(encoded),
+            "encoded": self.cross_attention.full_cache(encoded),
         }

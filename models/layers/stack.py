@@ -46,8 +46,9 @@ class Stack(nnx.Module):
         remat: str = "none",
         pipeline: Pipeline | None = None,
     ):
-        """`scan` "auto" unrolls short stacks on CPU and scans otherwise; `remat` names a policy of `remat.POLICIES`;
-        `pipeline`, which layout files bind, runs the stack over the mesh's stages, except with a cache.
+        """`scan` "auto" unrolls short stacks on CPU, except with a cache, and scans otherwise; `remat` names a policy
+        of `remat.POLICIES`; `pipeline`, which layout files bind, runs the stack over the mesh's stages, except with a
+        cache.
 
         Raises:
           ValueError: no layers, or an unknown option.
@@ -95,29 +96,42 @@ class Stack(nnx.Module):
                 said.append(reports)
             return x, (None if caches is None else new, said)
 
-        layers, keep = (states, keys, cache), remat_lib.POLICIES[self.remat]
+        numbers = None if cache is None else jnp.arange(self.num_periods + bool(self.remainder))
+        layers, keep = (states, keys, numbers), remat_lib.POLICIES[self.remat]
+
+        def cached(carry: tuple[jax.Array, list[Any]], layer: Any) -> tuple[Any, list[Reports]]:
+            # The cache goes from layer to layer, so that each is written where it lies: as an output of the scan it
+            # would be a second one.
+            (x, cache), (states, key, number) = carry, layer
+            own = _at(cache[: len(states)], number)
+            x, (new, said) = period(x, (states, key, own), context)
+            return (x, [*_put(cache[: len(states)], own, new, number), *cache[len(states) :]]), said
+
         if self.pipeline is not None and cache is None and self.pipeline.num_stages() > 1:
             self._check_whole_periods()
-            x, output = self.pipeline(self._run, period, x, layers, context, keep)
-            outputs = [output]
+            x, (_, said) = self.pipeline(self._run, period, x, layers, context, keep)
+            reports = [said]
         else:
-            outputs = []
+            reports = []
             for part in self._parts(layers):
-                x, output = self._run(lambda x, layer: period(x, layer, context), x, part, keep)
-                outputs.append(output)
-        _say_by_layer([said for _, said in outputs])
-        return x, None if cache is None else _joined([caches for caches, _ in outputs])
+                if cache is None:
+                    x, (_, said) = self._run(lambda x, layer: period(x, layer, context), x, part, keep)
+                else:
+                    (x, cache), said = self._run(cached, (x, cache), part, keep, decoding=True)
+                reports.append(said)
+        _say_by_layer(reports)
+        return x, cache
 
     def _parts(self, layers: tuple[Any, Any, Any]) -> list[Any]:
         """Returns the layers of all whole periods and, where there is one, those of the last, partial period."""
         if not self.remainder:
             return [layers]
-        states, keys, cache = layers
-        rest = (states[: self.remainder], keys, None if cache is None else cache[: self.remainder])
+        states, *others = layers
 
         def rows(tree: Any, part: slice) -> Any:
             return jax.tree.map(lambda leaf: leaf[part], tree)
 
+        rest = (states[: self.remainder], *others)
         return [rows(layers, slice(self.num_periods)), rows(rest, slice(self.num_periods, None))]
 
     def _check_whole_periods(self) -> None:
@@ -131,15 +145,16 @@ class Stack(nnx.Module):
 
     def _run(
         self,
-        period: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
-        x: jax.Array,
+        period: Callable[[Any, Any], tuple[Any, Any]],
+        x: Any,
         layers: Any,
         keep: remat_lib.Policy | None,
-    ) -> tuple[jax.Array, Any]:
+        decoding: bool = False,
+    ) -> tuple[Any, Any]:
         """Runs `period(x, layer)` over consecutive periods, `layers` [periods, ...], under remat policy `keep`, and
         stacks what it returned."""
         num_periods = jax.tree.leaves(layers)[0].shape[0]
-        scans = self._scans(num_periods)
+        scans = self._scans(num_periods, decoding)
         if keep is not None:
             # Inside scan the barrier against common-subexpression elimination is not needed.
             period = jax.checkpoint(period, policy=keep, prevent_cse=not scans)
@@ -163,8 +178,12 @@ class Stack(nnx.Module):
         pairs = [nnx.split(getattr(self, f"block_{i}")) for i in range(self.pattern)]
         return [graphdef for graphdef, _ in pairs], [state for _, state in pairs]
 
-    def _scans(self, num_periods: int) -> bool:
+    def _scans(self, num_periods: int, decoding: bool) -> bool:
         if self.scan == "auto":
+            if decoding:
+                # XLA:CPU copies a layer's weights before it uses them: unrolled, those of all layers at once, in twice
+                # the time at least.
+                return num_periods > 1
             return jax.default_backend() != "cpu" or num_periods * self.pattern > UNROLLED_LAYERS_ON_CPU
         return bool(self.scan)
 
@@ -187,13 +206,19 @@ def _stacked(block: BlockFactory, d_model: int, keys: jax.Array) -> nnx.Module:
     return stacked
 
 
-def _joined(parts: list[list[Any]]) -> list[Any]:
-    """Returns each block's cache over all layers, from those of whole periods and of a last, partial one."""
-    whole, *rest = parts
-    for last in rest:
-        joined = [jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *pair) for pair in zip(whole, last, strict=False)]
-        whole = joined + whole[len(last) :]
-    return whole
+def _at(cache: Any, number: jax.Array) -> Any:
+    """Returns one layer of a cache [layers, ...]."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), cache)
+
+
+def _put(cache: Any, old: Any, new: Any, number: jax.Array) -> Any:
+    """Returns a cache [layers, ...] with one layer of it changed from `old` to `new`; what no block changed stays."""
+    return jax.tree.map(
+        lambda whole, was, part: whole if part is was else jax.lax.dynamic_update_index_in_dim(whole, part, number, 0),
+        cache,
+        old,
+        new,
+    )
 
 
 def _say_by_layer(parts: list[list[Reports]]) -> None:

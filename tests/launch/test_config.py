@@ -239,3 +239,27 @@ def test_gin_itself_is_left_with_this_recipe_only(lab):
     gin.parse_config("stale = 1")
     lab.load().build("train.train")
     assert "stale" not in gin.config_str()
+
+
+def test_a_fingerprint_tells_what_a_function_hangs_on_and_nothing_else(lab):
+    def of(*bindings, recipe="", without=("model_dir", "steps"), **options):
+        return lab.load(*bindings, recipe=recipe, **options).fingerprint("train.train", without)
+
+    first = of()
+    assert of("MODEL_DIR=/tmp/other", "TRAIN_STEPS=11") == first, "left out"
+    assert of("DROPOUT_RATE=0.5") != first and of("layers.Mlp.hidden=9") != first
+    assert of("TRAIN_STEPS=11", without=()) != of(without=())
+    assert of("model.Model.rate=%MODEL_DIR") == of("model.Model.rate=%MODEL_DIR", "MODEL_DIR=/tmp/other") != first
+    spelt = """
+        import lab.layers
+        import lab.model as m
+        DROPOUT_RATE = 0.0
+        MODEL = @m.Model()
+        m.Model.blocks = [@lab.layers.Block]
+        m.Model.rate = %DROPOUT_RATE
+        lab.layers.Block.mlp = @lab.layers.Mlp
+        lab.layers.Mlp.hidden = 8
+    """  # the shipped base, its modules imported otherwise
+    assert of(recipe=spelt) == first
+    assert of("LAYOUT=fsdp") != of("LAYOUT=single") == first
+    assert of("LAYOUT=fsdp", without=("mesh", "layout")) == of("LAYOUT=single", without=("mesh", "layout"))

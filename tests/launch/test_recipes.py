@@ -21,6 +21,7 @@ NEEDED = {  # what a recipe leaves open
     "bench_t5": (),
     "bench_attention": (),
     "bench_moe": (),
+    "bench_decode": (),
     "v_moe_digits": ("MODEL_DIR='run'",),
 }
 
@@ -29,7 +30,7 @@ NEEDED = {  # what a recipe leaves open
 def test_a_recipe_resolves_to_its_golden_text(name):
     """It may change only on purpose: MESHWAY_RENEW_GOLDENS=1 rewrites the files."""
     verb = "bench" if name.startswith("bench") else "train"
-    subject = {"bench_moe": "moe", "bench_attention": "attention"}.get(name, "train")
+    subject = {"bench_moe": "moe", "bench_attention": "attention", "bench_decode": "decode"}.get(name, "train")
     invocation = Invocation(verb=verb, subject=subject, gin_files=(f"recipes/{name}.gin",), bindings=NEEDED[name])
     resolved = config.load(invocation, import_unreferenced=False).resolved
     path = GOLDENS / f"{name}.gin"

@@ -43,6 +43,10 @@ CASES = {
         ["quikstart", "did you mean 'recipes/quickstart'"],
     ),
     "unknown task": ((*T5, "--gin.MIXTURE_OR_TASK_NAME=lab_halfs", "--gin.MODEL_DIR={dir}"), ["lab_halves"]),
+    "unknown task to evaluate": (
+        ("eval", "--gin_file=t5.gin", "--task=lab_halfs", "--model_dir={dir}", "--watch", "--idle_timeout=1"),
+        ["lab_halfs", "lab_halves"],
+    ),
     "feature length missing": (
         (*T5, "--gin.TASK_FEATURE_LENGTHS={'inputs': 64}", "--gin.MODEL_DIR={dir}"),
         ["TASK_FEATURE_LENGTHS", "'targets'"],

@@ -66,8 +66,8 @@ def test_summary_over_bytes_is_read_and_scored(cache):
     (task,) = data.eval_tasks()
     assert task.num_examples == 20 and task.has_metrics
     assert task.inputs_text(0).startswith("summarize: def ")
-    assert task.metrics([task.target(i) for i in range(20)]) == {"token_f1": 100.0, "exact_match": 100.0}
-    assert task.metrics(["zzz"] * 20) == {"token_f1": 0.0, "exact_match": 0.0}
+    assert task.metrics([task.target(i) for i in range(20)]).values == {"token_f1": 100.0, "exact_match": 100.0}
+    assert task.metrics(["zzz"] * 20).values == {"token_f1": 0.0, "exact_match": 0.0}
 
 
 @pytest.mark.slow

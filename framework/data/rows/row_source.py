@@ -153,6 +153,10 @@ class RowSource:
         converted = [self.objective.convert(*column) for column in columns]
         return self.objective.lay(converted, placement), len(converted)
 
+    def examples_of(self, numbers: np.ndarray) -> np.ndarray:
+        """Returns which example each of the items in rows is of, int64 [items]; unpacked, an item is a row."""
+        return self._find(numbers)[0].index
+
     def state(self, number: int) -> dict[str, int]:
         """Returns what a row's number means: a key of how rows are laid out."""
         lengths = sorted(self.objective.row_lengths.items())

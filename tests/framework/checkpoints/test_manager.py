@@ -146,3 +146,19 @@ def test_what_a_partial_restore_refuses(saved, another, initial, words):
 def test_a_path_that_is_no_run(tmp_path):
     with pytest.raises(UserError, match="neither a run directory nor a checkpoint"):
         Initial(str(tmp_path)).restore({}, {})
+
+
+def test_parameters_are_read_in_the_precision_that_is_asked_for(tmp_path):
+    """A converted model keeps the precision of its files, and is evaluated in that of its recipe."""
+    stored = {"table": jax.random.normal(jax.random.key(0), (3, 4)).astype("bfloat16")}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save_params(stored, 0)
+    checkpoints.wait()
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[1])
+    wanted = {"table": jax.ShapeDtypeStruct((3, 4), "float32", sharding=sharding)}
+    found = checkpoints.load_params(0, wanted)["table"]
+    assert found.dtype == "float32" and found.sharding == sharding
+    np.testing.assert_array_equal(found, stored["table"].astype("float32"))
+    with pytest.raises(UserError, match=r"table is bfloat16\[3,4\] there and bfloat16\[3,5\] here"):
+        checkpoints.load_params(0, {"table": jax.ShapeDtypeStruct((3, 5), "bfloat16", sharding=sharding)})
+    checkpoints.close()

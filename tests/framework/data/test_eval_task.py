@@ -1,3 +1,4 @@
+import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -5,12 +6,14 @@ import pytest
 import tasks_in_memory
 
 from meshway.framework.data.eval_task import TaskEvaluation
-from meshway.framework.data.features import EncoderDecoder
+from meshway.framework.data.features import EncoderDecoder, LanguageModel
 from meshway.framework.data.rows.examples import InMemory
 from meshway.framework.errors import UserError
 
+LENGTHS = {"inputs": 4, "targets": 4}
 
-def make(examples, metric_fns=()):
+
+def make(examples, metric_fns=(), score_fns=(), aux_fns=(), converter=EncoderDecoder(), lengths=LENGTHS, batch_size=2):
     """An evaluation of a task whose vocabulary hands ids through, with EOS 1."""
     vocabulary = SimpleNamespace(eos_id=1, decode=list)
     feature = SimpleNamespace(vocabulary=vocabulary)
@@ -18,11 +21,12 @@ def make(examples, metric_fns=()):
         name="ids",
         output_features={"inputs": feature, "targets": feature},
         predict_metric_fns=list(metric_fns),
+        score_metric_fns=list(score_fns),
+        predict_with_aux_metric_fns=list(aux_fns),
         postprocess_fn=lambda output, example, is_target: output,
     )
-    converter, lengths = EncoderDecoder(), {"inputs": 4, "targets": 4}
-    objective = converter.bind(tasks_in_memory.task("inputs", "targets"), lengths)
-    return TaskEvaluation("ids", InMemory(examples), objective, converter, lengths, 2, {}, task)
+    objective = converter.bind(tasks_in_memory.task(*converter.task_features), lengths)
+    return TaskEvaluation("ids", InMemory(examples), objective, converter, lengths, batch_size, {}, task)
 
 
 EXAMPLES = [{"inputs": np.array([7, 8]), "targets": np.array([5, 0, 6, 1])}]
@@ -43,3 +47,80 @@ def test_a_pretokenized_target_is_not_trimmed():
 def test_more_predictions_than_examples_are_refused():
     with pytest.raises(UserError, match="2 predictions for 1 examples"):
         make(EXAMPLES).metrics([[], []])
+
+
+def test_score_rows_hold_one_example_each_and_know_which():
+    """Training rows of this converter hold several examples; an example's score must be told from its neighbours'."""
+    examples = [{"inputs": np.array([i]), "targets": np.array([i, 1])} for i in range(2, 7)]
+    task = make(examples, score_fns=[lambda targets, scores: {}])
+    assert task.has_score_metrics and not task.has_metrics
+    assert task.num_rows == sum(real for _, real in task.batches()) < 5
+    batches = list(task.score_batches())
+    assert [indices.tolist() for _, indices in batches] == [[0, 1], [2, 3], [4]]
+    rows = np.concatenate([batch["decoder_target_tokens"] for batch, _ in batches])
+    np.testing.assert_array_equal(rows, [[i, 1, 0, 0] for i in range(2, 7)] + [[0] * 4])
+    assert not batches[-1][0]["decoder_loss_weights"][1].any()
+
+
+def test_the_parts_of_a_split_example_are_rows_of_it_and_one_left_out_has_none():
+    def targets(size):
+        return {"targets": np.full(size, 5)}
+
+    given = {"score_fns": [lambda targets, scores: {}], "lengths": {"targets": 4}, "batch_size": 4}
+    task = make([targets(9), targets(4), targets(2)], converter=LanguageModel(), **given)
+    assert np.concatenate([i for _, i in task.score_batches()]).tolist() == [0, 0, 0, 1, 2]
+    weights = np.concatenate([batch["decoder_loss_weights"].sum(1) for batch, _ in task.score_batches()])
+    assert weights.tolist() == [4, 4, 1, 4, 2, 0, 0, 0]
+    skipping = make([targets(9), targets(4)], converter=LanguageModel(overlong="skip"), **given)
+    assert np.concatenate([i for _, i in skipping.score_batches()]).tolist() == [1]
+
+
+def test_each_kind_of_metric_function_gets_what_it_asks_for():
+    seen = {}
+
+    def of_predictions(targets, predictions):
+        seen["predictions"] = (targets, predictions)
+        return {"predicted": 1}
+
+    def of_aux(targets, predictions, aux_values):
+        seen["aux"] = (targets, predictions, aux_values["scores"].tolist())
+        return {"with_aux": {"inner": 2}}
+
+    def of_scores(targets, scores):
+        seen["scores"] = (targets, scores.tolist())
+        return {"scored": scores.sum()}
+
+    examples = [{"inputs": np.array([7]), "targets": np.array([i, 1])} for i in (5, 6, 8)]
+    task = make(examples, [of_predictions], [of_scores], [of_aux])
+    found = task.metrics([[5], [9]], {"scores": [-1.0, -2.0]}, {2: -0.5, 0: -0.25})
+    assert found == ({"predicted": 1.0, "with_aux/inner": 2.0, "scored": -0.75}, {})
+    assert seen["predictions"] == ([[5], [6]], [[5], [9]]) and seen["aux"] == ([[5], [6]], [[5], [9]], [-1.0, -2.0])
+    assert seen["scores"] == ([[5], [8]], [-0.25, -0.5])
+    assert task.metrics([[5]]).values == {"predicted": 1.0} and task.metrics(scores={0: -1.0}).values == {"scored": -1}
+
+
+def test_a_metric_function_that_fails_is_named_and_the_others_are_run():
+    def bad(targets, predictions):
+        raise ZeroDivisionError("division by zero\nmore")
+
+    def good(targets, predictions):
+        return {"good": 1}
+
+    def not_a_mapping(targets, predictions):
+        return 3
+
+    task = make(EXAMPLES, [bad, good, not_a_mapping, functools.partial(good)])
+    values, failures = task.metrics([[5]])
+    assert values == {"good": 1.0}
+    assert failures["bad"] == "ZeroDivisionError: division by zero" and "AttributeError" in failures["not_a_mapping"]
+    assert failures["good"] == "ValueError: another metric function returns 'good' too"
+
+
+def test_what_cannot_be_run_is_said():
+    def of_predictions(targets, predictions):
+        return {}
+
+    task = make([{"targets": np.array([5, 1])}], [of_predictions], converter=LanguageModel(), lengths={"targets": 4})
+    assert not task.has_metrics
+    assert task.left_out == ["of_predictions: LanguageModel has nothing to predict from"]
+    assert make(EXAMPLES, [of_predictions]).left_out == []

@@ -141,7 +141,7 @@ def test_metrics_are_the_task_s_own(data):
     (task,) = data(eval_examples=3).eval_tasks()
     assert task.num_examples == 3 and task.has_metrics
     predictions = [task.target(index) for index in range(3)]
-    assert len(set(predictions)) == 3 and task.metrics(predictions)["accuracy"] == 100.0
+    assert len(set(predictions)) == 3 and task.metrics(predictions).values["accuracy"] == 100.0
 
 
 def test_without_seqio_a_cache_is_enough(data, caches):
@@ -162,6 +162,7 @@ def test_without_seqio_a_cache_is_enough(data, caches):
         assert data.vocabularies()["targets"].decode([100, 101]) == "ab"
         (task,) = data.eval_tasks()
         assert not task.has_metrics and task.inputs_text(0).startswith("validation")
+        assert "seqio is not installed" in task.left_out[0]
         assert sum(real for _, real in task.batches()) > 0
         try:
             CachedData("tiny_x", {LENGTHS}, 4, EncoderDecoder(), cache_dir={str(caches)!r}).train(slice(None))

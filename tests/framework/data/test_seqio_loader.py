@@ -83,19 +83,62 @@ def test_prompts_are_in_example_order_and_filled_with_the_last(seqio, converter)
             assert task.inputs_text(index).startswith(f"validation {index}")
 
 
+def test_metric_functions_get_what_seqio_s_evaluator_gives_them(seqio):
+    """The same tokens and scores through both: targets, predictions, scores and auxiliary values are the same."""
+    seen = []
+
+    def of_predictions(targets, predictions):
+        seen.append(("predictions", targets, predictions))
+        return {"one": 1}
+
+    def of_scores(targets, scores):
+        seen.append(("scores", targets, np.asarray(scores).tolist()))
+        return {"two": 2}
+
+    def of_aux(targets, predictions, aux_values):
+        seen.append(("aux", targets, predictions, {name: np.asarray(v).tolist() for name, v in aux_values.items()}))
+        return {"three": 3}
+
+    kept = seqio.TaskRegistry.get("tiny_b")
+    functions = [of_scores, of_aux, of_predictions]
+    task = seqio.TaskRegistry.add(
+        "tiny_kinds", kept.source, kept.output_features, kept.preprocessors, kept.postprocessor, functions
+    )
+    tokens = [np.array([*map(lambda b: b + 3, b"on %d" % i), 1, 0]) for i in range(7)]
+    scores = [-0.5 * i for i in range(7)]
+    evaluator = seqio.Evaluator(
+        "tiny_kinds", seqio.EncDecFeatureConverter(pack=False), sequence_length=LENGTHS, async_compute_metrics=False
+    )
+    metrics, _ = evaluator.evaluate(
+        compute_metrics=True,
+        predict_fn=lambda dataset: list(enumerate(tokens)),
+        score_fn=lambda dataset: list(enumerate(scores)),
+        predict_with_aux_fn=lambda dataset: (list(enumerate(tokens)), {"scores": scores}),
+    )
+    theirs = sorted(seen, key=repr)
+    seen.clear()
+    (mine,) = data("tiny_kinds").eval_tasks()
+    predictions = [mine.postprocess(index, row) for index, row in enumerate(tokens)]
+    found = mine.metrics(predictions, {"scores": scores}, dict(enumerate(scores)))
+    assert sorted(seen, key=repr) == theirs and len(theirs) == 3 == len(task.metric_fns)
+    assert found == (dict(metrics.result()["tiny_kinds"]), {})
+    assert mine.has_metrics and mine.has_score_metrics and mine.left_out == []
+
+
 def test_predictions_go_through_the_task_s_own_functions(seqio):
     (task,) = data().eval_tasks()
     assert task.has_metrics
     right = [np.array([*map(lambda b: b + 3, b"on %d" % i), 1, 88, 0]) for i in range(7)]
     predictions = [task.postprocess(index, tokens) for index, tokens in enumerate(right)]
     assert predictions == [task.target(index) for index in range(7)] == [f"on {i}" for i in range(7)]
-    assert task.metrics(predictions) == {"accuracy": 100.0, "scalar": 2.0, "nested/inner": 0.5}
-    assert task.metrics(["wrong", *predictions[1:4]])["accuracy"] == 75.0
+    assert task.metrics(predictions).values == {"accuracy": 100.0, "scalar": 2.0, "nested/inner": 0.5}
+    assert task.metrics(["wrong", *predictions[1:4]]).values["accuracy"] == 75.0
     upper = data("tiny_b").eval_tasks()[0]
     assert upper.target(2) == "ON 2" and upper.postprocess(2, right[2]) == "ON 2"
     assert not upper.has_metrics
-    with pytest.raises(UserError, match="two metric functions return 'accuracy'"):
-        data("tiny_twice").eval_tasks()[0].metrics(predictions)
+    twice = data("tiny_twice").eval_tasks()[0].metrics(predictions)
+    assert twice.values["accuracy"] == 100.0
+    assert twice.failures == {"accuracy": "ValueError: another metric function returns 'accuracy' too"}
 
 
 def test_eval_examples_takes_the_first(seqio):

@@ -1,57 +1,146 @@
 """Decoding with a cache equals the full forward pass."""
 
+import functools
+import re
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import FAMILIES, greedy, program
+from teacher_forced import assert_same, case, log_probs_at_once
+from tiny import FAMILIES, FOUR_LAYERS, LAYOUTS, greedy, program
+
+from meshway.framework.errors import UserError
+from meshway.framework.inference.beam_search import BeamSearch
+from meshway.framework.inference.decoding import Stop
+from meshway.framework.inference.sampling import Sampling
+
+PREFIX = "decoder_only.DecoderOnly.prefix=True"
+GQA, MQA = (("t5_1_1", f"attention.Attention.num_kv_heads={n}") for n in (2, 1))
+QUICK = [
+    ("t5_1_1", "SCAN=True"),
+    MQA,
+    ("lm",),
+    ("lm", "NUM_KV_HEADS=2", "ROTARY=None", "attention.Attention.alibi=True"),
+    ("lm", "NUM_KV_HEADS=1", "WINDOW=3", "SCAN=True", PREFIX, "TASK_FEATURE_LENGTHS={'inputs': 7, 'targets': 9}"),
+]
+SLOW = [
+    ("t5_1_1",),
+    GQA,
+    ("t5_1_1", "NUM_DECODER_LAYERS=3", "SCAN=True"),
+    ("lm", "NUM_KV_HEADS=2", "WINDOW=1"),
+    ("lm", PREFIX, "TASK_FEATURE_LENGTHS={'inputs': 7, 'targets': 9}"),
+    ("chinchilla",),
+    ("gemma2", "WINDOW=4"),
+    ("gemma3", "WINDOW=4"),
+    ("llama", "ROTARY=@rotary.ReRoPE()", "rotary.ReRoPE.window=3", "rotary.ReRoPE.base=%ROPE_BASE"),
+    ("palm",),
+    ("t5x_decoder",),
+    ("deepseek",),
+    ("mixtral",),
+]
 
 
-def cached_scores(model, params, batch, prompt, targets):
-    """Feeds `targets` one by one through the cache; returns the log-probability of each."""
-    _, start, cache = model.prefill(params, prompt, targets.shape[1])
-    first = model.prefill(params, prompt, targets.shape[1])[0]
-
-    def advance(carry, inputs):
-        tokens, cache = carry
-        index, target = inputs
-        logits, cache = model.decode(params, tokens, start + index, cache)
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), target[:, None], 1)[:, 0]
-        return (target[:, None], cache), chosen
-
-    steps = (jnp.arange(targets.shape[1]), targets.T)
-    return jax.lax.scan(advance, (first, cache), steps)[1].T
+@pytest.mark.parametrize(
+    "words", [*QUICK, *(pytest.param(words, marks=pytest.mark.slow) for words in SLOW)], ids="-".join
+)
+def test_a_cache_gives_the_full_forward_pass_from_ragged_prompts(words):
+    made = program(*words)
+    given = case(made, prefix=PREFIX in words)
+    params = jax.device_get(made.init().params)
+    assert_same(made, params, given, log_probs_at_once(made, params, given))
 
 
-@pytest.mark.parametrize("extra", [[], ["SCAN=True"]])
-def test_encoder_decoder_cache_equals_full_forward(extra):
-    made = program("t5_1_1", *extra)
-    params, batch = made.init().params, dict(made.synthetic_batch())
-    batch["encoder_segment_ids"][:, 20:] = 0
-    targets = batch["decoder_target_tokens"]
-    batch["decoder_input_tokens"] = np.pad(targets, ((0, 0), (1, 0)))[:, :-1]
-    full = jax.jit(made.model.score)(params, batch)
-    cached = jax.jit(lambda *a: cached_scores(made.model, *a))(params, batch, batch, targets)
-    np.testing.assert_allclose(cached, full, atol=1e-5)
+ONE_KEY_HEAD = [MQA, ("lm", "NUM_KV_HEADS=1", "WINDOW=3")]
+UNDER_LAYOUTS = [
+    *ONE_KEY_HEAD,
+    ("t5_1_1",),
+    ("lm",),
+    ("lm", "NUM_KV_HEADS=2", "ROTARY=None", "attention.Attention.alibi=True"),
+]
 
 
-@pytest.mark.parametrize("extra", [[], ["NUM_KV_HEADS=2"], ["NUM_KV_HEADS=1", "SCAN=True"]])
-def test_decoder_only_cache_equals_full_forward_with_ragged_prompts(extra):
-    made = program("lm", *extra)
-    params, batch = made.init().params, dict(made.synthetic_batch())
-    rows, length = batch["decoder_input_tokens"].shape
-    tokens = batch["decoder_target_tokens"]
-    batch["decoder_input_tokens"] = np.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
-    full = np.asarray(jax.jit(made.model.score)(params, batch))
-    prompt_lengths = 1 + np.arange(rows) % 8
-    prompt = {name: x.copy() for name, x in batch.items()}
-    prompt["decoder_segment_ids"] = (np.arange(length) < prompt_lengths[:, None]).astype(np.int32)
-    prompt["decoder_input_tokens"] *= prompt["decoder_segment_ids"]
-    # Row r has read `n` inputs (bos and n - 1 tokens): it goes on with tokens n-1, n, ...
-    following = prompt_lengths[:, None] - 1 + np.arange(8)
-    targets = np.take_along_axis(tokens, following, 1)
-    cached = jax.jit(lambda *a: cached_scores(made.model, *a))(params, batch, prompt, targets)
-    np.testing.assert_allclose(cached, np.take_along_axis(full, following, 1), atol=1e-5)
+@functools.cache
+def reference(words, deep):
+    """(parameters, case, log-probabilities at once) on one device, of as many layers as pipelines have if `deep`."""
+    made = program(*words, *(FOUR_LAYERS[words[0]] if deep else ()))
+    params, given = jax.device_get(made.init().params), case(made)
+    return params, given, log_probs_at_once(made, params, given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("words", UNDER_LAYOUTS, ids="-".join)
+def test_under_a_layout_a_cache_gives_the_full_forward_pass_of_one_device(words, layout):
+    if layout == "ring_model" and words in ONE_KEY_HEAD:
+        with pytest.raises(UserError, match="'kv_heads' of size 1 does not divide by model=2"):
+            _ = program(*words, layout=layout).state_shardings
+        return
+    assert_same(program(*words, layout=layout), *reference(words, layout.startswith("stage")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if "expert" in layout])
+def test_experts_decode_where_they_lie(layout):
+    assert_same(program("mixtral", layout=layout), *reference(("mixtral",), False))
+
+
+DECODERS = {
+    "greedy": Sampling(temperature=0.0),
+    "sampling": Sampling(1.2, 20, 0.9, 0.01, repetition_penalty=1.3, frequency_penalty=0.1, num_decodes=2),
+    "beams": BeamSearch(3, 2.3),  # short and long predictions score alike
+    "beams_as_transformers": BeamSearch(3, 1.0, rules="transformers"),
+}
+MANY_ENDS = Stop(tuple(range(1, 24)), [(70, 71)])
+
+
+def decoding(made, decoder, length=6):
+    """Returns a function of parameters and a batch."""
+    rows, key = made.batch_size, jax.random.key(0)
+    return lambda params, batch: decoder(made.model, params, batch, length, MANY_ENDS, np.arange(rows), key)
+
+
+@pytest.mark.parametrize(
+    "family, name",
+    [
+        pytest.param(family, name, marks=() if (family, name) == ("lm", "beams") else pytest.mark.slow)
+        for family in FAMILIES
+        for name in DECODERS
+    ],
+)
+def test_devices_that_share_a_batch_exchange_nothing_but_whether_all_are_done(family, name):
+    made = program(family, layout="data")
+    with made.partitioner.activate():
+        params, batch = made.init().params, made.put(made.synthetic_batch())
+        text = jax.jit(decoding(made, DECODERS[name])).lower(params, batch).compile().as_text()
+    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    assert re.findall(rf"= (\S+) ({kinds})(?:-start)?\(", text) == [("pred[]", "all-reduce")]
+
+
+@functools.cache
+def decoded_alone(family, name, deep):
+    made = program(family, *(FOUR_LAYERS[family] if deep else ()))
+    params = jax.device_get(made.init().params)
+    return params, jax.device_get(jax.jit(decoding(made, DECODERS[name]))(params, ragged(made)))
+
+
+def ragged(made):
+    return made.put(case(made).prompt)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fsdp_model", "model_sequence", "ring", "stage_circular"])
+@pytest.mark.parametrize("name", ["sampling", "beams"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_predictions_under_a_layout_are_those_of_one_device(family, name, layout):
+    params, wanted = decoded_alone(family, name, layout.startswith("stage"))
+    made = program(family, layout=layout)
+    with made.partitioner.activate():
+        placed = jax.device_put(params, made.state_shardings.params)
+        found = jax.jit(decoding(made, DECODERS[name]))(placed, ragged(made))
+    assert len(np.unique(wanted.lengths)) > 2
+    np.testing.assert_array_equal(found.tokens, wanted.tokens)
+    np.testing.assert_array_equal(found.lengths, wanted.lengths)
+    np.testing.assert_allclose(found.scores, wanted.scores, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

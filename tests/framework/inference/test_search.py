@@ -16,6 +16,7 @@ from meshway.framework.inference.sampling import Sampling
 
 VOCAB, LENGTH, EOS = 4, 5, 1
 ROWS = 3
+RULES = ("t5x", "transformers")
 
 
 class Tabular:
@@ -44,8 +45,9 @@ class Tabular:
     def fork(self, cache, times):
         return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), cache)
 
-    def reorder(self, cache, rows):
-        return jax.tree.map(lambda x: x[rows], cache)
+    def reorder(self, cache, chosen):
+        rows = jnp.arange(len(chosen))[:, None]
+        return jax.tree.map(lambda x: x.reshape(chosen.shape)[rows, chosen].reshape(-1), cache)
 
 
 MODEL = Tabular()
@@ -73,8 +75,8 @@ def tables():
     return found
 
 
-def penalty(alpha, n):
-    return ((5 + n) / 6) ** alpha
+def penalty(alpha, n, rules="t5x"):
+    return n**alpha if rules == "transformers" else ((5 + n) / 6) ** alpha
 
 
 def all_ended(table, length, alpha):
@@ -87,28 +89,38 @@ def all_ended(table, length, alpha):
     return sorted(found, reverse=True)
 
 
-def beam_by_hand(table, beams, alpha):
+def beam_by_hand(table, beams, alpha, rules):
     """The search over lists."""
-    live, ended = [(0.0, ())], []
-    for n in range(LENGTH):
+    live, ended, theirs = [(0.0, ())], [], rules == "transformers"
+    for n in range(1, LENGTH + 1):
         grown = [(total + table[b][t], (*b, t)) for total, b in live for t in range(VOCAB)]
         grown = sorted(grown, reverse=True)[: 2 * beams]
-        ended += [(total / penalty(alpha, n + 1), tokens) for total, tokens in grown if tokens[-1] == EOS]
+        ends = [pair[1][-1] == EOS or (theirs and n == LENGTH) for pair in grown]
+        may_end = grown[:beams] if theirs else grown
+        ended += [(pair[0] / penalty(alpha, n, rules), pair[1]) for pair, end in zip(may_end, ends) if end]
         ended = sorted(ended, reverse=True)[:beams]
-        live = [pair for pair in grown if pair[1][-1] != EOS][:beams]
-        if len(ended) == beams and max(total for total, _ in live) / penalty(alpha, LENGTH) < ended[-1][0]:
+        live = [pair for pair, end in zip(grown, ends) if not end][:beams]
+        hoped = max((total for total, _ in live), default=-math.inf) / penalty(alpha, n if theirs else LENGTH, rules)
+        if len(ended) == beams and hoped < ended[-1][0]:
             break
     return ended
 
 
-@pytest.mark.parametrize("beams", [1, 3, 16])
-@pytest.mark.parametrize("alpha", [0.0, 0.6])
-def test_beam_search_is_the_search_over_lists(tables, beams, alpha):
-    found = run(BeamSearch(beams, alpha))
+CASES = [(beams, alpha, rules) for beams in range(1, 17) for alpha in (0.0, 0.6, 2.0) for rules in RULES]
+QUICK = [(1, 0.0, "t5x"), (3, 0.6, "t5x"), (16, 0.6, "t5x"), (2, 0.6, "transformers"), (4, 2.0, "transformers")]
+
+
+@pytest.mark.parametrize(
+    "beams, alpha, rules",
+    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES if case not in QUICK)],
+)
+def test_beam_search_is_the_search_over_lists(tables, beams, alpha, rules):
+    found, compared = run(BeamSearch(beams, alpha, rules=rules)), 0
     for row, table in enumerate(tables):
-        expected = beam_by_hand(table, beams, alpha)
+        expected = beam_by_hand(table, beams, alpha, rules)
         if not expected:
             continue
+        compared += 1
         assert len(expected) == beams or found.scores[row, 0] < -1e6
         for place, (score, tokens) in enumerate(expected):
             decode = beams - 1 - place  # the best is the last
@@ -116,18 +128,51 @@ def test_beam_search_is_the_search_over_lists(tables, beams, alpha):
             assert tuple(found.tokens[row, decode, : len(tokens)]) == tokens
             assert found.lengths[row, decode] == len(tokens)
             assert not found.tokens[row, decode, len(tokens) :].any()
-            total = score * penalty(alpha, len(tokens))
+            total = score * penalty(alpha, len(tokens), rules)
             np.testing.assert_allclose(found.log_probs[row, decode].sum(), total, rtol=1e-4)
+    assert compared
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.6, 2.0])
-def test_beams_that_cover_all_beginnings_find_the_best_of_all(tables, alpha):
-    length, beams = 3, 9  # 1, 3, 9 beginnings
+COVERS = [
+    (3, 18, 0.6),
+    *(
+        pytest.param(*case, alpha, marks=pytest.mark.slow)
+        for case in [(2, 6), (2, 16), (5, 162)]
+        for alpha in (0.0, 0.6, 2.0)
+    ),
+]
+
+
+@pytest.mark.parametrize("length, beams, alpha", COVERS)
+def test_beams_that_cover_all_find_the_best_of_all(tables, length, beams, alpha):
+    """Twice 3^(length - 1) beginnings: no continuation of any is left out."""
     found = run(BeamSearch(beams, alpha), length=length)
     for row, table in enumerate(tables):
-        score, tokens = max(all_ended(table, length, alpha))
+        best = all_ended(table, length, alpha)[:beams]
+        np.testing.assert_allclose(found.scores[row, ::-1][: len(best)], [score for score, _ in best], rtol=1e-5)
+        for place, (_, tokens) in enumerate(best):
+            assert tuple(found.tokens[row, beams - 1 - place, : len(tokens)]) == tokens
+
+
+def test_forced_beams_that_cover_find_the_best_that_begins_so(tables):
+    forced = np.array([[2, 0, 0, 0], [0, 3, 0, 0], [3, 2, 0, 1]], np.int32)  # 0 is free
+    found = run(BeamSearch(54, 0.6), length=4, forced=forced)
+    for row, table in enumerate(tables):
+        score, tokens = next(
+            (score, tokens)
+            for score, tokens in all_ended(table, 4, 0.6)
+            if all(want in (0, token) for want, token in zip(forced[row], (*tokens, 0, 0, 0)))
+        )
         np.testing.assert_allclose(found.scores[row, -1], score, rtol=1e-5)
         assert tuple(found.tokens[row, -1, : len(tokens)]) == tokens
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_beams_of_an_example_do_not_depend_on_its_neighbours(rules):
+    how = BeamSearch(3, 1.0, rules=rules)
+    alone, together = run(how, batch={"seed": BATCH["seed"][1:2]}), run(how)
+    np.testing.assert_array_equal(alone.tokens[0], together.tokens[1])
+    np.testing.assert_array_equal(alone.scores[0], together.scores[1])
 
 
 def test_a_search_in_which_nothing_ends_returns_its_beginnings_with_their_sums(tables):
@@ -142,6 +187,18 @@ def test_one_beam_without_an_end_is_greedy_search():
     greedy, beam = run(Sampling(temperature=0.0), stop=stop), run(BeamSearch(1), stop=stop)
     np.testing.assert_array_equal(greedy.tokens, beam.tokens)
     np.testing.assert_allclose(greedy.scores, beam.scores, rtol=1e-5)
+
+
+def test_one_beam_is_greedy_search_where_its_prediction_is_likelier_than_not():
+    """Then no other can be as likely; where it is not, one beam may leave the greedy path for an earlier end."""
+    sure = Tabular()
+    index = np.random.default_rng(1).integers(VOCAB, size=sure.table.shape[:2])
+    sure.table = sure.table * 0.1 + 5.0 * (np.arange(VOCAB) == index[..., None]).astype(np.float32)
+    greedy, beam = run(Sampling(temperature=0.0), sure), run(BeamSearch(1, 0.0), sure)
+    assert (greedy.scores > np.log(0.5)).all() and len(np.unique(greedy.lengths)) > 1
+    ended = greedy.lengths[:, 0] < LENGTH
+    np.testing.assert_array_equal(greedy.tokens[ended], beam.tokens[ended])
+    np.testing.assert_allclose(greedy.scores[ended], beam.scores[ended], rtol=1e-5)
 
 
 def test_greedy_takes_the_likeliest_and_says_how_likely(tables):
@@ -175,14 +232,59 @@ def test_drawn_frequencies_match_the_filtered_distribution(name):
     batch = {"seed": np.zeros(DRAWS, np.int32)}
     found = run(Sampling(**settings), model, batch, length=1).tokens[:, 0, 0]
     logits = np.asarray(model.table[0, 0], np.float64) / settings.get("temperature", 1.0)
-    expected = filtered(logits, settings)
-    counts = np.bincount(found, minlength=WIDE)
+    assert_drawn_from(filtered(logits, settings), np.bincount(found, minlength=WIDE))
+
+
+def assert_drawn_from(expected, counts):
+    """Chi-square of counts against probabilities, both [outcomes]."""
     assert not counts[expected == 0].any()
-    possible = expected > 0
-    chi_square = np.sum((counts - DRAWS * expected)[possible] ** 2 / (DRAWS * expected[possible]))
+    possible, mean = expected > 0, counts.sum() * expected
+    chi_square = np.sum((counts - mean)[possible] ** 2 / mean[possible])
     # Far in the tail: mean is degrees of freedom, standard deviation the root of twice that.
     freedom = possible.sum() - 1
     assert chi_square < freedom + 5 * math.sqrt(2 * freedom) + 1
+
+
+PENALTIES = {"repetition_penalty": 1.7, "presence_penalty": 0.8, "frequency_penalty": 0.6}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [tuple(PENALTIES), *(pytest.param((name,), marks=pytest.mark.slow) for name in PENALTIES)],
+    ids="-".join,
+)
+def test_drawn_frequencies_match_the_penalized_distribution(names):
+    """Of the token after (2, 2, 3), from a prompt that holds 5 and 3."""
+    settings, model = {name: PENALTIES[name] for name in names}, Tabular(WIDE, length=4, spread=1.0)
+    batch = {
+        "seed": np.zeros(DRAWS, np.int32),
+        "decoder_input_tokens": np.tile(np.array([[0, 5, 3, 6]], np.int32), (DRAWS, 1)),
+        "decoder_segment_ids": np.tile(np.array([[1, 1, 1, 0]], np.int32), (DRAWS, 1)),  # 6 is padding
+    }
+    forced = np.tile(np.array([[2, 2, 3]], np.int32), (DRAWS, 1))
+    found = run(Sampling(**settings), model, batch, length=4, forced=forced).tokens[:, 0, 3]
+    logits = np.asarray(model.table[0, functools.reduce(model.number, (2, 2, 3), 0)], np.float64)
+    for token, times in {2: 2, 3: 1, 5: 0}.items():
+        by = settings.get("repetition_penalty", 1.0)
+        logits[token] = logits[token] / by if logits[token] > 0 else logits[token] * by
+        if times:
+            logits[token] -= settings.get("presence_penalty", 0.0) + times * settings.get("frequency_penalty", 0.0)
+    assert_drawn_from(filtered(logits, {}), np.bincount(found, minlength=WIDE))
+
+
+@pytest.mark.parametrize("decodes", [pytest.param(1, marks=pytest.mark.slow), 1000])
+def test_whole_predictions_are_drawn_as_likely_as_they_are(tables, decodes):
+    """Of 100,000 examples, or of 1000 decodes of each of 100: every token is drawn anew, and no draw is of two."""
+    length, batch = 3, {"seed": np.zeros(DRAWS // decodes, np.int32)}
+    found = run(Sampling(num_decodes=decodes), batch=batch, length=length).tokens.reshape(DRAWS, length)
+    expected = np.zeros((VOCAB,) * length)
+    for beginning in itertools.product([0, 2, 3], repeat=length):
+        expected[beginning] = math.exp(sum(tables[0][beginning[:n]][token] for n, token in enumerate(beginning)))
+    for score, tokens in all_ended(tables[0], length, 0.0):
+        expected[(*tokens, 0, 0)[:length]] = math.exp(score)
+    assert_drawn_from(
+        expected.reshape(-1), np.bincount(found @ VOCAB ** np.arange(length)[::-1], minlength=expected.size)
+    )
 
 
 def filtered(logits, settings):
@@ -254,3 +356,9 @@ def test_callbacks_change_logits(how):
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         Sampling(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 0}, {"alpha": -0.1}, {"rules": "t5"}])
+def test_settings_of_beams_out_of_range_are_refused(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        BeamSearch(**settings)

@@ -85,12 +85,24 @@ def test_a_full_run_is_told_on_one_self_contained_page(tmp_path: Path) -> None:
     assert "<script>alert(1)</script>" in page.text and page.count("script") == 0
     # loss, rate, tokens/s, waiting, norm, MFU; then loss, f1 and exact match of the tasks
     assert page.count("svg") == 9
-    assert page.count("table") == 2
+    assert page.count("table") == 4  # two of them are the tasks'
     assert page.text.count("one\N{REPLACEMENT CHARACTER}?") == 2 * 12
     references = [value for _, attrs in page.tags for name, value in attrs.items() if name in ("src", "href")]
     assert not references and "url(#" in text and "@import" not in text
     assert all(value.startswith("#") for _, attrs in page.tags if (value := attrs.get("xlink:href")))
     assert not any(colour in text for colour in plots._CSS)
+
+
+def test_metrics_of_each_task_stand_in_a_table_over_steps(tmp_path: Path) -> None:
+    (tmp_path / "eval").mkdir()
+    lines: list[dict] = [{"step": 1000 * n, "metrics": {"loss": 5 - n / 100, "token_f1": n / 3}} for n in range(50)]
+    lines[49] |= {"failed": {"rouge": "KeyError: <label>"}, "metrics": {"loss": 0.125}}
+    lines[48]["metrics"]["loss"] = None
+    (tmp_path / "eval" / "summary.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert "summary, the last 40 of 50 steps" in page.text and page.count("tr") == 1 + 40
+    assert "steplosstoken f110,0004.93.3333" in page.text and "48,000-1649,0000.125-" in page.text
+    assert "rouge raised KeyError: <label> at step 49,000" in page.text
 
 
 def test_a_report_can_be_made_again_with_the_same_bytes(tmp_path: Path) -> None:
@@ -118,7 +130,7 @@ def test_where_the_time_went_is_drawn_and_told(tmp_path: Path) -> None:
         file.write('{"began": 17')  # killed
     text = write_report(tmp_path / "run").read_text(encoding="utf-8")
     page = Page(text)
-    assert page.count("svg") == 10 and page.count("table") == 3
+    assert page.count("svg") == 10 and page.count("table") == 5
     # Of 220 seconds 120 went into training, and 30 of them into steps that were done again.
     for needed in (
         "Where the time went",

@@ -1,0 +1,182 @@
+"""A batch job over an input: chunk by chunk, each computed and committed once, whatever ends the process."""
+
+import collections
+import dataclasses
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from meshway.framework.distributed import processes
+from meshway.framework.errors import UserError
+from meshway.framework.inference.bulk.chunks import ChunkStore
+from meshway.framework.inference.bulk.progress import JobProgress
+from meshway.framework.inference.bulk.reader import Example, Reader
+from meshway.framework.inference.bulk.record import Record
+from meshway.framework.inference.bulk.work import Work
+
+SHOWN = 5  # problems in one message
+FIELDS = ("prediction", "tokens", "score", "token_scores", "predictions", "scores", "aux")  # what jobs add
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """How a job cuts its input, and what it does with records that it cannot use.
+
+    Attributes:
+      chunk_size: records of a chunk, which is the unit that is committed.
+      skip_bad: leave such records out and report them, instead of stopping.
+      overwrite: compute chunks anew whose records have changed, instead of stopping.
+    """
+
+    chunk_size: int
+    skip_bad: bool = False
+    overwrite: bool = False
+
+
+class Job:
+    """Reads records, computes what they ask for, and commits the rows of each chunk.
+
+    All processes of a run read the same input and compute together; only the first has a store and writes.
+    """
+
+    def __init__(
+        self,
+        records: Iterable[Record],
+        reader: Reader,
+        work: Work,
+        store: ChunkStore | None,
+        policy: Policy,
+        batch_size: int,
+        progress: JobProgress,
+    ):
+        self._records, self._reader, self._work, self._store = records, reader, work, store
+        self._policy, self._batch_size, self._progress = policy, batch_size, progress
+
+    def run(self) -> int:
+        """Computes all chunks that are not committed yet; returns how many there are.
+
+        Raises:
+          UserError: a record cannot be used, or is not what it was when its chunk was committed; the disk refuses.
+        """
+        done, number = self._committed(), -1
+        for number, records in enumerate(_chunks(self._records, self._policy.chunk_size)):
+            digest = _digest(records)
+            if done.get(number, digest) != digest and not self._policy.overwrite:
+                raise UserError(
+                    f"chunk {number} ({records[0].place} to {records[-1].place}) is not what it was when it was "
+                    "computed: the input has changed; give its old version, another --output, or --overwrite"
+                )
+            if done.get(number) == digest:
+                self._progress.skip(len(records))
+            else:
+                self._compute(number, records, digest)
+        return number + 1
+
+    def _committed(self) -> dict[int, str]:
+        """Returns the digest of each chunk that is there, on every process."""
+        mine = {} if self._store is None else {n: each.digest for n, each in self._store.committed().items()}
+        told = processes.barrier("what was computed before", None, json.dumps(mine) if self._store else "")
+        return {int(number): digest for number, digest in json.loads(told[0] or "{}").items()} or mine
+
+    def _compute(self, number: int, records: Sequence[Record], digest: str) -> None:
+        began = time.monotonic()
+        examples, problems = self._reader.read(records)
+        if problems and not self._policy.skip_bad:
+            more = f"\n  and {len(problems) - SHOWN} more in this chunk" if len(problems) > SHOWN else ""
+            shown = "".join(f"\n  {problem}" for problem in problems[1:SHOWN]) + more
+            raise UserError(
+                f"{problems[0]}{shown}\nMend the input, or leave such records out: --on_bad=skip. What was computed "
+                "before this chunk is kept"
+            )
+        rows, counts = self._rows(examples)
+        counts |= {"examples": len(examples), "skipped": len(problems), "seconds": time.monotonic() - began}
+        if self._store is not None:
+            self._store.commit(number, rows, digest, counts, problems)
+        for problem in problems:
+            self._progress.note(f"left out: {problem}")
+
+    def _rows(self, examples: Sequence[Example]) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        """Returns the output row of each example, in their order, and what was counted."""
+        found: dict[int, dict[str, Any]] = {}
+        counts: dict[str, float] = collections.defaultdict(float)
+        for batch, done in _one_ahead(self._batches(examples), self._work):
+            found |= {each.index: row for each, row in zip(batch, done.rows, strict=True)}
+            counts["read_tokens"] += done.read_tokens
+            counts["made_tokens"] += done.made_tokens
+            counts["padded_tokens"] += done.padded_tokens
+            self._progress.advance(len(batch), done.read_tokens + done.made_tokens)
+        return [{"index": each.index, **_other(each.values), **found[each.index]} for each in examples], dict(counts)
+
+    def _batches(self, examples: Sequence[Example]) -> Iterator[tuple[list[Example], int]]:
+        """Yields batches of examples of one bucket, the longest first: what is too large for memory fails at once."""
+        buckets: dict[int, list[Example]] = collections.defaultdict(list)
+        for each in examples:
+            bucket = self._work.buckets.of(each.sizes)
+            assert bucket is not None, "the reader lets through only what fits"
+            buckets[bucket].append(each)
+        for bucket in sorted(buckets, reverse=True):
+            for start in range(0, len(buckets[bucket]), self._batch_size):
+                yield buckets[bucket][start : start + self._batch_size], bucket
+
+
+def summary(store: ChunkStore) -> dict[str, Any]:
+    """Returns what a job's chunks counted, those of earlier attempts too: examples, tokens, the share of places that
+    were padding, and what was left out."""
+    committed = store.committed()
+    counts: dict[str, float] = collections.defaultdict(float)
+    skipped: list[str] = []
+    for number in sorted(committed):
+        skipped += committed[number].skipped
+        for name, value in committed[number].counts.items():
+            counts[name] += value
+    places = counts["read_tokens"] + counts["padded_tokens"]
+    seconds = max(counts["seconds"], 1e-9)
+    return {
+        "examples": int(counts["examples"]),
+        "skipped": int(counts["skipped"]),
+        "read_tokens": int(counts["read_tokens"]),
+        "made_tokens": int(counts["made_tokens"]),
+        "padding": round(counts["padded_tokens"] / places, 4) if places else 0.0,
+        "seconds": round(counts["seconds"], 3),
+        "examples_per_second": round(counts["examples"] / seconds, 2),
+        "tokens_per_second": round((counts["read_tokens"] + counts["made_tokens"]) / seconds, 1),
+        "left_out": skipped,
+    }
+
+
+def _chunks(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
+    records = iter(records)
+    while chunk := list(itertools.islice(records, size)):
+        yield chunk
+
+
+def _digest(records: Sequence[Record]) -> str:
+    found = hashlib.sha256()
+    for record in records:
+        found.update(len(record.raw).to_bytes(8, "little"))
+        found.update(record.raw)
+    return found.hexdigest()
+
+
+def _one_ahead(batches: Iterator[tuple[list[Example], int]], work: Work) -> Iterator[tuple[list[Example], Any]]:
+    """Yields (batch, what came of it), the next one being computed meanwhile."""
+    waiting: Callable[[], tuple[list[Example], Any]] | None = None
+    for batch, bucket in batches:
+        started = work.start(batch, bucket)
+        if waiting is not None:
+            yield waiting()
+
+        def finish(batch: list[Example] = batch, bucket: int = bucket, started: Any = started) -> Any:
+            return batch, work.finish(batch, bucket, started)
+
+        waiting = finish
+    if waiting is not None:
+        yield waiting()
+
+
+def _other(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a record that an output row keeps."""
+    return {name: value for name, value in values.items() if name not in ("index", *FIELDS)}

@@ -1,0 +1,120 @@
+"""Inputs of one record a row of Parquet files."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from meshway.framework.errors import UserError, did_you_mean, first_line
+from meshway.framework.inference.bulk.arrow import import_arrow
+from meshway.framework.inference.bulk.record import Record
+
+_BATCH = 1024  # rows turned into Python at once
+
+
+class ParquetSource:
+    """Parquet files of the same columns, one after the other, a batch of rows of a row group at a time.
+
+    Values are what pyarrow makes of them: text, integers, floats, lists, dicts, None where a value is missing.
+
+    Attributes:
+      description: what is read, for people.
+    """
+
+    def __init__(self, paths: Sequence[str], columns: Sequence[str], description: str) -> None:
+        """Reads the footer of each file.
+
+        Args:
+          paths: the files.
+          columns: which columns to read; () for all.
+          description: what is read, for people.
+
+        Raises:
+          UserError: pyarrow is not installed, a file is not Parquet, or its columns are not those asked for or those
+            of the first file.
+        """
+        self.description = description
+        self._paths = list(paths)
+        self._columns = list(columns) or None
+        first: list[str] = []
+        for path in self._paths:
+            names = _columns_of(path)
+            for name in columns:
+                if name not in names:
+                    raise UserError(f"{path} has no column {name!r}{did_you_mean(name, names)}")
+            chosen = list(columns) or names
+            first = first or chosen
+            if sorted(chosen) != sorted(first):
+                raise UserError(f"{path} has the columns {', '.join(chosen)}; {paths[0]} has {', '.join(first)}")
+
+    def records(self, start: int = 0) -> Iterator[Record]:
+        """Yields the records from place `start` on; files and row groups before it are not read.
+
+        Raises:
+          UserError: there is no record at all (also before `start`), or a file cannot be read on.
+        """
+        first = 0
+        for path in self._paths:
+            with _reading(path), _parquet_file(path) as file:
+                group_first = first
+                for group in range(file.num_row_groups):
+                    count = file.metadata.row_group(group).num_rows
+                    if group_first + count > start:
+                        yield from self._group(file, group, path, first, group_first, start)
+                    group_first += count
+                first = group_first
+        if not first:
+            raise UserError(f"the input is empty: {self.description}")
+
+    def _group(
+        self, file: Any, group: int, path: str, file_first: int, group_first: int, start: int
+    ) -> Iterator[Record]:
+        """Yields the records of one row group from place `start` on; its first row is record `group_first`."""
+        index = group_first
+        for batch in file.iter_batches(_BATCH, row_groups=[group], columns=self._columns):
+            skip = min(max(start - index, 0), batch.num_rows)
+            index += skip
+            for values, problem in _rows(batch.slice(skip)):
+                canonical = "" if problem else json.dumps(values, sort_keys=True, ensure_ascii=False, default=repr)
+                raw = (canonical or problem).encode("utf-8", "backslashreplace")
+                yield Record(index, values, f"{path} row {index - file_first + 1}", raw, problem)
+                index += 1
+
+
+def _columns_of(path: str) -> list[str]:
+    with _reading(path), _parquet_file(path) as file:
+        names = list(file.schema_arrow.names)
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise UserError(f"{path} has two columns {name!r}")
+    return names
+
+
+def _parquet_file(path: str) -> Any:
+    _, parquet = import_arrow()
+    return parquet.ParquetFile(path, pre_buffer=False)  # which would hold a whole row group
+
+
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """Turns what pyarrow says of a file into a UserError."""
+    arrow, _ = import_arrow()
+    try:
+        yield
+    except (OSError, arrow.ArrowException) as error:
+        raise UserError(f"cannot read {path} as Parquet: {first_line(error)}") from error
+
+
+def _rows(batch: Any) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yields (fields, "") or ({}, what is wrong) of each row."""
+    try:
+        rows = batch.to_pylist()
+    except (ValueError, OverflowError):
+        for number in range(batch.num_rows):
+            try:
+                yield batch.slice(number, 1).to_pylist()[0], ""
+            except (ValueError, OverflowError) as error:
+                yield {}, f"a value that Python cannot hold: {first_line(error)}"
+        return
+    for row in rows:
+        yield row, ""

@@ -1,0 +1,198 @@
+"""Parameters on a mesh, ready to predict and to score: one compiled program for each shape of a batch."""
+
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from meshway.framework.errors import UserError
+from meshway.framework.inference.decoding import Decoded, Decoder, Stop
+from meshway.framework.inference.rows import RowFormat, Tokens
+from meshway.framework.inference.sampling import Drawing, Sampling
+from meshway.framework.interfaces import ArraySpec, Params
+from meshway.framework.partitioning.placed_model import PlacedModel
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class Engine:
+    """Computes batches of `batch_size` rows, over all processes: rows without an example repeat the last one.
+
+    In one shape of a batch a row's results depend neither on its place nor on the other rows. With several processes
+    each calls the same methods with the same examples, and gets all results.
+
+    Attributes:
+      placed: the model on the mesh.
+      format: how it reads text.
+      batch_size: rows of a batch.
+      num_compiled: programs that were compiled so far.
+    """
+
+    def __init__(
+        self,
+        placed: PlacedModel,
+        params: Params,
+        row_format: RowFormat,
+        decoder: Decoder,
+        stop: Stop,
+        batch_size: int,
+        seed: int = 0,
+    ):
+        """Raises UserError where `batch_size` does not divide over the mesh."""
+        self.placed, self.format, self.batch_size = placed, row_format, batch_size
+        self.num_compiled = 0
+        self._params, self._decoder, self._stop = params, decoder, stop
+        self._key = jax.random.key(seed)
+        self._rows = placed.partitioner.process_rows(batch_size)
+        self._programs: dict[Any, Any] = {}
+
+    def predict(
+        self, inputs: Sequence[Tokens], ids: Sequence[int], length: int, max_length: int, forced: Sequence[Tokens] = ()
+    ) -> Decoded:
+        """Starts predicting of at most `batch_size` examples; what it returns may still be on its way.
+
+        Args:
+          inputs: token ids of each example.
+          ids: a number that tells each example from all others: all its randomness hangs on it and the seed.
+          length: what prompts are padded to, in tokens.
+          max_length: the most tokens of a prediction.
+          forced: tokens that each example's prediction begins with; () for none.
+        """
+        batch = self.format.prompts(self._filled(inputs), length)
+        numbers = np.array(self._filled(ids), np.int64).astype(np.uint32).astype(np.int32)
+        begun = np.zeros((self.batch_size, max_length if forced else 0), np.int32)
+        for row, tokens in zip(begun, self._filled(forced) if forced else ()):
+            row[: len(tokens)] = tokens[:max_length]
+        program = self._compiled("predict", batch, (begun.shape[1], max_length))
+        return program(self._params, self._put(batch), numbers, begun, self._key)
+
+    def stream(self, inputs: Tokens, id: int, length: int, max_length: int) -> Iterator[int]:
+        """Yields the tokens of one example's prediction as they are drawn: those that `predict` returns at once.
+
+        Raises:
+          UserError: the decoder is none that draws token by token.
+        """
+        if not isinstance(self._decoder, Sampling) or self._decoder.num_decodes != 1:
+            raise UserError(f"{self._decoder} cannot stream: only Sampling of one decode makes a token at a time")
+        batch = self.format.prompts(self._filled([inputs]), length)
+        begin, step = self._compiled("stream", batch, (max_length,))
+        numbers = np.full(self.batch_size, id, np.int64).astype(np.uint32).astype(np.int32)
+        at, made = begin(self._params, self._put(batch), numbers, self._key), []
+        for place in range(max_length):
+            at, token, done = step(self._params, at)
+            made.append((token, done))
+            if place:  # the one before, while the device is at this one
+                yield int(made[-2][0])
+                if made[-2][1]:
+                    return
+        yield int(made[-1][0])
+
+    def score(self, inputs: Sequence[Tokens], targets: Sequence[Tokens], lengths: Mapping[str, int]) -> jax.Array:
+        """Starts scoring; returns the log-probability of each place of each row, float32 [batch_size, length]:
+        `RowFormat.of_targets` finds the targets in it."""
+        batch = self.format.scored(self._filled(inputs), self._filled(targets), lengths)
+        return self._compiled("score", batch)(self._params, self._put(batch))
+
+    def observe(
+        self,
+        inputs: Sequence[Tokens],
+        targets: Sequence[Tokens],
+        lengths: Mapping[str, int],
+        names: Collection[str],
+    ) -> dict[str, jax.Array]:
+        """Starts computing intermediate values by name, [batch_size, length, ...], where `targets` follow `inputs`.
+
+        Raises:
+          UserError: a name that the model does not know.
+        """
+        batch = self.format.scored(self._filled(inputs), self._filled(targets), lengths)
+        return self._compiled("observe", batch, tuple(sorted(names)))(self._params, self._put(batch))
+
+    def _filled(self, rows: Sequence[Any]) -> list[Any]:
+        """Returns `batch_size` rows: a repeated row ends when the one that it repeats does."""
+        if not 0 < len(rows) <= self.batch_size:
+            raise ValueError(f"a batch of {self.batch_size} rows cannot hold {len(rows)} examples")
+        return [*rows, *[rows[-1]] * (self.batch_size - len(rows))]
+
+    def _put(self, batch: Arrays) -> dict[str, jax.Array]:
+        mine = {name: rows[self._rows] for name, rows in batch.items()}
+        return self.placed.partitioner.put_batch(mine, self._shardings(batch), self.batch_size)
+
+    def _shardings(self, batch: Arrays) -> dict[str, Any]:
+        spec = {name: ArraySpec(x.shape, x.dtype, ("batch", *[None] * (x.ndim - 1))) for name, x in batch.items()}
+        return self.placed.partitioner.batch_shardings(spec)
+
+    def _compiled(self, kind: str, batch: Arrays, static: tuple[Any, ...] = ()) -> Any:
+        shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
+        key = (kind, static, tuple(sorted((name, x.shape) for name, x in batch.items())))
+        if key not in self._programs:
+            self._programs[key] = self._compile(kind, shapes, self._shardings(batch), static)
+            self.num_compiled += 1
+        return self._programs[key]
+
+    def _compile(self, kind: str, shapes: Mapping[str, Any], shardings: Any, static: tuple[Any, ...]) -> Any:
+        model, partitioner = self.placed.model, self.placed.partitioner
+        function: Callable[..., Any] = model.score
+        others: list[jax.ShapeDtypeStruct] = []
+        if kind == "observe":
+            function = functools.partial(model.observe, names=static)
+        elif kind == "stream":
+            return self._compile_stream(shapes, shardings, *static)
+        elif kind == "predict":
+            num_forced, max_length = static
+            others = [
+                jax.ShapeDtypeStruct((self.batch_size,), np.int32),
+                jax.ShapeDtypeStruct((self.batch_size, num_forced), np.int32),
+                jax.ShapeDtypeStruct(self._key.shape, self._key.dtype),
+            ]
+
+            def function(params: Params, batch: Any, ids: jax.Array, forced: jax.Array, key: jax.Array) -> Decoded:
+                begun = forced if num_forced else None
+                return self._decoder(model, params, batch, max_length, self._stop, ids, key, begun)
+
+        try:
+            return partitioner.compile(
+                function,
+                self.placed.param_shapes,
+                dict(shapes),
+                *others,
+                in_shardings=(self.placed.param_shardings, shardings, *[partitioner.replicated] * len(others)),
+                out_shardings=partitioner.replicated,
+            )
+        except ValueError as error:
+            raise UserError(f"{type(model).__name__}, {kind}: {error}") from error
+
+    def _compile_stream(self, shapes: Mapping[str, Any], shardings: Any, max_length: int) -> Any:
+        """Returns what begins a stream, and what adds a token, consuming the cache it is given."""
+        model, partitioner, sampling = self.placed.model, self.placed.partitioner, self._decoder
+        assert isinstance(sampling, Sampling)
+
+        def begin(params: Params, batch: Any, ids: jax.Array, key: jax.Array) -> Drawing:
+            return sampling.begin(model, params, batch, max_length, ids, key)
+
+        def step(params: Params, at: Drawing) -> tuple[Drawing, jax.Array, jax.Array]:
+            at = sampling.step(model, params, self._stop, at)
+            return at, at.tokens[0, 0], at.done[0]
+
+        ids = jax.ShapeDtypeStruct((self.batch_size,), np.int32)
+        key = jax.ShapeDtypeStruct(self._key.shape, self._key.dtype)
+        abstract, replicated = (self.placed.param_shapes, dict(shapes), ids, key), partitioner.replicated
+        first = partitioner.compile(
+            begin,
+            *abstract,
+            in_shardings=(self.placed.param_shardings, shardings, replicated, replicated),
+            out_shardings=None,
+        )
+        with partitioner.activate():
+            drawing = jax.eval_shape(begin, *abstract)
+        later = partitioner.compile(
+            step,
+            self.placed.param_shapes,
+            drawing,
+            in_shardings=(self.placed.param_shardings, first.output_shardings),
+            out_shardings=(first.output_shardings, replicated, replicated),
+            donate=(1,),
+        )
+        return first, later

@@ -1,0 +1,116 @@
+"""A run's model, opened to be used: on the mesh, with its weights and its text."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from meshway.framework.checkpoints.manager import Checkpoints, find_checkpoint
+from meshway.framework.errors import UserError
+from meshway.framework.inference.decoding import Decoder, Stop
+from meshway.framework.inference.engine import Engine
+from meshway.framework.inference.rows import RowFormat
+from meshway.framework.inference.text import Text, load_text
+from meshway.framework.interfaces import Model, Params
+from meshway.framework.partitioning.partitioner import Layout
+from meshway.framework.partitioning.placed_model import PlacedModel
+
+_LENGTH = 512  # of prompts, and a quarter of it of predictions, where nobody says
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """What a recipe says of inference.
+
+    Attributes:
+      model, layout: as they are bound.
+      lengths: TASK_FEATURE_LENGTHS, if any.
+    """
+
+    model: Model
+    layout: Layout
+    lengths: Mapping[str, int] | None = None
+
+    def limits(self, inputs: int | None, targets: int | None) -> dict[str, int]:
+        """Returns the most tokens of a prompt and of a prediction; None goes by `lengths`.
+
+        Raises:
+          UserError: one is below 1.
+        """
+        lengths = self.lengths or {}
+        if inputs is None:
+            inputs = lengths.get("inputs", lengths.get("targets", _LENGTH))
+        targets = lengths.get("targets", _LENGTH // 4) if targets is None else targets
+        if inputs < 1 or targets < 1:
+            raise UserError(f"max_input_length={inputs} and max_new_tokens={targets} must be at least 1")
+        return {"inputs": inputs, "targets": targets}
+
+
+OpenRecipe = Callable[[Path, Sequence[str]], Opened]  # (run directory or checkpoint, bindings) -> what its recipe says
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """A checkpoint of a run on the mesh.
+
+    Attributes:
+      placed: the model.
+      params: its parameters, in their shards.
+      text: what it reads and writes.
+      row_format: how its batches hold that.
+      run, step: which checkpoint it is.
+    """
+
+    placed: PlacedModel
+    params: Params
+    text: Text
+    row_format: RowFormat
+    run: Path
+    step: int
+
+    def engine(self, decoder: Decoder, batch_size: int, stop: Sequence[str] = (), seed: int = 0) -> Engine:
+        """Returns what computes batches.
+
+        Args:
+          decoder: how predictions are made.
+          batch_size: rows of a batch, over all processes.
+          stop: texts that end a prediction, beside EOS; each by the tokens that the vocabulary makes of it.
+          seed: of sampling.
+
+        Raises:
+          UserError: a batch does not divide over the mesh; a text of `stop` makes no tokens.
+        """
+        eos = self.text.targets.eos_id
+        sequences = [self.text.targets.encode(each) for each in stop]
+        for each, tokens in zip(stop, sequences):
+            if not tokens:
+                raise UserError(f"stop: {each!r} makes no tokens in the {self.text.targets}")
+        ends = Stop(() if eos is None else (eos,), sequences)
+        return Engine(self.placed, self.params, self.row_format, decoder, ends, batch_size, seed)
+
+
+def open_session(
+    model: Model, layout: Layout, path: str | Path, step: int | None = None, append_eos: bool | None = None
+) -> Session:
+    """Opens a checkpoint under a layout: any, whatever it was trained under.
+
+    Args:
+      model: of the run's recipe.
+      layout: how it lies on the mesh.
+      path: the run directory, or one of its checkpoints.
+      step: which checkpoint; None for the latest.
+      append_eos: see `load_text`.
+
+    Raises:
+      UserError: there is no such run or step; it holds another model; it has no vocabularies; the layout does not fit.
+    """
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        raise UserError(f"--model_dir={path}: there is no such directory")
+    found = find_checkpoint(directory, step, "--model_dir")
+    if found is None:
+        raise UserError(f"--model_dir={path} is neither a run directory nor a checkpoint (no checkpoints/ in it)")
+    folder, step = found
+    text = load_text(folder.parent, RowFormat.of(model).has_encoder, append_eos)
+    placed = PlacedModel(model, layout)
+    params = Checkpoints(folder, read_only=True).load_params(step, placed.abstract_params)
+    return Session(placed, params, text, RowFormat.of(model, text.start), folder.parent, step)

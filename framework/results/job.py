@@ -1,0 +1,161 @@
+"""Evaluates checkpoints of a run one after the other: claims a step, reads it, evaluates it, writes what was found."""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+from meshway.framework.checkpoints.manager import Checkpoints
+from meshway.framework.distributed import processes
+from meshway.framework.errors import UserError
+from meshway.framework.evaluation import Evaluator
+from meshway.framework.interfaces import Params
+from meshway.framework.results.display import EvaluationDisplay
+from meshway.framework.results.records import Record, Records
+from meshway.framework.results.step_queue import StepQueue, complete_steps
+from meshway.framework.training.report.page import write_report
+from meshway.framework.training.run_directory import RunDirectory
+from meshway.framework.training.writers import TensorBoardWriter
+
+_REMOVAL = 10.0  # seconds that the removal of a checkpoint may take
+_VALIDATION = "validation"
+
+
+class EvaluationJob:
+    """The work of one `meshway eval`, on all of its processes: process 0 decides, writes and speaks.
+
+    Args:
+      directory: the run.
+      evaluator: what is evaluated on each step.
+      params: the parameters' shapes, with shardings.
+      queue: the steps; process 0 asks it.
+      records: where what was found goes.
+      fingerprint: of what is evaluated.
+      split: what the tasks read, where it is not the recipe's validation split; None where it is.
+      display: what a person sees.
+      skip_removed: whether a checkpoint that is removed before it could be read is passed over; else it is an error.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        evaluator: Evaluator,
+        params: Params,
+        queue: StepQueue,
+        records: Records,
+        fingerprint: str,
+        split: str | None,
+        display: EvaluationDisplay,
+        skip_removed: bool,
+    ) -> None:
+        self._directory, self._evaluator, self._params, self._queue = directory, evaluator, params, queue
+        self._records, self._fingerprint, self._split = records, fingerprint, split
+        self._display, self._skip_removed = display, skip_removed
+        self._primary = processes.is_primary()
+        self._checkpoints: Checkpoints | None = None
+        self._failures: list[str] = []
+
+    def run(self) -> int:
+        """Evaluates all steps of the queue; returns how many.
+
+        Raises:
+          UserError: a checkpoint is another model's or damaged, the disk refuses, or, once all is evaluated and
+            written, some function of a task has raised.
+        """
+        count = 0
+        while True:
+            with contextlib.ExitStack() as stack:
+                step = stack.enter_context(self._queue.next()) if self._primary else None
+                step = _told("the next step to evaluate", step)
+                if step is None:
+                    break
+                params = self._load(step)
+                if params is not None:
+                    self._evaluate(step, params)
+                    count += 1
+                del params  # gone before the next are read: two may not fit where one does
+        if self._failures:
+            times = f"{len(self._failures)} time{'' if len(self._failures) == 1 else 's'}"
+            listed = "\n  ".join(dict.fromkeys(self._failures))
+            raise UserError(f"all was evaluated and written; the tasks' own code has raised {times}:\n  {listed}")
+        return count
+
+    def _load(self, step: int) -> Params | None:
+        """Returns the parameters of a step; None where its checkpoint was removed meanwhile."""
+        params, failure, unreadable = None, "", False
+        try:
+            if self._checkpoints is None:
+                self._checkpoints = Checkpoints(self._directory.checkpoints, read_only=True)
+            params = self._checkpoints.load_params(step, self._params)
+        except UserError as error:
+            failure, unreadable = str(error), error.__cause__ is not None
+        brought = [json.loads(text) for text in _brought("the reading of a checkpoint", [failure, unreadable])]
+        failures = [text for text, _ in brought if text]
+        if not failures:
+            return params
+        removed = self._skip_removed and any(unreadable for _, unreadable in brought)
+        removed = removed and _told("a checkpoint's removal", self._primary and self._vanishes(step))
+        if not removed:
+            raise UserError(failures[0])
+        self._display.say(f"step {step}: its checkpoint was removed before it could be read; passed over")
+        return None
+
+    def _vanishes(self, step: int) -> bool:
+        """Returns whether a checkpoint is gone, or going: what removes one takes a while."""
+        end = time.monotonic() + _REMOVAL
+        while (there := step in complete_steps(self._directory.checkpoints)) and time.monotonic() < end:
+            time.sleep(0.1)
+        return not there
+
+    def _evaluate(self, step: int, params: Params) -> None:
+        self._display.begin(step)
+        records: dict[str, Record] = {}
+        for name, report, _ in self._evaluator.results(params, self._display.observe):
+            self._display.found(name, report)
+            for function, message in report.get("failed", {}).items():
+                self._failures.append(f"task {name!r}, {function}: {message}")
+                self._display.say(f"step {step}  {name}  {function} raised {message}")
+            records[record_name(name, self._split)] = report | ({"split": self._split} if self._split else {})
+        if self._primary:
+            self._records.add(step, records, self._fingerprint)
+            self._write_events(step, records)
+            write_report(self._directory.root)
+
+    def _write_events(self, step: int, records: dict[str, Record]) -> None:
+        """Writes a file of its own a step, whole: TensorBoard, which reads one file after the other, misses none."""
+        prefix = self._split or _VALIDATION
+        scalars = {
+            f"{prefix}/{task}/{name}": value
+            for task, record in zip(self._evaluator.task_names, records.values(), strict=True)
+            for name, value in record["metrics"].items()
+        }
+        writer = TensorBoardWriter(self._directory.tensorboard / "eval", start_step=None)
+        with contextlib.closing(writer):
+            writer.write(step, scalars)
+
+
+def record_name(task: str, split: str | None) -> str:
+    """Returns the name under which a task's records are kept: its own, with the split where that is another than the
+    recipe's validation split."""
+    return f"{task}.{split.replace('/', '_')}" if split else task
+
+
+def is_done(records: Records, names: list[str], fingerprint: str) -> Callable[[int], bool]:
+    """Returns what says of a step whether it has been evaluated, all of its tasks, without a failure of theirs."""
+
+    def done(step: int) -> bool:
+        found = [records.read(name).get(step, {}) for name in names]
+        return all(record.get("fingerprint") == fingerprint and "failed" not in record for record in found)
+
+    return done
+
+
+def _brought(name: str, value: Any) -> list[str]:
+    """Returns what every process brings to a barrier."""
+    return list(processes.barrier(name, None, json.dumps(value)).values())
+
+
+def _told(name: str, value: Any) -> Any:
+    """Returns what process 0 brings to a barrier."""
+    return json.loads(processes.barrier(name, None, json.dumps(value))[0])

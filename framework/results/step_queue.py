@@ -1,0 +1,171 @@
+"""Which checkpoint is evaluated next: the one to decide is process 0."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from meshway.framework.errors import UserError, nearest_steps
+from meshway.framework.results.claims import Claims
+
+LATEST, ALL = "latest", "all"
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """Returns the steps of complete checkpoints, ascending: those alone have a bare number for a name."""
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+    return []
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """Which steps are asked for.
+
+    Attributes:
+      steps: those, or None.
+      latest: with `steps` None, whether the latest alone.
+    """
+
+    steps: tuple[int, ...] | None = None
+    latest: bool = False
+
+    @classmethod
+    def parse(cls, text: str | int | Sequence[int]) -> "Wanted":
+        """Reads 'latest', 'all', '100' or '100,200', or numbers.
+
+        Raises:
+          UserError: it is something else.
+        """
+        if text in (LATEST, ALL):
+            return cls(latest=text == LATEST)
+        if isinstance(text, int):
+            return cls((text,))
+        words = [word.strip() for word in text.split(",")] if isinstance(text, str) else [str(each) for each in text]
+        if not words or not all(word.isdecimal() for word in words):
+            raise UserError(f"--steps={text} is none of latest, all, a step (100) or several (100,200)")
+        return cls(tuple(sorted({int(word) for word in words})))
+
+    def among(self, steps: Sequence[int]) -> list[int]:
+        """Returns those of `steps`, ascending, that are asked for."""
+        if self.steps is not None:
+            return [step for step in steps if step in self.steps]
+        return list(steps[-1:] if self.latest else steps)
+
+    def fixed(self, folder: Path) -> "Wanted":
+        """Returns the steps themselves, each of a checkpoint that is there.
+
+        Raises:
+          UserError: there is no checkpoint, or none of a step that is asked for.
+        """
+        steps = complete_steps(folder)
+        if not steps:
+            raise UserError(f"there is no complete checkpoint in {folder}; --watch waits for the first")
+        for step in self.steps or ():
+            if step not in steps:
+                raise UserError(f"{folder} has no checkpoint of step {step}; {nearest_steps(step, steps)}")
+        return Wanted(tuple(self.among(steps)))
+
+
+@dataclasses.dataclass
+class StepQueue:
+    """The steps to evaluate, one after the other, each claimed.
+
+    Attributes:
+      folder: of the checkpoints.
+      wanted: which of them; without `watch` as `Wanted.fixed` gives them.
+      is_done: says whether a step has been evaluated, by anyone.
+      claims: where a step is claimed, so that no other program evaluates it at the same time.
+      say: prints a line.
+      watch: whether to wait for checkpoints to come.
+      total: the step at which the run ends, where it is known.
+      idle_timeout: seconds without a new checkpoint after which watching ends.
+      poll: seconds between looks at the folder.
+      clock, sleep: for tests.
+    """
+
+    folder: Path
+    wanted: Wanted
+    is_done: Callable[[int], bool]
+    claims: Claims
+    say: Callable[[str], None]
+    watch: bool = False
+    total: int | None = None
+    idle_timeout: float | None = None
+    poll: float = 1.0
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+
+    def __post_init__(self) -> None:
+        self._handled: set[int] = set()  # given out or found done, among those that are there
+        self._ever: set[int] = set()  # and all that ever were
+        self._seen: set[int] = set()
+        self._skipped = 0
+        self._said = ""
+
+    @property
+    def skipped(self) -> int:
+        """How many of the steps asked for had been evaluated by others or before."""
+        return self._skipped
+
+    @property
+    def removed(self) -> list[int]:
+        """The steps asked for by number whose checkpoints were gone before their turn came."""
+        return [step for step in self.wanted.steps or () if step not in self._ever and not self.watch]
+
+    @contextlib.contextmanager
+    def next(self) -> Iterator[int | None]:
+        """Waits for a step to evaluate and holds the claim on it for the time of a `with` block; None at the end."""
+        last_new = self.clock()
+        while True:
+            steps = complete_steps(self.folder)
+            self._handled.intersection_update(steps)  # one that comes back is another
+            if set(steps) - self._seen:
+                self._seen.update(steps)
+                last_new = self.clock()
+            busy = False
+            for step in self._open(steps):
+                with self.claims.take(str(step)) as held:
+                    if held and not self._is_done(step):
+                        self._note(step)
+                        self._said = ""
+                        yield step
+                        return
+                    busy |= not held
+            if not busy and self._ends(self.clock() - last_new):
+                yield None
+                return
+            self._say_once("steps that another program evaluates" if busy else "a checkpoint")
+            self.sleep(self.poll)
+
+    def _open(self, steps: Sequence[int]) -> list[int]:
+        """Returns the steps that are asked for and neither done nor given out."""
+        return [step for step in self.wanted.among(steps) if step not in self._handled and not self._is_done(step)]
+
+    def _is_done(self, step: int) -> bool:
+        if done := self.is_done(step):
+            self._skipped += 1
+            self._note(step)
+        return done
+
+    def _note(self, step: int) -> None:
+        self._handled.add(step)
+        self._ever.add(step)
+
+    def _ends(self, idle: float) -> bool:
+        if not self.watch:
+            return True
+        if self.wanted.steps is not None and self._ever.issuperset(self.wanted.steps):
+            return True
+        if self.total is not None and max(self._seen, default=-1) >= self.total:
+            return True
+        if self.idle_timeout is not None and idle > self.idle_timeout:
+            self.say(f"no new checkpoint for {self.idle_timeout:g} s: done watching {self.folder}")
+            return True
+        return False
+
+    def _say_once(self, what: str) -> None:
+        if what != self._said:
+            self._said = what
+            self.say(f"waiting for {what} in {self.folder}")

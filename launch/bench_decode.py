@@ -1,0 +1,345 @@
+"""meshway bench decode: what a token costs, beside how fast this machine reads memory.
+
+    meshway bench decode --gin_file=bench_decode
+    meshway bench decode --gin_file=t5_1_1/small --gin.bench.decode.batch_sizes='(1, 16)'
+    meshway bench decode --gin_file=bench_decode --gin.attention.Attention.cache_dtype=int8
+
+A step of decoding reads the weights once, whatever the batch, and the keys and values of all that came before: its
+floor is these bytes over the bandwidth of a streaming read, which takes turns with the steps. Prompts and parameters
+are random; decoding is greedy and never stops early.
+"""
+
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from meshway.framework.columns import format_columns
+from meshway.framework.errors import UserError
+from meshway.framework.inference.buckets import doubling
+from meshway.framework.inference.rows import RowFormat
+from meshway.framework.inference.step import Next, TokenSteps, prompt_batch
+from meshway.framework.interfaces import Model, Params
+from meshway.framework.partitioning.explain import format_bytes
+from meshway.framework.partitioning.placed_model import PlacedBatch, PlacedModel
+from meshway.framework.planning.bandwidth import StreamingRead
+from meshway.framework.planning.compilations import Compilations
+from meshway.framework.planning.flops import live_flops
+from meshway.framework.planning.hardware import peak_flops
+from meshway.framework.planning.reads import bytes_read
+from meshway.launch.rounds import require_at_least, time_in_turn
+
+PARAM_DTYPES = ("float32", "bfloat16", "float16")
+TOKENS = (3, 64)  # what prompts are drawn from: any vocabulary has these
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is asked for; `bench.decode` says what each means."""
+
+    batch_sizes: Sequence[int]
+    prompt_length: int
+    new_tokens: int
+    rounds: int
+    mixed_batches: int
+    params_dtype: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What was found at one batch size; bytes are of all devices together, each counting what it holds.
+
+    Attributes:
+      batch_size: rows.
+      step: seconds a token of each row takes where the host asks for each and reads the one before, as a stream does.
+      on_device: the same for as many steps in one program.
+      prefill: seconds to read the prompts.
+      prefill_flops: matmul operations that takes, each attention in full.
+      weights: bytes of parameters that a step reads.
+      live: bytes of the cache that hold something, as the mean over the steps.
+      padded: bytes of the whole cache that a step reads.
+      temporary: bytes that a step needs on a device beside arguments and results.
+      bandwidth: bytes a second of the streaming read, the faster one.
+      peak: matmul peak, FLOP/s.
+      donated: whether a step gave the cache back in the same memory.
+    """
+
+    batch_size: int
+    step: float
+    on_device: float
+    prefill: float
+    prefill_flops: float
+    weights: float
+    live: float
+    padded: float
+    temporary: int
+    bandwidth: float
+    peak: float
+    donated: bool
+
+    @property
+    def host_gap(self) -> float:
+        """Seconds a step that the host adds."""
+        return self.step - self.on_device
+
+    @property
+    def floor(self) -> float:
+        """Seconds a step takes at least: weights and the live cache, read once."""
+        return (self.weights + self.live) / self.bandwidth
+
+    @property
+    def padded_floor(self) -> float:
+        """The same with the whole cache."""
+        return (self.weights + self.padded) / self.bandwidth
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """All results, and how many programs a job of mixed lengths compiled once each length had had a batch."""
+
+    results: list[Result]
+    compilations: int
+    mixed_lengths: list[int]
+    mesh: dict[str, int]
+    peak_source: str
+
+
+class _Decoding:
+    """The programs of one batch size and prompt length, and where its decoding stands."""
+
+    def __init__(self, placed: PlacedModel, params: Params, batch_size: int, length: int, new_tokens: int):
+        self.batch: PlacedBatch = prompt_batch(placed, batch_size, length)
+        self.steps = TokenSteps(placed, self.batch, new_tokens, params=params)
+        self.placed, self.params = placed, params
+        self._format, self._length, self._new_tokens = RowFormat.of(placed.model), length, new_tokens
+
+    def begin(self, sizes: Sequence[int]) -> Next:
+        """Reads random prompts that take so many tokens of a row each."""
+        random, start = np.random.default_rng(0), self._format.prompt_size(())
+        inputs = [random.integers(*TOKENS, size - start).tolist() for size in sizes]
+        mine = self.placed.partitioner.process_rows(len(sizes))
+        rows = {name: x[mine] for name, x in self._format.prompts(inputs, self._length).items()}
+        self._prompts = self.batch.put(rows)
+        self._start = self.prefill()
+        self._cache = self._start.cache
+        return self._start
+
+    def prefill(self) -> Next:
+        """Reads the prompts again, not waited for."""
+        return self.steps.prefill(self.params, self._prompts)
+
+    def stream(self) -> Next:
+        """Predicts `new_tokens` as a stream does: while a step runs, the host reads the tokens of the one before."""
+        at = self._start._replace(cache=self._cache)
+        for _ in range(self._new_tokens):
+            following = self.steps.step(self.params, at)
+            for shard in at.tokens.addressable_shards:
+                np.asarray(shard.data)
+            at = following
+        self._cache = at.cache
+        return at
+
+    def loop(self, compiled: Any) -> Next:
+        """Predicts `new_tokens` by one program."""
+        at = compiled(self.params, self._start._replace(cache=self._cache))
+        self._cache = at.cache
+        return at
+
+    def keeps_its_memory(self) -> bool:
+        """Whether a step consumes the cache it is given and returns it in the same memory."""
+        given = jax.tree.leaves(self._cache)
+        before = [_pointers(leaf) for leaf in given]
+        self._cache = self.steps.step(self.params, self._start._replace(cache=self._cache)).cache
+        after = [_pointers(leaf) for leaf in jax.tree.leaves(self._cache)]
+        return before == after and all(leaf.is_deleted() for leaf in given)
+
+
+def measure(placed: PlacedModel, setting: Setting) -> Found:
+    """Times prefill and steps of a model on its mesh.
+
+    Raises:
+      UserError: a number is out of range, the model predicts no text, or it does not fit the layout.
+    """
+    require_at_least(
+        1,
+        "bench.decode",
+        batch_sizes=min(setting.batch_sizes, default=0),
+        new_tokens=setting.new_tokens,
+        rounds=setting.rounds,
+        mixed_batches=setting.mixed_batches,
+    )
+    require_at_least(2, "bench.decode", prompt_length=setting.prompt_length)
+    if setting.params_dtype not in (None, *PARAM_DTYPES):
+        raise UserError(
+            f"bench.decode.params_dtype must be None or one of {', '.join(PARAM_DTYPES)}, not {setting.params_dtype!r}"
+        )
+    RowFormat.of(placed.model)  # says that a model predicts no text before anything is made
+    params = _init_params(placed, setting.params_dtype)
+    mesh, results, source = placed.partitioner.mesh, [], ""
+    stream, longest = StreamingRead(mesh), None
+    for batch_size in setting.batch_sizes:
+        # What activations are computed in is the model's own affair; accelerators are held against bfloat16's peak.
+        peak, source = peak_flops(mesh.devices.flatten().tolist(), _peak_dtype(mesh))
+        decoding = _Decoding(placed, params, batch_size, setting.prompt_length, setting.new_tokens)
+        longest = decoding if longest is None else longest
+        results.append(_measure_one(decoding, batch_size, setting, stream, peak))
+    assert longest is not None
+    lengths, compiled = _count_compilations(placed, params, longest, setting)
+    return Found(results, compiled, lengths, dict(mesh.shape), source)
+
+
+def _init_params(placed: PlacedModel, dtype: str | None) -> Params:
+    """Returns random parameters in their shards, in the model's own dtype or another."""
+
+    def init(key: jax.Array) -> Params:
+        params = placed.model.init(key)
+        return params if dtype is None else jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
+
+    key = jax.random.key(0)
+    compiled = placed.partitioner.compile(init, key, in_shardings=None, out_shardings=placed.param_shardings)
+    return compiled(key)
+
+
+def _count_compilations(
+    placed: PlacedModel, params: Params, longest: _Decoding, setting: Setting
+) -> tuple[list[int], int]:
+    """Decodes batches of mixed lengths, each padded to the nearest of a few, of which `longest` is there already.
+
+    Returns:
+      (these lengths, how many programs were compiled once each had had a batch).
+    """
+    batch_size, random = setting.batch_sizes[0], np.random.default_rng(1)
+    buckets = doubling({"inputs": setting.prompt_length}, smallest=max(2, setting.prompt_length // 4))
+    lengths = [shape["inputs"] for shape in buckets.shapes]
+    ready = [_Decoding(placed, params, batch_size, length, setting.new_tokens) for length in lengths[:-1]]
+    ready.append(longest)
+    for decoding, length in zip(ready, lengths):
+        decoding.begin([length] * batch_size)
+        decoding.stream()
+    with Compilations() as compilations:
+        for _ in range(setting.mixed_batches):
+            sizes = random.integers(2, setting.prompt_length + 1, batch_size).tolist()
+            bucket = buckets.of({"inputs": max(sizes)})
+            assert bucket is not None
+            ready[bucket].begin(sizes)
+            jax.block_until_ready(ready[bucket].stream())
+    return lengths, compilations.count
+
+
+def step_bytes(model: Model, params: Params, batch_size: int, length: int, new_tokens: int) -> tuple[float, float]:
+    """Returns (bytes of parameters, bytes of the cache) that a step of decoding reads on one device, where the cache
+    has room for prompts of `length` tokens and as many new ones as `new_tokens`."""
+    rows = RowFormat.of(model)
+    batch = rows.prompts([()] * batch_size, length)
+    shapes = jax.eval_shape(lambda params, batch: model.prefill(params, batch, new_tokens), params, batch)
+    weights, _, _, cache = bytes_read(model.decode, params, *shapes)
+    return sum(jax.tree.leaves(weights)), sum(jax.tree.leaves(cache))
+
+
+def format_table(found: Found, setting: Setting) -> str:
+    """Returns the results as text."""
+    lines = [("batch", "a step", "tokens/s", "of the floor", "padded", "host gap", "prefill", "MFU", "cache", "padded")]
+    for each in found.results:
+        lines.append(
+            (
+                f"{each.batch_size}",
+                f"{each.step * 1e3:,.2f} ms",
+                f"{each.batch_size / each.step:,.0f}",
+                f"{100 * each.floor / each.step:.1f} %",
+                f"{100 * each.padded_floor / each.step:.1f} %",
+                f"{each.host_gap * 1e3:+,.2f} ms",
+                f"{each.prefill * 1e3:,.1f} ms",
+                f"{100 * each.prefill_flops / each.prefill / each.peak:.1f} %",
+                format_bytes(each.live),
+                format_bytes(each.padded),
+            )
+        )
+    where = " x ".join(f"{axis}={size}" for axis, size in found.mesh.items())
+    first = found.results[0]
+    bandwidth = statistics.median(each.bandwidth for each in found.results)
+    peak = statistics.median(each.peak for each in found.results)
+    kept = all(each.donated for each in found.results)
+    facts = {
+        "weights a step reads": format_bytes(first.weights),
+        "memory bandwidth": f"{bandwidth / 1e9:,.1f} GB/s (measured: a streaming read in turn with the steps)",
+        "matmul peak": f"{peak / 1e9:,.1f} GFLOP/s ({found.peak_source})",
+        "temporary memory of a step": format_bytes(max(each.temporary for each in found.results)) + " a device",
+        "cache donated": "yes, a step returns it in the same memory" if kept else "NO, a step copies it",
+        "compiled after warm-up": f"{found.compilations} programs, over {setting.mixed_batches} batches of mixed "
+        f"lengths padded to {', '.join(map(str, found.mixed_lengths))}",
+    }
+    title = f"prompts of {setting.prompt_length} tokens, then {setting.new_tokens} new ones, on {where}"
+    return "\n".join([title, *format_columns(lines), *format_columns(facts.items())])
+
+
+def _measure_one(decoding: _Decoding, batch_size: int, setting: Setting, stream: StreamingRead, peak: float) -> Result:
+    placed, params, length, count = decoding.placed, decoding.params, setting.prompt_length, setting.new_tokens
+    start = decoding.begin([length] * batch_size)
+    donated = decoding.keeps_its_memory()
+    loop = decoding.steps.compile_loop(count)
+    passes: dict[str, Callable[[], object]] = {
+        **{way: functools.partial(stream.once, way) for way in stream.ways},
+        "stream": decoding.stream,
+        "loop": lambda: decoding.loop(loop),
+        "prefill": decoding.prefill,
+    }
+    seconds = time_in_turn(passes, 1, setting.rounds)
+    weights, cache = _held(placed, params, start)
+    live = _live_share(placed.model, params, batch_size, length, count)
+    prompts = decoding.batch.abstract
+    return Result(
+        batch_size=batch_size,
+        step=seconds["stream"] / count,
+        on_device=seconds["loop"] / count,
+        prefill=seconds["prefill"],
+        prefill_flops=live_flops(lambda params, batch: placed.model.prefill(params, batch, count), params, prompts),
+        weights=weights,
+        live=cache * live,
+        padded=cache,
+        temporary=decoding.steps.memory().temp_size_in_bytes,
+        bandwidth=stream.bytes / min(seconds[way] for way in stream.ways),
+        peak=peak,
+        donated=donated,
+    )
+
+
+def _held(placed: PlacedModel, params: Params, at: Next) -> tuple[float, float]:
+    """Returns the bytes of parameters and of the cache that all devices together read in a step, of what each holds."""
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, *at))
+    read = bytes_read(placed.model.decode, *shapes)
+
+    def total(read: Any, arrays: Any) -> float:
+        copies = jax.tree.map(lambda x: x.sharding.num_devices * _shard_share(x), arrays)
+        return sum(jax.tree.leaves(jax.tree.map(lambda amount, times: amount * times, read, copies)))
+
+    return total(read[0], params), total(read[3], at.cache)
+
+
+def _live_share(model: Model, params: Params, batch_size: int, length: int, count: int) -> float:
+    """Returns the share of the cache's bytes that hold something, as the mean over `count` steps.
+
+    Step t of a sequence reads what was there and t new tokens; the first one fed to a decoder without an encoder is
+    the prompt's last, which is there already.
+    """
+    before = 0 if RowFormat.of(model).has_encoder else 1
+    first, last, whole = (
+        step_bytes(model, params, batch_size, length, room)[1] for room in (1 - before, count - before, count)
+    )
+    return (first + last) / 2 / whole
+
+
+def _shard_share(x: jax.Array) -> float:
+    return np.prod(x.sharding.shard_shape(x.shape)) / max(x.size, 1)
+
+
+def _pointers(x: jax.Array) -> list[int]:
+    return [shard.data.unsafe_buffer_pointer() for shard in x.addressable_shards]
+
+
+def _peak_dtype(mesh: Any) -> str:
+    return "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"

@@ -1,0 +1,159 @@
+"""meshway eval: the checkpoints of a run, evaluated on its tasks.
+
+    meshway eval --model_dir=runs/quickstart
+
+Run the same command again and what was evaluated is passed over.
+"""
+
+import dataclasses
+import inspect
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+
+from meshway.framework.distributed import processes
+from meshway.framework.distributed.agreement import agree
+from meshway.framework.errors import UserError
+from meshway.framework.evaluation import Evaluation, Evaluator
+from meshway.framework.interfaces import DataSource, EvalTask, Model
+from meshway.framework.partitioning.partitioner import Layout
+from meshway.framework.partitioning.placed_model import PlacedModel
+from meshway.framework.results.claims import Claims
+from meshway.framework.results.display import EvaluationDisplay
+from meshway.framework.results.job import EvaluationJob, is_done, record_name
+from meshway.framework.results.records import Records
+from meshway.framework.results.step_queue import ALL, LATEST, StepQueue, Wanted
+from meshway.framework.training.program import check_vocabularies
+from meshway.framework.training.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from meshway.launch.config import Invocation
+
+# Arguments that say where, when and how, not what is evaluated; each split has files of its own.
+_HOW = ("layout", "model_dir", "split", "steps", "watch", "idle_timeout", "again", "train_steps")
+
+
+def evaluate(
+    model: Model,
+    layout: Layout,
+    data: DataSource,
+    model_dir: str,
+    evaluation: Evaluation = Evaluation(),
+    steps: str | int | Sequence[int] | None = None,
+    watch: bool = False,
+    idle_timeout: float | None = None,
+    train_steps: int | None = None,
+    split: str | None = None,
+    max_predictions: int | None = None,
+    again: bool = False,
+    fingerprint: str = "",
+) -> int:
+    """Evaluates checkpoints in `model_dir`, and writes `eval/<task>.jsonl`, TensorBoard's events and `report.html`.
+
+    Args:
+      model: what is evaluated.
+      layout: how it lies on the mesh: any, whatever it was trained under.
+      data: where the tasks come from.
+      model_dir: the run directory.
+      evaluation: what evaluation does; its `max_predictions` is for training runs, and not read here.
+      steps: 'latest', 'all', a step or several ('100,200'); by default the latest, all where `watch`.
+      watch: whether to evaluate checkpoints as they appear, until that of step `train_steps`.
+      idle_timeout: seconds without a new checkpoint after which watching ends; None waits for ever.
+      train_steps: where the run ends; None if that is not known.
+      split: what the tasks read; by default the data's validation split. Another one has files of its own.
+      max_predictions: of each task; None predicts and scores all examples.
+      again: whether to evaluate what has been evaluated.
+      fingerprint: of what is evaluated: a step that has records of the same one is passed over.
+
+    Returns:
+      how many steps it evaluated.
+
+    Raises:
+      UserError: anything the user can mend; one message.
+    """
+    directory = RunDirectory(Path(model_dir).expanduser())
+    wanted = Wanted.parse(steps if steps is not None else ALL if watch else LATEST)
+    listed = wanted.steps is not None
+    records = Records(directory.evaluations)
+    if processes.is_primary():
+        wanted = wanted if watch else wanted.fixed(directory.checkpoints)
+        records.prepare()
+    agree({"recipe": fingerprint, "jax": jax.__version__, "backend": jax.default_backend()})
+    placed = PlacedModel(model, layout)
+    vocabularies = data.vocabularies()
+    check_vocabularies(placed, vocabularies)
+    directory.check_vocabularies(vocabularies)
+    split = None if split == getattr(data, "eval_split", None) else split
+    tasks = split_tasks(data, split)
+    settings = dataclasses.replace(evaluation, max_predictions=max_predictions)
+    evaluator = Evaluator(placed, data.batch_size, data.lengths, tasks, settings)
+    with EvaluationDisplay(silent=not processes.is_primary()) as display:
+        for line in evaluator.left_out:
+            display.say(line)
+        done = is_done(records, [record_name(task.name, split) for task in tasks], fingerprint)
+        queue = StepQueue(
+            directory.checkpoints,
+            wanted,
+            (lambda step: False) if again else done,
+            Claims(directory.evaluations / ".claims" / record_name(fingerprint, split)),
+            display.say,
+            watch,
+            train_steps,
+            idle_timeout,
+        )
+        skip_removed = watch or not listed
+        abstract = placed.abstract_params
+        job = EvaluationJob(directory, evaluator, abstract, queue, records, fingerprint, split, display, skip_removed)
+        count = job.run()
+        _say_goodbye(directory, queue, count, display)
+    return count
+
+
+def split_tasks(data: DataSource, split: str | None) -> Sequence[EvalTask]:
+    """Returns the tasks of a split; UserError where there are none, or no splits to choose from."""
+    if split is None:
+        tasks = data.eval_tasks()
+    elif inspect.signature(data.eval_tasks).parameters:
+        tasks = data.eval_tasks(split)
+    else:
+        raise UserError(f"--split={split}: {type(data).__name__} has no splits to choose from; leave it out")
+    if not tasks:
+        raise UserError(f"{type(data).__name__} has no tasks to evaluate on")
+    return tasks
+
+
+def _say_goodbye(directory: RunDirectory, queue: StepQueue, count: int, display: EvaluationDisplay) -> None:
+    for step in queue.removed:
+        display.say(f"step {step}: its checkpoint was removed before its turn came; passed over")
+    if queue.skipped:
+        display.say(f"{_steps(queue.skipped)} had been evaluated already; --again evaluates them anew")
+    if count:
+        display.say(f"done: {_steps(count)}; report: {directory.root / 'report.html'}")
+
+
+def _steps(count: int) -> str:
+    return f"{count:,} step{'' if count == 1 else 's'}"
+
+
+def run(invocation: "Invocation") -> None:
+    """Runs the verb from the command line."""
+    from meshway.launch import config
+    from meshway.launch.run_recipe import of_run
+
+    with processes.joined(*invocation.processes):
+        if jax.process_count() > 1:
+            # jax has made SIGTERM a question that training asks after each step; here nobody asks.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        recipe = config.load(of_run(invocation))
+        arguments = recipe.build("eval.evaluate", given=["fingerprint"])
+        evaluate(**arguments, fingerprint=recipe.fingerprint("eval.evaluate", without=_HOW))
+
+
+if __name__ == "__main__":
+    from meshway.launch import cli
+
+    sys.exit(cli.main(["eval", *sys.argv[1:]]))

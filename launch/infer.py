@@ -1,0 +1,311 @@
+"""meshway infer: predictions and scores of an input, from a run's checkpoint.
+
+    meshway infer --model_dir=runs/quickstart --input=questions.jsonl --output=answers.jsonl
+
+Killed, it goes on where it was when the same command is run again, on as many processes as there are then.
+"""
+
+import contextlib
+import dataclasses
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from meshway.framework.data.task_preprocessing import preprocess
+from meshway.framework.distributed import processes
+from meshway.framework.distributed.agreement import agree
+from meshway.framework.errors import UserError
+from meshway.framework.inference.beam_search import BeamSearch
+from meshway.framework.inference.buckets import doubling
+from meshway.framework.inference.bulk.chunks import ChunkStore
+from meshway.framework.inference.bulk.job import Job, Policy, summary
+from meshway.framework.inference.bulk.progress import JobProgress
+from meshway.framework.inference.bulk.reader import Preprocess, Reader
+from meshway.framework.inference.bulk.sources import Source, open_source
+from meshway.framework.inference.bulk.task_source import TaskSource
+from meshway.framework.inference.bulk.work import Predict, Score, Work
+from meshway.framework.inference.decoding import Decoder
+from meshway.framework.inference.session import Opened, open_session
+from meshway.framework.interfaces import DataSource, Model
+from meshway.framework.partitioning.partitioner import Layout
+from meshway.launch.eval import split_tasks
+
+if TYPE_CHECKING:
+    from meshway.launch.config import Invocation
+
+PREDICT, SCORE, WITH_AUX = MODES = ("predict", "score", "predict_with_aux")
+_CHUNK_BATCHES = 16
+# Arguments that say where and how, not what is computed; nor does the layout, another one may go on with a job.
+_HOW = ("opened", "model_dir", "output")
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a job reads.
+
+    Attributes:
+      where: a file, a glob, or '-' for standard input.
+      split: a split of the recipe's task (MIXTURE_OR_TASK_NAME) instead of `where`.
+      format: 'jsonl', 'tsv', 'text' or 'parquet'; None goes by the file's name.
+      columns: names of TSV columns without a header, 'a,b'.
+      inputs_field, targets_field: the fields that hold text, or token ids.
+      preprocess: a task whose preprocessors make `inputs` and `targets` of each record.
+      module: the module(s) that register it.
+      on_bad: 'fail' stops at a record that cannot be used, 'skip' leaves it out and reports it.
+      truncate: cut inputs that are too long, instead of refusing them.
+      append_eos: whether inputs end with EOS; None for what the run's own text does.
+    """
+
+    where: str | None = None
+    split: str | None = None
+    format: str | None = None
+    columns: str = ""
+    inputs_field: str = "inputs"
+    targets_field: str = "targets"
+    preprocess: str | None = None
+    module: str | Sequence[str] | None = None
+    on_bad: str = "fail"
+    truncate: bool = False
+    append_eos: bool | None = None
+
+    def __post_init__(self) -> None:
+        if (self.where is None) == (self.split is None):
+            raise UserError("meshway infer reads --input=FILE or, of the recipe's task, --split=SPLIT: give one")
+        if self.on_bad not in ("fail", "skip"):
+            raise UserError(f"--on_bad={self.on_bad} is neither 'fail' nor 'skip'")
+        if self.split is not None and self.preprocess is not None:
+            raise UserError("--preprocess is for --input: a task's split is preprocessed already")
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Where results go: see `ChunkStore`. `chunk_size` records are committed at a time; None for 16 batches."""
+
+    where: str | None = None
+    format: str | None = None
+    overwrite: bool = False
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.where:
+            raise UserError("meshway infer needs --output=FILE.jsonl (or .parquet, .txt, or a folder of shards)")
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise UserError(f"--chunk_size must be at least 1, not {self.chunk_size}")
+
+
+def infer(
+    opened: Opened,
+    model_dir: str,
+    inputs: Inputs,
+    output: Output,
+    decoder: Decoder,
+    mode: str = PREDICT,
+    beams: int | None = None,
+    step: int | None = None,
+    batch_size: int = 32,
+    max_input_length: int | None = None,
+    max_new_tokens: int | None = None,
+    aux: str = "",
+    stop: Sequence[str] = (),
+    seed: int = 0,
+    data: DataSource | None = None,
+    fingerprint: str = "",
+) -> dict[str, Any]:
+    """Computes what `mode` says of each record, and writes it in the order of the input.
+
+    Args:
+      opened: what the recipe says; any layout.
+      model_dir: the run directory, or one of its checkpoints.
+      inputs, output: what is read, and where results go.
+      decoder: how predictions are made.
+      mode: 'predict', 'score' (of given targets), or 'predict_with_aux' (with intermediate values).
+      beams: beam search of so many instead of `decoder`.
+      step: which checkpoint; None for the latest.
+      batch_size: rows of a batch, over all processes.
+      max_input_length, max_new_tokens: the most tokens of a prompt and of a prediction (of inputs and targets, where
+        these are scored); None goes by the recipe's TASK_FEATURE_LENGTHS.
+      aux: names of intermediate values, 'encoder_output,decoder_output'.
+      stop: texts that end a prediction.
+      seed: of sampling.
+      data: the tasks of `inputs.split`.
+      fingerprint: of the recipe: a job goes on with what one of the same fingerprint left.
+
+    Returns:
+      what was counted.
+
+    Raises:
+      UserError: anything the user can mend; one message.
+    """
+    names = _check_mode(mode, aux)
+    source = _source(inputs, mode, data)
+    session = open_session(opened.model, opened.layout, model_dir, step, inputs.append_eos)
+    decoder = decoder if beams is None else BeamSearch(beams)
+    engine = session.engine(decoder, batch_size, stop, seed)
+    scores = mode == SCORE
+    limits = opened.limits(max_input_length, max_new_tokens)
+    longest = session.row_format.room(limits["inputs"], limits["targets"], scores)
+    work: Work
+    if scores:
+        work = Score(engine, doubling(longest))
+    else:
+        buckets = doubling({"inputs": longest["inputs"]})
+        work = Predict(engine, session.text, buckets, longest["targets"], names)
+    steps = _preprocess(inputs, limits)
+    reader = Reader(
+        session.text,
+        session.row_format,
+        longest,
+        scores,
+        inputs.inputs_field,
+        inputs.targets_field,
+        inputs.truncate,
+        steps,
+    )
+    policy = Policy(output.chunk_size or _CHUNK_BATCHES * batch_size, inputs.on_bad == "skip", output.overwrite)
+    facts = {
+        "recipe": fingerprint,
+        "checkpoint": str((session.run / "checkpoints" / str(session.step)).absolute()),
+        "input": source.description,
+        "chunk size": str(policy.chunk_size),
+    }
+    agree(facts)
+    with JobProgress(getattr(source, "total", None), quiet=not processes.is_primary()) as progress:
+        began = time.monotonic()
+        counts = _run(source, reader, work, output, facts, policy, batch_size, progress)
+        if not counts.get("finished_before"):
+            counts |= {"programs": engine.num_compiled, "wall_seconds": round(time.monotonic() - began, 3)}
+            if processes.is_primary():
+                _say(counts, output)
+    return counts
+
+
+def _run(
+    source: Source,
+    reader: Reader,
+    work: Work,
+    output: Output,
+    facts: Mapping[str, str],
+    policy: Policy,
+    batch_size: int,
+    progress: JobProgress,
+) -> dict[str, Any]:
+    """Runs the job and finishes its output; returns its summary."""
+    primary = processes.is_primary()
+    store = ChunkStore(Path(output.where or ""), facts, output.format, output.overwrite) if primary else None
+    with contextlib.ExitStack() as stack:
+        if store is not None:
+            stack.callback(store.close)
+            store.open()
+        told = processes.barrier("the state of the output", None, str(int(store is not None and store.finished)))
+        if int(told[0]):
+            progress.note(f"{output.where}: this very job is finished; --overwrite runs it again")
+            return {"finished_before": True}
+        job = Job(source.records(), reader, work, store, policy, batch_size, progress)
+        num_chunks = job.run()
+        if store is None:
+            return {}
+        counts = summary(store)
+        store.finish(num_chunks, {name: value for name, value in counts.items() if name != "left_out"})
+        return counts
+
+
+def tasks(data: DataSource) -> DataSource:
+    """Returns the tasks of a recipe: what `runs/infer.gin` binds, for --split."""
+    return data
+
+
+def opened(model: Model, layout: Layout, lengths: Mapping[str, int] | None = None) -> Opened:
+    """Returns what a recipe says of inference: what `runs/infer.gin` binds."""
+    return Opened(model, layout, lengths)
+
+
+def open_recipe(run: Path, bindings: Sequence[str] = ()) -> Opened:
+    """Returns what the recipe of a run, or of the run of a checkpoint, says: the entry point of `Predictor`.
+
+    Raises:
+      UserError: there is no recipe, or it is wrong.
+    """
+    from meshway.launch import config, run_recipe
+    from meshway.launch.invocation import Invocation
+
+    root = run.parent.parent if run.name.isdigit() and run.parent.name == "checkpoints" else run
+    given = (f"MODEL_DIR={str(root)!r}", *bindings)
+    invocation = run_recipe.of_run(Invocation("infer", "opened", bindings=given))
+    return opened(**config.load(invocation, import_unreferenced=False).build("infer.opened"))
+
+
+def _check_mode(mode: str, aux: str) -> list[str]:
+    """Returns the names of intermediate values."""
+    names = [name for name in aux.split(",") if name]
+    if mode not in MODES:
+        raise UserError(f"--mode={mode} is not one of {', '.join(MODES)}")
+    if (mode == WITH_AUX) != bool(names):
+        raise UserError(
+            "--mode=predict_with_aux goes with --aux=NAMES, intermediate values of the model, and only they do: "
+            "as --mode=predict_with_aux --aux=decoder_output"
+        )
+    return names
+
+
+def _source(inputs: Inputs, mode: str, data: DataSource | None) -> Source:
+    if inputs.where is not None:
+        if inputs.where == "-" and jax.process_count() > 1:
+            raise UserError("standard input can be read by one process only; give a file to several")
+        return open_source(inputs.where, inputs.format, [name for name in inputs.columns.split(",") if name])
+    assert data is not None
+    assert inputs.split is not None
+    needed = ("inputs", "targets") if mode == SCORE else ("inputs",)
+    return TaskSource(split_tasks(data, inputs.split), inputs.split, needed)  # type: ignore[arg-type]
+
+
+def _preprocess(inputs: Inputs, lengths: Mapping[str, int]) -> Preprocess | None:
+    if inputs.preprocess is None:
+        return None
+    modules = [inputs.module] if isinstance(inputs.module, str) else list(inputs.module or ())
+    return preprocess(inputs.preprocess, modules, lengths)
+
+
+def _say(counts: Mapping[str, Any], output: Output) -> None:
+    left_out = counts["left_out"]
+    print(
+        f"{counts['examples']:,} examples in {counts['wall_seconds']:,.1f} s: {counts['examples_per_second']:,} "
+        f"examples/s, {counts['tokens_per_second']:,} tokens/s; {counts['read_tokens']:,} tokens read, "
+        f"{counts['made_tokens']:,} made; {100 * counts['padding']:.1f} % of the input places were padding; "
+        f"{counts['programs']} programs compiled",
+        file=sys.stderr,
+    )
+    for line in left_out[:20]:
+        print(f"left out: {line}", file=sys.stderr)
+    if len(left_out) > 20:
+        print(f"left out: and {len(left_out) - 20:,} more, listed in the summary", file=sys.stderr)
+    print(f"written: {output.where}", file=sys.stderr)
+
+
+def run(invocation: "Invocation") -> None:
+    """Runs the verb from the command line."""
+    from meshway.launch import config, run_recipe
+
+    with processes.joined(*invocation.processes):
+        if jax.process_count() > 1:
+            # jax has made SIGTERM a question that training asks after each step; here nobody asks.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        invocation = run_recipe.of_run(invocation)
+        recipe = config.load(dataclasses.replace(invocation, subject="infer"), import_unreferenced=False)
+        arguments = recipe.build("infer.infer", given=["data", "fingerprint"])
+        data = None
+        if arguments["inputs"].split is not None:
+            data = tasks(**config.load(dataclasses.replace(invocation, subject="tasks")).build("infer.tasks"))
+            arguments = recipe.build("infer.infer", given=["data", "fingerprint"])  # gin holds one recipe at a time
+        identity = recipe.fingerprint("infer.opened", ("layout",)) + recipe.fingerprint("infer.infer", _HOW)
+        infer(**arguments, data=data, fingerprint=identity)
+
+
+if __name__ == "__main__":
+    from meshway.launch import cli
+
+    sys.exit(cli.main(["infer", *sys.argv[1:]]))

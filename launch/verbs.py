@@ -1,0 +1,244 @@
+"""The verbs of the command line, their flags, and examples of them. Light: `--help` must be quick."""
+
+import dataclasses
+from typing import Any
+
+from meshway.launch.invocation import MACROS
+
+
+@dataclasses.dataclass(frozen=True)
+class Switch:
+    """A flag: a short word for a binding.
+
+    Attributes:
+      flag: as `--task`.
+      binding: `NAME=VALUE` for a flag without a value, `NAME` for one that takes it.
+      help: what it is for.
+      value: what the help calls the value; "" for none.
+      number, real: whether the value is a whole number, or any number; else it is text.
+    """
+
+    flag: str
+    binding: str
+    help: str
+    value: str = ""
+    number: bool = False
+    real: bool = False
+
+    def bound(self, value: Any) -> str:
+        """Returns the binding for a value read from the command line."""
+        return f"{self.binding}={value!r}" if self.value else self.binding
+
+
+@dataclasses.dataclass(frozen=True)
+class Verb:
+    """A verb: its module's `run(invocation)` does the work, and is imported only then."""
+
+    module: str
+    help: str
+    subjects: tuple[str, ...] = ()  # what the word after the verb may be
+    default: str = ""  # the subject where that word is left out
+    dry_run: bool = False
+    switches: tuple[Switch, ...] = ()
+    instead: str = ""  # the flag that serves where no recipe is given
+    recipe: bool = True  # whether it takes one at all
+    on_devices: bool = True
+    macros: tuple[str, ...] = tuple(MACROS)  # those that the help lists
+
+
+_BENCH = (
+    Switch(
+        "--interleave",
+        "bench.train.interleave=True",
+        "train: speak the burst protocol on a pipe, to be timed in turn with other programs",
+    ),
+    Switch("--seconds", "bench.data.seconds", "data: how long to time (default: 45)", "N", number=True),
+    Switch("--batches", "bench.data.batches", "data: over how many batches memory is watched", "N", number=True),
+    Switch("--workers", "bench.data.workers", "data: processes (default: one a core, 4 at most)", "N", number=True),
+    Switch("--json", "bench.data.as_json=True", "data: print the results as JSON too"),
+    Switch("--layouts", "bench.parallel.layouts", "parallel: which (fsdp,model_1d; default: all shipped)", "LAYOUTS"),
+    Switch("--steps", "bench.parallel.steps", "parallel: steps to time too (default: none)", "N", number=True),
+    Switch("--seeds", "bench.routing.seeds", "routing: how many seeds to train from (default: 4)", "N", number=True),
+    Switch("--prompt_length", "bench.decode.prompt_length", "decode: tokens a prompt (default: 128)", "N", number=True),
+    Switch("--new_tokens", "bench.decode.new_tokens", "decode: new tokens in a turn (default: 16)", "N", number=True),
+)
+
+_INSPECT = (
+    Switch("--compile", "inspect.layout.compile=True", "layout: compile the step, say what it sends over which axes"),
+    Switch("--batches", "inspect.data.batches", "data: batches drawn for figures (default: 20)", "N", number=True),
+    Switch("--rows", "inspect.data.rows", "data: rows to show of each source (default: 3)", "N", number=True),
+    Switch("--html", "inspect.data.html", "data: the page (default: data.html in MODEL_DIR, or here)", "PATH"),
+)
+
+_CACHE = (
+    Switch("--task", "MIXTURE_OR_TASK_NAME", "the registered task or mixture, if not the recipe's", "NAME"),
+    Switch("--module", "MIXTURE_OR_TASK_MODULE", "the Python module that registers it (mylab.tasks)", "MODULE"),
+    Switch("--directory", "CACHE_DIR", "where to keep it (default: meshway/tasks in the user's cache)", "DIR"),
+    Switch("--splits", "cache.cache.splits", "which splits (train,validation; default: all)", "SPLITS"),
+    Switch("--num_shards", "cache.cache.num_shards", "files of each split (default: 8)", "N", number=True),
+    Switch("--workers", "cache.cache.workers", "processes (default: one a core)", "N", number=True),
+    Switch("--overwrite", "cache.cache.overwrite=True", "remove what is cached of the task first, all splits of it"),
+    Switch(
+        "--max_bad_examples",
+        "cache.cache.max_bad_examples",
+        "examples of a split that may fail in a preprocessor; they are left out and reported (default: 0)",
+        "N",
+        number=True,
+    ),
+)
+
+_CONVERT = (
+    Switch(
+        "--from", "convert.convert.source", "a Hugging Face directory, T5X checkpoints, or a run to write out", "DIR"
+    ),
+    Switch("--to", "convert.convert.target", "the directory to make: a run directory, or a Hugging Face one", "DIR"),
+    Switch("--family", "convert.convert.family", "what the model is (default: what config.json says)", "FAMILY"),
+    Switch("--dtype", "convert.convert.dtype", "float32, bfloat16, float16 or keep (default: keep)", "DTYPE"),
+    Switch("--step", "convert.convert.step", "which checkpoint of a run (default: the latest)", "N", number=True),
+    Switch("--max_shard_size", "convert.convert.max_shard_size", "of a safetensors file (default: 5GB)", "SIZE"),
+    Switch("--ignore_fields", "convert.convert.ignore_fields", "of config.json, that change nothing (a,b)", "FIELDS"),
+)
+
+_EVAL = (
+    Switch("--model_dir", "MODEL_DIR", "the run to evaluate; its own recipe serves without --gin_file", "DIR"),
+    Switch("--steps", "eval.evaluate.steps", "latest (default), all (default with --watch), 100 or 100,200", "STEPS"),
+    Switch("--watch", "eval.evaluate.watch=True", "evaluate each checkpoint as it appears, until the run has finished"),
+    Switch(
+        "--idle_timeout",
+        "eval.evaluate.idle_timeout",
+        "with --watch: end when so many seconds brought no new checkpoint",
+        "SECONDS",
+        number=True,
+    ),
+    Switch("--task", "MIXTURE_OR_TASK_NAME", "the registered task or mixture, if not the recipe's", "NAME"),
+    Switch("--module", "MIXTURE_OR_TASK_MODULE", "the Python module that registers it (mylab.tasks)", "MODULE"),
+    Switch("--split", "eval.evaluate.split", "which split (default: the recipe's validation split)", "SPLIT"),
+    Switch(
+        "--max_predictions",
+        "eval.evaluate.max_predictions",
+        "examples of each task to predict and to score for its metric functions (default: all)",
+        "N",
+        number=True,
+    ),
+    Switch("--again", "eval.evaluate.again=True", "evaluate what has been evaluated, too"),
+)
+
+_INFER = (
+    Switch(
+        "--model_dir",
+        "MODEL_DIR",
+        "the run, or one of its checkpoints; its own recipe serves without --gin_file",
+        "DIR",
+    ),
+    Switch(
+        "--input", "infer.Inputs.where", "a .jsonl, .tsv, .txt or .parquet file, a quoted glob, or - for stdin", "FILE"
+    ),
+    Switch("--split", "infer.Inputs.split", "read this split of the recipe's task (or --task) instead", "SPLIT"),
+    Switch("--output", "infer.Output.where", "a .jsonl, .parquet or .txt file to make, or a folder of shards", "FILE"),
+    Switch("--mode", "infer.infer.mode", "predict (default), score (given targets), predict_with_aux", "MODE"),
+    Switch("--aux", "infer.infer.aux", "predict_with_aux: intermediate values by name, as decoder_output", "NAMES"),
+    Switch("--step", "infer.infer.step", "which checkpoint (default: the latest)", "N", number=True),
+    Switch("--batch_size", "infer.infer.batch_size", "examples in a batch (default: 32)", "N", number=True),
+    Switch("--max_input_length", "infer.infer.max_input_length", "tokens of the longest prompt", "N", number=True),
+    Switch("--max_new_tokens", "infer.infer.max_new_tokens", "most tokens of a prediction", "N", number=True),
+    Switch("--truncate", "infer.Inputs.truncate=True", "cut prompts that are longer, instead of refusing them"),
+    Switch("--temperature", "sampling.Sampling.temperature", "0 (default) takes the likeliest token", "X", real=True),
+    Switch("--top_k", "sampling.Sampling.top_k", "draw from the k likeliest tokens", "K", number=True),
+    Switch("--top_p", "sampling.Sampling.top_p", "draw from the likeliest that together reach p", "P", real=True),
+    Switch("--num_decodes", "sampling.Sampling.num_decodes", "predictions of each example", "N", number=True),
+    Switch("--beams", "infer.infer.beams", "beam search with so many beams", "N", number=True),
+    Switch("--seed", "infer.infer.seed", "of sampling (default: 0)", "N", number=True),
+    Switch(
+        "--format", "infer.Inputs.format", "jsonl, tsv, text or parquet, where the file's name does not tell", "FORMAT"
+    ),
+    Switch("--columns", "infer.Inputs.columns", "names of TSV columns without a header (inputs,targets)", "NAMES"),
+    Switch("--inputs_field", "infer.Inputs.inputs_field", "the field of a prompt (default: inputs)", "NAME"),
+    Switch("--targets_field", "infer.Inputs.targets_field", "the field of a target (default: targets)", "NAME"),
+    Switch("--on_bad", "infer.Inputs.on_bad", "a record that cannot be used: fail (default) or skip", "POLICY"),
+    Switch("--task", "MIXTURE_OR_TASK_NAME", "with --split: the task or mixture, if not the recipe's", "NAME"),
+    Switch("--preprocess", "infer.Inputs.preprocess", "a task whose preprocessors make the inputs of a record", "TASK"),
+    Switch("--module", "MIXTURE_OR_TASK_MODULE", "the Python module that registers it (mylab.tasks)", "MODULE"),
+    Switch(
+        "--chunk_size", "infer.Output.chunk_size", "records committed at a time (default: 16 batches)", "N", number=True
+    ),
+    Switch("--output_format", "infer.Output.format", "jsonl (default) or parquet, of a folder's shards", "FORMAT"),
+    Switch("--overwrite", "infer.Output.overwrite=True", "remove what an earlier job left there"),
+)
+
+VERBS = {
+    "train": Verb("meshway.launch.train", "train a recipe, or go on from its last checkpoint", dry_run=True),
+    "eval": Verb(
+        "meshway.launch.eval",
+        "evaluate checkpoints of a run: one, several, or each as it appears",
+        switches=_EVAL,
+        instead="--model_dir",
+        macros=("MODEL_DIR", "MIXTURE_OR_TASK_NAME", "TASK_FEATURE_LENGTHS", "BATCH_SIZE", "CACHE_DIR", "LAYOUT"),
+    ),
+    "infer": Verb(
+        "meshway.launch.infer",
+        "predict or score an input with a run's checkpoint; killed and run again, it goes on",
+        switches=_INFER,
+        instead="--model_dir",
+        macros=("MODEL_DIR", "MIXTURE_OR_TASK_NAME", "TASK_FEATURE_LENGTHS", "CACHE_DIR", "LAYOUT"),
+    ),
+    "inspect": Verb(
+        "meshway.launch.inspect",
+        "print every tensor: axes, sharding, bytes a device, and the rule; or what the data is like",
+        subjects=("layout", "data"),
+        default="layout",
+        switches=_INSPECT,
+    ),
+    "cache": Verb(
+        "meshway.launch.cache",
+        "prepare the tasks of a recipe, or --task, once and keep them",
+        switches=_CACHE,
+        instead="--task",
+        on_devices=False,
+        macros=("MIXTURE_OR_TASK_NAME", "MIXTURE_OR_TASK_MODULE", "CACHE_DIR"),
+    ),
+    "convert": Verb(
+        "meshway.launch.convert",
+        "take a Hugging Face or T5X model in, with its recipe, or write a Hugging Face one",
+        switches=_CONVERT,
+        instead="--from",
+        recipe=False,
+        on_devices=False,
+        macros=(),
+    ),
+    "bench": Verb(
+        "meshway.launch.bench",
+        "time a recipe's step on synthetic data, or its data path; or count what layouts make devices send",
+        subjects=("train", "data", "parallel", "routing", "moe", "attention", "decode"),
+        switches=_BENCH,
+    ),
+    "launch": Verb("meshway.launch.launch", "run a command on many processes, here or on a cluster", on_devices=False),
+}
+
+USAGE = """examples:
+  meshway train --gin_file=recipes/quickstart.gin --gin.MODEL_DIR=runs/quickstart
+  meshway train --gin_file=my.gin --gin.MODEL_DIR=/tmp/run --gin.LAYOUT=fsdp --dry_run
+  meshway eval --model_dir=runs/quickstart
+  meshway eval --model_dir=runs/quickstart --steps=all --split=train --max_predictions=100
+  meshway eval --model_dir=runs/quickstart --watch --idle_timeout=3600
+  meshway infer --model_dir=runs/quickstart --input=questions.jsonl --output=answers.jsonl
+  meshway infer --model_dir=runs/quickstart --split=validation --mode=score --output=scores.parquet
+  meshway infer --model_dir=runs/llama --input=prompts.txt --output=out --temperature=0.8 --top_p=0.95 --num_decodes=4
+  meshway inspect --gin_file=quickstart --gin.LAYOUT=fsdp --simulated_devices=8
+  meshway inspect data --gin_file=quickstart --rows=5 --html=data.html
+  meshway bench train --gin_file=quickstart
+  meshway bench data --gin_file=quickstart
+  meshway bench parallel --gin_file=quickstart --simulated_devices=8
+  meshway bench routing --gin_file=v_moe_digits
+  meshway bench moe --gin_file=bench_moe --simulated_devices=8 --gin.LAYOUT=expert
+  meshway bench attention --gin_file=bench_attention
+  meshway bench decode --gin_file=bench_decode
+  meshway cache --gin_file=quickstart
+  meshway cache --task=my_task --module=mylab.tasks --directory=/data/cache
+  meshway convert --from=models/Llama-3.2-1B --to=runs/llama
+  meshway convert --from=runs/llama --to=exported --dtype=bfloat16
+  meshway launch local --processes=4 --devices=2 -- train --gin_file=quickstart --gin.MODEL_DIR=runs/four
+
+Exit codes: 0 done, 1 the machine or the program failed, 2 the command or the recipe is wrong, 75 another process of the
+run was lost (started again, it goes on from the last checkpoint).
+MESHWAY_TRACEBACK=1 shows the traceback of every error. `meshway VERB --help` lists a verb's options.
+"""

@@ -1,0 +1,271 @@
+"""Killed at any moment and started again, a job leaves what an undisturbed one leaves."""
+
+import contextlib
+import itertools
+import os
+import random
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from meshway.framework.inference.bulk.chunks import ChunkStore
+
+JOB = {"recipe": "abc", "step": "100"}
+NUM_CHUNKS = 3
+STEPS = ("replace", "unlink", "mkdir", "rmdir", "fsync")
+OUTPUTS = [("out.jsonl", None), ("out.parquet", None), ("out.txt", None), ("folder", "jsonl"), ("folder", "parquet")]
+
+
+def outputs(*quick: int) -> list:
+    """The outputs, all but some left to the slow tests."""
+    return [
+        output if number in quick else pytest.param(*output, marks=pytest.mark.slow)
+        for number, output in enumerate(OUTPUTS)
+    ]
+
+
+def rows(number: int) -> list[dict]:
+    """The second chunk has no rows, and the third's are of other types than the first's."""
+    made = {0: [{"prediction": "a\n"}], 1: [], 2: [{"prediction": "b", "scores": [0.5]}, {"prediction": None}]}
+    return made[number % NUM_CHUNKS]
+
+
+def run(output: Path, format: str | None, num_chunks: int = NUM_CHUNKS, job=JOB, overwrite: bool = False) -> int:
+    """The loop of a job: what is committed is not made again. Returns how many chunks were made."""
+    made = 0
+    chunks = ChunkStore(output, job, format, overwrite)
+    try:
+        chunks.open()
+        if not chunks.finished:
+            done = chunks.committed()
+            for number in range(num_chunks):
+                if number not in done:
+                    chunks.commit(number, rows(number), f"digest {number}", {"tokens": number}, [])
+                    made += 1
+            chunks.finish(num_chunks, {"mode": "predict"})
+    finally:
+        chunks.close()
+    return made
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+class Crash(BaseException):
+    pass
+
+
+class Disk:
+    """The file system of processes that crash, and what of it would survive a power cut."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+        self._files: set[int] = set()  # whose content is on disk
+        self._renamed_in: set[int] = set()  # folders whose names are not on disk yet
+
+    @contextlib.contextmanager
+    def crashing(self, step: int):
+        """After `step` changes of the file system, no further one happens: cleaning up neither.
+
+        Also checks that each file is on disk before it is renamed, and its new name before the next one. Locks left
+        are given back at the end, as a process's are. Yields a list that is not empty once the crash has come.
+        """
+        crashed: list[bool] = []
+        locks: set[int] = set()
+        count = itertools.count()
+
+        def wrapped(name, original):
+            def call(*args, **options):
+                if crashed or next(count) == step:
+                    crashed.append(True)
+                    raise Crash
+                if name == "fsync":
+                    inode = os.fstat(args[0]).st_ino
+                    self._files.add(inode)
+                    self._renamed_in.discard(inode)
+                    return None  # no test cuts the power
+                if name == "replace":
+                    assert os.stat(args[0]).st_ino in self._files and not self._renamed_in, args
+                    self._renamed_in.add(os.stat(os.path.dirname(args[1])).st_ino)
+                return original(*args, **options)
+
+            return call
+
+        def opened(path, *args, original=os.open, **options):
+            descriptor = original(path, *args, **options)
+            if str(path).endswith("lock"):
+                locks.add(descriptor)
+            return descriptor
+
+        def closed(descriptor, original=os.close):
+            locks.discard(descriptor)
+            original(descriptor)
+
+        with self._monkeypatch.context() as patch:
+            for name in STEPS:
+                patch.setattr(os, name, wrapped(name, getattr(os, name)))
+            patch.setattr(os, "open", opened)
+            patch.setattr(os, "close", closed)
+            with contextlib.suppress(Crash):
+                yield crashed
+        self._renamed_in.clear()  # the rerun finds what it finds
+        for descriptor in locks:
+            os.close(descriptor)
+
+
+@pytest.fixture
+def disk(monkeypatch) -> Disk:
+    return Disk(monkeypatch)
+
+
+@pytest.mark.parametrize("name, format", outputs(0, 3, 4))
+def test_after_a_crash_at_every_step_a_rerun_ends_the_same(tmp_path, disk, name, format):
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    run(whole / name, format)
+    expected = tree(whole)
+    for step in itertools.count():
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        with disk.crashing(step) as crashed:
+            run(folder / name, format)
+        # A second crash, at another step of what the rerun does.
+        with disk.crashing(step % 7):
+            run(folder / name, format)
+        left = [path.split("/")[-1] for path in tree(folder)]
+        with disk.crashing(-1):
+            made = run(folder / name, format)
+        assert tree(folder) == expected, step
+        summed_up = any(path.endswith("summary.json") for path in left)
+        sides = [path for path in left if path.startswith("chunk-") and path.endswith(".json")]
+        assert made == (0 if summed_up else NUM_CHUNKS - len(sides)), step
+        with disk.crashing(-1):
+            assert run(folder / name, format) == 0
+        assert tree(folder) == expected, step
+        if not crashed:
+            break
+    assert step > 30
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("name, format", outputs(0, 3))
+def test_after_a_crash_at_every_step_of_overwriting_a_rerun_ends_the_same(tmp_path, disk, name, format, finished):
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    run(whole / name, format)
+    expected = tree(whole)
+    other = {**JOB, "step": "90"}
+    # What is overwritten: another job's result, or what a crash in the midst of its finish has left.
+    crash = -1 if finished else step_of_finish(tmp_path, disk, name, format)
+    for step in itertools.count():
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        with disk.crashing(crash):
+            run(folder / name, format, num_chunks=2, job=other)
+        with disk.crashing(step) as crashed:
+            run(folder / name, format, overwrite=True)
+        with disk.crashing(-1):
+            run(folder / name, format, overwrite=True)
+        assert tree(folder) == expected, step
+        if not crashed:
+            break
+    assert step > 30
+
+
+def step_of_finish(folder: Path, disk, name: str, format: str | None) -> int:
+    """Returns at which step of a job of two chunks to crash, to leave (a part of) the result without summary."""
+    for step in itertools.count():
+        place = folder / f"finish {step}"
+        place.mkdir()
+        with disk.crashing(step):
+            run(place / name, format, num_chunks=2)
+        left = {path.split("/")[-1] for path in tree(place)}
+        if left & {name if format is None else f"part-00000-of-00002.{format}"}:
+            assert not any(path.endswith("summary.json") for path in left)
+            return step
+    raise AssertionError
+
+
+def test_after_a_crash_at_every_step_of_replacing_a_chunk_it_is_the_old_or_the_new(tmp_path, disk):
+    made = {"old": [{"prediction": "old"}], "new": [{"prediction": "new"}]}
+
+    def commit(output: Path, digest: str) -> None:
+        with contextlib.closing(ChunkStore(output, JOB, overwrite=True)) as chunks:
+            chunks.open()
+            chunks.commit(0, made[digest], digest, {}, [])
+
+    found = set()
+    for step in itertools.count():
+        output = tmp_path / str(step) / "out.jsonl"
+        output.parent.mkdir()
+        with disk.crashing(-1):
+            commit(output, "old")
+        with disk.crashing(step) as crashed:
+            commit(output, "new")
+        with disk.crashing(-1), contextlib.closing(ChunkStore(output, JOB)) as chunks:
+            chunks.open()
+            digests = [chunk.digest for chunk in chunks.committed().values()]
+            found.add(tuple(digests))
+            if digests:
+                chunks.finish(1, {})
+                assert output.read_text() == f'{{"prediction":"{digests[0]}"}}\n'
+        if not crashed:
+            break
+    assert found == {("old",), (), ("new",)}
+
+
+PROGRAM = """
+    from meshway.framework.inference.bulk.chunks import ChunkStore
+
+    chunks = ChunkStore({output!r}, {job!r}, {format!r})
+    chunks.open()
+    print("open", flush=True)
+    if not chunks.finished:
+        done = chunks.committed()
+        for number in range({num_chunks}):
+            if number not in done:
+                rows = [{{"index": i, "prediction": f"text {{i}}" * 20, "scores": [i / 7]}} for i in range(50)]
+                chunks.commit(number, rows, str(number), {{"rows": 50}}, [])
+        chunks.finish({num_chunks}, {{}})
+    chunks.close()
+"""
+
+
+def killed_until_done(folder: Path, name: str, format: str | None, num_chunks: int, kills: int, seed: int) -> None:
+    """Runs a job in processes that are killed at random moments; the last one is left in peace."""
+    random_moments = random.Random(seed)
+    program = textwrap.dedent(PROGRAM).format(output=str(folder / name), job=JOB, format=format, num_chunks=num_chunks)
+    for kill in range(kills + 1):
+        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+        try:
+            assert process.stdout.readline() == b"open\n"
+            if kill == kills:
+                assert process.wait(120) == 0
+            else:
+                time.sleep(random_moments.random() ** 2 / 10)
+        finally:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.parametrize(
+    "name, format, num_chunks, kills",
+    [
+        ("out.jsonl", None, 40, 4),
+        ("folder", "jsonl", 40, 4),
+        *(
+            pytest.param(name, format, 300, 60, marks=pytest.mark.slow)
+            for name, format in (("out.jsonl", None), ("out.parquet", None), ("folder", "jsonl"), ("folder", "parquet"))
+        ),
+    ],
+)
+def test_kill_9_at_random_moments_changes_nothing(tmp_path, name, format, num_chunks, kills):
+    for folder, times in (("whole", 0), ("killed", kills)):
+        (tmp_path / folder).mkdir()
+        killed_until_done(tmp_path / folder, name, format, num_chunks, times, seed=kills)
+    assert tree(tmp_path / "killed") == tree(tmp_path / "whole")

@@ -1,0 +1,78 @@
+"""Steps from the host: greedy search token by token, in the memory of one cache, without compiling anything."""
+
+import jax
+import numpy as np
+import pytest
+from tiny import greedy, program
+
+from meshway.framework.errors import UserError
+from meshway.framework.inference.rows import RowFormat
+from meshway.framework.inference.step import TokenSteps, prompt_batch
+from meshway.framework.planning.compilations import Compilations
+
+ROWS, LENGTH, NEW = 4, 6, 5
+
+
+@pytest.fixture(scope="module", params=["lm", pytest.param("t5_1_1", marks=pytest.mark.slow)])
+def started(request):
+    """A tiny model under a layout that cuts batch and heads, its programs, and ragged prompts on the devices."""
+    made = program(request.param, f"BATCH_SIZE={ROWS}", layout="model_1d")
+    prompts = prompt_batch(made.placed, ROWS, LENGTH)
+    inputs = [np.arange(3, 3 + size) * 7 % 250 for size in (5, 2, 3, 4)]
+    batch = prompts.put(RowFormat.of(made.model).prompts(inputs, LENGTH))
+    return made, TokenSteps(made.placed, prompts, NEW), made.init().params, batch
+
+
+def pointers(tree):
+    return [[shard.data.unsafe_buffer_pointer() for shard in leaf.addressable_shards] for leaf in jax.tree.leaves(tree)]
+
+
+def test_steps_are_greedy_search(started):
+    made, steps, params, batch = started
+    at, found = steps.prefill(params, batch), []
+    for _ in range(NEW):
+        at = steps.step(params, at)
+        found.append(at.tokens)
+    with made.partitioner.activate():
+        wanted = jax.jit(lambda params, batch: greedy(made.model, params, batch, NEW, -1))(params, batch)
+    np.testing.assert_array_equal(np.concatenate(found, axis=1), wanted)
+    together = steps.compile_loop(NEW)(params, steps.prefill(params, batch))
+    np.testing.assert_array_equal(together.tokens, found[-1])
+    np.testing.assert_array_equal(together.positions, at.positions)
+
+
+def test_the_cache_stays_where_it_is_and_nothing_is_compiled(started):
+    _, steps, params, batch = started
+    first = steps.prefill(params, batch)
+    memory, at = pointers(first.cache), first
+    assert any(len(set(places)) > 1 for places in memory)
+    with Compilations() as compilations:
+        for _ in range(3):
+            before, at = at, steps.step(params, at)
+            assert pointers(at.cache) == memory
+            assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.cache))
+            assert not before.tokens.is_deleted() and not before.positions.is_deleted()
+            assert np.asarray(at.tokens).shape == (ROWS, 1)
+        steps.prefill(params, batch)
+    assert compilations.count == 0
+    cut = jax.tree.leaves(
+        jax.tree.map(lambda x, y: np.prod(y.shard_shape(x.shape)), first.cache, steps.shardings.cache)
+    )
+    assert steps.memory().alias_size_in_bytes >= 4 * max(cut)
+
+
+def test_a_step_needs_no_second_cache():
+    """Layers write the cache where it lies: what a step needs beside it does not grow with their number."""
+    made = program("lm", f"BATCH_SIZE={ROWS}", "NUM_LAYERS=12")
+    steps = TokenSteps(made.placed, prompt_batch(made.placed, ROWS, LENGTH), 120)
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(steps.shapes.cache["layers"]))
+    assert steps.memory().temp_size_in_bytes < 0.5 * whole
+    assert steps.memory().alias_size_in_bytes >= whole
+
+
+def test_what_does_not_fit_is_refused():
+    made = program("gpt2", "NUM_POSITIONS=8", f"BATCH_SIZE={ROWS}")
+    with pytest.raises(UserError, match="DecoderOnly: rows of 11 tokens are longer than the 8 positions"):
+        TokenSteps(made.placed, prompt_batch(made.placed, ROWS, LENGTH), NEW)
+    with pytest.raises(UserError, match="has no decoder"):
+        prompt_batch(program("bert").placed, ROWS, LENGTH)

@@ -1,0 +1,150 @@
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
+import bigram_table
+import jax
+import pytest
+
+from meshway.framework.checkpoints.manager import Checkpoints
+from meshway.framework.errors import UserError
+from meshway.framework.evaluation import Evaluation, Evaluator
+from meshway.framework.results import job as job_module
+from meshway.framework.results.claims import Claims
+from meshway.framework.results.display import EvaluationDisplay
+from meshway.framework.results.job import EvaluationJob, is_done, record_name
+from meshway.framework.results.records import Records
+from meshway.framework.results.step_queue import StepQueue, Wanted
+from meshway.framework.training.run_directory import RunDirectory
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run directory with checkpoints of steps 1, 2 and 3, of parameters that differ."""
+    folder = tmp_path_factory.mktemp("saved")
+    checkpoints = Checkpoints(folder / "checkpoints")
+    model = bigram_table.BigramTable()
+    for step in (1, 2, 3):
+        checkpoints.save_params(model.init(jax.random.key(step)), step)
+    checkpoints.close()
+    return folder
+
+
+def length(targets, predictions):
+    return {"length": sum(map(len, predictions)) / len(predictions)}
+
+
+class Work:
+    """One evaluation of a copy of that run."""
+
+    def __init__(self, saved, folder, metric_fns=(length,), split=None, steps="all"):
+        self.root = folder
+        shutil.copytree(saved, folder, dirs_exist_ok=True)
+        self.said = []
+        task = bigram_table.task([([2], [3, 1]), ([4], [5, 1])], predict_metric_fns=list(metric_fns))
+        placed = bigram_table.placed()
+        evaluator = Evaluator(placed, 4, bigram_table.LENGTHS, [task], Evaluation())
+        directory = RunDirectory(folder)
+        self.records = Records(directory.evaluations)
+        done = is_done(self.records, [record_name("ids", split)], "print")
+        wanted = Wanted.parse(steps).fixed(directory.checkpoints)
+        claims = Claims(folder / "eval" / ".claims")
+        self.queue = StepQueue(directory.checkpoints, wanted, done, claims, self.said.append)
+        display = SimpleNamespace(
+            begin=lambda step: None,
+            observe=lambda *_: None,
+            found=lambda task, report: None,
+            say=self.said.append,
+        )
+        given = (directory, evaluator, placed.abstract_params, self.queue, self.records, "print", split, display)
+        self.job = EvaluationJob(*given, skip_removed=True)
+
+
+def test_every_step_is_evaluated_written_and_passed_over_the_next_time(saved, tmp_path):
+    work = Work(saved, tmp_path)
+    assert work.job.run() == 3
+    records = work.records.read("ids")
+    assert list(records) == [1, 2, 3] and len({record["metrics"]["loss"] for record in records.values()}) == 3
+    assert all(record["fingerprint"] == "print" and record["counts"]["predictions"] == 2 for record in records.values())
+    assert len(list((tmp_path / "tensorboard" / "eval").glob("*tfevents*"))) == 3
+    assert "length" in (tmp_path / "report.html").read_text()
+    again = Work(saved, tmp_path)
+    assert again.job.run() == 0 and again.queue.skipped == 3
+
+
+def test_another_split_has_files_of_its_own(saved, tmp_path):
+    assert Work(saved, tmp_path, split="test[:50%]", steps="2").job.run() == 1
+    (path,) = (tmp_path / "eval").glob("*.jsonl")
+    assert path.name == "ids.test[:50%].jsonl" and json.loads(path.read_text())["split"] == "test[:50%]"
+    assert record_name("ids", None) == "ids" and record_name("ids", "train") == "ids.train"
+
+
+def test_a_metric_that_raises_is_told_at_the_end_and_tried_again(saved, tmp_path):
+    def bad(targets, predictions):
+        raise ZeroDivisionError("of none")
+
+    work = Work(saved, tmp_path, (bad, length))
+    with pytest.raises(UserError, match=r"3 times:\n  task 'ids', bad: ZeroDivisionError: of none$"):
+        work.job.run()
+    records = work.records.read("ids")
+    assert list(records) == [1, 2, 3]
+    assert all(record["failed"] == {"bad": "ZeroDivisionError: of none"} for record in records.values())
+    assert all("length" in record["metrics"] for record in records.values())
+    assert "step 1  ids  bad raised ZeroDivisionError: of none" in work.said
+    assert Work(saved, tmp_path).job.run() == 3
+    assert not any("failed" in record for record in Records(tmp_path / "eval").read("ids").values())
+
+
+def test_a_checkpoint_removed_while_it_is_read_is_passed_over(saved, tmp_path, monkeypatch):
+    """As `manager.Keep` does beside a watcher: first its files go, then the folder."""
+    work = Work(saved, tmp_path)
+    folder = tmp_path / "checkpoints" / "2"
+    shutil.rmtree(folder / "state")
+    monkeypatch.setattr(job_module.time, "sleep", lambda seconds: shutil.rmtree(folder, ignore_errors=True))
+    assert work.job.run() == 2
+    assert list(work.records.read("ids")) == [1, 3]
+    assert work.said == ["step 2: its checkpoint was removed before it could be read; passed over"]
+
+
+def test_a_damaged_checkpoint_and_one_of_another_model_are_errors(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(job_module, "_REMOVAL", 0.0)
+    work = Work(saved, tmp_path / "damaged", steps="2")
+    shutil.rmtree(tmp_path / "damaged" / "checkpoints" / "2" / "state")
+    with pytest.raises(UserError, match="cannot be read: it is truncated, damaged or not meshway's"):
+        work.job.run()
+    work = Work(saved, tmp_path / "other", steps="2")
+    abstract = {"table": jax.ShapeDtypeStruct((3, 3), "float32")}
+    work.job._params = abstract
+    with pytest.raises(UserError, match=re.escape("table is float32[12,12] there and float32[3,3] here")):
+        work.job.run()
+    assert work.records.read("ids") == {}
+
+
+class Screen:
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_line_a_task_and_step_with_its_speed(terminal):
+    screen = Screen()
+    report = {"metrics": {"loss": 2.5, "f1": 40.0}, "counts": {"rows": 3, "tokens": 9.0, "predictions": 1200}}
+    with EvaluationDisplay(stream=screen, terminal=terminal) as display:
+        display.begin(100)
+        display.observe("summary", "predictions", 40, 1200)
+        display.found("summary", report)
+        display.say("waiting for [a checkpoint]")
+    line = re.search(r"step 100  summary  loss 2.5  f1 40  \(1,200 examples, [\d,.]+ examples/s\)", screen.text)
+    assert line and "waiting for [a checkpoint]" in screen.text
+    assert terminal == ("step 100  summary  predictions" in screen.text)
+    with EvaluationDisplay(silent=True, stream=screen, terminal=terminal) as display:
+        before = screen.text
+        display.say("nothing")
+    assert screen.text == before

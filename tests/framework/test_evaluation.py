@@ -1,0 +1,156 @@
+import itertools
+
+import bigram_table
+import jax
+import numpy as np
+import pytest
+
+from meshway.framework.data.features import LanguageModel, PrefixLanguageModel
+from meshway.framework.evaluation import Evaluation, Evaluator
+
+EXAMPLES = [([2 + i, 3], [*range(4, 5 + i % 3), 1]) for i in range(6)]
+KINDS = ("predict_metric_fns", "score_metric_fns", "predict_with_aux_metric_fns")
+
+
+@pytest.fixture(scope="module")
+def params():
+    return bigram_table.BigramTable().init(jax.random.key(3))
+
+
+def evaluate(params, *tasks, data=1, batch_size=4, lengths=bigram_table.LENGTHS, **settings):
+    settings = Evaluation(**{"max_predictions": None} | settings)
+    return Evaluator(bigram_table.placed(data), batch_size, lengths, tasks, settings).evaluate(params)
+
+
+def log_prob(params, inputs, targets):
+    """The log-probability of targets after inputs, in numpy."""
+    table = np.asarray(params["table"], np.float64)
+    table = table - np.log(np.exp(table).sum(1, keepdims=True))
+    sequence = [0, *inputs, *targets]
+    pairs = list(itertools.pairwise(sequence))[-len(targets) :]
+    return sum(table[pair] for pair in pairs)
+
+
+def greedy(params, inputs):
+    """What greedy search says after inputs, before EOS, in numpy."""
+    table, found = np.asarray(params["table"]), [inputs[-1]]
+    for _ in range(bigram_table.LENGTHS["targets"]):
+        found.append(int(table[found[-1]].argmax()))
+        if found[-1] == 1:
+            break
+    return [token for token in found[1:] if token != 1]
+
+
+def recorders():
+    """Metric functions of each kind, and what they were given."""
+    seen = {}
+
+    def of_predictions(targets, predictions):
+        seen["predictions"] = (targets, predictions)
+        return {"count": len(predictions)}
+
+    def of_scores(targets, scores):
+        seen["scores"] = (targets, scores)
+        return {"scored": len(scores)}
+
+    def of_aux(targets, predictions, aux_values):
+        seen["aux"] = aux_values["scores"]
+        return {"aux": len(predictions)}
+
+    return seen, dict(zip(KINDS, ([of_predictions], [of_scores], [of_aux])))
+
+
+@pytest.mark.parametrize(("data", "pack"), [(1, True), (1, False), (4, False)])
+def test_what_is_found_is_what_a_hand_counts(params, data, pack):
+    """Six examples in batches of four: the last batch is padded, and padding counts nowhere."""
+    seen, functions = recorders()
+    task = bigram_table.task(EXAMPLES, PrefixLanguageModel(pack=pack), **functions)
+    scalars, reports = evaluate(params, task, data=data)
+    report = reports["ids"]
+    scores = [log_prob(params, *example) for example in EXAMPLES]
+    tokens = sum(len(targets) for _, targets in EXAMPLES)
+    assert report["counts"] == {
+        "rows": task.num_rows if pack else 6,
+        "tokens": tokens,
+        "predictions": 6,
+        "scores": 6,
+    }
+    assert pack == (task.num_rows < 6)
+    assert report["metrics"]["loss"] == pytest.approx(-sum(scores) / tokens, rel=1e-5)
+    assert scalars["validation/loss"] == scalars["validation/ids/loss"] == report["metrics"]["loss"]
+    assert {name: report["metrics"][name] for name in ("count", "scored", "aux")} == {"count": 6, "scored": 6, "aux": 6}
+    targets = [example[1][:-1] for example in EXAMPLES]
+    assert seen["predictions"] == (targets, [greedy(params, inputs) for inputs, _ in EXAMPLES])
+    assert seen["scores"][0] == targets
+    np.testing.assert_allclose(seen["scores"][1], scores, rtol=1e-5)
+    ended = [[*greedy(params, inputs), 1][: bigram_table.LENGTHS["targets"]] for inputs, _ in EXAMPLES]
+    np.testing.assert_allclose(
+        seen["aux"], [log_prob(params, e[0], p) for e, p in zip(EXAMPLES, ended, strict=True)], rtol=1e-5
+    )
+    assert report["predictions"][0] == {
+        "input": str(EXAMPLES[0][0]),
+        "target": str(targets[0]),
+        "prediction": str(seen["predictions"][1][0]),
+    }
+
+
+def test_the_score_of_a_split_example_is_that_of_all_its_parts(params):
+    seen, functions = recorders()
+    lengths = {"targets": 4}
+    long, short = [5, 6, 7, 8, 9, 10, 1], [3, 1]
+    task = bigram_table.task(
+        [([], long), ([], short)], LanguageModel(), lengths=lengths, score_metric_fns=functions["score_metric_fns"]
+    )
+    report = evaluate(params, task, lengths=lengths)[1]["ids"]
+    windows = log_prob(params, [], long[:4]) + log_prob(params, [], long[4:])
+    np.testing.assert_allclose(seen["scores"][1], [windows, log_prob(params, [], short)], rtol=1e-5)
+    assert report["counts"]["scores"] == 2 and report["counts"]["tokens"] == 9
+
+
+def test_a_bound_on_predictions_bounds_scores_too(params):
+    seen, functions = recorders()
+    counts = evaluate(params, bigram_table.task(EXAMPLES, **functions), max_predictions=5)[1]["ids"]["counts"]
+    assert (counts["predictions"], counts["scores"]) == (5, 5) and counts["tokens"] == sum(len(t) for _, t in EXAMPLES)
+    assert len(seen["scores"][0]) == len(seen["predictions"][0]) == 5
+    report = evaluate(params, bigram_table.task(EXAMPLES, **functions), max_predictions=0)[1]["ids"]
+    assert "predictions" not in report["counts"] and "count" not in report["metrics"]
+
+
+def test_what_fails_in_one_task_stops_nothing_else(params):
+    def bad(targets, predictions):
+        raise ZeroDivisionError("no predictions")
+
+    def broken(output, example, is_target):
+        if not is_target and example["inputs"][0] == 5:
+            raise KeyError("label")
+        return output
+
+    def broken_target(output, example, is_target):
+        return {}["label"] if is_target else output
+
+    _, functions = recorders()
+    functions["predict_metric_fns"] = [bad, *functions["predict_metric_fns"]]
+    tasks = [
+        bigram_table.task(EXAMPLES, name="bad", **functions),
+        bigram_table.task(EXAMPLES, name="broken", postprocess=broken, **functions),
+        bigram_table.task(EXAMPLES, name="target", postprocess=broken_target, **functions),
+        bigram_table.task(EXAMPLES, name="good", **recorders()[1]),
+    ]
+    _, reports = evaluate(params, *tasks)
+    assert reports["bad"]["failed"] == {"bad": "ZeroDivisionError: no predictions"}
+    assert {"count": 6.0, "scored": 6.0, "aux": 6.0}.items() <= reports["bad"]["metrics"].items()
+    assert reports["broken"]["failed"] == {"postprocess_fn": "on example 3: KeyError: 'label'"}
+    assert reports["broken"]["metrics"]["scored"] == 6 and "count" not in reports["broken"]["metrics"]
+    assert reports["target"]["failed"]["postprocess_fn"].endswith("KeyError: 'label'")
+    assert "failed" not in reports["good"] and reports["good"]["metrics"]["count"] == 6
+    assert {report["metrics"]["loss"] for report in reports.values()} == {reports["good"]["metrics"]["loss"]}
+
+
+def test_progress_is_told_to_the_last_example(params):
+    told = []
+    task = bigram_table.task(EXAMPLES, PrefixLanguageModel(pack=False), **recorders()[1])
+    evaluator = Evaluator(bigram_table.placed(), 4, bigram_table.LENGTHS, [task], Evaluation(max_predictions=5))
+    list(evaluator.results(params, lambda *what: told.append(what)))
+    assert [what[2:] for what in told if what[1] == "loss"] == [(4, 6), (6, 6)]
+    for what in ("predictions", "scores"):
+        assert [each[2:] for each in told if each[1] == what] == [(4, 5), (5, 5)]

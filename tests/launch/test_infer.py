@@ -1,0 +1,249 @@
+"""`meshway infer` on tiny runs, from the command line: what it writes, and what it refuses."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from saved_runs import LENGTHS, VOCABULARY, save_run
+
+from meshway.framework.data.features import EncoderDecoder
+from meshway.framework.data.objective import FeatureInfo, TaskInfo
+from meshway.framework.data.rows import packing
+from meshway.framework.data.vocabulary import Framing
+from meshway.framework.errors import UserError
+from meshway.framework.inference.beam_search import BeamSearch
+from meshway.framework.inference.decoding import Stop
+from meshway.framework.inference.predictor import Predictor
+from meshway.framework.inference.sampling import Sampling
+from meshway.launch import cli
+from meshway.launch.infer import open_recipe
+
+GOLDENS = Path(__file__).parents[1] / "goldens/hugging_face"
+TEXTS = ["one", "a text of some more words, which needs a longer bucket", "", "three", "four 4"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return save_run(tmp_path_factory.mktemp("runs") / "t5")
+
+
+@pytest.fixture(scope="module")
+def decoder_only(tmp_path_factory):
+    return save_run(tmp_path_factory.mktemp("runs") / "lm", "lm", framing=Framing((300,), False))
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps({"inputs": text, "id": f"q{n}"}) + "\n" for n, text in enumerate(TEXTS)))
+    return path
+
+
+def infer(*words):
+    return cli.main(["infer", "--batch_size=4", "--gin.LAYOUT=single", *map(str, words)])
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def greedy(model, params, batch):
+    return Sampling(temperature=0.0)(model, params, batch, 16, Stop((1,)), np.zeros(1, int), jax.random.key(0))
+
+
+def params_and_model(run):
+    opened = open_recipe(run)
+    predictor = Predictor(run, layout="single")
+    return predictor._session.params, opened.model
+
+
+def test_json_lines_in_json_lines_out(run, questions, tmp_path, capsys):
+    assert infer(f"--model_dir={run}", f"--input={questions}", f"--output={tmp_path / 'answers.jsonl'}") == 0
+    rows = rows_of(tmp_path / "answers.jsonl")
+    assert [(row["index"], row["inputs"], row["id"]) for row in rows] == [
+        (n, text, f"q{n}") for n, text in enumerate(TEXTS)
+    ]
+    params, model = params_and_model(run)
+    for row in rows[1:3]:  # each by itself, in a batch of one and of another length
+        tokens = np.array([*VOCABULARY.encode(row["inputs"]), 1], np.int32)
+        batch = {
+            "encoder_input_tokens": tokens[None],
+            "encoder_segment_ids": np.ones((1, len(tokens)), np.int32),
+            "encoder_positions": np.arange(len(tokens), dtype=np.int32)[None],
+        }
+        alone = jax.jit(lambda params, batch: greedy(model, params, batch))(params, batch)
+        length = int(alone.lengths[0, 0])
+        assert row["tokens"] == np.asarray(alone.tokens[0, 0, :length]).tolist()
+        assert row["prediction"] == VOCABULARY.decode([token for token in row["tokens"] if token != 1])
+        np.testing.assert_allclose(row["token_scores"], alone.log_probs[0, 0, :length], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(row["score"], sum(row["token_scores"]), rtol=1e-5)
+    said = capsys.readouterr().err
+    assert "5 examples in" in said and "2 programs compiled" in said
+    total = json.loads((tmp_path / "answers.jsonl.summary.json").read_text())
+    assert total["examples"] == 5 and total["read_tokens"] == sum(len(text) + 1 for text in TEXTS)
+
+
+def test_scores_are_the_models_own(run, tmp_path):
+    path = tmp_path / "pairs.tsv"
+    pairs = [("a", "yes"), ("b c d", "no, not at all"), ("", "x")]
+    path.write_text("inputs\ttargets\n" + "".join(f"{known}\t{new}\n" for known, new in pairs))
+    assert infer(f"--model_dir={run}", f"--input={path}", "--mode=score", f"--output={tmp_path / 'out.jsonl'}") == 0
+    params, model = params_and_model(run)
+    tokens = FeatureInfo("int32", (None,))
+    objective = EncoderDecoder(pack=False).bind(TaskInfo("t", {"inputs": tokens, "targets": tokens}), LENGTHS)
+    items = [
+        {name: np.array([*VOCABULARY.encode(text), 1], np.int32) for name, text in zip(("inputs", "targets"), pair)}
+        for pair in pairs
+    ]
+    batch = objective.lay(items, packing.one_each(3, ["inputs", "targets"]))
+    wanted = np.asarray(jax.jit(model.score)(params, batch))
+    for row, expected, item in zip(rows_of(tmp_path / "out.jsonl"), wanted, items):
+        np.testing.assert_allclose(row["token_scores"], expected[: len(item["targets"])], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(row["score"], expected.sum(), rtol=1e-5)
+
+
+def test_intermediate_values_come_by_name(run, tmp_path):
+    words = (f"--model_dir={run}", "--input=-", "--format=text", "--mode=predict_with_aux", "--max_new_tokens=4")
+    path = tmp_path / "in.txt"
+    path.write_text("one\nand two\n")
+    words = tuple(f"--input={path}" if word == "--input=-" else word for word in words)
+    assert infer(*words, "--aux=encoder_output,logits", f"--output={tmp_path / 'out.jsonl'}") == 0
+    for row, text in zip(rows_of(tmp_path / "out.jsonl"), ("one", "and two")):
+        assert np.shape(row["aux"]["encoder_output"])[0] == len(text) + 1
+        logits = np.array(row["aux"]["logits"])
+        assert logits.shape == (len(row["tokens"]), 384)
+        assert logits.argmax(axis=1).tolist() == row["tokens"]  # greedy
+
+
+def test_a_decoder_goes_on_behind_its_own_start(decoder_only, questions, tmp_path):
+    words = (f"--model_dir={decoder_only}", f"--input={questions}", "--max_new_tokens=6")
+    assert (
+        infer(*words, f"--output={tmp_path / 'out.jsonl'}", "--num_decodes=2", "--temperature=1.5", "--top_k=50") == 0
+    )
+    rows = rows_of(tmp_path / "out.jsonl")
+    for row in rows:
+        assert len(row["predictions"]) == 2 and row["scores"] == sorted(row["scores"], reverse=True)
+        assert row["prediction"] == row["predictions"][0] and row["score"] == row["scores"][0]
+    params, model = params_and_model(decoder_only)
+    whole = [300, *VOCABULARY.encode(TEXTS[0]), *rows[0]["tokens"]]
+    batch = {
+        "decoder_input_tokens": np.array([whole[:-1]], np.int32),
+        "decoder_target_tokens": np.array([whole[1:]], np.int32),
+        "decoder_loss_weights": np.ones((1, len(whole) - 1), np.float32),
+        "decoder_segment_ids": np.ones((1, len(whole) - 1), np.int32),
+        "decoder_positions": np.arange(len(whole) - 1, dtype=np.int32)[None],
+    }
+    made = len(rows[0]["tokens"])
+    np.testing.assert_allclose(
+        rows[0]["token_scores"], np.asarray(jax.jit(model.score)(params, batch))[0, -made:], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_predictor_says_what_the_command_writes(run, questions, tmp_path):
+    assert infer(f"--model_dir={run}", f"--input={questions}", f"--output={tmp_path / 'a.jsonl'}", "--beams=3") == 0
+    predictor = Predictor(run, layout="single", decoder=BeamSearch(3), batch_size=4)
+    for row, found in zip(rows_of(tmp_path / "a.jsonl"), predictor.predict(TEXTS)):
+        assert (found.text, found.tokens, found.texts) == (row["prediction"], row["tokens"], row["predictions"])
+        np.testing.assert_allclose(found.scores, row["scores"], rtol=1e-6)
+    (scored,) = predictor.score([TEXTS[0]], [predictor.predict([TEXTS[0]])[0].text])
+    assert scored.score == pytest.approx(sum(scored.token_scores))
+    assert predictor.step == 7
+
+
+def framed_tokenizer(size, bos):
+    """A word-level tokenizer.json that puts id `bos` before every text, as Llama's does."""
+    words = {f"w{n}": n for n in range(size)}
+    begin = {"SpecialToken": {"id": f"w{bos}", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [begin, text],
+        "pair": [begin, text],
+        "special_tokens": {f"w{bos}": {"id": f"w{bos}", "ids": [bos], "tokens": [f"w{bos}"]}},
+    }
+    whole = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "post_processor": template}
+    return json.dumps(whole | {"model": {"type": "WordLevel", "vocab": words, "unk_token": "w3"}})
+
+
+def test_a_converted_model_answers_at_once_behind_its_own_bos(tmp_path):
+    directory, run, out = tmp_path / "llama3", tmp_path / "run", tmp_path / "out.jsonl"
+    shutil.copytree(GOLDENS / "llama3", directory, ignore=shutil.ignore_patterns("*.npz"))
+    (directory / "tokenizer.json").write_text(framed_tokenizer(67, bos=1))
+    (tmp_path / "in.txt").write_text("w5 w17 w40\nw9\n")
+    assert cli.main(["convert", f"--from={directory}", f"--to={run}"]) == 0
+    saved = json.loads((run / "vocabularies.json").read_text())
+    assert saved["start"] == [1] and saved["append_eos"] is False
+    assert infer(f"--model_dir={run}", f"--input={tmp_path / 'in.txt'}", f"--output={out}", "--max_new_tokens=5") == 0
+    params, model = params_and_model(run)
+    for row, prompt in zip(rows_of(out), ([1, 5, 17, 40], [1, 9])):
+        whole = [*prompt, *row["tokens"]]
+        batch = {
+            "decoder_input_tokens": np.array([whole], np.int32),
+            "decoder_segment_ids": np.ones((1, len(whole)), np.int32),
+            "decoder_positions": np.arange(len(whole), dtype=np.int32)[None],
+        }
+        logits = np.asarray(jax.jit(lambda params, batch: model.logits(params, batch, None))(params, batch))[0]
+        assert logits[len(prompt) - 1 : -1].argmax(axis=-1).tolist() == row["tokens"]
+
+
+@pytest.mark.parametrize("kind", ["run", "decoder_only"])
+def test_a_stream_is_the_prediction_piece_by_piece(kind, request):
+    how = Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.3)
+    predictor = Predictor(request.getfixturevalue(kind), layout="single", decoder=how, batch_size=2)
+    (whole,) = predictor.predict([TEXTS[3]], ids=[5])
+    pieces = list(predictor.generate(TEXTS[3], id=5))
+    assert "".join(pieces) == whole.text and len(pieces) > 2
+    with pytest.raises(UserError, match="input 0: 90 tokens of inputs|input 0: 91 tokens"):
+        next(predictor.generate("x" * 89))
+
+
+def test_what_searches_cannot_stream(run):
+    with pytest.raises(UserError, match="BeamSearch.* cannot stream"):
+        next(Predictor(run, layout="single", decoder=BeamSearch(2)).generate("x"))
+
+
+MISTAKES = {
+    "a prompt longer than the cache": (
+        ["--max_input_length=20"],
+        "questions.jsonl:2: 55 tokens of inputs, and there is",
+    ),
+    "an unknown step": (["--step=8"], "has no checkpoint of step 8; there are [7]"),
+    "an unknown mode": (["--mode=guess"], "--mode=guess is not one of predict, score"),
+    "a missing field": (
+        ["--inputs_field=input"],
+        "there is no field 'input', only ['id', 'inputs']; did you mean 'inputs'?",
+    ),
+    "no targets to score": (["--mode=score"], "there is no field 'targets', only ['id', 'inputs']"),
+    "aux without a name": (["--mode=predict_with_aux"], "goes with --aux=NAMES"),
+    "an unknown intermediate": (
+        ["--mode=predict_with_aux", "--aux=hidden"],
+        "no intermediate 'hidden'; there are decoder_",
+    ),
+    "a batch that does not divide": (["--gin.LAYOUT=data", "--batch_size=3"], "'batch' of size 3 does not divide"),
+    "another recipe": (["--gin.D_MODEL=32"], "holds another model than this recipe"),
+    "both inputs": (["--split=train"], "give one"),
+    "an unknown policy": (["--on_bad=ignore"], "--on_bad=ignore is neither"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_named(name, run, questions, tmp_path, capsys):
+    words, message = MISTAKES[name]
+    assert infer(f"--model_dir={run}", f"--input={questions}", f"--output={tmp_path / 'out.jsonl'}", *words) == 2
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_malformed_line_is_named_or_left_out(run, tmp_path, capsys):
+    path, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    path.write_text('{"inputs": "fine"}\n{"inputs": "broken\n{"inputs": "fine too"}\n')
+    words = (f"--model_dir={run}", f"--input={path}", f"--output={out}", "--max_new_tokens=4")
+    assert infer(*words) == 2
+    assert "in.jsonl:2: not JSON" in capsys.readouterr().err
+    assert infer(*words, "--on_bad=skip") == 0
+    assert [row["index"] for row in rows_of(out)] == [0, 2]
+    assert "left out: in.jsonl:2" in capsys.readouterr().err.replace(f"{path}", "in.jsonl")
