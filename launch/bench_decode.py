@@ -23,7 +23,8 @@ from meshway.framework.columns import format_columns
 from meshway.framework.errors import UserError
 from meshway.framework.inference.buckets import doubling
 from meshway.framework.inference.rows import RowFormat
-from meshway.framework.inference.step import Next, TokenSteps, prompt_batch
+from meshway.framework.inference.sampling import Drawing
+from meshway.framework.inference.step import TokenSteps, prompt_batch
 from meshway.framework.interfaces import Model, Params
 from meshway.framework.partitioning.explain import format_bytes
 from meshway.framework.partitioning.placed_model import PlacedBatch, PlacedModel
@@ -118,7 +119,7 @@ class _Decoding:
         self.placed, self.params = placed, params
         self._format, self._length, self._new_tokens = RowFormat.of(placed.model), length, new_tokens
 
-    def begin(self, sizes: Sequence[int]) -> Next:
+    def begin(self, sizes: Sequence[int]) -> Drawing:
         """Reads random prompts that take so many tokens of a row each."""
         random, start = np.random.default_rng(0), self._format.prompt_size(())
         inputs = [random.integers(*TOKENS, size - start).tolist() for size in sizes]
@@ -129,11 +130,12 @@ class _Decoding:
         self._cache = self._start.cache
         return self._start
 
-    def prefill(self) -> Next:
+    def prefill(self) -> Drawing:
         """Reads the prompts again, not waited for."""
-        return self.steps.prefill(self.params, self._prompts)
+        ids = np.zeros(self.batch.size, np.int32)
+        return self.steps.prefill(self.params, self._prompts, ids, jax.random.key(0))
 
-    def stream(self) -> Next:
+    def stream(self) -> Drawing:
         """Predicts `new_tokens` as a stream does: while a step runs, the host reads the tokens of the one before."""
         at = self._start._replace(cache=self._cache)
         for _ in range(self._new_tokens):
@@ -144,7 +146,7 @@ class _Decoding:
         self._cache = at.cache
         return at
 
-    def loop(self, compiled: Any) -> Next:
+    def loop(self, compiled: Any) -> Drawing:
         """Predicts `new_tokens` by one program."""
         at = compiled(self.params, self._start._replace(cache=self._cache))
         self._cache = at.cache
@@ -308,9 +310,10 @@ def _measure_one(decoding: _Decoding, batch_size: int, setting: Setting, stream:
     )
 
 
-def _held(placed: PlacedModel, params: Params, at: Next) -> tuple[float, float]:
+def _held(placed: PlacedModel, params: Params, at: Drawing) -> tuple[float, float]:
     """Returns the bytes of parameters and of the cache that all devices together read in a step, of what each holds."""
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, *at))
+    given = (params, at.tokens, at.start, at.cache)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), given)
     read = bytes_read(placed.model.decode, *shapes)
 
     def total(read: Any, arrays: Any) -> float:

@@ -10,7 +10,8 @@ import numpy as np
 from meshway.framework.errors import UserError
 from meshway.framework.inference.decoding import Decoded, Decoder, Stop
 from meshway.framework.inference.rows import RowFormat, Tokens
-from meshway.framework.inference.sampling import Drawing, Sampling
+from meshway.framework.inference.sampling import Sampling
+from meshway.framework.inference.step import TokenSteps, prompt_batch
 from meshway.framework.interfaces import ArraySpec, Params
 from meshway.framework.partitioning.placed_model import PlacedModel
 
@@ -61,12 +62,11 @@ class Engine:
           forced: tokens that each example's prediction begins with; () for none.
         """
         batch = self.format.prompts(self._filled(inputs), length)
-        numbers = np.array(self._filled(ids), np.int64).astype(np.uint32).astype(np.int32)
         begun = np.zeros((self.batch_size, max_length if forced else 0), np.int32)
         for row, tokens in zip(begun, self._filled(forced) if forced else ()):
             row[: len(tokens)] = tokens[:max_length]
         program = self._compiled("predict", batch, (begun.shape[1], max_length))
-        return program(self._params, self._put(batch), numbers, begun, self._key)
+        return program(self._params, self._put(batch), self._numbers(ids), begun, self._key)
 
     def stream(self, inputs: Tokens, id: int, length: int, max_length: int) -> Iterator[int]:
         """Yields the tokens of one example's prediction as they are drawn: those that `predict` returns at once.
@@ -76,18 +76,22 @@ class Engine:
         """
         if not isinstance(self._decoder, Sampling) or self._decoder.num_decodes != 1:
             raise UserError(f"{self._decoder} cannot stream: only Sampling of one decode makes a token at a time")
-        batch = self.format.prompts(self._filled([inputs]), length)
-        begin, step = self._compiled("stream", batch, (max_length,))
-        numbers = np.full(self.batch_size, id, np.int64).astype(np.uint32).astype(np.int32)
-        at, made = begin(self._params, self._put(batch), numbers, self._key), []
-        for place in range(max_length):
-            at, token, done = step(self._params, at)
-            made.append((token, done))
-            if place:  # the one before, while the device is at this one
-                yield int(made[-2][0])
-                if made[-2][1]:
+        key = ("stream", length, max_length)
+        if key not in self._programs:
+            prompts = prompt_batch(self.placed, self.batch_size, length)
+            steps = TokenSteps(self.placed, prompts, max_length, self._decoder, self._stop, self._params)
+            self._programs[key] = steps
+            self.num_compiled += 1
+        batch = self._put(self.format.prompts(self._filled([inputs]), length))
+        at, before = self._programs[key].prefill(self._params, batch, self._numbers([id]), self._key), None
+        for _ in range(max_length):
+            at = self._programs[key].step(self._params, at)
+            if before is not None:  # read while the device is at the next
+                yield int(before.tokens[0, 0])
+                if before.done[0]:
                     return
-        yield int(made[-1][0])
+            before = at
+        yield int(at.tokens[0, 0])
 
     def score(self, inputs: Sequence[Tokens], targets: Sequence[Tokens], lengths: Mapping[str, int]) -> jax.Array:
         """Starts scoring; returns the log-probability of each place of each row, float32 [batch_size, length]:
@@ -109,6 +113,10 @@ class Engine:
         """
         batch = self.format.scored(self._filled(inputs), self._filled(targets), lengths)
         return self._compiled("observe", batch, tuple(sorted(names)))(self._params, self._put(batch))
+
+    def _numbers(self, ids: Sequence[int]) -> np.ndarray:
+        """Returns ids as int32 [batch_size]; those of huge inputs wrap around."""
+        return np.array(self._filled(ids), np.int64).astype(np.uint32).astype(np.int32)
 
     def _filled(self, rows: Sequence[Any]) -> list[Any]:
         """Returns `batch_size` rows: a repeated row ends when the one that it repeats does."""
@@ -138,8 +146,6 @@ class Engine:
         others: list[jax.ShapeDtypeStruct] = []
         if kind == "observe":
             function = functools.partial(model.observe, names=static)
-        elif kind == "stream":
-            return self._compile_stream(shapes, shardings, *static)
         elif kind == "predict":
             num_forced, max_length = static
             others = [
@@ -163,36 +169,3 @@ class Engine:
             )
         except ValueError as error:
             raise UserError(f"{type(model).__name__}, {kind}: {error}") from error
-
-    def _compile_stream(self, shapes: Mapping[str, Any], shardings: Any, max_length: int) -> Any:
-        """Returns what begins a stream, and what adds a token, consuming the cache it is given."""
-        model, partitioner, sampling = self.placed.model, self.placed.partitioner, self._decoder
-        assert isinstance(sampling, Sampling)
-
-        def begin(params: Params, batch: Any, ids: jax.Array, key: jax.Array) -> Drawing:
-            return sampling.begin(model, params, batch, max_length, ids, key)
-
-        def step(params: Params, at: Drawing) -> tuple[Drawing, jax.Array, jax.Array]:
-            at = sampling.step(model, params, self._stop, at)
-            return at, at.tokens[0, 0], at.done[0]
-
-        ids = jax.ShapeDtypeStruct((self.batch_size,), np.int32)
-        key = jax.ShapeDtypeStruct(self._key.shape, self._key.dtype)
-        abstract, replicated = (self.placed.param_shapes, dict(shapes), ids, key), partitioner.replicated
-        first = partitioner.compile(
-            begin,
-            *abstract,
-            in_shardings=(self.placed.param_shardings, shardings, replicated, replicated),
-            out_shardings=None,
-        )
-        with partitioner.activate():
-            drawing = jax.eval_shape(begin, *abstract)
-        later = partitioner.compile(
-            step,
-            self.placed.param_shapes,
-            drawing,
-            in_shardings=(self.placed.param_shardings, first.output_shardings),
-            out_shardings=(first.output_shardings, replicated, replicated),
-            donate=(1,),
-        )
-        return first, later

@@ -29,21 +29,23 @@ def pointers(tree):
 
 def test_steps_are_greedy_search(started):
     made, steps, params, batch = started
-    at, found = steps.prefill(params, batch), []
+    at, found = steps.prefill(params, batch, np.arange(ROWS, dtype=np.int32), jax.random.key(0)), []
     for _ in range(NEW):
         at = steps.step(params, at)
         found.append(at.tokens)
     with made.partitioner.activate():
         wanted = jax.jit(lambda params, batch: greedy(made.model, params, batch, NEW, -1))(params, batch)
     np.testing.assert_array_equal(np.concatenate(found, axis=1), wanted)
-    together = steps.compile_loop(NEW)(params, steps.prefill(params, batch))
+    together = steps.compile_loop(NEW)(
+        params, steps.prefill(params, batch, np.arange(ROWS, dtype=np.int32), jax.random.key(0))
+    )
     np.testing.assert_array_equal(together.tokens, found[-1])
-    np.testing.assert_array_equal(together.positions, at.positions)
+    np.testing.assert_array_equal(together.output, at.output)
 
 
 def test_the_cache_stays_where_it_is_and_nothing_is_compiled(started):
     _, steps, params, batch = started
-    first = steps.prefill(params, batch)
+    first = steps.prefill(params, batch, np.arange(ROWS, dtype=np.int32), jax.random.key(0))
     memory, at = pointers(first.cache), first
     assert any(len(set(places)) > 1 for places in memory)
     with Compilations() as compilations:
@@ -51,9 +53,9 @@ def test_the_cache_stays_where_it_is_and_nothing_is_compiled(started):
             before, at = at, steps.step(params, at)
             assert pointers(at.cache) == memory
             assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.cache))
-            assert not before.tokens.is_deleted() and not before.positions.is_deleted()
+            assert not before.tokens.is_deleted() and not before.done.is_deleted()
             assert np.asarray(at.tokens).shape == (ROWS, 1)
-        steps.prefill(params, batch)
+        steps.prefill(params, batch, np.arange(ROWS, dtype=np.int32), jax.random.key(0))
     assert compilations.count == 0
     cut = jax.tree.leaves(
         jax.tree.map(lambda x, y: np.prod(y.shard_shape(x.shape)), first.cache, steps.shardings.cache)
