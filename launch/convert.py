@@ -39,6 +39,7 @@ def convert(
     step: int | None = None,
     max_shard_size: str | None = None,
     ignore_fields: str = "",
+    vocabulary: str | None = None,
 ) -> None:
     """Converts a Hugging Face directory to a run directory, or a run's checkpoint to a Hugging Face directory.
 
@@ -50,6 +51,7 @@ def convert(
       step: which checkpoint of a run, T5X's too, None for the latest.
       max_shard_size: of one safetensors file, as '800MB'; None for 5GB.
       ignore_fields: fields of config.json, 'a,b', that change nothing of what the model computes.
+      vocabulary: a SentencePiece model for T5X's checkpoints, which keep none; T5's 100 sentinels go above it.
 
     Raises:
       UserError: anything that does not fit; nothing is left behind then.
@@ -74,13 +76,15 @@ def convert(
         raise UserError(
             "--ignore_fields is about config.json of a Hugging Face directory to take in, and --from is none"
         )
+    if vocabulary is not None and not is_t5x:
+        raise UserError("--vocabulary is for T5X's checkpoints: other directories hold their own")
     if max_shard_size is not None and run is None:
         raise UserError("--max_shard_size is about files to write out, and --from is to be taken in")
     with fresh_directory(goal) as folder:
         if run is not None:
             summary = convert_out.to_hugging_face(run, folder, family, wanted, max_shard_size or _SHARD)
         elif is_t5x:
-            summary = convert_t5x.from_t5x(origin, folder, goal.absolute(), wanted, step)
+            summary = convert_t5x.from_t5x(origin, folder, goal.absolute(), wanted, step, vocabulary)
         else:
             if step is not None:
                 raise UserError("--step names a checkpoint of a run, and --from is a Hugging Face directory")

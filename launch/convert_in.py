@@ -24,7 +24,6 @@ from meshway.launch import convert, recipe_bindings
 from meshway.launch.recipe_text import Macro
 
 ORIGIN, NOTES, RECIPE = "hugging_face", "conversion.json", "recipe.gin"
-_FEATURES = {True: ("inputs", "targets"), False: ("targets",)}  # of a task, by whether the model has an encoder
 
 
 def from_hugging_face(
@@ -48,20 +47,19 @@ def from_hugging_face(
     vocabulary = tokenizer_files.read_vocabulary(source, model.config)
     if vocabulary is not None:
         tokenizer_files.check_size(vocabulary, model.bindings["VOCAB_SIZE"], source)
-    has_encoder = "NUM_ENCODER_LAYERS" in model.bindings
-    features = _FEATURES[has_encoder]
+    features = features_of(model.bindings)
     text = recipe_text(
         f"{model.family.name} model",
         model.directory.absolute(),
         model.family.include(model.config),
-        model.bindings if vocabulary is None else model.bindings | _vocabulary(goal / "vocabularies", features),
+        model.bindings if vocabulary is None else model.bindings | vocabulary_bindings(goal, features),
         goal,
         f"Not read of its config.json: {', '.join(ignoring)}." if ignoring else "",
     )
     values = write_run(folder, text, lambda shapes: model.values(shapes, dtype))
     copied = _keep_origin(model, folder / ORIGIN)
     if vocabulary is not None:
-        framing = tokenizer_files.read_framing(source, model.config, has_encoder)
+        framing = tokenizer_files.read_framing(source, model.config, "inputs" in features)
         RunDirectory(folder).save_vocabularies(dict.fromkeys(features, vocabulary), framing)
     return {
         "family": model.family.name,
@@ -142,11 +140,16 @@ def shapes_of(model: Model) -> dict[str, tuple[int, ...]]:
     return {name: tuple(leaf.shape) for name, leaf in flatten(shapes).items()}
 
 
-def _vocabulary(directory: Path, features: Sequence[str]) -> Bindings:
-    """Returns the bindings of a run's own vocabulary, for all features of its tasks."""
+def features_of(bindings: Bindings) -> Sequence[str]:
+    """Returns the features of tasks for a model."""
+    return ("inputs", "targets") if "NUM_ENCODER_LAYERS" in bindings else ("targets",)
+
+
+def vocabulary_bindings(run: Path, features: Sequence[str]) -> Bindings:
+    """Returns the bindings of the vocabulary that lies in a run directory, for all features of its tasks."""
     return {
         "VOCABULARY": Reference("vocabularies.load"),
-        "vocabularies.load.directory": str(directory),
+        "vocabularies.load.directory": str(run / "vocabularies"),
         "vocabularies.load.name": features[-1],
         "grain_loader.CachedData.vocabularies": {feature: Macro("VOCABULARY") for feature in features},
     }

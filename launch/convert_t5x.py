@@ -5,14 +5,18 @@ from pathlib import Path
 
 import numpy as np
 
+from meshway.framework.conversion import tokenizer_files
 from meshway.framework.conversion.rules import Shape, pieces_of
 from meshway.framework.conversion.t5x import network_of
 from meshway.framework.conversion.t5x_files import T5XFiles
 from meshway.framework.conversion.values import Values, complete_values
+from meshway.framework.training.run_directory import RunDirectory
 from meshway.launch import convert_in
 
 
-def from_t5x(source: Path, folder: Path, goal: Path, dtype: np.dtype | None, step: int | None) -> dict[str, str]:
+def from_t5x(
+    source: Path, folder: Path, goal: Path, dtype: np.dtype | None, step: int | None, vocabulary: str | None = None
+) -> dict[str, str]:
     """Makes a run directory of the parameters in a T5X checkpoint; the optimizer's state is left out.
 
     Args:
@@ -21,28 +25,37 @@ def from_t5x(source: Path, folder: Path, goal: Path, dtype: np.dtype | None, ste
       goal: where it will lie in the end, for paths in the recipe.
       dtype: what weights are written as, None for what they are.
       step: which checkpoint, None for the latest.
+      vocabulary: the SentencePiece model of its task, None for no text.
 
     Returns:
       what was done, for people.
 
     Raises:
-      UserError: there is no such checkpoint, it is damaged, or it is of another network; the disk refuses.
+      UserError: there is no such checkpoint, it is damaged, or it is of another network; the vocabulary cannot be read
+        or is not the network's; the disk refuses.
     """
     files = T5XFiles(source, step)
     network = network_of(files)
+    text = None if vocabulary is None else tokenizer_files.read_sentence_pieces(Path(vocabulary).expanduser())
+    if text is not None:
+        tokenizer_files.check_size(text, network.bindings["VOCAB_SIZE"], Path(str(vocabulary)))
+    features = convert_in.features_of(network.bindings)
+    bindings = network.bindings | (convert_in.vocabulary_bindings(goal, features) if text is not None else {})
 
     def values(shapes: Mapping[str, Shape]) -> dict[str, Values]:
         pieces = pieces_of(network.rules, "", shapes)
         return complete_values(f"model of {network.include}", pieces, shapes, files, dtype)
 
-    text = convert_in.recipe_text("network of T5X", files.directory, network.include, network.bindings, goal)
-    written = convert_in.write_run(folder, text, values)
+    recipe = convert_in.recipe_text("network of T5X", files.directory, network.include, bindings, goal)
+    written = convert_in.write_run(folder, recipe, values)
+    if text is not None:
+        RunDirectory(folder).save_vocabularies(dict.fromkeys(features, text))
     return {
         "network": network.include,
         "checkpoint": f"step {files.step} of {files.directory}",
         "left out": "the optimizer's state",
         **convert_in.described(written, files),
         "activations": f"{network.bindings['ACTIVATIONS']}; arrays do not tell: if it had others, bind ACTIVATIONS",
-        "tokenizer": "T5X keeps none; bind the vocabulary of its task",
+        "tokenizer": "T5X keeps none: for text give its task's, --vocabulary=FILE.model" if text is None else str(text),
         "recipe": str(goal / convert_in.RECIPE),
     }

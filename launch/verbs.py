@@ -96,6 +96,7 @@ _CONVERT = (
     Switch("--dtype", "convert.convert.dtype", "float32, bfloat16, float16 or keep (default: keep)", "DTYPE"),
     Switch("--step", "convert.convert.step", "which checkpoint of a run (default: the latest)", "N", number=True),
     Switch("--max_shard_size", "convert.convert.max_shard_size", "of a safetensors file (default: 5GB)", "SIZE"),
+    Switch("--vocabulary", "convert.convert.vocabulary", "the SentencePiece model of a T5X checkpoint's task", "FILE"),
     Switch("--ignore_fields", "convert.convert.ignore_fields", "of config.json, that change nothing (a,b)", "FIELDS"),
 )
 

@@ -56,6 +56,18 @@ def read_vocabulary(directory: Path, config: Mapping[str, Any]) -> Vocabulary | 
     return None
 
 
+def read_sentence_pieces(path: Path) -> Vocabulary:
+    """Returns a SentencePiece model as T5X's tasks have it: with T5's sentinels above its pieces.
+
+    Raises:
+      UserError: it is not there, or is none.
+    """
+    try:
+        return SentencePiece(path.read_bytes(), _T5_SENTINELS)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the vocabulary {path} cannot be read: {error}") from error
+
+
 def read_framing(directory: Path, config: Mapping[str, Any], has_encoder: bool) -> Framing:
     """Returns what a model directory's tokenizer puts around text.
 

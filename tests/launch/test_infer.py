@@ -1,6 +1,7 @@
 """`meshway infer` on tiny runs, from the command line: what it writes, and what it refuses."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from meshway.framework.inference.beam_search import BeamSearch
 from meshway.framework.inference.decoding import Stop
 from meshway.framework.inference.predictor import Predictor
 from meshway.framework.inference.sampling import Sampling
+from meshway.framework.planning.compilations import Compilations
 from meshway.launch import cli
 from meshway.launch.infer import open_recipe
 
@@ -198,6 +200,16 @@ def test_a_stream_is_the_prediction_piece_by_piece(kind, request):
     assert "".join(pieces) == whole.text and len(pieces) > 2
     with pytest.raises(UserError, match="input 0: 90 tokens of inputs|input 0: 91 tokens"):
         next(predictor.generate("x" * 89))
+
+
+def test_a_warm_predictor_compiles_nothing_over_mixed_lengths(run):
+    predictor = Predictor(run, layout="single", batch_size=2, max_new_tokens=4)
+    draw = random.Random(0)
+    texts = ["x" * draw.randint(0, 63) for _ in range(24)]
+    predictor.predict(texts)
+    with Compilations() as compilations:
+        predictor.predict(texts[::-1])
+    assert compilations.count == 0
 
 
 def test_what_searches_cannot_stream(run):

@@ -1,6 +1,7 @@
 """Checkpoints that T5X wrote come in as ours and compute what T5X computed from them."""
 
 import functools
+import io
 import json
 import shutil
 import tarfile
@@ -10,6 +11,7 @@ import jax
 import msgpack
 import numpy as np
 import pytest
+import sentencepiece
 import tensorstore
 from converted import model_of, params_of
 
@@ -22,6 +24,7 @@ from meshway.framework.errors import UserError
 from meshway.framework.inference.beam_search import BeamSearch
 from meshway.framework.inference.decoding import Stop
 from meshway.framework.inference.sampling import Sampling
+from meshway.framework.inference.text import load_text
 from meshway.launch import convert_in, recipe_bindings
 from meshway.launch.convert import build_network, convert
 
@@ -333,7 +336,28 @@ def test_a_t5x_model_goes_on_to_hugging_face(runs, tmp_path, arrays):
     assert (config["feed_forward_proj"], config["tie_word_embeddings"], config["num_heads"]) == ("gated-gelu", False, 3)
 
 
+def test_text_comes_with_the_vocabulary_of_the_task(runs, tmp_path):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["some words to cut in pieces", "and others, of the same letters"]),
+        model_writer=model,
+        vocab_size=25,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    (tmp_path / "pieces.model").write_bytes(model.getvalue())
+    given = dict(source=str(runs["t5_native"]), target=str(tmp_path / "run"), step=1234)
+    convert(**given, vocabulary=str(tmp_path / "pieces.model"))
+    text = load_text(tmp_path / "run", has_encoder=True)
+    assert text.write(text.read_inputs("same words")) == "same words" and text.start == (0,) and text.end == (1,)
+
+
 def test_the_verb_refuses_what_t5x_has_not(runs, tmp_path):
+    with pytest.raises(UserError, match="the vocabulary .*none.model cannot be read"):
+        convert(str(runs["t5_native"]), str(tmp_path / "run"), vocabulary=str(tmp_path / "none.model"))
     with pytest.raises(UserError, match="--family is not for T5X"):
         convert(str(runs["t5_native"]), str(tmp_path / "run"), family="t5")
     with pytest.raises(UserError, match="no checkpoint of step 3"):
