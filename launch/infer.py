@@ -54,6 +54,7 @@ class Inputs:
       format: 'jsonl', 'tsv', 'text' or 'parquet'; None goes by the file's name.
       columns: names of TSV columns without a header, 'a,b'.
       inputs_field, targets_field: the fields that hold text, or token ids.
+      begin_field: the field with what a prediction must begin with; None for none.
       preprocess: a task whose preprocessors make `inputs` and `targets` of each record.
       module: the module(s) that register it.
       on_bad: 'fail' stops at a record that cannot be used, 'skip' leaves it out and reports it.
@@ -67,6 +68,7 @@ class Inputs:
     columns: str = ""
     inputs_field: str = "inputs"
     targets_field: str = "targets"
+    begin_field: str | None = None
     preprocess: str | None = None
     module: str | Sequence[str] | None = None
     on_bad: str = "fail"
@@ -78,6 +80,8 @@ class Inputs:
             raise UserError("meshway infer reads --input=FILE or, of the recipe's task, --split=SPLIT: give one")
         if self.on_bad not in ("fail", "skip"):
             raise UserError(f"--on_bad={self.on_bad} is neither 'fail' nor 'skip'")
+        if self.begin_field is not None and self.preprocess is not None:
+            raise UserError("--begin_field is of records as they are: leave out --preprocess")
         if self.split is not None and self.preprocess is not None:
             raise UserError("--preprocess is for --input: a task's split is preprocessed already")
 
@@ -154,7 +158,7 @@ def infer(
         work = Score(engine, doubling(longest))
     else:
         buckets = doubling({"inputs": longest["inputs"]})
-        work = Predict(engine, session.text, buckets, longest["targets"], names)
+        work = Predict(engine, session.text, buckets, longest["targets"], names, inputs.begin_field is not None)
     steps = _preprocess(inputs, limits)
     reader = Reader(
         session.text,
@@ -165,6 +169,7 @@ def infer(
         inputs.targets_field,
         inputs.truncate,
         steps,
+        inputs.begin_field,
     )
     policy = Policy(output.chunk_size or _CHUNK_BATCHES * batch_size, inputs.on_bad == "skip", output.overwrite)
     facts = {
@@ -174,7 +179,7 @@ def infer(
         "chunk size": str(policy.chunk_size),
     }
     agree(facts)
-    with JobProgress(getattr(source, "total", None), quiet=not processes.is_primary()) as progress:
+    with JobProgress(source.total if processes.is_primary() else None, quiet=not processes.is_primary()) as progress:
         began = time.monotonic()
         counts = _run(source, reader, work, output, facts, policy, batch_size, progress)
         if not counts.get("finished_before"):

@@ -154,6 +154,7 @@ _INFER = (
     ),
     Switch("--columns", "infer.Inputs.columns", "names of TSV columns without a header (inputs,targets)", "NAMES"),
     Switch("--inputs_field", "infer.Inputs.inputs_field", "the field of a prompt (default: inputs)", "NAME"),
+    Switch("--begin_field", "infer.Inputs.begin_field", "the field with what a prediction must begin with", "NAME"),
     Switch("--targets_field", "infer.Inputs.targets_field", "the field of a target (default: targets)", "NAME"),
     Switch("--on_bad", "infer.Inputs.on_bad", "a record that cannot be used: fail (default) or skip", "POLICY"),
     Switch("--task", "MIXTURE_OR_TASK_NAME", "with --split: the task or mixture, if not the recipe's", "NAME"),

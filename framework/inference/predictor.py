@@ -97,20 +97,29 @@ class Predictor:
         """The step of the checkpoint."""
         return self._session.step
 
-    def predict(self, inputs: Sequence[str], ids: Sequence[int] | None = None) -> list[Prediction]:
+    def predict(
+        self, inputs: Sequence[str], ids: Sequence[int] | None = None, begun: Sequence[str] | None = None
+    ) -> list[Prediction]:
         """Returns a prediction for each input.
 
         Args:
           inputs: texts.
           ids: a number that tells each input from all others, of which its randomness is made; None numbers them.
+          begun: what each prediction must begin with; "" leaves it free.
 
         Raises:
-          UserError: an input is longer than `max_input_length`.
+          UserError: an input is longer than `max_input_length`, or there are not as many of each.
         """
+        for name, given in (("ids", ids), ("begun", begun)):
+            if given is not None and len(given) != len(_listed(inputs)):
+                raise UserError(f"predict: {len(inputs)} inputs and {len(given)} {name}")
         longest = self._limits(scores=False)
         buckets = doubling({"inputs": longest["inputs"]})
-        work = Predict(self._engine, self._session.text, buckets, longest["targets"])
-        rows = self._run(work, longest, [{"inputs": each} for each in _listed(inputs)], False, ids)
+        begins = begun is not None
+        work = Predict(self._engine, self._session.text, buckets, longest["targets"], begins=begins)
+        beginnings = [""] * len(inputs) if begun is None else begun
+        records = [{"inputs": each, "begun": first} for each, first in zip(_listed(inputs), beginnings)]
+        rows = self._run(work, longest, records, False, ids)
         return [
             Prediction(
                 row["prediction"],
@@ -185,7 +194,7 @@ class Predictor:
     def _read(
         self, limits: Mapping[str, int], values: Sequence[Mapping[str, str]], scores: bool, ids: Sequence[int]
     ) -> list[Example]:
-        reader = Reader(self._session.text, self._session.row_format, limits, scores)
+        reader = Reader(self._session.text, self._session.row_format, limits, scores, begin_field="begun")
         records = [Record(n, each, f"input {place}", b"") for place, (n, each) in enumerate(zip(ids, values))]
         examples, problems = reader.read(records)
         if problems:

@@ -36,6 +36,10 @@ class Text:
         """Returns the ids of a target, as `read_inputs`."""
         return _ids(self.targets, value, self.target_end)
 
+    def read_begun(self, value: Any) -> list[int]:
+        """Returns the ids of the beginning of a target, as `read_inputs`."""
+        return _ids(self.targets, value, ())
+
     def write(self, tokens: Sequence[int]) -> str:
         """Returns the text of predicted ids up to EOS, and without it."""
         ids, eos = [int(token) for token in tokens], self.targets.eos_id

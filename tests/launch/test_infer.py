@@ -202,6 +202,20 @@ def test_a_stream_is_the_prediction_piece_by_piece(kind, request):
         next(predictor.generate("x" * 89))
 
 
+def test_predictions_begin_as_they_are_told(run, tmp_path):
+    path, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    path.write_text('{"inputs": "one", "first": "Well, "}\n{"inputs": "two"}\n')
+    words = (f"--model_dir={run}", f"--input={path}", "--begin_field=first", "--max_new_tokens=8")
+    assert infer(*words, f"--output={out}") == 0
+    told, free = rows_of(out)
+    assert told["prediction"].startswith("Well, ") and not free["prediction"].startswith("Well, ")
+    predictor = Predictor(run, layout="single", batch_size=4, max_new_tokens=8)
+    assert [each.text for each in predictor.predict(["one", "two"], begun=["Well, ", ""])] == [
+        told["prediction"],
+        free["prediction"],
+    ]
+
+
 def test_a_warm_predictor_compiles_nothing_over_mixed_lengths(run):
     predictor = Predictor(run, layout="single", batch_size=2, max_new_tokens=4)
     draw = random.Random(0)

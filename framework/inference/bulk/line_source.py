@@ -1,5 +1,7 @@
 """Inputs of one record a line: JSON lines, tables by tabs, plain text."""
 
+import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -7,6 +9,8 @@ from meshway.framework.errors import UserError
 from meshway.framework.inference.bulk.line_formats import Parser, parse_json, parse_text, tsv_parser
 from meshway.framework.inference.bulk.lines import STDIN, place, read_again, read_lines, shown
 from meshway.framework.inference.bulk.record import Record
+
+_QUICKLY_COUNTED = 2**31  # bytes, whose lines are counted in a few seconds
 
 
 class LineSource:
@@ -43,6 +47,15 @@ class LineSource:
         for path in self._paths:
             if read_again(path):
                 next(self._open(path)[2], None)
+
+    @functools.cached_property
+    def total(self) -> int | None:
+        """About how many records there are, by the ends of lines; None where counting takes a while, or cannot be."""
+        counted = all(read_again(path) and not path.endswith(".gz") for path in self._paths)
+        if not counted or sum(os.path.getsize(path) for path in self._paths) > _QUICKLY_COUNTED:
+            return None
+        headers = len(self._paths) if self._format == "tsv" and not self._columns else 0
+        return max(0, sum(_num_lines(path) for path in self._paths) - headers)
 
     def records(self, start: int = 0) -> Iterator[Record]:
         """Yields the records from place `start` on; those before are read past, not parsed.
@@ -96,6 +109,14 @@ class LineSource:
                 "give columns where files have no header"
             )
         return names
+
+
+def _num_lines(path: str) -> int:
+    with open(path, "rb") as file:
+        count, last = 0, b"\n"
+        while block := file.read(1 << 20):
+            count, last = count + block.count(b"\n"), block[-1:]
+    return count + (last != b"\n")
 
 
 def _parsed(line: bytes, parse: Parser) -> tuple[dict[str, Any], str]:

@@ -1,6 +1,7 @@
 """Inputs of one record a row of Parquet files."""
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -46,6 +47,15 @@ class ParquetSource:
             first = first or chosen
             if sorted(chosen) != sorted(first):
                 raise UserError(f"{path} has the columns {', '.join(chosen)}; {paths[0]} has {', '.join(first)}")
+
+    @functools.cached_property
+    def total(self) -> int:
+        """How many records there are."""
+        count = 0
+        for path in self._paths:
+            with _reading(path), _parquet_file(path) as file:
+                count += file.metadata.num_rows
+        return count
 
     def records(self, start: int = 0) -> Iterator[Record]:
         """Yields the records from place `start` on; files and row groups before it are not read.

@@ -22,6 +22,7 @@ class Example:
       values: the record's fields, as they were read.
       inputs, targets: token ids; no targets where none are asked for.
       sizes: tokens that it takes, by feature of a batch.
+      begun: ids that its prediction must begin with.
     """
 
     index: int
@@ -29,6 +30,7 @@ class Example:
     inputs: list[int]
     targets: list[int]
     sizes: Mapping[str, int]
+    begun: Sequence[int] = ()
 
 
 class Reader:
@@ -42,6 +44,7 @@ class Reader:
       inputs_field, targets_field: the fields of a record that hold them, text or token ids.
       truncate: cut inputs that are too long, at the end for an encoder and else at the beginning, instead of refusing.
       preprocess: a task's preprocessors; None takes fields as they are.
+      begin_field: the field with what a prediction must begin with, which records may lack; None for none.
     """
 
     def __init__(
@@ -54,10 +57,11 @@ class Reader:
         targets_field: str = "targets",
         truncate: bool = False,
         preprocess: Preprocess | None = None,
+        begin_field: str | None = None,
     ):
         self._text, self._format, self._limits = text, row_format, dict(limits)
         self._scores, self._truncate, self._preprocess = scores, truncate, preprocess
-        self._fields = (inputs_field, targets_field)
+        self._fields, self._begin_field = (inputs_field, targets_field), begin_field
 
     def read(self, records: Sequence[Record]) -> tuple[list[Example], list[str]]:
         """Returns the examples of records in their order, and what is wrong with the other records, each with its
@@ -107,7 +111,8 @@ class Reader:
             raise ValueError(f"{size:,} tokens of {name}, and there is room for {self._limits[name]:,}")
         if not self._scores and not self._sizes(inputs, targets)["inputs"]:
             raise ValueError(f"field {inputs_field!r} is empty, and without a start token nothing can follow it")
-        return Example(record.index, record.values, inputs, targets, sizes)
+        begun = values.get(self._begin_field, "") if self._begin_field is not None else ""
+        return Example(record.index, record.values, inputs, targets, sizes, self._text.read_begun(begun))
 
     def _sizes(self, inputs: list[int], targets: list[int]) -> dict[str, int]:
         if self._scores:

@@ -20,6 +20,11 @@ class Source(Protocol):
         """What is read, for people and to tell one input from another: names, format, number of files, bytes."""
         ...
 
+    @property
+    def total(self) -> int | None:
+        """About how many records there are, for an estimate of the time; None where nobody knows."""
+        ...
+
     def records(self, start: int = 0) -> Iterator[Record]:
         """Yields the records from place `start` on, holding few of them at a time.
 

@@ -44,18 +44,28 @@ class Predict:
     A row gets `prediction`, `tokens`, `score` (the sum of log-probabilities, or what beam search made of it) and
     `token_scores` of the best decode; `predictions` and `scores` of all, the best first, where there are several; and
     `aux`, by name, [inputs and prediction, ...] or of the side of the model that the name says.
+
+    With `begins` examples may say what their predictions begin with. It is so for all of a job or for none, since
+    examples of one program are what does not depend on neighbours.
     """
 
     def __init__(
-        self, engine: Engine, text: Text, buckets: Buckets, max_length: int, aux: Collection[str] = ()
+        self,
+        engine: Engine,
+        text: Text,
+        buckets: Buckets,
+        max_length: int,
+        aux: Collection[str] = (),
+        begins: bool = False,
     ) -> None:
-        self.buckets = buckets
+        self.buckets, self._begins = buckets, begins
         self._engine, self._text, self._max_length, self._aux = engine, text, max_length, list(aux)
 
     def start(self, examples: Sequence[Example], bucket: int) -> Any:
         length = self.buckets.shapes[bucket]["inputs"]
         inputs, ids = [each.inputs for each in examples], [each.index for each in examples]
-        return self._engine.predict(inputs, ids, length, self._max_length)
+        begun = [each.begun for each in examples] if self._begins else ()
+        return self._engine.predict(inputs, ids, length, self._max_length, begun)
 
     def finish(self, examples: Sequence[Example], bucket: int, started: Any) -> Done:
         tokens, lengths = np.asarray(started.tokens), np.asarray(started.lengths)

@@ -305,3 +305,17 @@ def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match=r"meshway\[parquet\]"):
         open_source(str(path))
+
+
+def test_records_are_counted_beforehand_where_that_is_quick(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\nthree")
+    (tmp_path / "a.tsv").write_text("inputs\ttargets\nx\ty\nz\tw\n")
+    (tmp_path / "a.jsonl").write_text('{"inputs": "x"}\n' * 7)
+    for name, count in (("a.txt", 3), ("a.tsv", 2), ("a.jsonl", 7)):
+        source = open_source(str(tmp_path / name))
+        assert source.total == count == len(list(source.records()))
+    with gzip.open(tmp_path / "b.txt.gz", "wb") as file:
+        file.write(b"one\n")
+    assert open_source(str(tmp_path / "b.txt.gz")).total is None and open_source("-").total is None
+    pyarrow.parquet.write_table(pyarrow.table({"inputs": ["a", "b"]}), tmp_path / "a.parquet")
+    assert open_source(str(tmp_path / "a.parquet")).total == 2
