@@ -32,6 +32,7 @@ def built(recipe, *bindings):
     return placed.model, placed.param_shapes
 
 
+@pytest.mark.slow
 def test_a_language_model_is_measured(capsys, monkeypatch):
     monkeypatch.setattr(bench_decode, "StreamingRead", lambda mesh: bench_decode_read(mesh))
     monkeypatch.setattr(bench_decode, "peak_flops", lambda devices, dtype: (1e9, f"given, {dtype}"))

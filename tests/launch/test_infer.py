@@ -144,6 +144,7 @@ def test_a_decoder_goes_on_behind_its_own_start(decoder_only, questions, tmp_pat
     )
 
 
+@pytest.mark.slow
 def test_a_predictor_says_what_the_command_writes(run, questions, tmp_path):
     assert infer(f"--model_dir={run}", f"--input={questions}", f"--output={tmp_path / 'a.jsonl'}", "--beams=3") == 0
     predictor = Predictor(run, layout="single", decoder=BeamSearch(3), batch_size=4)
@@ -191,7 +192,7 @@ def test_a_converted_model_answers_at_once_behind_its_own_bos(tmp_path):
         assert logits[len(prompt) - 1 : -1].argmax(axis=-1).tolist() == row["tokens"]
 
 
-@pytest.mark.parametrize("kind", ["run", "decoder_only"])
+@pytest.mark.parametrize("kind", ["run", pytest.param("decoder_only", marks=pytest.mark.slow)])
 def test_a_stream_is_the_prediction_piece_by_piece(kind, request):
     how = Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.3)
     predictor = Predictor(request.getfixturevalue(kind), layout="single", decoder=how, batch_size=2)
@@ -202,6 +203,7 @@ def test_a_stream_is_the_prediction_piece_by_piece(kind, request):
         next(predictor.generate("x" * 89))
 
 
+@pytest.mark.slow
 def test_predictions_begin_as_they_are_told(run, tmp_path):
     path, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     path.write_text('{"inputs": "one", "first": "Well, "}\n{"inputs": "two"}\n')
@@ -216,6 +218,7 @@ def test_predictions_begin_as_they_are_told(run, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_warm_predictor_compiles_nothing_over_mixed_lengths(run):
     predictor = Predictor(run, layout="single", batch_size=2, max_new_tokens=4)
     draw = random.Random(0)

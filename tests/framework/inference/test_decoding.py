@@ -18,7 +18,6 @@ PREFIX = "decoder_only.DecoderOnly.prefix=True"
 GQA, MQA = (("t5_1_1", f"attention.Attention.num_kv_heads={n}") for n in (2, 1))
 QUICK = [
     ("t5_1_1", "SCAN=True"),
-    MQA,
     ("lm",),
     ("lm", "NUM_KV_HEADS=2", "ROTARY=None", "attention.Attention.alibi=True"),
     ("lm", "NUM_KV_HEADS=1", "WINDOW=3", "SCAN=True", PREFIX, "TASK_FEATURE_LENGTHS={'inputs': 7, 'targets': 9}"),
@@ -26,6 +25,7 @@ QUICK = [
 SLOW = [
     ("t5_1_1",),
     GQA,
+    MQA,
     ("t5_1_1", "NUM_DECODER_LAYERS=3", "SCAN=True"),
     ("lm", "NUM_KV_HEADS=2", "WINDOW=1"),
     ("lm", PREFIX, "TASK_FEATURE_LENGTHS={'inputs': 7, 'targets': 9}"),
