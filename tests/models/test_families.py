@@ -58,7 +58,19 @@ def decoded(model, params, batch):
     return jnp.stack(found, axis=1)
 
 
-SLOW = ("bloom", "chinchilla", "gemma2", "gpt_j", "llama", "mistral", "palm", "partial_rotary", "qwen2_5", "t5x_decoder", "yarn")
+SLOW = (
+    "bloom",
+    "chinchilla",
+    "gemma2",
+    "gpt_j",
+    "llama",
+    "mistral",
+    "palm",
+    "partial_rotary",
+    "qwen2_5",
+    "t5x_decoder",
+    "yarn",
+)
 
 
 @pytest.mark.parametrize(
