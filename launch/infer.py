@@ -238,8 +238,7 @@ def open_recipe(run: Path, bindings: Sequence[str] = ()) -> Opened:
     from meshway.launch import config, run_recipe
     from meshway.launch.invocation import Invocation
 
-    root = run.parent.parent if run.name.isdigit() and run.parent.name == "checkpoints" else run
-    given = (f"MODEL_DIR={str(root)!r}", *bindings)
+    given = (f"MODEL_DIR={str(run)!r}", *bindings)
     invocation = run_recipe.of_run(Invocation("infer", "opened", bindings=given))
     return opened(**config.load(invocation, import_unreferenced=False).build("infer.opened"))
 

@@ -12,7 +12,8 @@ _MACRO = "MODEL_DIR"
 
 
 def of_run(invocation: Invocation) -> Invocation:
-    """Returns the command with the recipe of its run: MODEL_DIR's `recipe.gin`, else its `config.gin`.
+    """Returns the command with the recipe of its run: MODEL_DIR's `recipe.gin`, else its `config.gin`. MODEL_DIR may be
+    one of the run's checkpoints.
 
     A command that has recipes of its own keeps them. Its other bindings stand on top of either.
 
@@ -26,9 +27,12 @@ def of_run(invocation: Invocation) -> Invocation:
         raise UserError(f"meshway {invocation.verb} needs a run: --model_dir=DIR, or a recipe: --gin_file=FILE")
     if not directory.is_dir():
         raise UserError(f"--model_dir={directory}: there is no such directory{_beside(directory)}")
+    run = (
+        directory.parent.parent if directory.name.isdecimal() and directory.parent.name == "checkpoints" else directory
+    )
     for name in RECIPES:
-        if (directory / name).is_file():
-            return dataclasses.replace(invocation, gin_files=(str((directory / name).absolute()),))
+        if (run / name).is_file():
+            return dataclasses.replace(invocation, gin_files=(str((run / name).absolute()),))
     raise UserError(
         f"--model_dir={directory} is no run directory: it holds neither {' nor '.join(RECIPES)}; give the recipe by "
         f"--gin_file=FILE, or a run{_inside(directory)}"

@@ -88,6 +88,14 @@ def test_json_lines_in_json_lines_out(run, questions, tmp_path, capsys):
     assert total["examples"] == 5 and total["read_tokens"] == sum(len(text) + 1 for text in TEXTS)
 
 
+def test_one_checkpoint_serves_as_well_as_its_run(run, questions, tmp_path):
+    words = (f"--input={questions}", "--max_new_tokens=2")
+    for name, model_dir in (("run", run), ("checkpoint", run / "checkpoints" / "7")):
+        assert infer(f"--model_dir={model_dir}", *words, f"--output={tmp_path / name}.jsonl") == 0
+    assert (tmp_path / "run.jsonl").read_bytes() == (tmp_path / "checkpoint.jsonl").read_bytes()
+    assert Predictor(run / "checkpoints" / "7", layout="single").step == 7
+
+
 def test_scores_are_the_models_own(run, tmp_path):
     path = tmp_path / "pairs.tsv"
     pairs = [("a", "yes"), ("b c d", "no, not at all"), ("", "x")]
