@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from meshway.framework.errors import first_line
+from meshway.framework.inference.ahead import one_ahead
 from meshway.framework.inference.decoding import Decoder, Stop
 from meshway.framework.inference.sampling import Sampling
 from meshway.framework.interfaces import ArraySpec, Batch, EvalTask, Metrics, Params
@@ -114,7 +115,7 @@ class Evaluator:
         rows = 0
         batches = itertools.islice(task.batches(), self._settings.max_batches)
         started = ((real, self._loss(params, self._batch.put(self._mine(batch)))) for batch, real in batches)
-        for real, metrics in _one_ahead(started):
+        for real, metrics in one_ahead(started):
             for name, pair in jax.device_get(metrics).items():
                 sums[name] = sums.get(name, np.zeros(2)) + np.array(pair, np.float64)
             rows += real
@@ -152,7 +153,7 @@ class Evaluator:
     def _predictions(self, params: Params, task: EvalTask, limit: int, observe: Observer) -> "_Predicted":
         found = _Predicted([], [], [], {})
         batches = _until(task.prompt_batches(), limit)
-        for indices, decoded in _one_ahead((each[1], self._decode(params, *each)) for each in batches):
+        for indices, decoded in one_ahead((each[1], self._decode(params, *each)) for each in batches):
             tokens, scores = map(np.asarray, decoded)
             for index, row, score in zip(indices.tolist(), tokens, scores.tolist(), strict=False):
                 if found.failed:
@@ -207,7 +208,7 @@ class Evaluator:
         scores: dict[int, float] = {}
         batches = _until(task.score_batches(), limit)
         started = ((indices, self._score(params, self._batch.put(self._mine(batch)))) for batch, indices in batches)
-        for indices, found in _one_ahead(started):
+        for indices, found in one_ahead(started):
             for index, score in zip(indices.tolist(), np.asarray(found, np.float64).tolist(), strict=False):
                 scores[index] = scores.get(index, 0.0) + score
             observe(task.name, "scores", min(int(indices[-1]) + 1, limit), limit)
@@ -257,16 +258,6 @@ class _Predicted(NamedTuple):
 def described(error: Exception) -> str:
     """Returns an error of a task's own code in one line."""
     return f"{type(error).__name__}: {first_line(error)}"
-
-
-def _one_ahead(started: Iterator[Any]) -> Iterator[Any]:
-    """Yields what has been started once the next is started too: devices work while the host reads and writes."""
-    waiting: list[Any] = []
-    for each in started:
-        waiting.append(each)
-        if len(waiting) > 1:
-            yield waiting.pop(0)
-    yield from waiting
 
 
 def _until(batches: Iterator[tuple[Batch, np.ndarray]], limit: int) -> Iterator[tuple[Batch, np.ndarray]]:

@@ -215,7 +215,7 @@ def _run(
         if store is None:
             return {}
         counts = summary(store)
-        store.finish(num_chunks, {name: value for name, value in counts.items() if name != "left_out"})
+        store.finish(num_chunks, counts)
         return counts
 
 

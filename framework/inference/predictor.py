@@ -9,7 +9,7 @@ from meshway.framework.errors import UserError
 from meshway.framework.inference.buckets import Buckets, doubling
 from meshway.framework.inference.bulk.reader import Example, Reader
 from meshway.framework.inference.bulk.record import Record
-from meshway.framework.inference.bulk.work import Predict, Score, Work
+from meshway.framework.inference.bulk.work import Predict, Score, Work, compute
 from meshway.framework.inference.decoding import Decoder
 from meshway.framework.inference.sampling import Sampling
 from meshway.framework.inference.session import OpenRecipe, open_session
@@ -182,13 +182,8 @@ class Predictor:
         """Returns the new fields of each example, in their order."""
         examples = self._read(limits, values, scores, range(len(values)) if ids is None else ids)
         found: dict[int, dict] = {}
-        for bucket in sorted({_bucket(work.buckets, each) for each in examples}, reverse=True):
-            places = [place for place, each in enumerate(examples) if _bucket(work.buckets, each) == bucket]
-            for first in range(0, len(places), self._batch_size):
-                chosen = places[first : first + self._batch_size]
-                batch = [examples[place] for place in chosen]
-                done = work.finish(batch, bucket, work.start(batch, bucket))
-                found |= dict(zip(chosen, done.rows, strict=True))
+        for places, done in compute(work, examples, self._batch_size):
+            found |= dict(zip(places, done.rows, strict=True))
         return [found[place] for place in range(len(examples))]
 
     def _read(

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from meshway.framework.errors import UserError
-from meshway.framework.inference.bulk.durable import disk_errors, move_durably, remove, write_durably
+from meshway.framework.inference.bulk.durable import move_durably, remove, write_durably
 from meshway.framework.inference.bulk.input_files import nearest
 from meshway.framework.inference.bulk.output_lock import OutputLock
 from meshway.framework.inference.bulk.output_paths import output_paths
 from meshway.framework.inference.bulk.parquet_rows import ParquetRows
 from meshway.framework.inference.bulk.past import WRITTEN_BY, abandon, claimed, clear, refuse_strangers, settle
 from meshway.framework.inference.bulk.rows import Encoding, JsonLines, TextLines, plain
+from meshway.framework.training.writers import io_errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,7 @@ class ChunkStore:
         """
         paths = self._paths
         if paths.sharded and not paths.output.exists():
-            with disk_errors(paths.output), contextlib.suppress(FileExistsError):
+            with io_errors(paths.output), contextlib.suppress(FileExistsError):
                 os.mkdir(paths.output)
                 self._made_folder = True
         try:
@@ -193,7 +194,7 @@ class ChunkStore:
         for number in range(num_chunks):
             self._check_content(number, num_chunks)
         self._claim(num_chunks)
-        with disk_errors(self._paths.output):
+        with io_errors(self._paths.output):
             if self._paths.sharded:
                 self._make_shards(rows, num_chunks)
             else:
@@ -276,7 +277,7 @@ class ChunkStore:
     def _check_content(self, number: int, num_chunks: int) -> None:
         """Raises UserError unless a chunk's file is what was written, to the byte."""
         path = self._content(number, num_chunks)
-        with disk_errors(path), open(path, "rb") as file:
+        with io_errors(path), open(path, "rb") as file:
             same = hashlib.file_digest(file, "sha256").hexdigest() == self._chunks[number].sha256
         if not same:
             self._drop(number)

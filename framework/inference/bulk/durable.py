@@ -2,11 +2,11 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from meshway.framework.errors import UserError
+from meshway.framework.training.writers import io_errors
 
 
 def write_durably(path: Path, temporary: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -20,7 +20,7 @@ def write_durably(path: Path, temporary: Path, write: Callable[[BinaryIO], objec
     Raises:
       UserError: the file system refuses (full, read-only).
     """
-    with disk_errors(path):
+    with io_errors(path):
         try:
             with open(temporary, "wb") as file:
                 write(file)
@@ -36,14 +36,14 @@ def write_durably(path: Path, temporary: Path, write: Callable[[BinaryIO], objec
 
 def move_durably(source: Path, target: Path) -> None:
     """Renames a file that is on disk already, within one file system. Raises UserError."""
-    with disk_errors(target):
+    with io_errors(target):
         os.replace(source, target)
         sync_folder(target.parent)
 
 
 def remove(path: Path) -> None:
     """Removes a file if it is there. Raises UserError."""
-    with disk_errors(path), contextlib.suppress(FileNotFoundError):
+    with io_errors(path), contextlib.suppress(FileNotFoundError):
         os.unlink(path)
 
 
@@ -54,12 +54,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turns a file system's refusal inside into a UserError that names `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from meshway.framework.distributed import processes
@@ -15,7 +15,7 @@ from meshway.framework.inference.bulk.chunks import ChunkStore
 from meshway.framework.inference.bulk.progress import JobProgress
 from meshway.framework.inference.bulk.reader import Example, Reader
 from meshway.framework.inference.bulk.record import Record
-from meshway.framework.inference.bulk.work import Work
+from meshway.framework.inference.bulk.work import Work, compute
 
 SHOWN = 5  # problems in one message
 FIELDS = ("prediction", "tokens", "score", "token_scores", "predictions", "scores", "aux")  # what jobs add
@@ -78,8 +78,8 @@ class Job:
     def _committed(self) -> dict[int, str]:
         """Returns the digest of each chunk that is there, on every process."""
         mine = {} if self._store is None else {n: each.digest for n, each in self._store.committed().items()}
-        told = processes.barrier("what was computed before", None, json.dumps(mine) if self._store else "")
-        return {int(number): digest for number, digest in json.loads(told[0] or "{}").items()} or mine
+        told = processes.barrier("what was computed before", None, json.dumps(mine))
+        return {int(number): digest for number, digest in json.loads(told[0]).items()}
 
     def _compute(self, number: int, records: Sequence[Record], digest: str) -> None:
         began = time.monotonic()
@@ -102,24 +102,14 @@ class Job:
         """Returns the output row of each example, in their order, and what was counted."""
         found: dict[int, dict[str, Any]] = {}
         counts: dict[str, float] = collections.defaultdict(float)
-        for batch, done in _one_ahead(self._batches(examples), self._work):
-            found |= {each.index: row for each, row in zip(batch, done.rows, strict=True)}
+        for places, done in compute(self._work, examples, self._batch_size):
+            found |= dict(zip(places, done.rows, strict=True))
             counts["read_tokens"] += done.read_tokens
             counts["made_tokens"] += done.made_tokens
             counts["padded_tokens"] += done.padded_tokens
-            self._progress.advance(len(batch), done.read_tokens + done.made_tokens)
-        return [{"index": each.index, **_other(each.values), **found[each.index]} for each in examples], dict(counts)
-
-    def _batches(self, examples: Sequence[Example]) -> Iterator[tuple[list[Example], int]]:
-        """Yields batches of examples of one bucket, the longest first: what is too large for memory fails at once."""
-        buckets: dict[int, list[Example]] = collections.defaultdict(list)
-        for each in examples:
-            bucket = self._work.buckets.of(each.sizes)
-            assert bucket is not None, "the reader lets through only what fits"
-            buckets[bucket].append(each)
-        for bucket in sorted(buckets, reverse=True):
-            for start in range(0, len(buckets[bucket]), self._batch_size):
-                yield buckets[bucket][start : start + self._batch_size], bucket
+            self._progress.advance(len(places), done.read_tokens + done.made_tokens)
+        rows = [{"index": each.index, **_other(each.values), **found[place]} for place, each in enumerate(examples)]
+        return rows, dict(counts)
 
 
 def summary(store: ChunkStore) -> dict[str, Any]:
@@ -159,22 +149,6 @@ def _digest(records: Sequence[Record]) -> str:
         found.update(len(record.raw).to_bytes(8, "little"))
         found.update(record.raw)
     return found.hexdigest()
-
-
-def _one_ahead(batches: Iterator[tuple[list[Example], int]], work: Work) -> Iterator[tuple[list[Example], Any]]:
-    """Yields (batch, what came of it), the next one being computed meanwhile."""
-    waiting: Callable[[], tuple[list[Example], Any]] | None = None
-    for batch, bucket in batches:
-        started = work.start(batch, bucket)
-        if waiting is not None:
-            yield waiting()
-
-        def finish(batch: list[Example] = batch, bucket: int = bucket, started: Any = started) -> Any:
-            return batch, work.finish(batch, bucket, started)
-
-        waiting = finish
-    if waiting is not None:
-        yield waiting()
 
 
 def _other(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 from meshway.framework.errors import UserError
-from meshway.framework.inference.bulk.durable import disk_errors, sync_folder
+from meshway.framework.inference.bulk.durable import sync_folder
+from meshway.framework.training.writers import io_errors
 
 
 class OutputLock:
@@ -26,7 +27,7 @@ class OutputLock:
         Raises:
           UserError: another process holds the lock, or the folder cannot be made.
         """
-        with disk_errors(self._path.parent):
+        with io_errors(self._path.parent):
             while self._descriptor is None:
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(self._path.parent)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from meshway.framework.errors import UserError
-from meshway.framework.inference.bulk.durable import disk_errors, remove, write_durably
+from meshway.framework.inference.bulk.durable import remove, write_durably
 from meshway.framework.inference.bulk.output_paths import OutputPaths
+from meshway.framework.training.writers import io_errors
 
 WRITTEN_BY = "meshway infer"
 _CHOICES = "give another output, or overwrite (--overwrite)"
@@ -120,7 +121,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     """Returns the JSON object of a file, None if there is no file."""
     if not path.exists():
         return None
-    with _ours(path), disk_errors(path):
+    with _ours(path), io_errors(path):
         return dict(json.loads(path.read_text("utf-8")).items())
 
 

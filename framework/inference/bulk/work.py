@@ -1,11 +1,13 @@
 """What is computed of a batch of examples, and the fields that an output row gets: predictions, or scores."""
 
+import collections
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from meshway.framework.inference.ahead import one_ahead
 from meshway.framework.inference.buckets import Buckets
 from meshway.framework.inference.bulk.reader import Example
 from meshway.framework.inference.engine import Engine
@@ -36,6 +38,25 @@ class Work(Protocol):
     def start(self, examples: Sequence[Example], bucket: int) -> Any: ...
 
     def finish(self, examples: Sequence[Example], bucket: int, started: Any) -> Done: ...
+
+
+def compute(work: Work, examples: Sequence[Example], batch_size: int) -> Iterator[tuple[list[int], Done]]:
+    """Yields (places of examples among those given, what came of them), a batch of one bucket at a time, the longest
+    first: what is too large for memory fails at once."""
+    places: dict[int, list[int]] = collections.defaultdict(list)
+    for place, each in enumerate(examples):
+        bucket = work.buckets.of(each.sizes)
+        assert bucket is not None, "the reader lets through only what fits"
+        places[bucket].append(place)
+
+    def start() -> Iterator[tuple[int, list[int], Any]]:
+        for bucket in sorted(places, reverse=True):
+            for first in range(0, len(places[bucket]), batch_size):
+                at = places[bucket][first : first + batch_size]
+                yield bucket, at, work.start([examples[place] for place in at], bucket)
+
+    for bucket, at, started in one_ahead(start()):
+        yield at, work.finish([examples[place] for place in at], bucket, started)
 
 
 class Predict:
