@@ -1,10 +1,12 @@
 """Hugging Face directories taken in by `meshway convert`, and the logits of what came out."""
 
+import io
 import json
 from pathlib import Path
 
 import jax
 import numpy as np
+import sentencepiece
 
 from meshway.framework.checkpoints.manager import Checkpoints
 from meshway.framework.conversion.tensor_files import TensorFiles
@@ -63,3 +65,19 @@ def assert_same_directory(found: Path, wanted: Path) -> None:
     for name in ours:
         assert (ours.shape(name), ours.dtype(name)) == (theirs.shape(name), theirs.dtype(name)), name
         assert ours.read(name).tobytes() == theirs.read(name).tobytes(), name
+
+
+def sentence_pieces() -> bytes:
+    """Returns a SentencePiece model of 25 pieces with T5's special ids and without its sentinels."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["some words to cut in pieces", "and others, of the same letters"]),
+        model_writer=model,
+        vocab_size=25,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    return model.getvalue()

@@ -1,6 +1,5 @@
 """`meshway convert`: what it writes, what it refuses, and that runs go on from it."""
 
-import io
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from converted import assert_same_directory, model_of, params_of
+from converted import assert_same_directory, model_of, params_of, sentence_pieces
 from tiny import program
 
 from meshway.framework.checkpoints.manager import Checkpoints
@@ -236,21 +235,8 @@ def test_a_tokenizer_much_smaller_than_the_model(tmp_path):
 
 def test_a_sentence_piece_model_with_t5s_sentinels(tmp_path, capsys):
     """spiece.model has no extra ids of its own; transformers and seqio add 100 above it."""
-    import sentencepiece
-
-    directory, model = copy_of("t5_1_0", tmp_path), io.BytesIO()
-    lines = iter(["some words to cut in pieces", "and others, of the same letters"])
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=lines,
-        model_writer=model,
-        vocab_size=25,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
-    (directory / "spiece.model").write_bytes(model.getvalue())
+    directory, model = copy_of("t5_1_0", tmp_path), sentence_pieces()
+    (directory / "spiece.model").write_bytes(model)
     command = ["convert", f"--from={directory}", f"--to={tmp_path / 'run'}"]
     assert cli.main(command) == 2
     assert "125 ids and the model's vocabulary only 67" in capsys.readouterr().err
@@ -260,7 +246,7 @@ def test_a_sentence_piece_model_with_t5s_sentinels(tmp_path, capsys):
         vocabulary = vocabularies.load(tmp_path / "run" / "vocabularies", feature)
         assert (vocabulary.size, vocabulary.eos_id, vocabulary.extra_ids) == (45, 1, 20)
         assert vocabulary.decode(vocabulary.encode("same words")) == "same words"
-    assert (tmp_path / "run" / "hugging_face" / "spiece.model").read_bytes() == model.getvalue()
+    assert (tmp_path / "run" / "hugging_face" / "spiece.model").read_bytes() == model
 
 
 def test_wrong_places(mistral, tmp_path, capsys):

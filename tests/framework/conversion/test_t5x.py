@@ -1,7 +1,6 @@
 """Checkpoints that T5X wrote come in as ours and compute what T5X computed from them."""
 
 import functools
-import io
 import json
 import shutil
 import tarfile
@@ -11,9 +10,8 @@ import jax
 import msgpack
 import numpy as np
 import pytest
-import sentencepiece
 import tensorstore
-from converted import model_of, params_of
+from converted import model_of, params_of, sentence_pieces
 
 from meshway.framework.conversion.rules import check_tensors, pieces_of
 from meshway.framework.conversion.t5x import network_of
@@ -337,18 +335,8 @@ def test_a_t5x_model_goes_on_to_hugging_face(runs, tmp_path, arrays):
 
 
 def test_text_comes_with_the_vocabulary_of_the_task(runs, tmp_path):
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["some words to cut in pieces", "and others, of the same letters"]),
-        model_writer=model,
-        vocab_size=25,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
-    (tmp_path / "pieces.model").write_bytes(model.getvalue())
+    model = sentence_pieces()
+    (tmp_path / "pieces.model").write_bytes(model)
     given = dict(source=str(runs["t5_native"]), target=str(tmp_path / "run"), step=1234)
     convert(**given, vocabulary=str(tmp_path / "pieces.model"))
     text = load_text(tmp_path / "run", has_encoder=True)
