@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 FOLDERS = framework models gin tasks launch
 
-.PHONY: quickstart test slow lint types view
+.PHONY: quickstart test slow proofs lint types view
 
 $(BIN)/meshway: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -17,11 +17,18 @@ quickstart: $(BIN)/meshway
 	$(BIN)/meshway eval --model_dir=runs/quickstart
 	$(BIN)/meshway infer --model_dir=runs/quickstart --split=validation --output=runs/quickstart/predictions.jsonl
 
+# Which tests: quick ones, unless told otherwise. `.ci/run` takes quick and slow ones in one run.
+TIER ?= not slow and not proofs
+PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal -q
+
 test: $(BIN)/meshway
-	$(BIN)/python -m pytest -n 2 --dist loadscope -q
+	$(PYTEST) -m "$(TIER)"
 
 slow: $(BIN)/meshway
-	$(BIN)/python -m pytest -n 2 --dist loadscope -q -m slow
+	$(PYTEST) -m slow
+
+proofs: $(BIN)/meshway
+	$(PYTEST) -m proofs
 
 $(BIN)/ruff: $(BIN)/meshway
 	$(BIN)/python -m pip install --quiet -e ".[dev]"

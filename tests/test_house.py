@@ -1,13 +1,12 @@
 """The house rules that a machine can check: who imports whom, how long things are, what must not exist."""
 
 import ast
+import functools
 import os
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("framework", "models", "tasks", "launch")
@@ -22,8 +21,25 @@ DOORS = {
 LONG = {("framework/training/loop.py", 120), ("launch/train.py", 120)}  # the loop, and what sets it up
 
 
+# Found by lazy imports only, at the last reading: they are to go, and no other may come.
+KNOWN_CYCLES = [
+    {f"meshway.launch.{name}" for name in names.split()}
+    for names in (
+        "bench bench_parallel bench_routing",
+        "convert convert_in convert_out convert_t5x",
+        "cli launch_options launchers.children launchers.here launchers.local launchers.ray_cluster "
+        "launchers.supervisor launchers.tethered",
+    )
+]
+
+
+@functools.cache
 def imports(path: Path):
-    """Yields (module, whether at the top level of the file) for every import in it."""
+    """Returns (module, whether at the top level of the file) for every import in a file."""
+    return list(_imports(path))
+
+
+def _imports(path: Path):
     tree = ast.parse(path.read_text())
     inner = {node for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}
     for node in ast.walk(tree):
@@ -52,10 +68,14 @@ def allowed(path: Path, module: str, top: bool) -> bool:
     return parts[1] == folder
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_imports_keep_to_the_table(path):
-    wrong = [module for module, top in imports(path) if not allowed(path, module, top)]
-    assert not wrong, f"{path.relative_to(ROOT)} must not import {wrong} (see CONTRIBUTING.md)"
+def test_imports_keep_to_the_table():
+    wrong = [
+        f"{path.relative_to(ROOT)} must not import {module}"
+        for path in FILES
+        for module, top in imports(path)
+        if not allowed(path, module, top)
+    ]
+    assert not wrong, "\n".join([*wrong, "(see CONTRIBUTING.md)"])
 
 
 def test_the_table_refuses_what_it_should():
@@ -70,24 +90,28 @@ def test_the_table_refuses_what_it_should():
     assert not allowed(models, "models.t5", True)
 
 
-def test_there_is_no_import_cycle():
+def cycles(lazy: bool) -> list[set[str]]:
+    """Returns the groups of modules that reach each other by imports, those inside functions included if `lazy`."""
     names = {"meshway." + path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in FILES}
-    graph = {}
+    reach = {}
     for name, path in names.items():
-        found = {module for module, top in imports(path) if top}
-        graph[name] = {n for n in names if n in found or n in {module.rpartition(".")[0] for module in found}} - {name}
-    done, active = set(), []
+        found = {module for module, top in imports(path) if top or lazy}
+        found |= {module.rpartition(".")[0] for module in found}
+        reach[name] = (names.keys() & found) - {name}
+    for middle in names:  # Warshall's transitive closure
+        for ends in reach.values():
+            if middle in ends:
+                ends |= reach[middle]
+    groups = {frozenset(other for other in names if other in reach[name] and name in reach[other]) for name in names}
+    return sorted((set(group) for group in groups if group), key=sorted)
 
-    def visit(name):
-        assert name not in active, f"import cycle: {' -> '.join([*active[active.index(name) :], name])}"
-        if name not in done:
-            active.append(name)
-            for other in sorted(graph[name]):
-                visit(other)
-            done.add(active.pop())
 
-    for name in names:
-        visit(name)
+def test_there_is_no_import_cycle():
+    assert cycles(lazy=False) == []
+
+
+def test_no_new_import_cycle_hides_in_functions():
+    assert [cycle for cycle in cycles(lazy=True) if not any(cycle <= known for known in KNOWN_CYCLES)] == []
 
 
 def _docstring_lines(node):
@@ -98,15 +122,18 @@ def _docstring_lines(node):
     return first.end_lineno - first.lineno + 1 if documented else 0
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_files_and_functions_fit_a_sitting_and_a_screen(path):
-    text = path.read_text()
-    assert len(text.splitlines()) <= 400, f"{path} is longer than one sitting"
-    limit = dict(LONG).get(path.relative_to(ROOT).as_posix(), 60)
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = node.end_lineno - node.lineno + 1 - _docstring_lines(node)
-            assert length <= limit, f"{path}: {node.name} has {length} lines"
+def test_files_and_functions_fit_a_sitting_and_a_screen():
+    wrong = []
+    for path in FILES:
+        text, name = path.read_text(), path.relative_to(ROOT).as_posix()
+        if (count := text.count("\n")) > 400:
+            wrong.append(f"{name} has {count} lines: longer than one sitting")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = node.end_lineno - node.lineno + 1 - _docstring_lines(node)
+                if length > dict(LONG).get(name, 60):
+                    wrong.append(f"{name}: {node.name} has {length} lines")
+    assert not wrong, "\n".join(wrong)
 
 
 def test_names_that_must_not_exist():

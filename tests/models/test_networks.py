@@ -114,7 +114,7 @@ def test_padding_changes_nothing(family):
     np.testing.assert_allclose(scores(made, params, other), scores(made, params, cut), atol=1e-6)
 
 
-def test_a_prefix_sees_both_ways_and_bears_no_loss():
+def test_a_prefix_sees_both_ways():
     made = model_of("lm", "tiny", "decoder_only.DecoderOnly.prefix=True", "VOCAB_SIZE=256", "BATCH_SIZE=4")
     params, batch = made.init().params, made.synthetic_batch()
     batch["decoder_prefix_mask"] = np.zeros((4, 16), np.int32)
@@ -128,6 +128,29 @@ def test_a_prefix_sees_both_ways_and_bears_no_loss():
     changed["decoder_prefix_mask"] = causal["decoder_prefix_mask"]
     difference = np.abs(scores(made, params, changed) - scores(made, params, causal))
     assert difference[:, :7].max() < 1e-6
+
+
+def test_what_has_no_weight_bears_no_loss():
+    """As inputs of a prefix language model: neither value nor gradient depends on what is to be predicted there."""
+    made = model_of("lm", "tiny", "decoder_only.DecoderOnly.prefix=True", "VOCAB_SIZE=256", "BATCH_SIZE=4")
+    params, batch = made.init().params, made.synthetic_batch()
+    batch["decoder_prefix_mask"] = (np.arange(16) < 8) * np.ones((4, 1), np.int32)
+    batch["decoder_loss_weights"] = 1.0 - batch["decoder_prefix_mask"].astype(np.float32)
+    changed = dict(batch, decoder_target_tokens=batch["decoder_target_tokens"].copy())
+    changed["decoder_target_tokens"][:, :8] += 3
+
+    @jax.jit
+    def loss(params, batch):
+        (total, weight), gradients = jax.value_and_grad(
+            lambda params: made.model.loss(params, batch, None)[:2], has_aux=True
+        )(params)
+        return total, weight, gradients
+
+    found, wanted = loss(params, changed), loss(params, batch)
+    assert wanted[1] == 4 * 8
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    beyond = dict(batch, decoder_target_tokens=batch["decoder_target_tokens"] + (np.arange(16) == 12))
+    assert loss(params, beyond)[0] != wanted[0], "a target with a weight does bear it"
 
 
 def test_grouped_queries_equal_repeated_heads():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from tiers import tiers
 
 from meshway.framework.partitioning.partitioner import path_name
 from meshway.launch import config
@@ -108,7 +109,11 @@ def parameters(model):
     return found
 
 
-@pytest.mark.parametrize("model", MODELS)
+TINY = [model for model in MODELS if model.endswith("/tiny")]
+FEW = ["t5_1_1/small", "gpt2/small", "llama/3_1_405b", "gemma3/1b", "mixtral/8x7b", "bert/base", "palm/540b"]
+
+
+@pytest.mark.parametrize("model", tiers(MODELS, quick=TINY, slow=[model for model in MODELS if model not in TINY]))
 def test_parameters_are_the_golden_ones(model):
     """Names, shapes and axes. They may change only on purpose: MESHWAY_RENEW_GOLDENS=1 rewrites the files, and the
     changelog then says how old checkpoints are read."""
@@ -120,7 +125,10 @@ def test_parameters_are_the_golden_ones(model):
     assert json.loads(path.read_text()) == found
 
 
-@pytest.mark.parametrize("model", [*PUBLISHED, *ROUNDED])
+SIZED = [*PUBLISHED, *ROUNDED]
+
+
+@pytest.mark.parametrize("model", tiers(SIZED, quick=FEW, slow=[model for model in SIZED if model not in FEW]))
 def test_parameter_counts_are_the_published_ones(model):
     count = sum(math.prod(leaf["shape"]) for leaf in parameters(model).values())
     if model in PUBLISHED:

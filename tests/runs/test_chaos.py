@@ -1,5 +1,6 @@
-"""Four processes of one run lose one of them twenty times, in four ways, and the run ends as an undisturbed one."""
+"""Four processes of one run lose one of them again and again, in four ways; the run ends as an undisturbed one."""
 
+import functools
 import os
 import random
 import re
@@ -11,6 +12,7 @@ import time
 import numpy as np
 import pytest
 from running import LAB, command, environment, lines
+from tiers import tiers
 
 HEARTBEAT = 6  # seconds
 CHECKPOINT_PERIOD = 10
@@ -19,9 +21,9 @@ RECIPE = (
     f"--gin.CHECKPOINT_PERIOD={CHECKPOINT_PERIOD}",
 )  # fmt: skip
 CUT = LAB.parent / "cut"  # its sitecustomize.py puts a link that can be cut before each process
-WAYS = ["kill"] * 6 + ["kill in save"] * 5 + ["stop"] * 5 + ["cut"] * 4
-
-pytestmark = pytest.mark.slow
+EIGHT = {"kill": 2, "kill in save": 2, "stop": 2, "cut": 2}
+TWENTY = {"kill": 6, "kill in save": 5, "stop": 5, "cut": 4}
+STEPS_A_LOSS = 20
 
 
 class Launched:
@@ -77,9 +79,13 @@ class Launched:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    run = Launched(tmp_path_factory.mktemp("undisturbed"), steps=400, restarts=0)
-    assert run.process.wait(400) == 0, run.everything()
-    return run.folder
+    @functools.cache
+    def of(steps):
+        run = Launched(tmp_path_factory.mktemp("undisturbed"), steps, restarts=0)
+        assert run.process.wait(400) == 0, run.everything()
+        return run.folder
+
+    return of
 
 
 def harm(run, way, victim, attempt, chance):
@@ -117,13 +123,16 @@ def check_reasons(run, way, victim, attempt):
     assert blamed == ([str(victim)] if way == "stop" else []), outcome
 
 
-def test_twenty_losses_leave_no_trace(tmp_path, undisturbed):
+@pytest.mark.parametrize("ways", tiers([EIGHT, TWENTY], slow=[EIGHT]), ids=lambda ways: str(sum(ways.values())))
+def test_losses_leave_no_trace(tmp_path, undisturbed, ways):
     folder = tmp_path / "chaos"
     folder.mkdir()
     chance = random.Random(4)
-    events = [(way, chance.randrange(4) if way != "cut" else chance.randrange(1, 4)) for way in WAYS]
+    every = [way for way, times in ways.items() for _ in range(times)]
+    events = [(way, chance.randrange(4) if way != "cut" else chance.randrange(1, 4)) for way in every]
     chance.shuffle(events)
-    run = Launched(folder, steps=400, restarts=len(events) + 10)
+    steps = STEPS_A_LOSS * len(events)
+    run = Launched(folder, steps, restarts=len(events) + 10)
     in_saves, begin = 0, time.monotonic()
     try:
         for attempt, (way, victim) in enumerate(events, start=1):
@@ -138,12 +147,12 @@ def test_twenty_losses_leave_no_trace(tmp_path, undisturbed):
         run.process.terminate()
         run.process.terminate()
         run.process.wait(60)
-    assert in_saves >= 5, "some were killed while a checkpoint was written"
-    check_equal(folder, undisturbed)
+    assert in_saves >= ways["kill in save"], "some were killed while a checkpoint was written"
+    check_equal(folder, undisturbed(steps), steps)
 
 
-def check_equal(folder, undisturbed):
+def check_equal(folder, undisturbed, steps):
     ours, theirs = lines(folder / "metrics.jsonl"), lines(undisturbed / "metrics.jsonl")
-    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == list(range(1, 401))
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == list(range(1, steps + 1))
     np.testing.assert_allclose([line["loss"] for line in ours], [line["loss"] for line in theirs], rtol=1e-6)
     assert theirs[-1]["loss"] < theirs[0]["loss"] - 0.5, "it learns"

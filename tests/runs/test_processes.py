@@ -7,8 +7,7 @@ import time
 import numpy as np
 import pytest
 from running import free_port, lines, meshway, outputs, start
-
-pytestmark = pytest.mark.slow  # each process compiles everything, on the same two cores
+from tiers import tiers
 
 
 def arguments(folder, *more):
@@ -45,6 +44,7 @@ def together(tmp_path_factory):
     return folder, said
 
 
+@pytest.mark.slow  # each process compiles everything, on the same two cores
 def test_two_processes_equal_one(together, tmp_path):
     folder, said = together
     done = meshway(*arguments(tmp_path), "--simulated_devices=4")
@@ -56,6 +56,7 @@ def test_two_processes_equal_one(together, tmp_path):
     assert "step 10/10" in said[0] and "step 10/10" not in said[1], "process 0 speaks for the run"
 
 
+@pytest.mark.slow  # each process compiles everything, on the same two cores
 def test_one_process_goes_on_where_two_stopped(together):
     folder, _ = together
     done = meshway(*arguments(folder), "--gin.TRAIN_STEPS=15", "--simulated_devices=4")
@@ -64,6 +65,7 @@ def test_one_process_goes_on_where_two_stopped(together):
     assert lines(folder / "metrics.jsonl")[-1]["step"] == 15
 
 
+@pytest.mark.slow  # each process compiles everything, on the same two cores
 def test_sigterm_to_one_process_saves_the_same_step_on_all(tmp_path):
     processes = start_two(
         tmp_path, "--gin.TRAIN_STEPS=100000", "--gin.CHECKPOINT_PERIOD=50000", "--gin.EVAL_PERIOD=None"
@@ -98,6 +100,7 @@ def losses(folder):
     return {line["step"]: line["loss"] for line in lines(folder / "metrics.jsonl")}
 
 
+@pytest.mark.slow  # each process compiles everything, on the same two cores
 def test_one_two_and_four_processes_have_equal_losses(by_count):
     one = losses(by_count[1])
     assert list(one) == [5, 10, 15, 20]
@@ -105,7 +108,10 @@ def test_one_two_and_four_processes_have_equal_losses(by_count):
         assert losses(by_count[count]) == pytest.approx(one, rel=1e-6)
 
 
-@pytest.mark.parametrize(("first", "then"), [(1, 2), (1, 4), (2, 1), (2, 4), (4, 1), (4, 2)])
+CROSSINGS = [(1, 2), (1, 4), (2, 1), (2, 4), (4, 1), (4, 2)]
+
+
+@pytest.mark.parametrize(("first", "then"), tiers(CROSSINGS, slow=[(1, 4), (2, 1), (4, 2)]))
 def test_checkpoints_cross_between_any_two_counts(by_count, tmp_path, first, then):
     folder = tmp_path / "run"
     shutil.copytree(by_count[first], folder)
@@ -117,6 +123,7 @@ def test_checkpoints_cross_between_any_two_counts(by_count, tmp_path, first, the
     assert losses(folder) == pytest.approx(losses(by_count[1]), rel=1e-6)
 
 
+@pytest.mark.slow  # each process compiles everything, on the same two cores
 def test_an_exception_in_one_process_ends_all_with_its_message(tmp_path):
     variables = {1: {"LAB_FAILS_AT_BATCH": "7"}}
     processes = start_together(2, *counting(tmp_path, 5000), variables=variables)
@@ -126,6 +133,7 @@ def test_an_exception_in_one_process_ends_all_with_its_message(tmp_path):
     assert "process 0 of 2 stops: process 1: RuntimeError: the disk of this machine is gone" in said[0]
 
 
+@pytest.mark.slow  # each process compiles everything, on the same two cores
 def test_a_mistake_is_a_mistake_in_all(tmp_path):
     processes = start_together(2, *counting(tmp_path, 10, "--gin.BATCH_SIZE=7"))
     said = outputs(processes)
@@ -133,6 +141,7 @@ def test_a_mistake_is_a_mistake_in_all(tmp_path):
     assert "does not divide" in said[0]
 
 
+@pytest.mark.slow  # each process compiles everything, on the same two cores
 def test_processes_with_other_recipes_are_named(tmp_path):
     address = f"127.0.0.1:{free_port()}"
     processes = [
@@ -147,6 +156,7 @@ def test_processes_with_other_recipes_are_named(tmp_path):
     assert "do not agree: recipe: process 2 of 4: " in said[0]
 
 
+@pytest.mark.slow  # each process compiles everything, on the same two cores
 def test_processes_that_do_not_meet_say_why(tmp_path):
     address = f"127.0.0.1:{free_port()}"
     place = (f"--coordinator_address={address}", "--num_processes=3")

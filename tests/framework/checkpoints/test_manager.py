@@ -5,6 +5,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from tiers import tiers
 from tiny import losses, program
 
 from meshway.framework.checkpoints.manager import Checkpoints, Keep
@@ -28,7 +29,10 @@ def saved(tmp_path_factory):
     return folder, host, rest
 
 
-@pytest.mark.parametrize("layout, devices", [("fsdp_model", 8), ("data", 2), ("single", 1), ("model_2d", 8)])
+MESHES = [("fsdp_model", 8), ("data", 2), ("single", 1), ("model_2d", 8)]
+
+
+@pytest.mark.parametrize("layout, devices", tiers(MESHES, quick=MESHES[:2], slow=MESHES[2:]))
 def test_a_checkpoint_goes_on_any_mesh(saved, layout, devices):
     folder, host, rest = saved
     size = ["mesh.MeshShape.ici={'data': 2}"] if devices == 2 else []

@@ -10,7 +10,7 @@ from meshway.launch.convert import convert
 
 pytest.importorskip("torch", reason="the extra `oracle` is not installed")
 pytest.importorskip("transformers", reason="the extra `oracle` is not installed")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.proofs
 
 SEEDS = range(3)
 ROPES = (

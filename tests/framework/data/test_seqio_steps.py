@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 import pytest
+from tiers import tiers
 
 from meshway.framework.data import seqio_door, seqio_steps
 from meshway.framework.data.objective import FeatureInfo, VocabularyInfo
@@ -150,7 +151,7 @@ def all_of(task, split, num_shards, **options):
     return [list(seqio_steps.cacheable(task, split, k, num_shards, **options)) for k in range(num_shards)]
 
 
-@pytest.mark.parametrize("num_shards", [1, 3, 8, 60])
+@pytest.mark.parametrize("num_shards", tiers([1, 3, 8, 60], quick=[1, 3], slow=[8, 60]))
 def test_shards_hold_every_example_once(tasks, kept, num_shards):
     whole = all_of(kept("kept_everything"), "train", 1)[0]
     shards = all_of(kept("kept_everything"), "train", num_shards)

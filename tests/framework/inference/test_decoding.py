@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from teacher_forced import assert_same, case, log_probs_at_once
+from tiers import tiers
 from tiny import FAMILIES, FOUR_LAYERS, LAYOUTS, greedy, program
 
 from meshway.framework.errors import UserError
@@ -67,9 +68,12 @@ def reference(words, deep):
     return params, given, log_probs_at_once(made, params, given)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("words", UNDER_LAYOUTS, ids="-".join)
+LAID_OUT = [(words, layout) for layout in LAYOUTS for words in UNDER_LAYOUTS]
+IN_TURN = [(UNDER_LAYOUTS[n % len(UNDER_LAYOUTS)], layout) for n, layout in enumerate(LAYOUTS)]
+WHERE_HEADS_ARE_CUT = [(words, layout) for words in ONE_KEY_HEAD for layout in ("model_1d", "ring_model", "fsdp_model")]
+
+
+@pytest.mark.parametrize("words, layout", tiers(LAID_OUT, slow=[*IN_TURN, *WHERE_HEADS_ARE_CUT]))
 def test_under_a_layout_a_cache_gives_the_full_forward_pass_of_one_device(words, layout):
     if layout == "ring_model" and words in ONE_KEY_HEAD:
         with pytest.raises(UserError, match="'kv_heads' of size 1 does not divide by model=2"):
@@ -127,10 +131,16 @@ def ragged(made):
     return made.put(case(made).prompt)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", ["fsdp_model", "model_sequence", "ring", "stage_circular"])
-@pytest.mark.parametrize("name", ["sampling", "beams"])
-@pytest.mark.parametrize("family", FAMILIES)
+PREDICTED = [
+    (family, name, layout)
+    for layout in ("fsdp_model", "model_sequence", "ring", "stage_circular")
+    for name in ("sampling", "beams")
+    for family in FAMILIES
+]
+
+
+# Every layout with each decoder, the families in turn.
+@pytest.mark.parametrize("family, name, layout", tiers(PREDICTED, slow=[*PREDICTED[::4], *PREDICTED[3::4]]))
 def test_predictions_under_a_layout_are_those_of_one_device(family, name, layout):
     params, wanted = decoded_alone(family, name, layout.startswith("stage"))
     made = program(family, layout=layout)

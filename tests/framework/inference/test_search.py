@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import tiers
 
 from meshway.framework.inference import filters
 from meshway.framework.inference.beam_search import BeamSearch
@@ -110,10 +111,10 @@ CASES = [(beams, alpha, rules) for beams in range(1, 17) for alpha in (0.0, 0.6,
 QUICK = [(1, 0.0, "t5x"), (3, 0.6, "t5x"), (16, 0.6, "t5x"), (2, 0.6, "transformers"), (4, 2.0, "transformers")]
 
 
-@pytest.mark.parametrize(
-    "beams, alpha, rules",
-    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES if case not in QUICK)],
-)
+SLOW = [case for case in CASES if case[0] in (1, 2, 3, 5, 16) and case not in QUICK and case[1] != 0.6]
+
+
+@pytest.mark.parametrize("beams, alpha, rules", tiers(CASES, QUICK, SLOW))
 def test_beam_search_is_the_search_over_lists(tables, beams, alpha, rules):
     found, compared = run(BeamSearch(beams, alpha, rules=rules)), 0
     for row, table in enumerate(tables):

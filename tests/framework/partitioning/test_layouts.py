@@ -5,10 +5,10 @@ import functools
 import jax
 import numpy as np
 import pytest
+from tiers import tiers
 from tiny import DENSE_LAYOUTS, FAMILIES, gradients_and_losses, losses, program
 
-STEPS = 20
-QUICK = ("fsdp_model",)  # the others are slow proofs
+STEPS, FEW = 20, 4  # of proofs; of the others: gradients, leaf by leaf, tell of a difference already
 # Layout file -> other mesh shapes it is tried with: what else its file can be asked for.
 SHAPES = {
     "zero_1": ["{'data': 4}"],
@@ -22,36 +22,50 @@ SHAPES = {
     "ulysses": ["{'data': 2, 'sequence': 4}"],
 }
 # Pipelines need more layers: tests/models/layers/test_pipeline.py.
-CASES = [(layout, "") for layout in DENSE_LAYOUTS if layout != "single" and not layout.startswith("stage")]
-CASES += [(layout, f"mesh.MeshShape.ici={shape}") for layout, shapes in SHAPES.items() for shape in shapes]
+MESHES = [(layout, "") for layout in DENSE_LAYOUTS if layout != "single" and not layout.startswith("stage")]
+MESHES += [(layout, f"mesh.MeshShape.ici={shape}") for layout, shapes in SHAPES.items() for shape in shapes]
+# Each layout file and mesh once, families in turn; the products of two ways to shard with both families.
+CASES = [(*mesh, family) for mesh in MESHES for family in FAMILIES]
+QUICK = [("fsdp_model", "", family) for family in FAMILIES]
+SLOW = [(*mesh, FAMILIES[n % 2]) for n, mesh in enumerate(MESHES)]
+SLOW += [(layout, "", family) for layout in ("fsdp_ring", "model_sequence", "ring_model") for family in FAMILIES]
 
 
 @pytest.fixture(scope="module")
 def reference():
     """Per family: the fresh state on one device, on the host, the first gradients and the losses of twenty steps."""
-    found = {}
-    for family in FAMILIES:
+
+    @functools.cache
+    def of(family):
         made = program(family)
         fresh = jax.device_get(made.init())
-        found[family] = fresh, *gradients_and_losses(made, fresh, STEPS)
-    return found
+        return fresh, *gradients_and_losses(made, fresh, STEPS)
+
+    return of
 
 
-@pytest.mark.parametrize(
-    "layout, shape",
-    [pytest.param(*case, marks=() if case[0] in QUICK and not case[1] else pytest.mark.slow) for case in CASES],
-)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_layout_equals_one_device(family, layout, shape, reference):
+def steps_of(request):
+    return STEPS if request.node.get_closest_marker("proofs") else FEW
+
+
+@pytest.mark.parametrize("layout, shape, family", tiers(CASES, QUICK, SLOW))
+def test_layout_equals_one_device(layout, shape, family, reference, request):
     made = program(family, *[shape] if shape else [], layout=layout)
-    check_equal(made, *reference[family])
+    check_equal(made, *reference(family), steps_of(request))
 
 
-def check_equal(made, fresh, gradients, expected):
-    found_gradients, found = gradients_and_losses(made, fresh, STEPS)
+@pytest.mark.proofs
+@pytest.mark.parametrize("layout, shape, family", sorted({*QUICK, *SLOW}))
+def test_layout_equals_one_device_over_twenty_steps(layout, shape, family, reference):
+    made = program(family, *[shape] if shape else [], layout=layout)
+    check_equal(made, *reference(family), STEPS)
+
+
+def check_equal(made, fresh, gradients, expected, steps):
+    found_gradients, found = gradients_and_losses(made, fresh, steps)
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
-    assert found[-1] < found[0]
+    np.testing.assert_allclose(found, expected[:steps], rtol=1e-4)
+    assert steps < STEPS or found[-1] < found[0]
     assert found_gradients.keys() == gradients.keys()
     for name, gradient in gradients.items():
         np.testing.assert_allclose(
@@ -92,15 +106,17 @@ def mixture_reference(family, dispatch):
     return fresh, *gradients_and_losses(single, fresh, STEPS)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family, layout, dispatch", MIXTURE_CASES)
-def test_a_mixture_under_a_layout_equals_one_device(family, layout, dispatch):
-    check_equal(mixture(family, dispatch, layout), *mixture_reference(family, dispatch))
+MIXED = [*MIXTURE_CASES[::2], MIXTURE_CASES[-1]]  # each layout, each way to dispatch, each family
+
+
+@pytest.mark.parametrize("family, layout, dispatch", tiers(MIXTURE_CASES, slow=MIXED))
+def test_a_mixture_under_a_layout_equals_one_device(family, layout, dispatch, request):
+    check_equal(mixture(family, dispatch, layout), *mixture_reference(family, dispatch), steps_of(request))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fresh_parameters_do_not_depend_on_the_mesh(family, reference):
-    fresh, *_ = reference[family]
+    fresh, *_ = reference(family)
     for found, wanted in zip(jax.tree.leaves(program(family, layout="fsdp_model").init()), jax.tree.leaves(fresh)):
         np.testing.assert_array_equal(found, wanted)
 

@@ -1,11 +1,15 @@
 """Laws of the train step."""
 
+import collections
 import dataclasses
+import functools
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import tiers
 from tiny import FAMILIES, losses, program
 
 from meshway.framework.errors import UserError
@@ -18,22 +22,49 @@ TWO_LAYERS = {"t5_1_1": ("NUM_ENCODER_LAYERS=2", "NUM_DECODER_LAYERS=2"), "lm": 
 @pytest.fixture(scope="module")
 def plain():
     """Losses of five steps, unrolled, without remat or microbatches."""
-    return {family: losses(program(family, *TWO_LAYERS[family], "SCAN=False"), 5)[0] for family in FAMILIES}
+    return functools.cache(lambda family: losses(program(family, *TWO_LAYERS[family], "SCAN=False"), 5)[0])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    "variant",
-    [
-        ["NUM_MICROBATCHES=4"],
-        pytest.param(["SCAN=True"], marks=pytest.mark.slow),
-        ["SCAN=True", "REMAT='minimal'"],
-        pytest.param(["REMAT='full'"], marks=pytest.mark.slow),
-    ],
-)
+VARIANTS = [["NUM_MICROBATCHES=4"], ["SCAN=True"], ["SCAN=True", "REMAT='minimal'"], ["REMAT='full'"]]
+RUN = [(family, variant) for family in FAMILIES for variant in VARIANTS]
+
+
+@pytest.mark.parametrize("family, variant", tiers(RUN, quick=[RUN[0], RUN[6]], slow=RUN[1:6] + RUN[7:]))
 def test_how_a_step_is_run_changes_nothing(family, variant, plain):
     other, _ = losses(program(family, *TWO_LAYERS[family], *variant), 5)
-    np.testing.assert_allclose(other, plain[family], rtol=1e-5)
+    np.testing.assert_allclose(other, plain(family), rtol=1e-5)
+
+
+def primitives(made):
+    """Returns how often each primitive stands in the loss's gradient, inner programs included."""
+    found = collections.Counter()
+
+    def count(jaxpr):
+        for equation in jaxpr.eqns:
+            found[equation.primitive.name] += 1
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                count(inner)
+
+    with made.partitioner.activate():
+        gradient = jax.grad(lambda params, batch: made.model.loss(params, batch, None)[0])
+        count(jax.make_jaxpr(gradient)(made.param_shapes, made.abstract_batch).jaxpr)
+    return found
+
+
+def test_options_of_a_step_are_taken():
+    """Equal losses alone would also come of an option that nobody reads."""
+    plain, scanned, minimal, full = (
+        primitives(program("lm", *TWO_LAYERS["lm"], *variant))
+        for variant in (
+            ["SCAN=False"],
+            ["SCAN=True"],
+            ["SCAN=False", "REMAT='minimal'"],
+            ["SCAN=False", "REMAT='full'"],
+        )
+    )
+    assert scanned["scan"] == plain["scan"] + 2, "one forward and one backward"
+    assert plain["remat2"] == 0 < minimal["remat2"]
+    assert plain["dot_general"] < minimal["dot_general"] < full["dot_general"], "what is not kept is computed again"
 
 
 def test_microbatches_weigh_by_tokens():

@@ -209,6 +209,7 @@ def test_skypilot_task():
     }
 
 
+@pytest.mark.proofs
 def test_skypilot_takes_the_task(tmp_path, job):
     """By SkyPilot's own reader, where it is installed."""
     sky = pytest.importorskip("sky")

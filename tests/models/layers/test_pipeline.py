@@ -1,6 +1,7 @@
 """A stack run as a pipeline is the stack: values, gradients, reports, and what crosses the mesh for it."""
 
 import functools
+import itertools
 import re
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiers import pairwise, tiers
 from tiny import FAMILIES, gradients_and_losses, greedy, losses, program
 
 from meshway.framework.errors import UserError
@@ -243,17 +245,16 @@ def test_network_is_what_one_device_computes(family, layout, layers, steps):
     assert rolls(text) == (2 * stacks, 2 * stacks * [steps])
 
 
-CASES = [
-    (family, layout, repeats, options)
-    for family in FAMILIES
-    for layout in ("stage", "stage_fsdp", "stage_model")
-    for repeats in (1, 2)
-    for options in (("SCAN=True", "REMAT='full'"), ("SCAN=False", "REMAT='minimal'"))
-]
+CASES = {
+    "family": FAMILIES,
+    "layout": ("stage", "stage_fsdp", "stage_model"),
+    "repeats": (1, 2),
+    "options": (("SCAN=True", "REMAT='full'"), ("SCAN=False", "REMAT='minimal'")),
+}
+PAIRS = [tuple(case.values()) for case in pairwise(CASES)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family, layout, repeats, options", CASES)
+@pytest.mark.parametrize("family, layout, repeats, options", tiers(itertools.product(*CASES.values()), slow=PAIRS))
 def test_every_layout_repeat_and_way_to_run(family, layout, repeats, options):
     made = small(family, *options, f"pipeline.Pipeline.num_repeats={repeats}", layout=layout)
     found, _ = gradients(made, fresh(family, 4))
@@ -292,16 +293,18 @@ def test_bfloat16_differs_by_rounding(family, layout):
         assert value < max(2 * alone[name], 1e-3), name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layout", STAGE_LAYOUTS)
-def test_twenty_steps_with_accumulated_gradients(family, layout):
-    """The step's own microbatches, each of which the pipeline cuts again."""
+ACCUMULATED = [(family, layout) for layout in STAGE_LAYOUTS for family in FAMILIES]
+
+
+@pytest.mark.parametrize("family, layout", tiers(ACCUMULATED, slow=[*ACCUMULATED[::4], *ACCUMULATED[3::4]]))
+def test_steps_with_accumulated_gradients(family, layout, request):
+    """The step's own microbatches, each of which the pipeline cuts again; twenty steps of proofs, else four."""
+    steps = 20 if request.node.get_closest_marker("proofs") else 4
     alone = small(family, "BATCH_SIZE=32")
     state = jax.device_get(alone.init())
-    first, expected = gradients_and_losses(alone, state, 20)
+    first, expected = gradients_and_losses(alone, state, steps)
     options = ("BATCH_SIZE=32", "NUM_MICROBATCHES=2")
-    found_first, found = gradients_and_losses(small(family, *options, layout=layout), state, 20)
+    found_first, found = gradients_and_losses(small(family, *options, layout=layout), state, steps)
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     near(found_first, first, rtol=1e-4)
@@ -310,12 +313,14 @@ def test_twenty_steps_with_accumulated_gradients(family, layout):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dropout_in_a_network(family):
-    """It trains, and a seed gives one result."""
+    """It drops units, trains, and a seed gives one result."""
     options = ("DROPOUT_RATE=0.2", "SCAN=True", "REMAT='full'")
     made = small(family, *options, layout="stage_circular")
     first, _ = losses(made, 8)
     again, _ = losses(made, 8)
     assert first == again and first[-1] < first[0]
+    without, _ = losses(small(family, "DROPOUT_RATE=0.0", *options[1:], layout="stage_circular"), 1)
+    assert abs(first[0] - without[0]) > 1e-4
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tiers import tiers
 
 from meshway.framework.inference.bulk.chunks import ChunkStore
 
@@ -253,17 +254,12 @@ def killed_until_done(folder: Path, name: str, format: str | None, num_chunks: i
             process.communicate()
 
 
-@pytest.mark.parametrize(
-    "name, format, num_chunks, kills",
-    [
-        ("out.jsonl", None, 40, 4),
-        ("folder", "jsonl", 40, 4),
-        *(
-            pytest.param(name, format, 300, 60, marks=pytest.mark.slow)
-            for name, format in (("out.jsonl", None), ("out.parquet", None), ("folder", "jsonl"), ("folder", "parquet"))
-        ),
-    ],
-)
+FEW = [("out.jsonl", None, 40, 4), ("folder", "jsonl", 40, 4)]
+SOME = [("out.parquet", None, 120, 15), ("folder", "parquet", 120, 15)]
+MANY = [(name, format, 300, 60) for name, format in OUTPUTS if name != "out.txt"]
+
+
+@pytest.mark.parametrize("name, format, num_chunks, kills", tiers([*FEW, *SOME, *MANY], quick=FEW, slow=SOME))
 def test_kill_9_at_random_moments_changes_nothing(tmp_path, name, format, num_chunks, kills):
     for folder, times in (("whole", 0), ("killed", kills)):
         (tmp_path / folder).mkdir()

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import TRANSFORMATIONS, Case, assert_equals_reference, partitioner
+from tiers import pairwise, tiers
 
 from meshway.models.layers.kernels.chunked import ChunkedAttention
 from meshway.models.layers.masks import row_sight, visible
@@ -39,8 +40,10 @@ OPTIONS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [dict(zip(OPTIONS, x)) for x in itertools.product(*OPTIONS.values())], ids=str)
+COMBINATIONS = [dict(zip(OPTIONS, x)) for x in itertools.product(*OPTIONS.values())]
+
+
+@pytest.mark.parametrize("options", tiers(COMBINATIONS, slow=pairwise(OPTIONS)), ids=str)
 def test_equals_the_reference_in_every_combination(options):
     assert_equals_reference(CHUNKED, Case(length=23, **options))
 

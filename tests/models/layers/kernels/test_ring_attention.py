@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from attention_cases import TRANSFORMATIONS, Case, arrays, assert_equals_reference, attend, partitioner
+from tiers import tiers
 from tiny import losses, program
 
 from meshway.models.layers.kernels.ring_attention import RingAttention
@@ -44,17 +45,21 @@ def test_all_to_all_equals_the_reference():
     assert_equals_reference(ULYSSES, EVERYTHING, partitioner((2, 2, 2)))
 
 
-@pytest.mark.slow
+WHOLE = [(PACKED, RING, (2, 1, 2)), (PACKED, ULYSSES, (4, 1, 2))]  # a length that no device shares
+POSSIBLE = WHOLE + [
+    (case, kernel, mesh)
+    for case in CASES
+    for kernel, mesh in ON
+    if not any(length % mesh[1] for length in (case.length, case.kv_length or 0))
+]
+
+
+# Each case and each kernel on each mesh twice or more often.
+IN_TURN = [(one, *on) for n, one in enumerate(CASES) for m, on in enumerate(ON) if (n + 2 * m) % 3 == 0]
+
+
 @pytest.mark.parametrize(
-    "case, kernel, mesh",
-    [
-        (case, kernel, mesh)
-        for case in CASES
-        for kernel, mesh in ON
-        if not any(length % mesh[1] for length in (case.length, case.kv_length or 0))
-    ]
-    + [(PACKED, RING, (2, 1, 2)), (PACKED, ULYSSES, (4, 1, 2))],
-    ids=str,
+    "case, kernel, mesh", tiers(POSSIBLE, slow=[*WHOLE, *(case for case in IN_TURN if case in POSSIBLE)]), ids=str
 )
 def test_equals_the_reference(case, kernel, mesh):
     rules = {} if case.kv_heads % mesh[2] == 0 else {"kv_heads": None}
@@ -70,9 +75,14 @@ def test_several_mesh_axes_may_cut_the_length(kernel):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("around", TRANSFORMATIONS)
-@pytest.mark.parametrize("kernel", [RING, PLAIN, ULYSSES], ids=str)
+def name(value):
+    return getattr(value, "__name__", str(value))
+
+
+INSIDE = [(kernel, around) for kernel in (RING, PLAIN, ULYSSES) for around in TRANSFORMATIONS]
+
+
+@pytest.mark.parametrize("kernel, around", tiers(INSIDE, slow=[*INSIDE[::4], *INSIDE[1::4]]), ids=name)
 def test_works_inside_other_transformations(kernel, around):
     assert_equals_reference(kernel, PACKED, partitioner((2, 2, 2), batch=None), around=around)
 
