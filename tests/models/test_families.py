@@ -59,6 +59,7 @@ def decoded(model, params, batch):
 
 
 SLOW = (
+    "alibi",
     "bloom",
     "chinchilla",
     "gemma2",
@@ -68,7 +69,10 @@ SLOW = (
     "palm",
     "partial_rotary",
     "qwen2_5",
+    "qwen3",
+    "rerope",
     "t5x_decoder",
+    "tied_bias",
     "yarn",
 )
 
