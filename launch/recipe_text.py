@@ -183,7 +183,7 @@ def _syntax_message(error: Exception, text: str, file: str) -> str:
         line, reason = error.lineno or 1, str(error.msg)
     else:
         reason, (line, _) = error.args
-    lines = text.splitlines()
+    lines = text.split("\n")
     shown = lines[line - 1].strip() if 0 < line <= len(lines) else ""
     word = re.search(r"Failed to parse token '(\w+)'", reason)
     if word:

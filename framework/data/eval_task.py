@@ -212,7 +212,7 @@ class TaskEvaluation:
 
     def _source(self, pack: bool) -> RowSource:
         arguments = (self.name, self._examples, self._objective, pack)
-        return RowSource(*arguments, shuffle=False, seed=EVAL_SEED, endless=False)
+        return RowSource(*arguments, shuffle=False, seed=EVAL_SEED)
 
     @functools.cached_property
     def _rows(self) -> RowSource:

@@ -268,7 +268,7 @@ class SeqioStream:
             self._buffers += 1
             if not self._objective.row_lengths or self._objective.parts(examples.sizes).any():
                 seed = key_of(self._seed, self._buffers)
-                return RowSource(self._name, examples, self._objective, self._pack, True, seed, endless=False)
+                return RowSource(self._name, examples, self._objective, self._pack, True, seed)
         raise UserError(
             f"{self._name!r}: {_FRUITLESS * _BUFFER:,} examples in a row were all left out by the objective"
         )

@@ -110,7 +110,7 @@ def read_goodput(path: Path) -> Goodput:
         text = path.read_text("utf-8", "replace")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    return goodput(line for line in map(parse_line, text.splitlines()) if line)
+    return goodput(line for line in map(parse_line, text.split("\n")) if line)
 
 
 def in_one_line(found: Goodput) -> str:

@@ -186,5 +186,5 @@ def _open(path: Path) -> tuple[Any, float]:
     text = file.read()
     if text and not text.endswith(b"\n"):
         file.write(b"\n")  # what kill -9 cut stays a line of its own
-    lines: list[Mapping[str, Any] | None] = [parse_line(line) for line in text.decode("utf-8", "replace").splitlines()]
+    lines: list[Mapping[str, Any] | None] = [parse_line(line) for line in text.decode("utf-8", "replace").split("\n")]
     return file, max((line["time"] for line in lines if line), default=0.0)

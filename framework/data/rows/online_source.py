@@ -133,7 +133,7 @@ class OnlineSource:
         objective = _InEpoch(self._objective, epoch)
         seed = key_of(self._seed, epoch, pool)
         try:
-            return RowSource(self.name, InMemory(made), objective, self._pack, self._shuffle, seed, endless=False)
+            return RowSource(self.name, InMemory(made), objective, self._pack, self._shuffle, seed)
         except UserError:
             if objective.parts(InMemory(made).sizes).sum():
                 raise

@@ -1,10 +1,11 @@
 """The endless rows of one cached task: any row by its number, from sizes alone until it is read.
 
-A round is one pass over the task's items (several, where a pass would fill few rows). When rows are packed, the
-items are dealt once, at random, into pools of `POOL_ITEMS`, and each pool is packed on its own; a round visits the
-pools in a fresh order, and each pool's rows in a fresh order. So which items share a row stays, which is of no
-account as segments do not see each other, and every round has the same number of rows: row n is found without
-packing what lies before it. Unpacked, a row is an item, and a round a fresh permutation of all.
+A round is one pass over the task's items, however few they are: each is in it once. When rows are packed, the items
+are dealt once, at random, into pools of `POOL_ITEMS`, and each pool is packed on its own; a round visits the pools in
+a fresh order, and each pool's rows in a fresh order. So which items share a row stays, which is of no account as
+segments do not see each other, and every round has the same number of rows: row n is found without packing what lies
+before it. The last row of a pool is partly empty, which only a task of few rows notices. Unpacked, a row is an item,
+and a round a fresh permutation of all.
 """
 
 import functools
@@ -20,7 +21,6 @@ from meshway.framework.data.rows.packing import Arrays, Placement, best_fit
 from meshway.framework.errors import UserError
 
 POOL_ITEMS = 16384
-MIN_ROUND_ITEMS = 1024  # fewer would leave a row half empty at the end of every round
 _SAMPLED_POOLS = 16  # that tell how many items a row holds
 
 
@@ -42,7 +42,6 @@ class RowSource:
       pack: whether rows hold several items.
       shuffle: whether order is random; if not, items come in the task's order.
       seed: of order and of the objective's randomness.
-      endless: whether small tasks may be packed several passes at a time; if not, a round is one pass.
 
     Attributes:
       items_per_epoch: how many items one pass over the task has.
@@ -59,7 +58,6 @@ class RowSource:
         pack: bool,
         shuffle: bool = True,
         seed: int = 0,
-        endless: bool = True,
     ) -> None:
         if not len(examples):
             raise UserError(f"task {name!r} has no examples to read")
@@ -74,12 +72,8 @@ class RowSource:
         self.items_per_epoch = int(parts.sum())
         if not self.items_per_epoch:
             raise UserError(f"task {name!r} has no examples to read: none of {len(examples):,} is kept")
-        self._epochs = 1
-        if self._pack and endless and self.items_per_epoch < MIN_ROUND_ITEMS:
-            self._epochs = objective.cycle * -(-MIN_ROUND_ITEMS // (self.items_per_epoch * objective.cycle))
-        self._cycle = objective.cycle if self._pack and self._epochs == 1 else 1  # rounds after which plans repeat
-        self._items = self.items_per_epoch * self._epochs  # of a round
-        self._num_pools = max(1, round(self._items / POOL_ITEMS))
+        self._cycle = objective.cycle if self._pack else 1  # rounds after which plans repeat
+        self._num_pools = max(1, round(self.items_per_epoch / POOL_ITEMS))
         self._rows = np.full((self._cycle, self._num_pools), -1, np.int64)  # of each pool, -1 until it is planned
         self._plan = functools.lru_cache(maxsize=4)(self._plan_pool)
         self._order = functools.lru_cache(maxsize=4)(self._pool_order)
@@ -104,12 +98,8 @@ class RowSource:
     def rows_in_round(self, number: int) -> int:
         """Returns how many rows a round has; plans all its pools the first time."""
         if not self._pack:
-            return self._items
+            return self.items_per_epoch
         return sum(self._rows_of(number % self._cycle, pool) for pool in range(self._num_pools))
-
-    def epoch_of(self, row: int) -> int:
-        """Returns the first pass over the task that row number `row` takes part in."""
-        return (row // self._items if not self._pack else self.locate(row).round) * self._epochs
 
     def locate(self, number: int) -> Place:
         """Returns where row `number` of the endless stream lies (packed)."""
@@ -161,7 +151,7 @@ class RowSource:
         """Returns what a row's number means: a key of how rows are laid out."""
         lengths = sorted(self.objective.row_lengths.items())
         parts = [part for name, length in lengths for part in (name, length)]
-        return {"plan": key_of(self._pack, self._items, *parts) % 2**31}
+        return {"plan": key_of(self._pack, self.items_per_epoch, *parts) % 2**31}
 
     def restore(self, number: int, state: Mapping[str, int]) -> None:
         """Checks that row `number` is the row it was; there is nothing to go to, any row can be taken at any time.
@@ -179,12 +169,12 @@ class RowSource:
     def _find(self, numbers: np.ndarray) -> tuple[Items, Placement]:
         """Returns the items of rows and where they lie, row i being the i-th of `numbers`."""
         if not self._pack:
-            epochs = numbers // self._items
-            position = numbers % self._items
+            epochs = numbers // self.items_per_epoch
+            position = numbers % self.items_per_epoch
             if self._shuffle:
                 for epoch in np.unique(epochs).tolist():
                     at = epochs == epoch
-                    position[at] = permute(position[at], self._items, key_of(self._key, "epoch", epoch))
+                    position[at] = permute(position[at], self.items_per_epoch, key_of(self._key, "epoch", epoch))
             count = len(numbers)
             zeros = dict.fromkeys(self.objective.row_lengths, np.zeros(count, np.int64))
             placement = Placement(np.arange(count), np.ones(count, np.int32), zeros, count)
@@ -206,8 +196,8 @@ class RowSource:
             members = [plan.members[plan.starts[row] : plan.starts[row + 1]] for row in wanted.tolist()]
             rows.append(np.repeat(np.arange(at, stop), [len(member) for member in members]))
             chosen = np.concatenate(members)
-            positions.append(plan.items[chosen] % self.items_per_epoch)
-            epochs_of.append(place.round * self._epochs + plan.items[chosen] // self.items_per_epoch)
+            positions.append(plan.items[chosen])
+            epochs_of.append(np.full(len(chosen), place.round))
             segments.append(plan.placement.segments[chosen])
             offsets.append({name: column[chosen] for name, column in plan.placement.offsets.items()})
             at = stop
@@ -224,7 +214,7 @@ class RowSource:
         return Items(index, positions - before, epochs)
 
     def _pool_span(self, pool: int) -> tuple[int, int]:
-        return pool * self._items // self._num_pools, (pool + 1) * self._items // self._num_pools
+        return pool * self.items_per_epoch // self._num_pools, (pool + 1) * self.items_per_epoch // self._num_pools
 
     def _pool_order(self, round_number: int) -> np.ndarray:
         pools = np.arange(self._num_pools)
@@ -239,8 +229,8 @@ class RowSource:
         """Packs one pool; the plan is the same in every round of that phase."""
         items = np.arange(*self._pool_span(pool))
         if self._shuffle:
-            items = permute(items, self._items, key_of(self._key, "dealt"))
-        found = self._items_at(items % self.items_per_epoch, phase + items // self.items_per_epoch)
+            items = permute(items, self.items_per_epoch, key_of(self._key, "dealt"))
+        found = self._items_at(items, np.full(len(items), phase))
         sizes = {name: column[found.index] for name, column in self.examples.sizes.items()}
         placement = best_fit(self.objective.measure(sizes, found), self.objective.row_lengths)
         self._rows[phase, pool] = placement.num_rows

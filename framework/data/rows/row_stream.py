@@ -85,7 +85,7 @@ class RowStream:
         self._limit = limit
         self._rates = periods([source.name for source in sources], rates, changes)
         self.position = 0
-        self._periods = self._schedule(0, 0, np.zeros(len(sources), np.int64))
+        self._begin(0, 0, np.zeros(len(sources), np.int64))
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -140,13 +140,19 @@ class RowStream:
         for source in self.sources:
             extra = source.state(result[f"{source.name}.rows"])
             result |= {f"{source.name}.{key}": value for key, value in extra.items()}
+        first = self._periods[0]
+        if first.row:  # else it follows from the recipe
+            result |= {"since_batch": first.batch, "since_row": first.row}
+            taken = zip(self.sources, first.taken.tolist(), strict=True)
+            result |= {f"{source.name}.before": count for source, count in taken}
         return result
 
     def restore(self, state: Mapping[str, int]) -> None:
         """Goes on from a position, on any process count, mesh and batch size.
 
         Each source goes on after the rows it had given. When the recipe's rates would not have given those
-        counts (they were edited since), its rates hold from here on.
+        counts (they were edited since), its rates hold from here on; positions saved from then on say so, and are
+        restored to the same rows.
 
         Raises:
           UserError: the position is of other data, or of another seed.
@@ -167,19 +173,21 @@ class RowStream:
         self.position = int(state["batch"])
         taken = np.array([int(state.get(f"{source.name}.rows", 0)) for source in self.sources], np.int64)
         row = int(state["rows"])
+        before = [int(state.get(f"{source.name}.before", 0)) for source in self.sources]
+        self._begin(state.get("since_batch", 0), state.get("since_row", 0), np.array(before, np.int64))
         if self._row_of(self.position) != row or (self._taken(self.position, row) != taken).any() or saved - known:
-            self._periods = self._schedule(self.position, row, taken)
+            self._begin(self.position, row, taken)
         for source, count in zip(self.sources, taken.tolist(), strict=True):
             prefix = f"{source.name}."
             own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            source.restore(count, {key: value for key, value in own.items() if key != "rows"})
+            source.restore(count, {key: value for key, value in own.items() if key not in ("rows", "before")})
 
     def spec(self) -> Spec:
         """Returns (global shape, dtype) of each feature."""
         return dict(self._spec)
 
-    def _schedule(self, batch: int, row: int, taken: np.ndarray) -> list[_Period]:
-        """Returns the periods from a position on."""
+    def _begin(self, batch: int, row: int, taken: np.ndarray) -> None:
+        """Deals rows by the recipe's rates from a position on: makes the periods."""
         result: list[_Period] = []
         starts = [step for step, _ in self._rates]
         for start, rates in self._rates[bisect.bisect_right(starts, batch) - 1 :]:
@@ -191,7 +199,7 @@ class RowStream:
             # Rates count examples, a period deals rows: of what is packed denser, fewer.
             weights = [rate and rate / source.items_per_row for rate, source in zip(rates, self.sources, strict=True)]
             result.append(_Period(start, row, taken, Interleaving(np.array(weights))))
-        return result
+        self._periods = result
 
     def _period(self, batch: int) -> _Period:
         return self._periods[bisect.bisect_right([period.batch for period in self._periods], batch) - 1]

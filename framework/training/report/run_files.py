@@ -80,7 +80,7 @@ def _read_text(path: Path, folder: Path, missing: list[str]) -> str:
 def _read_lines(path: Path, folder: Path, missing: list[str]) -> list[dict[str, Any]]:
     """Returns the objects of a JSON-lines file in order of `step`, the last of each step."""
     by_step, unreadable = {}, 0
-    for line in _read_text(path, folder, missing).splitlines():
+    for line in _read_text(path, folder, missing).split("\n"):  # no other line breaks: JSON keeps U+2028 as it is
         value = _parse(line)
         step = value.get("step") if isinstance(value, dict) else None
         if type(step) is int and 0 <= step < 2**53:
@@ -95,7 +95,7 @@ def _read_timeline(path: Path, missing: list[str]) -> Goodput:
     """Returns the goodput of a run, without attempts for one of a time before there were timelines."""
     if not path.exists():
         return Goodput([])
-    texts = [text for text in _read_text(path, path.parent, missing).splitlines() if text.strip()]
+    texts = [text for text in _read_text(path, path.parent, missing).split("\n") if text.strip()]
     lines = [line for line in map(parse_line, texts) if line]
     _say_unreadable(len(texts) - len(lines), Path(path.name), missing)
     return goodput(lines)

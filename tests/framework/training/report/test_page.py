@@ -8,8 +8,13 @@ from pathlib import Path
 import pytest
 
 from meshway.framework.errors import UserError
+from meshway.framework.results.records import Records
+from meshway.framework.training.goodput import read_goodput
 from meshway.framework.training.report import plots
 from meshway.framework.training.report.page import write_report
+from meshway.framework.training.report.run_files import read_run
+from meshway.framework.training.timeline import Timeline
+from meshway.framework.training.writers import json_line
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
@@ -286,3 +291,24 @@ def test_long_curves_are_thinned_but_keep_their_spikes() -> None:
     assert len(thinned) <= plots._MAX_POINTS + 2
     assert (54_321, 99.0) in thinned
     assert thinned == sorted(thinned)
+
+
+BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"  # all that str.splitlines() takes for the end of a line
+
+
+def test_only_a_newline_ends_a_line_of_json(tmp_path):
+    """A prediction may hold any other character: its record is read as it was written."""
+    text = f"one{BREAKS}two"
+    sample = {"input": text, "target": text, "prediction": text}
+    record = {"metrics": {"loss": 5.0}, "counts": {}, "predictions": [sample], "failed": {"metric": text}}
+    records = Records(tmp_path / "eval")
+    records.add(10, {"a_task": record})
+    assert records.read("a_task") == {10: {"step": 10, **record}}
+    (tmp_path / "metrics.jsonl").write_bytes(json_line(10, {"loss": 1.0, "note": text}))
+    with pytest.raises(ValueError), Timeline(tmp_path / "timeline.jsonl"):
+        raise ValueError("\u2028".join("ab"))
+    run = read_run(tmp_path)
+    assert run.evaluations["a_task"] == [{"step": 10, **record}]
+    assert run.reports == [{"step": 10, "loss": 1.0, "note": text}]
+    assert len(run.goodput.attempts) == len(read_goodput(tmp_path / "timeline.jsonl").attempts) == 1
+    assert not [sentence for sentence in run.missing if "could not be read" in sentence]
