@@ -75,7 +75,7 @@ class Evaluator:
     @property
     def left_out(self) -> list[str]:
         """What of the tasks' metrics cannot be run, in words."""
-        return [f"{task.name}: not evaluated: {what}" for task in self._tasks for what in task.left_out]
+        return [f"{task.name}: evaluated without {what}" for task in self._tasks for what in task.left_out]
 
     def evaluate(self, params: Params) -> tuple[dict[str, float], dict[str, Report]]:
         """Returns (scalars, reports by task).

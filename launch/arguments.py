@@ -1,6 +1,7 @@
 """What every verb's parser shares."""
 
 import argparse
+import math
 from typing import NoReturn
 
 from meshway.framework.errors import UserError
@@ -30,3 +31,14 @@ def whole(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)
+
+
+def real(text: str) -> float:
+    """Returns a finite number, as the type of an argument."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return value

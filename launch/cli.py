@@ -5,11 +5,11 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from meshway.framework.errors import EnvironmentFailure, UserError, did_you_mean, report
-from meshway.launch.arguments import Parser, count, help_formatter, whole
+from meshway.launch.arguments import Parser, count, help_formatter, real, whole
 from meshway.launch.invocation import MACROS, Invocation
 from meshway.launch.verbs import USAGE, VERBS, Switch, Verb
 
@@ -157,11 +157,17 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     for switch in entry.switches:
         takes: dict[str, Any] = {"action": "store_true"}
         if switch.value:
-            takes = {"metavar": switch.value, "type": whole if switch.number else float if switch.real else str}
+            takes = {"metavar": switch.value, "type": _type_of(switch)}
         parser.add_argument(switch.flag, default=argparse.SUPPRESS, help=switch.help, **takes)
     if entry.on_devices:
         _add_process_options(parser)
     return parser
+
+
+def _type_of(switch: Switch) -> Callable[[str], Any]:
+    if switch.number:
+        return count if switch.least else whole
+    return real if switch.real else str
 
 
 def _add_recipe_options(parser: argparse.ArgumentParser, dry_run: bool) -> None:

@@ -16,6 +16,7 @@ class Switch:
       help: what it is for.
       value: what the help calls the value; "" for none.
       number, real: whether the value is a whole number, or any number; else it is text.
+      least: the least whole number that means something.
     """
 
     flag: str
@@ -24,6 +25,7 @@ class Switch:
     value: str = ""
     number: bool = False
     real: bool = False
+    least: int = 1
 
     def bound(self, value: Any) -> str:
         """Returns the binding for a value read from the command line."""
@@ -84,6 +86,7 @@ _CACHE = (
         "examples of a split that may fail in a preprocessor; they are left out and reported (default: 0)",
         "N",
         number=True,
+        least=0,
     ),
 )
 
@@ -94,7 +97,7 @@ _CONVERT = (
     Switch("--to", "convert.convert.target", "the directory to make: a run directory, or a Hugging Face one", "DIR"),
     Switch("--family", "convert.convert.family", "what the model is (default: what config.json says)", "FAMILY"),
     Switch("--dtype", "convert.convert.dtype", "float32, bfloat16, float16 or keep (default: keep)", "DTYPE"),
-    Switch("--step", "convert.convert.step", "which checkpoint of a run (default: the latest)", "N", number=True),
+    Switch("--step", "convert.convert.step", "which checkpoint of a run (default: the latest)", "N", True, least=0),
     Switch("--max_shard_size", "convert.convert.max_shard_size", "of a safetensors file (default: 5GB)", "SIZE"),
     Switch("--vocabulary", "convert.convert.vocabulary", "the SentencePiece model of a T5X checkpoint's task", "FILE"),
     Switch("--ignore_fields", "convert.convert.ignore_fields", "of config.json, that change nothing (a,b)", "FIELDS"),
@@ -120,6 +123,7 @@ _EVAL = (
         "examples of each task to predict and to score for its metric functions (default: all)",
         "N",
         number=True,
+        least=0,
     ),
     Switch("--again", "eval.evaluate.again=True", "evaluate what has been evaluated, too"),
 )
@@ -138,7 +142,7 @@ _INFER = (
     Switch("--output", "infer.Output.where", "a .jsonl, .parquet or .txt file to make, or a folder of shards", "FILE"),
     Switch("--mode", "infer.infer.mode", "predict (default), score (given targets), predict_with_aux", "MODE"),
     Switch("--aux", "infer.infer.aux", "predict_with_aux: intermediate values by name, as decoder_output", "NAMES"),
-    Switch("--step", "infer.infer.step", "which checkpoint (default: the latest)", "N", number=True),
+    Switch("--step", "infer.infer.step", "which checkpoint (default: the latest)", "N", True, least=0),
     Switch("--batch_size", "infer.infer.batch_size", "examples in a batch (default: 32)", "N", number=True),
     Switch("--max_input_length", "infer.infer.max_input_length", "tokens of the longest prompt", "N", number=True),
     Switch("--max_new_tokens", "infer.infer.max_new_tokens", "most tokens of a prediction", "N", number=True),
@@ -148,7 +152,7 @@ _INFER = (
     Switch("--top_p", "sampling.Sampling.top_p", "draw from the likeliest that together reach p", "P", real=True),
     Switch("--num_decodes", "sampling.Sampling.num_decodes", "predictions of each example", "N", number=True),
     Switch("--beams", "infer.infer.beams", "beam search with so many beams", "N", number=True),
-    Switch("--seed", "infer.infer.seed", "of sampling (default: 0)", "N", number=True),
+    Switch("--seed", "infer.infer.seed", "of sampling (default: 0)", "N", True, least=0),
     Switch(
         "--format", "infer.Inputs.format", "jsonl, tsv, text or parquet, where the file's name does not tell", "FORMAT"
     ),

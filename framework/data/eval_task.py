@@ -75,7 +75,7 @@ class TaskEvaluation:
     def left_out(self) -> list[str]:
         """What of the task's metrics cannot be run, in words."""
         if self._task is None:
-            return ["metric functions, if there are any: they are those of a seqio task, and seqio is not installed"]
+            return ["its metric functions, if there are any: they are the seqio task's, and seqio is not installed"]
         found = []
         if self._of_predictions and not self._converter.can_predict:
             found.append(
@@ -83,7 +83,7 @@ class TaskEvaluation:
             )
         objects = getattr(self._task, "metric_objs", ())
         if more := len(objects) - len(self._task.metric_fns if objects else ()):
-            found.append(f"{more} of metric_objs: only metric functions are run")
+            found.append(f"{more} of its metric_objs, as only metric functions are run")
         return found
 
     def batches(self) -> Iterator[tuple[Batch, int]]:

@@ -177,9 +177,9 @@ class CachedData:
         description = self._directory / f"{self.name}.json"
         if seqio_door.installed():
             provider = seqio_door.find_provider(self.name, self.modules)
-            rates = seqio_door.mixing_rates(provider)
             tasks = {task.name: task for task in seqio_door.subtasks(provider)}
             self._ensure_caches()
+            rates = seqio_door.mixing_rates(provider, {name: _counts(self._directory / name) for name in tasks})
             if processes.is_primary():
                 _write_if_changed(description, {"rates": rates})
         elif (self._directory / self.name / "info.json").is_file():
@@ -232,7 +232,9 @@ class CachedData:
             # A text task in T5's manner has `inputs` that are always empty.
             empty = {name for name, sizes in cached.sizes.items() if len(sizes) and not sizes.max()}
             promised = {name: cached.features[name] for name in promised if name in cached.features.keys() - empty}
-        objective = self.converter.bind(TaskInfo(task.name, promised), self.lengths)
+        else:
+            empty = set()
+        objective = self.converter.bind(TaskInfo(task.name, promised, frozenset(empty)), self.lengths)
         return objective, Stepped(cached, steps, objective.trims) if steps else cached, steps is None
 
     def _source(self, task: CachedTask) -> Source:
@@ -322,6 +324,12 @@ class WorkerStream:
         reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
         options = grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=2)
         return iter(numbers.map(self.stream.batch).to_iter_dataset(reading).mp_prefetch(options))
+
+
+def _counts(directory: Path) -> dict[str, int]:
+    """Returns how many examples each split of a cached task has."""
+    indices = {path.parent.name: read_json(path) for path in directory.glob("*/index.json")}
+    return {split: sum(shard["examples"] for shard in index["shards"]) for split, index in indices.items()}
 
 
 def _write_if_changed(path: Path, content: Mapping[str, Any]) -> None:

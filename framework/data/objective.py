@@ -48,10 +48,23 @@ class FeatureInfo:
 
 @dataclasses.dataclass(frozen=True)
 class TaskInfo:
-    """What an objective is bound to: a task's name and the features its examples really have."""
+    """What an objective is bound to: a task's name and the features its examples really have.
+
+    Attributes:
+      name: the task.
+      features: those that hold something in some example.
+      empty: names of those that hold nothing in any.
+    """
 
     name: str
     features: Mapping[str, FeatureInfo]
+    empty: frozenset[str] = frozenset()
+
+    def lacks(self, name: str, kind: str) -> str:
+        """Returns the message that a feature which converter `kind` reads is not there."""
+        if name in self.empty:
+            return f"task {self.name!r}: {name!r}, which {kind} reads, is empty in every example"
+        return f"task {self.name!r} has no feature {name!r}, which {kind} reads; it has {sorted(self.features)}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,13 +8,14 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import math
 import os
 import re
 import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -91,8 +92,12 @@ def subtasks(provider: Any) -> list[Any]:
     return list(seqio.get_subtasks(provider))
 
 
-def mixing_rates(provider: Any) -> dict[str, float]:
+def mixing_rates(provider: Any, counts: Mapping[str, Mapping[str, int]] | None = None) -> dict[str, float]:
     """Returns each task's mixing rate, sub-mixtures multiplied out; 1 for a task alone.
+
+    Args:
+      provider: the task or mixture.
+      counts: task -> split -> number of its cached examples, for rates that ask for them.
 
     Raises:
       UserError: a rate cannot be computed, or the mixture mixes by a function of its own.
@@ -104,8 +109,40 @@ def mixing_rates(provider: Any) -> dict[str, float]:
     sample_fn = getattr(provider._sample_fn, "func", provider._sample_fn)
     if sample_fn is not tf.data.Dataset.sample_from_datasets:
         raise UserError(f"mixture {provider.name!r} has a sample_fn of its own; examples are mixed by rate only")
-    with task_errors(provider.name, "mixing rates"):
-        return {task.name: float(provider.get_rate(task)) for task in subtasks(provider)}
+    with task_errors(provider.name, "mixing rates"), _counted(subtasks(provider), counts or {}):
+        rates = {task.name: float(_rate(provider, task)) for task in subtasks(provider)}
+    for name, rate in rates.items():
+        if not 0 <= rate < math.inf:
+            raise UserError(f"mixture {provider.name!r}: the rate of task {name!r} must be at least 0, not {rate}")
+    return rates
+
+
+def _rate(provider: Any, task: Any) -> float:
+    try:
+        return provider.get_rate(task)
+    except TypeError as error:
+        if task.cache_dir or task.num_input_examples("train") is not None:
+            raise
+        raise UserError(
+            f"mixture {provider.name!r}: the rate of task {task.name!r} asks for its number of examples, which its "
+            "source does not tell: cache it (`meshway cache`, which counts), give the source num_input_examples, or "
+            "give the mixture a number as rate"
+        ) from error
+
+
+@contextlib.contextmanager
+def _counted(tasks: Sequence[Any], counts: Mapping[str, Mapping[str, int]]) -> Iterator[None]:
+    """Lets `seqio.mixing_rate_num_examples` and the like find our caches' counts where seqio keeps those of its own."""
+    counted = [task for task in tasks if task.name in counts]
+    before = [(task._cache_dir, task._stats) for task in counted]
+    for task in counted:
+        task._cache_dir = f"the cache of {task.name}"
+        task._stats = {split: {"examples": count} for split, count in counts[task.name].items()}
+    try:
+        yield
+    finally:
+        for task, (directory, stats) in zip(counted, before, strict=True):
+            task._cache_dir, task._stats = directory, stats
 
 
 @contextlib.contextmanager

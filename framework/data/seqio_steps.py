@@ -197,7 +197,7 @@ def cacheable(
             failed += 1
             if failed > max_bad:
                 count = f"; {failed} bad examples in this shard, {max_bad} allowed" if max_bad else ""
-                raise UserError(f"{bad[-1]}{count}. max_bad_examples says how many may be left out") from error
+                raise UserError(f"{bad[-1]}{count}. `meshway cache --max_bad_examples=N` leaves out up to N") from error
             continue
         yield example
         read += 1

@@ -73,9 +73,7 @@ def check_tokens(kind: str, task: TaskInfo, lengths: Mapping[str, int], features
     """
     for name in features:
         if name not in task.features:
-            raise UserError(
-                f"task {task.name!r} has no feature {name!r}, which {kind} reads; it has {sorted(task.features)}"
-            )
+            raise UserError(task.lacks(name, kind))
         check_token_feature(task, name)
         if name not in lengths:
             near = did_you_mean(name, set(lengths) - set(task.features))

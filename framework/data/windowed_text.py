@@ -109,9 +109,7 @@ class WindowedTextConverter(abc.ABC):
         """
         kind = type(self).__name__
         if "targets" not in task.features:
-            raise UserError(
-                f"task {task.name!r} has no feature 'targets', which {kind} reads; it has {sorted(task.features)}"
-            )
+            raise UserError(task.lacks("targets", kind))
         if missing := [name for name in self.task_features if name not in lengths]:
             example = {name: lengths.get(name, 128) for name in self.task_features}
             raise UserError(

@@ -52,7 +52,7 @@ def test_a_run_resumes_with_its_own_vocabulary_only(tmp_path, monkeypatch):
 
 def test_the_run_s_own_evaluations_stand_beside_those_of_other_programs(tmp_path):
     """It removes what it repeats, leaves what another program found, and says what failed or cannot be run."""
-    evaluator = SimpleNamespace(left_out=["ids: not evaluated: scores"])
+    evaluator = SimpleNamespace(left_out=["ids: evaluated without scores"])
     evaluator.evaluate = lambda params: (
         {"validation/loss": params},
         {"ids": {"metrics": {"loss": params}, "predictions": [], "failed": {"f1": "KeyError: 3"}}},
@@ -71,7 +71,7 @@ def test_the_run_s_own_evaluations_stand_beside_those_of_other_programs(tmp_path
         25: 25,
     }
     assert said == [
-        "ids: not evaluated: scores",
+        "ids: evaluated without scores",
         "evaluation at step 20: task 'ids', f1 raised KeyError: 3",
         "evaluation at step 25: task 'ids', f1 raised KeyError: 3",
     ]

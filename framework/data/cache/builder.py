@@ -365,7 +365,7 @@ def _finish(plan: _Plan, work: Path, max_bad: int, times: dict[tuple[str, str], 
         bad = [line for shard in shards for line in shard.bad]
         if len(bad) > max_bad:
             raise UserError(
-                f"task {name!r}, split {split!r} has {len(bad)} bad examples, {max_bad} allowed by max_bad_examples; "
+                f"task {name!r}, split {split!r} has {len(bad)} bad examples, {max_bad} allowed by --max_bad_examples; "
                 f"the first: {bad[0]}"
             )
     if not any(shard.examples for shards in found.values() for shard in shards):

@@ -39,7 +39,8 @@ def periods(names: Sequence[str], rates: Mapping[str, float], changes: Sequence[
     """Returns (first step, rate of each of `names`) of each period, in order, the first from step 0.
 
     Raises:
-      UserError: a change names an unknown task, is not later than the one before, or leaves no rate above 0.
+      UserError: a change names an unknown task, is not later than the one before, or leaves no rate above 0; or
+        there is no rate above 0 before the first change.
     """
     current = dict(rates)
     result = [(0, np.array([current[name] for name in names], np.float64))]
@@ -57,6 +58,9 @@ def periods(names: Sequence[str], rates: Mapping[str, float], changes: Sequence[
             raise UserError(f"Rates must come in order of from_step; {change.from_step} follows {result[-1][0]}")
         else:
             result.append((change.from_step, values))
+    if not result[0][1].sum() > 0:
+        later = f" before step {result[1][0]}: add Rates with from_step 0" if result[1:] else ": one must be above 0"
+        raise UserError(f"the mixing rates of {', '.join(map(repr, names))} are all 0{later}")
     return result
 
 

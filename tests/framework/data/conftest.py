@@ -8,11 +8,13 @@ import pytest
 from meshway.framework.data.seqio_door import import_seqio
 
 
+COUNTS = {"train": 23, "validation": 7}
+
+
 def texts(split, shuffle_files, seed=None):
     import tensorflow as tf
 
-    count = {"train": 23, "validation": 7}[split]
-    inputs = [f"{split} {i}" for i in range(count)]
+    inputs = [f"{split} {i}" for i in range(COUNTS[split])]
     return tf.data.Dataset.from_tensor_slices({"inputs": inputs, "targets": [text[-4:] for text in inputs]})
 
 
@@ -35,8 +37,7 @@ def seqio():
     steps = [seqio.preprocessors.tokenize, add_noise, seqio.preprocessors.append_eos]
     features = {"inputs": feature, "targets": feature}
 
-    def add(name, splits=("train", "validation"), preprocessors=steps, **more):
-        counts = {"train": 23, "validation": 7}
+    def add(name, splits=("train", "validation"), preprocessors=steps, counts=COUNTS, **more):
         source = seqio.FunctionDataSource(texts, splits=splits, num_input_examples=counts)
         more = {"output_features": features, "metric_fns": [accuracy, kinds]} | more
         seqio.TaskRegistry.add(name, source, preprocessors=preprocessors, **more)
@@ -60,6 +61,18 @@ def seqio():
     seqio.MixtureRegistry.add("tiny_part", ["tiny_a", "tiny_train_only"], default_rate=1.0)
     by_size = functools.partial(seqio.mixing_rate_num_examples, temperature=2.0, maximum=9)
     seqio.MixtureRegistry.add("tiny_by_size", [("tiny_b", by_size), ("tiny_c", 4.0)])
+
+    def long(dataset):  # "train 10" to "train 22" of 23
+        return dataset.filter(lambda example: tf.strings.length(example["inputs"]) > 7)
+
+    add("tiny_uncounted", preprocessors=[long, *plain], counts=None)
+    counted = [("tiny_uncounted", by_size), ("tiny_c", seqio.mixing_rate_num_examples)]
+    seqio.MixtureRegistry.add("tiny_by_count", counted)
+    seqio.MixtureRegistry.add("tiny_of_counted", [("tiny_by_count", 1), ("tiny_few", 1)])
+    seqio.MixtureRegistry.add("tiny_below_0", [("tiny_b", 1), ("tiny_c", -1.0)])
+    seqio.MixtureRegistry.add("tiny_no_number", [("tiny_b", 1), ("tiny_c", lambda task: float("nan"))])
+    silent = [seqio.map_over_dataset(lambda example: example | {"targets": ""}), plain[0], plain[1]]
+    add("tiny_silent", preprocessors=silent)
     seqio.MixtureRegistry.add("tiny_of_mixtures", [("tiny_by_size", 3), ("tiny_few", 4)])
     own = functools.partial(lambda datasets, rates, seed: datasets[0])
     seqio.MixtureRegistry.add("tiny_own", ["tiny_a"], default_rate=1.0, sample_fn=own)

@@ -114,6 +114,8 @@ def test_rates_change_from_a_step_on(data):
     [
         ("tiny_mix", {"tiny_a": 1 / 4, "tiny_b": 3 / 4}),
         ("tiny_by_size", {"tiny_b": 3 / 7, "tiny_c": 4 / 7}),  # at temperature 2 and most 9, tiny_b counts for 3
+        ("tiny_by_count", {"tiny_uncounted": 3 / 26, "tiny_c": 23 / 26}),  # 13 are cached, of which 9 count, hence 3
+        ("tiny_of_counted", {"tiny_uncounted": 3 / 52, "tiny_c": 23 / 52, "tiny_few": 1 / 2}),
         ("tiny_of_mixtures", {"tiny_b": 9 / 49, "tiny_c": 12 / 49, "tiny_few": 4 / 7}),
     ],
 )
@@ -183,6 +185,10 @@ def test_without_seqio_a_cache_is_enough(data, caches):
         ({"lengths": {"inputs": 4}}, "TASK_FEATURE_LENGTHS lacks 'targets'"),
         ({"name": "tiny_float"}, "'tiny_float'.*'inputs'"),
         ({"name": "tiny_own"}, "mixture 'tiny_own' has a sample_fn of its own"),
+        ({"name": "tiny_below_0"}, "'tiny_below_0': the rate of task 'tiny_c' must be at least 0, not -1.0"),
+        ({"name": "tiny_no_number"}, "'tiny_no_number': the rate of task 'tiny_c' must be at least 0, not nan"),
+        ({"name": "tiny_mix", "rates": [Rates(0, {"tiny_a": 0, "tiny_b": 0})]}, "no task with a rate above 0"),
+        ({"name": "tiny_silent"}, "'tiny_silent': 'targets', which EncoderDecoder reads, is empty in every example"),
         ({"seed": -1}, "CachedData.seed must be a whole number of at least 0"),
         ({"rates": [Rates(3, {"tiny_q": 1})]}, "no task 'tiny_q'"),
         ({"name": "tiny_lm", "converter": PrefixLanguageModel()}, "task 'tiny_lm' has no feature 'inputs'"),

@@ -59,3 +59,12 @@ def test_rates_are_numbers_from_zero_up():
         Rates(5, {"a": -1})
     with pytest.raises(UserError, match="from_step must be a step"):
         Rates(-1, {"a": 1})
+
+
+def test_rates_that_begin_with_nothing_are_refused():
+    """Once an IndexError from within numpy."""
+    with pytest.raises(UserError, match="rates of 'a', 'b' are all 0 before step 100: add Rates with from_step 0"):
+        periods(["a", "b"], {"a": 0.0, "b": 0.0}, [Rates(100, {"a": 1})])
+    with pytest.raises(UserError, match="rates of 'a' are all 0: one must be above 0"):
+        periods(["a"], {"a": 0.0}, [])
+    assert len(periods(["a"], {"a": 0.0}, [Rates(0, {"a": 1}), Rates(9, {"a": 2})])) == 2
