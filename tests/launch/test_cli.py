@@ -68,7 +68,7 @@ def test_a_switch_is_a_binding():
         (["cache", "--task=a", "--max_bad_examples=-1"], "argument --max_bad_examples: '-1' is not a whole number"),
         (
             ["infer", "--model_dir=a", "--batch_size=0"],
-            "argument --batch_size: '0' is not a whole number of at least 1",
+            "argument --batch_size: '0' is not a whole number",
         ),
         (["infer", "--model_dir=a", "--beams=0"], "argument --beams: '0' is not a whole number of at least 1"),
         (["infer", "--model_dir=a", "--top_p=nan"], "argument --top_p: 'nan' is not a number"),

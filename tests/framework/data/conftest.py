@@ -7,7 +7,6 @@ import pytest
 
 from meshway.framework.data.seqio_door import import_seqio
 
-
 COUNTS = {"train": 23, "validation": 7}
 
 
