@@ -75,66 +75,67 @@ def train(
     """
     began = time.time() if began is None else began
     directory, primary = RunDirectory(Path(model_dir).expanduser()), processes.is_primary()
-    rows = program.explain()
-    if primary:
-        directory.prepare(sum(row.total_bytes for row in rows if not row.name.startswith("batch")))
-    checkpoints = Checkpoints(directory.checkpoints, keep, resolved)
-    start = max(checkpoints.steps(), default=0)
-    devices = f"{jax.local_device_count()} {jax.default_backend()}"
-    agree({"recipe": resolved, "last checkpoint": str(start), "jax": jax.__version__, "devices": devices})
-    if start >= periods.total:
-        print(f"step {start} of {periods.total} is already reached in {directory.root}; raise TRAIN_STEPS to go on")
-        return
-    dataset = data.train(program.partitioner.process_rows(program.batch_size))
-    check_batch(program.batch_spec, dataset.spec())
-    vocabularies = data.vocabularies()
-    check_vocabularies(program, vocabularies)
-    agree({f"vocabulary of {name!r}": each.fingerprint for name, each in vocabularies.items()})
-    if start:
-        directory.check_vocabularies(vocabularies)
-    if primary:
-        directory.save_vocabularies(vocabularies)
-    progress = _progress(periods, start, primary)
-    with contextlib.ExitStack() as stack:
+    with directory.held() if primary else contextlib.nullcontext():
+        rows = program.explain()
         if primary:
-            stack.callback(write_report, directory.root)  # last of all, however the attempt ends
-        timeline = stack.enter_context(Timeline(directory.timeline if primary else None, start, began))
-        timeline.mark("ready")
+            directory.prepare(sum(row.total_bytes for row in rows if not row.name.startswith("batch")))
+        checkpoints = Checkpoints(directory.checkpoints, keep, resolved)
+        start = max(checkpoints.steps(), default=0)
+        devices = f"{jax.local_device_count()} {jax.default_backend()}"
+        agree({"recipe": resolved, "last checkpoint": str(start), "jax": jax.__version__, "devices": devices})
+        if start >= periods.total:
+            print(f"step {start} of {periods.total} is already reached in {directory.root}; raise TRAIN_STEPS to go on")
+            return
+        dataset = data.train(program.partitioner.process_rows(program.batch_size))
+        check_batch(program.batch_spec, dataset.spec())
+        vocabularies = data.vocabularies()
+        check_vocabularies(program, vocabularies)
+        agree({f"vocabulary of {name!r}": each.fingerprint for name, each in vocabularies.items()})
         if start:
-            with timeline.phase("checkpoint"):
-                state, position = checkpoints.restore(start, program.abstract_state)
-            dataset.restore(position)
-            progress.note(f"resuming from {directory.checkpoints / str(start)}")
-        stream = stack.enter_context(contextlib.closing(prefetch(dataset)))  # reads while the step compiles
-        with timeline.phase("compile"):
-            step = program.compile_step()
-        timeline.mark("compiled", devices=program.partitioner.mesh.size)
-        if not start:
-            state = _fresh(program, initial)
-        tasks = data.eval_tasks() if periods.evaluate else []
+            directory.check_vocabularies(vocabularies)
         if primary:
-            directory.describe(resolved, rows, summarize(program, rows))
-        evaluator = Evaluator(program.placed, program.batch_size, program.lengths, tasks, evaluation)
-        evaluate = EvaluationLog(evaluator, directory, start, primary, progress.note)
-        reporter = _reporter(directory, start, primary, progress, timeline, program, resolved)
-        stack.enter_context(contextlib.closing(reporter))
-        loop = Loop(
-            step,
-            program.put,
-            stream,
-            periods,
-            reporter,
-            evaluate,
-            checkpoints.save,
-            hooks,
-            max_skipped_in_a_row,
-        )
-        last = loop.run(state, start)
-        with timeline.phase("checkpoint"):
-            checkpoints.close()
-        timeline.outcome = "done" if last == periods.total else "stopped"
-    if primary:
-        _say_goodbye(directory, last, periods, evaluate.samples())
+            directory.save_vocabularies(vocabularies)
+        progress = _progress(periods, start, primary)
+        with contextlib.ExitStack() as stack:
+            if primary:
+                stack.callback(write_report, directory.root)  # last of all, however the attempt ends
+            timeline = stack.enter_context(Timeline(directory.timeline if primary else None, start, began))
+            timeline.mark("ready")
+            if start:
+                with timeline.phase("checkpoint"):
+                    state, position = checkpoints.restore(start, program.abstract_state)
+                dataset.restore(position)
+                progress.note(f"resuming from {directory.checkpoints / str(start)}")
+            stream = stack.enter_context(contextlib.closing(prefetch(dataset)))  # reads while the step compiles
+            with timeline.phase("compile"):
+                step = program.compile_step()
+            timeline.mark("compiled", devices=program.partitioner.mesh.size)
+            if not start:
+                state = _fresh(program, initial)
+            tasks = data.eval_tasks() if periods.evaluate else []
+            if primary:
+                directory.describe(resolved, rows, summarize(program, rows))
+            evaluator = Evaluator(program.placed, program.batch_size, program.lengths, tasks, evaluation)
+            evaluate = EvaluationLog(evaluator, directory, start, primary, progress.note)
+            reporter = _reporter(directory, start, primary, progress, timeline, program, resolved)
+            stack.enter_context(contextlib.closing(reporter))
+            loop = Loop(
+                step,
+                program.put,
+                stream,
+                periods,
+                reporter,
+                evaluate,
+                checkpoints.save,
+                hooks,
+                max_skipped_in_a_row,
+            )
+            last = loop.run(state, start)
+            with timeline.phase("checkpoint"):
+                checkpoints.close()
+            timeline.outcome = "done" if last == periods.total else "stopped"
+        if primary:
+            _say_goodbye(directory, last, periods, evaluate.samples())
 
 
 class EvaluationLog:

@@ -1,10 +1,11 @@
 """The run directory: what lies where in MODEL_DIR, and whether it can be written."""
 
+import contextlib
 import dataclasses
 import json
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax
 
 from meshway.framework.data.vocabulary import Framing, Vocabulary
 from meshway.framework.errors import UserError
+from meshway.framework.files import holder_of, locked
 from meshway.framework.partitioning.explain import Row, format_bytes, format_rows, replicated_share
 from meshway.framework.training.program import TrainProgram
 from meshway.framework.training.writers import replace_file
@@ -53,6 +55,37 @@ class RunDirectory:
         """One file a task, of one JSON object a step: metrics, and some predictions."""
         return self.root / "eval"
 
+    @property
+    def lock(self) -> Path:
+        """Held by the process that trains here; `meshway status` reads who that is."""
+        return self.root / ".lock"
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other trainings out for the time of a `with` block.
+
+        Raises:
+          UserError: another process trains here, or the directory cannot be made.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+                alone = stack.enter_context(locked(self.lock))
+            except OSError as error:
+                raise self._refused(error) from error
+            if not alone:
+                raise UserError(
+                    f"MODEL_DIR={str(self.root)!r} is being trained by {holder_of(self.lock) or 'another process'}: "
+                    "wait for it, stop it, or give another folder: --gin.MODEL_DIR=..."
+                )
+            yield
+
+    def _refused(self, error: OSError) -> UserError:
+        return UserError(
+            f"MODEL_DIR={str(self.root)!r} cannot be written: {error.strerror or error} ({error.filename}); "
+            "give a folder you may write to: --gin.MODEL_DIR=..."
+        )
+
     def prepare(self, needed_bytes: int) -> None:
         """Makes the directory and tries to write in it, before anything costly.
 
@@ -69,10 +102,7 @@ class RunDirectory:
             probe.unlink()
             free = shutil.disk_usage(self.root).free
         except OSError as error:
-            raise UserError(
-                f"MODEL_DIR={str(self.root)!r} cannot be written: {error.strerror or error} ({error.filename}); "
-                "give a folder you may write to: --gin.MODEL_DIR=..."
-            ) from error
+            raise self._refused(error) from error
         if free < needed_bytes:
             raise UserError(
                 f"the disk of MODEL_DIR={str(self.root)!r} has {format_bytes(free)} free, and one checkpoint needs "

@@ -375,7 +375,7 @@ def test_one_process_at_a_time(tmp_path):
         before = tree(tmp_path)
         for options in ({}, {"job": OTHER, "overwrite": True}):
             with pytest.raises(
-                UserError, match=f"process {holder.pid} is at work on this output .*out.jsonl.parts/lock"
+                UserError, match=f"process {holder.pid} on .* is at work on this output .*out.jsonl.parts/lock"
             ):
                 store(output, **options)
         assert tree(tmp_path) == before

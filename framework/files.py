@@ -1,0 +1,95 @@
+"""The door to files: locks that die with their holder, and say who holds them."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Holder:
+    """Who holds a lock: process `pid` of `host`, `since` so many seconds since 1970."""
+
+    host: str
+    pid: int
+    since: float
+
+    def __str__(self) -> str:
+        began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
+        return f"process {self.pid} on {self.host}, since {began}"
+
+
+def try_lock(path: Path) -> int | None:
+    """Returns the descriptor of a locked file, made where it is missing; None where another process holds the lock.
+
+    Closing the descriptor, or the end of the process however it comes, gives the lock back. Who removes the file must
+    hold the lock: another process that has opened it meanwhile sees, once it has the lock, that the file is gone.
+
+    Raises:
+      OSError: the file system refuses.
+    """
+    while True:
+        lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock), os.stat(path)):
+                os.ftruncate(lock, 0)
+                os.write(lock, json.dumps(dataclasses.asdict(_this_process())).encode())
+                return lock
+        except BlockingIOError:
+            os.close(lock)
+            return None
+        except FileNotFoundError:  # its last holder has removed it
+            pass
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)
+
+
+def holder_of(path: Path) -> Holder | None:
+    """Returns who holds the lock on a file; None where nobody does, or the file does not tell.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    try:
+        file = open(path, "rb")  # noqa: SIM115 closed below
+    except FileNotFoundError:
+        return None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return None
+        except BlockingIOError:
+            pass
+        with contextlib.suppress(ValueError, TypeError):
+            return Holder(**json.loads(file.read()))
+    return None
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Holds the lock on a file for the time of a `with` block, which is told whether it is held; removes it after.
+
+    Raises:
+      OSError: the file system refuses.
+    """
+    lock = try_lock(path)
+    if lock is None:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(lock)
+
+
+def _this_process() -> Holder:
+    return Holder(socket.gethostname(), os.getpid(), round(time.time(), 3))

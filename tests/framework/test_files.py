@@ -1,0 +1,84 @@
+"""Locks: held by one process, given back however it ends, and a name for who holds them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from meshway.framework.errors import UserError
+from meshway.framework.files import holder_of, locked, try_lock
+from meshway.framework.training.run_directory import RunDirectory
+
+HOLD = """
+import pathlib, sys, time
+from meshway.framework.files import locked
+with locked(pathlib.Path(sys.argv[1])) as held:
+    print(held, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_names_its_holder_and_dies_with_it(tmp_path):
+    path = tmp_path / "lock"
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "True\n"
+        holder = holder_of(path)
+        assert holder.pid == process.pid and abs(holder.since - time.time()) < 60
+        assert f"process {process.pid} on {holder.host}, since 20" in str(holder)
+        with locked(path) as held:
+            assert not held
+        assert holder_of(path) == holder, "asking changes nothing"
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert holder_of(path) is None
+    with locked(path) as held:
+        assert held and holder_of(path).pid == os.getpid()
+    assert holder_of(path) is None and not path.exists()
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_not_held(tmp_path, monkeypatch):
+    """The holder removes its file while another process has opened it already."""
+    path, removed = tmp_path / "lock", []
+
+    def opened(*arguments, original=os.open):
+        descriptor = original(*arguments)
+        if not removed:
+            removed.append(path.unlink())
+        return descriptor
+
+    monkeypatch.setattr(os, "open", opened)
+    lock = try_lock(path)
+    assert os.path.samestat(os.fstat(lock), os.stat(path))
+    os.close(lock)
+
+
+@pytest.mark.parametrize("content", [b"", b"17", b'{"pid": 3}', b"\xff"])
+def test_a_holder_that_does_not_tell(tmp_path, content):
+    lock = try_lock(tmp_path / "lock")
+    (tmp_path / "lock").write_bytes(content)
+    assert holder_of(tmp_path / "lock") is None
+    os.close(lock)
+
+
+def test_a_second_training_of_a_run_directory_is_refused_by_name(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    with directory.held():
+        with (
+            pytest.raises(UserError, match=f"is being trained by process {os.getpid()} on .*, since 20"),
+            directory.held(),
+        ):
+            pass
+        assert holder_of(directory.lock).pid == os.getpid()
+    with directory.held():
+        pass
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match="cannot be written.*--gin.MODEL_DIR"),
+        RunDirectory(tmp_path / "file/run").held(),
+    ):
+        pass
