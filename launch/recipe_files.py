@@ -32,8 +32,9 @@ class GinFiles:
     def find(self, name: str, beside: Path | None, place: Place, subfolder: str = "") -> Path:
         """Returns the file that `name` means.
 
-        Tried in turn: the path as given, beside the including file, in each search path, in the shipped
-        folder, and there by the end of its path (`quickstart` finds `recipes/quickstart.gin`).
+        Tried in turn: beside the including file, the path as given, in each search path, in the shipped folder, and
+        there by the end of its path (`quickstart` finds `recipes/quickstart.gin`). What a shipped file includes is
+        beside it or in the shipped folder: nothing that lies in a user's folders changes a shipped recipe.
 
         Args:
           name: a path, with or without `.gin`, or a name.
@@ -47,8 +48,10 @@ class GinFiles:
         """
         bare = "/" not in name and not name.endswith(".gin")
         roots = [folder / subfolder for folder in self.folders]
-        if not (subfolder and bare):
-            roots = [Path(), *([beside] if beside else []), *roots]
+        if beside and beside.is_relative_to(self.shipped.resolve()):
+            roots = [beside, self.shipped]
+        elif not (subfolder and bare):
+            roots = [*([beside] if beside else []), Path(), *roots]
         for root in roots:
             for path in (root / Path(name).expanduser(), root / Path(f"{name}.gin").expanduser()):
                 if path.is_file():
@@ -95,7 +98,7 @@ class GinFiles:
           UserError: a file is not found, does not parse, or includes itself.
         """
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{self.shown(path)}: cannot be read: {error}") from error
         including = (*including, path)

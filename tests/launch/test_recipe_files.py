@@ -16,10 +16,10 @@ def test_a_shipped_recipe_is_found_by_every_spelling(lab, name):
     assert read(lab, gin_files=[name])["steps"] == 10
 
 
-def test_files_are_tried_as_given_then_beside_then_in_search_paths_then_shipped(lab):
+def test_files_are_tried_beside_then_as_given_then_in_search_paths_then_shipped(lab):
     files = GinFiles([str(lab.folder / "extra")] if (lab.folder / "extra").mkdir() is None else [], lab.folder / "gin")
     beside = lab.folder / "beside"
-    places = ["gin/part.gin", "extra/part.gin", "beside/part.gin", "part.gin"]
+    places = ["gin/part.gin", "extra/part.gin", "part.gin", "beside/part.gin"]
     for place in places:
         lab.write(place, "")
         assert files.find("part.gin", beside, Place("x")) == (lab.folder / place).resolve()
@@ -29,6 +29,31 @@ def test_an_include_is_relative_to_its_file(lab):
     lab.write("mine/part.gin", "TRAIN_STEPS = 21")
     path = lab.write("mine/whole.gin", "include 'base'\ninclude 'part.gin'\n")
     assert read(lab, gin_files=[path])["steps"] == 21
+
+
+def test_the_including_files_folder_comes_before_the_current_one(lab):
+    lab.write("mine/part.gin", "TRAIN_STEPS = 21")
+    lab.write("part.gin", "TRAIN_STEPS = 22")
+    path = lab.write("mine/whole.gin", "include 'base'\ninclude 'part.gin'\n")
+    assert read(lab, gin_files=[path])["steps"] == 21
+
+
+def test_a_shipped_file_includes_shipped_ones_whatever_lies_around(lab):
+    lab.write("gin/recipes/inner.gin", "include 'parts/steps.gin'\ninclude 'beside.gin'\n")
+    lab.write("gin/parts/steps.gin", "include 'recipes/base.gin'\nTRAIN_STEPS = 21")
+    lab.write("gin/recipes/beside.gin", "")
+    for folder in ("", "mine/", "extra/"):
+        for name in ("parts/steps.gin", "beside.gin", "recipes/base.gin"):
+            lab.write(folder + name, "TRAIN_STEPS = 22")
+    path = lab.write("mine/whole.gin", "include 'recipes/inner.gin'\n")
+    for named in ("inner", "recipes/inner.gin", path):
+        assert read(lab, gin_files=[named], search_paths=("extra",))["steps"] == 21
+
+
+def test_a_byte_order_mark_is_no_part_of_a_recipe(lab):
+    path = lab.folder / "marked.gin"
+    path.write_bytes(b"\xef\xbb\xbfinclude 'base'\nTRAIN_STEPS = 21\n")
+    assert read(lab, gin_files=[str(path)])["steps"] == 21
 
 
 def test_files_that_include_each_other_are_refused(lab):
