@@ -1,6 +1,7 @@
 """Reads the recipe of a command, checks all of it, and builds what the verb runs."""
 
 import contextlib
+import dataclasses
 import hashlib
 import re
 from collections.abc import Collection, Iterator
@@ -32,6 +33,7 @@ from meshway.launch.recipe_text import (
     leaves,
     map_leaves,
 )
+from meshway.launch.recipe_values import read_values
 
 LAUNCH = "meshway.launch"
 _CALL = re.compile(r"\n  In call to configurable '([^']+)' \((.*?)\)(?: in scope '([^']*)')?(?=\n|$)")
@@ -63,6 +65,7 @@ def load(
     joined = recipe_files.join(invocation, files)
     program = link(joined, files, invocation, package)
     ours, every = check(program, invocation, import_unreferenced)
+    program = dataclasses.replace(program, bindings=read_values(program.bindings, ours, files.shipped_names()))
     kept = [
         binding for binding in final(program.bindings) if binding_key(binding) in {*ours.used, *every.used, "LAYOUT"}
     ]

@@ -1,0 +1,117 @@
+"""Values that cannot be: one message that names the macro, before anything is built."""
+
+import re
+from pathlib import Path
+
+import pytest
+from tiers import tiers
+
+from meshway.framework.errors import UserError
+from meshway.launch import config
+from meshway.launch.invocation import Invocation
+
+GIN = Path(__file__).parent.parent.parent / "gin"
+MORE = ("MODEL_DIR='run'", "MIXTURE_OR_TASK_NAME='a'", "TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 8}")
+IMPOSSIBLE = ["-3", "0.5", "1e400", "'four'", "[1]", "{'a': -1}", "(None,)", "True", "@math.sqrt", "''", "b'4'", "-1e9"]
+
+
+def load(files, *bindings, verb=None):
+    verb = verb or ("train" if files[0] in ("recipes/quickstart.gin", "recipes/real_mix.gin") else "bench")
+    bindings = (*MORE[:1], *bindings) if verb == "train" else bindings
+    subject = "train" if verb == "bench" else None
+    return config.load(Invocation(verb, subject, tuple(files), bindings=bindings), import_unreferenced=False)
+
+
+def numbers_of(files):
+    """Returns macro -> its text, of those used by what the recipe is loaded for that hold a number."""
+    found = re.findall(r"^([A-Z_0-9]+) = (-?[\d.]+(?:e-?\d+)?|\{.*\d\})$", load(files).resolved, re.MULTILINE)
+    unused = ("CHECKPOINT_PERIOD", "EVAL_PERIOD", "REPORT_PERIOD") if "recipes" not in files[0] else ()
+    return {name: text for name, text in found if name not in unused}
+
+
+RECIPES = {
+    "quickstart": ["recipes/quickstart.gin"],
+    "bench_t5": ["recipes/bench_t5.gin"],
+    "bench_moe": ["recipes/bench_moe.gin"],
+    "real_mix": ["recipes/real_mix.gin"],
+    **{
+        family: [f"models/{family}/tiny.gin", "optimizers/adafactor.gin", "more"]
+        for family in ("t5", "gpt2", "llama", "gemma2", "gemma3", "deepseek", "mixtral", "palm", "bert", "switch")
+    },
+}
+CASES = [(name, value) for name in RECIPES for value in IMPOSSIBLE]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipes")
+    path = folder / "more.gin"
+    path.write_text(
+        "VOCAB_SIZE = 64\nBATCH_SIZE = 16\nLEARNING_RATE = 0.01\nWARMUP_STEPS = 10\n"
+        "TASK_FEATURE_LENGTHS = {'inputs': 8, 'targets': 8}\n"
+    )
+    return lambda name: [str(path) if file == "more" else file for file in RECIPES[name]]
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    tiers(
+        CASES, quick=[("quickstart", "0.5"), ("llama", "'four'"), ("mixtral", "-3")], slow=CASES[:36:5] + CASES[40::7]
+    ),
+)
+def test_every_number_of_a_recipe_refuses_what_it_cannot_be(name, value, written):
+    """All that hold a number at once: each is named with its place, and nothing else is blamed."""
+    files = written(name)
+    macros = numbers_of(files)
+    assert len(macros) > 5
+    with pytest.raises(UserError) as raised:
+        load(files, *[f"{macro}={value}" for macro in macros])
+    blamed = set(re.findall(r"--gin\.([A-Z_0-9]+): \1 = ", str(raised.value)))
+    halves = {macro for macro, text in macros.items() if value == "0.5" and not text.isdecimal() and text[0] != "{"}
+    assert blamed >= macros.keys() - halves, macros.keys() - blamed
+
+
+@pytest.mark.parametrize(
+    "binding, message",
+    [
+        ("TRAIN_STEPS=4.5", "TRAIN_STEPS = 4.5, taken by loop.Periods.total: a whole number is needed"),
+        ("LEARNING_RATE='1e-3'", "LEARNING_RATE = '1e-3', taken by schedules.t5_factors.base_learning_rate: a number"),
+        ("DTYPE=floot32", "DTYPE = 'floot32', taken by .*: no such dtype; did you mean 'float32'"),
+        ("D_MODEL=0", "D_MODEL = 0, taken by .*: it must be at least 1"),
+        ("TASK_FEATURE_LENGTHS={'inputs': 0}", "TASK_FEATURE_LENGTHS = {'inputs': 0}, .*: it must be at least 1"),
+        ("TASK_FEATURE_LENGTHS=512", "TASK_FEATURE_LENGTHS = 512, .*: a mapping {name: value} is needed"),
+        ("BATCH_SIZE='4'", "BATCH_SIZE = '4', taken by .*: a whole number is needed"),
+        (
+            "OPTIMIZER=adamw",
+            "OPTIMIZER = 'adamw', .*: a reference .* is needed; --gin_file=optimizers/adamw brings one",
+        ),
+        ("DROPOUT_RATE=1.5", "DROPOUT_RATE = 1.5, .*: it must be at least 0 and below 1"),
+        ("LABEL_SMOOTHING=1.0", "LABEL_SMOOTHING = 1.0, .*: it must be at least 0 and below 1"),
+        ("EVAL_PERIOD=0", "EVAL_PERIOD = 0, .*: it must be at least 1"),
+        ("CHECKPOINT_PERIOD='often'", "CHECKPOINT_PERIOD = 'often', .*: a whole number or None is needed"),
+        ("PACK=1", "PACK = 1, .*: True or False is needed"),
+        ("SEED=-1", "SEED = -1, .*: it must be at least 0"),
+        ("MODEL_DIR=3", "MODEL_DIR = 3, .*: text is needed"),
+        ("mlp.Mlp.activations=gelu", "mlp.Mlp.activations = 'gelu': a list of text is needed"),
+        ("attention.Attention.kernel=splash", "attention.Attention.kernel = 'splash': a reference"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named_where_it_is_written(binding, message):
+    with pytest.raises(UserError, match=message):
+        load(["recipes/quickstart.gin"], *MORE, binding, verb="train")
+
+
+def test_whole_numbers_and_dtypes_may_be_written_in_other_ways():
+    recipe = load(
+        ["recipes/quickstart.gin"], "MODEL_DIR='run'", "TRAIN_STEPS=1e5", "DTYPE=bf16", "BATCH_SIZE=4.0",
+        "TASK_FEATURE_LENGTHS={'inputs': 32.0, 'targets': 16}", "EVAL_PERIOD=None", "LEARNING_RATE=1", verb="train",
+    )  # fmt: skip
+    for line in (
+        "TRAIN_STEPS = 100000",
+        "DTYPE = 'bfloat16'",
+        "BATCH_SIZE = 4",
+        "LEARNING_RATE = 1",
+        "EVAL_PERIOD = None",
+    ):
+        assert f"\n{line}\n" in recipe.resolved
+    assert "'inputs': 32," in recipe.resolved
