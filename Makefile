@@ -7,15 +7,23 @@ FOLDERS = framework models gin tasks launch
 .PHONY: quickstart test slow proofs lint types view
 
 $(BIN)/meshway: setup.py
+	@echo "installing meshway and what it needs into $(VENV), once: some minutes, by the network"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
-	$(BIN)/python -m pip install --quiet -e ".[test]"
+	$(BIN)/python -m pip install -e ".[test]"
 	touch $@
 
+# QUICKSTART_FLAGS are more words for the training, as --gin.TRAIN_STEPS=100.
 quickstart: $(BIN)/meshway
-	$(BIN)/meshway train --gin_file=quickstart --gin.MODEL_DIR=runs/quickstart
+	@echo "1 of 3: training a small T5 to read dates and to fill in text, about two minutes on two cores"
+	$(BIN)/meshway train --gin_file=quickstart --gin.MODEL_DIR=runs/quickstart $(QUICKSTART_FLAGS)
+	@echo "2 of 3: evaluating the last checkpoint on dates and text that it never saw"
 	$(BIN)/meshway eval --model_dir=runs/quickstart
+	@echo "3 of 3: reading all the dates of the validation split"
 	$(BIN)/meshway infer --model_dir=runs/quickstart --split=validation --output=runs/quickstart/predictions.jsonl
+	@echo "the first of runs/quickstart/predictions.jsonl:"
+	@sed -n '1,5s/.*\("inputs":.*\),"tokens".*/  \1/p' runs/quickstart/predictions.jsonl
+	@echo "curves, metrics and more predictions: runs/quickstart/report.html"
 
 # Which tests: quick ones, unless told otherwise. `.ci/run` takes quick and slow ones in one run.
 TIER ?= not slow and not proofs

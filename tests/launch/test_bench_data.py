@@ -135,7 +135,7 @@ def test_a_recipe_names_its_data_and_the_bench_may_ask_for_it_in_other_ways():
     arguments = recipe.build("bench.data")
     assert arguments["seconds"] == 5
     data = arguments["data"](mixture_or_task_name="pydocs_text", num_workers=0)
-    assert (data.name, data.lengths, data.batch_size) == ("pydocs_text", {"inputs": 128, "targets": 32}, 32)
+    assert (data.name, data.lengths, data.batch_size) == ("pydocs_text", {"inputs": 128, "targets": 64}, 16)
 
 
 def test_an_argument_out_of_range_is_refused():
