@@ -49,7 +49,7 @@ class Predictor:
     """Predicts and scores with a checkpoint, whose run holds recipe, weights and vocabulary.
 
         predictor = Predictor("runs/quickstart")
-        predictor.predict(["Return the <extra_id_0> of the list."])
+        predictor.predict(["Friday, 3rd of July 1987"])[0].text
 
     Inputs go into few shapes of batches, compiled on first use. Several predictors may live in one process.
     """
