@@ -11,8 +11,9 @@ import time
 import pytest
 from running import command, environment, meshway
 from saved_runs import save_run
+from tiers import tiers
 
-NUM_EXAMPLES, NUM_CHUNKS, NUM_KILLS = 300, 30, 10
+NUM_EXAMPLES, NUM_CHUNKS, NUM_KILLS = 300, 30, (3, 10)
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "nobody", "looks", "at", "all"]
 
 
@@ -63,8 +64,8 @@ def killed_at(words, output, chunks, delay):
     return running
 
 
-@pytest.mark.slow
-def test_killed_at_ten_moments_and_resumed_on_other_process_counts_it_writes_the_same(run, tmp_path):
+@pytest.mark.parametrize("num_kills", tiers(NUM_KILLS, slow=NUM_KILLS[:1]))
+def test_killed_and_resumed_on_other_process_counts_it_writes_the_same(run, tmp_path, num_kills):
     source = write(tmp_path / "in.jsonl", enumerate(questions()))
     whole, output = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     ended = meshway(*infer(run, source, whole, 1, "--chunk_size=10"))
@@ -72,12 +73,12 @@ def test_killed_at_ten_moments_and_resumed_on_other_process_counts_it_writes_the
     rows = [json.loads(line) for line in whole.read_text().splitlines()]
     assert [(row["index"], row["id"], row["inputs"]) for row in rows] == [(n, n, q) for n, q in enumerate(questions())]
     draw, kills = random.Random(1), 0
-    for n in range(NUM_KILLS):
+    for n in range(num_kills):
         words = infer(run, source, output, (1, 2, 4)[n % 3], "--chunk_size=10")
         before = committed(output)
         kills += killed_at(words, output, before + draw.randint(0, 3), draw.random() * 0.3)
         assert before <= committed(output) <= NUM_CHUNKS and not output.exists()
-    assert kills == NUM_KILLS and 0 < committed(output) < NUM_CHUNKS
+    assert kills == num_kills and 0 < committed(output) < NUM_CHUNKS
     ended = meshway(*infer(run, source, output, 2, "--chunk_size=10"))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert output.read_bytes() == whole.read_bytes()
