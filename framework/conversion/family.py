@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from meshway.framework.conversion.field_kinds import KINDS, TEXT, check_fields, short
 from meshway.framework.conversion.rules import Rule
 from meshway.framework.conversion.settings import Bindings, Config, Setting
 from meshway.framework.errors import UserError, did_you_mean
@@ -13,7 +14,7 @@ from meshway.framework.errors import UserError, did_you_mean
 OWN_OUTPUT = "(an output layer of its own)"  # as if it were a field: what settings are told of the tensors
 
 # Fields that any config.json may have and that change nothing of what a text model computes at inference.
-_SILENT = """_name_or_path _attn_implementation_autoset architectures attention_dropout attn_implementation auto_map
+_SILENT = """_name_or_path _attn_implementation_autoset architectures attention_dropout attn_implementation
     bad_words_ids begin_suppress_tokens bos_token_id cache_implementation classifier_dropout decoder_start_token_id
     diversity_penalty do_sample dropout dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
     exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing
@@ -24,6 +25,7 @@ _SILENT = """_name_or_path _attn_implementation_autoset architectures attention_
     temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript transformers_version
     transformers.js_config typical_p unk_token_id use_bfloat16 use_cache"""
 SILENT = frozenset(_SILENT.split())
+_CODE = "auto_map"
 # Fields that any config.json may have, and the values with which they change nothing.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "add_cross_attention": (False, None),
@@ -84,23 +86,26 @@ class Family:
           ignoring: fields that the user says change nothing.
 
         Raises:
-          UserError: a field that is not known, or has a value with which meshway would compute something else.
+          UserError: a field that is not known, is not of its kind, or has a value with which meshway would compute
+            something else.
         """
+        check_fields(config, but=[*self.silent, *ignoring])
         full = {**self.defaults, **config, OWN_OUTPUT: own_output}
+        _check_code(config.get(_CODE), ignoring)
         known = {field for setting in self.settings for field in setting.fields}
         for field, value in config.items():
-            if field in known or field in SILENT or field in self.silent or field in ignoring:
+            if field in known or field == _CODE or field in SILENT or field in self.silent or field in ignoring:
                 continue
             if field in NEUTRAL:
                 if value not in NEUTRAL[field]:
                     raise UserError(
-                        f"config.json: {field} = {_short(value)} is not something that meshway computes; it reads "
+                        f"config.json: {field} = {short(value)} is not something that meshway computes; it reads "
                         f"models without it"
                     )
             elif value is not None:
                 near = did_you_mean(field, known, limit=1)
                 raise UserError(
-                    f"config.json: field {field!r} (= {_short(value)}) is not known for family {self.name}{near}; if "
+                    f"config.json: field {field!r} (= {short(value)}) is not known for family {self.name}{near}; if "
                     f"it changes nothing of what the model computes, give --ignore_fields={field}"
                 )
         bindings: Bindings = {}
@@ -133,16 +138,23 @@ def read_config(directory: Path) -> dict[str, Any]:
     """Returns config.json of a directory; raises UserError where there is none or it does not parse."""
     path = Path(directory) / "config.json"
     try:
-        config = json.loads(path.read_text("utf-8"))
+        config = json.loads(path.read_text("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{directory} has no config.json: it is no Hugging Face model directory") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type", ""), str):
-        raise UserError(f"{path} is no model's configuration")
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is no model's configuration: it holds {short(config)}, not an object {{...}}")
+    check_fields(config, {"model_type": TEXT, "architectures": KINDS["architectures"]})
     return config
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _check_code(named: Any, ignoring: Sequence[str]) -> None:
+    """Raises UserError where config.json names code of the directory's own that computes the model."""
+    classes = named if isinstance(named, dict) else {}
+    own = next((classes[name] for name in classes if name.startswith("AutoModel")), None)
+    if own is not None and _CODE not in ignoring:
+        raise UserError(
+            f"config.json: {_CODE} names code of its own ({own}), which may compute something else than meshway; if it "
+            f"does not, give --ignore_fields={_CODE}"
+        )

@@ -39,24 +39,32 @@ class Layers:
 
     `period`: the recipe's own pattern is that many blocks, all in the scope `local` but the last (Gemma); else its
     layers are alike, without a window (Qwen). `starts` names the field with the first layer that has a window, where
-    config.json tells layers by that.
+    config.json tells layers by that; `periods` the fields that may tell another period.
     """
 
     period: int = 0
     starts: str = ""
+    periods: tuple[str, ...] = ()
 
     @property
     def fields(self) -> tuple[str, ...]:
         own = ("sliding_window", "layer_types")
         if self.starts:
             return (*own, "use_sliding_window", self.starts)
-        return (*own, "sliding_window_pattern", "_sliding_window_pattern")
+        return (*own, *self.periods)
 
     def read(self, config: Config) -> Bindings:
         kinds, window = self._kinds(config), config.get("sliding_window")
         unknown = [kind for kind in kinds if kind not in (SLIDING, FULL)]
         if unknown or len(kinds) != config["num_hidden_layers"]:
             raise not_supported("layer_types", list(kinds), (SLIDING, FULL))
+        if SLIDING in kinds and window is None:
+            raise not_supported("sliding_window", None)
+        if SLIDING in kinds and self.starts and not config["use_sliding_window"]:
+            raise UserError(
+                "config.json: layer_types has sliding_attention, but without use_sliding_window = true there is "
+                "no window: set it, or make all layers full_attention"
+            )
         bindings: Bindings = {}
         if self.period:
             if SLIDING in kinds:
@@ -64,8 +72,6 @@ class Layers:
             if kinds != _periodic(self.period, len(kinds)):
                 bindings["PATTERN"] = [_BLOCKS[kind] for kind in _shortest(kinds)]
         elif SLIDING in kinds:
-            if window is None:
-                raise not_supported("sliding_window", None)
             bindings["local/attention.Attention.window"] = window
             bindings["PATTERN"] = [_BLOCKS[kind] for kind in _shortest(kinds)]
         return bindings
@@ -85,13 +91,15 @@ class Layers:
     def _kinds(self, config: Config) -> list[str]:
         """Returns what each layer is, as transformers decides it."""
         count = config["num_hidden_layers"]
-        if config.get("layer_types"):
+        if config.get("layer_types") is not None:
             return list(config["layer_types"])
         if self.starts:
             first = config[self.starts] if config["use_sliding_window"] else count
             return [SLIDING if layer >= first else FULL for layer in range(count)]
-        period = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or self.period
-        return _periodic(period, count)
+        told = {config[field] for field in self.periods if config.get(field) is not None}
+        if len(told) > 1:
+            raise UserError(f"config.json: {' and '.join(self.periods)} differ: {sorted(told)}; drop one")
+        return _periodic(next(iter(told), self.period), count)
 
 
 def _periodic(period: int, count: int) -> list[str]:

@@ -5,11 +5,22 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from meshway.framework.conversion.field_kinds import (
+    COUNT,
+    FLAG,
+    KINDS,
+    NOT_NEGATIVE,
+    OBJECT,
+    POSITIVE,
+    TEXT,
+    Kind,
+    check_fields,
+)
 from meshway.framework.conversion.settings import Bindings, Config, Reference, not_supported
 from meshway.framework.errors import UserError
 
 _LAYERS = ("full_attention", "sliding_attention")
-# Their keys of each scaling -> our parameters. What else may stand there says nothing of its own.
+# Their keys of each scaling -> our parameters.
 _LINEAR = {"factor": "factor"}
 _LLAMA3 = {
     "factor": "factor",
@@ -30,7 +41,36 @@ SCALINGS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "llama3": ("rotary.Llama3", _LLAMA3),
     "yarn": ("rotary.YaRN", _YARN),
 }
-_SILENT = {"rope_type", "type", "rope_theta", "mscale", "mscale_all_dim", "partial_rotary_factor"}
+# Keys without which transformers refuses a scaling. YaRN's factor may be null: two lengths then tell it.
+_DEMANDED = {"linear": ("factor",), "llama3": tuple(_LLAMA3), "yarn": ("factor",)}
+_PLAIN: Mapping[str, Kind] = {
+    "rope_type": TEXT,
+    "type": TEXT,
+    "rope_theta": KINDS["rope_theta"],
+    "partial_rotary_factor": KINDS["partial_rotary_factor"],
+}  # what may stand beside any scaling, and without one
+_KINDS: Mapping[str, Mapping[str, Kind]] = {
+    "default": _PLAIN,
+    "linear": {**_PLAIN, "factor": POSITIVE},
+    "llama3": {
+        **_PLAIN,
+        "factor": POSITIVE,
+        "low_freq_factor": POSITIVE,
+        "high_freq_factor": POSITIVE,
+        "original_max_position_embeddings": COUNT,
+    },
+    "yarn": {
+        **_PLAIN,
+        "factor": POSITIVE.or_nothing(),
+        "original_max_position_embeddings": COUNT.or_nothing(),
+        "beta_fast": POSITIVE.or_nothing(),
+        "beta_slow": POSITIVE.or_nothing(),
+        "attention_factor": POSITIVE.or_nothing(),
+        "truncate": FLAG,
+        "mscale": NOT_NEGATIVE.or_nothing(),
+        "mscale_all_dim": NOT_NEGATIVE.or_nothing(),
+    },
+}
 # Those of `rotary.Llama3`, where a recipe leaves them out: transformers wants each of them.
 _DEFAULTS = {"low_frequency_factor": 1.0, "high_frequency_factor": 4.0, "original_length": 8192}
 
@@ -48,26 +88,53 @@ class Rope:
         return (*own, "rope_local_base_freq") if self.local_theta is not None else own
 
     def read(self, config: Config) -> Bindings:
-        given = dict(config.get("rope_parameters") or {})
-        local: dict[str, Any] = {}
-        if any(key in given for key in _LAYERS):
-            full, local = (dict(given.get(key) or {}) for key in _LAYERS)
-            if self.local_theta is None and local and local != full:
-                raise not_supported("rope_parameters", given)
-            given = full
-        scaling = given | dict(config.get("rope_scaling") or {})
-        theta = scaling.get("rope_theta") or config.get("rope_theta") or self.theta
-        fraction = scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-        if fraction != 1.0:
-            raise not_supported("partial_rotary_factor", fraction, (1.0,))
-        bindings: Bindings = {"ROPE_BASE": float(theta), **self._scaling(scaling, config)}
+        given, local = self._parameters(config)
+        older = config.get("rope_scaling") or {}
+        within = "rope_scaling" if older else "rope_parameters"
+        _check_agree("rope_parameters.", given, "rope_scaling", older)
+        scaling = {**given, **older}
+        kind = _check(scaling, within)
+        for field in ("rope_theta", "partial_rotary_factor"):
+            own = config.get(field)
+            if own is not None:
+                _check_agree("", {field: own}, within, scaling)
+                scaling[field] = own
+        if scaling.get("partial_rotary_factor") not in (None, 1.0):
+            raise not_supported("partial_rotary_factor", scaling["partial_rotary_factor"], (1.0,))
+        bindings: Bindings = {"ROPE_BASE": float(scaling.get("rope_theta") or self.theta)}
+        bindings |= _scaling(kind, scaling, config)
         if self.local_theta is not None:
-            kind = local.get("rope_type", local.get("type", "default"))
-            if kind != "default":
-                raise not_supported("rope_parameters.sliding_attention.rope_type", kind, ("default",))
-            own = local.get("rope_theta") or config.get("rope_local_base_freq") or self.local_theta
-            bindings["LOCAL_ROPE_BASE"] = float(own)
+            bindings["LOCAL_ROPE_BASE"] = self._local_base(local, config.get("rope_local_base_freq"))
         return bindings
+
+    def _parameters(self, config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns `rope_parameters` of all layers or else of those without a window, and of those with one."""
+        given = dict(config.get("rope_parameters") or {})
+        if not any(key in given for key in _LAYERS):
+            return given, {}
+        check_fields(given, dict.fromkeys(_LAYERS, OBJECT), "rope_parameters")
+        for key in given:
+            if key not in _LAYERS:
+                raise not_supported(f"rope_parameters.{key}", given[key], _LAYERS)
+        needed = _LAYERS if self.local_theta is not None else _LAYERS[:1]
+        lacking = [key for key in needed if key not in given]
+        if lacking:
+            raise UserError(f"config.json: rope_parameters says nothing of {lacking[0]}, only of {', '.join(given)}")
+        full, local = (dict(given.get(key) or {}) for key in _LAYERS)
+        if self.local_theta is None and local and local != full:
+            raise not_supported("rope_parameters", given)
+        return full, local
+
+    def _local_base(self, local: Mapping[str, Any], older: float | None) -> float:
+        """Returns the base of layers with a window, from their part of `rope_parameters` and the older field."""
+        name = f"rope_parameters.{_LAYERS[1]}"
+        kind = _check(local, name)
+        if kind != "default":
+            raise not_supported(f"{name}.rope_type", kind, ("default",))
+        own = local.get("rope_theta")
+        if own is not None and older is not None and own != older:
+            raise UserError(f"config.json: rope_local_base_freq is {older!r} and {name}.rope_theta {own!r}: drop one")
+        return float(own or older or self.local_theta)
 
     def write(self, bindings: Mapping[str, Any]) -> dict[str, Any]:
         written = {"rope_theta": bindings["ROPE_BASE"], "rope_scaling": _write_scaling(bindings)}
@@ -75,34 +142,68 @@ class Rope:
             written["rope_local_base_freq"] = bindings.get("LOCAL_ROPE_BASE", self.local_theta)
         return written
 
-    def _scaling(self, scaling: Mapping[str, Any], config: Config) -> Bindings:
-        kind = scaling.get("rope_type", scaling.get("type", "default")) or "default"
-        if kind == "default":
-            return {"ROPE_SCALING": None}
-        if kind not in SCALINGS:
-            hint = ""
-            if kind == "dynamic":
-                hint = (
-                    "; up to max_position_embeddings it is no scaling at all: take it out of config.json, and for "
-                    "longer rows bind ROPE_SCALING = @rotary.NTK()"
-                )
-            message = str(not_supported("rope_scaling.rope_type", kind, ("default", *SCALINGS)))
-            raise UserError(message + hint)
-        selector, names = SCALINGS[kind]
-        unknown = sorted(set(scaling) - set(names) - _SILENT)
+
+def _check(scaling: Mapping[str, Any], within: str) -> str:
+    """Returns which scaling it is.
+
+    Raises:
+      UserError: that is told twice, or not at all; it is none that meshway knows; a key is missing, changes what
+        meshway does not know, or has a wrong value.
+    """
+    check_fields(scaling, _PLAIN, within)
+    named = {scaling[key] for key in ("rope_type", "type") if key in scaling}
+    if len(named) > 1:
+        raise UserError(
+            f"config.json: {within} has the rope_type {scaling['rope_type']!r} and the type {scaling['type']!r}"
+        )
+    kind: str | None = next(iter(named), None)
+    if kind is None:
+        kind = "default"
+        unknown = sorted(set(scaling) - set(_PLAIN))
         if unknown:
-            raise not_supported(f"rope_scaling.{unknown[0]}", scaling[unknown[0]])
-        values = {ours: scaling[theirs] for theirs, ours in names.items() if scaling.get(theirs) is not None}
+            raise UserError(f"config.json: {within} has {unknown[0]} and no rope_type; known are {', '.join(_KINDS)}")
+    if kind not in _KINDS:
+        hint = ""
+        if kind == "dynamic":
+            hint = (
+                "; up to max_position_embeddings it is no scaling at all: take it out of config.json, and for "
+                "longer rows bind ROPE_SCALING = @rotary.NTK()"
+            )
+        raise UserError(f"{not_supported(f'{within}.rope_type', kind, list(_KINDS))}{hint}")
+    for key in sorted(set(scaling) - set(_KINDS[kind])):
+        raise not_supported(f"{within}.{key}", scaling[key])
+    lacking = [key for key in _DEMANDED.get(kind, ()) if key not in scaling]
+    if lacking:
+        raise UserError(
+            f"config.json: {within} of type {kind!r} has no {', '.join(lacking)}: transformers refuses it, and meshway "
+            "guesses nothing"
+        )
+    check_fields(scaling, _KINDS[kind], within)
+    return kind
+
+
+def _check_agree(first: str, one: Mapping[str, Any], second: str, other: Mapping[str, Any]) -> None:
+    """Raises UserError where two objects say different things of one field; `first` ends with a dot, or is ''."""
+    for key, value in one.items():
+        if value is not None and other.get(key) is not None and other[key] != value:
+            raise UserError(f"config.json: {first}{key} is {value!r} and {second}.{key} {other[key]!r}: drop one")
+
+
+def _scaling(kind: str, scaling: Mapping[str, Any], config: Config) -> Bindings:
+    if kind == "default":
+        return {"ROPE_SCALING": None}
+    selector, names = SCALINGS[kind]
+    values = {ours: scaling[theirs] for theirs, ours in names.items() if scaling.get(theirs) is not None}
+    if kind == "yarn":
         length = config.get("max_position_embeddings")
-        if "original_length" in names.values():
-            values.setdefault("original_length", length)
-        if "factor" not in values and kind == "yarn":
-            values["factor"] = length / values["original_length"]
+        original = values.setdefault("original_length", length)
+        if original is None or ("factor" not in values and length is None):
+            raise UserError("config.json: rope_scaling of type 'yarn' needs max_position_embeddings, which is null")
         if "factor" not in values:
-            raise UserError(f"config.json: rope_scaling of type {kind!r} has no factor")
-        if kind == "yarn" and "attention_factor" not in values and scaling.get("mscale"):
+            values["factor"] = length / original
+        if "attention_factor" not in values and scaling.get("mscale"):
             values |= _attention_factor(values["factor"], scaling)
-        return {"ROPE_SCALING": Reference(selector)} | {f"{selector}.{name}": value for name, value in values.items()}
+    return {"ROPE_SCALING": Reference(selector)} | {f"{selector}.{name}": value for name, value in values.items()}
 
 
 def _attention_factor(factor: float, scaling: Mapping[str, Any]) -> dict[str, float]:

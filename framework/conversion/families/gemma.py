@@ -86,7 +86,7 @@ GEMMA3 = dataclasses.replace(
     settings=(
         *_SETTINGS,
         Rope(theta=1e6, local_theta=1e4),
-        Layers(period=6),
+        Layers(period=6, periods=("sliding_window_pattern", "_sliding_window_pattern")),
         Same("final_logit_softcapping", "lm.LanguageModel.logits_soft_cap", default=None),
     ),
     # transformers has a soft cap of scores in this family's configuration, and does not use it.

@@ -36,7 +36,7 @@ class FeedForward(Table):
         names = read[self.binding]
         if config.get("is_gated_act", len(names) == 2) != (len(names) == 2):
             raise not_supported("is_gated_act", config["is_gated_act"])
-        if ACTIVATIONS.get(config.get("dense_act_fn", ""), names[0]) != names[0]:
+        if "dense_act_fn" in config and ACTIVATIONS.get(config["dense_act_fn"]) != names[0]:
             raise not_supported("dense_act_fn", config["dense_act_fn"])
         return read
 

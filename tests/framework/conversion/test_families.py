@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from meshway.framework.conversion.families.registry import FAMILIES, detect
+from meshway.framework.conversion.field_kinds import KINDS
 from meshway.framework.conversion.rules import check_tensors, pieces_of
 from meshway.framework.conversion.settings import Reference
 from meshway.framework.errors import UserError
@@ -83,7 +84,13 @@ def test_how_t5_ties():
         ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, ["'dynamic'", "rotary.NTK"]),
         ("llama", {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, ["'longrope'", "'linear', 'llama3'"]),
         ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "offset": 3}}, ["rope_scaling.offset = 3"]),
-        ("llama", {"rope_scaling": {"rope_type": "llama3"}}, ["no factor"]),
+        ("mistral", {"auto_map": {"AutoModelForCausalLM": "own.Mine"}}, ["auto_map", "own.Mine", "--ignore_fields"]),
+        ("gemma2", {"sliding_window": None}, ["sliding_window = None"]),
+        ("gemma2", {"sliding_window_pattern": 3}, ["'sliding_window_pattern'", "not known"]),
+        ("gemma3", {"sliding_window_pattern": 3, "_sliding_window_pattern": 6}, ["differ: [3, 6]"]),
+        ("gemma3", {"layer_types": []}, ["layer_types = []"]),
+        ("qwen3", {"layer_types": [SLIDING] * 32}, ["layer_types", "use_sliding_window"]),
+        ("t5", {"dense_act_fn": "xielu"}, ["dense_act_fn = 'xielu'"]),
         ("llama", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor = 0.5"]),
         ("llama", {"hidden_act": "xielu"}, ["hidden_act = 'xielu'", "'silu'"]),
         ("llama", {"quantization_config": {"bits": 4}}, ["quantization_config = {'bits': 4}"]),
@@ -103,6 +110,86 @@ def test_what_is_not_computed_is_refused(family, config, words):
     with pytest.raises(UserError) as error:
         read(family, **config)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+ROPES = ("rope_scaling", "rope_parameters")
+
+
+@pytest.mark.parametrize("field", ROPES)
+@pytest.mark.parametrize(
+    "scaling, words",
+    [
+        ({"rope_type": "linear"}, ["type 'linear' has no factor"]),
+        ({"rope_type": "yarn"}, ["type 'yarn' has no factor"]),
+        ({"type": "yarn", "original_max_position_embeddings": 64, "beta_fast": 32}, ["type 'yarn' has no factor"]),
+        ({"rope_type": "llama3", "factor": 8.0}, ["no low_freq_factor, high_freq_factor, original_max_position_emb"]),
+        *[({"rope_type": "llama3"} | {key: LLAMA3[key] for key in LLAMA3 if key != lost}, [f"has no {lost}: "])
+          for lost in LLAMA3],
+        ({"rope_type": "linear", "factor": None}, [".factor = null is not a number above 0"]),
+        ({"rope_type": "linear", "factor": "2"}, [".factor = '2' is not a number"]),
+        ({"rope_type": "yarn", "factor": -2.0}, [".factor = -2.0 is not a number above 0 or null"]),
+        ({"rope_type": "yarn", "factor": float("nan")}, [".factor = nan"]),
+        ({"rope_type": "yarn", "factor": 2.0, "truncate": "no"}, [".truncate = 'no' is not true or false"]),
+        ({"rope_type": "llama3"} | LLAMA3 | {"original_max_position_embeddings": 64.5}, ["64.5 is not a whole number"]),
+        ({"factor": 2.0}, ["has factor and no rope_type"]),
+        ({"rope_type": 3}, [".rope_type = 3 is not a string"]),
+        ({"rope_type": "yarn", "type": "linear", "factor": 2.0}, ["rope_type 'yarn' and the type 'linear'"]),
+        ({"rope_type": "default", "mrope_section": [2, 3, 3]}, [".mrope_section = [2, 3, 3]"]),
+        ({"rope_type": "linear", "factor": 2.0, "mscale": 1.0}, [".mscale = 1.0"]),
+    ],
+)  # fmt: skip
+def test_a_scaling_is_whole_or_refused(field, scaling, words):
+    """As transformers refuses it: nothing is put in for what is missing."""
+    with pytest.raises(UserError) as error:
+        read("llama", **{field: scaling})
+    assert all(word in str(error.value) for word in (field, *words)), str(error.value)
+
+
+@pytest.mark.parametrize(
+    "family, config, words",
+    [
+        ("llama", {"rope_scaling": "linear"}, ["rope_scaling = 'linear' is not an object"]),
+        ("llama", {"rope_parameters": [1]}, ["rope_parameters = [1] is not an object"]),
+        ("llama", {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, ["rope_theta is 10000.0", "500000.0"]),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0},
+                   "rope_parameters": {"rope_type": "linear", "factor": 4.0}}, ["rope_parameters.factor is 4.0"]),
+        ("llama", {"rope_theta": 0}, ["rope_theta = 0 is not a number above 0"]),
+        ("llama", {"partial_rotary_factor": 0.0}, ["partial_rotary_factor = 0.0 is not"]),
+        ("gemma3", {"rope_parameters": {FULL: {"rope_theta": 1e6}}}, ["says nothing of sliding_attention"]),
+        ("gemma3", {"rope_parameters": {FULL: {}, SLIDING: {}, "chunked": {}}}, ["rope_parameters.chunked"]),
+        ("gemma3", {"rope_parameters": {FULL: {}, SLIDING: {"factor": 2.0}}}, ["sliding_attention has factor"]),
+        ("gemma3", {"rope_parameters": {FULL: {}, SLIDING: {"rope_theta": 7.0}}, "rope_local_base_freq": 8.0},
+         ["rope_local_base_freq is 8.0", "7.0"]),
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "max_position_embeddings": None},
+         ["needs max_position_embeddings"]),
+    ],
+)  # fmt: skip
+def test_positions_told_twice_or_in_another_shape(family, config, words):
+    with pytest.raises(UserError) as error:
+        read(family, **config)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_field_that_is_read_has_a_kind(family):
+    """What is of no kind that a field can have, or null where it must not be, is answered with the field's name."""
+    for field in (field for setting in FAMILIES[family].settings for field in setting.fields):
+        kind = KINDS[field]
+        for value in ("32", 2.5, True, -3, 0, None, float("nan"), float("inf"), [], {}, [None], 10**400):
+            if kind.fits(value) or (value is None and kind.or_null):
+                continue
+            with pytest.raises(UserError, match=rf"config.json: {field} = "):
+                FAMILIES[family].read({field: value}, False)
+
+
+@pytest.mark.parametrize(
+    "field, value", [("hidden_size", "32"), ("num_hidden_layers", 2.0), ("vocab_size", True), ("rms_norm_eps", "1e-5"),
+                     ("eos_token_id", "2"), ("eos_token_id", [2, "3"]), ("bos_token_id", 1.0)]
+)  # fmt: skip
+def test_numbers_are_numbers(field, value):
+    with pytest.raises(UserError, match=f"config.json: {field} = "):
+        read("llama", **{field: value})
 
 
 def test_a_field_may_be_ignored_by_name():
