@@ -15,6 +15,7 @@ from meshway.framework.conversion.family import Family, read_config
 from meshway.framework.conversion.rules import pieces_of
 from meshway.framework.conversion.shard_writer import size_in_bytes, write_tensors
 from meshway.framework.conversion.stored import StoredParams
+from meshway.framework.counting import count_of
 from meshway.framework.data.vocabularies import load
 from meshway.framework.errors import UserError
 from meshway.framework.partitioning.explain import format_bytes
@@ -97,7 +98,7 @@ def to_hugging_face(
     return {
         "family": f"{found.name} ({found.architecture})",
         "checkpoint": f"step {run.step} of {run.root}",
-        "tensors": f"{len(specs)} in {len(names)} file{'s' if len(names) > 1 else ''}, {format_bytes(total)}",
+        "tensors": f"{len(specs)} in {count_of(len(names), 'file')}, {format_bytes(total)}",
         "dtype": ", ".join(sorted({spec.dtype.name for spec in specs.values()})),
         "tokenizer": ", ".join(copied) or "none was kept with the run",
     }

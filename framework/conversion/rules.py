@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from meshway.framework.checkpoints.schema import nearest_names
 from meshway.framework.checkpoints.sources import block_of, pattern_lengths
 from meshway.framework.conversion.forms import Form
+from meshway.framework.counting import count_of
 from meshway.framework.errors import UserError
 
 Shape = tuple[int, ...]
@@ -94,7 +95,9 @@ def pieces_of(rules: Sequence[Rule], base: str, shapes: Mapping[str, Shape]) -> 
             ours = tuple(each.replace("{block}", stack) for each in rule.paths)
             pieces.append(Piece(name, ours, index, rule.form, sizes))
     if problems:
-        raise UserError(f"{len(problems)} parameters of the model have no place in this family: {_listed(problems)}")
+        raise UserError(
+            f"{count_of(len(problems), 'parameter')} of the model without a place in this family: {_listed(problems)}"
+        )
     return pieces
 
 
@@ -128,11 +131,11 @@ def check_tensors(
     if missing:
         near = nearest_names(missing[0], left) if left else []
         hint = f" (nearest there: {near[0]})" if near else ""
-        problems.append(f"{len(missing)} tensors are missing: {_listed(missing)}{hint}")
+        problems.append(f"{count_of(len(missing), 'tensor', 'is')} missing: {_listed(missing)}{hint}")
     if left:
-        problems.append(f"{len(left)} tensors have no place in the model: {_listed(left)}")
+        problems.append(f"{count_of(len(left), 'tensor', 'has')} no place in the model: {_listed(left)}")
     if shapes:
-        problems.append(f"{len(shapes)} tensors have another shape than the model: {_listed(shapes)}")
+        problems.append(f"{count_of(len(shapes), 'tensor', 'has')} another shape than the model: {_listed(shapes)}")
     if problems:
         raise UserError("; ".join(problems))
 

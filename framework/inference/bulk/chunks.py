@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from meshway.framework.counting import count_of
 from meshway.framework.errors import UserError
 from meshway.framework.inference.bulk.durable import move_durably, remove, write_durably
 from meshway.framework.inference.bulk.input_files import nearest
@@ -269,9 +270,9 @@ class ChunkStore:
             for number in [number for number in self._chunks if number >= num_chunks]:
                 self._drop(number)
         if len(self._chunks) > num_chunks or before not in (None, num_chunks):
+            held = count_of(before or len(self._chunks), "chunk")
             raise UserError(
-                f"{self._paths.output} has {before or len(self._chunks)} chunks of this job, the input makes only "
-                f"{num_chunks} now: it has changed since"
+                f"{self._paths.output} has {held} of this job, the input makes only {num_chunks} now: it has changed since"
             )
 
     def _check_content(self, number: int, num_chunks: int) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from meshway.framework.counting import count_of
 from meshway.framework.errors import UserError
 from meshway.framework.inference.bulk.durable import remove, write_durably
 from meshway.framework.inference.bulk.output_paths import OutputPaths
@@ -91,7 +92,8 @@ def _settle_parts(paths: OutputPaths, job: Mapping[str, str], overwrite: bool) -
         # Nothing is lost with a job that has not finished a chunk, such as one whose recipe was wrong.
         if chunks and not overwrite:
             raise UserError(
-                f"{paths.parts} holds {len(chunks)} chunks of another job ({_differences(owner, job)}): {_CHOICES}"
+                f"{paths.parts} holds {count_of(len(chunks), 'chunk')} of another job ({_differences(owner, job)}): "
+                f"{_CHOICES}"
             )
         num_chunks = claimed(paths)
         for path in paths.results(num_chunks) if num_chunks is not None else ():

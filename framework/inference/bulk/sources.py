@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from meshway.framework.counting import count_of
 from meshway.framework.errors import UserError
 from meshway.framework.inference.bulk.input_files import check_format, find_files, format_of
 from meshway.framework.inference.bulk.line_source import LineSource
@@ -60,7 +61,7 @@ def open_source(where: str, format: str | None = None, columns: Sequence[str] = 
     paths = find_files(where)
     format = format_of(paths, format)
     size = sum(os.path.getsize(path) for path in paths if read_again(path))
-    files = "" if paths == [where] else f"{len(paths)} files, "
+    files = "" if paths == [where] else f"{count_of(len(paths), 'file')}, "
     description = f"{where} ({files}{format}, {size:,} bytes)"
     if format == "parquet":
         return ParquetSource(paths, columns, description)

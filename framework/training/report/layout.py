@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from meshway.framework.counting import count_of
 from meshway.framework.partitioning.explain import format_bytes
 from meshway.framework.training.report.elements import escape, folded, table
 from meshway.framework.training.report.run_files import Run, number
@@ -24,7 +25,7 @@ def layout(run: Run) -> str:
     parts = []
     for group, rows in groups.items():
         size = _bytes(sum(filter(math.isfinite, (number(row.get("bytes_per_device")) for row in rows))))
-        tensors = "1 tensor" if len(rows) == 1 else f"{len(rows)} tensors"
+        tensors = count_of(len(rows), "tensor")
         is_open = " open" if group == "params" and len(rows) <= _OPEN_ROWS else ""
         summary = f"{escape(group)}: {tensors}, {size} a device"
         parts.append(f"<details{is_open}><summary>{summary}</summary>{_tensors(rows)}</details>")

@@ -4,6 +4,7 @@ import textwrap
 import time
 from collections.abc import Iterable, Mapping
 
+from meshway.framework.counting import count_of
 from meshway.framework.training.goodput import KINDS, Attempt
 from meshway.framework.training.progress import format_duration
 from meshway.framework.training.report.elements import framed, legend, table
@@ -55,7 +56,7 @@ def time_spent(run: Run) -> str:
 
 
 def _sentence(run: Run) -> str:
-    attempts = "1 attempt" if len(run.goodput.attempts) == 1 else f"{len(run.goodput.attempts)} attempts"
+    attempts = count_of(len(run.goodput.attempts), "attempt")
     share = f"{run.goodput.shares['productive']:.1%}"
     lost = ". Lost are steps that a later attempt did again" if run.goodput.seconds["lost"] else ""
     return f"{share} of {format_seconds(run.goodput.wall)} in {attempts} went into steps that count{lost}."

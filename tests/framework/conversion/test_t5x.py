@@ -288,8 +288,8 @@ def test_steps_are_chosen_and_listed(runs, tmp_path, written):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"encoder/layers_1/mlp/wo/kernel": None}, "1 tensors are missing: encoder/layers_1/mlp/wo/kernel"),
-        ({"encoder/extra/kernel": "encoder/encoder_norm/scale"}, "1 tensors have no place in the model: encoder/extra"),
+        ({"encoder/layers_1/mlp/wo/kernel": None}, "1 tensor is missing: encoder/layers_1/mlp/wo/kernel"),
+        ({"encoder/extra/kernel": "encoder/encoder_norm/scale"}, "1 tensor has no place in the model: encoder/extra"),
         (
             {"decoder/layers_1/mlp/wo/kernel": "token_embedder/embedding"},
             r"mlp/wo/kernel is \[128, 32\], not \[48, 32\]",
