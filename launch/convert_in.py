@@ -15,6 +15,7 @@ from meshway.framework.conversion.rules import Shape
 from meshway.framework.conversion.settings import Bindings, Reference
 from meshway.framework.conversion.stream import write_checkpoint
 from meshway.framework.conversion.values import Tensors, Values
+from meshway.framework.counting import count_of
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Model
 from meshway.framework.partitioning.explain import format_bytes
@@ -66,6 +67,7 @@ def from_hugging_face(
         **described(values, model.tensors),
         "tokenizer": "none was found; the recipe binds no vocabulary" if vocabulary is None else str(vocabulary),
         "kept beside": ", ".join(copied),
+        **({"not read": ", ".join(model.left_over)} if model.left_over else {}),
         "recipe": str(goal / RECIPE),
     }
 
@@ -119,9 +121,9 @@ def write_run(
 
 def described(values: Mapping[str, Values], tensors: Tensors) -> dict[str, str]:
     """Returns how many parameters were written and as what, for people."""
-    num_params = sum(each.size for each in values.values())
+    num_params, num_tensors = sum(each.size for each in values.values()), len(list(tensors))
     return {
-        "parameters": f"{num_params:,} in {len(values)} arrays, from {len(list(tensors))} tensors",
+        "parameters": f"{num_params:,} in {count_of(len(values), 'array')}, from {count_of(num_tensors, 'tensor')}",
         "dtype": ", ".join(sorted({each.dtype.name for each in values.values()})),
         "size": format_bytes(sum(each.nbytes for each in values.values())),
     }

@@ -3,6 +3,7 @@ layers and experts that lie otherwise than they were saved."""
 
 import dataclasses
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from meshway.framework.checkpoints.schema import Schema, nearest_names
 from meshway.framework.checkpoints.sources import Shape, Source, block_of, pattern_lengths
 from meshway.framework.conversion import hugging_face
 from meshway.framework.conversion.values import fill
+from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Axes, Params
 from meshway.framework.training.trees import flatten, map_paths
@@ -128,7 +130,10 @@ class Initial:
                 f"out Initial.{given[0]}, or convert it first (meshway convert)"
             )
         shapes = {name: tuple(leaf.shape) for name, leaf in flatten(params).items()}
-        return fill(params, hugging_face.open_model(directory).values(shapes))
+        model = hugging_face.open_model(directory)
+        if model.left_over and processes.is_primary():
+            print(f"Initial.path: not read of {directory}: {', '.join(model.left_over)}", file=sys.stderr)
+        return fill(params, model.values(shapes))
 
     def _renamed(self, name: str, used: set[str]) -> str:
         pattern = _first_match(name, [pattern for pattern, _ in self.renames], used)

@@ -9,13 +9,13 @@ import numpy as np
 
 from meshway.framework.conversion.families import registry
 from meshway.framework.conversion.family import Family, read_config
+from meshway.framework.conversion.leftovers import find_leftovers
 from meshway.framework.conversion.rules import Shape, pieces_of
 from meshway.framework.conversion.settings import Bindings
-from meshway.framework.conversion.tensor_files import INDEX, SINGLE, TensorFiles
+from meshway.framework.conversion.tensor_files import INDEX, SINGLE, TensorFiles, same_values
 from meshway.framework.conversion.values import Values, complete_values
 from meshway.framework.errors import UserError
 
-_COMPARED_BYTES = 64 * 2**20  # of two tensors at a time
 _HEAD = "lm_head.weight"
 
 
@@ -31,6 +31,7 @@ class HuggingFaceModel:
       tensors: its weights.
       copies: tensors that repeat another one: name -> the other.
       bindings: what a recipe says for config.json.
+      left_over: names of weights beside them that are not read.
     """
 
     directory: Path
@@ -40,6 +41,7 @@ class HuggingFaceModel:
     tensors: TensorFiles
     copies: Mapping[str, str]
     bindings: Bindings
+    left_over: Sequence[str] = ()
 
     def values(self, shapes: Mapping[str, Shape], dtype: np.dtype | None = None) -> dict[str, Values]:
         """Returns the parameters [shapes], to be read piece by piece or shard by shard.
@@ -69,18 +71,34 @@ def open_model(directory: Path, family: str | None = None, ignoring: Sequence[st
       ignoring: fields of config.json that the user says change nothing.
 
     Raises:
-      UserError: no such directory, another family, a field that is not known, a file that is missing or truncated.
+      UserError: no such directory, another family, a field that is not known, a file that is missing or truncated,
+        other weights beside these that say something else.
     """
     directory = Path(directory)
     config = read_config(directory)
     found = registry.detect(config, family)
     tensors = TensorFiles(directory)
+    left_over = find_leftovers(tensors)
     base = found.base_of(list(tensors))
+    _name_embedding(found, base, tensors, config)
     copies = _copies(found, base, tensors)
     bindings = found.read(config, _HEAD in tensors and _HEAD not in copies, ignoring)
     if not found.tied_by_tensors:
         copies = _checked(copies, tensors, bool(bindings["TIED_LOGITS"]))
-    return HuggingFaceModel(directory, config, found, base, tensors, copies, bindings)
+    return HuggingFaceModel(directory, config, found, base, tensors, copies, bindings, left_over)
+
+
+def _name_embedding(family: Family, base: str, tensors: TensorFiles, config: Mapping[str, Any]) -> None:
+    """Gives a tensor that is there only as a copy the name of what it would repeat.
+
+    Savers write tensors that are one in memory once, under any of their names; transformers loads each.
+    """
+    tied = config.get("tie_word_embeddings", family.defaults["tie_word_embeddings"])
+    names = sorted(family.copies, key=lambda name: name == _HEAD)
+    for name in names if tied else [name for name in names if name != _HEAD]:
+        wanted = family.copies[name].format(base=base)
+        if name in tensors and wanted not in tensors:
+            tensors.rename(name, wanted)
 
 
 def _copies(family: Family, base: str, tensors: TensorFiles) -> dict[str, str]:
@@ -94,10 +112,10 @@ def _copies(family: Family, base: str, tensors: TensorFiles) -> dict[str, str]:
         if name not in tensors or other not in tensors:
             continue
         if name != _HEAD:
-            if not _equal(tensors, name, other):
+            if not same_values(tensors, name, tensors, other):
                 raise UserError(f"{tensors.directory}: {name} differs from {other}, which it should repeat")
             copies[name] = other
-        elif not family.tied_by_tensors or _equal(tensors, name, other):
+        elif not family.tied_by_tensors or same_values(tensors, name, tensors, other):
             copies[name] = other
     return copies
 
@@ -106,23 +124,9 @@ def _checked(copies: Mapping[str, str], tensors: TensorFiles, tied: bool) -> dic
     """Returns the copies of a family whose config.json tells whether the output layer is one."""
     if not tied:
         return {name: other for name, other in copies.items() if name != _HEAD}
-    if _HEAD in copies and not _equal(tensors, _HEAD, copies[_HEAD]):
+    if _HEAD in copies and not same_values(tensors, _HEAD, tensors, copies[_HEAD]):
         raise UserError(
             f"{tensors.directory}: config.json ties the output layer to the embeddings, but {_HEAD} differs from "
             f"{copies[_HEAD]}; set tie_word_embeddings to false if it is a layer of its own"
         )
     return dict(copies)
-
-
-def _equal(tensors: TensorFiles, name: str, other: str) -> bool:
-    """Whether two tensors are the same, bit for bit."""
-    shape = tensors.shape(name)
-    if shape != tensors.shape(other) or tensors.dtype(name) != tensors.dtype(other):
-        return False
-    row = int(np.prod(shape[1:])) * tensors.dtype(name).itemsize
-    rows = max(1, _COMPARED_BYTES // max(row, 1))
-    for start in range(0, shape[0], rows):
-        box = (slice(start, min(start + rows, shape[0])),)
-        if tensors.read(name, box).tobytes() != tensors.read(other, box).tobytes():
-            return False
-    return True

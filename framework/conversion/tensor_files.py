@@ -19,6 +19,7 @@ DTYPES: Mapping[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }  # the format's names of what can be converted
+_COMPARED_BYTES = 64 * 2**20  # of two tensors at a time
 Box = tuple[slice, ...]  # one slice with explicit bounds a dimension
 
 
@@ -29,11 +30,16 @@ class TensorFiles:
     read, not mapped, so that memory holds no more than what was asked for.
     """
 
-    def __init__(self, directory: Path):
-        """Raises UserError: no weights there; a shard is missing, truncated or damaged; the index names a tensor that
-        its shard has not."""
+    def __init__(self, directory: Path, only: str | None = None):
+        """Opens the files of a directory, or `only` the one of that name.
+
+        Raises:
+          UserError: no weights there; a shard is missing, truncated or damaged; the index names a tensor that its
+            shard has not.
+        """
         self.directory = Path(directory)
-        self._file_of = self._listed()
+        self._file_of = self._listed() if only is None else {"": self.directory / only}
+        self._given: dict[str, str] = {}  # the names in the files of those that are renamed
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
         for path in dict.fromkeys(self._file_of.values()):
@@ -44,6 +50,17 @@ class TensorFiles:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that the tensors lie in."""
+        return list(dict.fromkeys(self._file_of.values()))
+
+    def rename(self, name: str, other: str) -> None:
+        """Has a tensor go by another name from now on."""
+        for facts in (self._file_of, self._shapes, self._dtypes):
+            facts[other] = facts.pop(name)  # type: ignore[index,attr-defined]
+        self._given[other] = self._given.pop(name, name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns a tensor's shape."""
@@ -76,9 +93,10 @@ class TensorFiles:
         dtype = self.dtype(name)
         try:
             with safe_open(self._file_of[name], framework="np", backend="pread") as file:
+                given = self._given.get(name, name)
                 if not self._shapes[name]:
-                    return np.asarray(file.get_tensor(name), dtype)
-                value: np.ndarray = file.get_slice(name)[tuple(box) or (slice(None),)]
+                    return np.asarray(file.get_tensor(given), dtype)
+                value: np.ndarray = file.get_slice(given)[tuple(box) or (slice(None),)]
         except (SafetensorError, OSError) as error:
             raise UserError(f"tensor {name!r} cannot be read from {self._file_of[name]}: {error}") from error
         return value
@@ -136,6 +154,19 @@ class TensorFiles:
         extra = [name for name in headers if self._file_of.get(name) != path]
         if extra:
             raise UserError(f"{path.name} holds tensor {extra[0]!r}, which {INDEX} does not say")
+
+
+def same_values(one: TensorFiles, name: str, other: TensorFiles, its_name: str) -> bool:
+    """Whether two tensors are the same, bit for bit; raises UserError for dtypes that are not converted."""
+    shape = one.shape(name)
+    if shape != other.shape(its_name) or one.dtype(name) != other.dtype(its_name):
+        return False
+    row = int(np.prod(shape[1:])) * one.dtype(name).itemsize
+    rows = max(1, _COMPARED_BYTES // max(row, 1))
+    boxes: list[Box] = (
+        [(slice(start, min(start + rows, shape[0])),) for start in range(0, shape[0], rows)] if shape else [()]
+    )
+    return all(one.read(name, box).tobytes() == other.read(its_name, box).tobytes() for box in boxes)
 
 
 def _other_weights(directory: Path) -> str:

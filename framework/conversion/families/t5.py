@@ -145,6 +145,7 @@ _DEFAULTS: dict[str, Any] = {
     "relative_attention_max_distance": 128,
     "layer_norm_epsilon": 1e-6,
     "feed_forward_proj": "relu",
+    "tie_word_embeddings": True,
 }
 
 
@@ -177,7 +178,8 @@ MT5 = dataclasses.replace(
     model_types=("mt5",),
     architecture="MT5ForConditionalGeneration",
     defaults=_DEFAULTS
-    | {"vocab_size": 250112, "d_ff": 1024, "num_layers": 8, "num_heads": 6, "feed_forward_proj": "gated-gelu"},
+    | {"vocab_size": 250112, "d_ff": 1024, "num_layers": 8, "num_heads": 6, "feed_forward_proj": "gated-gelu"}
+    | {"tie_word_embeddings": False},
     settings=(*_SETTINGS, Output(scales=False)),
     folder=None,
 )
