@@ -272,7 +272,8 @@ class ChunkStore:
         if len(self._chunks) > num_chunks or before not in (None, num_chunks):
             held = count_of(before or len(self._chunks), "chunk")
             raise UserError(
-                f"{self._paths.output} has {held} of this job, the input makes only {num_chunks} now: it has changed since"
+                f"{self._paths.output} has {held} of this job, the input makes only {num_chunks} now: "
+                "it has changed since"
             )
 
     def _check_content(self, number: int, num_chunks: int) -> None:
