@@ -1,15 +1,12 @@
 """A T5X checkpoint as a run directory: checkpoint and recipe."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from meshway.framework.conversion import tokenizer_files
-from meshway.framework.conversion.rules import Shape, pieces_of
 from meshway.framework.conversion.t5x import network_of
 from meshway.framework.conversion.t5x_files import T5XFiles
-from meshway.framework.conversion.values import Values, complete_values
 from meshway.framework.training.run_directory import RunDirectory
 from meshway.launch import convert_in
 
@@ -42,12 +39,8 @@ def from_t5x(
     features = convert_in.features_of(network.bindings)
     bindings = network.bindings | (convert_in.vocabulary_bindings(goal, features) if text is not None else {})
 
-    def values(shapes: Mapping[str, Shape]) -> dict[str, Values]:
-        pieces = pieces_of(network.rules, "", shapes)
-        return complete_values(f"model of {network.include}", pieces, shapes, files, dtype)
-
     recipe = convert_in.recipe_text("network of T5X", files.directory, network.include, bindings, goal)
-    written = convert_in.write_run(folder, recipe, values)
+    written = convert_in.write_run(folder, recipe, lambda shapes: network.values(files, shapes, dtype))
     if text is not None:
         RunDirectory(folder).save_vocabularies(dict.fromkeys(features, text))
     return {

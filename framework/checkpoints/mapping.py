@@ -4,7 +4,7 @@ layers and experts that lie otherwise than they were saved."""
 import dataclasses
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,21 @@ import jax
 from meshway.framework.axes import Names
 from meshway.framework.checkpoints.manager import Checkpoints, find_checkpoint
 from meshway.framework.checkpoints.schema import Schema, nearest_names
-from meshway.framework.checkpoints.sources import Shape, Source, block_of, pattern_lengths
-from meshway.framework.conversion import hugging_face
-from meshway.framework.conversion.values import fill
+from meshway.framework.checkpoints.sources import (
+    RESIZES,
+    Shape,
+    Source,
+    VocabularyChange,
+    block_of,
+    pattern_lengths,
+    vocabulary_change,
+)
+from meshway.framework.conversion import hugging_face, t5x, t5x_files
+from meshway.framework.conversion.values import Values, fill
 from meshway.framework.distributed import processes
-from meshway.framework.errors import UserError
+from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.interfaces import Axes, Params
-from meshway.framework.training.trees import flatten, map_paths
+from meshway.framework.training.trees import flatten, map_paths, unflatten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +35,16 @@ class Initial:
     """Where a fresh run takes its parameters from; a run that has a checkpoint of its own never looks here.
 
     `path` is a run directory or one of its checkpoints; `step` None means the latest. Or it is a Hugging Face
-    directory, read straight into the shards: the recipe must be that model's, as `meshway convert` writes it.
+    directory or a checkpoint of T5X, read straight into the shards: the recipe must be that model's, as
+    `meshway convert` writes it.
 
     `renames` are ordered (pattern, replacement): a parameter's name is looked up in the checkpoint under the
     replacement of the first pattern that matches it whole, else under its own name. `left_at_init` are patterns of
     parameters that keep their fresh values; any other parameter must be found, with its shape.
+
+    `resize` lets a vocabulary have another size than the checkpoint's: embeddings, logits and whatever else has the
+    axis 'vocab' keep the entries they have, bit for bit, and new ones are the 'mean' of those or stay 'fresh'. 'shrink'
+    drops those beyond the model's vocabulary. With None another size is an error.
 
     Two more let a mixture of experts start from a dense model (sparse upcycling, Komatsuzaki et al. 2022, section 2):
 
@@ -46,6 +59,12 @@ class Initial:
     left_at_init: Sequence[str] = ()
     by_depth: bool = False
     repeat_along: Sequence[str] = ()
+    resize: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.resize is not None and self.resize not in RESIZES:
+            near = did_you_mean(str(self.resize), RESIZES) or f"; it is None or one of {', '.join(RESIZES)}"
+            raise UserError(f"Initial.resize = {self.resize!r} is no way to resize a vocabulary{near}")
 
     def restore(self, params: Params, axes: Axes) -> Params:
         """Returns `params` (a tree of sharded arrays) with the checkpoint's values put in, in the same shards.
@@ -56,15 +75,18 @@ class Initial:
 
         Raises:
           UserError: no checkpoint there; a parameter without a source or with another shape; a pattern that
-            matches nothing.
+            matches nothing, or a `resize` that has nothing to do.
         """
         directory = Path(self.path).expanduser()
         if hugging_face.is_model(directory):
-            return self._from_hugging_face(directory, params)
+            return self._from_tensors(self._hugging_face(directory), params, flatten(axes))
         place = find_checkpoint(directory, self.step, "Initial.path")
+        if place is None and t5x_files.is_run(directory):
+            return self._from_tensors(self._t5x(directory), params, flatten(axes))
         if place is None:
             raise UserError(
-                f"Initial.path: {directory} is neither a run directory nor a checkpoint (no checkpoints/ in it)"
+                f"Initial.path: {directory} is neither a run directory nor a checkpoint (no checkpoints/ in it), nor a "
+                "Hugging Face directory or a checkpoint of T5X"
             )
         folder, step = place
         checkpoints = Checkpoints(folder, read_only=True)
@@ -94,7 +116,7 @@ class Initial:
             name.removeprefix("params/"): tuple(spec[0]) for name, spec in schema.items() if name.startswith("params/")
         }
         used: set[str] = set()
-        sources, problems = {}, []
+        sources, problems, unresized = dict[str, Source](), list[str](), list[str]()
         lengths, saved_lengths = pattern_lengths(shapes), pattern_lengths(saved)
         for name, shape in shapes.items():
             if _first_match(name, self.left_at_init, used):
@@ -112,28 +134,81 @@ class Initial:
                 near = nearest_names(wanted, list(saved))
                 problems.append(f"{name}: no {wanted!r} in the checkpoint (nearest: {', '.join(near) or 'none'})")
                 continue
-            source = Source.of(wanted, saved[wanted], shape, axes[name], first, stride, self.repeat_along)
-            if source is None:
+            source = Source.of(wanted, saved[wanted], shape, axes[name], first, stride, self.repeat_along, self.resize)
+            if source is None and (change := vocabulary_change(saved[wanted], shape, axes[name])):
+                unresized.append(self._unresized(name, wanted, change))
+            elif source is None:
                 taken = f" (every {stride}th layer of which would be taken)" if stride > 1 else ""
                 problems.append(f"{name} has shape {list(shape)} but {wanted!r} has {list(saved[wanted])}{taken}")
             else:
                 sources[name] = source
         repeated = {axes[name][dim] or "" for name, source in sources.items() for dim in source.repeated}
         self._check(problems, used, repeated)
+        self._check_vocabularies(unresized, sources)
         return sources
 
-    def _from_hugging_face(self, directory: Path, params: Params) -> Params:
-        given = [field.name for field in dataclasses.fields(self)[1:] if getattr(self, field.name) != field.default]
-        if given:
-            raise UserError(
-                f"Initial.path={self.path!r} is a Hugging Face directory, whose tensors are taken as they are: leave "
-                f"out Initial.{given[0]}, or convert it first (meshway convert)"
-            )
-        shapes = {name: tuple(leaf.shape) for name, leaf in flatten(params).items()}
+    def _hugging_face(self, directory: Path) -> "_Tensors":
+        self._check_alone("Hugging Face directory", ())
         model = hugging_face.open_model(directory)
         if model.left_over and processes.is_primary():
             print(f"Initial.path: not read of {directory}: {', '.join(model.left_over)}", file=sys.stderr)
-        return fill(params, model.values(shapes))
+        return _Tensors(model.bindings["VOCAB_SIZE"], model.values)
+
+    def _t5x(self, directory: Path) -> "_Tensors":
+        self._check_alone("checkpoint of T5X", ("step",))
+        files = t5x_files.T5XFiles(directory, self.step)
+        network = t5x.network_of(files)
+        return _Tensors(network.bindings["VOCAB_SIZE"], lambda shapes: network.values(files, shapes))
+
+    def _check_alone(self, what: str, others: Sequence[str]) -> None:
+        """Raises UserError where settings are given that are only for checkpoints of meshway."""
+        fine = {"path", "resize", *others}
+        given = [
+            field.name
+            for field in dataclasses.fields(self)
+            if field.name not in fine and getattr(self, field.name) != field.default
+        ]
+        if given:
+            raise UserError(
+                f"Initial.path={self.path!r} is a {what}, whose tensors are taken as they are: leave out "
+                f"Initial.{given[0]}, or convert it first (meshway convert)"
+            )
+
+    def _from_tensors(self, tensors: "_Tensors", params: Params, axes: Mapping[str, Names]) -> Params:
+        """Returns `params` filled from another system's tensors, each shard read by slices."""
+        leaves, sources, problems = flatten(params), dict[str, Source](), list[str]()
+        for name, leaf in leaves.items():
+            dims = zip(leaf.shape, axes[name], strict=True)
+            saved = tuple(tensors.vocab_size if axis == "vocab" else size for size, axis in dims)
+            source = Source.of(name, saved, tuple(leaf.shape), axes[name], 0, 1, (), self.resize)
+            change = vocabulary_change(saved, tuple(leaf.shape), axes[name])
+            if source is not None:
+                sources[name] = source
+            elif change is not None:
+                problems.append(self._unresized(name, name, change))
+        self._check_vocabularies(problems, sources)
+        wanted = unflatten({name: sources[name].abstract(leaf) for name, leaf in leaves.items()})
+        found = flatten(fill(wanted, tensors.values({name: source.shape for name, source in sources.items()})))
+        return map_paths(lambda name, leaf: sources[name].put(found[name], leaf, True), params)
+
+    def _unresized(self, name: str, wanted: str, change: VocabularyChange) -> str:
+        """Returns what is wrong with a vocabulary of another size, and what to set."""
+        asked = f", and Initial.resize is {self.resize!r}" if self.resize else ""
+        remedy = (
+            "for a vocabulary that grew set Initial.resize = 'mean' (new entries are the mean of the old) or 'fresh'"
+        )
+        if change.fewer:
+            remedy = f"to drop the last {change.saved - change.wanted} entries set Initial.resize = 'shrink'"
+        return f"{name} has a vocabulary of {change.wanted} and {wanted!r} one of {change.saved}{asked}: {remedy}"
+
+    def _check_vocabularies(self, problems: Sequence[str], sources: Mapping[str, Source]) -> None:
+        """Raises UserError where a vocabulary of another size may not be resized, or `resize` has nothing to do."""
+        if problems:
+            raise UserError(f"Initial.path={self.path!r}: " + "; ".join(problems))
+        if self.resize and not any(source.resize for source in sources.values()):
+            raise UserError(
+                f"Initial.resize = {self.resize!r}, and no vocabulary of the model has another size than in {self.path}"
+            )
 
     def _renamed(self, name: str, used: set[str]) -> str:
         pattern = _first_match(name, [pattern for pattern, _ in self.renames], used)
@@ -151,6 +226,14 @@ class Initial:
                 f"Initial.path={self.path!r}: " + "; ".join(problems) + ". Add Initial.renames or Initial.left_at_init "
                 "(for a mixture of experts from a dense model include initial/upcycle.gin)"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensors:
+    """Another system's parameters: the size of their vocabulary, and those of given shapes to be read."""
+
+    vocab_size: int
+    values: Callable[[Mapping[str, Shape]], Mapping[str, Values]]
 
 
 def _first_match(name: str, patterns: Sequence[str], used: set[str]) -> str | None:

@@ -11,6 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from meshway.framework.axes import Names
 
 Shape = tuple[int, ...]
+MEAN, FRESH, SHRINK = "mean", "fresh", "shrink"
+RESIZES = (MEAN, FRESH, SHRINK)
 _BLOCK = re.compile(r"((?:.*/)?)block_(\d+)/(.*)")
 
 
@@ -52,6 +54,8 @@ class Source:
       first, stride: which of its layers are taken.
       layers: its dimension that holds layers; read where `stride` is above 1.
       repeated: dimensions that the parameter has and the array lacks.
+      resize: what new entries of a vocabulary are, one of `RESIZES`; '' where the size is the parameter's.
+      vocab: the dimension that holds them.
     """
 
     name: str
@@ -60,12 +64,25 @@ class Source:
     stride: int = 1
     layers: int = 0
     repeated: tuple[int, ...] = ()
+    resize: str = ""
+    vocab: int = 0
 
     @classmethod
     def of(
-        cls, name: str, saved: Shape, shape: Shape, axes: Names, first: int, stride: int, repeat_along: Sequence[str]
+        cls,
+        name: str,
+        saved: Shape,
+        shape: Shape,
+        axes: Names,
+        first: int,
+        stride: int,
+        repeat_along: Sequence[str],
+        resize: str | None = None,
     ) -> "Source | None":
         """Returns the source of a parameter [shape] with `axes` in an array [saved]; None where it does not fit."""
+        change = vocabulary_change(saved, shape, axes)
+        if change is not None and (resize == SHRINK if change.fewer else resize in (MEAN, FRESH)):
+            return cls(name, saved, resize=resize or "", vocab=change.dim)
         layers = axes.index("layers") if "layers" in axes else None
         if stride > 1 and layers is None:
             return None
@@ -80,7 +97,7 @@ class Source:
     @property
     def is_whole(self) -> bool:
         """Whether the parameter is the saved array as it is."""
-        return self.stride == 1 and not self.repeated
+        return self.stride == 1 and not self.repeated and not self.resize
 
     def abstract(self, leaf: jax.Array) -> jax.ShapeDtypeStruct:
         """Returns what to read: the saved array, cut over the mesh as the parameter `leaf` is."""
@@ -89,6 +106,10 @@ class Source:
             spec = (*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec)))
             kept = [target for dim, target in enumerate(spec) if dim not in self.repeated]
             sharding = NamedSharding(sharding.mesh, PartitionSpec(*kept))
+        if self.resize and isinstance(sharding, NamedSharding):  # its size may not be one that the mesh divides
+            spec = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))]
+            spec[self.vocab] = None
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
         return jax.ShapeDtypeStruct(self.shape, leaf.dtype, sharding=sharding)
 
     def put(self, value: jax.Array, leaf: jax.Array, may_keep: bool) -> jax.Array:
@@ -102,9 +123,52 @@ class Source:
         if self.is_whole and value.sharding == leaf.sharding:
             return value if may_keep else jnp.copy(value)
 
+        if self.resize:
+            return jax.jit(self._resized, out_shardings=leaf.sharding)(value, leaf)
+
         def expand(value: jax.Array) -> jax.Array:
             if self.stride > 1:
                 value = jax.lax.slice_in_dim(value, self.first, None, self.stride, self.layers)
             return jnp.broadcast_to(jnp.expand_dims(value, self.repeated), leaf.shape)
 
         return jax.jit(expand, out_shardings=leaf.sharding)(value)
+
+    def _resized(self, value: jax.Array, leaf: jax.Array) -> jax.Array:
+        """Returns `value` with as many entries of the vocabulary as `leaf`; those it has are moved bit for bit."""
+        size, count = leaf.shape[self.vocab], value.shape[self.vocab]
+        if size <= count:
+            return jax.lax.slice_in_dim(value, 0, size, axis=self.vocab)
+        new = jax.lax.slice_in_dim(leaf, count, size, axis=self.vocab)
+        if self.resize == MEAN:
+            mean = jnp.mean(value.astype(jnp.float32), axis=self.vocab, keepdims=True)
+            new = jnp.broadcast_to(mean.astype(leaf.dtype), new.shape)
+        return jnp.concatenate([value, new], axis=self.vocab)
+
+
+@dataclasses.dataclass(frozen=True)
+class VocabularyChange:
+    """That an array and a parameter differ in nothing but the size of a vocabulary.
+
+    Attributes:
+      dim: the dimension of the vocabulary.
+      saved, wanted: its two sizes.
+    """
+
+    dim: int
+    saved: int
+    wanted: int
+
+    @property
+    def fewer(self) -> bool:
+        """Whether entries of the array have no place in the parameter."""
+        return self.wanted < self.saved
+
+
+def vocabulary_change(saved: Shape, shape: Shape, axes: Names) -> VocabularyChange | None:
+    """Returns how an array [saved] and a parameter [shape] with `axes` differ, None where not in a vocabulary alone."""
+    if len(saved) != len(shape):
+        return None
+    found = [dim for dim, (old, new) in enumerate(zip(saved, shape, strict=True)) if old != new]
+    if len(found) != 1 or axes[found[0]] != "vocab":
+        return None
+    return VocabularyChange(found[0], saved[found[0]], shape[found[0]])

@@ -10,10 +10,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
+
 from meshway.framework.conversion.forms import Form
-from meshway.framework.conversion.rules import Rule, Shape
+from meshway.framework.conversion.rules import Rule, Shape, pieces_of
 from meshway.framework.conversion.settings import Bindings
 from meshway.framework.conversion.t5x_files import T5XFiles
+from meshway.framework.conversion.values import Values, complete_values
 from meshway.framework.errors import UserError
 
 _ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu", "linear": "linear"}
@@ -83,6 +86,11 @@ class T5XNetwork:
     include: str
     bindings: Bindings
     rules: tuple[Rule, ...]
+
+    def values(self, files: T5XFiles, shapes: Mapping[str, Shape], dtype: np.dtype | None = None) -> dict[str, Values]:
+        """Returns the parameters [shapes] of a checkpoint; see `HuggingFaceModel.values`."""
+        pieces = pieces_of(self.rules, "", shapes)
+        return complete_values(f"model of {self.include}", pieces, shapes, files, dtype)
 
 
 def network_of(files: T5XFiles) -> T5XNetwork:
