@@ -13,6 +13,7 @@ from meshway.framework.conversion import tokenizer_files
 from meshway.framework.conversion.families import registry
 from meshway.framework.conversion.family import Family, read_config
 from meshway.framework.conversion.rules import pieces_of
+from meshway.framework.conversion.settings import Reference
 from meshway.framework.conversion.shard_writer import size_in_bytes, write_tensors
 from meshway.framework.conversion.stored import StoredParams
 from meshway.framework.counting import count_of
@@ -88,7 +89,7 @@ def to_hugging_face(
     for name, other in (origin.notes["copies"] if origin else {}).items():
         if name not in made:
             specs[name], made[name] = specs[other], made[other]
-    config = _config(found, bindings, origin, {spec.dtype for spec in specs.values()})
+    config = _config(run, found, bindings, origin, {spec.dtype for spec in specs.values()})
     _check_nothing_lost(found, config, saved["gin"], "logits/kernel" in stored.shapes, folder)
     total = sum(spec.num_bytes for spec in specs.values())
     with convert.progress(total, "writing tensors") as wrote:
@@ -133,13 +134,13 @@ def _origin(run: Run, bindings: Mapping[str, Any]) -> Origin | None:
 
 
 def _config(
-    family: Family, bindings: Mapping[str, Any], origin: Origin | None, dtypes: set[np.dtype]
+    run: Run, family: Family, bindings: Mapping[str, Any], origin: Origin | None, dtypes: set[np.dtype]
 ) -> dict[str, Any]:
     """Returns config.json: the origin's own where it says the same as the recipe, else one made from the recipe."""
     dtype = next(iter(dtypes)).name if len(dtypes) == 1 else "float32"
     made = family.write(bindings, dtype)
     if origin is None:
-        return made
+        return made | _length(family, bindings) | _special_ids(run, "is_encoder_decoder" in made)
     kept = dict(origin.config)
     key = "dtype" if "dtype" in kept else "torch_dtype"
     tied = not bindings["TIED_LOGITS"]
@@ -147,6 +148,38 @@ def _config(
         return kept | ({key: dtype} if len(dtypes) == 1 else {})
     silent = {name: value for name, value in kept.items() if name not in made and not family.speaks_of(name)}
     return silent | made
+
+
+def _length(family: Family, bindings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the longest rows that the model is for, where transformers would else take its own default."""
+    field = "max_position_embeddings"
+    if field not in family.defaults:
+        return {}
+    scaling = bindings.get("ROPE_SCALING")
+    selector = scaling.selector if isinstance(scaling, Reference) else ""
+    factor, original = (bindings.get(f"{selector}.{name}") for name in ("factor", "original_length"))
+    if factor and original:
+        return {field: int(factor * original)}
+    lengths = bindings.get("TASK_FEATURE_LENGTHS")
+    length = lengths.get("targets") if isinstance(lengths, Mapping) else None
+    return {field: length or family.defaults[field]}
+
+
+def _special_ids(run: Run, has_encoder: bool) -> dict[str, Any]:
+    """Returns the ids that texts of a run begin and end with; null for none, so that transformers takes no default."""
+    path, start, stop = run.root / "vocabularies.json", [0], list[int]()
+    if path.is_file():
+        try:
+            index = json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+        eos = load(run.root / "vocabularies", "targets").eos_id
+        start, stop = index.get("start", start), index.get("stop") or ([] if eos is None else [eos])
+    first = start[0] if start else None
+    ids = {"eos_token_id": stop if len(stop) > 1 else next(iter(stop), None)}
+    if has_encoder:
+        return ids | {"decoder_start_token_id": first, "pad_token_id": 0}
+    return ids | {"bos_token_id": first, "pad_token_id": None}
 
 
 def _check_nothing_lost(family: Family, config: Mapping[str, Any], gin: str, own_output: bool, folder: Path) -> None:

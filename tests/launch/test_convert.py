@@ -14,12 +14,16 @@ from tiny import program
 
 from meshway.framework.checkpoints.manager import Checkpoints
 from meshway.framework.checkpoints.mapping import Initial
+from meshway.framework.conversion.families.registry import FAMILIES
 from meshway.framework.conversion.hugging_face import open_model
+from meshway.framework.conversion.settings import Reference
 from meshway.framework.conversion.tensor_files import TensorFiles
 from meshway.framework.data import vocabularies
+from meshway.framework.data.vocabularies import SentencePiece
 from meshway.framework.errors import UserError
+from meshway.framework.training.run_directory import RunDirectory
 from meshway.framework.training.trees import flatten
-from meshway.launch import cli, config
+from meshway.launch import cli, config, convert_out
 from meshway.launch.convert import convert
 from meshway.launch.invocation import Invocation
 
@@ -161,6 +165,8 @@ def test_a_model_trained_here_goes_out(tmp_path):
     convert(str(tmp_path / "run"), str(tmp_path / "out"), family="llama")
     found = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (found["vocab_size"], found["num_key_value_heads"], found["rope_theta"]) == (40, 2, 77.0)
+    ids = [found[f"{name}_token_id"] for name in ("bos", "eos", "pad")]  # the run has no text; Llama's own are 1, 2
+    assert (found["max_position_embeddings"], *ids) == (8, 0, None, None)
     convert(str(tmp_path / "out"), str(tmp_path / "again"))
     again = flatten(params_of(tmp_path / "again", model_of(tmp_path / "again")))
     for name, leaf in flatten(state.params).items():
@@ -168,6 +174,41 @@ def test_a_model_trained_here_goes_out(tmp_path):
     with pytest.raises(UserError, match=r"no llama model .*attention.Attention.sinks is True"):
         convert(str(tmp_path / "other"), str(tmp_path / "refused"), family="llama")
     assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    "index, expected",
+    [
+        ({}, (0, 1)),
+        ({"start": [], "append_eos": False}, (None, 1)),
+        ({"start": [3]}, (3, 1)),
+        ({"start": [3], "stop": [1, 7]}, (3, [1, 7])),
+    ],
+)
+def test_the_ids_of_texts_are_written(tmp_path, index, expected):
+    """Those of the run's vocabulary, as its framing has them: what is left out would be the class's own."""
+    directory = RunDirectory(tmp_path)
+    directory.save_vocabularies({"targets": SentencePiece(sentence_pieces())})
+    path = tmp_path / "vocabularies.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | index))
+    run = convert_out.Run(tmp_path, tmp_path / "checkpoints", 0)
+    found = convert_out._special_ids(run, has_encoder=False)
+    assert found == {"bos_token_id": expected[0], "eos_token_id": expected[1], "pad_token_id": None}
+    found = convert_out._special_ids(run, has_encoder=True)
+    assert found == {"decoder_start_token_id": expected[0], "eos_token_id": expected[1], "pad_token_id": 0}
+
+
+def test_the_longest_rows_are_written():
+    trained = {"TASK_FEATURE_LENGTHS": {"inputs": 9, "targets": 48}}
+    scaled = {"ROPE_SCALING": Reference("rotary.YaRN"), "rotary.YaRN.factor": 4.0, "rotary.YaRN.original_length": 32}
+    for family, bindings, expected in (
+        ("llama", trained, {"max_position_embeddings": 48}),
+        ("mistral", trained | scaled, {"max_position_embeddings": 128}),
+        ("qwen3", {}, {"max_position_embeddings": 32768}),
+        ("gpt2", trained, {}),
+        ("t5", trained, {}),
+    ):
+        assert convert_out._length(FAMILIES[family], bindings) == expected, family
 
 
 def resolved(family):
