@@ -45,7 +45,8 @@ def read_vocabulary(directory: Path, config: Mapping[str, Any]) -> Vocabulary | 
     try:
         if path.is_file():
             content = path.read_bytes()
-            return HuggingFace(content, _eos_id(config), _num_sentinels(json.loads(content)))
+            sentinels = _sentinels(HuggingFace(content).ids)
+            return HuggingFace(content, _eos_id(config), **sentinels)
         for name in SENTENCE_PIECES:
             path = directory / name
             if path.is_file():
@@ -147,14 +148,14 @@ def _eos_id(config: Mapping[str, Any]) -> int | None:
     return (eos[0] if eos else None) if isinstance(eos, list) else eos
 
 
-def _num_sentinels(described: Mapping[str, Any]) -> int:
-    """Returns how many `<extra_id_N>` are the highest ids of a tokenizer.json, N = 0 the highest."""
-    added = {token["content"]: token["id"] for token in described.get("added_tokens") or ()}
-    numbers = [int(match[1]) for name in added if (match := re.fullmatch(r"<extra_id_(\d+)>", name))]
-    highest = max(added.values(), default=0)
-    if all(added[f"<extra_id_{number}>"] == highest - number for number in numbers):
-        return len(numbers)
-    return 0
+def _sentinels(ids: Mapping[str, int]) -> dict[str, Any]:
+    """Returns what `HuggingFace` is told of the tokens `<extra_id_N>`, wherever their ids lie: {token: id} of all."""
+    matches = [match for name in ids if (match := re.fullmatch(r"▁?<extra_id_(\d+)>", name))]
+    found = [ids[match[0]] for match in sorted(matches, key=lambda match: int(match[1]))]
+    highest = max(ids.values(), default=-1)
+    if found == [highest - number for number in range(len(found))]:
+        return {"extra_ids": len(found)}
+    return {"sentinels": found}
 
 
 def _extra_ids(directory: Path) -> int:

@@ -134,8 +134,8 @@ class MixtureOfDenoisers(WindowedTextConverter):
         if self.mode_tokens is None:
             ids: dict[str, int] = {}
         elif isinstance(self.mode_tokens, str):
-            lowest = room.vocabulary.size - room.vocabulary.extra_ids
-            ids = {mode: lowest + number for number, mode in enumerate(modes)}
+            last = [*reversed(room.vocabulary.sentinel_ids), *range(len(modes))]  # too few are refused below
+            ids = dict(zip(modes, last, strict=False))
         else:
             ids = {mode: self.mode_tokens[mode] for mode in modes}
         return Denoising.within(room, self.denoisers, ids, "MixtureOfDenoisers")
@@ -209,6 +209,7 @@ class Denoising:
       noise: tokens dropped by each denoiser from a window of n tokens, int64 [denoisers, window + 1].
       spans: the spans they form, int64 [denoisers, window + 1].
       heads: what precedes the inputs made by each denoiser, int32 [0 or 1] each.
+      sentinels: what replaces spans, in their order, int32 [extra ids].
     """
 
     room: Room
@@ -217,6 +218,7 @@ class Denoising:
     noise: np.ndarray
     spans: np.ndarray
     heads: Sequence[np.ndarray]
+    sentinels: np.ndarray
 
     @classmethod
     def within(cls, room: Room, denoisers: Sequence[Denoiser], mode_ids: Mapping[str, int], kind: str) -> "Denoising":
@@ -241,7 +243,7 @@ class Denoising:
         weights = np.array([denoiser.weight for denoiser in denoisers])
         turns = np.repeat(np.arange(len(denoisers)), weights // np.gcd.reduce(weights))
         heads = [np.array([mode_ids[d.mode]] if mode_ids else [], np.int32) for d in denoisers]
-        return cls(room, window, turns, noise, spans, heads)
+        return cls(room, window, turns, noise, spans, heads, np.array(room.vocabulary.sentinel_ids, np.int32))
 
     @property
     def cycle(self) -> int:
@@ -256,7 +258,7 @@ class Denoising:
     def pair(self, tokens: np.ndarray, items: Items, seed: int) -> tuple[np.ndarray, np.ndarray]:
         which, size = self._which(items), len(tokens)
         noise, spans = int(self.noise[which, size]), int(self.spans[which, size])
-        inputs, targets = corrupt(tokens, noise, spans, self.room.vocabulary.size - 1, seed)
+        inputs, targets = corrupt(tokens, noise, spans, self.sentinels, seed)
         return (
             np.concatenate([self.heads[which], inputs, self.room.inputs_end]),
             np.concatenate([targets, self.room.targets_end]),
@@ -315,8 +317,8 @@ def _check_denoiser(where: str, denoiser: Denoiser) -> None:
 
 
 def _check_sentinels(room: Room, spans: int, window: int, mode_ids: Mapping[str, int], kind: str) -> None:
-    vocabulary = room.vocabulary
-    reserved = sum(1 for token in mode_ids.values() if token >= vocabulary.size - vocabulary.extra_ids)
+    vocabulary, sentinels = room.vocabulary, room.vocabulary.sentinel_ids
+    reserved = sum(1 for token in mode_ids.values() if token in sentinels)
     if spans > vocabulary.extra_ids - reserved:
         beside = f", {reserved} of them for modes" if reserved else ""
         raise UserError(
@@ -325,8 +327,8 @@ def _check_sentinels(room: Room, spans: int, window: int, mode_ids: Mapping[str,
             "TASK_FEATURE_LENGTHS, lengthen the mean span, or give the vocabulary more extra ids"
         )
     for mode, token in mode_ids.items():
-        if not 0 <= token < vocabulary.size - spans:
+        if not 0 <= token < vocabulary.size or token in sentinels[:spans]:
             raise UserError(
                 f"task {room.task_name!r}: the token {token} of mode {mode!r} must be an id from 0 to "
-                f"{vocabulary.size - spans - 1}; those above, up to {vocabulary.size - 1}, are sentinels of spans"
+                f"{vocabulary.size - 1} and none of the {spans} first sentinels, which stand for spans"
             )

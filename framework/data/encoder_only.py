@@ -81,7 +81,7 @@ class MaskedLanguageModel:
                     f"the vocabulary of task {task_name!r} has no extra ids to mask tokens with; "
                     "give it some, or set MaskedLanguageModel.mask_id"
                 )
-            return vocabulary.size - 1
+            return vocabulary.sentinel_ids[0]
         if isinstance(mask_id, bool) or not isinstance(mask_id, int) or not 0 <= mask_id < vocabulary.size:
             raise UserError(
                 f"MaskedLanguageModel.mask_id is {mask_id!r}, but the ids of task {task_name!r} are "
@@ -126,7 +126,7 @@ class MaskedLanguageModelObjective:
         bits = random_bits(seed, len(maskable) + 2 * count)
         chosen = maskable[lowest(bits[: len(maskable)], count)]
         fate = bits[len(maskable) : len(maskable) + count] % np.uint64(10)  # 0-7 mask, 8 a random token, 9 as it is
-        ordinary = np.uint64(self.vocabulary.size - self.vocabulary.extra_ids)
+        ordinary = np.uint64(min(self.vocabulary.sentinel_ids, default=self.vocabulary.size))
         inputs = targets.astype(np.int32)
         inputs[chosen[fate < 8]] = self.mask_id
         inputs[chosen[fate == 8]] = bits[len(maskable) + count :][fate == 8] % ordinary

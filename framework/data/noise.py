@@ -40,7 +40,7 @@ def corruption_window(inputs: int, targets: int, noise_density: float, mean_span
 
 
 def corrupt(
-    tokens: np.ndarray, noise: int, spans: int, first_sentinel: int, seed: int
+    tokens: np.ndarray, noise: int, spans: int, sentinels: np.ndarray, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Drops `noise` of `tokens` in `spans` spans; all ways of doing so, each span after a kept token, equally likely.
 
@@ -48,7 +48,7 @@ def corrupt(
       tokens: int32 [n], n >= 1.
       noise: from `noise_counts`.
       spans: from `noise_counts`.
-      first_sentinel: what replaces the first span; the next is replaced by one less, and so on.
+      sentinels: what replaces the first span, the second, ...: at least as many ids, int [>= spans].
       seed: below 2**64.
 
     Returns:
@@ -66,7 +66,7 @@ def corrupt(
     edges[kept_ends + lost_ends] = -1
     dropped = edges[:count].cumsum(dtype=np.int8).view(bool)
     number = np.arange(spans)
-    sentinels = first_sentinel - number
+    sentinels = sentinels[:spans]
     return (
         _with_sentinels(tokens[~dropped], kept_ends + number, sentinels),
         _with_sentinels(tokens[dropped], lost_starts + number, sentinels),

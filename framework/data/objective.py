@@ -23,12 +23,19 @@ class VocabularyInfo:
     Attributes:
       size: number of ids, extra ids included.
       eos_id: the id that ends a sequence, None if there is none.
-      extra_ids: how many ids at the top, from size - 1 down, are sentinels.
+      extra_ids: how many ids are sentinels.
+      sentinels: those ids, <extra_id_0> first, where they are not the highest, from size - 1 down; else ().
     """
 
     size: int
     eos_id: int | None
     extra_ids: int = 0
+    sentinels: tuple[int, ...] = ()
+
+    @property
+    def sentinel_ids(self) -> tuple[int, ...]:
+        """The ids of <extra_id_0>, <extra_id_1>, ..."""
+        return self.sentinels or tuple(range(self.size - 1, self.size - 1 - self.extra_ids, -1))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -115,9 +115,10 @@ class HuggingFace(Vocabulary):
     shows every token but EOS, special ones too.
 
     Args:
-      content: a tokenizer.json (UTF-8), with its extra ids as the highest ones.
+      content: a tokenizer.json (UTF-8).
       eos_id: the id that ends a sequence.
-      extra_ids: how many ids at the top are sentinels.
+      extra_ids: how many of the highest ids are sentinels.
+      sentinels: the ids of the sentinels, where they are others; there are as many extra ids then.
 
     Raises:
       UserError: `tokenizers` is not installed.
@@ -126,7 +127,9 @@ class HuggingFace(Vocabulary):
 
     kind, suffix = "huggingface", ".tokenizer.json"
 
-    def __init__(self, content: bytes, eos_id: int | None = None, extra_ids: int = 0) -> None:
+    def __init__(
+        self, content: bytes, eos_id: int | None = None, extra_ids: int = 0, sentinels: Sequence[int] = ()
+    ) -> None:
         try:
             import tokenizers
         except ImportError as error:
@@ -141,14 +144,19 @@ class HuggingFace(Vocabulary):
         self._tokenizer.no_padding()
         self._source = content
         described = json.loads(content)
-        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        ids = self.ids
         self.size = max(ids.values()) + 1  # there may be holes
-        self.eos_id, self.extra_ids = eos_id, extra_ids
+        self.eos_id, self.extra_ids, self.sentinels = eos_id, len(sentinels) or extra_ids, tuple(sentinels)
         model = described["model"]
         unknown = model.get("unk_token")
         self.unk_id = model.get("unk_id") if unknown is None else ids.get(unknown)
         self._added = {token["id"] for token in described.get("added_tokens", ())}
         self._byte_level = "ByteLevel" in json.dumps(described.get("decoder"))
+
+    @property
+    def ids(self) -> dict[str, int]:
+        """The id of each token, added ones too."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -173,7 +181,8 @@ class HuggingFace(Vocabulary):
             return "".join(map(_byte_text, data))
 
     def _settings(self) -> dict[str, Any]:
-        return {"eos_id": self.eos_id, "extra_ids": self.extra_ids}
+        sentinels = {"sentinels": list(self.sentinels)} if self.sentinels else {}
+        return {"eos_id": self.eos_id, "extra_ids": self.extra_ids} | sentinels
 
     def _content(self) -> bytes:
         return self._source

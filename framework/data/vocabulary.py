@@ -23,7 +23,8 @@ class Vocabulary(abc.ABC):
       eos_id: the id that ends a sequence, None if there is none.
       unk_id: what stands for ids and text the vocabulary does not know, None if there is none.
       pad_id: always 0, as seqio has it. Of no weight here: padding is told by segment ids, never by token id.
-      extra_ids: how many ids at the top are sentinels.
+      extra_ids: how many ids are sentinels.
+      sentinels: those ids, <extra_id_0> first, where they are not the highest, from the top down; else ().
     """
 
     kind: ClassVar[str]
@@ -33,6 +34,7 @@ class Vocabulary(abc.ABC):
     unk_id: int | None
     pad_id: int = 0
     extra_ids: int
+    sentinels: tuple[int, ...] = ()
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -54,7 +56,7 @@ class Vocabulary(abc.ABC):
     @property
     def info(self) -> VocabularyInfo:
         """What objectives must know."""
-        return VocabularyInfo(self.size, self.eos_id, self.extra_ids)
+        return VocabularyInfo(self.size, self.eos_id, self.extra_ids, self.sentinels)
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -14,6 +14,7 @@ from tiny import program
 
 from meshway.framework.checkpoints.manager import Checkpoints
 from meshway.framework.checkpoints.mapping import Initial
+from meshway.framework.conversion import tokenizer_files
 from meshway.framework.conversion.families.registry import FAMILIES
 from meshway.framework.conversion.hugging_face import open_model
 from meshway.framework.conversion.settings import Reference
@@ -434,6 +435,33 @@ def test_embeddings_that_differ_where_they_are_one(tmp_path):
     safetensors.numpy.save_file(tensors, directory / "model.safetensors")
     with pytest.raises(UserError, match=r"1 tensor is missing: shared.weight"):
         convert(str(directory), str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "names, settings",
+    [
+        (["<extra_id_1>", "<extra_id_0>"], {"extra_ids": 2}),
+        (["<extra_id_1>", "<extra_id_0>", "<mine>"], {"sentinels": [4, 3]}),
+        (["<extra_id_0>", "<extra_id_1>"], {"sentinels": [3, 4]}),
+        (["<extra_id_2>", "<mine>", "<extra_id_0>", "<extra_id_x>"], {"sentinels": [5, 3]}),
+        (["▁<extra_id_0>", "<extra_id_1>"], {"sentinels": [3, 4]}),
+        (["<mine>"], {"extra_ids": 0}),
+    ],
+)
+def test_sentinels_are_found_by_name(names, settings, tmp_path):
+    """Wherever they lie, in `added_tokens` or in the model's own vocabulary."""
+    described = json.loads(tokenizer_json(3))
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    described["added_tokens"] = [{"id": 3 + place, "content": name} | flags for place, name in enumerate(names)]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    found = tokenizer_files.read_vocabulary(tmp_path, {"model_type": "t5", "eos_token_id": 1})
+    expected = {"extra_ids": len(settings.get("sentinels", ()))} | settings
+    assert found._settings() == {"eos_id": 1} | expected
+    found.save(tmp_path, "targets")
+    again = vocabularies.load(tmp_path, "targets")
+    assert again == found and again.info == found.info
+    numbers = sorted((int(name.strip("▁<>").rpartition("_")[2]), name) for name in names if name[-2:-1].isdigit())
+    assert [found.pieces([token])[0] for token in found.info.sentinel_ids] == [name for _, name in numbers]
 
 
 def test_wrong_places(mistral, tmp_path, capsys):

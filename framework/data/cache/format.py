@@ -132,7 +132,7 @@ def features_to_json(features: Mapping[str, FeatureInfo]) -> dict[str, Any]:
         name: {
             "dtype": info.dtype,
             "shape": list(info.shape),
-            "vocabulary": None if info.vocabulary is None else vars(info.vocabulary),
+            "vocabulary": None if info.vocabulary is None else _vocabulary_to_json(info.vocabulary),
         }
         for name, info in features.items()
     }
@@ -144,10 +144,19 @@ def features_from_json(entries: Mapping[str, Any]) -> dict[str, FeatureInfo]:
         name: FeatureInfo(
             entry["dtype"],
             tuple(entry["shape"]),
-            None if entry["vocabulary"] is None else VocabularyInfo(**entry["vocabulary"]),
+            None if entry["vocabulary"] is None else _vocabulary_from_json(entry["vocabulary"]),
         )
         for name, entry in entries.items()
     }
+
+
+def _vocabulary_to_json(vocabulary: VocabularyInfo) -> dict[str, Any]:
+    """Returns the fields; sentinels that are the highest ids, as most are, take no room."""
+    return {name: value for name, value in vars(vocabulary).items() if name != "sentinels" or value}
+
+
+def _vocabulary_from_json(entry: Mapping[str, Any]) -> VocabularyInfo:
+    return VocabularyInfo(**{**entry, "sentinels": tuple(entry.get("sentinels", ()))})
 
 
 class CachedSplit:

@@ -184,7 +184,7 @@ def _tokens(
 
 def _is_special(token: int, vocabulary: Vocabulary) -> bool:
     reserved = (vocabulary.pad_id, vocabulary.eos_id, vocabulary.unk_id)
-    return token in reserved or token >= vocabulary.size - vocabulary.extra_ids
+    return token in reserved or token in vocabulary.info.sentinel_ids
 
 
 def _looks(token: Token) -> tuple[bool, int, float | None]:

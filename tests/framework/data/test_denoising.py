@@ -9,6 +9,7 @@ from meshway.framework.data.denoising import UL2, Denoiser, MixtureOfDenoisers, 
 from meshway.framework.data.features import EncoderDecoder, PrefixLanguageModel
 from meshway.framework.data.objective import FeatureInfo, Items, TaskInfo, VocabularyInfo
 from meshway.framework.data.rows.packing import best_fit, one_each
+from meshway.framework.data.windowed_text import Room
 from meshway.framework.errors import UserError
 
 VOCABULARY = VocabularyInfo(size=1000, eos_id=1, extra_ids=100)
@@ -327,3 +328,16 @@ def test_what_does_not_fit_is_named(converter, task, lengths, message):
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(UserError, match=message):
         MixtureOfDenoisers(**arguments)
+
+
+def test_sentinels_that_are_not_the_highest_ids():
+    """Spans are replaced by `<extra_id_0>`, `<extra_id_1>`, ... wherever their ids lie, and nothing else is."""
+    ids = (500, 700, 600, *range(800, 900))
+    end = np.array([1], np.int32)
+    scheme = SpanCorruption().scheme(Room("task", VocabularyInfo(1000, 1, len(ids), ids), 60, 30, end, end, 1000))
+    tokens = np.arange(2, 52, dtype=np.int32)
+    inputs, targets = scheme.pair(tokens, Items(np.array([0]), np.array([0]), np.array([0])), seed=5)
+    spans = int(scheme.spans[0, len(tokens)])
+    assert spans > 2
+    for side in (inputs, targets):
+        assert [token for token in side.tolist() if token >= 500] == list(ids[:spans])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from meshway.framework.data.noise import corrupt, corruption_window, lowest, noise_counts, random_bits
 
-FIRST_SENTINEL = 99
+SENTINELS = np.arange(99, 49, -1)
 quick = settings(max_examples=50, deadline=None)
 DENSITIES = [0.01, 0.15, 0.25, 0.5, 0.9, 0.99]
 MEANS = [None, 1.0, 3.0, 8.0, 64.0]
@@ -54,7 +54,7 @@ def test_the_published_window():
 def test_corrupted_texts_reassemble(length, density, mean, seed):
     noise, spans = (int(column[0]) for column in noise_counts(np.array([length]), density, mean))
     tokens = (np.arange(length, dtype=np.int32) * 7) % 50  # zeros among them
-    inputs, targets = corrupt(tokens, noise, spans, 999, seed)
+    inputs, targets = corrupt(tokens, noise, spans, 999 - np.arange(400), seed)
     assert (inputs.dtype, targets.dtype) == (np.int32, np.int32)
     assert (len(inputs), len(targets)) == (length - noise + spans, noise + spans)
     assert reassembled(inputs, targets, 999) == tokens.tolist()
@@ -62,18 +62,18 @@ def test_corrupted_texts_reassemble(length, density, mean, seed):
 
 
 def test_one_span_is_the_end_of_the_text():
-    inputs, targets = corrupt(np.arange(8), 2, 1, FIRST_SENTINEL, seed=3)
+    inputs, targets = corrupt(np.arange(8), 2, 1, SENTINELS, seed=3)
     assert [inputs.tolist(), targets.tolist()] == [[0, 1, 2, 3, 4, 5, 99], [99, 6, 7]]
 
 
 def test_a_token_alone_is_dropped():
-    inputs, targets = corrupt(np.array([0]), 1, 1, FIRST_SENTINEL, seed=3)
+    inputs, targets = corrupt(np.array([0]), 1, 1, SENTINELS, seed=3)
     assert [inputs.tolist(), targets.tolist()] == [[99], [99, 0]]
 
 
 def test_all_ways_of_dropping_are_equally_likely():
     # 5 kept and 4 dropped tokens in 3 spans: 6 ways to divide the kept, 3 the dropped.
-    found = collections.Counter(corrupt(np.arange(9), 4, 3, FIRST_SENTINEL, seed)[0].tobytes() for seed in range(9000))
+    found = collections.Counter(corrupt(np.arange(9), 4, 3, SENTINELS, seed)[0].tobytes() for seed in range(9000))
     assert len(found) == 18
     chi_squared = sum((count - 500) ** 2 / 500 for count in found.values())
     assert chi_squared < 40.8  # 1 in 1000 of 17 degrees of freedom

@@ -99,7 +99,7 @@ def test_numbers_and_samples_are_seqio_s(kinds, name):
     theirs, ours = kinds[name], of_seqio(kinds[name])
     assert (ours.size, ours.eos_id, ours.unk_id) == (theirs.vocab_size, theirs.eos_id, theirs.unk_id)
     assert (ours.pad_id, ours.extra_ids) == (theirs.pad_id, theirs.extra_ids)
-    assert vars(ours.info) == {"size": ours.size, "eos_id": 1, "extra_ids": ours.extra_ids}
+    assert vars(ours.info) == {"size": ours.size, "eos_id": 1, "extra_ids": ours.extra_ids, "sentinels": ()}
     assert ours.encode(SAMPLE) == list(theirs.encode(SAMPLE))
     everything = [token for token in range(ours.size + 3) if token != 1]
     assert ours.decode(everything) == theirs.decode(everything)
