@@ -1,14 +1,31 @@
-"""The door to files: locks that die with their holder, and say who holds them."""
+"""The door to files: which paths are ones, and locks that die with their holder and say who holds them."""
 
 import contextlib
 import dataclasses
 import fcntl
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from meshway.framework.errors import UserError
+
+
+def local_path(path: str | Path) -> Path:
+    """Returns a path of this machine, `~` resolved. Every setting that is a path goes through here.
+
+    Raises:
+      UserError: it is the address of a bucket or of a server (`gs://...`), where nothing is read or written yet.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(path)):  # Path has made one slash of two
+        raise UserError(
+            f"{path} is no path of this machine: buckets and servers are not read or written yet; mount or copy it, "
+            "and give that folder or file"
+        )
+    return Path(path).expanduser()
 
 
 @dataclasses.dataclass(frozen=True)

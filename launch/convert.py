@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from meshway.framework.columns import format_columns
 from meshway.framework.errors import UserError
+from meshway.framework.files import local_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,7 +60,7 @@ def convert(
     from meshway.framework.conversion import hugging_face, t5x_files
     from meshway.launch import convert_in, convert_out, convert_t5x
 
-    origin, goal = Path(source).expanduser(), Path(target).expanduser()
+    origin, goal = local_path(source), local_path(target)
     if not origin.exists():
         raise UserError(f"--from={source}: there is no such directory")
     wanted = _dtype(dtype)

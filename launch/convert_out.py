@@ -19,6 +19,7 @@ from meshway.framework.conversion.stored import StoredParams
 from meshway.framework.counting import count_of
 from meshway.framework.data.vocabularies import load
 from meshway.framework.errors import UserError
+from meshway.framework.files import local_path
 from meshway.framework.partitioning.explain import format_bytes
 from meshway.launch import convert, recipe_bindings
 from meshway.launch.convert_in import NOTES, ORIGIN
@@ -122,7 +123,7 @@ def _family(wanted: str | None, origin: Origin | None, run: Run) -> Family:
 def _origin(run: Run, bindings: Mapping[str, Any]) -> Origin | None:
     """Returns what import kept: in the run directory, or in the one that the run started from."""
     started = bindings.get("mapping.Initial.path")
-    for root in (run.root, *([Path(started).expanduser()] if isinstance(started, str) else [])):
+    for root in (run.root, *([local_path(started)] if isinstance(started, str) else [])):
         path = root / ORIGIN / NOTES
         if path.is_file():
             try:

@@ -7,6 +7,7 @@ import numpy as np
 from meshway.framework.conversion import tokenizer_files
 from meshway.framework.conversion.t5x import network_of
 from meshway.framework.conversion.t5x_files import T5XFiles
+from meshway.framework.files import local_path
 from meshway.framework.training.run_directory import RunDirectory
 from meshway.launch import convert_in
 
@@ -33,7 +34,7 @@ def from_t5x(
     """
     files = T5XFiles(source, step)
     network = network_of(files)
-    text = None if vocabulary is None else tokenizer_files.read_sentence_pieces(Path(vocabulary).expanduser())
+    text = None if vocabulary is None else tokenizer_files.read_sentence_pieces(local_path(vocabulary))
     if text is not None:
         tokenizer_files.check_size(text, network.bindings["VOCAB_SIZE"], Path(str(vocabulary)))
     features = convert_in.features_of(network.bindings)

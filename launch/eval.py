@@ -10,7 +10,6 @@ import inspect
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
@@ -19,6 +18,7 @@ from meshway.framework.distributed import processes
 from meshway.framework.distributed.agreement import agree
 from meshway.framework.errors import UserError
 from meshway.framework.evaluation import Evaluation, Evaluator
+from meshway.framework.files import local_path
 from meshway.framework.interfaces import DataSource, EvalTask, Model
 from meshway.framework.partitioning.partitioner import Layout
 from meshway.framework.partitioning.placed_model import PlacedModel
@@ -75,7 +75,7 @@ def evaluate(
     Raises:
       UserError: anything the user can mend; one message.
     """
-    directory = RunDirectory(Path(model_dir).expanduser())
+    directory = RunDirectory(local_path(model_dir))
     wanted = Wanted.parse(steps if steps is not None else ALL if watch else LATEST)
     listed = wanted.steps is not None
     records = Records(directory.evaluations)

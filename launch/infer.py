@@ -20,6 +20,7 @@ from meshway.framework.data.task_preprocessing import preprocess
 from meshway.framework.distributed import processes
 from meshway.framework.distributed.agreement import agree
 from meshway.framework.errors import UserError
+from meshway.framework.files import local_path
 from meshway.framework.inference.beam_search import BeamSearch
 from meshway.framework.inference.buckets import doubling
 from meshway.framework.inference.bulk.chunks import ChunkStore
@@ -201,7 +202,7 @@ def _run(
 ) -> dict[str, Any]:
     """Runs the job and finishes its output; returns its summary."""
     primary = processes.is_primary()
-    store = ChunkStore(Path(output.where or ""), facts, output.format, output.overwrite) if primary else None
+    store = ChunkStore(local_path(output.where or ""), facts, output.format, output.overwrite) if primary else None
     with contextlib.ExitStack() as stack:
         if store is not None:
             stack.callback(store.close)

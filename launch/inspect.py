@@ -10,10 +10,10 @@ examples as the model sees them, their lengths, density and mixture shares, and 
 
 import dataclasses
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meshway.framework.errors import UserError
+from meshway.framework.files import local_path
 
 if TYPE_CHECKING:
     from meshway.framework.interfaces import DataSource
@@ -82,7 +82,7 @@ def data(
     from meshway.launch.inspect_data import show, standard_output
 
     inspection = inspect(source, batches, rows)
-    path = Path(html).expanduser() if html else Path(model_dir or "").expanduser() / "data.html"
+    path = local_path(html) if html else local_path(model_dir or "") / "data.html"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page(inspection), encoding="utf-8", errors="replace")

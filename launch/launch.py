@@ -8,9 +8,9 @@ Places that take a file get one, to read before it is submitted by the place's o
 
 import shlex
 import sys
-from pathlib import Path
 
 from meshway.framework.errors import UserError
+from meshway.framework.files import local_path
 from meshway.launch.invocation import Invocation
 from meshway.launch.launchers.job import Renderer
 
@@ -29,7 +29,7 @@ def run(invocation: Invocation) -> int:
         print(f"meshway: with --output={path}, submit it by: {place.submit(path)}", file=sys.stderr)
         return 0
     try:
-        Path(invocation.output).write_text(text)
+        local_path(invocation.output).write_text(text)
     except OSError as error:
         raise UserError(f"--output={invocation.output} cannot be written: {error.strerror}") from None
     print(f"wrote {shlex.quote(invocation.output)}; submit it by: {place.submit(invocation.output)}")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from meshway.framework.errors import UserError, did_you_mean
+from meshway.framework.files import local_path
 from meshway.launch.invocation import Invocation
 from meshway.launch.recipe_text import Binding, Import, Include, Place, Statement, parse, parse_flag
 
@@ -24,10 +25,10 @@ class GinFiles:
 
     def __init__(self, search_paths: Sequence[str], shipped: Path = SHIPPED):
         for folder in search_paths:
-            if not Path(folder).expanduser().is_dir():
+            if not local_path(folder).is_dir():
                 raise UserError(f"--gin_search_paths: {folder} is not a folder")
         self.shipped = shipped
-        self.folders = [*(Path(folder).expanduser() for folder in search_paths), shipped]
+        self.folders = [*(local_path(folder) for folder in search_paths), shipped]
 
     def find(self, name: str, beside: Path | None, place: Place, subfolder: str = "") -> Path:
         """Returns the file that `name` means.
@@ -53,7 +54,7 @@ class GinFiles:
         elif not (subfolder and bare):
             roots = [*([beside] if beside else []), Path(), *roots]
         for root in roots:
-            for path in (root / Path(name).expanduser(), root / Path(f"{name}.gin").expanduser()):
+            for path in (root / local_path(name), root / local_path(f"{name}.gin")):
                 if path.is_file():
                     return path.resolve()
         return self._find_by_end(name, roots, place, subfolder)

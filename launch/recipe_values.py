@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from meshway.framework.errors import UserError, did_you_mean
+from meshway.framework.files import local_path
 from meshway.launch import configurables
 from meshway.launch.reachability import Reach, binding_key, final
 from meshway.launch.recipe_text import Binding, Macro, Reference
@@ -80,6 +81,8 @@ def read_values(bindings: Sequence[Binding], reach: Reach, shipped: Sequence[str
             continue
         value = read.get(origin, origin.value)
         try:
+            if isinstance(value, str) and binding.target.module.startswith("meshway."):
+                _refuse_addresses(value)
             read[origin] = _read(value, hint, binding.parameter)
         except ValueError as error:
             taken = "" if origin is binding else f", taken by {binding.selector}.{binding.parameter}"
@@ -89,6 +92,13 @@ def read_values(bindings: Sequence[Binding], reach: Reach, shipped: Sequence[str
         listed = list(problems.values())
         raise UserError(listed[0] if len(listed) == 1 else f"{len(listed)} problems:\n  " + "\n  ".join(listed))
     return [dataclasses.replace(b, value=read[b]) if b in read else b for b in bindings]
+
+
+def _refuse_addresses(value: str) -> None:
+    try:
+        local_path(value)
+    except UserError as error:
+        raise ValueError(str(error).removeprefix(f"{value} ")) from error
 
 
 def _meant(value: Any, shipped: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from meshway.framework.errors import UserError, did_you_mean
+from meshway.framework.files import local_path
 from meshway.launch.invocation import Invocation
 from meshway.launch.recipe_text import parse_flag
 
@@ -51,7 +52,7 @@ def run_directory(invocation: Invocation) -> Path | None:
     value = parse_flag(values[-1]).value
     if not isinstance(value, str) or not value:
         raise UserError(f"--gin.{_MACRO}={value!r} is no directory; write --model_dir=DIR")
-    return Path(value).expanduser()
+    return local_path(value)
 
 
 def _beside(directory: Path) -> str:

@@ -11,7 +11,6 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -22,6 +21,7 @@ from meshway.framework.data.prefetch import prefetch
 from meshway.framework.distributed import processes
 from meshway.framework.distributed.agreement import agree
 from meshway.framework.evaluation import Evaluation, Evaluator, Report
+from meshway.framework.files import local_path
 from meshway.framework.interfaces import DataSource
 from meshway.framework.planning.hardware import peak_flops
 from meshway.framework.results.records import Records
@@ -74,7 +74,7 @@ def train(
       UserError: anything the user can mend; one message.
     """
     began = time.time() if began is None else began
-    directory, primary = RunDirectory(Path(model_dir).expanduser()), processes.is_primary()
+    directory, primary = RunDirectory(local_path(model_dir)), processes.is_primary()
     with directory.held() if primary else contextlib.nullcontext():
         rows = program.explain()
         if primary:

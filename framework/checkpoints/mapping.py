@@ -26,6 +26,7 @@ from meshway.framework.conversion import hugging_face, t5x, t5x_files
 from meshway.framework.conversion.values import Values, fill
 from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError, did_you_mean
+from meshway.framework.files import local_path
 from meshway.framework.interfaces import Axes, Params
 from meshway.framework.training.trees import flatten, map_paths, unflatten
 
@@ -77,7 +78,7 @@ class Initial:
           UserError: no checkpoint there; a parameter without a source or with another shape; a pattern that
             matches nothing, or a `resize` that has nothing to do.
         """
-        directory = Path(self.path).expanduser()
+        directory = local_path(self.path)
         if hugging_face.is_model(directory):
             return self._from_tensors(self._hugging_face(directory), params, flatten(axes))
         place = find_checkpoint(directory, self.step, "Initial.path")

@@ -33,6 +33,7 @@ from meshway.framework.data.vocabularies import check_named, load
 from meshway.framework.data.vocabulary import Vocabulary
 from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError, did_you_mean
+from meshway.framework.files import local_path
 from meshway.framework.interfaces import Batch
 
 _SLOW_BATCH = 0.05  # seconds a batch may take to make before worker processes are worth their start
@@ -117,7 +118,7 @@ class CachedData:
         self.eval_split = eval_split
         self._eval_examples = eval_examples
         self._shuffle = shuffle
-        self._directory = Path(cache_dir).expanduser() if cache_dir else cache_directory()
+        self._directory = local_path(cache_dir) if cache_dir else cache_directory()
         self._build = build
         self._changes = list(rates)
         self._num_workers = num_workers

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from meshway.framework.errors import UserError
+from meshway.framework.files import local_path
 from meshway.framework.inference.buckets import Buckets, doubling
 from meshway.framework.inference.bulk.reader import Example, Reader
 from meshway.framework.inference.bulk.record import Record
@@ -84,7 +85,7 @@ class Predictor:
         Raises:
           UserError: anything the user can mend.
         """
-        path = Path(checkpoint).expanduser()
+        path = local_path(checkpoint)
         changes = [*bindings, *([f"LAYOUT={layout!r}"] if layout is not None else [])]
         opened = _recipe_reader()(path, changes)
         self._session = open_session(opened.model, opened.layout, path, step)

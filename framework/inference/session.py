@@ -6,6 +6,7 @@ from pathlib import Path
 
 from meshway.framework.checkpoints.manager import Checkpoints, find_checkpoint
 from meshway.framework.errors import UserError
+from meshway.framework.files import local_path
 from meshway.framework.inference.decoding import Decoder, Stop
 from meshway.framework.inference.engine import Engine
 from meshway.framework.inference.rows import RowFormat
@@ -103,7 +104,7 @@ def open_session(
     Raises:
       UserError: there is no such run or step; it holds another model; it has no vocabularies; the layout does not fit.
     """
-    directory = Path(path).expanduser()
+    directory = local_path(path)
     if not directory.is_dir():
         raise UserError(f"--model_dir={path}: there is no such directory")
     found = find_checkpoint(directory, step, "--model_dir")

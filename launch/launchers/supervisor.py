@@ -9,6 +9,7 @@ from pathlib import Path
 
 from meshway.framework.distributed.deadlines import Deadlines
 from meshway.framework.distributed.watch import LOST_A_PEER
+from meshway.framework.files import local_path
 from meshway.launch.launchers.children import Child, Children, Notice
 
 _FINAL = (0, 2, 130)  # done; a user's mistake, which another try repeats; an interruption
@@ -79,7 +80,7 @@ def model_directory(words: Sequence[str]) -> Path | None:
     """Returns the run directory that a command names; None where only its recipe does."""
     flags = ("--gin.MODEL_DIR=", "--model_dir=")
     values = [word.partition("=")[2] for word in words if word.startswith(flags)]
-    return Path(values[-1].strip("'\"")).expanduser() if values else None
+    return local_path(values[-1].strip("'\"")) if values else None
 
 
 def say(text: str) -> None:

@@ -143,3 +143,33 @@ def test_a_folder_named_gin_is_not_taken_for_the_library(tmp_path):
         [sys.executable, "-S", "-c", program], capture_output=True, text=True, env=environment, cwd=tmp_path
     )
     assert "pip install gin-config" in shown.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--gin_file=quickstart", "--dry_run", "--gin.MODEL_DIR=gs://bucket/run"],
+        ["train", "--gin_file=quickstart", "--dry_run", "--gin.MODEL_DIR=x", "--gin.CACHE_DIR=s3://bucket/cache"],
+        ["train", "--gin_file=gs://bucket/recipe.gin"],
+        ["train", "--gin_file=quickstart", "--gin_search_paths=gs://bucket/gin"],
+        ["train", "--gin_file=quickstart", "--gin.MODEL_DIR=x", "--gin.LAYOUT=gs://bucket/layout.gin"],
+        ["train", "--gin_file=quickstart", "--gin_file=initial/upcycle.gin", "--gin.MODEL_DIR=x", "--dry_run",
+         "--gin.UPCYCLE_FROM=gs://bucket/dense"],
+        ["eval", "--model_dir=gs://bucket/run"],
+        ["infer", "--model_dir=hdfs://host/run", "--input=a.jsonl", "--output=b.jsonl"],
+        ["convert", "--from=gs://bucket/llama", "--to=run"],
+        ["convert", "--from=llama", "--to=file:///run"],
+        ["cache", "--task=a", "--module=math", "--directory=gs://bucket/cache"],
+        ["inspect", "data", "--gin_file=quickstart", "--html=https://host/data.html"],
+        ["launch", "slurm", "--nodes=1", "--output=gs://bucket/job.sbatch", "--",
+         "train", "--gin_file=quickstart", "--gin.MODEL_DIR=/x"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_no_path_may_be_the_address_of_a_bucket(capsys, words, tmp_path, monkeypatch):
+    """`gs://bucket/run` once became a folder `gs:` here."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words) == 2
+    (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("meshway: error: ")]
+    assert "is no path of this machine" in message, message
+    assert not list(tmp_path.iterdir())

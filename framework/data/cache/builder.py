@@ -25,6 +25,7 @@ from meshway.framework.data.cache.work import working
 from meshway.framework.data.cache.workers import Job, run_jobs
 from meshway.framework.data.objective import FeatureInfo
 from meshway.framework.errors import UserError, did_you_mean
+from meshway.framework.files import local_path
 
 NUM_SHARDS = 8
 _TINY = 20_000  # source examples that are sooner written than another process has imported TensorFlow
@@ -111,7 +112,7 @@ def build(
     ):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise UserError(f"{name} must be a whole number of at least {least}, not {value!r}")
-    root = Path(directory).expanduser()
+    root = local_path(directory)
     with contextlib.ExitStack() as stack:
         stack.callback(seqio_steps.release_sources)
         plans: dict[str, _Plan] = {}
@@ -144,7 +145,7 @@ def ensure(
     Raises:
       UserError: a cache is stale, naming what changed; or as `build`.
     """
-    root = Path(directory).expanduser()
+    root = local_path(directory)
     tasks = _leaves(name, modules, splits)
     for task in tasks:
         if (root / task.name / "info.json").is_file():
@@ -156,7 +157,7 @@ def ensure(
 
 def missing(name: str, modules: Sequence[str], directory: str | Path, splits: Sequence[str] | None = None) -> list[str]:
     """Returns which splits, as 'TASK/SPLIT', `ensure` would build, or look at again as other steps come after them."""
-    root = Path(directory).expanduser()
+    root = local_path(directory)
     found = []
     for task in _leaves(name, modules, splits):
         moved = (root / task.name / "info.json").is_file() and _reads_otherwise(root / task.name, task)

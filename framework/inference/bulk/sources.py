@@ -6,6 +6,7 @@ from typing import Protocol
 
 from meshway.framework.counting import count_of
 from meshway.framework.errors import UserError
+from meshway.framework.files import local_path
 from meshway.framework.inference.bulk.input_files import check_format, find_files, format_of
 from meshway.framework.inference.bulk.line_source import LineSource
 from meshway.framework.inference.bulk.lines import STDIN, read_again
@@ -58,7 +59,7 @@ def open_source(where: str, format: str | None = None, columns: Sequence[str] = 
         if format == "parquet":
             raise UserError("Parquet cannot be read from standard input: give the file's name")
         return LineSource([STDIN], format, columns, f"standard input ({format})")
-    paths = find_files(where)
+    paths = find_files(str(local_path(where)))
     format = format_of(paths, format)
     size = sum(os.path.getsize(path) for path in paths if read_again(path))
     files = "" if paths == [where] else f"{count_of(len(paths), 'file')}, "
