@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from meshway.framework.data import detokenizing
 from meshway.framework.data.vocabulary import Vocabulary
 from meshway.framework.errors import UserError, did_you_mean
 
@@ -53,12 +54,27 @@ class SentencePiece(Vocabulary):
         eos_id = self._processor.eos_id()
         self.eos_id = eos_id if eos_id >= 0 else None
         self.unk_id = self._processor.unk_id()
+        normalizer = proto.normalizer_spec
+        self._denormalizes = bool(proto.denormalizer_spec.precompiled_charsmap)
+        self._keeps_spaces = normalizer.add_dummy_prefix and not normalizer.remove_extra_whitespaces
+        self._shown: dict[int, str] = {}
 
     def encode(self, text: str) -> list[int]:
         return self._processor.EncodeAsIds(text)
 
     def _text(self, ids: list[int]) -> str:
         return self._processor.DecodeIds(ids)
+
+    def detokenizer(self) -> detokenizing.Detokenizer:
+        if self._denormalizes:
+            return super().detokenizer()
+        return detokenizing.Pieces(self._text, self._byte, self._is_kept_space, self._shown)
+
+    def _byte(self, token: int) -> int | None:
+        return int(self._processor.IdToPiece(token)[3:5], 16) if self._processor.IsByte(token) else None
+
+    def _is_kept_space(self, token: int) -> bool:
+        return self._keeps_spaces and self._processor.IdToPiece(token).startswith("▁")
 
     def _piece(self, token: int) -> str:
         token = token if 0 <= token < self.size else self._processor.unk_id()
@@ -96,6 +112,9 @@ class Bytes(Vocabulary):
     def _text(self, ids: list[int]) -> str:
         """Drops what is no byte, and bytes that are no UTF-8."""
         return bytes(token - 3 for token in ids if token >= 3).decode("utf-8", errors="ignore")
+
+    def detokenizer(self) -> detokenizing.Detokenizer:
+        return detokenizing.Utf8(lambda token: bytes([token - 3]) if token >= 3 else b"", "ignore")
 
     def _piece(self, token: int) -> str:
         if self._first_extra <= token < self.size:
@@ -151,7 +170,9 @@ class HuggingFace(Vocabulary):
         unknown = model.get("unk_token")
         self.unk_id = model.get("unk_id") if unknown is None else ids.get(unknown)
         self._added = {token["id"] for token in described.get("added_tokens", ())}
-        self._byte_level = "ByteLevel" in json.dumps(described.get("decoder"))
+        self._decoder = described.get("decoder")
+        self._byte_level = "ByteLevel" in json.dumps(self._decoder)
+        self._shown: dict[int, str] = {}
 
     @property
     def ids(self) -> dict[str, int]:
@@ -165,6 +186,10 @@ class HuggingFace(Vocabulary):
         if self.eos_id is not None and self.eos_id in ids:
             ids = ids[: ids.index(self.eos_id)]
         return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def detokenizer(self) -> detokenizing.Detokenizer:
+        token = self._tokenizer.id_to_token
+        return detokenizing.of_decoder(self._decoder, self._text, token, _byte_of_letter(), self._shown)
 
     def _piece(self, token: int) -> str:
         piece = self._tokenizer.id_to_token(token) if token >= 0 else None

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from meshway.framework.data.detokenizing import Detokenizer, Whole
 from meshway.framework.data.objective import VocabularyInfo
 from meshway.framework.errors import UserError
 
@@ -42,12 +43,18 @@ class Vocabulary(abc.ABC):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids` up to the first EOS; ids out of range are read as `unk_id`."""
-        kept = [int(token) for token in ids]
-        if self.unk_id is not None:
-            kept = [self.unk_id if token >= self._known else token for token in kept]
+        kept = [self.known(int(token)) for token in ids]
         if self.eos_id is not None and self.eos_id in kept:
             kept = kept[: kept.index(self.eos_id) + 1]
         return self._text(kept)
+
+    def known(self, token: int) -> int:
+        """Returns the id itself, or `unk_id` for one that is out of range."""
+        return self.unk_id if self.unk_id is not None and token >= self._known else token
+
+    def detokenizer(self) -> Detokenizer:
+        """Returns what turns `known` ids into text one by one, as `decode` does at once; without a look at EOS."""
+        return Whole(self._text)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Returns the text of each id by itself, for display; a byte that is no ASCII character as '<0xE2>'."""

@@ -1,0 +1,258 @@
+"""Token ids to text one at a time: the pieces joined are the text of all ids at once, and each token costs the same.
+
+A piece is given out once no later token can change it. What a decoder does across tokens (bytes that make a character
+together, spaces at the beginning) is kept as state; of decoders not known here the text comes whole, at the end.
+"""
+
+import codecs
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+Decode = Callable[[list[int]], str]
+REPLACEMENT = "\ufffd"
+_BYTE_TOKEN = re.compile(r"<0x(\+?[0-9A-Fa-f]|[0-9A-Fa-f]{2})>")
+
+
+class Detokenizer(Protocol):
+    """The text of one sequence."""
+
+    def feed(self, token: int) -> str:
+        """Takes the next id; returns the text that is certain now, "" while it hangs on what follows."""
+        ...
+
+    def finish(self) -> str:
+        """Returns the rest of the text, after which nothing may be fed."""
+        ...
+
+
+class Whole:
+    """Text that comes at the end, by `decode` of all ids."""
+
+    def __init__(self, decode: Decode) -> None:
+        self._decode, self._ids = decode, list[int]()
+
+    def feed(self, token: int) -> str:
+        self._ids.append(token)
+        return ""
+
+    def finish(self) -> str:
+        return self._decode(self._ids)
+
+
+class Utf8:
+    """Bytes as text, `of_token` being those of an id; `errors` as in `bytes.decode`: the text of all bytes at once."""
+
+    def __init__(self, of_token: Callable[[int], bytes], errors: str) -> None:
+        self._of_token = of_token
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
+
+    def feed(self, token: int) -> str:
+        return self._decoder.decode(self._of_token(token))
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class PerToken:
+    """Tokens whose text hangs on nothing but whether something stands before them.
+
+    `known` keeps the text of tokens that are not the first, over many sequences; an id without a token has none.
+    """
+
+    def __init__(self, decode: Decode, exists: Callable[[int], bool], known: dict[int, str]) -> None:
+        self._decode, self._exists, self._known = decode, exists, known
+        self._first: int | None = None
+
+    def feed(self, token: int) -> str:
+        if not self._exists(token):
+            return ""
+        if self._first is None:
+            self._first = token
+            return self._decode([token])
+        if token not in self._known:
+            before = self._decode([self._first])
+            self._known[token] = self._decode([self._first, token])[len(before) :]
+        return self._known[token]
+
+    def finish(self) -> str:
+        return ""
+
+
+class ByteFallback:
+    """Tokens as text where `<0xE2>` are bytes: a run of them is its characters or, where it is no UTF-8, a replacement
+    character for each byte of it, as in tokenizers' ByteFallback, followed by Fuse.
+
+    Args:
+      of_token: the token of an id, after replacements; None where there is none.
+      strip: (character, how many of it at most are dropped at the beginning of the text).
+    """
+
+    def __init__(self, of_token: Callable[[int], str | None], strip: tuple[str, int] = ("", 0)) -> None:
+        self._of_token, self._strip = of_token, strip
+        self._run: list[bytes] | None = []  # bytes that may yet be characters; None once the run is broken
+        self._new_run()
+
+    def feed(self, token: int) -> str:
+        piece = self._of_token(token)
+        if piece is None:
+            return ""
+        if _BYTE_TOKEN.fullmatch(piece):
+            return self._stripped(self._byte(bytes([int(piece[3:5], 16)])))
+        text = self._ended_run() + piece
+        self._new_run()
+        return self._stripped(text)
+
+    def finish(self) -> str:
+        return self._stripped(self._ended_run())
+
+    def _new_run(self) -> None:
+        self._run, self._decoder = [], codecs.getincrementaldecoder("utf-8")("strict")
+
+    def _byte(self, byte: bytes) -> str:
+        if self._run is None:
+            return REPLACEMENT
+        self._run.append(byte)
+        try:
+            self._decoder.decode(byte)
+        except UnicodeDecodeError:
+            broken, self._run = len(self._run), None
+            return REPLACEMENT * broken
+        return ""
+
+    def _ended_run(self) -> str:
+        if self._run is None:
+            return ""
+        try:
+            return b"".join(self._run).decode("utf-8")
+        except UnicodeDecodeError:
+            return REPLACEMENT * len(self._run)
+
+    def _stripped(self, text: str) -> str:
+        character, count = self._strip
+        if not count or not text:
+            return text
+        kept = text
+        while count and kept.startswith(character):
+            kept, count = kept[len(character) :], count - 1
+        self._strip = (character, 0 if kept else count)
+        return kept
+
+
+class Pieces:
+    """SentencePiece's own decoding: a byte that belongs to no character is a replacement character by itself, and the
+    space of the first piece is dropped.
+
+    Args:
+      decode: ids to text.
+      byte: the byte of an id that is one, else None.
+      is_space: whether an id, as the first, is a dropped space, after which no other is dropped.
+      known: the text of pieces that are not the first, kept over many sequences.
+    """
+
+    def __init__(
+        self,
+        decode: Decode,
+        byte: Callable[[int], int | None],
+        is_space: Callable[[int], bool],
+        known: dict[int, str],
+    ) -> None:
+        self._decode, self._byte_of, self._is_space, self._known = decode, byte, is_space, known
+        self._bytes = b""
+        self._before: list[int] | None = None  # ids after which a piece is not the first; None while it is
+
+    def feed(self, token: int) -> str:
+        byte = self._byte_of(token)
+        if byte is not None:
+            self._before = self._before or [token]
+            self._bytes += bytes([byte])
+            return self._characters(whole=False)
+        return self._characters(whole=True) + self._piece(token)
+
+    def finish(self) -> str:
+        return self._characters(whole=True)
+
+    def _piece(self, token: int) -> str:
+        if self._before is None:
+            text = self._decode([token])
+            if text or self._is_space(token):
+                self._before = [token]
+            return text
+        if token not in self._known:
+            before = self._decode(self._before)
+            self._known[token] = self._decode([*self._before, token])[len(before) :]
+        return self._known[token]
+
+    def _characters(self, whole: bool) -> str:
+        """Takes what is certain of the bytes; `whole` where none follow."""
+        text = ""
+        while self._bytes:
+            size = _character_size(self._bytes[0])
+            if len(self._bytes) < size and not whole:
+                break
+            try:
+                text += self._bytes[:size].decode("utf-8")
+                self._bytes = self._bytes[size:]
+            except UnicodeDecodeError:
+                text += REPLACEMENT
+                self._bytes = self._bytes[1:]
+        return text
+
+
+def of_decoder(
+    decoder: Mapping[str, Any] | None,
+    decode: Decode,
+    token: Callable[[int], str | None],
+    letters: Mapping[str, int],
+    known: dict[int, str],
+) -> Detokenizer:
+    """Returns the detokenizer of a tokenizer.json's decoder.
+
+    Args:
+      decoder: the object `decoder` of the file.
+      decode: ids to text, by the tokenizer itself.
+      token: the token of an id, None where there is none.
+      letters: what stands for each byte in byte-level tokens.
+      known: the text of tokens, kept over many sequences.
+    """
+    stages = _stages(decoder)
+    kinds = [stage["type"] for stage in stages]
+    if kinds == ["ByteLevel"]:
+        return Utf8(lambda id: _letters_to_bytes(token(id) or "", letters), "replace")
+    if set(kinds) <= {"WordPiece", "Metaspace", "Replace", "Fuse"} and "Fuse" not in kinds[:-1]:
+        return PerToken(decode, lambda id: token(id) is not None, known)
+    strip = stages.pop() if kinds[-1] == "Strip" else None
+    kinds = [stage["type"] for stage in stages]
+    replaced = [stage for stage in stages if stage["type"] == "Replace"]
+    simple = all("String" in stage["pattern"] for stage in replaced) and (strip is None or not strip["stop"])
+    if simple and kinds == ["Replace"] * len(replaced) + ["ByteFallback", "Fuse"]:
+
+        def piece(id: int) -> str | None:
+            text = token(id)
+            for stage in replaced if text is not None else ():
+                text = text.replace(stage["pattern"]["String"], stage["content"])
+            return text
+
+        return ByteFallback(piece, ("", 0) if strip is None else (strip["content"], strip["start"]))
+    return Whole(decode)
+
+
+def _stages(decoder: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    if decoder is None:
+        return []
+    if decoder["type"] != "Sequence":
+        return [decoder]
+    return [stage for each in decoder["decoders"] for stage in _stages(each)]
+
+
+def _letters_to_bytes(token: str, letters: Mapping[str, int]) -> bytes:
+    """Returns what a byte-level token stands for: its own UTF-8 where a letter stands for no byte."""
+    try:
+        return bytes([letters[letter] for letter in token])
+    except KeyError:
+        return token.encode("utf-8")
+
+
+def _character_size(first: int) -> int:
+    """Returns how many bytes a character that begins with this byte has; 1 where none does."""
+    return 2 if 0xC2 <= first <= 0xDF else 3 if 0xE0 <= first <= 0xEF else 4 if 0xF0 <= first <= 0xF4 else 1
