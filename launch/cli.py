@@ -158,6 +158,8 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         takes: dict[str, Any] = {"action": "store_true"}
         if switch.value:
             takes = {"metavar": switch.value, "type": _type_of(switch)}
+        if switch.repeats:
+            takes["action"] = "append"
         parser.add_argument(switch.flag, default=argparse.SUPPRESS, help=switch.help, **takes)
     if entry.on_devices:
         _add_process_options(parser)

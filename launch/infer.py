@@ -116,7 +116,7 @@ def infer(
     max_input_length: int | None = None,
     max_new_tokens: int | None = None,
     aux: str = "",
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     seed: int = 0,
     data: DataSource | None = None,
     fingerprint: str = "",
@@ -135,7 +135,7 @@ def infer(
       max_input_length, max_new_tokens: the most tokens of a prompt and of a prediction (of inputs and targets, where
         these are scored); None goes by the recipe's TASK_FEATURE_LENGTHS.
       aux: names of intermediate values, 'encoder_output,decoder_output'.
-      stop: texts that end a prediction.
+      stop: text, or texts, that end a prediction, wherever they stand in it.
       seed: of sampling.
       data: the tasks of `inputs.split`.
       fingerprint: of the recipe: a job goes on with what one of the same fingerprint left.
@@ -148,9 +148,9 @@ def infer(
     """
     names = _check_mode(mode, aux)
     source = _source(inputs, mode, data)
-    session = open_session(opened.model, opened.layout, model_dir, step, inputs.append_eos)
+    session = open_session(opened.model, opened.layout, model_dir, step, inputs.append_eos, stop)
     decoder = decoder if beams is None else BeamSearch(beams)
-    engine = session.engine(decoder, batch_size, stop, seed)
+    engine = session.engine(decoder, batch_size, seed)
     scores = mode == SCORE
     limits = opened.limits(max_input_length, max_new_tokens)
     longest = session.row_format.room(limits["inputs"], limits["targets"], scores)

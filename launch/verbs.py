@@ -17,6 +17,7 @@ class Switch:
       value: what the help calls the value; "" for none.
       number, real: whether the value is a whole number, or any number; else it is text.
       least: the least whole number that means something.
+      repeats: whether it may be given several times; the binding is the list of all values.
     """
 
     flag: str
@@ -26,6 +27,7 @@ class Switch:
     number: bool = False
     real: bool = False
     least: int = 1
+    repeats: bool = False
 
     def bound(self, value: Any) -> str:
         """Returns the binding for a value read from the command line."""
@@ -153,6 +155,13 @@ _INFER = (
     Switch("--num_decodes", "sampling.Sampling.num_decodes", "predictions of each example", "N", number=True),
     Switch("--beams", "infer.infer.beams", "beam search with so many beams", "N", number=True),
     Switch("--seed", "infer.infer.seed", "of sampling (default: 0)", "N", True, least=0),
+    Switch(
+        "--stop",
+        "infer.infer.stop",
+        "a text that ends a prediction, which it is part of; repeat for more",
+        "TEXT",
+        repeats=True,
+    ),
     Switch(
         "--format", "infer.Inputs.format", "jsonl, tsv, text or parquet, where the file's name does not tell", "FORMAT"
     ),

@@ -63,7 +63,7 @@ class Predictor:
         layout: str | None = None,
         bindings: Sequence[str] = (),
         decoder: Decoder = Sampling(temperature=0.0),
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         batch_size: int = 8,
         max_input_length: int | None = None,
         max_new_tokens: int | None = None,
@@ -88,8 +88,8 @@ class Predictor:
         path = local_path(checkpoint)
         changes = [*bindings, *([f"LAYOUT={layout!r}"] if layout is not None else [])]
         opened = _recipe_reader()(path, changes)
-        self._session = open_session(opened.model, opened.layout, path, step)
-        self._engine = self._session.engine(decoder, batch_size, stop, seed)
+        self._session = open_session(opened.model, opened.layout, path, step, stop=stop)
+        self._engine = self._session.engine(decoder, batch_size, seed)
         self._longest = opened.limits(max_input_length, max_new_tokens)
         self._batch_size = batch_size
 
@@ -156,18 +156,14 @@ class Predictor:
         example = self._read(limits, [{"inputs": text}], False, [id])[0]
         buckets = doubling({"inputs": limits["inputs"]})
         length = buckets.shapes[_bucket(buckets, example)]["inputs"]
-        tokens, shown = [], ""
+        written = self._session.text.stream()
         for token in self._engine.stream(example.inputs, id, length, limits["targets"]):
-            tokens.append(token)
-            written = self._session.text.write(tokens)
-            # A character of several tokens comes whole, as does what a later token changes.
-            if written.startswith(shown) and not written.endswith("\ufffd"):
-                if written != shown:
-                    yield written[len(shown) :]
-                shown = written
-        written = self._session.text.write(tokens)
-        if written.startswith(shown) and written != shown:
-            yield written[len(shown) :]
+            if piece := written.feed(token):
+                yield piece
+            if written.ended:
+                return
+        if piece := written.finish():
+            yield piece
 
     def _limits(self, scores: bool) -> Mapping[str, int]:
         return self._session.row_format.room(self._longest["inputs"], self._longest["targets"], scores)

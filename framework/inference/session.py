@@ -7,10 +7,11 @@ from pathlib import Path
 from meshway.framework.checkpoints.manager import Checkpoints, find_checkpoint
 from meshway.framework.errors import UserError
 from meshway.framework.files import local_path
+from meshway.framework.inference.beam_search import BeamSearch
 from meshway.framework.inference.decoding import Decoder, Stop
 from meshway.framework.inference.engine import Engine
 from meshway.framework.inference.rows import RowFormat
-from meshway.framework.inference.text import Text, load_text
+from meshway.framework.inference.text import Text, load_text, stop_texts
 from meshway.framework.interfaces import Model, Params
 from meshway.framework.partitioning.partitioner import Layout
 from meshway.framework.partitioning.placed_model import PlacedModel
@@ -68,29 +69,34 @@ class Session:
     run: Path
     step: int
 
-    def engine(self, decoder: Decoder, batch_size: int, stop: Sequence[str] = (), seed: int = 0) -> Engine:
+    def engine(self, decoder: Decoder, batch_size: int, seed: int = 0) -> Engine:
         """Returns what computes batches.
 
         Args:
           decoder: how predictions are made.
           batch_size: rows of a batch, over all processes.
-          stop: texts that end a prediction, beside EOS; each by the tokens that the vocabulary makes of it.
           seed: of sampling.
 
         Raises:
-          UserError: a batch does not divide over the mesh; a text of `stop` makes no tokens.
+          UserError: a batch does not divide over the mesh; a text should stop a search.
         """
+        if self.text.stops and isinstance(decoder, BeamSearch):
+            raise UserError(
+                "stop: beam search compares hypotheses that end by a token, and cannot end them by a text: leave out "
+                "either"
+            )
         eos = self.text.targets.eos_id
-        sequences = [self.text.targets.encode(each) for each in stop]
-        for each, tokens in zip(stop, sequences):
-            if not tokens:
-                raise UserError(f"stop: {each!r} makes no tokens in the {self.text.targets}")
-        ends = Stop(() if eos is None else (eos,), sequences)
+        ends = Stop(() if eos is None else (eos,))
         return Engine(self.placed, self.params, self.row_format, decoder, ends, batch_size, seed)
 
 
 def open_session(
-    model: Model, layout: Layout, path: str | Path, step: int | None = None, append_eos: bool | None = None
+    model: Model,
+    layout: Layout,
+    path: str | Path,
+    step: int | None = None,
+    append_eos: bool | None = None,
+    stop: str | Sequence[str] = (),
 ) -> Session:
     """Opens a checkpoint under a layout: any, whatever it was trained under.
 
@@ -100,10 +106,13 @@ def open_session(
       path: the run directory, or one of its checkpoints.
       step: which checkpoint; None for the latest.
       append_eos: see `load_text`.
+      stop: text, or texts, that end a prediction; see `Text.stops`.
 
     Raises:
-      UserError: there is no such run or step; it holds another model; it has no vocabularies; the layout does not fit.
+      UserError: there is no such run or step; it holds another model; it has no vocabularies; the layout does not fit;
+        a text of `stop` is empty.
     """
+    stops = stop_texts(stop)
     directory = local_path(path)
     if not directory.is_dir():
         raise UserError(f"--model_dir={path}: there is no such directory")
@@ -112,6 +121,7 @@ def open_session(
         raise UserError(f"--model_dir={path} is neither a run directory nor a checkpoint (no checkpoints/ in it)")
     folder, step = found
     text = load_text(folder.parent, RowFormat.of(model).has_encoder, append_eos)
+    text = dataclasses.replace(text, stops=stops)
     placed = PlacedModel(model, layout)
     params = Checkpoints(folder, read_only=True).load_params(step, placed.abstract_params)
     return Session(placed, params, text, RowFormat.of(model, text.start), folder.parent, step)

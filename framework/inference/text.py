@@ -20,6 +20,7 @@ class Text:
       start: ids that the decoder reads before anything else; see `RowFormat`.
       end: ids after every input, such as T5's EOS; () for inputs that a prediction goes on from.
       target_end: ids after every target that is scored.
+      stops: texts that end a prediction, each where it first stands in the text of the prediction, which ends with it.
     """
 
     inputs: Vocabulary
@@ -27,6 +28,7 @@ class Text:
     start: tuple[int, ...] = (0,)
     end: tuple[int, ...] = ()
     target_end: tuple[int, ...] = ()
+    stops: tuple[str, ...] = ()
 
     def read_inputs(self, value: Any) -> list[int]:
         """Returns the ids of an input: text, or ids that are taken as they are; ValueError for anything else."""
@@ -41,9 +43,99 @@ class Text:
         return _ids(self.targets, value, ())
 
     def write(self, tokens: Sequence[int]) -> str:
-        """Returns the text of predicted ids up to EOS, and without it."""
+        """Returns the text of predicted ids up to EOS, and without it, or up to the end of the first of `stops`."""
+        return self.ended(tokens)[1]
+
+    def ended(self, tokens: Sequence[int]) -> tuple[int, str]:
+        """Returns how many of predicted ids make up the prediction, and its text.
+
+        Where one of `stops` is in the text, those are the fewest ids whose text reaches to its end: the text is cut
+        there, though the last of the ids may say more. Else they are all ids.
+        """
+        ids = self._before_eos(tokens)
+        text = self.targets.decode(ids)
+        end = StopSearch(self.stops).feed(text)
+        if end is None:
+            return len(tokens), text
+        written, length, count = self.targets.detokenizer(), 0, 0
+        while count < len(ids) and length < end:
+            length += len(written.feed(self.targets.known(ids[count])))
+            count += 1
+        while count and self.targets.decode(ids[: count - 1]).startswith(text[:end]):
+            count -= 1  # what the text hung on after it was there
+        return count, text[:end]
+
+    def stream(self) -> "TextStream":
+        """Returns what writes a prediction while it is made."""
+        return TextStream(self)
+
+    def _before_eos(self, tokens: Sequence[int]) -> list[int]:
         ids, eos = [int(token) for token in tokens], self.targets.eos_id
-        return self.targets.decode(ids[: ids.index(eos)] if eos is not None and eos in ids else ids)
+        return ids[: ids.index(eos)] if eos is not None and eos in ids else ids
+
+
+class TextStream:
+    """Writes one prediction token by token: the pieces joined are what `Text.write` makes of all tokens.
+
+    Attributes:
+      ended: whether nothing more comes: EOS was fed, or a text that stops.
+    """
+
+    def __init__(self, text: Text) -> None:
+        self.ended = False
+        self._vocabulary, self._search = text.targets, StopSearch(text.stops)
+        self._written = text.targets.detokenizer()
+
+    def feed(self, token: int) -> str:
+        """Returns the piece of text that is certain with one more token; "" once it has ended."""
+        if self.ended:
+            return ""
+        if token == self._vocabulary.eos_id:
+            return self.finish()
+        return self._cut(self._written.feed(self._vocabulary.known(token)))
+
+    def finish(self) -> str:
+        """Returns the rest of the text; no token follows."""
+        if self.ended:
+            return ""
+        piece = self._cut(self._written.finish())
+        self.ended = True
+        return piece
+
+    def _cut(self, piece: str) -> str:
+        end = self._search.feed(piece)
+        self.ended = end is not None
+        return piece[:end]
+
+
+class StopSearch:
+    """Finds the first of some texts to be complete in a text that comes in pieces."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops, self._tail = stops, ""
+        self._kept = max(map(len, stops), default=1) - 1
+
+    def feed(self, piece: str) -> int | None:
+        """Returns how many characters of this piece the text that stops ends after; None where none ends in it."""
+        text = self._tail + piece
+        found = [text.find(stop) + len(stop) for stop in self._stops if stop in text]
+        end = min(found, default=None)
+        before = len(self._tail)
+        self._tail = text[max(len(text) - self._kept, 0) :]
+        return None if end is None else end - before
+
+
+def stop_texts(given: str | Sequence[str]) -> tuple[str, ...]:
+    """Returns the texts that end a prediction; a lone string is one of them.
+
+    Raises:
+      UserError: one is empty, or no text.
+    """
+    stops = (given,) if isinstance(given, str) else tuple(given)
+    for each in stops:
+        if not isinstance(each, str) or not each:
+            raise UserError(f"stop: {each!r} is not a text that can end a prediction; give one or more, none empty")
+    return stops
 
 
 def load_text(run: Path, has_encoder: bool, append_eos: bool | None = None) -> Text:

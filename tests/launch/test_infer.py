@@ -211,6 +211,33 @@ def test_a_stream_is_the_prediction_piece_by_piece(kind, request):
         next(predictor.generate("x" * 89))
 
 
+def test_a_text_ends_a_prediction_for_command_and_library_alike(run, questions, tmp_path):
+    words = (f"--model_dir={run}", f"--input={questions}", "--max_new_tokens=12", "--temperature=1.0")
+    assert infer(*words, f"--output={tmp_path / 'free.jsonl'}") == 0
+    free = rows_of(tmp_path / "free.jsonl")
+    said = free[1]["prediction"]
+    stops = [said[1:3], "never this"]  # across tokens, which are bytes here
+    assert infer(*words, *[f"--stop={each}" for each in stops], f"--output={tmp_path / 'out.jsonl'}") == 0
+    found = rows_of(tmp_path / "out.jsonl")
+    assert len(found[1]["prediction"]) < len(said)
+    for row, whole in zip(found, free):
+        end = whole["prediction"].find(stops[0]) + len(stops[0])
+        cut = stops[0] in whole["prediction"]
+        assert row["prediction"] == (whole["prediction"][:end] if cut else whole["prediction"])
+        size = len(row["tokens"])
+        assert row["tokens"] == whole["tokens"][:size] and row["token_scores"] == whole["token_scores"][:size]
+        np.testing.assert_allclose(row["score"], sum(row["token_scores"]), rtol=1e-5)
+    how = {"layout": "single", "batch_size": 4, "max_new_tokens": 12, "decoder": Sampling(temperature=1.0)}
+    predictor = Predictor(run, stop=stops[0], **how)  # a lone string is one stop
+    assert [each.text for each in predictor.predict(TEXTS)] == [row["prediction"] for row in found]
+    assert "".join(predictor.generate(TEXTS[1], id=1)) == found[1]["prediction"]
+
+
+def test_texts_do_not_stop_a_search(run):
+    with pytest.raises(UserError, match="cannot end them by a text"):
+        Predictor(run, layout="single", decoder=BeamSearch(2), stop="a")
+
+
 @pytest.mark.slow
 def test_predictions_begin_as_they_are_told(run, tmp_path):
     path, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"

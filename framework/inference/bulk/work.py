@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -93,18 +93,20 @@ class Predict:
         log_probs, scores = np.asarray(started.log_probs), np.asarray(started.scores)
         rows = []
         for row in range(len(examples)):
-            order = np.argsort(-scores[row], kind="stable")
-            kept = [tokens[row, n, : lengths[row, n]].tolist() for n in order]
-            texts = [self._text.write(each) for each in kept]
-            best = order[0]
+            decodes = [
+                self._decode(*each) for each in zip(tokens[row], lengths[row], log_probs[row], scores[row], strict=True)
+            ]
+            decodes.sort(key=lambda decode: -decode.score)
+            best = decodes[0]
             found: dict[str, Any] = {
-                "prediction": texts[0],
-                "tokens": kept[0],
-                "score": number(scores[row, best]),
-                "token_scores": numbers(log_probs[row, best, : lengths[row, best]]),
+                "prediction": best.text,
+                "tokens": best.tokens,
+                "score": number(best.score),
+                "token_scores": numbers(best.log_probs),
             }
-            if len(order) > 1:
-                found |= {"predictions": texts, "scores": numbers(scores[row, order])}
+            if len(decodes) > 1:
+                found["predictions"] = [decode.text for decode in decodes]
+                found["scores"] = [number(decode.score) for decode in decodes]
             rows.append(found)
         if self._aux:
             for fields, aux in zip(
@@ -114,6 +116,13 @@ class Predict:
         read = sum(each.sizes["inputs"] for each in examples)
         length = self.buckets.shapes[bucket]["inputs"]
         return Done(rows, read, int(lengths[: len(examples)].sum()), self._engine.batch_size * length - read)
+
+    def _decode(self, tokens: np.ndarray, length: int, log_probs: np.ndarray, score: np.float32) -> "_Decode":
+        """Returns a prediction up to where it ended, by a token or by a text."""
+        count, text = self._text.ended(tokens[:length])
+        if count < length:  # what was drawn after the text that stopped it is no part of it
+            score = log_probs[:count].sum(dtype=np.float32)
+        return _Decode(text, tokens[:count].tolist(), score, log_probs[:count])
 
     def _observed(
         self, examples: Sequence[Example], bucket: int, predicted: Sequence[list[int]]
@@ -131,6 +140,15 @@ class Predict:
             sizes = row_format.scored_size(known, new)
             observed.append({name: _of_row(name, value[row], sizes) for name, value in arrays.items()})
         return observed
+
+
+class _Decode(NamedTuple):
+    """One prediction: its text, ids, score, and the log-probability of each id."""
+
+    text: str
+    tokens: list[int]
+    score: np.float32
+    log_probs: np.ndarray
 
 
 class Score:
