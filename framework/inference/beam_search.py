@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from meshway.framework.inference.decoding import Decoded, LogitCallback, Progress, Stop, forced_tokens
+from meshway.framework.inference.decoding import FREE, Decoded, LogitCallback, Progress, Stop, forced_tokens
 from meshway.framework.inference.filters import largest
 from meshway.framework.interfaces import Batch, Model, Params
 
@@ -164,7 +164,7 @@ class _Search:
         log_probs = jax.nn.log_softmax(logits)
         if self.forced is not None:
             token = jax.lax.dynamic_index_in_dim(self.forced, state.made, axis=1)
-            allowed = (token == 0) | (jnp.arange(logits.shape[-1]) == token)
+            allowed = (token == FREE) | (jnp.arange(logits.shape[-1]) == token)
             log_probs = jnp.where(allowed, log_probs, NEVER)
         return log_probs.reshape(-1, self.how.num_beams, logits.shape[-1])
 

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from meshway.framework.interfaces import Batch, Model, Params
 
+FREE = -1  # in place of a token id: none is given
+
 
 @dataclasses.dataclass(frozen=True)
 class Decoded:
@@ -99,17 +101,17 @@ LogitCallback = Callable[[jax.Array, Progress], jax.Array]  # (logits [rows, voc
 
 
 def prompts(batch: Batch) -> jax.Array | None:
-    """Returns what each row's prediction goes on from, int32 [batch, length] with zeros elsewhere; None where
+    """Returns what each row's prediction goes on from, int32 [batch, length] with FREE elsewhere; None where
     predictions start afresh, from an encoder's inputs."""
     if "encoder_input_tokens" in batch or "decoder_input_tokens" not in batch:
         return None
-    return jnp.where(batch["decoder_segment_ids"] != 0, batch["decoder_input_tokens"], 0)
+    return jnp.where(batch["decoder_segment_ids"] != 0, batch["decoder_input_tokens"], FREE)
 
 
 def forced_tokens(forced: jax.Array | None, max_length: int, decodes: int) -> jax.Array | None:
-    """Returns what each prediction must begin with, int32 [batch * decodes, max_length], 0 where it is free, from
+    """Returns what each prediction must begin with, int32 [batch * decodes, max_length], FREE where it may be any, from
     `forced` [batch, n] of any n; None of None."""
     if forced is None:
         return None
-    room = jnp.zeros((forced.shape[0], max_length), jnp.int32)
+    room = jnp.full((forced.shape[0], max_length), FREE, jnp.int32)
     return jnp.repeat(room.at[:, : forced.shape[1]].set(forced[:, :max_length]), decodes, axis=0)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from meshway.framework.errors import UserError
-from meshway.framework.inference.decoding import Decoded, Decoder, Stop
+from meshway.framework.inference.decoding import FREE, Decoded, Decoder, Stop
 from meshway.framework.inference.rows import RowFormat, Tokens
 from meshway.framework.inference.sampling import Sampling
 from meshway.framework.inference.step import TokenSteps, prompt_batch
@@ -62,7 +62,7 @@ class Engine:
           forced: tokens that each example's prediction begins with; () for none.
         """
         batch = self.format.prompts(self._filled(inputs), length)
-        begun = np.zeros((self.batch_size, max_length if forced else 0), np.int32)
+        begun = np.full((self.batch_size, max_length if forced else 0), FREE, np.int32)
         for row, tokens in zip(begun, self._filled(forced) if forced else ()):
             row[: len(tokens)] = tokens[:max_length]
         program = self._compiled("predict", batch, (begun.shape[1], max_length))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from meshway.framework.inference import filters
-from meshway.framework.inference.decoding import Decoded, LogitCallback, Progress, Stop, forced_tokens, prompts
+from meshway.framework.inference.decoding import FREE, Decoded, LogitCallback, Progress, Stop, forced_tokens, prompts
 from meshway.framework.interfaces import Batch, Model, Params
 
 
@@ -74,7 +74,7 @@ class Sampling:
           ids: int32 [batch], what tells examples apart; the randomness of a token is that of (seed, id, which decode of
             the example, place).
           seed: a random key.
-          forced: int32 [batch, n], tokens that predictions must begin with, 0 where they are free.
+          forced: int32 [batch, n], tokens that predictions must begin with, FREE (-1) where they are any.
         """
         drawing = jax.lax.while_loop(
             lambda drawing: (drawing.made < max_length) & ~jnp.all(drawing.done),
@@ -130,7 +130,7 @@ class Sampling:
         chosen = self._choose(logits, at)
         if at.forced is not None:
             forced = jax.lax.dynamic_index_in_dim(at.forced, at.made, axis=1, keepdims=False)
-            chosen = jnp.where(forced != 0, forced, chosen)
+            chosen = jnp.where(forced == FREE, chosen, forced)
         chosen = jnp.where(at.done, 0, chosen)
         log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), chosen[:, None], axis=1)
         log_prob = jnp.where(at.done[:, None], 0.0, log_prob)
@@ -175,7 +175,7 @@ class Drawing(NamedTuple):
 
     Attributes:
       start: [rows], where the first predicted token stands.
-      forced: [rows, length], tokens to begin with, 0 where they are free; None without any.
+      forced: [rows, length], tokens to begin with, FREE where they are any; None without any.
       ids: [rows], of the example.
       keys: [rows], random keys.
       prompted: bool [rows, vocab], which tokens the prompt holds; None without penalties.
@@ -204,8 +204,9 @@ class Drawing(NamedTuple):
 
 
 def _held(tokens: jax.Array | None, vocab: int, decodes: int, rows: int) -> jax.Array:
-    """Returns which tokens each row of `tokens` holds, 0 apart: bool [rows, vocab]."""
+    """Returns which tokens each row of `tokens` holds, FREE apart: bool [rows, vocab]."""
     if tokens is None:
         return jnp.zeros((rows, vocab), bool)
-    held = jax.vmap(lambda row: jnp.zeros(vocab, bool).at[row].set(True))(tokens)
-    return jnp.repeat(held.at[:, 0].set(False), decodes, axis=0)
+    places = jnp.where(tokens == FREE, vocab, tokens)  # past the end
+    held = jax.vmap(lambda row: jnp.zeros(vocab, bool).at[row].set(True, mode="drop"))(places)
+    return jnp.repeat(held, decodes, axis=0)

@@ -156,13 +156,13 @@ def test_beams_that_cover_all_find_the_best_of_all(tables, length, beams, alpha)
 
 
 def test_forced_beams_that_cover_find_the_best_that_begins_so(tables):
-    forced = np.array([[2, 0, 0, 0], [0, 3, 0, 0], [3, 2, 0, 1]], np.int32)  # 0 is free
+    forced = np.array([[2, -1, -1, -1], [-1, 3, -1, -1], [0, 2, -1, 1]], np.int32)  # -1 is free
     found = run(BeamSearch(54, 0.6), length=4, forced=forced)
     for row, table in enumerate(tables):
         score, tokens = next(
             (score, tokens)
             for score, tokens in all_ended(table, 4, 0.6)
-            if all(want in (0, token) for want, token in zip(forced[row], (*tokens, 0, 0, 0)))
+            if all(want in (-1, token) for want, token in zip(forced[row], (*tokens, 0, 0, 0)))
         )
         np.testing.assert_allclose(found.scores[row, -1], score, rtol=1e-5)
         assert tuple(found.tokens[row, -1, : len(tokens)]) == tokens
@@ -255,7 +255,7 @@ PENALTIES = {"repetition_penalty": 1.7, "presence_penalty": 0.8, "frequency_pena
     ids="-".join,
 )
 def test_drawn_frequencies_match_the_penalized_distribution(names):
-    """Of the token after (2, 2, 3), from a prompt that holds 5 and 3."""
+    """Of the token after (2, 2, 3), from a prompt that holds 0, 5 and 3."""
     settings, model = {name: PENALTIES[name] for name in names}, Tabular(WIDE, length=4, spread=1.0)
     batch = {
         "seed": np.zeros(DRAWS, np.int32),
@@ -265,7 +265,7 @@ def test_drawn_frequencies_match_the_penalized_distribution(names):
     forced = np.tile(np.array([[2, 2, 3]], np.int32), (DRAWS, 1))
     found = run(Sampling(**settings), model, batch, length=4, forced=forced).tokens[:, 0, 3]
     logits = np.asarray(model.table[0, functools.reduce(model.number, (2, 2, 3), 0)], np.float64)
-    for token, times in {2: 2, 3: 1, 5: 0}.items():
+    for token, times in {0: 0, 2: 2, 3: 1, 5: 0}.items():  # 0 is a token like any other
         by = settings.get("repetition_penalty", 1.0)
         logits[token] = logits[token] / by if logits[token] > 0 else logits[token] * by
         if times:
@@ -338,10 +338,10 @@ def test_stop_sequences_end_a_prediction():
 
 @pytest.mark.parametrize("how", [Sampling(temperature=0.0, num_decodes=2), BeamSearch(2)])
 def test_forced_tokens_come_first(how):
-    forced = jnp.array([[2, 3], [3, 0], [0, 0]], jnp.int32)
+    forced = jnp.array([[2, 3], [0, -1], [-1, -1]], jnp.int32)
     found, free = run(how, forced=forced), run(how)
     assert (found.tokens[0, :, :2] == [2, 3]).all()
-    assert (found.tokens[1, :, 0] == 3).all()
+    assert (free.tokens[1, :, 0] != 0).any() and (found.tokens[1, :, 0] == 0).all()  # id 0 is a token like any other
     np.testing.assert_array_equal(found.tokens[2], free.tokens[2])
 
 
