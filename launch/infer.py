@@ -35,6 +35,7 @@ from meshway.framework.inference.session import Opened, open_session
 from meshway.framework.interfaces import DataSource, Model
 from meshway.framework.partitioning.partitioner import Layout
 from meshway.launch.eval import split_tasks
+from meshway.launch.infer_flags import refuse_idle
 
 if TYPE_CHECKING:
     from meshway.launch.config import Invocation
@@ -147,9 +148,12 @@ def infer(
       UserError: anything the user can mend; one message.
     """
     names = _check_mode(mode, aux)
+    for name, number in {"batch_size": batch_size, "beams": beams}.items():
+        if number is not None and number < 1:
+            raise UserError(f"--{name} must be at least 1, not {number}")
+    decoder = decoder if beams is None else BeamSearch(beams)
     source = _source(inputs, mode, data)
     session = open_session(opened.model, opened.layout, model_dir, step, inputs.append_eos, stop)
-    decoder = decoder if beams is None else BeamSearch(beams)
     engine = session.engine(decoder, batch_size, seed)
     scores = mode == SCORE
     limits = opened.limits(max_input_length, max_new_tokens)
@@ -302,6 +306,7 @@ def run(invocation: "Invocation") -> None:
         invocation = run_recipe.of_run(invocation)
         recipe = config.load(dataclasses.replace(invocation, subject="infer"), import_unreferenced=False)
         arguments = recipe.build("infer.infer", given=["data", "fingerprint"])
+        refuse_idle(invocation.bindings, arguments)
         data = None
         if arguments["inputs"].split is not None:
             data = tasks(**config.load(dataclasses.replace(invocation, subject="tasks")).build("infer.tasks"))

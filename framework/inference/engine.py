@@ -41,7 +41,9 @@ class Engine:
         batch_size: int,
         seed: int = 0,
     ):
-        """Raises UserError where `batch_size` does not divide over the mesh."""
+        """Raises UserError where `batch_size` is below 1 or does not divide over the mesh."""
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, not {batch_size}")
         self.placed, self.format, self.batch_size = placed, row_format, batch_size
         self.num_compiled = 0
         self._params, self._decoder, self._stop = params, decoder, stop

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,9 +17,13 @@ from meshway.framework.data.rows import packing
 from meshway.framework.data.vocabulary import Framing
 from meshway.framework.errors import UserError
 from meshway.framework.inference.beam_search import BeamSearch
-from meshway.framework.inference.decoding import Stop
+from meshway.framework.inference.buckets import doubling
+from meshway.framework.inference.bulk.reader import Example
+from meshway.framework.inference.bulk.work import Predict
+from meshway.framework.inference.decoding import Decoded, Stop
 from meshway.framework.inference.predictor import Predictor
 from meshway.framework.inference.sampling import Sampling
+from meshway.framework.inference.text import Text
 from meshway.framework.planning.compilations import Compilations
 from meshway.launch import cli
 from meshway.launch.infer import open_recipe
@@ -289,6 +294,10 @@ MISTAKES = {
     "a batch that does not divide": (["--gin.LAYOUT=data", "--batch_size=3"], "'batch' of size 3 does not divide"),
     "another recipe": (["--gin.D_MODEL=32"], "holds another model than this recipe"),
     "both inputs": (["--split=train"], "give one"),
+    "beams and decodes": (["--beams=4", "--num_decodes=2"], "--num_decodes has no effect with --beams"),
+    "a batch of none": (["--batch_size=0"], "argument --batch_size: '0' is not a whole number of at least 1"),
+    "less than no beams in gin": (["--gin.infer.infer.beams=-1"], "--beams must be at least 1, not -1"),
+    "an empty stop": (["--stop="], "stop: '' is not a text"),
     "an unknown policy": (["--on_bad=ignore"], "--on_bad=ignore is neither"),
 }
 
@@ -300,6 +309,35 @@ def test_mistakes_are_named(name, run, questions, tmp_path, capsys):
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_earlier_results_are_an_input_of_which_nothing_is_lost(run, tmp_path):
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    first.write_text(
+        '{"inputs": "one", "index": 7, "tokens": [1], "score": "A", "input_score": 3, "prediction": "p"}\n'
+    )
+    words = (f"--model_dir={run}", f"--input={first}", f"--output={second}")
+    assert infer(*words, "--max_new_tokens=2") == 0
+    (row,) = rows_of(second)
+    assert row["index"] == 0 and len(row["tokens"]) == 2 and row["score"] < 0
+    kept = {"input_index": 7, "input_tokens": [1], "input_input_score": "A", "input_score": 3, "input_prediction": "p"}
+    assert kept.items() <= row.items()
+    assert infer(*words, "--mode=score", "--targets_field=prediction", "--overwrite") == 0
+    (row,) = rows_of(second)
+    assert row["prediction"] == "p" and row["tokens"] == [1]  # names that scores do not take
+
+
+def test_beams_that_never_ended_are_left_out():
+    """Of eight beams two have ended: six are empty, and score -1e7 as T5X has it."""
+    found = Decoded(
+        np.array([[[0, 0]] * 6 + [[70, 1], [71, 1]]]), np.array([[0] * 6 + [2, 2]]),
+        np.zeros((1, 8, 2), np.float32), np.array([[-1e7] * 6 + [-2.0, -1.0]], np.float32),
+    )  # fmt: skip
+    example = Example(0, {}, [5], [], {"inputs": 1})
+    text = Text(VOCABULARY, VOCABULARY)
+    engine = SimpleNamespace(batch_size=1)
+    (row,) = Predict(engine, text, doubling({"inputs": 4}), 2).finish([example], 0, found).rows
+    assert row["predictions"] == ["D", "C"] and row["scores"] == [-1.0, -2.0] and row["prediction"] == "D"
 
 
 def test_a_malformed_line_is_named_or_left_out(run, tmp_path, capsys):

@@ -18,7 +18,6 @@ from meshway.framework.inference.bulk.record import Record
 from meshway.framework.inference.bulk.work import Work, compute
 
 SHOWN = 5  # problems in one message
-FIELDS = ("prediction", "tokens", "score", "token_scores", "predictions", "scores", "aux")  # what jobs add
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +107,7 @@ class Job:
             counts["made_tokens"] += done.made_tokens
             counts["padded_tokens"] += done.padded_tokens
             self._progress.advance(len(places), done.read_tokens + done.made_tokens)
-        rows = [{"index": each.index, **_other(each.values), **found[place]} for place, each in enumerate(examples)]
+        rows = [_row(each, found[place]) for place, each in enumerate(examples)]
         return rows, dict(counts)
 
 
@@ -151,6 +150,13 @@ def _digest(records: Sequence[Record]) -> str:
     return found.hexdigest()
 
 
-def _other(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a record that an output row keeps."""
-    return {name: value for name, value in values.items() if name not in ("index", *FIELDS)}
+def _row(example: Example, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an output row: the place, the record's fields, what was computed. A field of the record whose name is
+    taken, as where earlier results are read, is kept as `input_NAME`."""
+    row: dict[str, Any] = {"index": example.index}
+    for name, value in example.values.items():
+        free = name
+        while free in row or free in found or (free != name and free in example.values):
+            free = f"input_{free}"
+        row[free] = value
+    return row | dict(found)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from meshway.framework.inference.ahead import one_ahead
+from meshway.framework.inference.beam_search import NEVER
 from meshway.framework.inference.buckets import Buckets
 from meshway.framework.inference.bulk.reader import Example
 from meshway.framework.inference.engine import Engine
@@ -63,8 +64,9 @@ class Predict:
     """Predictions, with their tokens and scores; with `aux`, intermediate values of the model too.
 
     A row gets `prediction`, `tokens`, `score` (the sum of log-probabilities, or what beam search made of it) and
-    `token_scores` of the best decode; `predictions` and `scores` of all, the best first, where there are several; and
-    `aux`, by name, [inputs and prediction, ...] or of the side of the model that the name says.
+    `token_scores` of the best decode; `predictions` and `scores` of all, the best first, where several are asked for
+    (a beam search returns as many as ended, where these are fewer); and `aux`, by name, [inputs and prediction, ...] or
+    of the side of the model that the name says.
 
     With `begins` examples may say what their predictions begin with. It is so for all of a job or for none, since
     examples of one program are what does not depend on neighbours.
@@ -96,6 +98,8 @@ class Predict:
             decodes = [
                 self._decode(*each) for each in zip(tokens[row], lengths[row], log_probs[row], scores[row], strict=True)
             ]
+            # A search in which fewer hypotheses ended than it has beams fills up with what was never found.
+            decodes = [each for each in decodes if each.score > NEVER / 2] or decodes[-1:]
             decodes.sort(key=lambda decode: -decode.score)
             best = decodes[0]
             found: dict[str, Any] = {
@@ -104,7 +108,7 @@ class Predict:
                 "score": number(best.score),
                 "token_scores": numbers(best.log_probs),
             }
-            if len(decodes) > 1:
+            if len(scores[row]) > 1:
                 found["predictions"] = [decode.text for decode in decodes]
                 found["scores"] = [number(decode.score) for decode in decodes]
             rows.append(found)

@@ -1,0 +1,83 @@
+"""Flags of `meshway infer` that would change nothing beside others: they are refused, not passed over."""
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from meshway.framework.errors import UserError
+from meshway.launch.verbs import VERBS
+
+_DRAWN = ("--temperature", "--top_k", "--top_p", "--num_decodes", "--seed")
+_PREDICTED = (*_DRAWN, "--beams", "--stop", "--begin_field")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """`flags` do nothing where `when`, for the reason `why`; `instead` is what to do."""
+
+    when: bool
+    flags: Sequence[str]
+    why: str
+    instead: str = "leave out either"
+
+
+def refuse_idle(bindings: Sequence[str], arguments: Mapping[str, Any]) -> None:
+    """Checks which flags were given, under their own names or as `--gin.`, against what is asked for.
+
+    Args:
+      bindings: of the command line.
+      arguments: those of `infer.infer`, built.
+
+    Raises:
+      UserError: a flag was given that has no effect; one is named, with the reason.
+    """
+    names = {binding.partition("=")[0].strip() for binding in bindings}
+    given = {switch.flag for switch in VERBS["infer"].switches if switch.binding.partition("=")[0] in names}
+    for rule in _rules(given, arguments):
+        for flag in rule.flags if rule.when else ():
+            if flag in given:
+                raise UserError(f"{flag} has no effect {rule.why}: {rule.instead}")
+
+
+def _rules(given: Collection[str], arguments: Mapping[str, Any]) -> list[_Rule]:
+    inputs, decoder = arguments["inputs"], arguments["decoder"]
+    scores, beams = arguments.get("mode") == "score", arguments.get("beams") is not None
+    greedy = getattr(decoder, "temperature", None) == 0
+    output = str(arguments["output"].where)
+    several = beams or decoder.num_decodes > 1
+    return [
+        _Rule(scores, _PREDICTED, "with --mode=score, which predicts nothing"),
+        _Rule(not scores, ("--targets_field",), "without --mode=score: only there are targets read"),
+        _Rule(beams, _DRAWN, "with --beams: a beam search draws nothing, and returns as many predictions as beams"),
+        _Rule(
+            greedy,
+            ("--top_k", "--top_p", "--num_decodes", "--seed"),
+            "at temperature 0, where the likeliest token is always taken",
+            "give --temperature above 0, or leave it out",
+        ),
+        _Rule(inputs.split is not None, ("--format", "--columns"), "with --split, which reads a task and no file"),
+        _Rule(
+            inputs.split is None,
+            ("--task",),
+            "without --split",
+            "give --split=SPLIT, or the task whose preprocessors are meant as --preprocess=TASK",
+        ),
+        _Rule(
+            inputs.split is None and inputs.preprocess is None,
+            ("--module",),
+            "without --split or --preprocess: only for them is a task looked up",
+            "leave it out",
+        ),
+        _Rule(
+            output.endswith(".txt") and several and not scores,
+            ("--num_decodes", "--beams"),
+            "with a .txt output, which holds one prediction of each input",
+            "end --output in .jsonl or .parquet, or leave it out",
+        ),
+        _Rule(
+            output.endswith(".txt") and arguments.get("mode", "predict") != "predict",
+            ("--aux", "--mode"),
+            "with a .txt output, which holds predictions only",
+            "end --output in .jsonl or .parquet",
+        ),
+    ]

@@ -1,0 +1,85 @@
+"""Every flag of infer does something, or is refused with the reason: nothing is computed here."""
+
+import dataclasses
+
+import pytest
+
+from meshway.framework.errors import UserError
+from meshway.framework.inference.sampling import Sampling
+from meshway.launch import cli
+from meshway.launch.infer import Inputs, Output
+from meshway.launch.infer_flags import refuse_idle
+
+BEAMS, GREEDY = "with --beams", "at temperature 0"
+WITH_AUX = {"mode": "predict_with_aux"}
+IDLE = [
+    (["--beams=4", "--num_decodes=2"], {}, "--num_decodes", BEAMS),
+    (["--beams=4", "--temperature=0.7"], {}, "--temperature", BEAMS),
+    (["--beams=4", "--top_p=0.5"], {}, "--top_p", BEAMS),
+    (["--beams=4", "--gin.infer.infer.seed=3"], {}, "--seed", BEAMS),
+    (["--beams=4", "--gin.sampling.Sampling.top_k = 3"], {}, "--top_k", BEAMS),
+    (["--top_k=4"], {}, "--top_k", GREEDY),
+    (["--temperature=0", "--seed=1"], {}, "--seed", GREEDY),
+    (["--num_decodes=2"], {}, "--num_decodes", GREEDY),
+    (["--mode=score", "--stop=."], {"mode": "score"}, "--stop", "with --mode=score"),
+    (["--mode=score", "--beams=2"], {"mode": "score"}, "--beams", "with --mode=score"),
+    (["--mode=score", "--temperature=2"], {"mode": "score"}, "--temperature", "with --mode=score"),
+    (["--mode=score", "--begin_field=a"], {"mode": "score"}, "--begin_field", "with --mode=score"),
+    (["--targets_field=id"], {}, "--targets_field", "without --mode=score"),
+    (["--task=t"], {}, "--task", "without --split"),
+    (["--task=t", "--preprocess=u"], {"preprocess": "u"}, "--task", "without --split"),
+    (["--module=json"], {}, "--module", "without --split or --preprocess"),
+    (["--split=train", "--columns=a"], {"split": "train"}, "--columns", "with --split"),
+    (["--split=train", "--format=text"], {"split": "train"}, "--format", "with --split"),
+    (["--beams=2"], {"output": "out.txt"}, "--beams", "with a .txt output"),
+    (["--num_decodes=2", "--temperature=1"], {"output": "out.txt"}, "--num_decodes", "with a .txt output"),
+    (["--mode=predict_with_aux", "--aux=logits"], {"output": "o.txt", **WITH_AUX}, "--aux", "with a .txt output"),
+    (["--mode=score"], {"output": "out.txt", "mode": "score"}, "--mode", "with a .txt output"),
+]
+USED = [
+    (["--beams=4", "--stop=."], {}),
+    (["--temperature=1", "--top_k=3", "--top_p=0.5", "--num_decodes=2", "--seed=3", "--stop=."], {}),
+    (["--mode=score", "--targets_field=a", "--max_new_tokens=3"], {"mode": "score"}),
+    (["--split=train", "--task=t", "--module=m", "--inputs_field=a", "--truncate"], {"split": "train"}),
+    (["--preprocess=t", "--module=m", "--columns=a,b", "--format=tsv"], {"preprocess": "t"}),
+    (["--stop=.", "--stop=b"], {"output": "out.txt"}),
+]
+
+
+def check(words, mode="predict", split=None, preprocess=None, output="out.jsonl"):
+    invocation = cli.parse(["infer", "--model_dir=run", *words])
+    values = dict(binding.split("=", 1) for binding in invocation.bindings)
+    number = {name.strip(): value for name, value in values.items()}
+    decoder = Sampling(temperature=float(number.get("sampling.Sampling.temperature", 0)))
+    decoder = dataclasses.replace(decoder, num_decodes=int(number.get("sampling.Sampling.num_decodes", 1)))
+    arguments = {
+        "mode": mode,
+        "inputs": Inputs(None if split else "in.jsonl", split, preprocess=preprocess),
+        "output": Output(output),
+        "decoder": decoder,
+        "beams": int(number["infer.infer.beams"]) if "infer.infer.beams" in number else None,
+    }
+    refuse_idle(invocation.bindings, arguments)
+
+
+@pytest.mark.parametrize(("words", "settings", "flag", "why"), IDLE, ids=lambda value: str(value))
+def test_a_flag_without_effect_is_refused(words, settings, flag, why):
+    with pytest.raises(UserError, match=f"{flag} has no effect {why}"):
+        check(words, **settings)
+
+
+@pytest.mark.parametrize(("words", "settings"), USED, ids=str)
+def test_what_has_an_effect_is_taken(words, settings):
+    check(words, **settings)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["infer --batch_size=0", "infer --beams=0", "infer --beams=-2", "infer --max_new_tokens=0", "infer --num_decodes=0",
+     "infer --chunk_size=0", "infer --max_input_length=-1", "infer --top_k=-1", "infer --step=-1", "infer --seed=-1",
+     "eval --max_predictions=-1", "bench data --seconds=0", "inspect data --batches=0", "bench decode --new_tokens=0"],
+)  # fmt: skip
+def test_numbers_that_count_are_counts(words, capsys):
+    assert cli.main([*words.split(), "--gin_file=quickstart"]) == 2
+    flag = words.split()[-1].partition("=")[0]
+    assert f"argument {flag}: " in (said := capsys.readouterr().err) and "is not a whole number of at least" in said
