@@ -30,13 +30,12 @@ class Evaluation:
 
     `max_batches` bounds the teacher-forced pass (None reads the whole split); of the tasks that have metrics of
     predictions or scores `max_predictions` examples (None: all, 0: none) are decoded by `decoder`, greedily unless
-    another is bound, and scored; `num_samples` of them are kept as text. `eos_id` ends a prediction.
+    another is bound, and scored; `num_samples` of them are kept as text. What ends a prediction is told by each task.
     """
 
     max_batches: int | None = None
     max_predictions: int | None = 64
     num_samples: int = 8
-    eos_id: int = 1
     decoder: Decoder = Sampling(temperature=0.0)
 
 
@@ -153,7 +152,7 @@ class Evaluator:
     def _predictions(self, params: Params, task: EvalTask, limit: int, observe: Observer) -> "_Predicted":
         found = _Predicted([], [], [], {})
         batches = _until(task.prompt_batches(), limit)
-        for indices, decoded in one_ahead((each[1], self._decode(params, *each)) for each in batches):
+        for indices, decoded in one_ahead((each[1], self._decode(params, task.stop_ids, *each)) for each in batches):
             tokens, scores = map(np.asarray, decoded)
             for index, row, score in zip(indices.tolist(), tokens, scores.tolist(), strict=False):
                 if found.failed:
@@ -171,9 +170,11 @@ class Evaluator:
             observe(task.name, "predictions", min(int(indices[-1]) + 1, limit), limit)
         return found
 
-    def _decode(self, params: Params, batch: Batch, indices: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    def _decode(
+        self, params: Params, stop_ids: Sequence[int], batch: Batch, indices: np.ndarray
+    ) -> tuple[jax.Array, jax.Array]:
         """Returns the best prediction of each row, int32 [batch, length], and its score, float32 [batch]."""
-        key = tuple(sorted((name, x.shape, str(x.dtype)) for name, x in batch.items()))
+        key = (tuple(stop_ids), *sorted((name, x.shape, str(x.dtype)) for name, x in batch.items()))
         partitioner = self._placed.partitioner
         shardings = partitioner.batch_shardings(
             {name: ArraySpec(x.shape, x.dtype, ("batch", *[None] * (x.ndim - 1))) for name, x in batch.items()}
@@ -181,7 +182,7 @@ class Evaluator:
         rows = next(iter(batch.values())).shape[0]
         if key not in self._predict:
             model, length = self._placed.model, self._lengths["targets"]
-            decoder, stop = self._settings.decoder, Stop((self._settings.eos_id,))
+            decoder, stop = self._settings.decoder, Stop(tuple(stop_ids))
 
             def predict(params: Params, batch: Batch, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
                 decoded = decoder(model, params, batch, length, stop, ids, jax.random.key(0))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from meshway.framework.data.vocabulary import Vocabulary
+from meshway.framework.data.vocabulary import Framing, Vocabulary
 
 Params = dict[str, Any]  # nested dicts, keys are strings, leaves are arrays
 Axes = dict[str, Any]  # the same tree; each leaf is a tuple of logical axis names
@@ -110,6 +110,11 @@ class DataSource(Protocol):
         """Returns the vocabulary of each task feature that holds token ids; saved with the run."""
         ...
 
+    def framing(self) -> Framing | None:
+        """Returns what decoders read before a text and what ends a prediction, as training has it; None without text. A
+        source may lack this: then the vocabulary of `targets` tells."""
+        ...
+
     def train(self, rows: slice) -> Dataset:
         """Opens the endless training stream; `rows` are this process's rows of each global batch."""
         ...
@@ -155,6 +160,11 @@ class EvalTask(Protocol):
     @property
     def has_score_metrics(self) -> bool:
         """Whether it has metrics of the log-probabilities of targets."""
+        ...
+
+    @property
+    def stop_ids(self) -> Sequence[int]:
+        """The ids that end a prediction."""
         ...
 
     @property

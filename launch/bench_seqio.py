@@ -11,11 +11,7 @@ from typing import Any
 import numpy as np
 
 from meshway.framework.data import seqio_door
-from meshway.framework.data.features import (
-    EncoderDecoderObjective,
-    LanguageModelObjective,
-    PrefixLanguageModelObjective,
-)
+from meshway.framework.data.features import EncoderDecoderObjective, JoinedObjective, LanguageModelObjective
 from meshway.framework.data.objective import Objective
 from meshway.framework.data.rows.packing import Example
 from meshway.framework.data.windowed_text import WindowedText
@@ -26,7 +22,7 @@ _SHUFFLE_BUFFER = 1000  # seqio's own
 _CONVERTERS: dict[type, str] = {
     EncoderDecoderObjective: "EncDecFeatureConverter",
     LanguageModelObjective: "LMFeatureConverter",
-    PrefixLanguageModelObjective: "PrefixLMFeatureConverter",
+    JoinedObjective: "PrefixLMFeatureConverter",
 }
 
 
@@ -39,7 +35,8 @@ def twin(objective: Objective, sizes: Mapping[str, np.ndarray]) -> str | None:
         if not objective.has_inputs or not np.all(sizes["inputs"]):
             return None
         objective = objective.pairs
-    return _CONVERTERS.get(type(objective))
+    beyond = getattr(objective, "weighted", False) or not getattr(objective, "prefix", True)
+    return None if beyond else _CONVERTERS.get(type(objective))
 
 
 class SeqioPacking(Stage):

@@ -16,6 +16,7 @@ from meshway.framework.conversion.settings import Bindings, Reference
 from meshway.framework.conversion.stream import write_checkpoint
 from meshway.framework.conversion.values import Tensors, Values
 from meshway.framework.counting import count_of
+from meshway.framework.data.vocabulary import Framing
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Model
 from meshway.framework.partitioning.explain import format_bytes
@@ -49,18 +50,18 @@ def from_hugging_face(
     if vocabulary is not None:
         tokenizer_files.check_size(vocabulary, model.bindings["VOCAB_SIZE"], source)
     features = features_of(model.bindings)
+    framing = vocabulary and tokenizer_files.read_framing(source, model.config, "inputs" in features, vocabulary)
     text = recipe_text(
         f"{model.family.name} model",
         model.directory.absolute(),
         model.family.include(model.config),
-        model.bindings if vocabulary is None else model.bindings | vocabulary_bindings(goal, features),
+        model.bindings | (vocabulary_bindings(goal, features, framing) if framing else {}),
         goal,
         f"Not read of its config.json: {', '.join(ignoring)}." if ignoring else "",
     )
     values = write_run(folder, text, lambda shapes: model.values(shapes, dtype))
     copied = _keep_origin(model, folder / ORIGIN)
     if vocabulary is not None:
-        framing = tokenizer_files.read_framing(source, model.config, "inputs" in features)
         RunDirectory(folder).save_vocabularies(dict.fromkeys(features, vocabulary), framing)
     return {
         "family": model.family.name,
@@ -147,13 +148,16 @@ def features_of(bindings: Bindings) -> Sequence[str]:
     return ("inputs", "targets") if "NUM_ENCODER_LAYERS" in bindings else ("targets",)
 
 
-def vocabulary_bindings(run: Path, features: Sequence[str]) -> Bindings:
-    """Returns the bindings of the vocabulary that lies in a run directory, for all features of its tasks."""
+def vocabulary_bindings(run: Path, features: Sequence[str], framing: Framing) -> Bindings:
+    """Returns the bindings of the vocabulary that lies in a run directory, for all features of its tasks, and of what
+    stands around their texts."""
     return {
         "VOCABULARY": Reference("vocabularies.load"),
         "vocabularies.load.directory": str(run / "vocabularies"),
         "vocabularies.load.name": features[-1],
         "grain_loader.CachedData.vocabularies": {feature: Macro("VOCABULARY") for feature in features},
+        "grain_loader.CachedData.start": list(framing.start),
+        "grain_loader.CachedData.stop_ids": list(framing.stop),
     }
 
 

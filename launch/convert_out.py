@@ -17,7 +17,7 @@ from meshway.framework.conversion.settings import Reference
 from meshway.framework.conversion.shard_writer import size_in_bytes, write_tensors
 from meshway.framework.conversion.stored import StoredParams
 from meshway.framework.counting import count_of
-from meshway.framework.data.vocabularies import load
+from meshway.framework.data.vocabularies import load, read_framing
 from meshway.framework.errors import UserError
 from meshway.framework.files import local_path
 from meshway.framework.partitioning.explain import format_bytes
@@ -95,8 +95,9 @@ def to_hugging_face(
     total = sum(spec.num_bytes for spec in specs.values())
     with convert.progress(total, "writing tensors") as wrote:
         names = write_tensors(folder, specs, lambda name: stored.tensor(made[name], dtype), max_bytes, wrote)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     copied = _tokenizer(run, origin, folder)
+    config |= _special_ids(run, folder, config)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return {
         "family": f"{found.name} ({found.architecture})",
         "checkpoint": f"step {run.step} of {run.root}",
@@ -141,7 +142,7 @@ def _config(
     dtype = next(iter(dtypes)).name if len(dtypes) == 1 else "float32"
     made = family.write(bindings, dtype)
     if origin is None:
-        return made | _length(family, bindings) | _special_ids(run, "is_encoder_decoder" in made)
+        return made | _length(family, bindings) | _ids_of_texts(run, "is_encoder_decoder" in made)
     kept = dict(origin.config)
     key = "dtype" if "dtype" in kept else "torch_dtype"
     tied = not bindings["TIED_LOGITS"]
@@ -166,7 +167,7 @@ def _length(family: Family, bindings: Mapping[str, Any]) -> dict[str, Any]:
     return {field: length or family.defaults[field]}
 
 
-def _special_ids(run: Run, has_encoder: bool) -> dict[str, Any]:
+def _ids_of_texts(run: Run, has_encoder: bool) -> dict[str, Any]:
     """Returns the ids that texts of a run begin and end with; null for none, so that transformers takes no default."""
     path, start, stop = run.root / "vocabularies.json", [0], list[int]()
     if path.is_file():
@@ -205,6 +206,25 @@ def _check_nothing_lost(family: Family, config: Mapping[str, Any], gin: str, own
         raise UserError(
             f"the model is no {family.name} model that transformers could load: {'; '.join(other[:4])}{more}"
         )
+
+
+def _special_ids(run: Run, folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of config.json by which transformers starts and stops as the run does, where `config` and a
+    generation_config.json in `folder` say something else; the latter is then changed too."""
+    if not (run.root / "vocabularies.json").is_file():
+        return {}
+    framing = read_framing(run.root)
+    changes: dict[str, Any] = {}
+    if framing.stop and set(tokenizer_files.stop_ids(folder, config)) != set(framing.stop):
+        changes["eos_token_id"] = list(framing.stop) if len(framing.stop) > 1 else framing.stop[0]
+    starts = "decoder_start_token_id" if config.get("is_encoder_decoder") else "bos_token_id"
+    if framing.start and config.get(starts) != framing.start[0]:
+        changes[starts] = framing.start[0]
+    path = folder / tokenizer_files.GENERATION
+    if changes and path.is_file():
+        generation = json.loads(path.read_text("utf-8")) | changes
+        path.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    return changes
 
 
 def _tokenizer(run: Run, origin: Origin | None, folder: Path) -> list[str]:

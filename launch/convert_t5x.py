@@ -7,6 +7,7 @@ import numpy as np
 from meshway.framework.conversion import tokenizer_files
 from meshway.framework.conversion.t5x import network_of
 from meshway.framework.conversion.t5x_files import T5XFiles
+from meshway.framework.data.vocabulary import Framing
 from meshway.framework.files import local_path
 from meshway.framework.training.run_directory import RunDirectory
 from meshway.launch import convert_in
@@ -38,12 +39,13 @@ def from_t5x(
     if text is not None:
         tokenizer_files.check_size(text, network.bindings["VOCAB_SIZE"], Path(str(vocabulary)))
     features = convert_in.features_of(network.bindings)
-    bindings = network.bindings | (convert_in.vocabulary_bindings(goal, features) if text is not None else {})
+    framing = None if text is None else Framing.of(text, start=(0,))  # T5X starts from 0, whatever the vocabulary
+    bindings = network.bindings | (convert_in.vocabulary_bindings(goal, features, framing) if framing else {})
 
     recipe = convert_in.recipe_text("network of T5X", files.directory, network.include, bindings, goal)
     written = convert_in.write_run(folder, recipe, lambda shapes: network.values(files, shapes, dtype))
     if text is not None:
-        RunDirectory(folder).save_vocabularies(dict.fromkeys(features, text))
+        RunDirectory(folder).save_vocabularies(dict.fromkeys(features, text), framing)
     return {
         "network": network.include,
         "checkpoint": f"step {files.step} of {files.directory}",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from meshway.framework.data.vocabulary import source_framing
 from meshway.framework.distributed import processes
 from meshway.framework.distributed.agreement import agree
 from meshway.framework.errors import UserError
@@ -86,7 +87,7 @@ def evaluate(
     placed = PlacedModel(model, layout)
     vocabularies = data.vocabularies()
     check_vocabularies(placed, vocabularies)
-    directory.check_vocabularies(vocabularies)
+    directory.check_vocabularies(vocabularies, source_framing(data))
     split = None if split == getattr(data, "eval_split", None) else split
     tasks = split_tasks(data, split)
     settings = dataclasses.replace(evaluation, max_predictions=max_predictions)

@@ -11,6 +11,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from meshway.framework.errors import UserError, did_you_mean
@@ -83,7 +84,9 @@ def read_values(bindings: Sequence[Binding], reach: Reach, shipped: Sequence[str
         try:
             if isinstance(value, str) and binding.target.module.startswith("meshway."):
                 _refuse_addresses(value)
-            read[origin] = _read(value, hint, binding.parameter)
+            # The verbs say what dtypes are theirs: `convert` keeps each tensor's own.
+            name = "" if binding.target.module.startswith("meshway.launch.") else binding.parameter
+            read[origin] = _read(value, hint, name)
         except ValueError as error:
             taken = "" if origin is binding else f", taken by {binding.selector}.{binding.parameter}"
             hint = _meant(origin.value, shipped)
@@ -182,6 +185,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return type(value) in (int, float) and math.isfinite(value)
     if hint in _WORDS:
         return type(value) is hint
+    if hint is Path:
+        return isinstance(value, str)
     if origin in _CONTAINERS:
         return _contains(value, origin, inner)
     return not isinstance(value, (*_SCALARS, list, tuple, dict)) and value is not None or hint is object

@@ -18,6 +18,7 @@ import jax
 from meshway.framework.checkpoints.manager import Checkpoints, Keep
 from meshway.framework.checkpoints.mapping import Initial
 from meshway.framework.data.prefetch import prefetch
+from meshway.framework.data.vocabulary import source_framing
 from meshway.framework.distributed import processes
 from meshway.framework.distributed.agreement import agree
 from meshway.framework.evaluation import Evaluation, Evaluator, Report
@@ -91,10 +92,11 @@ def train(
         vocabularies = data.vocabularies()
         check_vocabularies(program, vocabularies)
         agree({f"vocabulary of {name!r}": each.fingerprint for name, each in vocabularies.items()})
+        framing = source_framing(data)
         if start:
-            directory.check_vocabularies(vocabularies)
+            directory.check_vocabularies(vocabularies, framing)
         if primary:
-            directory.save_vocabularies(vocabularies)
+            directory.save_vocabularies(vocabularies, framing)
         progress = _progress(periods, start, primary)
         with contextlib.ExitStack() as stack:
             if primary:

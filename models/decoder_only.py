@@ -39,14 +39,11 @@ class DecoderOnly:
         return self._network.axes()
 
     def batch_spec(self, batch_size: int, lengths: Mapping[str, int]) -> dict[str, TokenSpec]:
-        """Returns the features of a batch; `lengths` needs "targets", and "inputs" for a prefix LM."""
-        length, names = (
-            lengths["targets"],
-            ["input_tokens", "target_tokens", "loss_weights", "segment_ids", "positions"],
-        )
+        """Returns the features of a batch; `lengths` needs "targets", and for a prefix LM "inputs"; rows hold both."""
+        names = ["input_tokens", "target_tokens", "loss_weights", "segment_ids", "positions"]
         if self._prefix:
-            length, names = length + lengths["inputs"], [*names, "prefix_mask"]
-        return token_spec(batch_size, length, "decoder", names)
+            return token_spec(batch_size, lengths["targets"] + lengths["inputs"], "decoder", [*names, "prefix_mask"])
+        return token_spec(batch_size, lengths["targets"] + lengths.get("inputs", 0), "decoder", names)
 
     def loss(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, dict]:
         """Returns (summed loss, summed weight, metrics) over weighted tokens; `rng` None means no dropout."""

@@ -61,7 +61,7 @@ class EncoderDecoder:
         return found
 
     def prefill(self, params: dict[str, Any], batch: Batch, max_length: int) -> tuple[jax.Array, jax.Array, Any]:
-        """Encodes the inputs; decoding starts from token 0 at position 0."""
+        """Encodes the inputs; decoding starts from the first of `decoder_input_tokens` (0 without) at position 0."""
         network = self._network.bind(params)
         segments = batch["encoder_segment_ids"]
         encoded = network.encode(batch["encoder_input_tokens"], segments)
@@ -72,7 +72,9 @@ class EncoderDecoder:
             "slots": jnp.zeros(max_length),
         }
         rows = segments.shape[0]
-        return jnp.zeros((rows, 1), jnp.int32), jnp.zeros((rows,), jnp.int32), cache
+        given = batch.get("decoder_input_tokens")
+        start = jnp.zeros((rows, 1), jnp.int32) if given is None else jnp.asarray(given)[:, :1]
+        return start, jnp.zeros((rows,), jnp.int32), cache
 
     def decode(
         self, params: dict[str, Any], tokens: jax.Array, positions: jax.Array, cache: Any

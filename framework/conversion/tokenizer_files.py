@@ -11,6 +11,7 @@ from meshway.framework.data.vocabularies import HuggingFace, SentencePiece
 from meshway.framework.data.vocabulary import Framing, Vocabulary
 from meshway.framework.errors import UserError
 
+GENERATION = "generation_config.json"
 TOKENIZERS, SENTENCE_PIECES = "tokenizer.json", ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
 # What is copied with a model, where it is there.
 FILES = (
@@ -21,7 +22,7 @@ FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "generation_config.json",
+    GENERATION,
     "chat_template.jinja",
     "chat_template.json",
 )
@@ -45,8 +46,8 @@ def read_vocabulary(directory: Path, config: Mapping[str, Any]) -> Vocabulary | 
     try:
         if path.is_file():
             content = path.read_bytes()
-            sentinels = _sentinels(HuggingFace(content).ids)
-            return HuggingFace(content, _eos_id(config), **sentinels)
+            eos_id = next(iter(stop_ids(directory, config)), None)
+            return HuggingFace(content, eos_id, **_sentinels(HuggingFace(content).ids))
         for name in SENTENCE_PIECES:
             path = directory / name
             if path.is_file():
@@ -69,36 +70,46 @@ def read_sentence_pieces(path: Path) -> Vocabulary:
         raise UserError(f"the vocabulary {path} cannot be read: {error}") from error
 
 
-def read_framing(directory: Path, config: Mapping[str, Any], has_encoder: bool) -> Framing:
+def read_framing(directory: Path, config: Mapping[str, Any], has_encoder: bool, vocabulary: Vocabulary) -> Framing:
     """Returns what a model directory's tokenizer puts around text.
 
     Args:
       directory: of the model.
       config: its config.json.
       has_encoder: whether inputs go to an encoder: then they end with EOS, and the decoder starts as config.json says.
+      vocabulary: the tokenizer.
 
     Raises:
-      UserError: the tokenizer cannot be read.
+      UserError: the files cannot be read, or an id is none.
     """
+    stop = stop_ids(directory, config)
     if has_encoder:
-        return Framing((int(config.get("decoder_start_token_id") or 0),), True)
-    bos = config.get("bos_token_id")
+        generation = _json(directory / GENERATION)
+        said = (config.get("decoder_start_token_id"), generation.get("decoder_start_token_id"))
+        start = next((token for token in said if token is not None), config.get("pad_token_id", 0))
+        return Framing(_ids(directory, "decoder_start_token_id", start), True, stop)
+    bos = _ids(directory, "bos_token_id", config.get("bos_token_id"))
+    if isinstance(vocabulary, HuggingFace):
+        return Framing(vocabulary.template()[0], False, stop)
     try:
-        if (directory / TOKENIZERS).is_file():
-            import tokenizers
-
-            tokenizer = tokenizers.Tokenizer.from_file(str(directory / TOKENIZERS))
-            framed, plain = (tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
-            added = len(framed) - len(plain)
-            start = next(n for n in range(added + 1) if framed[n : n + len(plain)] == plain)
-            return Framing(tuple(framed[:start]), False)
         adds = any((directory / name).is_file() for name in SENTENCE_PIECES)
         path = directory / "tokenizer_config.json"
         if adds and path.is_file():
             adds = bool(json.loads(path.read_text("utf-8")).get("add_bos_token", True))
-    except (OSError, ValueError, ImportError, StopIteration) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"the tokenizer in {directory} cannot be read: {error}") from error
-    return Framing((int(bos),) if adds and bos is not None else (), False)
+    return Framing(bos if adds else (), False, stop or (() if vocabulary.eos_id is None else (vocabulary.eos_id,)))
+
+
+def stop_ids(directory: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Returns the ids that end a prediction: those of config.json, then those that generation_config.json adds.
+
+    Raises:
+      UserError: one of the files says something else than ids.
+    """
+    found = _ids(directory, "eos_token_id", config.get("eos_token_id"))
+    more = _ids(directory, "eos_token_id", _json(directory / GENERATION).get("eos_token_id"), GENERATION)
+    return tuple(dict.fromkeys((*found, *more)))
 
 
 def check_size(vocabulary: Vocabulary, vocab_size: int, directory: Path) -> None:
@@ -143,9 +154,23 @@ def write_vocabulary(vocabulary: Vocabulary, directory: Path) -> None:
             path.rename(directory / name)
 
 
-def _eos_id(config: Mapping[str, Any]) -> int | None:
-    eos = config.get("eos_token_id")
-    return (eos[0] if eos else None) if isinstance(eos, list) else eos
+def _json(path: Path) -> Mapping[str, Any]:
+    """Returns a JSON object, {} where the file is not there; UserError where it is damaged."""
+    try:
+        found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return found
+
+
+def _ids(directory: Path, field: str, value: Any, name: str = "config.json") -> tuple[int, ...]:
+    """Returns the ids of a field, one, several or none; UserError where it holds something else."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if any(isinstance(token, bool) or not isinstance(token, int) or token < 0 for token in ids):
+        raise UserError(f"{directory / name}: {field} is {value!r}, but must be a token id, or a list of them")
+    return tuple(ids)
 
 
 def _sentinels(ids: Mapping[str, int]) -> dict[str, Any]:

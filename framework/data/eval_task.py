@@ -10,7 +10,7 @@ from meshway.framework.data.objective import Converter, Objective
 from meshway.framework.data.rows.examples import Examples
 from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.data.rows.row_stream import RowStream
-from meshway.framework.data.vocabulary import Vocabulary
+from meshway.framework.data.vocabulary import Vocabulary, before_stop
 from meshway.framework.errors import UserError, first_line
 from meshway.framework.interfaces import Batch, Measured
 
@@ -29,6 +29,7 @@ class TaskEvaluation:
       batch_size: rows of a batch.
       vocabularies: of the features that hold text, for people to read.
       task: the seqio Task, for its vocabulary, postprocessor and metric functions; None: no metrics.
+      stop_ids: what ends a prediction; None: the EOS of the vocabulary of its targets.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class TaskEvaluation:
         batch_size: int,
         vocabularies: Mapping[str, Vocabulary],
         task: Any = None,
+        stop_ids: Sequence[int] | None = None,
     ) -> None:
         self.name = name
         self._examples = examples
@@ -50,6 +52,7 @@ class TaskEvaluation:
         self._batch_size = batch_size
         self._vocabularies = vocabularies
         self._task = task
+        self._stop_ids = stop_ids
 
     @property
     def num_examples(self) -> int:
@@ -70,6 +73,14 @@ class TaskEvaluation:
     def has_score_metrics(self) -> bool:
         """Whether the task has metrics of scores."""
         return bool(self._of_scores)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids that end a prediction."""
+        if self._stop_ids is not None:
+            return tuple(self._stop_ids)
+        eos_id = self._vocabulary("targets").eos_id
+        return () if eos_id is None or eos_id < 0 else (int(eos_id),)
 
     @property
     def left_out(self) -> list[str]:
@@ -130,8 +141,8 @@ class TaskEvaluation:
         return str(self._decode("inputs", example["inputs"][: self._lengths.get("inputs")]))
 
     def postprocess(self, index: int, tokens: np.ndarray) -> Any:
-        """Turns predicted ids [length] of example `index`, read up to EOS, into what the metrics compare."""
-        text = self._decode("targets", tokens)
+        """Turns predicted ids [length] of example `index`, read up to what ends it, into what the metrics compare."""
+        text = self._decode("targets", before_stop(tokens, self.stop_ids))
         return self._task.postprocess_fn(text, example=self._example(index), is_target=False)
 
     def target(self, index: int) -> Any:
@@ -230,12 +241,13 @@ class TaskEvaluation:
         return self._examples.read([index])[0]
 
     def _decode(self, feature: str, tokens: Sequence[int] | np.ndarray) -> Any:
-        """Decodes ids up to, and without, the first EOS; by the task's own vocabulary where there is one."""
-        own = self._task.output_features[feature].vocabulary if self._task is not None else self._vocabularies[feature]
-        ids = [int(token) for token in tokens]
-        if own.eos_id is not None and own.eos_id in ids:
-            ids = ids[: ids.index(own.eos_id)]
-        return own.decode(ids)
+        """Decodes ids up to, and without, the first EOS."""
+        own = self._vocabulary(feature)
+        return own.decode(before_stop(tokens, () if own.eos_id is None else (own.eos_id,)))
+
+    def _vocabulary(self, feature: str) -> Any:
+        """Returns the task's own vocabulary where there is one."""
+        return self._task.output_features[feature].vocabulary if self._task is not None else self._vocabularies[feature]
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -4,21 +4,23 @@ Objectives that make their own inputs and targets of plain text are in `denoisin
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from meshway.framework.data.objective import Items, Sizes, Spec, TaskInfo
-from meshway.framework.data.overlong import WHOLE, Overlong, check_policy
+from meshway.framework.data.overlong import POLICIES, WHOLE, Overlong, check_policy
 from meshway.framework.data.rows import packing
 from meshway.framework.data.rows.packing import Arrays, Example, Placement
 from meshway.framework.data.token_rows import (
-    BOS_ID,
     DECODER,
     ENCODER,
+    check_start,
     check_tokens,
     decoder_arrays,
     encoder_arrays,
+    shift_left,
     shift_right,
     token_spec,
 )
@@ -48,38 +50,48 @@ class EncoderDecoder:
     def bind(self, task: TaskInfo, lengths: Mapping[str, int]) -> "EncoderDecoderObjective":
         """Returns the objective of a task; UserError when task, lengths and converter do not fit."""
         check_tokens("EncoderDecoder", task, lengths, self.task_features)
-        return EncoderDecoderObjective(Overlong(self.overlong, task.name, dict(lengths)))
+        check_start("EncoderDecoder", task, least=1)
+        return EncoderDecoderObjective(Overlong(self.overlong, task.name, dict(lengths)), task.start)
 
 
 class LanguageModel:
-    """`targets` to a causal decoder, loss on every token.
+    """Tokens to a causal decoder, loss on every one of them, or on part of them.
 
     Args:
       pack: whether training rows hold several examples.
-      overlong: what becomes of an example longer than its length: 'split' into windows, which loses nothing,
-        'truncate', 'skip' or 'error'.
+      overlong: what becomes of an example longer than its lengths: 'split' into windows, which loses nothing,
+        'truncate', 'skip' or 'error'. None splits `targets`, and truncates where there are inputs.
+      inputs: whether `inputs` come before `targets`, without loss; still every token sees only those before it.
+      weights: whether the feature `weights` of the task, a number for each target, weighs the loss: 0 leaves it out.
     """
 
-    can_predict = False
-    task_features: tuple[str, ...] = ("targets",)
-
-    def __init__(self, pack: bool = True, overlong: str = "split") -> None:
-        self.pack = pack
-        self.overlong = check_policy(overlong, "LanguageModel")
+    def __init__(
+        self, pack: bool = True, overlong: str | None = None, inputs: bool = False, weights: bool = False
+    ) -> None:
+        self.pack, self.inputs, self.weights, self.can_predict = pack, inputs, weights, inputs
+        self.task_features: tuple[str, ...] = ("inputs", "targets") if inputs else ("targets",)
+        overlong = overlong or ("truncate" if inputs else "split")
+        self.overlong = check_policy(overlong, "LanguageModel", WHOLE if inputs else POLICIES)
 
     def spec(self, lengths: Mapping[str, int], batch_size: int) -> Spec:
         """Returns name -> ((batch, length), dtype) of a batch, for task feature `lengths` in tokens."""
-        return token_spec(DECODER, batch_size, lengths["targets"])
+        return token_spec(DECODER, batch_size, sum(lengths[name] for name in self.task_features))
 
-    def bind(self, task: TaskInfo, lengths: Mapping[str, int]) -> "LanguageModelObjective":
-        """Returns the objective of a task; UserError as `EncoderDecoder.bind`, and for a task with inputs."""
-        if "inputs" in task.features:
+    def bind(self, task: TaskInfo, lengths: Mapping[str, int]) -> "LanguageModelObjective | JoinedObjective":
+        """Returns the objective of a task; UserError as `EncoderDecoder.bind`, and for a task with unread inputs."""
+        if "inputs" in task.features and not self.inputs:
             raise UserError(
-                f"task {task.name!r} has 'inputs', which LanguageModel never reads; "
+                f"task {task.name!r} has 'inputs', which LanguageModel reads where LanguageModel.inputs is True; or "
                 "use the converter PrefixLanguageModel, or a task with 'targets' alone"
             )
         check_tokens("LanguageModel", task, lengths, self.task_features)
-        return LanguageModelObjective(Overlong(self.overlong, task.name, {"targets": lengths["targets"]}))
+        check_start("LanguageModel", task, least=0)
+        if self.weights:
+            _check_weights(task)
+        overlong = Overlong(self.overlong, task.name, {name: lengths[name] for name in self.task_features})
+        if self.inputs:
+            return JoinedObjective(overlong, task.start, prefix=False, weighted=self.weights)
+        return LanguageModelObjective(overlong, task.start, self.weights)
 
 
 class PrefixLanguageModel:
@@ -108,12 +120,12 @@ class PrefixLanguageModel:
         dtypes = {**DECODER, "decoder_prefix_mask": np.int32}
         return token_spec(dtypes, batch_size, lengths["inputs"] + lengths["targets"])
 
-    def bind(self, task: TaskInfo, lengths: Mapping[str, int]) -> "PrefixLanguageModelObjective":
+    def bind(self, task: TaskInfo, lengths: Mapping[str, int]) -> "JoinedObjective":
         """Returns the objective of a task; UserError when task, lengths and converter do not fit."""
         check_tokens("PrefixLanguageModel", task, lengths, self.task_features)
-        return PrefixLanguageModelObjective(
-            Overlong(self.overlong, task.name, dict(lengths)), self.loss_on_targets_only
-        )
+        check_start("PrefixLanguageModel", task, least=0)
+        overlong = Overlong(self.overlong, task.name, dict(lengths))
+        return JoinedObjective(overlong, task.start, loss_on_targets_only=self.loss_on_targets_only)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +133,7 @@ class EncoderDecoderObjective:
     """`EncoderDecoder` of one task."""
 
     overlong: Overlong
+    start: tuple[int, ...]
     cycle = 1
 
     @property
@@ -145,19 +158,22 @@ class EncoderDecoderObjective:
 
     def lay(self, items: Sequence[Example], placement: Placement) -> Arrays:
         laid = packing.lay_out(items, self.row_lengths, placement)
-        return encoder_arrays(laid) | decoder_arrays(laid, "targets")
+        return encoder_arrays(laid) | decoder_arrays(laid, "targets", self.start)
 
     def prompts(self, examples: Sequence[Example]) -> Arrays:
         items = [self.overlong.cut(example, 0) for example in examples]
         lengths = {"inputs": self.row_lengths["inputs"]}
-        return encoder_arrays(packing.lay_out(items, lengths, packing.one_each(len(items), list(lengths))))
+        arrays = encoder_arrays(packing.lay_out(items, lengths, packing.one_each(len(items), list(lengths))))
+        return arrays | {"decoder_input_tokens": np.full((len(items), 1), self.start[0], np.int32)}
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelObjective:
-    """`LanguageModel` of one task."""
+    """`LanguageModel` of one task without inputs."""
 
     overlong: Overlong
+    start: tuple[int, ...]
+    weighted: bool
     cycle = 1
 
     @property
@@ -178,21 +194,44 @@ class LanguageModelObjective:
         return self.overlong.measure(sizes, items.part)
 
     def convert(self, example: Example, index: int, part: int, epoch: int, seed: int) -> dict[str, np.ndarray]:
-        return self.overlong.cut(example, part)
+        cut = self.overlong.cut(example, part)
+        if not self.weighted:
+            return cut
+        limit = self.overlong.limits["targets"]
+        weights = _weights_of(example, self.overlong.task_name)[part * limit : (part + 1) * limit]
+        return cut | {"weights": weights}
 
     def lay(self, items: Sequence[Example], placement: Placement) -> Arrays:
-        return decoder_arrays(packing.lay_out(items, self.row_lengths, placement), "targets")
+        laid = packing.lay_out(items, self.row_lengths, placement)
+        arrays = decoder_arrays(laid, "targets", self.start)
+        if self.weighted:
+            arrays["decoder_loss_weights"] *= _beside(items, "weights", "targets", laid, placement, self.start)
+        return arrays
 
     def prompts(self, examples: Sequence[Example]) -> Arrays:
-        raise UserError("LanguageModel tasks have no inputs to predict from; use PrefixLanguageModel for prediction")
+        raise UserError(
+            "LanguageModel tasks have no inputs to predict from; set LanguageModel.inputs, or use PrefixLanguageModel"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
-class PrefixLanguageModelObjective:
-    """`PrefixLanguageModel` of one task: a row's one feature is `sequence`, inputs and targets joined."""
+class JoinedObjective:
+    """`PrefixLanguageModel`, or `LanguageModel` with inputs, of one task: a row's one feature is `sequence`, inputs and
+    targets joined.
+
+    Attributes:
+      overlong: what becomes of long examples.
+      start: what the decoder reads first.
+      loss_on_targets_only: whether inputs carry no loss.
+      prefix: whether batches have `decoder_prefix_mask`.
+      weighted: whether `weights` weigh the loss of targets.
+    """
 
     overlong: Overlong
-    loss_on_targets_only: bool
+    start: tuple[int, ...]
+    loss_on_targets_only: bool = True
+    prefix: bool = True
+    weighted: bool = False
     cycle = 1
 
     @property
@@ -216,43 +255,90 @@ class PrefixLanguageModelObjective:
     def convert(self, example: Example, index: int, part: int, epoch: int, seed: int) -> dict[str, np.ndarray]:
         kept = self.overlong.cut(example, part)
         sequence = np.concatenate([kept["inputs"], kept["targets"]])
-        return {"sequence": sequence, "is_input": np.arange(len(sequence)) < len(kept["inputs"])}
+        item = {"sequence": sequence, "is_input": np.arange(len(sequence)) < len(kept["inputs"])}
+        if self.weighted:
+            weights = _weights_of(example, self.overlong.task_name)[: len(kept["targets"])]
+            item["weights"] = np.concatenate([np.zeros(len(kept["inputs"]), np.float32), weights])
+        return item
 
     def lay(self, items: Sequence[Example], placement: Placement) -> Arrays:
-        return prefix_arrays(items, self.row_lengths["sequence"], placement, self.loss_on_targets_only)
+        laid = packing.lay_out(items, self.row_lengths, placement)
+        arrays = decoder_arrays(laid, "sequence", self.start)
+        is_input = _beside(items, "is_input", "sequence", laid, placement, self.start)
+        if self.loss_on_targets_only:
+            arrays["decoder_loss_weights"] *= 1 - is_input
+        if self.weighted:
+            arrays["decoder_loss_weights"] *= _beside(items, "weights", "sequence", laid, placement, self.start)
+        if self.prefix:
+            arrays["decoder_prefix_mask"] = self._prefix_mask(items, laid, placement)
+        return arrays
+
+    def _prefix_mask(self, items: Sequence[Example], laid: Arrays, placement: Placement) -> np.ndarray:
+        real = laid["sequence_segment_ids"] > 0
+        if not self.loss_on_targets_only:
+            return np.zeros(real.shape, np.int32)
+        is_input = _lay_beside(items, "is_input", "sequence", laid, placement).astype(np.int32)
+        # The start token belongs to the prefix, hence 1 at the head of each segment.
+        return (shift_right(is_input, laid["sequence_positions"], 1) if self.start else is_input) * real
 
     def prompts(self, examples: Sequence[Example]) -> Arrays:
-        """Returns [examples, 1 + inputs length] arrays: `decoder_input_tokens` is the start token, then the inputs.
+        """Returns [examples, start + inputs length] arrays: `decoder_input_tokens` is the start, then the inputs.
 
         Targets and weights are 0. With `loss_on_targets_only` off the prefix mask is 0, as it was in training.
         """
         kept = [self.overlong.cut(example, 0)["inputs"] for example in examples]
-        starts = [{"sequence": np.concatenate([[BOS_ID], inputs])} for inputs in kept]
-        lengths = {"sequence": self.overlong.limits["inputs"] + 1}
+        starts = [{"sequence": np.concatenate([np.array(self.start, np.int32), inputs])} for inputs in kept]
+        if not all(len(each["sequence"]) for each in starts):
+            raise UserError(
+                f"task {self.overlong.task_name!r} has an example without inputs, and the decoder starts from nothing: "
+                "there is nothing to predict from"
+            )
+        lengths = {"sequence": self.overlong.limits["inputs"] + len(self.start)}
         laid = packing.lay_out(starts, lengths, packing.one_each(len(starts), list(lengths)))
         real = laid["sequence_segment_ids"]
-        return {
+        arrays = {
             "decoder_input_tokens": laid["sequence"],
             "decoder_target_tokens": np.zeros_like(real),
             "decoder_loss_weights": np.zeros(real.shape, np.float32),
             "decoder_segment_ids": real,
             "decoder_positions": laid["sequence_positions"],
-            "decoder_prefix_mask": real.copy() if self.loss_on_targets_only else np.zeros_like(real),
         }
+        mask = {"decoder_prefix_mask": real.copy() if self.loss_on_targets_only else np.zeros_like(real)}
+        return arrays | (mask if self.prefix else {})
 
 
-def prefix_arrays(
-    items: Sequence[Example], length: int, placement: Placement, loss_on_targets_only: bool = True
-) -> Arrays:
-    """Returns the decoder's batch features of {'sequence', 'is_input'} items, with `decoder_prefix_mask`."""
-    offset = placement.offsets["sequence"]
-    both = dataclasses.replace(placement, offsets={"sequence": offset, "is_input": offset})
-    laid = packing.lay_out(items, {"sequence": length, "is_input": length}, both)
-    arrays = decoder_arrays(laid, "sequence")
-    if not loss_on_targets_only:
-        return arrays | {"decoder_prefix_mask": np.zeros_like(laid["is_input"])}
-    real = laid["sequence_segment_ids"] > 0
-    # The start token belongs to the prefix, hence 1 at the head of each segment.
-    arrays["decoder_prefix_mask"] = shift_right(laid["is_input"], laid["sequence_positions"], 1) * real
-    arrays["decoder_loss_weights"] *= 1 - laid["is_input"]
-    return arrays
+def _lay_beside(items: Sequence[Example], name: str, feature: str, laid: Arrays, placement: Placement) -> np.ndarray:
+    """Returns the items' `name`, a number for each token of row feature `feature`, laid out as that, float32."""
+    values = [np.zeros(1, np.float32), *[np.asarray(item[name], np.float32) for item in items]]
+    ends = np.cumsum([len(each) for each in values])
+    places = [{feature: np.arange(begin, end)} for begin, end in itertools.pairwise(ends)]
+    # Places of numbers are laid out, as tokens are whole; 0 is where there is none.
+    return np.concatenate(values)[packing.lay_out(places, {feature: laid[feature].shape[1]}, placement)[feature]]
+
+
+def _beside(
+    items: Sequence[Example], name: str, feature: str, laid: Arrays, placement: Placement, start: Sequence[int]
+) -> np.ndarray:
+    """Returns the same where each token is predicted: one place earlier where the decoder starts from no token."""
+    values = _lay_beside(items, name, feature, laid, placement)
+    return values if start else shift_left(values, laid[f"{feature}_positions"])
+
+
+def _check_weights(task: TaskInfo) -> None:
+    info = task.features.get("weights")
+    if info is None or len(info.shape) != 1 or info.dtype == "bytes":
+        found = "has none" if info is None else f"has {info.dtype} {list(info.shape)}"
+        raise UserError(
+            f"task {task.name!r}: LanguageModel.weights needs a feature 'weights', a number for each target; it {found}"
+        )
+
+
+def _weights_of(example: Example, task_name: str) -> np.ndarray:
+    """Returns an example's loss weights, float32 [targets]."""
+    weights, targets = np.asarray(example["weights"], np.float32), len(example["targets"])
+    if len(weights) != targets:
+        raise UserError(
+            f"task {task_name!r}: an example has {targets} targets and {len(weights)} weights; each target, EOS too, "
+            "needs one"
+        )
+    return weights

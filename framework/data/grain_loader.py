@@ -28,9 +28,9 @@ from meshway.framework.data.rows.online_source import OnlineSource
 from meshway.framework.data.rows.online_steps import numpy_steps
 from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.data.rows.row_stream import RowStream, Source
-from meshway.framework.data.task_data import check_arguments, vocabularies_of, with_split
+from meshway.framework.data.task_data import check_arguments, framing_of, vocabularies_of, with_split
 from meshway.framework.data.vocabularies import check_named, load
-from meshway.framework.data.vocabulary import Vocabulary
+from meshway.framework.data.vocabulary import Framing, Vocabulary
 from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.files import local_path
@@ -87,6 +87,8 @@ class CachedData:
       rates: other mixing rates from given steps on.
       num_workers: processes that prepare batches; 0: a thread. None: measured, a thread unless batches are slow.
       vocabularies: the vocabulary expected of each feature; any other is an error.
+      start: ids that a decoder reads before a text; None goes by the vocabulary of `targets` (its BOS, T5's 0).
+      stop_ids: ids that end a prediction; None: the EOS of that vocabulary.
     """
 
     def __init__(
@@ -106,6 +108,8 @@ class CachedData:
         rates: Sequence[Rates] = (),
         num_workers: int | None = None,
         vocabularies: Mapping[str, Any] | None = None,
+        start: Sequence[int] | None = None,
+        stop_ids: Sequence[int] | None = None,
     ) -> None:
         check_arguments("CachedData", batch_size, seed, eval_examples)
         self.name = mixture_or_task_name
@@ -123,6 +127,7 @@ class CachedData:
         self._changes = list(rates)
         self._num_workers = num_workers
         self._named = dict(vocabularies or {})
+        self._start, self._stop_ids = start, stop_ids
 
     def train(self, rows: slice) -> "RowStream | WorkerStream":
         """Opens the endless training stream; `rows` are this process's rows of each global batch.
@@ -156,9 +161,14 @@ class CachedData:
                 examples = InMemory(self._steps(task)(examples.read(range(len(examples))), EVAL_SEED))
             if self._eval_examples is not None:
                 examples = First(examples, self._eval_examples)
-            arguments = (self.converter, self.lengths, self.batch_size, vocabularies, task.task)
+            stop = self._framing.stop if self._framing else ()
+            arguments = (self.converter, self.lengths, self.batch_size, vocabularies, task.task, stop)
             result.append(TaskEvaluation(task.name, examples, objective, *arguments))
         return result
+
+    def framing(self) -> Framing | None:
+        """Returns what decoders read before a text, and what ends a prediction; None where no `targets` hold text."""
+        return framing_of(self.vocabularies(), self._start, self._stop_ids)
 
     def vocabularies(self) -> dict[str, Vocabulary]:
         """Returns the vocabulary of each feature that the converter reads and that holds text."""
@@ -171,6 +181,10 @@ class CachedData:
             found |= {name: load(task.directory / "vocabularies", name) for name in texts}
         check_named(self.name, found, self._named)
         return found
+
+    @functools.cached_property
+    def _framing(self) -> Framing | None:
+        return self.framing()
 
     @functools.cached_property
     def tasks(self) -> list[CachedTask]:
@@ -235,7 +249,9 @@ class CachedData:
             promised = {name: cached.features[name] for name in promised if name in cached.features.keys() - empty}
         else:
             empty = set()
-        objective = self.converter.bind(TaskInfo(task.name, promised, frozenset(empty)), self.lengths)
+        framing = self._framing
+        info = TaskInfo(task.name, promised, framing.start if framing else (), frozenset(empty))
+        objective = self.converter.bind(info, self.lengths)
         return objective, Stepped(cached, steps, objective.trims) if steps else cached, steps is None
 
     def _source(self, task: CachedTask) -> Source:

@@ -60,11 +60,13 @@ class TaskInfo:
     Attributes:
       name: the task.
       features: those that hold something in some example.
+      start: ids that a decoder reads before the first token; T5's here, for tasks that no data source opened.
       empty: names of those that hold nothing in any.
     """
 
     name: str
     features: Mapping[str, FeatureInfo]
+    start: tuple[int, ...] = (0,)
     empty: frozenset[str] = frozenset()
 
     def lacks(self, name: str, kind: str) -> str:

@@ -20,8 +20,8 @@ from meshway.framework.data.rows.examples import InMemory
 from meshway.framework.data.rows.order import key_of
 from meshway.framework.data.rows.packing import Arrays, Example
 from meshway.framework.data.rows.row_source import RowSource
-from meshway.framework.data.task_data import check_arguments, vocabularies_of, with_split
-from meshway.framework.data.vocabulary import Vocabulary
+from meshway.framework.data.task_data import check_arguments, framing_of, vocabularies_of, with_split
+from meshway.framework.data.vocabulary import Framing, Vocabulary
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Batch
 
@@ -46,6 +46,8 @@ class SeqioData:
       shuffle: whether seqio shuffles, by files and a buffer.
       use_cached: read the tasks from seqio's own offline cache (made by seqio_cache_tasks).
       vocabularies: the vocabulary expected of each feature; any other is an error.
+      start: ids that a decoder reads before a text; None goes by the vocabulary of `targets` (its BOS, T5's 0).
+      stop_ids: ids that end a prediction; None: the EOS of that vocabulary.
     """
 
     def __init__(
@@ -62,6 +64,8 @@ class SeqioData:
         shuffle: bool = True,
         use_cached: bool = False,
         vocabularies: Mapping[str, Any] | None = None,
+        start: Sequence[int] | None = None,
+        stop_ids: Sequence[int] | None = None,
     ) -> None:
         check_arguments("SeqioData", batch_size, seed, eval_examples)
         self.name = mixture_or_task_name
@@ -76,6 +80,7 @@ class SeqioData:
         self._shuffle = shuffle
         self._use_cached = use_cached
         self._named = dict(vocabularies or {})
+        self._start, self._stop_ids = start, stop_ids
 
     def train(self, rows: slice) -> "SeqioStream":
         """Opens the endless training stream; `rows` are this process's rows of each global batch.
@@ -116,13 +121,22 @@ class SeqioData:
                 self.batch_size,
                 vocabularies,
                 task,
+                self._framing.stop if self._framing else (),
             )
             for task in self._with_split(split, "evaluation")
         ]
 
+    def framing(self) -> Framing | None:
+        """Returns what decoders read before a text, and what ends a prediction; None where no `targets` hold text."""
+        return framing_of(self.vocabularies(), self._start, self._stop_ids)
+
     def vocabularies(self) -> dict[str, Vocabulary]:
         """Returns the vocabulary of each feature that the converter reads."""
         return vocabularies_of(self.name, self._tasks, self.converter, self._named)
+
+    @functools.cached_property
+    def _framing(self) -> Framing | None:
+        return self.framing()
 
     @functools.cached_property
     def _provider(self) -> Any:
@@ -149,7 +163,8 @@ class SeqioData:
         return [task for task in self._tasks if task.name in having]
 
     def _objective(self, task: Any) -> Objective:
-        return self.converter.bind(TaskInfo(task.name, seqio_steps.declared(task)), self.lengths)
+        start = self._framing.start if self._framing else ()
+        return self.converter.bind(TaskInfo(task.name, seqio_steps.declared(task), start), self.lengths)
 
     def _stream(self, shard: int, num_shards: int) -> Iterator[Example]:
         """Yields this process's examples, without end."""

@@ -8,7 +8,7 @@ from meshway.framework.data.objective import Converter
 from meshway.framework.data.seqio_door import task_errors
 from meshway.framework.data.seqio_steps import declared
 from meshway.framework.data.vocabularies import check_named, of_seqio
-from meshway.framework.data.vocabulary import Vocabulary
+from meshway.framework.data.vocabulary import Framing, Vocabulary
 from meshway.framework.errors import UserError, did_you_mean
 
 
@@ -36,6 +36,21 @@ def vocabularies_of(
         found = {feature: of_seqio(features[feature].vocabulary) for feature in read}
     check_named(name, {feature: features[feature].vocabulary for feature in read}, named)
     return found
+
+
+def framing_of(
+    vocabularies: Mapping[str, Vocabulary], start: Sequence[int] | None, stop_ids: Sequence[int] | None
+) -> Framing | None:
+    """Returns what stands around texts, None where no decoder's are read.
+
+    Args:
+      vocabularies: by feature.
+      start, stop_ids: what the recipe says; None goes by the vocabulary of `targets`.
+
+    Raises:
+      UserError: these are no ids of it.
+    """
+    return Framing.of(vocabularies["targets"], start, stop_ids) if "targets" in vocabularies else None
 
 
 def with_split(tasks: Mapping[str, Sequence[str]], split: str, purpose: str, name: str) -> list[str]:

@@ -12,8 +12,6 @@ from meshway.framework.data.objective import Spec, TaskInfo
 from meshway.framework.data.rows.packing import Arrays
 from meshway.framework.errors import UserError, did_you_mean
 
-BOS_ID = 0  # what the decoder reads first, T5's choice: the padding id doubles as the start token
-
 DECODER: Mapping[str, type] = {
     "decoder_input_tokens": np.int32,
     "decoder_target_tokens": np.int32,
@@ -42,13 +40,21 @@ def encoder_arrays(laid: Arrays) -> Arrays:
     }
 
 
-def decoder_arrays(laid: Arrays, name: str) -> Arrays:
-    """Returns the decoder's batch features of `packing.lay_out`'s arrays of row feature `name`."""
-    segment_ids, positions = laid[f"{name}_segment_ids"], laid[f"{name}_positions"]
+def decoder_arrays(laid: Arrays, name: str, start: Sequence[int]) -> Arrays:
+    """Returns the decoder's batch features of `packing.lay_out`'s arrays of row feature `name`.
+
+    Args:
+      laid: the arrays.
+      name: the row feature.
+      start: the id that the decoder reads before each segment; () for none: then nothing predicts its first token.
+    """
+    tokens, segment_ids, positions = laid[name], laid[f"{name}_segment_ids"], laid[f"{name}_positions"]
+    real = (segment_ids > 0).astype(np.float32)
+    read = np.where(segment_ids > 0, shift_right(tokens, positions, start[0]), 0) if start else tokens
     return {
-        "decoder_input_tokens": shift_right(laid[name], positions, BOS_ID),
-        "decoder_target_tokens": laid[name],
-        "decoder_loss_weights": (segment_ids > 0).astype(np.float32),
+        "decoder_input_tokens": read,
+        "decoder_target_tokens": tokens if start else shift_left(tokens, positions),
+        "decoder_loss_weights": real if start else shift_left(real, positions),
         "decoder_segment_ids": segment_ids,
         "decoder_positions": positions,
     }
@@ -57,6 +63,22 @@ def decoder_arrays(laid: Arrays, name: str) -> Arrays:
 def shift_right(tokens: np.ndarray, positions: np.ndarray, first: int) -> np.ndarray:
     """Shifts each segment right by one, `first` at its head; [rows, length] each."""
     return np.where(positions == 0, np.int32(first), np.roll(tokens, 1, axis=1))
+
+
+def shift_left(values: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Shifts each segment left by one, 0 at its end; [rows, length] each."""
+    following, rest = np.roll(values, -1, axis=1), np.roll(positions, -1, axis=1) == positions + 1
+    rest[:, -1:] = False
+    return np.where(rest, following, np.zeros((), values.dtype))
+
+
+def check_start(kind: str, task: TaskInfo, least: int) -> None:
+    """Raises UserError unless the task's decoder starts from one id, or from none where `least` is 0."""
+    if not least <= len(task.start) <= 1:
+        raise UserError(
+            f"task {task.name!r}: under {kind} a decoder starts from {'one id' if least else 'one id or none'}, not "
+            f"from {list(task.start)}; say which by the data's setting `start`, such as CachedData.start = [0]"
+        )
 
 
 def check_tokens(kind: str, task: TaskInfo, lengths: Mapping[str, int], features: Sequence[str]) -> None:

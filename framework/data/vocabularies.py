@@ -3,6 +3,7 @@
 `of_seqio` turns a task's seqio vocabulary into one of these; ids and text are the same as seqio's.
 """
 
+import dataclasses
 import functools
 import json
 import threading
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from meshway.framework.data import detokenizing
-from meshway.framework.data.vocabulary import Vocabulary
+from meshway.framework.data.vocabulary import Framing, Vocabulary
 from meshway.framework.errors import UserError, did_you_mean
 
 _SAMPLE = "The 2 foxes' naïve \u201cjump\u201d:\n\tx = f(a[i], 0.5)  # über 東京 ☃"  # tells opaque vocabularies apart
@@ -58,6 +59,7 @@ class SentencePiece(Vocabulary):
         self._denormalizes = bool(proto.denormalizer_spec.precompiled_charsmap)
         self._keeps_spaces = normalizer.add_dummy_prefix and not normalizer.remove_extra_whitespaces
         self._shown: dict[int, str] = {}
+        self.start = _first_of(self._processor.bos_id(), self._processor.pad_id(), eos_id)
 
     def encode(self, text: str) -> list[int]:
         return self._processor.EncodeAsIds(text)
@@ -100,7 +102,7 @@ class Bytes(Vocabulary):
     def __init__(self, extra_ids: int = 0) -> None:
         self.extra_ids = extra_ids
         self.size = self._first_extra + extra_ids
-        self.eos_id, self.unk_id = 1, 2
+        self.eos_id, self.unk_id, self.start = 1, 2, (0,)
 
     def encode(self, text: str) -> list[int]:
         return [byte + 3 for byte in text.encode("utf-8")]
@@ -173,11 +175,21 @@ class HuggingFace(Vocabulary):
         self._decoder = described.get("decoder")
         self._byte_level = "ByteLevel" in json.dumps(self._decoder)
         self._shown: dict[int, str] = {}
+        pads = [token["id"] for token in described.get("added_tokens") or () if token["content"] == "<pad>"]
+        # T5's order has padding at 0, and starts from it; GPT-2's texts follow the EOS of the one before.
+        self.start = self.template()[0] or _first_of(*(token for token in pads if token == 0), eos_id)
 
     @property
     def ids(self) -> dict[str, int]:
         """The id of each token, added ones too."""
         return self._tokenizer.get_vocab(with_added_tokens=True)
+
+    def template(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Returns the ids that the file's post-processor puts before a text, and after it."""
+        framed, plain = (self._tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
+        starts = range(len(framed) - len(plain) + 1)
+        start = next((n for n in starts if framed[n : n + len(plain)] == plain), 0)
+        return tuple(framed[:start]), tuple(framed[start + len(plain) :])
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -226,6 +238,7 @@ class Opaque(Vocabulary):
       unk_id: of unknown text.
       extra_ids: how many ids at the top are sentinels.
       sample: ids of a fixed text, to tell two of one size apart; () if it encodes none.
+      bos_id: what a text begins with; None: seqio's padding, 0.
     """
 
     kind = "opaque"
@@ -238,9 +251,11 @@ class Opaque(Vocabulary):
         unk_id: int | None = None,
         extra_ids: int = 0,
         sample: Sequence[int] = (),
+        bos_id: int | None = None,
     ) -> None:
         self.name, self.size, self.extra_ids = name, size, extra_ids
-        self.eos_id, self.unk_id = eos_id, unk_id
+        self.eos_id, self.unk_id, self._bos_id = eos_id, unk_id, bos_id
+        self.start = _first_of(bos_id, self.pad_id)
         self._sample = list(sample)
 
     def encode(self, text: str) -> list[int]:
@@ -261,7 +276,8 @@ class Opaque(Vocabulary):
 
     def _settings(self) -> dict[str, Any]:
         names = ("name", "size", "eos_id", "unk_id", "extra_ids")
-        return {name: getattr(self, name) for name in names} | {"sample": self._sample}
+        bos = {} if self._bos_id is None else {"bos_id": self._bos_id}
+        return {name: getattr(self, name) for name in names} | {"sample": self._sample} | bos
 
 
 def load(directory: Path, name: str) -> Vocabulary:
@@ -286,6 +302,30 @@ def load(directory: Path, name: str) -> Vocabulary:
     return vocabulary
 
 
+def read_framing(run: Path) -> Framing:
+    """Returns what a run's vocabularies.json says of its texts; older versions wrote nothing and started from 0.
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
+    path = Path(run) / "vocabularies.json"
+    try:
+        index = json.loads(path.read_text("utf-8"))
+        names = list(index["features"])
+    except FileNotFoundError as error:
+        raise UserError(f"{run} holds no vocabularies ({path.name}): its text cannot be read or written") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if "targets" not in names:
+        raise UserError(f"{path} names no vocabulary of 'targets', only of {sorted(names)}")
+    targets = load(path.parent / "vocabularies", "targets")
+    try:
+        framing = Framing.of(targets, index.get("start", [0]), index.get("stop"))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return dataclasses.replace(framing, append_eos=index.get("append_eos"))
+
+
 def of_seqio(vocabulary: Any) -> Vocabulary:
     """Returns the same vocabulary without seqio; told by its class, so seqio is not imported.
 
@@ -305,7 +345,11 @@ def of_seqio(vocabulary: Any) -> Vocabulary:
         return HuggingFace(vocabulary.tokenizer_json.encode("utf-8"), vocabulary.eos_id, extra_ids)
     name = f"{type(vocabulary).__module__}.{type(vocabulary).__qualname__}"
     eos_id, unk_id = (_optional(getattr(vocabulary, attribute)) for attribute in ("eos_id", "unk_id"))
-    return Opaque(name, int(vocabulary.vocab_size), eos_id, unk_id, extra_ids, _sample_ids(vocabulary))
+    try:
+        bos_id = _optional(vocabulary.bos_id)
+    except NotImplementedError:  # seqio's base class, of those that have none
+        bos_id = None
+    return Opaque(name, int(vocabulary.vocab_size), eos_id, unk_id, extra_ids, _sample_ids(vocabulary), bos_id)
 
 
 def check_named(task_name: str, vocabularies: Mapping[str, Any], named: Mapping[str, Any]) -> None:
@@ -334,6 +378,11 @@ def check_named(task_name: str, vocabularies: Mapping[str, Any], named: Mapping[
                 f"task {task_name!r}, feature {feature!r}: the task is registered with a {own}, the recipe names a "
                 f"{given}; name the task's own, or register the task with the recipe's"
             )
+
+
+def _first_of(*ids: int | None) -> tuple[int, ...]:
+    """Returns the first id that there is (SentencePiece says -1 of none)."""
+    return next(((token,) for token in ids if token is not None and token >= 0), ())
 
 
 _KINDS: dict[str, Any] = {cls.kind: cls for cls in (SentencePiece, Bytes, HuggingFace, Opaque)}

@@ -26,6 +26,9 @@ class Vocabulary(abc.ABC):
       pad_id: always 0, as seqio has it. Of no weight here: padding is told by segment ids, never by token id.
       extra_ids: how many ids are sentinels.
       sentinels: those ids, <extra_id_0> first, where they are not the highest, from the top down; else ().
+      extra_ids: how many ids at the top are sentinels.
+      start: ids that a decoder reads before the first token of a text, where nobody says otherwise: the vocabulary's
+        BOS, T5's padding id, or the EOS that ended the text before; () if it has none of these.
     """
 
     kind: ClassVar[str]
@@ -36,6 +39,7 @@ class Vocabulary(abc.ABC):
     pad_id: int = 0
     extra_ids: int
     sentinels: tuple[int, ...] = ()
+    start: tuple[int, ...]
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -132,11 +136,51 @@ class Framing:
 
     Attributes:
       start: ids that the decoder reads before anything else; () for none.
-      append_eos: whether inputs end with EOS.
+      append_eos: whether inputs end with EOS; None where nobody said: those of an encoder do.
+      stop: ids that end a prediction; () for none.
     """
 
     start: tuple[int, ...]
-    append_eos: bool
+    append_eos: bool | None = None
+    stop: tuple[int, ...] = ()
+
+    @classmethod
+    def of(
+        cls, vocabulary: Vocabulary, start: Sequence[int] | None = None, stop_ids: Sequence[int] | None = None
+    ) -> "Framing":
+        """Returns what a recipe says of the texts of `vocabulary`; None goes by the vocabulary.
+
+        Raises:
+          UserError: these are no ids of it.
+        """
+        own = () if vocabulary.eos_id is None else (vocabulary.eos_id,)
+        begin = vocabulary.start if start is None else check_ids("start", start, vocabulary.size)
+        stop = own if stop_ids is None else check_ids("stop_ids", stop_ids, vocabulary.size)
+        return cls(begin, None, tuple(dict.fromkeys(stop)))
+
+
+def source_framing(source: Any) -> Framing | None:
+    """Returns what a data source says of its texts, else what the vocabulary of its `targets` does, if any."""
+    if hasattr(source, "framing"):
+        found: Framing | None = source.framing()
+        return found
+    targets = source.vocabularies().get("targets")
+    return None if targets is None else Framing.of(targets)
+
+
+def before_stop(tokens: Sequence[int], stop: Sequence[int]) -> list[int]:
+    """Returns the ids before the first that is one of `stop`."""
+    ids = [int(token) for token in tokens]
+    return ids[: next((place for place, token in enumerate(ids) if token in stop), len(ids))]
+
+
+def check_ids(name: str, ids: Any, size: int) -> tuple[int, ...]:
+    """Returns ids as a tuple; UserError, naming the setting, unless they are whole numbers from 0 to below `size`."""
+    given = list(ids) if isinstance(ids, list | tuple) else [None]
+    for token in given:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < size:
+            raise UserError(f"{name} must be a list of ids below {size}, the size of the vocabulary, not {ids!r}")
+    return tuple(given)
 
 
 def _write(path: Path, data: bytes) -> None:

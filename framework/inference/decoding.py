@@ -39,7 +39,7 @@ jax.tree_util.register_dataclass(Decoded, ["tokens", "lengths", "log_probs", "sc
 class Stop:
     """What ends a prediction: a token of `tokens`, or that its last tokens are one of `sequences`."""
 
-    tokens: Sequence[int] = (1,)
+    tokens: Sequence[int] = ()
     sequences: Sequence[Sequence[int]] = ()
 
     def __post_init__(self) -> None:

@@ -19,7 +19,8 @@ class RowFormat:
     Attributes:
       has_encoder: inputs go to an encoder; else inputs and targets are one sequence.
       has_prefix: inputs of that sequence see each other both ways (prefix LM).
-      start: what the decoder reads before anything else: T5X's 0, a model's own BOS, or nothing.
+      start: what the decoder reads before anything else: T5X's 0, a model's own BOS, or nothing. T5's where no run
+        is at hand.
     """
 
     has_encoder: bool
@@ -31,7 +32,7 @@ class RowFormat:
         """Returns the format of a model.
 
         Raises:
-          UserError: it reads no tokens, or predicts none.
+          UserError: it reads no tokens, or predicts none; `start` is not one id, and there is an encoder.
         """
         names = set(model.batch_spec(1, {"inputs": 1, "targets": 1}))
         if "decoder_input_tokens" not in names:
@@ -39,6 +40,8 @@ class RowFormat:
                 f"{type(model).__name__} has no decoder: it neither predicts nor scores text (its batches hold "
                 f"{', '.join(sorted(names))})"
             )
+        if "encoder_input_tokens" in names and len(start) != 1:
+            raise UserError(f"a decoder that predicts from an encoder starts from one id, not from {list(start)}")
         return cls("encoder_input_tokens" in names, "decoder_prefix_mask" in names, tuple(start))
 
     def prompt_size(self, inputs: Tokens) -> int:
@@ -52,7 +55,8 @@ class RowFormat:
           ValueError: an example takes more than `length` tokens, or none at all.
         """
         if self.has_encoder:
-            return _encoder(inputs, length)
+            start = np.full((len(inputs), 1), self.start[0], np.int32)
+            return _encoder(inputs, length) | {"decoder_input_tokens": start}
         sequences = [[*self.start, *each] for each in inputs]
         tokens, segments, positions = _filled(sequences, length)
         arrays = {

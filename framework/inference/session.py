@@ -85,8 +85,7 @@ class Session:
                 "stop: beam search compares hypotheses that end by a token, and cannot end them by a text: leave out "
                 "either"
             )
-        eos = self.text.targets.eos_id
-        ends = Stop(() if eos is None else (eos,))
+        ends = Stop(self.text.stop)
         return Engine(self.placed, self.params, self.row_format, decoder, ends, batch_size, seed)
 
 

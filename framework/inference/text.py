@@ -1,13 +1,12 @@
 """Text as a model reads and writes it: vocabularies, and what stands before and after."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from meshway.framework.data import vocabularies
-from meshway.framework.data.vocabulary import Vocabulary
+from meshway.framework.data.vocabulary import Vocabulary, before_stop
 from meshway.framework.errors import UserError
 
 
@@ -18,6 +17,7 @@ class Text:
     Attributes:
       inputs, targets: the vocabularies of both features.
       start: ids that the decoder reads before anything else; see `RowFormat`.
+      stop: ids that end a prediction.
       end: ids after every input, such as T5's EOS; () for inputs that a prediction goes on from.
       target_end: ids after every target that is scored.
       stops: texts that end a prediction, each where it first stands in the text of the prediction, which ends with it.
@@ -25,7 +25,8 @@ class Text:
 
     inputs: Vocabulary
     targets: Vocabulary
-    start: tuple[int, ...] = (0,)
+    start: tuple[int, ...]
+    stop: tuple[int, ...] = ()
     end: tuple[int, ...] = ()
     target_end: tuple[int, ...] = ()
     stops: tuple[str, ...] = ()
@@ -43,7 +44,7 @@ class Text:
         return _ids(self.targets, value, ())
 
     def write(self, tokens: Sequence[int]) -> str:
-        """Returns the text of predicted ids up to EOS, and without it, or up to the end of the first of `stops`."""
+        """Returns the text of predicted ids before one that ends them, or up to the end of the first of `stops`."""
         return self.ended(tokens)[1]
 
     def ended(self, tokens: Sequence[int]) -> tuple[int, str]:
@@ -52,7 +53,7 @@ class Text:
         Where one of `stops` is in the text, those are the fewest ids whose text reaches to its end: the text is cut
         there, though the last of the ids may say more. Else they are all ids.
         """
-        ids = self._before_eos(tokens)
+        ids = before_stop(tokens, self.stop)
         text = self.targets.decode(ids)
         end = StopSearch(self.stops).feed(text)
         if end is None:
@@ -69,28 +70,24 @@ class Text:
         """Returns what writes a prediction while it is made."""
         return TextStream(self)
 
-    def _before_eos(self, tokens: Sequence[int]) -> list[int]:
-        ids, eos = [int(token) for token in tokens], self.targets.eos_id
-        return ids[: ids.index(eos)] if eos is not None and eos in ids else ids
-
 
 class TextStream:
     """Writes one prediction token by token: the pieces joined are what `Text.write` makes of all tokens.
 
     Attributes:
-      ended: whether nothing more comes: EOS was fed, or a text that stops.
+      ended: whether nothing more comes: an id that ends a prediction was fed, or a text that stops.
     """
 
     def __init__(self, text: Text) -> None:
         self.ended = False
-        self._vocabulary, self._search = text.targets, StopSearch(text.stops)
+        self._vocabulary, self._ends, self._search = text.targets, text.stop, StopSearch(text.stops)
         self._written = text.targets.detokenizer()
 
     def feed(self, token: int) -> str:
         """Returns the piece of text that is certain with one more token; "" once it has ended."""
         if self.ended:
             return ""
-        if token == self._vocabulary.eos_id:
+        if token in self._ends:
             return self.finish()
         return self._cut(self._written.feed(self._vocabulary.known(token)))
 
@@ -150,25 +147,17 @@ def load_text(run: Path, has_encoder: bool, append_eos: bool | None = None) -> T
     Raises:
       UserError: no vocabularies are there, or they cannot be read.
     """
-    index = run / "vocabularies.json"
-    try:
-        saved = json.loads(index.read_text("utf-8"))
-        features = saved["features"]
-        start = tuple(int(token) for token in saved.get("start", (0,)))
-    except FileNotFoundError as error:
-        raise UserError(f"{run} holds no vocabularies ({index.name}): its text cannot be read or written") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index} cannot be read: {error}") from error
-    if "targets" not in features:
-        raise UserError(f"{index} names no vocabulary of 'targets', only of {sorted(features)}")
+    framing = vocabularies.read_framing(run)
     targets = vocabularies.load(run / "vocabularies", "targets")
-    inputs = vocabularies.load(run / "vocabularies", "inputs") if "inputs" in features else targets
+    has_inputs = (run / "vocabularies" / "inputs.json").is_file()
+    inputs = vocabularies.load(run / "vocabularies", "inputs") if has_inputs else targets
 
     def end(vocabulary: Vocabulary) -> tuple[int, ...]:
         return () if vocabulary.eos_id is None else (vocabulary.eos_id,)
 
-    ends = saved.get("append_eos", has_encoder) if append_eos is None else append_eos
-    return Text(inputs, targets, start, end(inputs) if ends else (), end(targets))
+    said = framing.append_eos if append_eos is None else append_eos
+    ends = has_encoder if said is None else said
+    return Text(inputs, targets, framing.start, framing.stop, end(inputs) if ends else (), end(targets))
 
 
 def _ids(vocabulary: Vocabulary, value: Any, end: tuple[int, ...]) -> list[int]:

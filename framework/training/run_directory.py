@@ -114,7 +114,7 @@ class RunDirectory:
 
         Args:
           vocabularies: by feature.
-          framing: what stands around text, where that is not what T5X's tasks have.
+          framing: what stands around text, where there is any.
 
         Raises:
           UserError: the disk refuses.
@@ -127,16 +127,17 @@ class RunDirectory:
         }
         index: dict[str, Any] = {"python": platform.python_version(), "features": entries}
         if framing is not None:
-            index |= {"start": list(framing.start), "append_eos": framing.append_eos}
+            index |= {"start": list(framing.start), "stop": list(framing.stop)}
+            index |= {} if framing.append_eos is None else {"append_eos": framing.append_eos}
         self._write("vocabularies.json", json.dumps(index, indent=1) + "\n")
 
-    def check_vocabularies(self, vocabularies: Mapping[str, Vocabulary]) -> None:
-        """Compares the data's vocabularies, by task feature, with those this run has been trained with.
+    def check_vocabularies(self, vocabularies: Mapping[str, Vocabulary], framing: Framing | None = None) -> None:
+        """Compares the data's vocabularies, by task feature, and its start, with those of this run.
 
         Features that only one side has are not compared: a recipe may read other features than before.
 
         Raises:
-          UserError: a feature's vocabulary is another one, or `vocabularies.json` cannot be read.
+          UserError: a feature's vocabulary or the start is another one, or `vocabularies.json` cannot be read.
         """
         path = self.root / "vocabularies.json"
         try:
@@ -144,7 +145,7 @@ class RunDirectory:
             before = {
                 feature: (entry["fingerprint"], entry["description"]) for feature, entry in index["features"].items()
             }
-            python = index["python"]
+            python, start = index["python"], index.get("start", [0])  # older versions wrote none, and had 0
         except FileNotFoundError:
             return  # a run of an earlier version: there is nothing to compare with
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -159,6 +160,12 @@ class RunDirectory:
                     "machine differs with the text it finds there, that of pydocs with the version of Python: "
                     f"{python} then, {platform.python_version()} now.)"
                 )
+        if framing is not None and "targets" in before and start != list(framing.start):
+            raise UserError(
+                f"this run's decoder has been trained to start from {start}, and its data now starts it from "
+                f"{list(framing.start)}: bind the data's `start` to {start} (CachedData.start, SeqioData.start), or "
+                "take another MODEL_DIR"
+            )
 
     def describe(self, config: str, rows: Sequence[Row], summary: str) -> None:
         """Writes `config.gin` (the resolved recipe), `model_info.txt` and `layout.json`."""

@@ -193,9 +193,9 @@ def test_the_ids_of_texts_are_written(tmp_path, index, expected):
     path = tmp_path / "vocabularies.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | index))
     run = convert_out.Run(tmp_path, tmp_path / "checkpoints", 0)
-    found = convert_out._special_ids(run, has_encoder=False)
+    found = convert_out._ids_of_texts(run, has_encoder=False)
     assert found == {"bos_token_id": expected[0], "eos_token_id": expected[1], "pad_token_id": None}
-    found = convert_out._special_ids(run, has_encoder=True)
+    found = convert_out._ids_of_texts(run, has_encoder=True)
     assert found == {"decoder_start_token_id": expected[0], "eos_token_id": expected[1], "pad_token_id": 0}
 
 

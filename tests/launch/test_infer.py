@@ -334,7 +334,7 @@ def test_beams_that_never_ended_are_left_out():
         np.zeros((1, 8, 2), np.float32), np.array([[-1e7] * 6 + [-2.0, -1.0]], np.float32),
     )  # fmt: skip
     example = Example(0, {}, [5], [], {"inputs": 1})
-    text = Text(VOCABULARY, VOCABULARY)
+    text = Text(VOCABULARY, VOCABULARY, (0,), (1,))
     engine = SimpleNamespace(batch_size=1)
     (row,) = Predict(engine, text, doubling({"inputs": 4}), 2).finish([example], 0, found).rows
     assert row["predictions"] == ["D", "C"] and row["scores"] == [-1.0, -2.0] and row["prediction"] == "D"

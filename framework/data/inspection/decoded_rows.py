@@ -9,7 +9,7 @@ from itertools import groupby
 import numpy as np
 
 from meshway.framework.data.rows.packing import Arrays
-from meshway.framework.data.token_rows import BOS_ID, shift_right
+from meshway.framework.data.token_rows import shift_right
 from meshway.framework.data.vocabulary import Vocabulary
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how vocabularies show a byte that is no ASCII character
@@ -159,7 +159,8 @@ def _decode(row: Arrays, vocabularies: Mapping[str, Vocabulary]) -> DecodedRow:
 
 def _is_shifted(inputs: np.ndarray, targets: np.ndarray, positions: np.ndarray | None) -> bool:
     positions = np.arange(len(targets)) if positions is None else positions
-    return np.array_equal(inputs, shift_right(targets[None], positions[None], BOS_ID)[0])
+    heads = positions == 0  # where the start token stands, whichever it is
+    return np.array_equal(inputs[~heads], shift_right(targets[None], positions[None], 0)[0][~heads])
 
 
 def _tokens(

@@ -101,7 +101,7 @@ def test_beams_and_greedy_decodes_are_t5x_own(runs, tmp_path):
     tokens = expected["batch/encoder_input_tokens"]
     batch = {"encoder_input_tokens": tokens, "encoder_segment_ids": (tokens > 0).astype(np.int32)}
     decode = functools.partial(jax.jit, static_argnums=0)(
-        lambda decoder, params, batch: decoder(model, params, batch, 7, Stop(), np.arange(3), jax.random.key(0))
+        lambda decoder, params, batch: decoder(model, params, batch, 7, Stop((1,)), np.arange(3), jax.random.key(0))
     )
     beams, greedy = decode(BeamSearch(4, 0.6), params, batch), decode(Sampling(temperature=0.0), params, batch)
     np.testing.assert_array_equal(beams.tokens, expected["beam4"])

@@ -99,6 +99,7 @@ def test_prefix_prompt_is_the_training_row_before_its_targets():
 def test_encoder_decoder_prompt_is_the_encoder_of_the_training_row():
     prompts = prompts_of(EncoderDecoder())
     rows = rows_of(EncoderDecoder(), EXAMPLES, packed=False)
+    assert (prompts.pop("decoder_input_tokens") == 0).all()  # the start, [examples, 1]
     assert set(prompts) == {name for name in rows if name.startswith("encoder")}
     for name, array in prompts.items():
         np.testing.assert_array_equal(array, rows[name])

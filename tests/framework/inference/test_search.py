@@ -55,7 +55,7 @@ MODEL = Tabular()
 BATCH = {"seed": np.arange(ROWS, dtype=np.int32)}
 
 
-def run(how, model=MODEL, batch=BATCH, length=LENGTH, stop=Stop(), ids=None, seed=0, forced=None):
+def run(how, model=MODEL, batch=BATCH, length=LENGTH, stop=Stop((1,)), ids=None, seed=0, forced=None):
     ids = jnp.arange(len(batch["seed"])) if ids is None else jnp.asarray(ids)
     function = jax.jit(lambda batch, ids, key, forced: how(model, {}, batch, length, stop, ids, key, forced))
     return jax.tree.map(np.asarray, function(batch, ids, jax.random.key(seed), forced))

@@ -14,7 +14,7 @@ KINDS = ["byte-level", "byte fallback", "WordPiece", "SentencePiece", "bytes"]
 
 def text_of(name, stops):
     made = vocabulary(name)
-    return Text(made, made, stops=stops)
+    return Text(made, made, made.start, () if made.eos_id is None else (made.eos_id,), stops=stops)
 
 
 def brute_force(text, ids):

@@ -46,7 +46,7 @@ def records(texts, first=0):
 
 
 def text():
-    return Text(VOCABULARY, VOCABULARY, end=(1,))
+    return Text(VOCABULARY, VOCABULARY, (0,), (1,), end=(1,))
 
 
 def reader(**options):
@@ -128,7 +128,10 @@ def test_long_inputs_are_cut_where_that_is_asked_for():
     (example,), problems = reader(truncate=True).read([long])
     assert not problems and example.inputs == [*VOCABULARY.encode("x" * 19), 1]  # its EOS stays
     decoder_only = Reader(
-        Text(VOCABULARY, VOCABULARY), RowFormat(has_encoder=False), {"inputs": 6, "targets": 9}, truncate=True
+        Text(VOCABULARY, VOCABULARY, (0,), (1,)),
+        RowFormat(has_encoder=False),
+        {"inputs": 6, "targets": 9},
+        truncate=True,
     )
     (example,), problems = decoder_only.read([Record(0, {"inputs": "abcdefgh"}, "a:1", b"")])
     assert VOCABULARY.decode(example.inputs) == "defgh" and example.sizes == {"inputs": 6}  # the end, behind the start

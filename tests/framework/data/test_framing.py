@@ -1,0 +1,159 @@
+"""What stands around texts comes from the vocabulary or the recipe: the same in training, evaluation and inference."""
+
+import json
+
+import numpy as np
+import pytest
+from tasks_in_memory import TOKENS, lay
+
+from meshway.framework.data.denoising import RandomPrefix
+from meshway.framework.data.features import EncoderDecoder, LanguageModel, PrefixLanguageModel
+from meshway.framework.data.objective import FeatureInfo, TaskInfo
+from meshway.framework.data.vocabularies import Bytes, HuggingFace, Opaque, read_framing
+from meshway.framework.data.vocabulary import Framing
+from meshway.framework.errors import UserError
+from meshway.framework.inference.rows import RowFormat
+from meshway.framework.inference.text import load_text
+from meshway.framework.training.run_directory import RunDirectory
+
+LENGTHS = {"inputs": 5, "targets": 6}
+INPUTS, TARGETS = [[5, 6, 7], [8], [9, 9]], [[3, 0, 256], [4], [2, 7, 0, 256]]
+EXAMPLES = [{"inputs": np.array(known), "targets": np.array(new)} for known, new in zip(INPUTS, TARGETS)]
+STARTS = [(0,), (257,), ()]
+
+
+def bound(converter, start, lengths=LENGTHS, **features):
+    features = dict.fromkeys(converter.task_features, TOKENS) | features
+    return converter.bind(TaskInfo("t", features, start), {name: lengths[name] for name in converter.task_features})
+
+
+@pytest.mark.parametrize("start", STARTS, ids=str)
+@pytest.mark.parametrize("prefix", [False, True])
+def test_training_reads_what_scoring_and_predicting_read(start, prefix):
+    objective = bound(PrefixLanguageModel() if prefix else LanguageModel(inputs=True), start)
+    rows = RowFormat(has_encoder=False, has_prefix=prefix, start=start)
+    trained, scored = lay(objective, EXAMPLES, packed=False), rows.scored(INPUTS, TARGETS, {"targets": 11})
+    assert set(trained) == set(scored)
+    weights = scored["decoder_loss_weights"]
+    np.testing.assert_array_equal(trained["decoder_loss_weights"], weights)
+    assert weights.sum() == sum(map(len, TARGETS))
+    for name in ("decoder_input_tokens", "decoder_target_tokens", "decoder_positions"):
+        np.testing.assert_array_equal(trained[name] * (weights > 0), scored[name] * (weights > 0), name)
+    seen = scored["decoder_segment_ids"] > 0  # without a start, training also reads a row's last token, for nothing
+    for name in sorted(set(scored) - {"decoder_segment_ids", "decoder_positions"}):
+        np.testing.assert_array_equal(trained[name] * seen, scored[name] * seen, name)
+    for name, array in objective.prompts(EXAMPLES).items():
+        np.testing.assert_array_equal(array, rows.prompts(INPUTS, 5 + len(start))[name], name)
+
+
+@pytest.mark.parametrize("start", STARTS, ids=str)
+def test_packed_segments_start_alike(start):
+    alone = lay(bound(LanguageModel(), start), [{"targets": np.array(each)} for each in TARGETS], packed=False)
+    packed = lay(bound(LanguageModel(), start), [{"targets": np.array(each)} for each in TARGETS], packed=True)
+    assert len(packed["decoder_input_tokens"]) < 3
+
+    def pairs(rows):
+        kept = rows["decoder_loss_weights"] > 0
+        return sorted(zip(rows["decoder_input_tokens"][kept].tolist(), rows["decoder_target_tokens"][kept].tolist()))
+
+    assert pairs(alone) == pairs(packed)
+    assert len(pairs(alone)) == sum(len(each) - (not start) for each in TARGETS)
+
+
+def test_an_encoders_decoder_starts_where_the_recipe_says():
+    trained = lay(bound(EncoderDecoder(), (5,)), EXAMPLES, packed=False)
+    rows = RowFormat(has_encoder=True, start=(5,))
+    for name, array in rows.scored(INPUTS, TARGETS, LENGTHS).items():
+        np.testing.assert_array_equal(trained[name], array, name)
+    for found in (bound(EncoderDecoder(), (5,)).prompts(EXAMPLES), rows.prompts(INPUTS, 5)):
+        np.testing.assert_array_equal(found["decoder_input_tokens"], [[5]] * 3)
+    text = bound(RandomPrefix(), (5,)).prompts(EXAMPLES)
+    np.testing.assert_array_equal(text["decoder_input_tokens"], [[5]] * 3)
+
+
+@pytest.mark.parametrize(
+    ("converter", "start"),
+    [(EncoderDecoder(), ()), (LanguageModel(), (1, 2)), (PrefixLanguageModel(), (1, 2)), (RandomPrefix(), ())],
+)
+def test_starts_that_cannot_be_trained_are_refused(converter, start):
+    with pytest.raises(UserError, match="a decoder starts from one id.*CachedData.start"):
+        bound(converter, start)
+
+
+@pytest.mark.parametrize("start", STARTS, ids=str)
+@pytest.mark.parametrize("inputs", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_weights_say_which_targets_carry_loss(start, inputs, packed):
+    weights = FeatureInfo("float32", (None,))
+    objective = bound(LanguageModel(inputs=inputs, weights=True), start, weights=weights)
+    examples = [each | {"weights": np.array([0, *[0.5] * (len(each["targets"]) - 1)])} for each in EXAMPLES]
+    rows = lay(objective, [{n: e[n] for n in e if inputs or n != "inputs"} for e in examples], packed=packed)
+    assert "decoder_prefix_mask" not in rows
+    kept = rows["decoder_loss_weights"] > 0
+    assert set(rows["decoder_loss_weights"][kept].tolist()) == {0.5}
+    expected = sorted(token for each in TARGETS for token in each[1:])
+    assert sorted(rows["decoder_target_tokens"][kept].tolist()) == expected
+
+
+def test_weights_follow_their_window_and_their_number():
+    weights = FeatureInfo("int32", (None,))
+    objective = bound(LanguageModel(weights=True, pack=False), (0,), weights=weights)
+    tokens = np.arange(10, 20)
+    rows = lay(objective, [{"targets": tokens, "weights": tokens % 2}], packed=False)
+    np.testing.assert_array_equal(rows["decoder_loss_weights"].sum(), 5)
+    assert (rows["decoder_target_tokens"][rows["decoder_loss_weights"] > 0] % 2 == 1).all()
+    with pytest.raises(UserError, match="10 targets and 9 weights"):
+        objective.convert({"targets": tokens, "weights": tokens[1:]}, 0, 0, 0, 0)
+    with pytest.raises(UserError, match="needs a feature 'weights'.*it has none"):
+        bound(LanguageModel(weights=True), (0,))
+
+
+def hugging_face(eos_id, added=(), template=None):
+    vocab = {"a": 0, "b": 1} | {token: 2 + n for n, token in enumerate(added)}
+    post = None
+    if template:
+        post = {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": template, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {template: {"id": template, "ids": [vocab[template]], "tokens": [template]}},
+        }
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    parts = dict.fromkeys(("normalizer", "pre_tokenizer", "decoder", "truncation", "padding"))
+    content = {"version": "1.0", "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "a"}} | parts
+    content |= {"added_tokens": [{"id": vocab[token], "content": token} | flags for token in added]}
+    return HuggingFace(json.dumps(content | {"post_processor": post}).encode(), eos_id)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "expected"),
+    [
+        (Bytes(), ((0,), (1,))),
+        (Opaque("letters that end with 256", 257, 256), ((0,), (256,))),
+        (Opaque("with a BOS", 257, 256, bos_id=255), ((255,), (256,))),
+        (hugging_face(3, ["<s>", "</s>"], template="<s>"), ((2,), (3,))),  # Llama's
+        (hugging_face(2, ["<|endoftext|>"]), ((2,), (2,))),  # GPT-2's: id 0 is a letter
+        (hugging_face(None), ((), ())),
+    ],
+    ids=str,
+)
+def test_a_vocabulary_says_where_texts_start_and_end(vocabulary, expected, tmp_path):
+    framing = Framing.of(vocabulary)
+    assert (framing.start, framing.stop) == expected
+    RunDirectory(tmp_path).save_vocabularies({"targets": vocabulary}, framing)
+    assert read_framing(tmp_path) == framing
+    text = load_text(tmp_path, has_encoder=False)
+    assert (text.start, text.stop) == expected
+
+
+def test_a_recipe_may_say_otherwise_and_a_run_keeps_it(tmp_path):
+    framing, run = Framing.of(Bytes(), [7], [1, 9]), RunDirectory(tmp_path)
+    assert (framing.start, framing.stop) == ((7,), (1, 9))
+    run.save_vocabularies({"targets": Bytes()}, framing)
+    run.check_vocabularies({"targets": Bytes()}, framing)
+    with pytest.raises(UserError, match=r"trained to start from \[7\].*now starts it from \[0\]"):
+        run.check_vocabularies({"targets": Bytes()}, Framing.of(Bytes()))
+    assert load_text(tmp_path, False).write([100, 101, 9, 102]) == Bytes().decode([100, 101])
+    for wrong in ("x", [259], [-1], [True], 1.0):
+        with pytest.raises(UserError, match="must be a list of ids below 259"):
+            Framing.of(Bytes(), stop_ids=wrong)
