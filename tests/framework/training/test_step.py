@@ -14,6 +14,7 @@ from tiny import FAMILIES, losses, program
 
 from meshway.framework.errors import UserError
 from meshway.framework.training.program import TrainProgram
+from meshway.framework.training.state import TrainState
 from meshway.framework.training.step import TrainStep
 
 TWO_LAYERS = {"t5_1_1": ("NUM_ENCODER_LAYERS=2", "NUM_DECODER_LAYERS=2"), "lm": ("NUM_LAYERS=2",)}
@@ -155,10 +156,50 @@ class Descent:
         return jax.tree.map(lambda p, g: p - g, params, gradients), state, {"grad_norm": norm}
 
 
+class Drawing(Quadratic):
+    """A `Quadratic` that says what its dropout key draws, and the square of that."""
+
+    def loss(self, params, batch, rng):
+        loss, weight, metrics = super().loss(params, batch, rng)
+        draw = jax.random.uniform(rng)
+        return loss, weight, metrics | {"draw": (draw, jnp.ones(())), "square": (draw**2, jnp.ones(()))}
+
+
+def test_every_microbatch_and_every_step_drops_other_units():
+    """Four equal draws would have four times the sum of their squares as the square of their sum."""
+    step = TrainStep(Drawing(), Descent(), seed=0, num_microbatches=4)
+    batch, zero = {"rows": jnp.ones((8, 2))}, jnp.zeros((), jnp.int32)
+    draws = []
+    for number in (0, 1):
+        state = TrainState(zero + number, {"w": jnp.ones(2)}, (), zero, zero)
+        _, metrics = step(state, batch)
+        (draw, times), (square, _) = metrics["draw"], metrics["square"]
+        assert times == 4
+        assert 4 * square - draw**2 > 1e-3
+        draws.append(float(draw))
+    assert abs(draws[0] - draws[1]) > 1e-4
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_a_step_is_skipped_where_either_the_loss_or_the_gradient_is_not_finite(bad):
+    class Broken(Quadratic):
+        def loss(self, params, batch, rng):
+            loss, weight, metrics = super().loss(params, batch, rng)
+            # sqrt has no finite slope at 0; an infinity that no parameter reaches has a slope of 0.
+            return loss + (jnp.inf if bad == "loss" else jnp.sqrt(params["w"][0])), weight, metrics
+
+    zero, w = jnp.zeros((), jnp.int32), jnp.array([0.0, 1.0])
+    state, metrics = TrainStep(Broken(), Descent(), seed=0)(
+        TrainState(zero, {"w": w}, (), zero, zero), {"rows": jnp.ones((4, 2))}
+    )
+    assert bool(jnp.isfinite(metrics["loss"][0])) == (bad == "gradient")
+    assert bool(jnp.isfinite(metrics["grad_norm"][0])) == (bad == "loss")
+    np.testing.assert_array_equal(state.params["w"], w)
+    assert (int(state.step), int(state.skipped), int(state.skipped_in_a_row)) == (1, 1, 1)
+
+
 def test_a_step_can_take_two_gradients_of_one_batch():
     """Sharpness-aware minimisation (Foret et al. 2021, eq. 2): the gradient at w + rho g / |g|."""
-    from meshway.framework.training.state import TrainState
-
     rho = 0.1
 
     def sharpness_aware(gradient_at, params):
