@@ -1,4 +1,5 @@
 import itertools
+import types
 
 import bigram_table
 import jax
@@ -6,7 +7,8 @@ import numpy as np
 import pytest
 
 from meshway.framework.data.features import LanguageModel, PrefixLanguageModel
-from meshway.framework.evaluation import Evaluation, Evaluator
+from meshway.framework.evaluation import Evaluation, Evaluator, TaskResult
+from meshway.framework.inference.sampling import Sampling
 
 EXAMPLES = [([2 + i, 3], [*range(4, 5 + i % 3), 1]) for i in range(6)]
 KINDS = ("predict_metric_fns", "score_metric_fns", "predict_with_aux_metric_fns")
@@ -154,3 +156,34 @@ def test_progress_is_told_to_the_last_example(params):
     assert [what[2:] for what in told if what[1] == "loss"] == [(4, 6), (6, 6)]
     for what in ("predictions", "scores"):
         assert [each[2:] for each in told if each[1] == what] == [(4, 5), (5, 5)]
+
+
+def test_the_loss_of_all_tasks_is_over_their_tokens():
+    results = [
+        TaskResult("long", {"metrics": {}}, np.array([60.0, 30.0])),
+        TaskResult("short", {"metrics": {}}, np.array([5.0, 1.0])),
+    ]
+    scalars, reports = Evaluator.evaluate(types.SimpleNamespace(results=lambda params: results), {})
+    assert scalars == {"validation/loss": 65 / 31} and list(reports) == ["long", "short"]
+
+
+def test_the_likeliest_of_several_predictions_counts(params):
+    """It is told with its own score: the log-probability of what it predicts, its end included."""
+    seen, functions = recorders()
+    task = bigram_table.task(EXAMPLES, PrefixLanguageModel(), **functions)
+    evaluate(params, task, decoder=Sampling(temperature=1.0, num_decodes=4))
+    ended = [[*prediction, 1][: bigram_table.LENGTHS["targets"]] for prediction in seen["predictions"][1]]
+    found = [log_prob(params, example[0], tokens) for example, tokens in zip(EXAMPLES, ended, strict=True)]
+    np.testing.assert_allclose(seen["aux"], found, rtol=1e-5)
+
+
+def test_nothing_is_dropped(params, monkeypatch):
+    loss, keys = bigram_table.BigramTable.loss, []
+
+    def with_key(self, params, batch, rng):
+        keys.append(rng)
+        return loss(self, params, batch, rng)
+
+    monkeypatch.setattr(bigram_table.BigramTable, "loss", with_key)
+    evaluate(params, bigram_table.task(EXAMPLES, PrefixLanguageModel()), max_predictions=0)
+    assert keys and all(key is None for key in keys)

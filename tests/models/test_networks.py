@@ -10,6 +10,7 @@ import pytest
 from tiny import FAMILIES, greedy, program
 
 from meshway.models.layers import attention, positions, rotary
+from meshway.models.layers.reports import Reports
 from meshway.models.losses import CrossEntropy
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
@@ -212,6 +213,19 @@ def test_cross_entropy_against_numpy():
     plain = -np.take_along_axis(log_probs, targets[..., None], -1)[..., 0]
     np.testing.assert_allclose(metrics["cross_entropy"][0], (plain * weights).sum(), rtol=1e-5)
     np.testing.assert_allclose(metrics["accuracy"][0], ((logits.argmax(-1) == targets) * weights).sum())
+
+
+def test_losses_of_layers_are_added_for_each_token():
+    logits, targets, weights = (
+        np.zeros((1, 4, 7), np.float32),
+        np.zeros((1, 4), int),
+        np.array([[1, 1, 1, 0]], np.float32),
+    )
+    plain, _, _ = CrossEntropy()(logits, targets, weights)
+    said = Reports(losses={"router": jnp.array([0.5, 0.25])})
+    loss, weight, metrics = CrossEntropy()(logits, targets, weights, said)
+    np.testing.assert_allclose(loss, plain + 3 * 0.75, rtol=1e-6)
+    assert [float(x) for x in metrics["router"]] == [2.25, 3.0] and float(weight) == 3
 
 
 def test_bfloat16_compute_keeps_float32_parameters():

@@ -108,7 +108,14 @@ def beam_by_hand(table, beams, alpha, rules):
 
 
 CASES = [(beams, alpha, rules) for beams in range(1, 17) for alpha in (0.0, 0.6, 2.0) for rules in RULES]
-QUICK = [(1, 0.0, "t5x"), (3, 0.6, "t5x"), (16, 0.6, "t5x"), (2, 0.6, "transformers"), (4, 2.0, "transformers")]
+QUICK = [
+    (1, 0.0, "t5x"),
+    (3, 0.6, "t5x"),
+    (3, 2.0, "t5x"),
+    (16, 0.6, "t5x"),
+    (2, 0.6, "transformers"),
+    (4, 2.0, "transformers"),
+]
 
 
 SLOW = [case for case in CASES if case[0] in (1, 2, 3, 5, 16) and case not in QUICK and case[1] != 0.6]

@@ -193,6 +193,34 @@ def test_adafactor_with_momentum_and_decay_equals_optax_on_matrices() -> None:
     _assert_close(params, expected)
 
 
+@pytest.mark.parametrize(
+    "ours, theirs",
+    [
+        (
+            optimizers.adamw,
+            functools.partial(
+                optax.adamw, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, mask=optimizers.decay_mask(TINY_AXES)
+            ),
+        ),
+        (functools.partial(optimizers.sgd, momentum=0.9), functools.partial(optax.sgd, momentum=0.9)),
+        (
+            functools.partial(optimizers.sgd, momentum=0.9, nesterov=True),
+            functools.partial(optax.sgd, momentum=0.9, nesterov=True),
+        ),
+        (
+            optimizers.lion,
+            functools.partial(optax.lion, b1=0.9, b2=0.99, weight_decay=0.0),
+        ),
+    ],
+    ids=["adamw", "momentum", "nesterov", "lion"],
+)
+def test_defaults_and_options_are_the_documented_ones(ours, theirs) -> None:
+    params = _tree(0, TINY)
+    found, _, _ = _train(Optimizer(ours, 0.01).bind(TINY_AXES, TINY), params)
+    expected = _train_optax(theirs(0.01), params)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), found, expected)
+
+
 def test_muon_orthogonalises_each_layer_by_itself() -> None:
     factory = functools.partial(optimizers.muon, weight_decay=0.0)
     params = _tree(0)
