@@ -34,6 +34,7 @@ def test_a_pattern_matches_the_whole_name_or_not_at_all():
 
 def test_an_alternative_that_begins_another_renames_the_whole_name():
     assert found(["x", "xy"], renames=[("x|xy", "a/w")]) == {"x": "a/w", "xy": "a/w"}
+    assert found(["w", "w2"], renames=[("(w|w2)", r"c/\1")]) == {"w": "c/w", "w2": "c/w2"}
     assert found(["z/w", "q"], renames=[("(z)/w|q", "c/w")]) == {"z/w": "c/w", "q": "c/w"}
 
 
