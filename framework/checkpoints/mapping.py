@@ -213,9 +213,10 @@ class Initial:
 
     def _renamed(self, name: str, used: set[str]) -> str:
         pattern = _first_match(name, [pattern for pattern, _ in self.renames], used)
-        # The match as a whole: re.sub would take the first alternative of 'x|xy' that fits a beginning of the name.
-        match = pattern and re.fullmatch(pattern, name)
-        return match.expand(dict(self.renames)[pattern]) if match else name
+        if pattern is None:
+            return name
+        # Grouped, or of 'x|xy' the first alternative would rename a beginning of the name.
+        return re.sub(f"^(?:{pattern})$", dict(self.renames)[pattern], name)
 
     def _check(self, problems: list[str], used: set[str], repeated: set[str]) -> None:
         """Raises UserError with all that does not fit."""
