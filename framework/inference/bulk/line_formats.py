@@ -6,6 +6,8 @@ from typing import Any
 
 Parser = Callable[[str], dict[str, Any]]  # raises ValueError, its text the problem of the line
 
+_DEEPEST = 40  # lists and objects in each other: what Parquet holds too (its schema has two levels a list, 100 in all)
+
 INPUTS = "inputs"  # the field of what is only text
 _KINDS = {list: "a list", bool: "a boolean", int: "a number", float: "a number", type(None): "null"}
 
@@ -27,6 +29,8 @@ def parse_json(line: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"not JSON: {error}") from error
     if isinstance(value, dict):
+        if line.count("[") + line.count("{") > _DEEPEST:
+            _refuse_deep(value)
         return value
     if isinstance(value, str):
         return {INPUTS: value}
@@ -54,6 +58,17 @@ def tsv_parser(columns: Sequence[str]) -> Parser:
         return dict(zip(names, cells, strict=True))
 
     return parse
+
+
+def _refuse_deep(fields: dict[str, Any]) -> None:
+    """Raises ValueError for a field that is nested more deeply than results are written."""
+    for name, field in fields.items():
+        level, depth = [field], 0
+        while level := [each for each in level if isinstance(each, dict | list)]:
+            depth += 1
+            if depth > _DEEPEST:
+                raise ValueError(f"field {name!r} is nested more than {_DEEPEST} deep")
+            level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each)]
 
 
 def _cells(count: int) -> str:

@@ -81,7 +81,7 @@ class ParquetSource:
     ) -> Iterator[Record]:
         """Yields the records of one row group from place `start` on; its first row is record `group_first`."""
         index = group_first
-        for batch in file.iter_batches(_BATCH, row_groups=[group], columns=self._columns):
+        for batch in self._batches(file, group, path):
             skip = min(max(start - index, 0), batch.num_rows)
             index += skip
             for values, problem in _rows(batch.slice(skip)):
@@ -89,6 +89,43 @@ class ParquetSource:
                 raw = (canonical or problem).encode("utf-8", "backslashreplace")
                 yield Record(index, values, f"{path} row {index - file_first + 1}", raw, problem)
                 index += 1
+
+    def _batches(self, file: Any, group: int, path: str) -> Iterator[Any]:
+        """Yields the rows of a row group in batches, smaller ones where a column has too much for one: of what is
+        nested Arrow holds 2 GiB at once."""
+        arrow, _ = import_arrow()
+        size, done = _BATCH, 0
+        while True:
+            first = 0
+            try:
+                for batch in _read_batches(file, size, group, self._columns):
+                    known, first = min(max(done - first, 0), batch.num_rows), first + batch.num_rows
+                    if known < batch.num_rows:
+                        done = first
+                        yield batch.slice(known)
+                return
+            except arrow.ArrowNotImplementedError as error:
+                if size == 1:
+                    column = self._too_large(file, group)
+                    raise UserError(
+                        f"{path}: column {column!r} holds too much in one row to be read ({first_line(error)})"
+                    ) from error
+                size //= 2
+
+    def _too_large(self, file: Any, group: int) -> str:
+        """Returns the first column that cannot be read row by row."""
+        arrow, _ = import_arrow()
+        for name in self._columns or file.schema_arrow.names:
+            try:
+                for _ in _read_batches(file, 1, group, [name]):
+                    pass
+            except arrow.ArrowNotImplementedError:
+                return name
+        return "?"
+
+
+def _read_batches(file: Any, size: int, group: int, columns: Sequence[str] | None) -> Iterator[Any]:
+    return file.iter_batches(size, row_groups=[group], columns=columns)
 
 
 def _columns_of(path: str) -> list[str]:
@@ -121,10 +158,18 @@ def _rows(batch: Any) -> Iterator[tuple[dict[str, Any], str]]:
         rows = batch.to_pylist()
     except (ValueError, OverflowError):
         for number in range(batch.num_rows):
-            try:
-                yield batch.slice(number, 1).to_pylist()[0], ""
-            except (ValueError, OverflowError) as error:
-                yield {}, f"a value that Python cannot hold: {first_line(error)}"
+            yield _row(batch.slice(number, 1))
         return
     for row in rows:
         yield row, ""
+
+
+def _row(batch: Any) -> tuple[dict[str, Any], str]:
+    """Returns what `_rows` yields of a single row, the column named whose value cannot be held."""
+    values = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            values[name] = column.to_pylist()[0]
+        except (ValueError, OverflowError) as error:
+            return {}, f"column {name!r} has a value that Python cannot hold: {first_line(error)}"
+    return values, ""

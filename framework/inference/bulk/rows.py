@@ -1,9 +1,13 @@
 """How rows of results are written: JSON lines, or their predictions as lines of text."""
 
+import base64
+import datetime
+import decimal
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -75,9 +79,18 @@ class TextLines:
 _COMPACT = (",", ":")
 _PLAIN = {int, str, bool, type(None)}  # as they are: lists of tokens are long
 
+# What Parquet holds and JSON has no word for.
+_AS_JSON: dict[Any, Callable[[Any], Any]] = {
+    datetime.date | datetime.time: lambda value: value.isoformat(),
+    datetime.timedelta: datetime.timedelta.total_seconds,
+    decimal.Decimal | uuid.UUID: str,
+    bytes: lambda value: base64.b64encode(value).decode(),
+}
+
 
 def plain(value: Any, strict: bool) -> Any:
-    """Returns numpy's numbers and arrays as Python's, in dicts and lists too; `strict` makes what is not finite None.
+    """Returns numpy's numbers and arrays as Python's, in dicts and lists too; `strict` is for JSON: what is not finite
+    is None, dates and times are ISO 8601, durations seconds, decimals text, bytes base64.
 
     Raises:
       TypeError: a value is of a type that JSON has no word for.
@@ -92,6 +105,9 @@ def plain(value: Any, strict: bool) -> Any:
         return {str(key): plain(item, strict) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [item if type(item) in _PLAIN else plain(item, strict) for item in value]
+    for types, as_json in _AS_JSON.items():
+        if isinstance(value, types):
+            return as_json(value) if strict else value
     raise TypeError(f"a result cannot hold a {type(value).__name__}: {value!r}")
 
 
