@@ -120,7 +120,13 @@ class Recipe:
             return gin.get_bindings(function) if own else {}
 
     def fingerprint(self, root: str, without: Collection[str]) -> str:
-        """Returns a hash of what a verb's function hangs on: recipes that have the same one ask for the same.
+        """Returns a hash of what a verb's function hangs on (`settings`): recipes that have the same one ask for the
+        same."""
+        lines = [f"{name} = {value}" for name, value in self.settings(root, without).items()]
+        return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
+
+    def settings(self, root: str, without: Collection[str]) -> dict[str, str]:
+        """Returns the bindings that a verb's function hangs on, as text: SCOPE/NAME to its value.
 
         Args:
           root: `module.function` inside the package of verbs, as `eval.evaluate`.
@@ -135,8 +141,7 @@ class Recipe:
             if not (binding.target and configurables.key(binding.target) == own and binding.parameter in without)
         ]
         used = Walk(bindings, importing=True).run([target]).used - {"MODEL_DIR"}
-        lines = [_plain(binding) for binding in bindings if binding_key(binding) in used]
-        return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
+        return dict(_plain(binding) for binding in bindings if binding_key(binding) in used)
 
     def _install(self, bindings: list[Binding]) -> None:
         """Gives gin these bindings and nothing else."""
@@ -234,8 +239,8 @@ def _gin_lines(bindings: list[Binding]) -> tuple[list[str], dict[int, Binding]]:
     return [*head, *body], dict(enumerate(bindings, len(head) + 1))
 
 
-def _plain(binding: Binding) -> str:
-    """Returns a binding as text that does not depend on how the recipe imports what it names."""
+def _plain(binding: Binding) -> tuple[str, str]:
+    """Returns a binding's name and value as text that does not depend on how the recipe imports what it names."""
 
     def leaf(value: Any) -> Any:
         if isinstance(value, Reference) and value.target:
@@ -245,7 +250,7 @@ def _plain(binding: Binding) -> str:
         return value
 
     name = f"{binding.target}.{binding.parameter}" if binding.target else binding.parameter
-    return f"{binding.scope}/{name} = {map_leaves(leaf, binding.value)!r}"
+    return f"{binding.scope}/{name}", repr(map_leaves(leaf, binding.value))
 
 
 def _alias(module: str) -> str:

@@ -35,7 +35,7 @@ from meshway.framework.inference.session import Opened, open_session
 from meshway.framework.interfaces import DataSource, Model
 from meshway.framework.partitioning.partitioner import Layout
 from meshway.launch.eval import split_tasks
-from meshway.launch.infer_flags import refuse_idle
+from meshway.launch.infer_flags import by_flag, refuse_idle
 
 if TYPE_CHECKING:
     from meshway.launch.config import Invocation
@@ -120,7 +120,7 @@ def infer(
     stop: str | Sequence[str] = (),
     seed: int = 0,
     data: DataSource | None = None,
-    fingerprint: str = "",
+    settings: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Computes what `mode` says of each record, and writes it in the order of the input.
 
@@ -139,7 +139,7 @@ def infer(
       stop: text, or texts, that end a prediction, wherever they stand in it.
       seed: of sampling.
       data: the tasks of `inputs.split`.
-      fingerprint: of the recipe: a job goes on with what one of the same fingerprint left.
+      settings: what the recipe says, by name: a job goes on with what one of the same settings left.
 
     Returns:
       what was counted.
@@ -178,7 +178,7 @@ def infer(
     )
     policy = Policy(output.chunk_size or _CHUNK_BATCHES * batch_size, inputs.on_bad == "skip", output.overwrite)
     facts = {
-        "recipe": fingerprint,
+        **(settings or {}),
         "checkpoint": str((session.run / "checkpoints" / str(session.step)).absolute()),
         "input": source.description,
         "chunk size": str(policy.chunk_size),
@@ -305,14 +305,14 @@ def run(invocation: "Invocation") -> None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         invocation = run_recipe.of_run(invocation)
         recipe = config.load(dataclasses.replace(invocation, subject="infer"), import_unreferenced=False)
-        arguments = recipe.build("infer.infer", given=["data", "fingerprint"])
+        arguments = recipe.build("infer.infer", given=["data", "settings"])
         refuse_idle(invocation.bindings, arguments)
         data = None
         if arguments["inputs"].split is not None:
             data = tasks(**config.load(dataclasses.replace(invocation, subject="tasks")).build("infer.tasks"))
-            arguments = recipe.build("infer.infer", given=["data", "fingerprint"])  # gin holds one recipe at a time
-        identity = recipe.fingerprint("infer.opened", ("layout",)) + recipe.fingerprint("infer.infer", _HOW)
-        infer(**arguments, data=data, fingerprint=identity)
+            arguments = recipe.build("infer.infer", given=["data", "settings"])  # gin holds one recipe at a time
+        settings = recipe.settings("infer.opened", ("layout",)) | recipe.settings("infer.infer", _HOW)
+        infer(**arguments, data=data, settings=by_flag(settings))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,19 @@ def refuse_idle(bindings: Sequence[str], arguments: Mapping[str, Any]) -> None:
                 raise UserError(f"{flag} has no effect {rule.why}: {rule.instead}")
 
 
+def by_flag(settings: Mapping[str, str]) -> dict[str, str]:
+    """Returns a recipe's settings by the flags that would change them: `--beams`, or `--gin.NAME` for what has none."""
+
+    def flag(name: str) -> str:
+        for switch in VERBS["infer"].switches:
+            binding = switch.binding.partition("=")[0]
+            if name == binding or (name.endswith(f".{binding}") and "/" not in name):
+                return switch.flag
+        return f"--gin.{name}"
+
+    return {flag(name.removeprefix("/")): value for name, value in settings.items()}
+
+
 def _rules(given: Collection[str], arguments: Mapping[str, Any]) -> list[_Rule]:
     inputs, decoder = arguments["inputs"], arguments["decoder"]
     scores, beams = arguments.get("mode") == "score", arguments.get("beams") is not None

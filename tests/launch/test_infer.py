@@ -89,6 +89,12 @@ def test_json_lines_in_json_lines_out(run, questions, tmp_path, capsys):
         np.testing.assert_allclose(row["score"], sum(row["token_scores"]), rtol=1e-5)
     said = capsys.readouterr().err
     assert "5 examples in" in said and "2 programs compiled" in said
+    other = (f"--model_dir={run}", f"--input={questions}", f"--output={tmp_path / 'answers.jsonl'}")
+    assert infer(*other, "--max_new_tokens=3", "--gin.TASK_FEATURE_LENGTHS={'inputs': 64, 'targets': 9}") == 2
+    assert (
+        "another job (--gin.TASK_FEATURE_LENGTHS: {'inputs': 64, 'targets': 16} there, {'inputs': 64, 'targets': 9} "
+        "now, --max_new_tokens: not given there, 3 now)" in capsys.readouterr().err
+    )
     total = json.loads((tmp_path / "answers.jsonl.summary.json").read_text())
     assert total["examples"] == 5 and total["read_tokens"] == sum(len(text) + 1 for text in TEXTS)
 

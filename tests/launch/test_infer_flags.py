@@ -8,7 +8,7 @@ from meshway.framework.errors import UserError
 from meshway.framework.inference.sampling import Sampling
 from meshway.launch import cli
 from meshway.launch.infer import Inputs, Output
-from meshway.launch.infer_flags import refuse_idle
+from meshway.launch.infer_flags import by_flag, refuse_idle
 
 BEAMS, GREEDY = "with --beams", "at temperature 0"
 WITH_AUX = {"mode": "predict_with_aux"}
@@ -71,6 +71,21 @@ def test_a_flag_without_effect_is_refused(words, settings, flag, why):
 @pytest.mark.parametrize(("words", "settings"), USED, ids=str)
 def test_what_has_an_effect_is_taken(words, settings):
     check(words, **settings)
+
+
+def test_settings_are_told_by_their_flags():
+    settings = {
+        "/meshway.framework.inference.sampling.Sampling.temperature": "0.7",
+        "/meshway.launch.infer.infer.beams": "4",
+        "/TASK_FEATURE_LENGTHS": "{}",
+        "other/meshway.framework.inference.sampling.Sampling.top_k": "3",
+    }
+    assert by_flag(settings) == {
+        "--temperature": "0.7",
+        "--beams": "4",
+        "--gin.TASK_FEATURE_LENGTHS": "{}",
+        "--gin.other/meshway.framework.inference.sampling.Sampling.top_k": "3",
+    }
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from meshway.framework.inference.bulk.output_paths import OutputPaths
 from meshway.framework.training.writers import io_errors
 
 WRITTEN_BY = "meshway infer"
+_NOT_GIVEN = "not given"
+_SHOWN = 5  # differences in one message
 _CHOICES = "give another output, or overwrite (--overwrite)"
 
 
@@ -138,4 +140,7 @@ def _ours(path: Path) -> Iterator[None]:
 
 def _differences(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:
     names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
-    return ", ".join(f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} now" for name in names)
+    told = [
+        f"{name}: {theirs.get(name, _NOT_GIVEN)} there, {ours.get(name, _NOT_GIVEN)} now" for name in names[:_SHOWN]
+    ]
+    return ", ".join([*told, *([f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else [])])

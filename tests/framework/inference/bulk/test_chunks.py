@@ -198,13 +198,13 @@ def test_another_jobs_chunks_and_results_are_refused_or_overwritten(tmp_path, na
         commit(chunks, range(3))
     before = tree(tmp_path / "a")
     with pytest.raises(
-        UserError, match="holds 3 chunks of another job .step: '100' there, '200' now, mode: None there"
+        UserError, match="holds 3 chunks of another job .step: 100 there, 200 now, mode: not given there"
     ):
         store(output, OTHER)
     assert tree(tmp_path / "a") == before
     job_of(output, range(2), OTHER, overwrite=True)
     assert tree(tmp_path / "a") == tree(expected)
-    with pytest.raises(UserError, match="is the result of another job .step: '200' there, '100' now.*overwrite"):
+    with pytest.raises(UserError, match="is the result of another job .step: 200 there, 100 now.*overwrite"):
         store(output)
     assert tree(tmp_path / "a") == tree(expected)
     stranger = (output if name == "folder" else output.parent) / "notes.txt"
