@@ -26,10 +26,11 @@ from meshway.framework.inference.buckets import doubling
 from meshway.framework.inference.bulk.chunks import ChunkStore
 from meshway.framework.inference.bulk.job import Job, Policy, summary
 from meshway.framework.inference.bulk.progress import JobProgress
+from meshway.framework.inference.bulk.prompt_source import PromptSource
 from meshway.framework.inference.bulk.reader import Preprocess, Reader
 from meshway.framework.inference.bulk.sources import Source, open_source
 from meshway.framework.inference.bulk.task_source import TaskSource
-from meshway.framework.inference.bulk.work import Predict, Score, Work
+from meshway.framework.inference.bulk.work import Predict, Score, Work, compute
 from meshway.framework.inference.decoding import Decoder
 from meshway.framework.inference.session import Opened, open_session
 from meshway.framework.interfaces import DataSource, Model
@@ -53,6 +54,7 @@ class Inputs:
     Attributes:
       where: a file, a glob, or '-' for standard input.
       split: a split of the recipe's task (MIXTURE_OR_TASK_NAME) instead of `where`.
+      prompts: a text, or texts, to answer, instead of both.
       format: 'jsonl', 'tsv', 'text' or 'parquet'; None goes by the file's name.
       columns: names of TSV columns without a header, 'a,b'.
       inputs_field, targets_field: the fields that hold text, or token ids.
@@ -66,6 +68,7 @@ class Inputs:
 
     where: str | None = None
     split: str | None = None
+    prompts: str | Sequence[str] = ()
     format: str | None = None
     columns: str = ""
     inputs_field: str = "inputs"
@@ -78,8 +81,10 @@ class Inputs:
     append_eos: bool | None = None
 
     def __post_init__(self) -> None:
-        if (self.where is None) == (self.split is None):
-            raise UserError("meshway infer reads --input=FILE or, of the recipe's task, --split=SPLIT: give one")
+        if sum(each is not None for each in (self.where, self.split)) + bool(self.prompts) != 1:
+            raise UserError(
+                "meshway infer reads --input=FILE, --prompt=TEXT or, of the recipe's task, --split=SPLIT: give one"
+            )
         if self.on_bad not in ("fail", "skip"):
             raise UserError(f"--on_bad={self.on_bad} is neither 'fail' nor 'skip'")
         if self.begin_field is not None and self.preprocess is not None:
@@ -90,7 +95,8 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """Where results go: see `ChunkStore`. `chunk_size` records are committed at a time; None for 16 batches."""
+    """Where results go: see `ChunkStore`; None prints answers to prompts. `chunk_size` records are committed at a time;
+    None for 16 batches."""
 
     where: str | None = None
     format: str | None = None
@@ -98,8 +104,6 @@ class Output:
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.where:
-            raise UserError("meshway infer needs --output=FILE.jsonl (or .parquet, .txt, or a folder of shards)")
         if self.chunk_size is not None and self.chunk_size < 1:
             raise UserError(f"--chunk_size must be at least 1, not {self.chunk_size}")
 
@@ -148,6 +152,8 @@ def infer(
       UserError: anything the user can mend; one message.
     """
     names = _check_mode(mode, aux)
+    if not output.where and not inputs.prompts:
+        raise UserError("meshway infer needs --output=FILE.jsonl (or .parquet, .txt, or a folder of shards)")
     for name, number in {"batch_size": batch_size, "beams": beams}.items():
         if number is not None and number < 1:
             raise UserError(f"--{name} must be at least 1, not {number}")
@@ -176,6 +182,8 @@ def infer(
         steps,
         inputs.begin_field,
     )
+    if not output.where:
+        return _answer(source, reader, work, batch_size)
     policy = Policy(output.chunk_size or _CHUNK_BATCHES * batch_size, inputs.on_bad == "skip", output.overwrite)
     facts = {
         **(settings or {}),
@@ -192,6 +200,22 @@ def infer(
             if processes.is_primary():
                 _say(counts, output)
     return counts
+
+
+def _answer(source: Source, reader: Reader, work: Work, batch_size: int) -> dict[str, Any]:
+    """Prints each prompt and the answers to it to standard output."""
+    examples, problems = reader.read(list(source.records()))
+    if problems:
+        raise UserError("\n  ".join(problems))
+    found: dict[int, dict[str, Any]] = {}
+    for places, done in compute(work, examples, batch_size):
+        found |= dict(zip(places, done.rows, strict=True))
+    for place, example in enumerate(examples if processes.is_primary() else ()):
+        print(*[f"> {line}" for line in str(example.values[reader.inputs_field]).splitlines() or [""]], sep="\n")
+        answers = found[place].get("predictions", [found[place]["prediction"]])
+        scores = [f"[{score:.2f}] " for score in found[place].get("scores", ())] or [""]
+        print(*[score + answer for score, answer in zip(scores, answers, strict=True)], "", sep="\n", flush=True)
+    return {"examples": len(examples)}
 
 
 def _run(
@@ -266,6 +290,9 @@ def _source(inputs: Inputs, mode: str, data: DataSource | None) -> Source:
         if inputs.where == "-" and jax.process_count() > 1:
             raise UserError("standard input can be read by one process only; give a file to several")
         return open_source(inputs.where, inputs.format, [name for name in inputs.columns.split(",") if name])
+    if inputs.prompts:
+        given = inputs.prompts
+        return PromptSource([given] if isinstance(given, str) else given, inputs.inputs_field)
     assert data is not None
     assert inputs.split is not None
     needed = ("inputs", "targets") if mode == SCORE else ("inputs",)

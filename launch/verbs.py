@@ -140,6 +140,13 @@ _INFER = (
     Switch(
         "--input", "infer.Inputs.where", "a .jsonl, .tsv, .txt or .parquet file, a quoted glob, or - for stdin", "FILE"
     ),
+    Switch(
+        "--prompt",
+        "infer.Inputs.prompts",
+        "a text to answer, on the terminal unless --output is given; repeat for more",
+        "TEXT",
+        repeats=True,
+    ),
     Switch("--split", "infer.Inputs.split", "read this split of the recipe's task (or --task) instead", "SPLIT"),
     Switch("--output", "infer.Output.where", "a .jsonl, .parquet or .txt file to make, or a folder of shards", "FILE"),
     Switch("--mode", "infer.infer.mode", "predict (default), score (given targets), predict_with_aux", "MODE"),
@@ -236,6 +243,7 @@ USAGE = """examples:
   meshway eval --model_dir=runs/quickstart --steps=all --split=train --max_predictions=100
   meshway eval --model_dir=runs/quickstart --watch --idle_timeout=3600
   meshway infer --model_dir=runs/quickstart --input=questions.jsonl --output=answers.jsonl
+  meshway infer --model_dir=runs/quickstart --prompt="Return the <extra_id_0> of the list." --max_new_tokens=20
   meshway infer --model_dir=runs/quickstart --split=validation --mode=score --output=scores.parquet
   meshway infer --model_dir=runs/llama --input=prompts.txt --output=out --temperature=0.8 --top_p=0.95 --num_decodes=4
   meshway inspect --gin_file=quickstart --gin.LAYOUT=fsdp --simulated_devices=8

@@ -249,6 +249,19 @@ def test_texts_do_not_stop_a_search(run):
         Predictor(run, layout="single", decoder=BeamSearch(2), stop="a")
 
 
+def test_prompts_are_answered_on_the_terminal(run, questions, tmp_path, capsys):
+    assert infer(f"--model_dir={run}", f"--input={questions}", f"--output={tmp_path / 'out.jsonl'}") == 0
+    wanted = [row["prediction"] for row in rows_of(tmp_path / "out.jsonl")]
+    capsys.readouterr()
+    words = (f"--model_dir={run}", f"--prompt={TEXTS[0]}", f"--prompt={TEXTS[1]}")
+    assert infer(*words) == 0
+    assert capsys.readouterr().out == f"> {TEXTS[0]}\n{wanted[0]}\n\n> {TEXTS[1]}\n{wanted[1]}\n\n"
+    assert infer(*words, f"--output={tmp_path / 'two.jsonl'}") == 0
+    assert [row["prediction"] for row in rows_of(tmp_path / "two.jsonl")] == wanted[:2]
+    assert infer(f"--model_dir={run}", "--prompt=" + "x" * 99) == 2
+    assert "prompt 1: 100 tokens of inputs" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_predictions_begin_as_they_are_told(run, tmp_path):
     path, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"

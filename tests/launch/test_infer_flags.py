@@ -29,14 +29,23 @@ IDLE = [
     (["--task=t"], {}, "--task", "without --split"),
     (["--task=t", "--preprocess=u"], {"preprocess": "u"}, "--task", "without --split"),
     (["--module=json"], {}, "--module", "without --split or --preprocess"),
-    (["--split=train", "--columns=a"], {"split": "train"}, "--columns", "with --split"),
-    (["--split=train", "--format=text"], {"split": "train"}, "--format", "with --split"),
+    (["--split=train", "--columns=a"], {"split": "train"}, "--columns", "without --input"),
+    (["--split=train", "--format=text"], {"split": "train"}, "--format", "without --input"),
     (["--beams=2"], {"output": "out.txt"}, "--beams", "with a .txt output"),
     (["--num_decodes=2", "--temperature=1"], {"output": "out.txt"}, "--num_decodes", "with a .txt output"),
     (["--mode=predict_with_aux", "--aux=logits"], {"output": "o.txt", **WITH_AUX}, "--aux", "with a .txt output"),
     (["--mode=score"], {"output": "out.txt", "mode": "score"}, "--mode", "with a .txt output"),
 ]
+IDLE += [
+    (["--prompt=a", "--mode=score"], {"prompts": ["a"], "mode": "score"}, "--mode", "with --prompt"),
+    (["--prompt=a", "--begin_field=b"], {"prompts": ["a"]}, "--begin_field", "with --prompt"),
+    (["--prompt=a", "--columns=b"], {"prompts": ["a"]}, "--columns", "without --input"),
+    (["--prompt=a", "--overwrite"], {"prompts": ["a"], "output": None}, "--overwrite", "without --output"),
+    (["--prompt=a", "--aux=logits"], {"prompts": ["a"], "output": None, **WITH_AUX}, "--aux", "without --output"),
+]
 USED = [
+    (["--prompt=a", "--prompt=b", "--stop=."], {"prompts": ["a", "b"], "output": None}),
+    (["--prompt=a", "--overwrite", "--chunk_size=2"], {"prompts": ["a"]}),
     (["--beams=4", "--stop=."], {}),
     (["--temperature=1", "--top_k=3", "--top_p=0.5", "--num_decodes=2", "--seed=3", "--stop=."], {}),
     (["--mode=score", "--targets_field=a", "--max_new_tokens=3"], {"mode": "score"}),
@@ -46,7 +55,7 @@ USED = [
 ]
 
 
-def check(words, mode="predict", split=None, preprocess=None, output="out.jsonl"):
+def check(words, mode="predict", split=None, preprocess=None, output="out.jsonl", prompts=()):
     invocation = cli.parse(["infer", "--model_dir=run", *words])
     values = dict(binding.split("=", 1) for binding in invocation.bindings)
     number = {name.strip(): value for name, value in values.items()}
@@ -54,7 +63,7 @@ def check(words, mode="predict", split=None, preprocess=None, output="out.jsonl"
     decoder = dataclasses.replace(decoder, num_decodes=int(number.get("sampling.Sampling.num_decodes", 1)))
     arguments = {
         "mode": mode,
-        "inputs": Inputs(None if split else "in.jsonl", split, preprocess=preprocess),
+        "inputs": Inputs(None if split or prompts else "in.jsonl", split, prompts, preprocess=preprocess),
         "output": Output(output),
         "decoder": decoder,
         "beams": int(number["infer.infer.beams"]) if "infer.infer.beams" in number else None,

@@ -63,6 +63,11 @@ class Reader:
         self._scores, self._truncate, self._preprocess = scores, truncate, preprocess
         self._fields, self._begin_field = (inputs_field, targets_field), begin_field
 
+    @property
+    def inputs_field(self) -> str:
+        """The field that holds inputs."""
+        return self._fields[0]
+
     def read(self, records: Sequence[Record]) -> tuple[list[Example], list[str]]:
         """Returns the examples of records in their order, and what is wrong with the other records, each with its
         place."""
