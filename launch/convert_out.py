@@ -228,10 +228,15 @@ def _special_ids(run: Run, folder: Path, config: Mapping[str, Any]) -> dict[str,
 
 
 def _tokenizer(run: Run, origin: Origin | None, folder: Path) -> list[str]:
-    """Copies the tokenizer's files, or writes the vocabulary of a model that was trained here; returns their names."""
+    """Copies the tokenizer's files, or writes the vocabulary of a model that was trained here or with another one than
+    its origin's; returns their names."""
+    has_own = (run.root / "vocabularies.json").is_file()
+    own = load(run.root / "vocabularies", "targets") if has_own else None
     if origin is not None:
-        return tokenizer_files.copy_files(origin.folder, folder)
-    if not (run.root / "vocabularies.json").is_file():
+        theirs = tokenizer_files.read_vocabulary(origin.folder, origin.config)
+        if own is None or theirs is None or theirs.cuts_like(own):
+            return tokenizer_files.copy_files(origin.folder, folder)
+    if own is None:
         return []
-    tokenizer_files.write_vocabulary(load(run.root / "vocabularies", "targets"), folder)
+    tokenizer_files.write_vocabulary(own, folder)
     return [name for name in tokenizer_files.FILES if (folder / name).is_file()]

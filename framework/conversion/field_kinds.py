@@ -85,7 +85,11 @@ KINDS: Mapping[str, Kind] = {
 
 
 def check_fields(
-    config: Mapping[str, Any], kinds: Mapping[str, Kind] = KINDS, within: str = "", but: Iterable[str] = ()
+    config: Mapping[str, Any],
+    kinds: Mapping[str, Kind] = KINDS,
+    within: str = "",
+    but: Iterable[str] = (),
+    file: str = "config.json",
 ) -> None:
     """Compares fields with what they must be; those that `kinds` does not name may be anything.
 
@@ -94,6 +98,7 @@ def check_fields(
       kinds: field -> what it must be.
       within: the field that holds the object, for messages.
       but: fields that are not looked at.
+      file: what holds them, for messages.
 
     Raises:
       UserError: the first that is none.
@@ -105,7 +110,7 @@ def check_fields(
             continue
         name = f"{within}.{field}" if within else field
         shown = "null" if value is None else short(value)
-        raise UserError(f"config.json: {name} = {shown} is not {kind.words}{' or null' if kind.or_null else ''}")
+        raise UserError(f"{file}: {name} = {shown} is not {kind.words}{' or null' if kind.or_null else ''}")
 
 
 def short(value: Any) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from meshway.framework.conversion.field_kinds import FLAG, PLACE, check_fields, short
 from meshway.framework.data.vocabularies import HuggingFace, SentencePiece
 from meshway.framework.data.vocabulary import Framing, Vocabulary
 from meshway.framework.errors import UserError
@@ -47,6 +48,7 @@ def read_vocabulary(directory: Path, config: Mapping[str, Any]) -> Vocabulary | 
         if path.is_file():
             content = path.read_bytes()
             eos_id = next(iter(stop_ids(directory, config)), None)
+            _check_cuts(content.decode("utf-8"))
             return HuggingFace(content, eos_id, **_sentinels(HuggingFace(content).ids))
         for name in SENTENCE_PIECES:
             path = directory / name
@@ -93,10 +95,8 @@ def read_framing(directory: Path, config: Mapping[str, Any], has_encoder: bool, 
         return Framing(vocabulary.template()[0], False, stop)
     try:
         adds = any((directory / name).is_file() for name in SENTENCE_PIECES)
-        path = directory / "tokenizer_config.json"
-        if adds and path.is_file():
-            adds = bool(json.loads(path.read_text("utf-8")).get("add_bos_token", True))
-    except (OSError, ValueError) as error:
+        adds = adds and _tokenizer_config(directory).get("add_bos_token") is not False
+    except (OSError, ValueError, ImportError, StopIteration) as error:
         raise UserError(f"the tokenizer in {directory} cannot be read: {error}") from error
     return Framing(bos if adds else (), False, stop or (() if vocabulary.eos_id is None else (vocabulary.eos_id,)))
 
@@ -184,6 +184,33 @@ def _sentinels(ids: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _extra_ids(directory: Path) -> int:
+    extra_ids = _tokenizer_config(directory).get("extra_ids")
+    return _T5_SENTINELS if extra_ids is None else int(extra_ids)
+
+
+def _tokenizer_config(directory: Path) -> dict[str, Any]:
+    """Returns tokenizer_config.json, {} where there is none; raises UserError where it is damaged."""
     path = directory / "tokenizer_config.json"
-    described = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    return int(described.get("extra_ids", _T5_SENTINELS))
+    if not path.is_file():
+        return {}
+    try:
+        described = json.loads(path.read_text("utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(described, dict):
+        raise UserError(f"{path} holds {short(described)}, not an object {{...}}")
+    check_fields(described, {"extra_ids": PLACE.or_nothing(), "add_bos_token": FLAG.or_nothing()}, file=str(path))
+    return described
+
+
+def _check_cuts(text: str) -> None:
+    """Raises ValueError where a tokenizer.json loads and then cuts no text, as with unknown tokens in its template."""
+    import tokenizers
+
+    for special in (False, True):
+        try:
+            tokenizers.Tokenizer.from_str(text).encode("a", add_special_tokens=special)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of the library is no Exception
+            raise ValueError(f"it cuts no text: {error}") from error

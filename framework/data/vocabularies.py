@@ -41,6 +41,8 @@ class SentencePiece(Vocabulary):
         with _loading:
             try:
                 proto = proto_class.FromString(model)
+                if not proto.pieces:
+                    raise ValueError("it has no pieces")
                 self._model: bytes = proto.SerializeToString(deterministic=True)
                 numbers = range(extra_ids)
                 for number in reversed(numbers) if reverse_extra_ids else numbers:
@@ -166,6 +168,8 @@ class HuggingFace(Vocabulary):
         self._source = content
         described = json.loads(content)
         ids = self.ids
+        if not ids:
+            raise ValueError("not a tokenizer.json: it has no tokens")
         self.size = max(ids.values()) + 1  # there may be holes
         self.eos_id, self.extra_ids, self.sentinels = eos_id, len(sentinels) or extra_ids, tuple(sentinels)
         model = described["model"]

@@ -76,6 +76,10 @@ class Vocabulary(abc.ABC):
         digest.update(self._canonical())
         return digest.hexdigest()
 
+    def cuts_like(self, other: "Vocabulary") -> bool:
+        """Whether both make the same ids of text, whatever they know of EOS and sentinels."""
+        return (self.kind, self.size, self._canonical()) == (other.kind, other.size, other._canonical())
+
     def save(self, directory: Path, name: str) -> None:
         """Writes `name`.json and, where the kind has content, `name`.model or `name`.tokenizer.json.
 

@@ -437,6 +437,49 @@ def test_embeddings_that_differ_where_they_are_one(tmp_path):
         convert(str(directory), str(tmp_path / "run"))
 
 
+def described(**parts):
+    return json.dumps(json.loads(tokenizer_json(60)) | parts)
+
+
+_TEMPLATE = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+_UNKNOWN = {"type": "TemplateProcessing", "single": _TEMPLATE, "pair": [], "special_tokens": {}}
+
+
+@pytest.mark.parametrize(
+    "file, content, words",
+    [
+        ("tokenizer.json", "[]", ["tokenizer.json cannot be read"]),
+        ("tokenizer.json", described(model={"type": "WordLevel", "vocab": {}, "unk_token": "x"}), ["has no tokens"]),
+        ("tokenizer.json", described(post_processor=_UNKNOWN), ["tokenizer.json cannot be read: it cuts no text"]),
+        ("tokenizer.json", described(model={"type": "WordLevel", "vocab": {"b": 0}, "unk_token": "x"}), ["UNK"]),
+        ("spiece.model", "", ["spiece.model cannot be read", "no pieces"]),
+        ("tokenizer_config.json", "[]", ["tokenizer_config.json holds [], not an object"]),
+        ("tokenizer_config.json", '{"extra', ["tokenizer_config.json cannot be read"]),
+        (
+            "tokenizer_config.json",
+            '{"extra_ids": "many"}',
+            ["tokenizer_config.json: extra_ids = 'many' is not a whole"],
+        ),
+        ("tokenizer_config.json", '{"extra_ids": -3}', ["extra_ids = -3"]),
+    ],
+)
+def test_an_odd_tokenizer_is_named(file, content, words, tmp_path):
+    (tmp_path / "spiece.model").write_bytes(sentence_pieces())
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UserError) as error:
+        tokenizer_files.read_vocabulary(tmp_path, {"model_type": "t5"})
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_run_with_another_tokenizer_than_its_origins(mistral, tmp_path):
+    """What goes out is what the run was trained with, not what was kept of the model it started from."""
+    _, run = mistral
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "hugging_face" / "tokenizer.json").write_text(tokenizer_json(61))
+    convert(str(tmp_path / "run"), str(tmp_path / "back"))
+    assert (tmp_path / "back" / "tokenizer.json").read_text() == tokenizer_json(60, sentinels=2)
+
+
 @pytest.mark.parametrize(
     "names, settings",
     [
