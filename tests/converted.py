@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ from meshway.framework.training.trees import flatten, unflatten
 from meshway.launch.convert import build_network, convert
 
 Batch = dict[str, np.ndarray]
+HUGGING_FACE = Path(__file__).parent / "goldens" / "hugging_face"
 
 
 def model_of(run: Path) -> Model:
@@ -81,3 +83,34 @@ def sentence_pieces() -> bytes:
         minloglevel=2,
     )
     return model.getvalue()
+
+
+def tokenizer_json(size: int, sentinels: int = 0) -> str:
+    """Returns a word-level tokenizer of `size` ids, the highest of them sentinels."""
+    words = {f"w{number}": number for number in range(size - sentinels)}
+    added = [
+        {"id": size - 1 - number, "content": f"<extra_id_{number}>", "special": True}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        for number in reversed(range(sentinels))
+    ]
+    model = {"type": "WordLevel", "vocab": words, "unk_token": "w0"}
+    parts = dict.fromkeys(("normalizer", "post_processor", "decoder", "truncation", "padding"))
+    return json.dumps(
+        {"version": "1.0", "added_tokens": added, "model": model, "pre_tokenizer": {"type": "Whitespace"}} | parts
+    )
+
+
+def copy_of(name: str, tmp_path: Path) -> Path:
+    """Returns a golden model directory, copied, without what it is expected to compute."""
+    shutil.copytree(HUGGING_FACE / name, tmp_path / "model")
+    (tmp_path / "model" / "expected.npz").unlink()
+    return tmp_path / "model"
+
+
+def sizes_of(name: str) -> list[str]:
+    """Returns the bindings of the tiny recipe that give the golden's sizes."""
+    read = json.loads((HUGGING_FACE / name / "config.json").read_text())
+    names = {"VOCAB_SIZE": "vocab_size", "D_MODEL": "hidden_size", "D_FF": "intermediate_size",
+             "NUM_HEADS": "num_attention_heads", "NUM_KV_HEADS": "num_key_value_heads", "HEAD_DIM": "head_dim",
+             "NUM_LAYERS": "num_hidden_layers"}  # fmt: skip
+    return [f"{ours}={read[theirs]}" for ours, theirs in names.items()]
