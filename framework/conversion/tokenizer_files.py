@@ -48,13 +48,19 @@ def read_vocabulary(directory: Path, config: Mapping[str, Any]) -> Vocabulary | 
         if path.is_file():
             content = path.read_bytes()
             eos_id = next(iter(stop_ids(directory, config)), None)
+            vocabulary = HuggingFace(content)
+            sentinels = _sentinels(vocabulary.ids)
             _check_cuts(content.decode("utf-8"))
-            return HuggingFace(content, eos_id, **_sentinels(HuggingFace(content).ids))
+            if sentinels == _top(vocabulary.size, len(sentinels)):
+                return HuggingFace(content, eos_id, len(sentinels))
+            return HuggingFace(content, eos_id, sentinels=sentinels)
         for name in SENTENCE_PIECES:
             path = directory / name
             if path.is_file():
                 extra = _extra_ids(directory) if config.get("model_type") in ("t5", "mt5") else 0
-                return SentencePiece(path.read_bytes(), extra)
+                content = path.read_bytes()
+                own = _sentinels(SentencePiece(content).ids)
+                return SentencePiece(content, sentinels=own) if own else SentencePiece(content, extra)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"the tokenizer {path} cannot be read: {error}") from error
     return None
@@ -173,14 +179,15 @@ def _ids(directory: Path, field: str, value: Any, name: str = "config.json") -> 
     return tuple(ids)
 
 
-def _sentinels(ids: Mapping[str, int]) -> dict[str, Any]:
-    """Returns what `HuggingFace` is told of the tokens `<extra_id_N>`, wherever their ids lie: {token: id} of all."""
+def _sentinels(ids: Mapping[str, int]) -> tuple[int, ...]:
+    """Returns the ids of the tokens `<extra_id_N>` by N, wherever they lie, given the id of each token."""
     matches = [match for name in ids if (match := re.fullmatch(r"▁?<extra_id_(\d+)>", name))]
-    found = [ids[match[0]] for match in sorted(matches, key=lambda match: int(match[1]))]
-    highest = max(ids.values(), default=-1)
-    if found == [highest - number for number in range(len(found))]:
-        return {"extra_ids": len(found)}
-    return {"sentinels": found}
+    return tuple(ids[match[0]] for match in sorted(matches, key=lambda match: int(match[1])))
+
+
+def _top(size: int, count: int) -> tuple[int, ...]:
+    """Returns the highest ids, from the top down."""
+    return tuple(range(size - 1, size - 1 - count, -1))
 
 
 def _extra_ids(directory: Path) -> int:

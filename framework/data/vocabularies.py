@@ -26,6 +26,7 @@ class SentencePiece(Vocabulary):
       model: a serialized ModelProto, without extra ids.
       extra_ids: pieces '<extra_id_N>' to add at the top.
       reverse_extra_ids: whether '<extra_id_0>' is the highest id (T5's order) or the lowest of them.
+      sentinels: the ids of the sentinels, where the model has them itself (mT5's); `extra_ids` is 0 then.
 
     Raises:
       ValueError: `model` is no SentencePiece model.
@@ -33,7 +34,9 @@ class SentencePiece(Vocabulary):
 
     kind, suffix = "sentencepiece", ".model"
 
-    def __init__(self, model: bytes, extra_ids: int = 0, reverse_extra_ids: bool = True) -> None:
+    def __init__(
+        self, model: bytes, extra_ids: int = 0, reverse_extra_ids: bool = True, sentinels: Sequence[int] = ()
+    ) -> None:
         import sentencepiece
         from sentencepiece import sentencepiece_model_pb2
 
@@ -51,8 +54,8 @@ class SentencePiece(Vocabulary):
                 self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
             except Exception as error:  # protobuf's and SentencePiece's own exceptions are of many kinds
                 raise ValueError(f"not a SentencePiece model: {error}") from error
-        self._reverse_extra_ids = reverse_extra_ids
-        self.extra_ids = extra_ids
+        self._reverse_extra_ids, self._added = reverse_extra_ids, extra_ids
+        self.extra_ids, self.sentinels = len(sentinels) or extra_ids, tuple(sentinels)
         self.size = self._processor.GetPieceSize()
         eos_id = self._processor.eos_id()
         self.eos_id = eos_id if eos_id >= 0 else None
@@ -88,7 +91,13 @@ class SentencePiece(Vocabulary):
         return piece.replace("▁", " ")
 
     def _settings(self) -> dict[str, Any]:
-        return {"extra_ids": self.extra_ids, "reverse_extra_ids": self._reverse_extra_ids}
+        sentinels = {"sentinels": list(self.sentinels)} if self.sentinels else {}
+        return {"extra_ids": self._added, "reverse_extra_ids": self._reverse_extra_ids} | sentinels
+
+    @property
+    def ids(self) -> dict[str, int]:
+        """The id of each piece, sentinels too."""
+        return {self._processor.IdToPiece(token): token for token in range(self.size)}
 
     def _content(self) -> bytes:
         return self._model

@@ -162,6 +162,21 @@ def test_embeddings_that_differ_where_they_are_one(tmp_path):
         convert(str(directory), str(tmp_path / "run"))
 
 
+def test_sentinels_in_a_sentence_piece_model(tmp_path):
+    """mT5's lie in the model itself, and nothing is added above it: `extra_ids` is 0."""
+    inside = vocabularies.SentencePiece(sentence_pieces(), 7)._processor.serialized_model_proto()
+    (tmp_path / "spiece.model").write_bytes(inside)
+    (tmp_path / "tokenizer_config.json").write_text('{"extra_ids": 0}')
+    found = tokenizer_files.read_vocabulary(tmp_path, {"model_type": "mt5"})
+    assert (found.size, found.extra_ids) == (32, 7)
+    assert found.info.sentinel_ids == tuple(range(31, 24, -1))
+    found.save(tmp_path, "targets")
+    again = vocabularies.load(tmp_path, "targets")
+    assert again == found and again.info == found.info and again.size == 32
+    (tmp_path / "tokenizer_config.json").unlink()  # T5's own number, 100, is for models without
+    assert tokenizer_files.read_vocabulary(tmp_path, {"model_type": "mt5"}) == found
+
+
 def described(**parts):
     return json.dumps(json.loads(tokenizer_json(60)) | parts)
 
