@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from meshway.framework.conversion.families.registry import FAMILIES, detect
+from meshway.framework.conversion.family import read_config
 from meshway.framework.conversion.field_kinds import KINDS
 from meshway.framework.conversion.rules import check_tensors, pieces_of
 from meshway.framework.conversion.settings import Reference
@@ -190,6 +191,29 @@ def test_every_field_that_is_read_has_a_kind(family):
 def test_numbers_are_numbers(field, value):
     with pytest.raises(UserError, match=f"config.json: {field} = "):
         read("llama", **{field: value})
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("[1]", "holds [1], not an object"),
+        ("null", "holds None, not an object"),
+        ('{"model_type": "llama"', "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        ('{"model_type": ["llama"]}', "model_type = ['llama'] is not a string"),
+        ('{"architectures": "LlamaForCausalLM"}', "architectures = 'LlamaForCausalLM' is not a list"),
+    ],
+)
+def test_a_file_that_is_no_configuration(content, words, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError) as error:
+        read_config(tmp_path)
+    assert words in str(error.value)
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path):
+    (tmp_path / "config.json").write_text("\ufeff{}", encoding="utf-8")
+    assert read_config(tmp_path) == {}
 
 
 def test_a_field_may_be_ignored_by_name():
