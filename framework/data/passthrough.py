@@ -54,10 +54,7 @@ class PassThrough:
         """
         for name, shape in self.shapes.items():
             if name not in task.features:
-                raise UserError(
-                    f"task {task.name!r} has no feature {name!r}, which PassThrough.shapes lists; it has "
-                    f"{sorted(task.features)}{did_you_mean(name, task.features)}"
-                )
+                raise UserError(f"{task.lacks(name, 'PassThrough')}{did_you_mean(name, task.features)}")
             info = task.features[name]
             if not _may_have_shape(info.shape, shape):
                 raise UserError(

@@ -107,7 +107,7 @@ def read_goodput(path: Path) -> Goodput:
       UserError: the file cannot be read.
     """
     try:
-        text = path.read_text("utf-8", "replace")
+        text = path.read_bytes().decode("utf-8", "replace")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     return goodput(line for line in map(parse_line, text.split("\n")) if line)

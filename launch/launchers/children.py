@@ -48,7 +48,7 @@ class Child:
             return ""
         with open(self.log, "rb") as file:
             file.seek(max(os.path.getsize(self.log) - _TAIL_BYTES, 0))
-            lines = file.read().decode("utf-8", "replace").splitlines()
+            lines = file.read().decode("utf-8", "replace").split("\n")
         return next((line.removeprefix("meshway: ") for line in reversed(lines) if line.startswith("meshway: ")), "")
 
 

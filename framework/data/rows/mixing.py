@@ -1,6 +1,6 @@
 """Which source each row of a run comes from: a pure function of the row's number.
 
-Row d of a period goes to the source in whose share of [0, 1) the van der Corput number of d falls: its digits
+Row d goes to the source in whose share of [0, 1) the van der Corput number of d falls: its digits
 in base 2, mirrored at the point. Any stretch of rows then holds each source's share to within a few rows, and
 how many of the first d rows went to a source is counted in closed form, so any row can be asked for at once.
 """

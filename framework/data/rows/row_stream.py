@@ -45,6 +45,13 @@ class _Period:
     taken: np.ndarray
     interleaving: Interleaving
 
+    def taken_before(self, row: int) -> np.ndarray:
+        """Returns how many of the rows before `row` are each source's, int64 [sources].
+
+        Rows are dealt by their number in the whole run, so that a period begun anew by a restart deals them alike.
+        """
+        return self.taken + self.interleaving.counts(row) - self.interleaving.counts(self.row)
+
 
 class RowStream:
     """The `Dataset` of a run. `position` is the number of the batch that comes next.
@@ -85,7 +92,7 @@ class RowStream:
         self._limit = limit
         self._rates = periods([source.name for source in sources], rates, changes)
         self.position = 0
-        self._begin(0, 0, np.zeros(len(sources), np.int64))
+        self._periods = self._schedule(0, 0, np.zeros(len(sources), np.int64))
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -124,8 +131,7 @@ class RowStream:
 
     def origins(self, batch: int) -> np.ndarray:
         """Returns which of `sources` each row of batch number `batch` comes from, int64 [batch_size]."""
-        period = self._period(batch)
-        return period.interleaving.sources(self._row_of(batch) - period.row, self._batch_size)
+        return self._period(batch).interleaving.sources(self._row_of(batch), self._batch_size)
 
     @property
     def rates(self) -> list[tuple[int, np.ndarray]]:
@@ -140,19 +146,13 @@ class RowStream:
         for source in self.sources:
             extra = source.state(result[f"{source.name}.rows"])
             result |= {f"{source.name}.{key}": value for key, value in extra.items()}
-        first = self._periods[0]
-        if first.row:  # else it follows from the recipe
-            result |= {"since_batch": first.batch, "since_row": first.row}
-            taken = zip(self.sources, first.taken.tolist(), strict=True)
-            result |= {f"{source.name}.before": count for source, count in taken}
         return result
 
     def restore(self, state: Mapping[str, int]) -> None:
         """Goes on from a position, on any process count, mesh and batch size.
 
         Each source goes on after the rows it had given. When the recipe's rates would not have given those
-        counts (they were edited since), its rates hold from here on; positions saved from then on say so, and are
-        restored to the same rows.
+        counts (they were edited since), its rates hold from here on.
 
         Raises:
           UserError: the position is of other data, or of another seed.
@@ -173,21 +173,19 @@ class RowStream:
         self.position = int(state["batch"])
         taken = np.array([int(state.get(f"{source.name}.rows", 0)) for source in self.sources], np.int64)
         row = int(state["rows"])
-        before = [int(state.get(f"{source.name}.before", 0)) for source in self.sources]
-        self._begin(state.get("since_batch", 0), state.get("since_row", 0), np.array(before, np.int64))
         if self._row_of(self.position) != row or (self._taken(self.position, row) != taken).any() or saved - known:
-            self._begin(self.position, row, taken)
+            self._periods = self._schedule(self.position, row, taken)
         for source, count in zip(self.sources, taken.tolist(), strict=True):
             prefix = f"{source.name}."
             own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            source.restore(count, {key: value for key, value in own.items() if key not in ("rows", "before")})
+            source.restore(count, {key: value for key, value in own.items() if key != "rows"})
 
     def spec(self) -> Spec:
         """Returns (global shape, dtype) of each feature."""
         return dict(self._spec)
 
-    def _begin(self, batch: int, row: int, taken: np.ndarray) -> None:
-        """Deals rows by the recipe's rates from a position on: makes the periods."""
+    def _schedule(self, batch: int, row: int, taken: np.ndarray) -> list[_Period]:
+        """Returns the periods from a position on."""
         result: list[_Period] = []
         starts = [step for step, _ in self._rates]
         for start, rates in self._rates[bisect.bisect_right(starts, batch) - 1 :]:
@@ -195,11 +193,11 @@ class RowStream:
             if result:
                 last = result[-1]
                 row = last.row + (start - last.batch) * self._batch_size
-                taken = last.taken + last.interleaving.counts(row - last.row)
+                taken = last.taken_before(row)
             # Rates count examples, a period deals rows: of what is packed denser, fewer.
             weights = [rate and rate / source.items_per_row for rate, source in zip(rates, self.sources, strict=True)]
             result.append(_Period(start, row, taken, Interleaving(np.array(weights))))
-        self._periods = result
+        return result
 
     def _period(self, batch: int) -> _Period:
         return self._periods[bisect.bisect_right([period.batch for period in self._periods], batch) - 1]
@@ -209,14 +207,13 @@ class RowStream:
         return period.row + (batch - period.batch) * self._batch_size
 
     def _taken(self, batch: int, row: int) -> np.ndarray:
-        period = self._period(batch)
-        return period.taken + period.interleaving.counts(row - period.row)
+        return self._period(batch).taken_before(row)
 
     def _assign(self, batch: int, rows: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         """Returns for each source (which of `rows` are its, their numbers in the source)."""
         if not len(rows):
             return [(rows, rows)] * len(self.sources)
         taken = self._taken(batch, int(rows[0]))
-        chosen = self._period(batch).interleaving.sources(int(rows[0]) - self._period(batch).row, len(rows))
+        chosen = self._period(batch).interleaving.sources(int(rows[0]), len(rows))
         places = [np.flatnonzero(chosen == number) for number in range(len(self.sources))]
         return [(place, count + np.arange(len(place))) for place, count in zip(places, taken, strict=True)]
