@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from meshway.framework.errors import EnvironmentFailure, UserError, did_you_mean, report
+from meshway.framework.version import installed_version
 from meshway.launch.arguments import Parser, count, help_formatter, real, whole
 from meshway.launch.invocation import MACROS, Invocation
 from meshway.launch.verbs import USAGE, VERBS, Switch, Verb
@@ -44,6 +45,9 @@ def parse(argv: Sequence[str]) -> Invocation | None:
     words = list(argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help(), end="")
+        return None
+    if words in (["--version"], ["-V"]):
+        print(f"meshway {installed_version()}")
         return None
     verb = words.pop(0)
     if verb not in VERBS:
@@ -120,6 +124,7 @@ def _refuse_unknown(verb: str, unknown: list[str], parser: argparse.ArgumentPars
 def _help() -> str:
     lines = [
         "usage: meshway VERB [options]",
+        "       meshway --version",
         "",
         "Trains, evaluates and serves sequence models on meshes.",
         "",

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from meshway.framework.checkpoints.manager import Checkpoints, Keep
+from meshway.framework.checkpoints.manager import Checkpoints, DamagedCheckpoint, Keep
 from meshway.framework.checkpoints.mapping import Initial
 from meshway.framework.data.prefetch import prefetch
 from meshway.framework.data.vocabulary import source_framing
 from meshway.framework.distributed import processes
 from meshway.framework.distributed.agreement import agree
+from meshway.framework.errors import UserError
 from meshway.framework.evaluation import Evaluation, Evaluator, Report
 from meshway.framework.files import local_path
 from meshway.framework.interfaces import DataSource
@@ -87,6 +88,10 @@ def train(
         if start >= periods.total:
             print(f"step {start} of {periods.total} is already reached in {directory.root}; raise TRAIN_STEPS to go on")
             return
+        restoring = time.time()
+        restored = _restore_last(checkpoints, program, primary) if start else None
+        restored_seconds = time.time() - restoring
+        start = restored[0] if restored else 0
         dataset = data.train(program.partitioner.process_rows(program.batch_size))
         check_batch(program.batch_spec, dataset.spec())
         vocabularies = data.vocabularies()
@@ -103,9 +108,9 @@ def train(
                 stack.callback(write_report, directory.root)  # last of all, however the attempt ends
             timeline = stack.enter_context(Timeline(directory.timeline if primary else None, start, began))
             timeline.mark("ready")
-            if start:
-                with timeline.phase("checkpoint"):
-                    state, position = checkpoints.restore(start, program.abstract_state)
+            if restored:
+                timeline.move(restored_seconds, "checkpoint")
+                _, state, position = restored
                 dataset.restore(position)
                 progress.note(f"resuming from {directory.checkpoints / str(start)}")
             stream = stack.enter_context(contextlib.closing(prefetch(dataset)))  # reads while the step compiles
@@ -179,6 +184,33 @@ class EvaluationLog:
                 shown = {part: textwrap.shorten(sample[part], 100) for part in ("input", "target", "prediction")}
                 lines += [f"{name}", *[f"  {part:10}  {text}" for part, text in shown.items()]]
         return "\n".join(lines)
+
+
+def _restore_last(
+    checkpoints: Checkpoints, program: TrainProgram, primary: bool
+) -> tuple[int, TrainState, dict[str, int]] | None:
+    """Returns (step, state, data position) of the last checkpoint that can be read; None where none can.
+
+    Those after it are set aside: their folders get another name, which is said.
+    """
+    while steps := checkpoints.steps():
+        problem = ""
+        try:
+            state, position = checkpoints.restore(steps[-1], program.abstract_state)
+        except DamagedCheckpoint as error:
+            problem = str(error)
+        told = processes.barrier(f"reading checkpoint {steps[-1]}", None, problem)
+        if not any(told.values()):
+            return steps[-1], state, position
+        if len(steps) == 1:
+            raise UserError(next(problem for problem in told.values() if problem))
+        if primary:
+            kept = checkpoints.set_aside(steps[-1])
+            print(f"checkpoint {steps[-1]} is truncated or damaged: kept as {kept}; going on from step {steps[-2]}")
+        processes.barrier(f"setting checkpoint {steps[-1]} aside", None)
+        if not primary:
+            checkpoints.reload()
+    return None
 
 
 def _fresh(program: TrainProgram, initial: Initial | None) -> TrainState:

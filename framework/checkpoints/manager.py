@@ -1,6 +1,7 @@
 """Checkpoints of a run: state, data position and recipe, saved together and atomically, restored on any mesh."""
 
 import dataclasses
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Mapping
@@ -11,12 +12,17 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from meshway.framework.checkpoints.schema import differences, schema_of
-from meshway.framework.errors import UserError, first_line, nearest_steps
+from meshway.framework.errors import EnvironmentFailure, UserError, first_line, nearest_steps
 from meshway.framework.interfaces import Params
 from meshway.framework.training.state import TrainState
 from meshway.framework.version import installed_version
 
 ITEMS = ("state", "data", "recipe")
+_DAMAGED = "damaged"
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint cannot be read: truncated, damaged, or not meshway's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +117,7 @@ class Checkpoints:
         """Starts saving; the state may be donated to the next step at once.
 
         Raises:
-          UserError: this save, or the one still running, failed (disk full, folder unwritable).
+          EnvironmentFailure: this save, or the one still running, failed (disk full, folder unwritable).
         """
         self._save(_as_tree(state), step, position, metrics)
 
@@ -129,7 +135,7 @@ class Checkpoints:
         self._guard(lambda: self._manager.save(step, args=arguments, metrics=dict(metrics), force=True), step)
 
     def wait(self) -> None:
-        """Returns once the last save is complete; raises UserError where it failed."""
+        """Returns once the last save is complete; raises EnvironmentFailure where it failed."""
         self._guard(self._manager.wait_until_finished, None)
 
     def close(self) -> None:
@@ -153,13 +159,52 @@ class Checkpoints:
         tree = _as_tree(abstract)
         found = differences(self.recipe(step)["schema"], schema_of(tree))
         if found:
-            raise UserError(
-                f"checkpoint {self.folder / str(step)} holds another model or optimizer than this recipe: {found}. "
-                "Give another MODEL_DIR, or the recipe of that run (config.gin beside its checkpoints)"
-            )
+            raise UserError(self._mismatch(step, found, schema_of(tree)))
         arguments = ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree))
         items = self._read(step, state=arguments, data=ocp.args.JsonRestore())
         return TrainState(**items["state"]), dict(items["data"])
+
+    def _mismatch(self, step: int, found: str, wanted: Mapping[str, Any]) -> str:
+        """Returns the message that a checkpoint holds another state, and what to do about it."""
+        saved = self.recipe(step)["schema"]
+        params = [{name: spec for name, spec in each.items() if name.startswith("params/")} for each in (saved, wanted)]
+        if params[0] != params[1]:
+            return (
+                f"checkpoint {self.folder / str(step)} holds another model or optimizer than this recipe: {found}. "
+                "Give another MODEL_DIR, or the recipe of that run (config.gin beside its checkpoints)"
+            )
+        return (
+            f"checkpoint {self.folder / str(step)} holds this model with another optimizer's state: {found}. To go "
+            "on with the run's optimizer, give its recipe (config.gin beside its checkpoints). To train its parameters "
+            "with the new one, give another MODEL_DIR and start from them: train.train.initial = @mapping.Initial(), "
+            f"mapping.Initial.path = {str(self.folder.parent)!r}"
+        )
+
+    def set_aside(self, step: int) -> Path:
+        """Renames the folder of a checkpoint that cannot be read, so that nobody takes it for one.
+
+        Returns:
+          its new path.
+
+        Raises:
+          UserError: the disk refuses.
+        """
+        source = self.folder / str(step)
+        target = next(
+            path
+            for number in itertools.count()
+            if not (path := self.folder / f"{step}.{_DAMAGED}{f'-{number}' if number else ''}").exists()
+        )
+        try:
+            source.rename(target)
+        except OSError as error:
+            raise UserError(f"{source} is damaged and cannot be renamed: {error.strerror or error}") from error
+        self.reload()
+        return target
+
+    def reload(self) -> None:
+        """Looks at the folder again, in which another process has set a checkpoint aside."""
+        self._manager.reload()
 
     def load_params(self, step: int, abstract: Params) -> Params:
         """Restores all parameters of a checkpoint onto the shardings and dtypes of `abstract`, and nothing else of it.
@@ -193,7 +238,7 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
             others = [other for other in self.steps() if other != step]
-            raise UserError(
+            raise DamagedCheckpoint(
                 f"checkpoint {self.folder / str(step)} cannot be read: it is truncated, damaged or not meshway's "
                 f"({first_line(error)}). "
                 + (f"Remove that folder to go on from step {others[-1]}" if others else "There is no other one")
@@ -205,7 +250,7 @@ class Checkpoints:
             self._manager.check_for_errors()
         except Exception as error:
             what = "checkpoint" if step is None else f"checkpoint {step}"
-            raise UserError(
+            raise EnvironmentFailure(
                 f"saving {what} in {self.folder} failed ({first_line(error)}); complete checkpoints: "
                 f"{self.steps() or 'none'}. Free some space or make the folder writable, then run the command again"
             ) from error

@@ -1,6 +1,7 @@
 """Where the reports of a run go: JSON lines, TensorBoard, several at once. One process of a run writes."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meshway.framework.errors import UserError
+from meshway.framework.errors import EnvironmentFailure, UserError
 
 if TYPE_CHECKING:  # what writes files need not load JAX
     from meshway.framework.interfaces import Writer
@@ -184,12 +185,18 @@ def replace_file(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
 @contextlib.contextmanager
 def io_errors(path: Path) -> Iterator[None]:
-    """Turns a disk's refusal inside into a UserError that names `path`."""
+    """Turns a disk's refusal inside into an error that names `path`: an EnvironmentFailure where the disk is full or
+    broken, so that a supervisor may try again, else a UserError."""
     try:
         yield
     except OSError as error:
+        if error.errno in _DISK_TROUBLE:
+            raise EnvironmentFailure(f"cannot write {path}: {error.strerror}") from error
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 

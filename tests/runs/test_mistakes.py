@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 from running import LAB, command, environment
+from tiers import tiers
 
 from meshway.launch import cli
 
@@ -126,14 +127,48 @@ def test_checkpoint_of_another_model(short_run, capsys):
     assert "another model" in message and "there and" in message and "config.gin" in message
 
 
-def test_truncated_checkpoint(short_run, capsys, tmp_path):
+def test_another_optimizer_is_told_how_to_take_the_parameters(short_run, capsys):
+    message = mistake(capsys, *resume(short_run, "--gin_file=optimizers/lion.gin"))
+    assert "another optimizer's state" in message and f"mapping.Initial.path = {str(short_run)!r}" in message
+
+
+def largest(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+DAMAGES = {
+    "half a file": lambda step: largest(step).write_bytes(
+        largest(step).read_bytes()[: largest(step).stat().st_size // 2]
+    ),
+    "an empty file": lambda step: largest(step).write_bytes(b""),
+    "a missing file": lambda step: largest(step).unlink(),
+    "no recipe": lambda step: shutil.rmtree(step / "recipe"),
+    "no data position": lambda step: (step / "data" / "metadata").write_bytes(b'{"batch":'),
+    "no manifest": lambda step: [path.unlink() for path in (step / "state").rglob("manifest.ocdbt")],
+}
+
+
+@pytest.mark.parametrize(
+    "damage", tiers(DAMAGES, quick=["half a file"], slow=[x for x in DAMAGES if x != "half a file"])
+)
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on(short_run, capsys, tmp_path, damage):
+    """As rsync, cut off, leaves it."""
     folder = tmp_path / "run"
     shutil.copytree(short_run, folder)
-    state = folder / "checkpoints" / "2" / "state"
-    largest = max((path for path in state.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-    message = mistake(capsys, *resume(folder))
-    assert "truncated" in message and "go on from step 1" in message
+    DAMAGES[damage](folder / "checkpoints" / "2")
+    words = [*resume(folder), "--gin.TRAIN_STEPS=3"]
+    assert cli.main(words) == 0
+    captured = capsys.readouterr()
+    assert "checkpoint 2 is truncated or damaged" in captured.out and "going on from step 1" in captured.out
+    assert "Traceback" not in captured.err and "Event loop" not in captured.err
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert {"1", "2", "2.damaged", "3"} <= names
+    shutil.rmtree(folder / "checkpoints" / "1")
+    for step in ("2", "3"):
+        DAMAGES["half a file"](folder / "checkpoints" / step)
+    message = mistake(capsys, *words[:-1], "--gin.TRAIN_STEPS=9")
+    assert "truncated" in message and "There is no other one" in message
+    assert "2.damaged" in {path.name for path in (folder / "checkpoints").iterdir()}, "nothing is thrown away"
 
 
 def test_model_dir_that_cannot_be_written(capsys, tmp_path):
@@ -167,5 +202,5 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written(tmp_path):
     """No file may grow past 200 KiB. Writes still under way in tensorstore's threads may complain beside us."""
     limit = ["bash", "-c", 'trap "" XFSZ; ulimit -f 200; exec "$@"', "limited"]
     done = run_short(*limit, folder=tmp_path / "run")
-    assert done.returncode == 2 and done.stderr.count("meshway: error: ") == 1, done.stderr
+    assert done.returncode == 1 and done.stderr.count("meshway: error: ") == 1, done.stderr
     assert "saving checkpoint" in done.stderr and "Free some space" in done.stderr, done.stderr

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from meshway.framework.errors import UserError
+from meshway.framework.errors import EnvironmentFailure, UserError
 from meshway.framework.inference.bulk.chunks import ChunkStore, Committed
 
 JOB = {"recipe": "abc", "step": "100"}
@@ -423,7 +423,7 @@ def test_a_disk_that_refuses_is_told_and_the_job_goes_on_later(tmp_path, monkeyp
             try:
                 job_of(output)
                 break
-            except UserError as error:
+            except EnvironmentFailure as error:
                 assert "cannot write" in str(error) and "No space left on device" in str(error)
     assert works > 0 and tree(tmp_path / "later") == expected
 
