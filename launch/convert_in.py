@@ -50,7 +50,9 @@ def from_hugging_face(
     if vocabulary is not None:
         tokenizer_files.check_size(vocabulary, model.bindings["VOCAB_SIZE"], source)
     features = features_of(model.bindings)
-    framing = vocabulary and tokenizer_files.read_framing(source, model.config, "inputs" in features, vocabulary)
+    framing = None
+    if vocabulary is not None:
+        framing = tokenizer_files.read_framing(source, model.config, "inputs" in features, vocabulary)
     text = recipe_text(
         f"{model.family.name} model",
         model.directory.absolute(),

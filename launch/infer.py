@@ -32,7 +32,8 @@ from meshway.framework.inference.bulk.sources import Source, open_source
 from meshway.framework.inference.bulk.task_source import TaskSource
 from meshway.framework.inference.bulk.work import Predict, Score, Work, compute
 from meshway.framework.inference.decoding import Decoder
-from meshway.framework.inference.session import Opened, open_session
+from meshway.framework.inference.engine import Engine
+from meshway.framework.inference.session import Opened, Session, open_session
 from meshway.framework.interfaces import DataSource, Model
 from meshway.framework.partitioning.partitioner import Layout
 from meshway.launch.eval import split_tasks
@@ -161,26 +162,8 @@ def infer(
     source = _source(inputs, mode, data)
     session = open_session(opened.model, opened.layout, model_dir, step, inputs.append_eos, stop)
     engine = session.engine(decoder, batch_size, seed)
-    scores = mode == SCORE
-    limits = opened.limits(max_input_length, max_new_tokens)
-    longest = session.row_format.room(limits["inputs"], limits["targets"], scores)
-    work: Work
-    if scores:
-        work = Score(engine, doubling(longest))
-    else:
-        buckets = doubling({"inputs": longest["inputs"]})
-        work = Predict(engine, session.text, buckets, longest["targets"], names, inputs.begin_field is not None)
-    steps = _preprocess(inputs, limits)
-    reader = Reader(
-        session.text,
-        session.row_format,
-        longest,
-        scores,
-        inputs.inputs_field,
-        inputs.targets_field,
-        inputs.truncate,
-        steps,
-        inputs.begin_field,
+    reader, work = _reader_and_work(
+        inputs, opened.limits(max_input_length, max_new_tokens), session, engine, mode, names
     )
     if not output.where:
         return _answer(source, reader, work, batch_size)
@@ -200,6 +183,29 @@ def infer(
             if processes.is_primary():
                 _say(counts, output)
     return counts
+
+
+def _reader_and_work(
+    inputs: Inputs, limits: Mapping[str, int], session: Session, engine: Engine, mode: str, names: Sequence[str]
+) -> tuple[Reader, Work]:
+    """Returns what reads records, cut or refused at `limits` in tokens, and what computes them."""
+    scores = mode == SCORE
+    longest = session.row_format.room(limits["inputs"], limits["targets"], scores)
+    reader = Reader(
+        session.text,
+        session.row_format,
+        longest,
+        scores,
+        inputs.inputs_field,
+        inputs.targets_field,
+        inputs.truncate,
+        _preprocess(inputs, limits),
+        inputs.begin_field,
+    )
+    if scores:
+        return reader, Score(engine, doubling(longest))
+    buckets = doubling({"inputs": longest["inputs"]})
+    return reader, Predict(engine, session.text, buckets, longest["targets"], names, inputs.begin_field is not None)
 
 
 def _answer(source: Source, reader: Reader, work: Work, batch_size: int) -> dict[str, Any]:

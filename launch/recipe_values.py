@@ -78,7 +78,7 @@ def read_values(bindings: Sequence[Binding], reach: Reach, shipped: Sequence[str
             continue
         hint = _hint(binding)
         origin = _origin(binding, macros)
-        if origin is None or hint is None:
+        if origin is None or hint is None or origin.is_default:
             continue
         value = read.get(origin, origin.value)
         try:
@@ -192,7 +192,14 @@ def _fits(value: Any, hint: Any) -> bool:
     return not isinstance(value, (*_SCALARS, list, tuple, dict)) and value is not None or hint is object
 
 
-_CONTAINERS = (list, tuple, dict, collections.abc.Sequence, collections.abc.Collection, collections.abc.Mapping)
+_CONTAINERS: tuple[Any, ...] = (
+    list,
+    tuple,
+    dict,
+    collections.abc.Sequence,
+    collections.abc.Collection,
+    collections.abc.Mapping,
+)
 _CONTAINERS += (collections.abc.Iterable, set, frozenset)
 
 

@@ -70,7 +70,7 @@ _BENCH = (
 _INSPECT = (
     Switch("--compile", "inspect.layout.compile=True", "layout: compile the step, say what it sends over which axes"),
     Switch("--batches", "inspect.data.batches", "data: batches drawn for figures (default: 20)", "N", number=True),
-    Switch("--rows", "inspect.data.rows", "data: rows to show of each source (default: 3)", "N", number=True),
+    Switch("--rows", "inspect.data.rows", "data: rows to show of each source (default: 3)", "N", True, least=0),
     Switch("--html", "inspect.data.html", "data: the page (default: data.html in MODEL_DIR, or here)", "PATH"),
 )
 

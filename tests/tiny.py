@@ -17,6 +17,7 @@ FAMILIES = ("t5_1_1", "lm")  # the two that others are made of
 DECODERS = ("chinchilla", "gemma2", "gemma3", "gpt2", "llama", "mistral", "palm", "qwen2_5", "qwen3", "t5x_decoder")
 ENCODER_DECODERS = ("byt5", "mt5", "t5", "ul2")
 ENCODERS = ("bert",)
+WITH_ENCODERS = ("t5_1_1", "st_moe", "switch", *ENCODER_DECODERS)
 MIXTURES = ("deepseek", "mixtral", "st_moe", "switch")  # of experts, over tokens
 VISION = ("v_moe", "vit")
 ONE_LAYER = {  # half the compile time; tests of stacks ask for more
@@ -39,6 +40,8 @@ DENSE_LAYOUTS = tuple(layout for layout in LAYOUTS if "expert" not in layout)  #
 def program(family: str = "t5_1_1", *bindings: str, layout: str = "single", optimizer: str = "adamw") -> TrainProgram:
     """Returns the tiny program of a family under a shipped layout and optimizer, with command-line bindings."""
     pipelined = layout.startswith("stage")
+    both = family in WITH_ENCODERS or any("prefix=True" in binding for binding in bindings)
+    lengths = LENGTHS if both else {"targets": LENGTHS["targets"]}
     invocation = Invocation(
         verb="bench",
         subject="train",
@@ -46,7 +49,7 @@ def program(family: str = "t5_1_1", *bindings: str, layout: str = "single", opti
         bindings=(
             "VOCAB_SIZE=256",
             "BATCH_SIZE=16",
-            f"TASK_FEATURE_LENGTHS={LENGTHS}",
+            f"TASK_FEATURE_LENGTHS={lengths}",
             "LEARNING_RATE=0.01",
             "WARMUP_STEPS=10",
             *(FOUR_LAYERS if pipelined else ONE_LAYER)[family],

@@ -107,9 +107,9 @@ class Source:
             kept = [target for dim, target in enumerate(spec) if dim not in self.repeated]
             sharding = NamedSharding(sharding.mesh, PartitionSpec(*kept))
         if self.resize and isinstance(sharding, NamedSharding):  # its size may not be one that the mesh divides
-            spec = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))]
-            spec[self.vocab] = None
-            sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
+            entries = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))]
+            entries[self.vocab] = None
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*entries))
         return jax.ShapeDtypeStruct(self.shape, leaf.dtype, sharding=sharding)
 
     def put(self, value: jax.Array, leaf: jax.Array, may_keep: bool) -> jax.Array:

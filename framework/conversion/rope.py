@@ -134,7 +134,7 @@ class Rope:
         own = local.get("rope_theta")
         if own is not None and older is not None and own != older:
             raise UserError(f"config.json: rope_local_base_freq is {older!r} and {name}.rope_theta {own!r}: drop one")
-        return float(own or older or self.local_theta)
+        return float(own or older or self.local_theta)  # type: ignore[arg-type]
 
     def write(self, bindings: Mapping[str, Any]) -> dict[str, Any]:
         written = {"rope_theta": bindings["ROPE_BASE"], "rope_scaling": _write_scaling(bindings)}

@@ -59,7 +59,7 @@ class TensorFiles:
     def rename(self, name: str, other: str) -> None:
         """Has a tensor go by another name from now on."""
         for facts in (self._file_of, self._shapes, self._dtypes):
-            facts[other] = facts.pop(name)  # type: ignore[index,attr-defined]
+            facts[other] = facts.pop(name)  # type: ignore[index,attr-defined,assignment]
         self._given[other] = self._given.pop(name, name)
 
     def shape(self, name: str) -> tuple[int, ...]:

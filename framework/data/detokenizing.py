@@ -229,8 +229,9 @@ def of_decoder(
 
         def piece(id: int) -> str | None:
             text = token(id)
-            for stage in replaced if text is not None else ():
-                text = text.replace(stage["pattern"]["String"], stage["content"])
+            if text is not None:
+                for stage in replaced:
+                    text = text.replace(stage["pattern"]["String"], stage["content"])
             return text
 
         return ByteFallback(piece, ("", 0) if strip is None else (strip["content"], strip["start"]))

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
 from meshway.framework.data.detokenizing import Detokenizer, Whole
 from meshway.framework.data.objective import VocabularyInfo
 from meshway.framework.errors import UserError
@@ -172,7 +174,7 @@ def source_framing(source: Any) -> Framing | None:
     return None if targets is None else Framing.of(targets)
 
 
-def before_stop(tokens: Sequence[int], stop: Sequence[int]) -> list[int]:
+def before_stop(tokens: Sequence[int] | np.ndarray, stop: Sequence[int]) -> list[int]:
     """Returns the ids before the first that is one of `stop`."""
     ids = [int(token) for token in tokens]
     return ids[: next((place for place, token in enumerate(ids) if token in stop), len(ids))]
@@ -180,7 +182,7 @@ def before_stop(tokens: Sequence[int], stop: Sequence[int]) -> list[int]:
 
 def check_ids(name: str, ids: Any, size: int) -> tuple[int, ...]:
     """Returns ids as a tuple; UserError, naming the setting, unless they are whole numbers from 0 to below `size`."""
-    given = list(ids) if isinstance(ids, list | tuple) else [None]
+    given: list[Any] = list(ids) if isinstance(ids, list | tuple) else [None]
     for token in given:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < size:
             raise UserError(f"{name} must be a list of ids below {size}, the size of the vocabulary, not {ids!r}")
@@ -199,3 +201,8 @@ def _write(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def first_of(*ids: int | None) -> tuple[int, ...]:
+    """Returns the first id that there is (SentencePiece says -1 of none)."""
+    return next(((token,) for token in ids if token is not None and token >= 0), ())

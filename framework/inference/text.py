@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from meshway.framework.data import vocabularies
 from meshway.framework.data.vocabulary import Vocabulary, before_stop
 from meshway.framework.errors import UserError
@@ -47,7 +49,7 @@ class Text:
         """Returns the text of predicted ids before one that ends them, or up to the end of the first of `stops`."""
         return self.ended(tokens)[1]
 
-    def ended(self, tokens: Sequence[int]) -> tuple[int, str]:
+    def ended(self, tokens: Sequence[int] | np.ndarray) -> tuple[int, str]:
         """Returns how many of predicted ids make up the prediction, and its text.
 
         Where one of `stops` is in the text, those are the fewest ids whose text reaches to its end: the text is cut

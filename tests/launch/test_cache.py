@@ -56,7 +56,7 @@ def test_help_lists_the_flags_and_what_they_do_not_share_with_training(capsys):
         (["--task=lab_lines", "--module=tasks.topics", "--splits=trian"], "did you mean 'train'?"),
         (
             ["--task=lab_lines", "--module=tasks.topics", "--num_shards=0"],
-            "num_shards must be a whole number of at least",
+            "argument --num_shards: '0' is not a whole number of at least 1",
         ),
         (["--task=lab_lines", "--gin.cache.cache.shards=3"], "shards"),
     ],

@@ -36,7 +36,7 @@ GOLDEN = """\
 
     Sources
     source  split  examples  items an epoch  items a row  rows an epoch  truncated
-    a       -             2               2         2.67              1     21.88%
+    a       -             2               2         2.00              1     21.88%
     An item is an example, or one of the parts it is split into. Truncated is the share of all tokens that no row shows.
 
     Tokens of an example
@@ -47,14 +47,14 @@ GOLDEN = """\
 
     The first 2 batches
     source  rows  items  items a row  decoder density  decoder loss
-    all        8     20         2.50            91.7%         63.9%
+    all        8     16         2.00            69.4%         47.2%
     Density is the share of a row that is no padding, loss the share that carries loss.
 
     Rows, as the model sees them: [n] begins segment n; where only some tokens carry loss, «they» do.
 
     a, row 0
-      decoder targets: 32 of 36 tokens, 2 segments
-        [1] ab↵</s>«it is far to» [2] ab↵</s>«it is far to» [4 of padding]
+      decoder targets: 25 of 36 tokens, 2 segments
+        [1] ⇥cd</s>«blue</s>» [2] ab↵</s>«it is far to» [11 of padding]
 """
 
 
@@ -97,10 +97,10 @@ def test_loss_is_marked_anew_in_each_segment(tiny):
 def test_a_terminal_gets_colours_in_place_of_marks(tiny):
     text = shown(inspect(tiny, batches=2, rows=1), force_terminal=True, color_system="standard", width=60)
     plain = re.sub(r"\x1b\[[\d;]*m", "", text)
-    assert "ab↵</s>it is far toab↵</s>it is far to [4" in plain and "«" not in plain.split("a, row 0")[1]
+    assert "cd</s>blue</s>ab↵</s>it is far to [11" in plain and "«" not in plain.split("a, row 0")[1]
     assert max(map(len, plain.splitlines())) <= 60
-    styles = dict.fromkeys(re.findall(r"\x1b\[([\d;]*)m(?=ab↵|it is far|</s>)", text))
-    assert list(styles) == ["2;36", "2;7;36", "1;36", "2;33", "2;7;33", "1;33"]
+    styles = dict.fromkeys(re.findall(r"\x1b\[([\d;]*)m(?=⇥cd|blue|ab↵|it is far|</s>)", text))
+    assert list(styles) == ["2;36", "2;7;36", "1;36", "1;7;36", "2;33", "2;7;33", "1;33"]
 
 
 def test_tokens_cannot_move_the_cursor():
@@ -126,7 +126,7 @@ def test_pictures_are_blocks():
 
 def test_a_very_long_row_is_cut_but_counted(monkeypatch, tiny):
     monkeypatch.setattr(inspect_data, "_MOST_TOKENS", 10)
-    assert "«it is » [22 more tokens, 4 of padding]" in shown(inspect(tiny, batches=1, rows=1))
+    assert "«blue</s>» [2] a [15 more tokens, 11 of padding]" in shown(inspect(tiny, batches=1, rows=1))
 
 
 def test_the_page_goes_where_it_is_asked_to(tiny, tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tiny import DECODERS, program
 
+from meshway.framework.errors import UserError
 from meshway.launch import config
 from meshway.launch.invocation import Invocation
 
@@ -134,7 +135,7 @@ def test_a_window_and_its_pattern_hide_what_is_far():
 
 
 def test_a_cap_of_nothing():
-    with pytest.raises(Exception, match="logits_soft_cap must be positive or None, not 0"):
+    with pytest.raises(UserError, match="LOGITS_SOFT_CAP = 0.0, taken by .*logits_soft_cap: it must be above 0"):
         made("gemma2", "LOGITS_SOFT_CAP=0.0")
 
 

@@ -56,7 +56,7 @@ def made(family, dtype, *bindings):
     built = program(
         family,
         "BATCH_SIZE=2",
-        f"TASK_FEATURE_LENGTHS={{'inputs': {LENGTH}, 'targets': {LENGTH}}}",
+        f"TASK_FEATURE_LENGTHS={dict.fromkeys(('targets',) if family == 'lm' else ('inputs', 'targets'), LENGTH)}",
         f"attention.Attention.cache_dtype={dtype!r}",
         *bindings,
     )

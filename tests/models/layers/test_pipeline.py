@@ -174,7 +174,7 @@ def test_rows_of_the_context_are_checked_and_counts_are_positive():
 def small(family, *bindings, layers=4, layout="single"):
     """A program with sizes that tell its arrays apart."""
     depths = {"t5_1_1": ("NUM_ENCODER_LAYERS", "NUM_DECODER_LAYERS"), "lm": ("NUM_LAYERS",)}[family]
-    lengths = "TASK_FEATURE_LENGTHS={'inputs': 20, 'targets': 12}"
+    lengths = f"TASK_FEATURE_LENGTHS={ {'targets': 12} if family == 'lm' else {'inputs': 20, 'targets': 12} }"
     sizes = ("D_FF=96", "VOCAB_SIZE=512", lengths, *[f"{depth}={layers}" for depth in depths])
     return program(family, *sizes, *bindings, layout=layout)
 
