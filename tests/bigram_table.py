@@ -71,7 +71,16 @@ def placed(data=1):
     return PlacedModel(BigramTable(), Layout(mesh, [("vocab", None), ("embed", None)], activations))
 
 
-def task(examples, converter=PrefixLanguageModel(), batch_size=4, lengths=LENGTHS, postprocess=None, name="ids", **fns):
+def task(
+    examples,
+    converter=PrefixLanguageModel(),
+    batch_size=4,
+    lengths=LENGTHS,
+    postprocess=None,
+    name="ids",
+    stop_ids=None,
+    **fns,
+):
     """A task of (inputs, targets) ids, read as lists, whose metric functions are given by seqio's kinds."""
     vocabulary = SimpleNamespace(eos_id=1, decode=list)
     kinds = ("predict_metric_fns", "score_metric_fns", "predict_with_aux_metric_fns")
@@ -84,7 +93,7 @@ def task(examples, converter=PrefixLanguageModel(), batch_size=4, lengths=LENGTH
     objective = converter.bind(tasks_in_memory.task(*converter.task_features), lengths)
     given = [{"inputs": np.array(inputs), "targets": np.array(targets)} for inputs, targets in examples]
     given = [{feature: example[feature] for feature in converter.task_features} for example in given]
-    return TaskEvaluation(name, InMemory(given), objective, converter, lengths, batch_size, {}, seqio_task)
+    return TaskEvaluation(name, InMemory(given), objective, converter, lengths, batch_size, {}, seqio_task, stop_ids)
 
 
 class Tables:

@@ -57,6 +57,7 @@ def read_vocabulary(directory: Path, config: Mapping[str, Any]) -> Vocabulary | 
         for name in SENTENCE_PIECES:
             path = directory / name
             if path.is_file():
+                _check_added(directory, SentencePiece(path.read_bytes()))
                 extra = _extra_ids(directory) if config.get("model_type") in ("t5", "mt5") else 0
                 content = path.read_bytes()
                 own = _sentinels(SentencePiece(content).ids)
@@ -188,6 +189,19 @@ def _sentinels(ids: Mapping[str, int]) -> tuple[int, ...]:
 def _top(size: int, count: int) -> tuple[int, ...]:
     """Returns the highest ids, from the top down."""
     return tuple(range(size - 1, size - 1 - count, -1))
+
+
+def _check_added(directory: Path, pieces: SentencePiece) -> None:
+    """Raises UserError where added_tokens.json has tokens that the SentencePiece model beside it lacks."""
+    known = dict(enumerate(pieces.pieces(range(pieces.size))))
+    added, sentinel = _json(directory / "added_tokens.json"), re.compile(r"<extra_id_\d+>")
+    missing = [token for token, id in added.items() if known.get(id) != token and not sentinel.fullmatch(token)]
+    if missing:
+        raise UserError(
+            f"{directory / 'added_tokens.json'} adds {', '.join(map(repr, missing[:4]))} to a SentencePiece model, "
+            f"which cannot hold them: put the tokenizer's {TOKENIZERS} there too, which transformers' save_pretrained "
+            "writes for a fast tokenizer"
+        )
 
 
 def _extra_ids(directory: Path) -> int:

@@ -6,11 +6,9 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
-
-import numpy as np
 
 from meshway.framework.data.detokenizing import Detokenizer, Whole
 from meshway.framework.data.objective import VocabularyInfo
@@ -174,7 +172,7 @@ def source_framing(source: Any) -> Framing | None:
     return None if targets is None else Framing.of(targets)
 
 
-def before_stop(tokens: Sequence[int] | np.ndarray, stop: Sequence[int]) -> list[int]:
+def before_stop(tokens: Iterable[int], stop: Sequence[int]) -> list[int]:
     """Returns the ids before the first that is one of `stop`."""
     ids = [int(token) for token in tokens]
     return ids[: next((place for place, token in enumerate(ids) if token in stop), len(ids))]

@@ -187,3 +187,21 @@ def test_nothing_is_dropped(params, monkeypatch):
     monkeypatch.setattr(bigram_table.BigramTable, "loss", with_key)
     evaluate(params, bigram_table.task(EXAMPLES, PrefixLanguageModel()), max_predictions=0)
     assert keys and all(key is None for key in keys)
+
+
+@pytest.mark.parametrize("stop_ids", [(), (5,), (6, 9, 3), None], ids=str)
+def test_a_prediction_ends_at_any_stop_id_of_its_task(params, stop_ids):
+    """Id 1 ends nothing by itself: a task's vocabulary (here its EOS is 1) or its recipe says what does."""
+    seen, functions = recorders()
+    task = bigram_table.task(EXAMPLES, stop_ids=stop_ids, **functions)
+    evaluate(params, task)
+    table, ends = np.asarray(params["table"]), (1,) if stop_ids is None else stop_ids
+    for (inputs, _), found in zip(EXAMPLES, seen["predictions"][1], strict=True):
+        expected, last = [], inputs[-1]
+        for _ in range(bigram_table.LENGTHS["targets"]):
+            last = int(table[last].argmax())
+            if last in ends:
+                break
+            expected.append(last)
+        expected = expected[: expected.index(1)] if 1 in expected else expected  # as the vocabulary decodes
+        assert list(found) == expected

@@ -1,0 +1,151 @@
+"""Converted models start and stop as their files say: what `convert` writes, what runs keep, what goes back."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from converted import sentence_pieces
+from saved_runs import VOCABULARY, save_run
+
+from meshway.framework.conversion.tokenizer_files import read_vocabulary
+from meshway.framework.data.vocabularies import read_framing
+from meshway.framework.data.vocabulary import Framing
+from meshway.framework.errors import UserError
+from meshway.framework.inference import Predictor
+from meshway.framework.inference.text import load_text
+from meshway.framework.training.run_directory import RunDirectory
+from meshway.launch import config
+from meshway.launch.convert import convert
+from meshway.launch.invocation import Invocation
+
+GOLDENS = Path(__file__).parents[1] / "goldens" / "hugging_face"
+
+
+def tokenizer_json(size):
+    """A word-level tokenizer."""
+    model = {"type": "WordLevel", "vocab": {f"w{number}": number for number in range(size)}, "unk_token": "w0"}
+    parts = dict.fromkeys(("normalizer", "post_processor", "decoder", "truncation", "padding"))
+    return {"version": "1.0", "added_tokens": [], "model": model, "pre_tokenizer": {"type": "Whitespace"}} | parts
+
+
+def copy_of(name, tmp_path, **fields):
+    """A golden Hugging Face directory with a tokenizer and other fields in its config.json."""
+    directory = shutil.copytree(GOLDENS / name, tmp_path / "model", ignore=shutil.ignore_patterns("*.npz"))
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer_json(60)))
+    return directory
+
+
+def llama(tmp_path, template=(1,), generation=None, **fields):
+    """A tiny Llama whose tokenizer puts the ids `template` before a text."""
+    directory, content = copy_of("llama2", tmp_path, **fields), tokenizer_json(60)
+    parts = [{"SpecialToken": {"id": f"w{token}", "type_id": 0}} for token in template]
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [*parts, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"],
+        "special_tokens": {f"w{n}": {"id": f"w{n}", "ids": [n], "tokens": [f"w{n}"]} for n in template},
+    }
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+    if generation is not None:
+        (directory / "generation_config.json").write_text(json.dumps(generation))
+    return directory
+
+
+def data_of(run, *features):
+    lengths = dict.fromkeys((*features, "targets"), 8)
+    given = ("BATCH_SIZE=8", f"TASK_FEATURE_LENGTHS={lengths}", "MODEL_DIR='x'", "TRAIN_STEPS=1")
+    files = (str(run / "recipe.gin"), "optimizers/sgd.gin")
+    invocation = Invocation("train", gin_files=files, bindings=(*given, "MIXTURE_OR_TASK_NAME='x'"))
+    return config.load(invocation).build("train.train", given=["resolved"])["data"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "generation", "stop"),
+    [
+        ({"eos_token_id": [2, 3, 4]}, None, (2, 3, 4)),
+        ({"eos_token_id": 2}, {"eos_token_id": [2, 3]}, (2, 3)),
+        ({"eos_token_id": [2]}, {"eos_token_id": 5}, (2, 5)),
+        ({"eos_token_id": None}, {"eos_token_id": [7, 8]}, (7, 8)),
+        ({"eos_token_id": None}, {}, ()),
+    ],
+    ids=str,
+)
+def test_every_stop_id_of_both_files_is_kept_and_goes_back(tmp_path, fields, generation, stop):
+    directory = llama(tmp_path, generation=generation, **fields)
+    convert(str(directory), str(tmp_path / "run"))
+    assert read_framing(tmp_path / "run") == Framing((1,), False, stop)
+    data = data_of(tmp_path / "run")
+    assert (data._start, data._stop_ids) == ([1], list(stop))
+    convert(str(tmp_path / "run"), str(tmp_path / "back"))
+    for name in ("config.json", *(["generation_config.json"] if generation is not None else [])):
+        assert json.loads((tmp_path / "back" / name).read_text()) == json.loads((directory / name).read_text()), name
+
+
+def test_a_run_that_stops_otherwise_says_so_in_both_files(tmp_path):
+    convert(str(llama(tmp_path, generation={"eos_token_id": 2, "top_p": 0.9})), str(tmp_path / "run"))
+    vocabulary = data_of(tmp_path / "run")._named["targets"]
+    RunDirectory(tmp_path / "run").save_vocabularies({"targets": vocabulary}, Framing((9,), False, (5, 2)))
+    convert(str(tmp_path / "run"), str(tmp_path / "back"))
+    for name in ("config.json", "generation_config.json"):
+        found = json.loads((tmp_path / "back" / name).read_text())
+        assert (found["eos_token_id"], found["bos_token_id"]) == ([5, 2], 9)
+    assert found["top_p"] == 0.9
+
+
+@pytest.mark.parametrize("wrong", ["</s>", True, -1, [2, "3"], 2.0], ids=str)
+def test_stop_ids_that_are_none_are_refused(tmp_path, wrong):
+    with pytest.raises(UserError, match="generation_config.json: eos_token_id is .*must be a token id"):
+        convert(str(llama(tmp_path, generation={"eos_token_id": wrong})), str(tmp_path / "run"))
+
+
+def test_an_encoders_decoder_starts_as_config_says(tmp_path):
+    directory = copy_of("t5_1_1", tmp_path, decoder_start_token_id=5)
+    convert(str(directory), str(tmp_path / "run"))
+    assert read_framing(tmp_path / "run") == Framing((5,), True, (1,))
+    assert data_of(tmp_path / "run", "inputs")._start == [5]
+    convert(str(tmp_path / "run"), str(tmp_path / "back"))
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["decoder_start_token_id"] == 5
+
+
+@pytest.mark.parametrize("family", ["lm", "t5_1_1"])
+def test_a_prediction_ends_at_every_stop_id_and_hangs_on_the_start(tmp_path, family):
+    free = Predictor(save_run(tmp_path / "free", family, framing=Framing((0,), None, ()))).predict(["abc"])[0]
+    assert len(free.tokens) == 16
+    second = next(token for token in free.tokens if token != free.tokens[0])
+    run = save_run(tmp_path / "stops", family, framing=Framing((0,), None, (1, second, 358)))
+    found = Predictor(run).predict(["abc"])[0]
+    place = free.tokens.index(second)
+    assert found.tokens == free.tokens[: place + 1]
+    assert found.text == VOCABULARY.decode(free.tokens[:place])
+    other = Predictor(save_run(tmp_path / "other", family, framing=Framing((7,), None, ()))).predict(["abc"])[0]
+    assert other.token_scores != free.token_scores
+
+
+@pytest.mark.parametrize(
+    ("added", "refused"),
+    [({"<|im_end|>": 25}, True), ({"<|im_end|>": 26, "</s>": 1}, True), ({"</s>": 1}, False), (None, False)],
+    ids=str,
+)
+def test_tokens_added_beside_a_sentence_piece_model_are_not_lost(tmp_path, added, refused):
+    directory = copy_of("llama2", tmp_path)
+    (directory / "tokenizer.json").unlink()
+    (directory / "tokenizer.model").write_bytes(sentence_pieces())
+    if added is not None:
+        (directory / "added_tokens.json").write_text(json.dumps(added))
+    if not refused:
+        assert read_vocabulary(directory, {"eos_token_id": 1}).size == 25
+        return
+    with pytest.raises(UserError, match=r"added_tokens.json adds '<\|im_end\|>'.*tokenizer.json"):
+        convert(str(directory), str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(("template", "text"), [((1,), "w1 w5"), ((1, 3), "w1 w3 w5"), ((), "w1 w5")], ids=str)
+def test_a_text_that_spells_out_the_start_has_it_once(tmp_path, template, text):
+    convert(str(llama(tmp_path, template)), str(tmp_path / "run"))
+    read = load_text(tmp_path / "run", has_encoder=False)
+    whole = [*read.start, *read.read_inputs(text)]
+    assert whole == [int(word[1:]) for word in text.split()]
+    assert read.read_inputs("w5") == [5] and read.read_inputs([1, 5]) == [1, 5]  # ids are taken as they are
