@@ -163,7 +163,8 @@ def load_text(run: Path, has_encoder: bool, append_eos: bool | None = None) -> T
     said = framing.append_eos if append_eos is None else append_eos
     ends = has_encoder if said is None else said
     begin = () if has_encoder else framing.start
-    return Text(inputs, targets, framing.start, framing.stop, end(inputs) if ends else (), end(targets), begin)
+    after = end(inputs) if ends else ()
+    return Text(inputs, targets, framing.start, framing.stop, after, end(targets), begin=begin)
 
 
 def _ids(vocabulary: Vocabulary, value: Any, end: tuple[int, ...]) -> list[int]:
