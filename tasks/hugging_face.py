@@ -24,8 +24,8 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
     do, must not be used with such a file.
 
     Nothing is added to a text: no BOS, no EOS (seqio's `append_eos` does that), no truncation, no padding,
-    whatever the file says. A special token that a text spells out becomes that token. Decoding ends at the
-    first EOS and shows every other token, special ones too.
+    whatever the file says. A special token that a text spells out becomes that token, unless `literal` says that it is
+    text. Decoding ends at the first EOS and shows every other token, special ones too.
 
     Args:
       path: a tokenizer.json, or the folder that holds it.
@@ -34,12 +34,17 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
       extra_ids: sentinels '<extra_id_N>', the first being the highest id. They are added above the file's
         tokens, where the model's embedding needs as many rows more; those that a file already has there (T5's)
         are taken as they are.
+      literal: whether a text that spells out a special token, '</s>' or '<|eot|>', is taken literally, cut like any
+        other. Text of users should be: else it ends an example, or speaks for another side of a chat.
     """
 
-    def __init__(self, path: str | Path, eos_token: str | None = None, extra_ids: int = 0) -> None:
+    def __init__(
+        self, path: str | Path, eos_token: str | None = None, extra_ids: int = 0, literal: bool = False
+    ) -> None:
         super().__init__(extra_ids=extra_ids)
         self._path = path
         self._eos_token = eos_token
+        self.literal = literal
 
     @property
     def path(self) -> Path:
@@ -66,6 +71,7 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
         tokenizer = _tokenizer(self.tokenizer_json, self.path)
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        tokenizer.encode_special_tokens = self.literal
         return tokenizer
 
     @functools.cached_property
@@ -147,7 +153,7 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
         return f"{kind}({str(self._path)!r}, eos_token={self._eos_token!r}, extra_ids={self.extra_ids})"
 
     def _key(self) -> tuple[Any, ...]:
-        return (str(self._path), self._eos_token, self.extra_ids)
+        return (str(self._path), self._eos_token, self.extra_ids, self.literal)
 
 
 class TrainedBytePairVocabulary(HuggingFaceVocabulary):

@@ -21,6 +21,7 @@ class HuggingFace(Vocabulary):
       eos_id: the id that ends a sequence.
       extra_ids: how many of the highest ids are sentinels.
       sentinels: the ids of the sentinels, where they are others; there are as many extra ids then.
+      literal: whether a text that spells out a special token, such as '</s>', is taken literally, cut like any other.
 
     Raises:
       UserError: `tokenizers` is not installed.
@@ -30,7 +31,12 @@ class HuggingFace(Vocabulary):
     kind, suffix = "huggingface", ".tokenizer.json"
 
     def __init__(
-        self, content: bytes, eos_id: int | None = None, extra_ids: int = 0, sentinels: Sequence[int] = ()
+        self,
+        content: bytes,
+        eos_id: int | None = None,
+        extra_ids: int = 0,
+        sentinels: Sequence[int] = (),
+        literal: bool = False,
     ) -> None:
         try:
             import tokenizers
@@ -44,6 +50,7 @@ class HuggingFace(Vocabulary):
             raise ValueError(f"not a tokenizer.json: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = self._literal = literal
         self._source = content
         described = json.loads(content)
         ids = self.ids
@@ -107,7 +114,8 @@ class HuggingFace(Vocabulary):
 
     def _settings(self) -> dict[str, Any]:
         sentinels = {"sentinels": list(self.sentinels)} if self.sentinels else {}
-        return {"eos_id": self.eos_id, "extra_ids": self.extra_ids} | sentinels
+        literal = {"literal": True} if self._literal else {}
+        return {"eos_id": self.eos_id, "extra_ids": self.extra_ids} | sentinels | literal
 
     def _content(self) -> bytes:
         return self._source

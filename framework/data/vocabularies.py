@@ -254,7 +254,8 @@ def of_seqio(vocabulary: Any) -> Vocabulary:
     if _is(vocabulary, "ByteVocabulary"):
         return Bytes(extra_ids)
     if _is(vocabulary, "HuggingFaceVocabulary"):
-        return HuggingFace(vocabulary.tokenizer_json.encode("utf-8"), vocabulary.eos_id, extra_ids)
+        content = vocabulary.tokenizer_json.encode("utf-8")
+        return HuggingFace(content, vocabulary.eos_id, extra_ids, literal=vocabulary.literal)
     name = f"{type(vocabulary).__module__}.{type(vocabulary).__qualname__}"
     eos_id, unk_id = (_optional(getattr(vocabulary, attribute)) for attribute in ("eos_id", "unk_id"))
     try:

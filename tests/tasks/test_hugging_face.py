@@ -12,7 +12,7 @@ seqio = import_seqio()
 import tensorflow as tf  # noqa: E402
 import tokenizers  # noqa: E402
 
-from meshway.framework.data.vocabularies import of_seqio  # noqa: E402
+from meshway.framework.data.vocabularies import load, of_seqio  # noqa: E402
 from meshway.tasks.hugging_face import HuggingFaceVocabulary, TrainedBytePairVocabulary  # noqa: E402
 
 SAMPLE = "def f(x):\n    if x:\n        return '\\n'  # é ☃\n\n\nEnd  of\ttext. <extra_id_0>\0"
@@ -190,3 +190,19 @@ def test_training_happens_once_and_gives_the_same_bytes_each_time(cache, monkeyp
 def test_too_little_text_to_train_on_is_said_plainly(cache):
     with pytest.raises(ValueError, match="'small': 12744 characters give .* byte-level BPE tokens, not 90000"):
         _ = small(90_000).vocab_size
+
+
+@pytest.mark.parametrize("spelt", ["<|endoftext|>", "a<|endoftext|>b", "<|endoftext|><|endoftext|>"])
+def test_a_special_token_that_a_text_spells_out_may_be_taken_literally(gpt2, spelt, tmp_path):
+    """Text of users must not end an example, nor speak for another side."""
+    control, literal = (HuggingFaceVocabulary(gpt2, "<|endoftext|>", literal=each) for each in (False, True))
+    assert 300 in control.encode(spelt) and 300 not in literal.encode(spelt)
+    assert literal.decode(literal.encode(spelt)) == spelt
+    assert literal.encode("a quick text") == control.encode("a quick text")
+    assert control != literal and copy.copy(literal) == literal
+    own = of_seqio(literal)
+    assert own.encode(spelt) == literal.encode(spelt) and own.fingerprint != of_seqio(control).fingerprint
+    assert own.start == of_seqio(control).start == (300,), "what the tokenizer itself puts there stays"
+    own.save(tmp_path, "inputs")
+    assert load(tmp_path, "inputs").encode(spelt) == own.encode(spelt)
+    assert pickle.loads(pickle.dumps(own)).encode(spelt) == own.encode(spelt)
