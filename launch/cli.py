@@ -57,6 +57,8 @@ def parse(argv: Sequence[str]) -> Invocation | None:
         from meshway.launch.launch_options import parse_launch
 
         return parse_launch(words, parse, [name for name, entry in VERBS.items() if entry.on_devices])
+    if verb == "status" and words and not words[0].startswith("-"):
+        words[0] = f"--model_dir={words[0]}"
     bindings = [word.removeprefix("--gin.") for word in words if word.startswith("--gin.")]
     if bindings and not VERBS[verb].recipe:
         raise UserError(f"meshway {verb} takes no recipe: leave out --gin.{bindings[0]}")
@@ -143,7 +145,8 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     entry = VERBS[verb]
     command = " ".join([verb, *_subjects(entry)])
     given = f"(--gin_file=FILE | {entry.instead}=...)" if entry.instead else "--gin_file=FILE"
-    given = f"{given} [--gin.NAME=VALUE ...]" if entry.recipe else f"{entry.instead}=... --to=..."
+    others = {"convert": "--from=... --to=...", "status": "MODEL_DIR"}
+    given = f"{given} [--gin.NAME=VALUE ...]" if entry.recipe else others[verb]
     macros = "\n".join(f"  {name:24}{MACROS[name]}" for name in entry.macros)
     macros = f"macros that recipes honour (--gin.MACRO=VALUE):\n{macros}\n\n" if macros else ""
     parser = Parser(

@@ -187,6 +187,11 @@ _INFER = (
     Switch("--overwrite", "infer.Output.overwrite=True", "remove what an earlier job left there"),
 )
 
+_STATUS = (
+    Switch("--model_dir", "MODEL_DIR", "the run directory", "DIR"),
+    Switch("--json", "status.as_json=True", "print it as JSON"),
+)
+
 VERBS = {
     "train": Verb("meshway.launch.train", "train a recipe, or go on from its last checkpoint", dry_run=True),
     "eval": Verb(
@@ -202,6 +207,15 @@ VERBS = {
         switches=_INFER,
         instead="--model_dir",
         macros=("MODEL_DIR", "MIXTURE_OR_TASK_NAME", "TASK_FEATURE_LENGTHS", "CACHE_DIR", "LAYOUT"),
+    ),
+    "status": Verb(
+        "meshway.launch.status",
+        "say how a run stands: who runs it, its step, rate and end, its last checkpoint and evaluation",
+        switches=_STATUS,
+        instead="--model_dir",
+        recipe=False,
+        on_devices=False,
+        macros=(),
     ),
     "inspect": Verb(
         "meshway.launch.inspect",
@@ -246,6 +260,7 @@ USAGE = """examples:
   meshway infer --model_dir=runs/quickstart --prompt="Return the <extra_id_0> of the list." --max_new_tokens=20
   meshway infer --model_dir=runs/quickstart --split=validation --mode=score --output=scores.parquet
   meshway infer --model_dir=runs/llama --input=prompts.txt --output=out --temperature=0.8 --top_p=0.95 --num_decodes=4
+  meshway status runs/quickstart
   meshway inspect --gin_file=quickstart --gin.LAYOUT=fsdp --simulated_devices=8
   meshway inspect data --gin_file=quickstart --rows=5 --html=data.html
   meshway bench train --gin_file=quickstart

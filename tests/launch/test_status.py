@@ -1,0 +1,70 @@
+"""How a run stands, told from its files alone."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from meshway.framework.results.records import Records
+from meshway.framework.training.run_directory import RunDirectory
+from meshway.framework.training.timeline import Timeline
+from meshway.framework.training.writers import json_line
+from meshway.launch import cli
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "run"
+    for step in (10, 20):
+        (folder / "checkpoints" / str(step)).mkdir(parents=True)
+    (folder / "checkpoints" / "15.damaged").mkdir()
+    (folder / "config.gin").write_text("SEED = 0\nTRAIN_STEPS = 100\n")
+    reports = [json_line(step, {"loss": 2.0, "step_seconds": 0.5}) for step in (10, 20, 24)]
+    (folder / "metrics.jsonl").write_bytes(b"".join(reports) + b'{"step": 2')  # what kill -9 cut
+    Records(folder / "eval").add(20, {"dates": {"metrics": {"exact_match": 0.75}}})
+    with Timeline(folder / "timeline.jsonl") as line:
+        line.mark("ready")
+    return folder
+
+
+def test_a_run_at_work(run, capsys):
+    with RunDirectory(run).held():
+        assert cli.main(["status", str(run)]) == 0
+    said = capsys.readouterr().out
+    for part in (
+        f"process {os.getpid()} on ", "step 24 of 100, 2 steps/s, 0:38 to go", "last checkpoint: step 20",
+        "last evaluation of dates: step 20: exact_match 0.75", "goodput",
+    ):  # fmt: skip
+        assert part in said, said
+
+
+def test_a_run_that_nobody_works_on_as_json(run, capsys):
+    assert cli.main(["status", f"--model_dir={run}", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["running"] is None and found["eta_seconds"] is None and found["attempts"] == 1
+    assert (found["step"], found["total"], found["checkpoints"]) == (24, 100, [10, 20])
+    assert found["evaluations"] == {"dates": {"step": 20, "exact_match": 0.75}}
+
+
+def test_no_run_is_named(tmp_path, capsys):
+    for words, message in (
+        (["status"], "meshway status needs --model_dir=DIR"),
+        (["status", str(tmp_path / "nowhere")], "there is no such directory"),
+        (["status", str(tmp_path)], "is no run directory"),
+        (["status", "gs://bucket/run"], "is no path of this machine"),
+    ):
+        assert cli.main(words) == 2 and message in capsys.readouterr().err
+
+
+def test_it_loads_neither_jax_nor_tensorflow_nor_gin(run):
+    program = f"from meshway.launch import cli; import sys; cli.main(['status', {str(run)!r}]); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert not {"jax", "tensorflow", "gin", "seqio", "orbax"} & set(done.stdout.split())
+
+
+def test_the_version_is_told(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("meshway ")
