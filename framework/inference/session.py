@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import jax
+
 from meshway.framework.checkpoints.manager import Checkpoints, find_checkpoint
 from meshway.framework.errors import UserError
 from meshway.framework.files import local_path
@@ -108,8 +110,8 @@ def open_session(
       stop: text, or texts, that end a prediction; see `Text.stops`.
 
     Raises:
-      UserError: there is no such run or step; it holds another model; it has no vocabularies; the layout does not fit;
-        a text of `stop` is empty.
+      UserError: there is no such run or step; it holds another model; its vocabularies cannot be read; the layout does
+        not fit; a text of `stop` is empty.
     """
     stops = stop_texts(stop)
     directory = local_path(path)
@@ -119,8 +121,16 @@ def open_session(
     if found is None:
         raise UserError(f"--model_dir={path} is neither a run directory nor a checkpoint (no checkpoints/ in it)")
     folder, step = found
-    text = load_text(folder.parent, RowFormat.of(model).has_encoder, append_eos)
-    text = dataclasses.replace(text, stops=stops)
     placed = PlacedModel(model, layout)
+    text = load_text(folder.parent, RowFormat.of(model).has_encoder, append_eos, _vocabulary_size(placed))
+    text = dataclasses.replace(text, stops=stops)
     params = Checkpoints(folder, read_only=True).load_params(step, placed.abstract_params)
     return Session(placed, params, text, RowFormat.of(model, text.start), folder.parent, step)
+
+
+def _vocabulary_size(placed: PlacedModel) -> int:
+    """Returns how many ids the model knows, by its parameters."""
+    axes = jax.tree.leaves(placed.model.axes(), is_leaf=lambda leaf: isinstance(leaf, tuple))
+    leaves = zip(axes, jax.tree.leaves(placed.param_shapes), strict=True)
+    named = ((name, size) for names, leaf in leaves for name, size in zip(names, leaf.shape, strict=True))
+    return max((size for name, size in named if name == "vocab"), default=0)

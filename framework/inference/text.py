@@ -140,18 +140,38 @@ def stop_texts(given: str | Sequence[str]) -> tuple[str, ...]:
     return stops
 
 
-def load_text(run: Path, has_encoder: bool, append_eos: bool | None = None) -> Text:
-    """Returns the text of a run directory, by the vocabularies that were saved with it.
+class IdsOnly(vocabularies.Opaque):
+    """Of a run without a vocabulary: its inputs are ids, and so are its predictions ('<5> <17>')."""
+
+    def __init__(self, run: Path, size: int) -> None:
+        super().__init__("ids", size)
+        self._run = run
+
+    def encode(self, text: str) -> list[int]:
+        """Raises ValueError, so that the record can be left out; of no text there are no ids."""
+        if not text:
+            return []
+        raise ValueError(
+            f"text, but {self._run} holds no vocabularies (vocabularies.json): give token ids, as [17, 4, 1]"
+        )
+
+
+def load_text(run: Path, has_encoder: bool, append_eos: bool | None = None, size: int = 0) -> Text:
+    """Returns the text of a run directory, by the vocabularies that were saved with it; without any it is ids alone.
 
     Args:
       run: the run directory.
       has_encoder: whether inputs go to an encoder.
       append_eos: whether inputs end with EOS; None for what was saved with the run, else what T5X's tasks do: to an
         encoder they do, and what a prediction goes on from does not.
+      size: how many ids the model knows.
 
     Raises:
-      UserError: no vocabularies are there, or they cannot be read.
+      UserError: the vocabularies cannot be read.
     """
+    if not (run / "vocabularies.json").exists():
+        ids = IdsOnly(run, size)
+        return Text(ids, ids, (0,) if has_encoder else ())  # an encoder's decoder needs one id to start from: T5X's
     framing = vocabularies.read_framing(run)
     targets = vocabularies.load(run / "vocabularies", "targets")
     has_inputs = (run / "vocabularies" / "inputs.json").is_file()

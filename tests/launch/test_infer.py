@@ -359,6 +359,25 @@ def test_beams_that_never_ended_are_left_out():
     assert row["predictions"] == ["D", "C"] and row["scores"] == [-1.0, -2.0] and row["prediction"] == "D"
 
 
+def test_a_run_of_token_ids_needs_no_vocabulary(run, tmp_path, capsys):
+    bare, path = tmp_path / "bare", tmp_path / "in.jsonl"
+    shutil.copytree(run, bare)
+    (bare / "vocabularies.json").unlink()
+    path.write_text('{"inputs": [5, 6, 1]}\n{"inputs": [9, 1]}\n')
+    for name, model_dir in (("with", run), ("without", bare)):
+        words = (f"--model_dir={model_dir}", f"--input={path}", "--max_new_tokens=3")
+        assert infer(*words, f"--output={tmp_path / name}.jsonl") == 0
+    for known, row in zip(rows_of(tmp_path / "with.jsonl"), rows_of(tmp_path / "without.jsonl"), strict=True):
+        size = len(known["tokens"])  # without a vocabulary no id is known to end it
+        assert row["tokens"][:size] == known["tokens"] and row["token_scores"][:size] == known["token_scores"]
+        assert row["prediction"] == " ".join(f"<{token}>" for token in row["tokens"])
+    capsys.readouterr()
+    path.write_text('{"inputs": [5, 384]}\n{"inputs": "text"}\n')
+    assert infer(f"--model_dir={bare}", f"--input={path}", f"--output={tmp_path / 'bad.jsonl'}") == 2
+    said = capsys.readouterr().err
+    assert "id 384 is not in the vocabulary of 384" in said and "holds no vocabularies" in said
+
+
 def test_a_malformed_line_is_named_or_left_out(run, tmp_path, capsys):
     path, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     path.write_text('{"inputs": "fine"}\n{"inputs": "broken\n{"inputs": "fine too"}\n')
