@@ -88,10 +88,6 @@ def train(
         if start >= periods.total:
             print(f"step {start} of {periods.total} is already reached in {directory.root}; raise TRAIN_STEPS to go on")
             return
-        restoring = time.time()
-        restored = _restore_last(checkpoints, program, primary) if start else None
-        restored_seconds = time.time() - restoring
-        start = restored[0] if restored else 0
         dataset = data.train(program.partitioner.process_rows(program.batch_size))
         check_batch(program.batch_spec, dataset.spec())
         vocabularies = data.vocabularies()
@@ -102,6 +98,10 @@ def train(
             directory.check_vocabularies(vocabularies, framing)
         if primary:
             directory.save_vocabularies(vocabularies, framing)
+        restoring = time.time()
+        restored = _restore_last(checkpoints, program, primary) if start else None
+        restored_seconds = time.time() - restoring
+        start = restored[0] if restored else 0
         progress = _progress(periods, start, primary)
         with contextlib.ExitStack() as stack:
             if primary:

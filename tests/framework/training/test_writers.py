@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from meshway.framework.errors import UserError
+from meshway.framework.errors import EnvironmentFailure, UserError
 from meshway.framework.training.writers import JsonlWriter, TensorBoardWriter, Writers
 
 
@@ -131,7 +131,7 @@ def test_a_file_of_something_else_is_refused_and_kept(tmp_path: Path) -> None:
     assert path.read_bytes() == content
 
 
-def test_disk_full_and_unwritable_folders_are_user_errors(tmp_path: Path) -> None:
+def test_unwritable_folders_are_user_errors_and_a_full_disk_the_environments(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for writer_class in (JsonlWriter, TensorBoardWriter):
         with pytest.raises(UserError, match="cannot write .*file/below"):
@@ -140,10 +140,10 @@ def test_disk_full_and_unwritable_folders_are_user_errors(tmp_path: Path) -> Non
     board = TensorBoardWriter(tmp_path / "tensorboard")
     with open("/dev/full", "wb", buffering=0) as full:
         writer._file = full
-        with pytest.raises(UserError, match="metrics.jsonl: No space left on device"):
+        with pytest.raises(EnvironmentFailure, match="metrics.jsonl: No space left on device"):
             writer.write(1, {"loss": 1.0})
         board._writer._py_recordio_writer._writer = full
-        with pytest.raises(UserError, match="tensorboard: No space left on device"):
+        with pytest.raises(EnvironmentFailure, match="tensorboard: No space left on device"):
             board.write(1, {"loss": 1.0})
 
 
