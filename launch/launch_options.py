@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from meshway.framework.errors import UserError, did_you_mean
+from meshway.framework.files import local_path
 from meshway.launch.arguments import Parser, count, help_formatter, whole
 from meshway.launch.invocation import Invocation
 from meshway.launch.launchers.gke import Gke, Xpk
@@ -190,8 +191,7 @@ def _check_model_dir(bindings: Sequence[str]) -> None:
     values = [binding.partition("=")[2].strip("'\"") for binding in bindings if binding.startswith("MODEL_DIR=")]
     for value in values[-1:]:
         shared = "a folder on a file system that all hosts mount, by its full path"
-        if "://" in value:
-            raise UserError(f"--gin.MODEL_DIR={value} is no folder: mount the bucket, and give {shared}")
+        local_path(value)
         if not value.startswith(("/", "~", "%", "@")):
             raise UserError(f"--gin.MODEL_DIR={value} would be another folder on each host: give {shared}")
         if re.match(r"/(tmp|var/tmp|dev/shm)(/|$)", value):

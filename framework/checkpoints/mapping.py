@@ -63,6 +63,7 @@ class Initial:
     resize: str | None = None
 
     def __post_init__(self) -> None:
+        local_path(self.path)  # now, not when parameters are first read, after the step was compiled
         if self.resize is not None and self.resize not in RESIZES:
             near = did_you_mean(str(self.resize), RESIZES) or f"; it is None or one of {', '.join(RESIZES)}"
             raise UserError(f"Initial.resize = {self.resize!r} is no way to resize a vocabulary{near}")

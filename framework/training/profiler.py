@@ -1,11 +1,11 @@
 """A hook that captures a profile of a few steps."""
 
 import os
-from pathlib import Path
 
 import jax
 
 from meshway.framework.errors import UserError
+from meshway.framework.files import local_path
 
 
 class Profile:
@@ -19,7 +19,7 @@ class Profile:
         """Prepares a trace into `model_dir`/profile. Raises UserError for steps that cannot be."""
         if start_step < 1 or num_steps < 1:
             raise UserError(f"Profile: start_step and num_steps must be at least 1, got {start_step}, {num_steps}")
-        self._folder = Path(model_dir) / "profile"
+        self._folder = local_path(os.fspath(model_dir)) / "profile"
         self._start_step, self._num_steps = start_step, num_steps
         self._tracing = False
 

@@ -4,9 +4,9 @@ import os
 import socket
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from meshway.framework.errors import UserError
+from meshway.framework.files import local_path
 from meshway.launch.launchers.children import Child, Children
 from meshway.launch.launchers.supervisor import grace, model_directory, run_attempts, say
 
@@ -44,7 +44,7 @@ def run_local(
         if value < least:
             raise UserError(f"--{name}={value} must be at least {least}")
     model_dir = model_directory(words)
-    logs = Path(log_dir or (model_dir / "logs" if model_dir else tempfile.mkdtemp(prefix="meshway-logs-")))
+    logs = local_path(log_dir or (model_dir / "logs" if model_dir else tempfile.mkdtemp(prefix="meshway-logs-")))
     try:
         logs.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from meshway.framework.checkpoints.mapping import Initial
 from meshway.framework.errors import EnvironmentFailure, UserError
+from meshway.framework.training.profiler import Profile
 from meshway.launch import cli
 from meshway.launch.invocation import MACROS
 
@@ -163,6 +165,8 @@ def test_a_folder_named_gin_is_not_taken_for_the_library(tmp_path):
         ["inspect", "data", "--gin_file=quickstart", "--html=https://host/data.html"],
         ["launch", "slurm", "--nodes=1", "--output=gs://bucket/job.sbatch", "--",
          "train", "--gin_file=quickstart", "--gin.MODEL_DIR=/x"],
+        ["launch", "slurm", "--nodes=1", "--", "train", "--gin_file=quickstart", "--gin.MODEL_DIR=s3://bucket/run"],
+        ["launch", "local", "--processes=1", "--log_dir=gs://bucket/logs", "--", "train", "--gin_file=none"],
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -173,3 +177,9 @@ def test_no_path_may_be_the_address_of_a_bucket(capsys, words, tmp_path, monkeyp
     (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("meshway: error: ")]
     assert "is no path of this machine" in message, message
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("make", [Initial, Profile])
+def test_what_takes_a_path_later_refuses_an_address_when_it_is_made(make):
+    with pytest.raises(UserError, match="gs://bucket/run is no path of this machine"):
+        make("gs://bucket/run")
