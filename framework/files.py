@@ -28,6 +28,9 @@ def local_path(path: str | Path) -> Path:
     return Path(path).expanduser()
 
 
+_LOOK_SECONDS = 0.001
+
+
 @dataclasses.dataclass(frozen=True)
 class Holder:
     """Who holds a lock: process `pid` of `host`, `since` so many seconds since 1970."""
@@ -59,14 +62,25 @@ def try_lock(path: Path) -> int | None:
                 os.write(lock, json.dumps(dataclasses.asdict(_this_process())).encode())
                 return lock
         except BlockingIOError:
-            os.close(lock)
-            return None
+            if not _lets_others_read(lock):
+                os.close(lock)
+                return None
+            time.sleep(_LOOK_SECONDS)  # nobody holds it: `holder_of` has a look
         except FileNotFoundError:  # its last holder has removed it
             pass
         except BaseException:
             os.close(lock)
             raise
         os.close(lock)
+
+
+def _lets_others_read(lock: int) -> bool:
+    """Says whether a file is locked by those alone who share it, or by nobody any more."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def holder_of(path: Path) -> Holder | None:

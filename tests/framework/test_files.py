@@ -1,5 +1,6 @@
 """Locks: held by one process, given back however it ends, and a name for who holds them."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -54,6 +55,21 @@ def test_a_lock_whose_file_was_removed_meanwhile_is_not_held(tmp_path, monkeypat
     monkeypatch.setattr(os, "open", opened)
     lock = try_lock(path)
     assert os.path.samestat(os.fstat(lock), os.stat(path))
+    os.close(lock)
+
+
+def test_who_asks_for_the_holder_keeps_nobody_out(tmp_path, monkeypatch):
+    """As `meshway status`, run every second, at the very moment at which a supervisor starts a run again."""
+    path = tmp_path / "lock"
+    path.touch()
+    with open(path) as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        with open(path) as too:
+            fcntl.flock(too, fcntl.LOCK_SH)
+            waits = iter([lambda: None, too.close, asking.close])
+            monkeypatch.setattr(time, "sleep", lambda seconds: next(waits)())
+            lock = try_lock(path)
+    assert lock is not None and next(waits, None) is None and holder_of(path).pid == os.getpid()
     os.close(lock)
 
 
