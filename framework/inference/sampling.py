@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from meshway.framework.inference import filters
+import meshway.framework.inference.filters as filters
 from meshway.framework.inference.decoding import FREE, Decoded, LogitCallback, Progress, Stop, forced_tokens, prompts
 from meshway.framework.interfaces import Batch, Model, Params
 
