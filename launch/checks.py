@@ -1,5 +1,6 @@
 """Finds everything that is wrong with a recipe before anything is built, and says it in one message."""
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Iterable, Sequence
@@ -43,6 +44,10 @@ class Program:
 def link(joined: Joined, files: GinFiles, invocation: Invocation, package: str) -> Program:
     """Links a joined recipe, and the defaults of the verbs it was not joined for."""
     table = ImportTable(joined.imports)
+    if _undefined_macros(joined.bindings, table):  # constants, perhaps, that modules give to gin when they are imported
+        for statement in joined.imports:
+            with contextlib.suppress(Unresolved):  # said where something needs it
+                configurables.import_module(statement.module)
     bindings = [table.link(binding) for binding in joined.bindings]
     directories = [binding for binding in bindings if binding.name == "MODEL_DIR"]
     if invocation.dry_run and directories and directories[-1].value == Macro(REQUIRED):
@@ -55,6 +60,13 @@ def link(joined: Joined, files: GinFiles, invocation: Invocation, package: str) 
             other = ImportTable(statement for statement in statements if isinstance(statement, Import))
             others += [other.link(statement) for statement in statements if isinstance(statement, Binding)]
     return Program(joined.imports, _linked(bindings), _linked(others), package, table.problems)
+
+
+def _undefined_macros(bindings: Sequence[Binding], table: ImportTable) -> set[str]:
+    """Returns the names after % that are neither a macro of the recipe nor in a module that it imports."""
+    defined = {binding.parameter for binding in bindings if binding.is_macro} | {REQUIRED}
+    named = {leaf.name for binding in bindings for leaf in leaves(binding.value) if isinstance(leaf, Macro)}
+    return {name for name in named - defined if name.partition(".")[0] not in table.words}
 
 
 def _linked(bindings: Iterable[Binding]) -> list[Binding]:

@@ -1,16 +1,11 @@
 """Reads the recipe of a command, checks all of it, and builds what the verb runs."""
 
-import contextlib
 import dataclasses
 import hashlib
-import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import gin
-
-from meshway.framework.errors import UserError
 from meshway.launch import configurables, recipe_files
 from meshway.launch.checks import (
     Program,
@@ -23,6 +18,7 @@ from meshway.launch.checks import (
 )
 from meshway.launch.invocation import Invocation
 from meshway.launch.reachability import Walk, binding_key, final
+from meshway.launch.recipe.resolver import Resolver
 from meshway.launch.recipe_text import (
     DYNAMIC_REGISTRATION,
     Binding,
@@ -30,14 +26,11 @@ from meshway.launch.recipe_text import (
     Reference,
     Target,
     format_binding,
-    leaves,
     map_leaves,
 )
 from meshway.launch.recipe_values import read_values
 
 LAUNCH = "meshway.launch"
-_CALL = re.compile(r"\n  In call to configurable '([^']+)' \((.*?)\)(?: in scope '([^']*)')?(?=\n|$)")
-_MISSING_ARGUMENTS = re.compile(r"(\w+)(?:\.__\w+__)?\(\) missing \d+ required .*?arguments?: (.*)")
 
 
 def load(
@@ -74,9 +67,6 @@ def load(
 
 class Recipe:
     """A checked recipe.
-
-    gin's configuration belongs to the process: factories that `build` returned read it when called. Build the
-    arguments of one recipe, run it, then turn to another.
 
     Attributes:
       resolved: the whole configuration as gin text, each value as it is in force; running from it gives the
@@ -115,9 +105,7 @@ class Recipe:
             for argument in required_arguments(function, [*own, *given])
         ]
         raise_problems([*reach.undefined, *reach.lacking, *required_problems(reach), *lacking])
-        self._install(bound)
-        with self._user_errors(root):
-            return gin.get_bindings(function) if own else {}
+        return Resolver(bound).arguments(target, root)
 
     def fingerprint(self, root: str, without: Collection[str]) -> str:
         """Returns a hash of what a verb's function hangs on (`settings`): recipes that have the same one ask for the
@@ -143,101 +131,6 @@ class Recipe:
         used = Walk(bindings, importing=True).run([target]).used - {"MODEL_DIR"}
         return dict(_plain(binding) for binding in bindings if binding_key(binding) in used)
 
-    def _install(self, bindings: list[Binding]) -> None:
-        """Gives gin these bindings and nothing else."""
-        lines, written = _gin_lines(bindings)
-        gin.clear_config()
-        gin.enter_interactive_mode()  # a reloaded module may register its functions again
-        try:
-            gin.parse_config(lines)
-        except (SyntaxError, ValueError, TypeError, NameError) as error:
-            raise UserError(_gin_message(error, written)) from error
-        finally:
-            gin.exit_interactive_mode()
-
-    @contextlib.contextmanager
-    def _user_errors(self, root: str) -> Iterator[None]:
-        """Turns what constructors say about bad values into errors of the user, naming the constructor."""
-        try:
-            yield
-        except (UserError, TypeError, ValueError) as error:
-            raise UserError(self._explain(error, root)) from error
-
-    def _explain(self, error: Exception, root: str) -> str:
-        """Returns one message from an exception to which gin has appended whom it called."""
-        text = str(error)
-        message = re.split(r"\n  (?:In call to configurable|No values supplied by Gin)", text)[0]
-        call = _CALL.search(text)
-        if call is None:
-            return message if isinstance(error, UserError) else f"{root}: {message}"
-        bindings = final(self._program.bindings)
-        bound = [binding for binding in bindings if _is_shown(binding.target, call.group(2))]
-        named = [(binding.selector, binding.target) for binding in bindings]
-        for binding in bindings:
-            references = (leaf for leaf in leaves(binding.value) if isinstance(leaf, Reference))
-            named += [(leaf.selector, leaf.target) for leaf in references]
-        names = [selector for selector, target in named if _is_shown(target, call.group(2))]
-        name = next(iter(names), call.group(1))
-        missing = _MISSING_ARGUMENTS.search(message) if isinstance(error, TypeError) else None
-        if missing and missing.group(1) == call.group(1):
-            lacking = ", ".join(f"{name}.{argument}" for argument in re.findall(r"'(\w+)'", missing.group(2)))
-            return f"{name} is called without arguments it needs; bind {lacking}"
-        blamed = [binding for binding in bound if re.search(rf"\b{binding.parameter}\b", message)]
-        if isinstance(error, UserError):
-            return message + self._origins(blamed)
-        return f"{name}: {message}{self._origins(blamed or bound)}"
-
-    def _origins(self, bindings: list[Binding], limit: int = 4) -> str:
-        """Returns where values come from, through macros; the last bound first, the likeliest to be wrong."""
-        order = final(self._program.bindings)
-        macros = {binding.parameter: binding for binding in order if binding.is_macro}
-        found = []
-        for binding in bindings:
-            origin = binding
-            while isinstance(origin.value, Macro) and origin.value.name in macros:
-                origin = macros[origin.value.name]
-            found.append((order.index(origin), f"{binding.parameter} at {origin.place}"))
-        shown = [text for _, text in sorted(found, reverse=True)[:limit]]
-        return f" (bound: {', '.join(shown)})" if shown else ""
-
-
-def _is_shown(target: Target | None, shown: str) -> bool:
-    """Says whether gin's message shows the object that `target` names."""
-    return target is not None and str(configurables.find(target, importing=False)) == shown
-
-
-def _gin_lines(bindings: list[Binding]) -> tuple[list[str], dict[int, Binding]]:
-    """Returns gin text with each module under a name of its own, and line number -> the binding there.
-
-    gin knows what it configures by the name of its import, for the whole process: two recipes may use one
-    short name for two modules.
-    """
-    modules: set[str] = set()
-
-    def selector(target: Target) -> str:
-        if target.module == "gin":
-            return str(target)
-        modules.add(target.module)
-        return ".".join([_alias(target.module), *target.path])
-
-    def leaf(value: Any) -> Any:
-        if isinstance(value, Reference) and value.target:
-            return Reference(value.scope, selector(value.target), value.evaluate)
-        if isinstance(value, Macro) and value.target:
-            return Macro(_constant(configurables.find(value.target, importing=True)))
-        return value
-
-    body = []
-    for binding in bindings:
-        name = binding.parameter
-        if binding.target:
-            scope = f"{binding.scope}/" if binding.scope else ""
-            name = f"{scope}{selector(binding.target)}.{binding.parameter}"
-        body.append(f"{name} = {map_leaves(leaf, binding.value)!r}")
-    imports = [f"import {module} as {_alias(module)}" for module in sorted(modules)]
-    head = ["from __gin__ import dynamic_registration", *imports]
-    return [*head, *body], dict(enumerate(bindings, len(head) + 1))
-
 
 def _plain(binding: Binding) -> tuple[str, str]:
     """Returns a binding's name and value as text that does not depend on how the recipe imports what it names."""
@@ -251,28 +144,6 @@ def _plain(binding: Binding) -> tuple[str, str]:
 
     name = f"{binding.target}.{binding.parameter}" if binding.target else binding.parameter
     return f"{binding.scope}/{name}", repr(map_leaves(leaf, binding.value))
-
-
-def _alias(module: str) -> str:
-    return module.replace(".", "__")
-
-
-def _constant(value: Any) -> str:
-    """Returns the name under which gin knows a module's constant."""
-    name = f"constant_{id(value)}"  # gin keeps the value alive, so the id stays its own
-    with contextlib.suppress(ValueError):  # known already
-        gin.constant(name, value)
-    return name
-
-
-def _gin_message(error: Exception, written: dict[int, Binding]) -> str:
-    line = re.search(r"line (\d+)", str(error))
-    number = error.lineno if isinstance(error, SyntaxError) else int(line.group(1)) if line else 0
-    message = str(error.msg if isinstance(error, SyntaxError) else error).strip().splitlines()[0]
-    if number in written:
-        binding = written[number]
-        return f"{binding.where}: {message}"
-    return f"the recipe cannot be configured: {message}"
 
 
 def _resolved(program: Program, bindings: list[Binding], layout_is_shipped: bool) -> str:

@@ -1,19 +1,20 @@
 """From the selectors of a recipe to Python objects: imports, attributes, parameters."""
 
 import dataclasses
+import functools
 import importlib
 import importlib.machinery
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import gin
 import gin.config
 
 from meshway.framework.errors import UserError, did_you_mean
-from meshway.launch.recipe_text import REQUIRED, Binding, Import, Macro, Reference, Target, map_leaves
+from meshway.launch.recipe_text import REQUIRED, Binding, Import, Macro, Reference, Target, leaves, map_leaves
 
 _BUILTINS = {"singleton": gin.config.singleton}  # what selectors beginning with `gin.` may name
 
@@ -26,13 +27,14 @@ class ImportTable:
     """The words that selectors may begin with, and the modules they stand for.
 
     Attributes:
+      words: each with the import that it comes from.
       problems: modules that do not exist, and words bound to two different modules.
     """
 
     def __init__(self, imports: Iterable[Import]):
         self.problems: list[str] = []
         self._absent: set[str] = set()
-        self._words: dict[str, Import] = {}
+        self.words: dict[str, Import] = {}
         self._plain: set[str] = set()  # `import a.b.c` serves selectors a.b.c.x
         for statement in imports:
             try:
@@ -42,7 +44,7 @@ class ImportTable:
                 self._absent.add(statement.module)
             if not (statement.alias or statement.is_from):
                 self._plain.add(statement.module)
-            first = self._words.setdefault(statement.bound_name, statement)
+            first = self.words.setdefault(statement.bound_name, statement)
             if first.bound_module != statement.bound_module:
                 self.problems.append(
                     f"{statement.place}: `{statement}` gives {statement.bound_name!r} a second meaning, "
@@ -58,12 +60,12 @@ class ImportTable:
         word, *path = selector.split(".")
         if word == "gin":
             return Target("gin", tuple(path))
-        if word not in self._words:
+        if word not in self.words:
             if not path:
-                near = did_you_mean(selector, self._words)
+                near = did_you_mean(selector, self.words)
                 raise Unresolved(f"{selector!r} is not imported; write its module and name, as module.{selector}{near}")
-            raise Unresolved(f"{word!r} of {selector!r} is not imported{did_you_mean(word, self._words)}")
-        module = self._words[word].bound_module
+            raise Unresolved(f"{word!r} of {selector!r} is not imported{did_you_mean(word, self.words)}")
+        module = self.words[word].bound_module
         while path and f"{module}.{path[0]}" in self._prefixes():
             module = f"{module}.{path.pop(0)}"
         return Target(module, tuple(path))
@@ -85,7 +87,8 @@ class ImportTable:
         def leaf(value: Any) -> Any:
             if isinstance(value, Reference):
                 return dataclasses.replace(value, target=target(value.selector, f"{binding.place}: {value}"))
-            if isinstance(value, Macro) and "." in value.name and value.name != REQUIRED:
+            dotted = isinstance(value, Macro) and "." in value.name and value.name != REQUIRED
+            if dotted and not is_gin_constant(value.name):
                 return dataclasses.replace(value, target=target(value.name, f"{binding.place}: {value}"))
             return value
 
@@ -206,13 +209,17 @@ def is_decorated(target: Target) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-    """What a call accepts: all names, those without a default, and whether any other name is taken too."""
+    """What a call accepts: all names, those without a default, whether any other name is taken too, those that may be
+    given by position, and the defaults that are classes or functions, or hold some."""
 
     names: tuple[str, ...]
     required: tuple[str, ...]
     takes_any: bool
+    positional: tuple[str, ...] = ()
+    references: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+@functools.cache
 def parameters(found: Callable[..., Any]) -> Parameters:
     """Returns the parameters of a function or of a class's constructor.
 
@@ -236,4 +243,63 @@ def parameters(found: Callable[..., Any]) -> Parameters:
         tuple(parameter.name for parameter in named),
         tuple(parameter.name for parameter in named if parameter.default is inspect.Parameter.empty),
         any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in listed),
+        tuple(parameter.name for parameter in listed if parameter.kind in kinds[:1] + _POSITIONAL_ONLY),
+        _references(found, {parameter.name: parameter.default for parameter in named}),
     )
+
+
+_POSITIONAL_ONLY = (inspect.Parameter.POSITIONAL_ONLY,)
+
+
+def _references(found: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the defaults that are, or hold, classes or functions of the package of `found`, as references to them."""
+    package = (getattr(found, "__module__", None) or "").partition(".")[0]
+
+    def leaf(value: Any) -> Any:
+        if not (inspect.isclass(value) or inspect.isfunction(value)) or value.__module__.partition(".")[0] != package:
+            return value
+        target = Target(value.__module__, tuple(value.__qualname__.split(".")))
+        if "<" in value.__qualname__ or find(target, importing=False) is not value:
+            return value
+        return Reference("", ".".join([target.module.rpartition(".")[2], *target.path]), False, target)
+
+    made = {name: map_leaves(leaf, default) for name, default in defaults.items()}
+    return {name: value for name, value in made.items() if any(isinstance(each, Reference) for each in leaves(value))}
+
+
+def reaches(value: Any, keys: Collection[Any]) -> bool:
+    """Says whether a value refers to something among `keys` (`key`), by itself or through Python's defaults."""
+    for each in leaves(value):
+        if isinstance(each, Reference) and each.target:
+            found = find(each.target, importing=False)
+            if key(each.target) in keys:
+                return True
+            if found is not None and any(reaches(inner, keys) for inner in parameters(found).references.values()):
+                return True
+    return False
+
+
+def gin_selector(target: Target) -> str:
+    """Returns the name by which gin knows an object that is configurable in its source."""
+    return gin.config._inverse_lookup(find(target, importing=False)).selector  # gin has no public way
+
+
+def is_gin_constant(name: str) -> bool:
+    """Says whether some imported module gave gin a constant of this name."""
+    try:
+        gin_constant(name)
+    except Unresolved:
+        return False
+    return True
+
+
+def gin_constant(name: str) -> Any:
+    """Returns a constant that some imported module gave to gin (`gin.constant`).
+
+    Raises:
+      Unresolved: there is none.
+    """
+    try:
+        return gin.query_parameter(name)
+    except ValueError as error:
+        raise Unresolved(f"no macro {name} is defined") from error

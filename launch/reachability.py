@@ -71,6 +71,7 @@ class Walk:
         self._importing = importing
         self._macros = {binding.parameter: binding for binding in bindings if binding.is_macro}
         self._bindings = [binding for binding in bindings if binding.target is not None]
+        self._keys = {configurables.key(target) for b in self._bindings if b.target for target in _owners(b.target)}
         self._scoped = {tuple(binding.scope.split("/")) for binding in self._bindings if binding.scope}
         self._factories: list[tuple[Target, Place, Reference | None]] = []
         self._seen: set[Any] = set()
@@ -137,6 +138,9 @@ class Walk:
             return
         if by is not None and by.evaluate:
             self._check_arguments(found, winners, place, by)
+        for name, default in configurables.parameters(found).references.items():
+            if name not in winners and configurables.reaches(default, self._keys):
+                self._walk(default, scope, Binding("", str(target), name, default, place))
         if inspect.isclass(found):
             self._visit_methods(target, scope, place)
 
@@ -190,7 +194,7 @@ class Walk:
                 self._open.append(macro.name)
                 self._walk(definition.value, tuple(macro.name.split("/")), definition)
                 self._open.remove(macro.name)
-            else:
+            elif not configurables.is_gin_constant(macro.name):
                 near = did_you_mean(macro.name, self._macros)
                 text = f"{binding.where}: no macro {macro.name} is defined{near}"
                 self.reach.undefined[text] = binding.place
@@ -201,6 +205,12 @@ class Walk:
             scope = f"{called.scope}/" if called.scope else ""
             flags = ", ".join(f"--gin.{scope}{called.selector}.{name}=..." for name in lacking)
             self.reach.lacking.append(f"{place}: {called} needs {_listed(lacking)}, which nothing binds: {flags}")
+
+
+def _owners(target: Target) -> Iterator[Target]:
+    """Yields what a binding configures, and the class of which that is a method."""
+    for count in range(1, len(target.path) + 1):
+        yield Target(target.module, target.path[:count])
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -235,6 +235,121 @@ def test_a_factory_may_be_called_in_a_scope_that_another_reference_opens(lab):
     assert lab.load(recipe=recipe).build("train.train")["model"].blocks[0].inner.heads == 9
 
 
+def test_two_recipes_live_beside_each_other(lab):
+    lab.write(
+        "lab/theirs.py",
+        "import gin\n@gin.configurable\nclass Rate:\n    def __init__(self, a=1):\n        self.a = a\n",
+    )
+    lab.write(
+        "lab/model.py",
+        "class Model:\n    def __init__(self, blocks=(), rate=0):\n        self.block, self.rate = blocks[0], rate\n",
+    )
+    recipe = """
+        include 'base'
+        from lab import theirs
+        model.Model.rate = @theirs.Rate
+        theirs.Rate.a = 3
+    """
+    teacher = lab.load("layers.Mlp.hidden=128", recipe=recipe).build("train.train")["model"]
+    student = lab.load("theirs.Rate.a=4", recipe=recipe).build("train.train")["model"]
+    for _ in range(2):
+        assert teacher.block().mlp.hidden == 128 and teacher.rate().a == 3
+        assert student.block().mlp.hidden == 8 and student.rate().a == 4
+    assert sys.modules["lab.theirs"].Rate().a == 4, "called by nobody's recipe, it takes what the last one says"
+
+
+def test_a_factory_of_a_teacher_keeps_out_of_the_scopes_of_its_student(lab):
+    lab.write(
+        "lab/model.py",
+        "class Model:\n    def __init__(self, blocks=(), rate=0):\n        self.block, self.made = blocks[0], rate\n",
+    )
+    lab.write("lab/call.py", "FACTORY = []\ndef call():\n    return FACTORY[0]()\n")
+    recipe = "include 'base'\nfrom lab import call\nmodel.Model.rate = @deep/call.call()\ndeep/layers.Block.heads = 9"
+    first = lab.load().build("train.train")["model"]
+    __import__("lab.call").call.FACTORY.append(first.block)
+    assert lab.load(recipe=recipe).build("train.train")["model"].made.heads == 2
+
+
+@pytest.mark.parametrize("decorated", [False, True])
+def test_what_t5x_users_write_is_read(lab, decorated):
+    """Constants, singletons, macros inside containers, scopes, and configurables of the user's own source."""
+    mark = "@gin.configurable\n" if decorated else ""
+    theirs = f"import gin\ngin.constant('lab.HEADS_{decorated}', 12)\ngin.constant('SEVEN_{decorated}', 7)\n"
+    theirs += f"class Shared:\n    pass\n{mark}"
+    theirs += "def rates(table, extra=None, shared=None):\n    return table, extra, shared\n"
+    lab.write("lab/theirs.py", theirs)
+    recipe = f"""
+        include 'base'
+        from lab import theirs
+        WIDTHS = [1, %SMALL]
+        SMALL = 2
+        SHARED = @one/gin.singleton()
+        one/gin.singleton.constructor = @theirs.Shared
+        layers.Block.heads = %lab.HEADS_{decorated}
+        model.Model.rate = @deep/theirs.rates()
+        theirs.rates.table = {{'widths': %WIDTHS, 'seven': %SEVEN_{decorated}}}
+        theirs.rates.extra = 1
+        theirs.rates.shared = (%SHARED, %SHARED)
+        deep/theirs.rates.extra = [@theirs.Shared, %SMALL]
+    """
+    loaded = lab.load(recipe=recipe)
+    for each in (loaded, lab.load(recipe=loaded.resolved)):
+        model = each.build("train.train")["model"]
+        table, (factory, small), shared = model.rate
+        assert table == {"widths": [1, 2], "seven": 7} and small == 2 and model.blocks[0].heads == 12
+        assert type(factory()) is type(shared[0]) and shared[0] is shared[1]
+
+
+def test_a_constant_that_nobody_made_is_refused(lab):
+    lab.write("lab/theirs.py", "import gin\ngin.constant('lab.ROOMS', 12)\n")
+    with pytest.raises(UserError, match="lab.ROMS"):
+        lab.load(recipe="include 'base'\nimport lab.theirs\nlayers.Block.heads = %lab.ROMS")
+
+
+def test_methods_of_a_class_take_what_is_bound_to_them(lab):
+    lab.write(
+        "lab/model.py",
+        """
+        class Model:
+            def __init__(self, blocks=(), rate=0):
+                self.block = blocks[0]
+            def width(self, a, b=1):
+                return a, b
+    """,
+    )
+    recipe = "include 'base'\nmodel.Model.width.b = 4\nMODEL/model.Model.width.a = 3\n"
+    model = lab.load(recipe=recipe).build("train.train")["model"]
+    assert model.width() == (3, 4) and model.width(5) == (5, 4) and model.width(5, b=6) == (5, 6)
+    assert type(model).__name__ == "Model"
+
+
+def test_a_default_that_is_a_class_is_as_configurable_as_a_reference(lab):
+    lab.write(
+        "lab/model.py",
+        """
+        from lab import layers
+
+        class Inner:
+            def __init__(self, mlp=layers.Mlp):
+                self.mlp = mlp()
+
+        def twice(inner=Inner, others=(Inner, 3)):
+            return inner(), others[0](), others[1]
+
+        class Model:
+            def __init__(self, blocks=(), rate=0, make=twice, unbound=layers.Moe):
+                self.made, self.unbound = make(), unbound
+    """,
+    )
+    loaded = lab.load("deep/layers.Mlp.activation='gelu'", "MODEL=@deep/model.Model()")
+    model = loaded.build("train.train")["model"]
+    first, second, number = model.made
+    assert first.mlp.hidden == second.mlp.hidden == 8 and number == 3 and first.mlp.activation == "gelu"
+    assert model.unbound is sys.modules["lab.layers"].Moe
+    with pytest.raises(UserError, match="layers.Mlp: hidden must be positive, got -1"):
+        lab.load("layers.Mlp.hidden=-1").build("train.train")
+
+
 def test_gin_itself_is_left_with_this_recipe_only(lab):
     gin.parse_config("stale = 1")
     lab.load().build("train.train")
