@@ -22,7 +22,9 @@ from meshway.launch.recipe.resolver import Resolver
 from meshway.launch.recipe_text import (
     DYNAMIC_REGISTRATION,
     Binding,
+    Import,
     Macro,
+    Place,
     Reference,
     Target,
     format_binding,
@@ -62,7 +64,8 @@ def load(
     kept = [
         binding for binding in final(program.bindings) if binding_key(binding) in {*ours.used, *every.used, "LAYOUT"}
     ]
-    return Recipe(program, _resolved(program, kept, joined.layout_is_shipped))
+    defaults = list({**every.defaults, **ours.defaults}.values())
+    return Recipe(program, _resolved(program.imports, kept, defaults, joined.layout_is_shipped))
 
 
 class Recipe:
@@ -146,10 +149,12 @@ def _plain(binding: Binding) -> tuple[str, str]:
     return f"{binding.scope}/{name}", repr(map_leaves(leaf, binding.value))
 
 
-def _resolved(program: Program, bindings: list[Binding], layout_is_shipped: bool) -> str:
-    """Returns the bindings as a recipe: imports, macros, then the rest by what it configures."""
-    imports = sorted({str(statement) for statement in program.imports}, key=lambda text: text.split()[1:])
-    lines = [f"from {DYNAMIC_REGISTRATION.replace('.', ' import ')}", *imports, ""]
+def _resolved(imports: list[Import], bindings: list[Binding], defaults: list[Binding], layout_is_shipped: bool) -> str:
+    """Returns the bindings as a recipe: imports, macros, then the rest by what it configures. The defaults of Python on
+    which they hang are written out, so that it stays what it is when those change."""
+    words = _Words(imports)
+    bindings = [*bindings, *map(words.spelled, defaults)]
+    lines = [f"from {DYNAMIC_REGISTRATION.replace('.', ' import ')}", *words.imports(), ""]
     macros = {binding.parameter: binding.value for binding in bindings if binding.is_macro}
     if "LAYOUT" in macros and not layout_is_shipped:
         macros["LAYOUT"] = None  # a user's file may be gone or changed by then: its bindings stand below
@@ -162,3 +167,36 @@ def _resolved(program: Program, bindings: list[Binding], layout_is_shipped: bool
             group = (binding.selector, binding.scope)
         lines.append(format_binding(binding.name, binding.value))
     return "\n".join(lines) + "\n"
+
+
+class _Words:
+    """How a recipe writes modules: as its own imports do; those of Python's defaults by imports that are added."""
+
+    def __init__(self, imports: list[Import]):
+        self._imports = list(imports)
+        self._taken = {statement.bound_name for statement in imports}
+        self._words = {s.bound_module: s.bound_name for s in imports if s.is_from or s.alias}
+
+    def imports(self) -> list[str]:
+        return sorted({str(statement) for statement in self._imports}, key=lambda text: text.split()[1:])
+
+    def spelled(self, binding: Binding) -> Binding:
+        """Returns a binding with selectors that can be read again; adds the imports that they need."""
+
+        def leaf(value: Any) -> Any:
+            if isinstance(value, Reference) and value.target:
+                return dataclasses.replace(value, selector=self._selector(value.target))
+            return value
+
+        assert binding.target is not None
+        selector = self._selector(binding.target)
+        return dataclasses.replace(binding, selector=selector, value=map_leaves(leaf, binding.value))
+
+    def _selector(self, target: Target) -> str:
+        if target.module not in self._words:
+            name = target.module.rpartition(".")[2]
+            alias = None if name not in self._taken else target.module.replace(".", "__")
+            self._imports.append(Import(target.module, alias, not alias, Place("a default")))
+            self._words[target.module] = alias or name
+            self._taken.add(alias or name)
+        return ".".join([self._words[target.module], *target.path])

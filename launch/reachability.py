@@ -43,6 +43,7 @@ class Reach:
       required: name -> (binding, the place that asks) of values marked %gin.REQUIRED.
       undefined: message -> place, of references to configurables, constants and macros that do not exist.
       lacking: messages on calls without all their arguments.
+      defaults: Python's own defaults that the bindings configure, as bindings.
     """
 
     used: set[Any] = dataclasses.field(default_factory=set)
@@ -52,6 +53,7 @@ class Reach:
     required: dict[str, Place] = dataclasses.field(default_factory=dict)
     undefined: dict[str, Place] = dataclasses.field(default_factory=dict)
     lacking: list[str] = dataclasses.field(default_factory=list)
+    defaults: dict[Any, Binding] = dataclasses.field(default_factory=dict)
 
 
 class Walk:
@@ -140,7 +142,9 @@ class Walk:
             self._check_arguments(found, winners, place, by)
         for name, default in configurables.parameters(found).references.items():
             if name not in winners and configurables.reaches(default, self._keys):
-                self._walk(default, scope, Binding("", str(target), name, default, place))
+                binding = Binding("", str(target), name, default, place, target)
+                self.reach.defaults[binding_key(binding)] = binding
+                self._walk(default, scope, binding)
         if inspect.isclass(found):
             self._visit_methods(target, scope, place)
 

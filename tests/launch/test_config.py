@@ -346,6 +346,10 @@ def test_a_default_that_is_a_class_is_as_configurable_as_a_reference(lab):
     first, second, number = model.made
     assert first.mlp.hidden == second.mlp.hidden == 8 and number == 3 and first.mlp.activation == "gelu"
     assert model.unbound is sys.modules["lab.layers"].Moe
+    assert "\nmodel.Inner.mlp = @layers.Mlp\n" in loaded.resolved and "unbound" not in loaded.resolved
+    again = lab.load(recipe=loaded.resolved)
+    assert again.resolved == loaded.resolved
+    assert again.build("train.train")["model"].made[0].mlp.activation == "gelu"
     with pytest.raises(UserError, match="layers.Mlp: hidden must be positive, got -1"):
         lab.load("layers.Mlp.hidden=-1").build("train.train")
 
