@@ -1,6 +1,7 @@
-"""Columns of text: the tables that commands print."""
+"""What commands show on a terminal: columns of text, and how far bytes have come."""
 
-from collections.abc import Container, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
 
 def format_columns(rows: Iterable[Sequence[str]], right: Container[int] = ()) -> list[str]:
@@ -20,3 +21,16 @@ def format_columns(rows: Iterable[Sequence[str]], right: Container[int] = ()) ->
         "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
         for row in rows
     ]
+
+
+@contextlib.contextmanager
+def progress_of_bytes(total_bytes: int, what: str) -> Iterator[Callable[[int], None]]:
+    """Yields what to tell the bytes that were written; shows a bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(what, total=total_bytes)
+        yield lambda size: bar.advance(task, size)

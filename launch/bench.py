@@ -316,7 +316,7 @@ def run(invocation: "Invocation") -> None:
         from meshway.launch import bench_parallel
 
         with processes.joined(*invocation.processes):
-            bench_parallel.run(invocation)
+            bench_parallel.run(invocation, parallel)
         return
     if invocation.subject == "moe":
         with processes.joined(*invocation.processes):

@@ -10,7 +10,7 @@ forms beside them, and their sources, are in `framework/planning/communication.p
 import dataclasses
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -130,13 +130,17 @@ def format_summary(results: Sequence[Result]) -> str:
     return "\n".join(format_columns(cells))
 
 
-def run(invocation: "Invocation") -> list[Result]:
+def run(invocation: "Invocation", measure_one: Callable[..., Result]) -> list[Result]:
     """Measures the layouts that the command names, else all shipped ones, and prints each as it is done.
+
+    Args:
+      invocation: the command.
+      measure_one: `bench.parallel`, whose arguments a recipe binds.
 
     Raises:
       UserError: the recipe is wrong, or no layout that was named fits it.
     """
-    from meshway.launch import bench, config
+    from meshway.launch import config
 
     def arguments(layout: str) -> dict[str, Any]:
         chosen = dataclasses.replace(invocation, bindings=(*invocation.bindings, f"LAYOUT={layout!r}"))
@@ -146,7 +150,7 @@ def run(invocation: "Invocation") -> list[Result]:
     results = []
     for name in named:
         try:
-            result = dataclasses.replace(bench.parallel(**arguments(name)), layout=name)
+            result = dataclasses.replace(measure_one(**arguments(name)), layout=name)
         except (UserError, ValueError) as error:
             result = Result(name, misfit=str(error).splitlines()[0])
         results.append(result)

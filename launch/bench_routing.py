@@ -122,10 +122,10 @@ def format_table(found: Accuracies) -> str:
 
 def _settings(invocation: "Invocation", **macros: Any) -> Routing:
     """Returns the recipe with some macros bound on top of the command line's."""
-    from meshway.launch import bench, config
+    from meshway.launch import config
 
     bindings = (*invocation.bindings, *[f"{name}={value!r}" for name, value in macros.items()])
-    return bench.routing(**config.load(dataclasses.replace(invocation, bindings=bindings)).build("bench.routing"))
+    return Routing(**config.load(dataclasses.replace(invocation, bindings=bindings)).build("bench.routing"))
 
 
 def _train(settings: Routing, step: Any, seed: int) -> "TrainState":

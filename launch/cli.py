@@ -4,7 +4,9 @@ import argparse
 import importlib
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +14,7 @@ from meshway.framework.errors import EnvironmentFailure, UserError, did_you_mean
 from meshway.framework.version import installed_version
 from meshway.launch.arguments import Parser, count, help_formatter, real, whole
 from meshway.launch.invocation import MACROS, Invocation
+from meshway.launch.launchers.job import END_WITH_STARTER
 from meshway.launch.verbs import USAGE, VERBS, Switch, Verb
 
 
@@ -225,5 +228,15 @@ def _examples(verb: str) -> str:
     return "\n".join(["examples:", *lines])
 
 
+def _end_with_starter() -> None:
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    words = sys.argv[1:]
+    if words[:1] == [END_WITH_STARTER]:
+        threading.Thread(target=_end_with_starter, daemon=True).start()
+        words = words[1:]
+    sys.exit(main(words))

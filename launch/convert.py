@@ -12,7 +12,7 @@ import dataclasses
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,11 +24,10 @@ if TYPE_CHECKING:
     import numpy as np
 
     from meshway.framework.interfaces import Model
-    from meshway.launch.config import Recipe
     from meshway.launch.invocation import Invocation
 
 DTYPES = ("keep", "float32", "bfloat16", "float16")
-CONVERT, NETWORK = "convert", "network"
+CONVERT = "convert"
 _SHARD = "5GB"
 
 
@@ -99,19 +98,6 @@ def network(model: "Model") -> "Model":
     return model
 
 
-def build_network(path: Path) -> tuple["Model", "Recipe"]:
-    """Returns the model that a recipe file describes, and the recipe.
-
-    Raises:
-      UserError: the recipe is wrong.
-    """
-    from meshway.launch import config
-    from meshway.launch.invocation import Invocation
-
-    recipe = config.load(Invocation(CONVERT, NETWORK, gin_files=(str(path),)), import_unreferenced=False)
-    return network(**recipe.build(f"{CONVERT}.{NETWORK}")), recipe
-
-
 @contextlib.contextmanager
 def fresh_directory(target: Path) -> Iterator[Path]:
     """Yields a directory beside `target` that takes its name once all went well, and is removed otherwise.
@@ -132,19 +118,6 @@ def fresh_directory(target: Path) -> Iterator[Path]:
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def progress(total_bytes: int, what: str) -> Iterator[Callable[[int], None]]:
-    """Yields what to tell the bytes that were written; shows a bar on a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(what, total=total_bytes)
-        yield lambda size: bar.advance(task, size)
 
 
 def say(facts: Mapping[str, str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from meshway.framework.columns import progress_of_bytes
 from meshway.framework.conversion import tokenizer_files
 from meshway.framework.conversion.hugging_face import HuggingFaceModel, open_model
 from meshway.framework.conversion.rules import Shape
@@ -22,7 +23,7 @@ from meshway.framework.interfaces import Model
 from meshway.framework.partitioning.explain import format_bytes
 from meshway.framework.training.run_directory import RunDirectory
 from meshway.framework.training.trees import flatten
-from meshway.launch import convert, recipe_bindings
+from meshway.launch import recipe_bindings
 from meshway.launch.recipe_text import Macro
 
 ORIGIN, NOTES, RECIPE = "hugging_face", "conversion.json", "recipe.gin"
@@ -112,11 +113,11 @@ def write_run(
     """
     path = folder / RECIPE
     path.write_text(text, encoding="utf-8")
-    built, recipe = convert.build_network(path)
+    built, recipe = recipe_bindings.build_network(path)
     values = values_for(shapes_of(built))
     total = sum(each.nbytes for each in values.values())
     _check_room(folder, total)
-    with convert.progress(total, "reading tensors") as wrote:
+    with progress_of_bytes(total, "reading tensors") as wrote:
         write_checkpoint(folder / "checkpoints", 0, values, recipe.resolved, wrote)
     (folder / "config.gin").write_text(recipe.resolved, encoding="utf-8")
     return values

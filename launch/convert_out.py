@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from meshway.framework.checkpoints.manager import Checkpoints, find_checkpoint
+from meshway.framework.columns import progress_of_bytes
 from meshway.framework.conversion import tokenizer_files
 from meshway.framework.conversion.families import registry
 from meshway.framework.conversion.family import Family, read_config
@@ -21,7 +22,7 @@ from meshway.framework.data.vocabularies import load, read_framing
 from meshway.framework.errors import UserError
 from meshway.framework.files import local_path
 from meshway.framework.partitioning.explain import format_bytes
-from meshway.launch import convert, recipe_bindings
+from meshway.launch import recipe_bindings
 from meshway.launch.convert_in import NOTES, ORIGIN
 
 
@@ -93,7 +94,7 @@ def to_hugging_face(
     config = _config(run, found, bindings, origin, {spec.dtype for spec in specs.values()})
     _check_nothing_lost(found, config, saved["gin"], "logits/kernel" in stored.shapes, folder)
     total = sum(spec.num_bytes for spec in specs.values())
-    with convert.progress(total, "writing tensors") as wrote:
+    with progress_of_bytes(total, "writing tensors") as wrote:
         names = write_tensors(folder, specs, lambda name: stored.tensor(made[name], dtype), max_bytes, wrote)
     copied = _tokenizer(run, origin, folder)
     config |= _special_ids(run, folder, config)
@@ -192,7 +193,7 @@ def _check_nothing_lost(family: Family, config: Mapping[str, Any], gin: str, own
     path = folder / "compared.gin"
     again = family.read(config, own_output, list(config))
     path.write_text(recipe_bindings.text_of(family.include(config), again), encoding="utf-8")
-    _, recipe = convert.build_network(path)
+    _, recipe = recipe_bindings.build_network(path)
     path.unlink()
     expected = recipe_bindings.model_of(recipe.resolved, "the recipe of the exported model")
     found = recipe_bindings.model_of(gin, "the recipe of the run")

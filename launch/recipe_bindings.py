@@ -2,11 +2,14 @@
 
 import inspect
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from meshway.framework.conversion.settings import Reference as Converted
 from meshway.framework.errors import UserError
-from meshway.launch import configurables
+from meshway.framework.interfaces import Model
+from meshway.launch import config, configurables
+from meshway.launch.invocation import Invocation
 from meshway.launch.recipe_text import Binding, Import, Macro, Reference, Target, format_binding, map_leaves, parse
 
 # The modules that selectors of written recipes begin with.
@@ -130,6 +133,16 @@ def _default(name: str) -> Any:
 
 def _plain(value: Any) -> Any:
     return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
+
+
+def build_network(path: Path) -> tuple[Model, config.Recipe]:
+    """Returns the model that a recipe file describes, and the recipe.
+
+    Raises:
+      UserError: the recipe is wrong.
+    """
+    recipe = config.load(Invocation("convert", "network", gin_files=(str(path),)), import_unreferenced=False)
+    return recipe.build("convert.network")["model"], recipe
 
 
 def text_of(include: str, bindings: Mapping[str, Any], heading: str = "") -> str:

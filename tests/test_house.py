@@ -21,18 +21,6 @@ DOORS = {
 LONG = {("framework/training/loop.py", 120), ("launch/train.py", 120)}  # the loop, and what sets it up
 
 
-# Found by lazy imports only, at the last reading: they are to go, and no other may come.
-KNOWN_CYCLES = [
-    {f"meshway.launch.{name}" for name in names.split()}
-    for names in (
-        "bench bench_parallel bench_routing",
-        "convert convert_in convert_out convert_t5x",
-        "cli launch_options launchers.children launchers.here launchers.local launchers.ray_cluster "
-        "launchers.supervisor launchers.tethered",
-    )
-]
-
-
 @functools.cache
 def imports(path: Path):
     """Returns (module, whether at the top level of the file) for every import in a file."""
@@ -90,12 +78,12 @@ def test_the_table_refuses_what_it_should():
     assert not allowed(models, "models.t5", True)
 
 
-def cycles(lazy: bool) -> list[set[str]]:
-    """Returns the groups of modules that reach each other by imports, those inside functions included if `lazy`."""
-    names = {"meshway." + path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in FILES}
+def test_there_is_no_import_cycle_not_even_one_hidden_in_functions():
+    modules = {path: path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in FILES}
+    names = {f"meshway.{module}".removesuffix(".__init__"): path for path, module in modules.items()}
     reach = {}
     for name, path in names.items():
-        found = {module for module, top in imports(path) if top or lazy}
+        found = {module for module, _ in imports(path)}
         found |= {module.rpartition(".")[0] for module in found}
         reach[name] = (names.keys() & found) - {name}
     for middle in names:  # Warshall's transitive closure
@@ -103,15 +91,7 @@ def cycles(lazy: bool) -> list[set[str]]:
             if middle in ends:
                 ends |= reach[middle]
     groups = {frozenset(other for other in names if other in reach[name] and name in reach[other]) for name in names}
-    return sorted((set(group) for group in groups if group), key=sorted)
-
-
-def test_there_is_no_import_cycle():
-    assert cycles(lazy=False) == []
-
-
-def test_no_new_import_cycle_hides_in_functions():
-    assert [cycle for cycle in cycles(lazy=True) if not any(cycle <= known for known in KNOWN_CYCLES)] == []
+    assert sorted(sorted(group) for group in groups if group) == []
 
 
 def _docstring_lines(node):
@@ -139,9 +119,7 @@ def test_files_and_functions_fit_a_sitting_and_a_screen():
 def test_names_that_must_not_exist():
     assert not list((ROOT / "gin").rglob("__init__.py")), "gin/__init__.py would shadow gin-config"
     assert not [path for path in FILES if path.name == "utils.py"]
-    # One door is a package's: `from meshway.framework.inference import Predictor` is what people write in notebooks.
-    doors = [ROOT / "framework/inference/__init__.py"]
-    assert [path for folder in FOLDERS for path in (ROOT / folder).rglob("__init__.py")] == doors
+    assert not [path for folder in FOLDERS for path in (ROOT / folder).rglob("__init__.py")]
 
 
 def test_framework_models_and_bench_train_without_tensorflow(tmp_path):

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import IO, Any
 
 from meshway.framework.distributed.watch import LOST_A_PEER
-from meshway.launch.launchers import tethered
+from meshway.launch.launchers import job
 
 _POLL_SECONDS = 0.05
 _LAST_WORDS_SECONDS = 10.0  # for the others once one has said that a peer is lost: the alarm reached them all
@@ -72,7 +72,7 @@ class Children:
                 file = open(child.log, "ab", buffering=0)  # noqa: SIM115 the child's, or its echo's, until it ends
                 streams = {"stdout": subprocess.PIPE if child.aloud else file, "stderr": subprocess.STDOUT}
             child.process = subprocess.Popen(
-                tethered.command(child.words), stdin=subprocess.PIPE, env=environment, process_group=0, **streams
+                job.command(child.words), stdin=subprocess.PIPE, env=environment, process_group=0, **streams
             )
             if child.log is not None:
                 file.write(f"--- {title}, process {child.index}: pid {child.process.pid}\n".encode())

@@ -3,11 +3,13 @@
 import dataclasses
 import re
 import shlex
+import sys
 from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from meshway.framework.errors import UserError
 
+END_WITH_STARTER = "--end_with_starter"  # the first word of such a command
 PORT = 8476  # where process 0 listens, where the place itself names no port
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -29,6 +31,12 @@ def quoted(word: str) -> str:
     """Returns a word as a shell reads it back, in double quotes where those are easier on the eye."""
     plain = "'" not in word or any(mark in word for mark in '"$`\\!')
     return shlex.quote(word) if plain else f'"{word}"'
+
+
+def command(words: Sequence[str]) -> list[str]:
+    """Returns the program that runs `meshway WORDS` as long as its starter lives, however that ends: its standard input
+    is a pipe which the starter holds."""
+    return [sys.executable, "-m", "meshway.launch.cli", END_WITH_STARTER, *words]
 
 
 def variable(name: str, text: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from meshway.framework.errors import EnvironmentFailure, UserError
-from meshway.launch.launchers import tethered
+from meshway.launch.launchers import job as jobs
 from meshway.launch.launchers.job import Job, flag
 
 _USER_ERROR = 2  # the exit code of a wrong command or recipe: another try would end the same
@@ -88,7 +88,7 @@ class Process:
 
     def run(self, words: Sequence[str]) -> int:
         """Runs a command to its end; returns its exit code, or minus the signal that ended it."""
-        self._child = subprocess.Popen(tethered.command(words), cwd=self._workdir, stdin=subprocess.PIPE)
+        self._child = subprocess.Popen(jobs.command(words), cwd=self._workdir, stdin=subprocess.PIPE)
         if self._told:
             self._child.terminate()
         return self._child.wait()

@@ -12,7 +12,7 @@ from meshway.framework.conversion.tokenizer_files import read_vocabulary
 from meshway.framework.data.vocabularies import read_framing
 from meshway.framework.data.vocabulary import Framing
 from meshway.framework.errors import UserError
-from meshway.framework.inference import Predictor
+from meshway.framework.inference.predictor import Predictor
 from meshway.framework.inference.text import load_text
 from meshway.framework.training.run_directory import RunDirectory
 from meshway.launch import config

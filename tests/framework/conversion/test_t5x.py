@@ -24,7 +24,8 @@ from meshway.framework.inference.decoding import Stop
 from meshway.framework.inference.sampling import Sampling
 from meshway.framework.inference.text import load_text
 from meshway.launch import convert_in, recipe_bindings
-from meshway.launch.convert import build_network, convert
+from meshway.launch.convert import convert
+from meshway.launch.recipe_bindings import build_network
 
 GOLDENS = Path(__file__).parent.parent.parent / "goldens" / "t5x"
 KINDS = ("t5_native", "decoder_native", "decoder_orbax")

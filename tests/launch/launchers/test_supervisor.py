@@ -11,7 +11,7 @@ from running import environment
 
 from meshway.framework.distributed.watch import LOST_A_PEER
 from meshway.framework.errors import UserError
-from meshway.launch.launchers import local, supervisor, tethered
+from meshway.launch.launchers import job, local, supervisor
 from meshway.launch.launchers.children import Child, Children
 
 # What a process does, by attempt and place; `words` are: a folder that counts the attempts, and a script.
@@ -29,7 +29,7 @@ exec(script)
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(tethered, "command", lambda words: [sys.executable, "-c", SCRIPT, *words])
+    monkeypatch.setattr(job, "command", lambda words: [sys.executable, "-c", SCRIPT, *words])
     monkeypatch.setattr(supervisor, "_PAUSE_SECONDS", 0.0)
     monkeypatch.setenv("MESHWAY_HEARTBEAT_SECONDS", "0.5")
     monkeypatch.setattr("meshway.launch.launchers.children._TERM_SECONDS", 0.3)
@@ -112,8 +112,8 @@ def test_sigterm_is_handed_on(tmp_path, kind, code):
     call = "local.run_local(words, 2, 1, restarts=3)" if kind == "local" else "supervisor.supervise(words, 3)"
     program = f"""
 import sys
-from meshway.launch.launchers import local, supervisor, tethered
-tethered.command = lambda words: [sys.executable, "-c", {SCRIPT!r}, *words]
+from meshway.launch.launchers import job, local, supervisor
+job.command = lambda words: [sys.executable, "-c", {SCRIPT!r}, *words]
 words = [{str(tmp_path)!r}, {script!r}]
 sys.exit({call})
 """
