@@ -211,6 +211,15 @@ class Walk:
             self.reach.lacking.append(f"{place}: {called} needs {_listed(lacking)}, which nothing binds: {flags}")
 
 
+def _default(binding: Binding) -> Any:
+    """Returns the class or function by which Python fills a parameter that is not bound; None for any other default."""
+    try:
+        found = configurables.find(binding.target, importing=False) if binding.target else None
+    except Unresolved:
+        return None
+    return configurables.parameters(found).references.get(binding.parameter) if callable(found) else None
+
+
 def _owners(target: Target) -> Iterator[Target]:
     """Yields what a binding configures, and the class of which that is a method."""
     for count in range(1, len(target.path) + 1):
@@ -222,7 +231,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def moments(bindings: Sequence[Binding]) -> Iterator[tuple[int, list[Binding]]]:
-    """Yields (position, the configuration before it) for each override of a value with references.
+    """Yields (position, the configuration before it) for each override of a value, or of a default, with references.
 
     A recipe may replace a part of what it includes; what the included file bound for the replaced part had
     its use then. Each configuration has, for each thing, its last binding before the override, or else its
@@ -231,11 +240,11 @@ def moments(bindings: Sequence[Binding]) -> Iterator[tuple[int, list[Binding]]]:
     seen: dict[Any, Binding] = {}
     for position, binding in enumerate(bindings):
         name = binding_key(binding)
-        earlier = seen.get(name)
+        earlier = seen[name].value if name in seen else _default(binding)
         seen[name] = binding
-        if earlier and any(isinstance(leaf, (Reference, Macro)) for leaf in leaves(earlier.value)):
+        if any(isinstance(leaf, (Reference, Macro)) for leaf in leaves(earlier)):
             before = final(bindings[:position])
-            known = {binding_key(other) for other in before}
+            known = {binding_key(other) for other in before} | {name}
             later: dict[Any, Binding] = {}
             for other in bindings[position:]:
                 if binding_key(other) not in known:

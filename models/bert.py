@@ -9,13 +9,14 @@ from flax import nnx
 from meshway.framework.axes import constrain
 from meshway.models.layers.blocks import LayerFactory
 from meshway.models.layers.dropout import dropout, split_key
-from meshway.models.layers.embedding import Embedding, EmbeddingFactory, OutputBias, TypeEmbedding
+from meshway.models.layers.embedding import Embedding, EmbeddingFactory, OutputBias, PositionEmbedding, TypeEmbedding
 from meshway.models.layers.linear import Linear
 from meshway.models.layers.masks import Mask
 from meshway.models.layers.mlp import ACTIVATIONS
 from meshway.models.layers.norm import LayerNorm
 from meshway.models.layers.observed import observe
 from meshway.models.layers.reports import collecting, say
+from meshway.models.layers.stack import Stack
 from meshway.models.t5 import StackFactory
 
 
@@ -26,8 +27,8 @@ class Bert(nnx.Module):
         self,
         vocab_size: int,
         d_model: int,
-        encoder: StackFactory,
-        position_embedding: LayerFactory,
+        encoder: StackFactory = Stack,
+        position_embedding: LayerFactory = PositionEmbedding,
         *,
         rngs: nnx.Rngs,
         embedding: EmbeddingFactory = Embedding,

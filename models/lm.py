@@ -16,6 +16,7 @@ from meshway.models.layers.masks import Mask, causal_mask, row_positions
 from meshway.models.layers.norm import RMSNorm
 from meshway.models.layers.observed import observe
 from meshway.models.layers.reports import collecting, say
+from meshway.models.layers.stack import Stack
 from meshway.models.t5 import BiasFactory, StackFactory
 
 
@@ -26,7 +27,7 @@ class LanguageModel(nnx.Module):
         self,
         vocab_size: int,
         d_model: int,
-        decoder: StackFactory,
+        decoder: StackFactory = Stack,
         *,
         rngs: nnx.Rngs,
         embedding: EmbeddingFactory = Embedding,

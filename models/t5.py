@@ -14,6 +14,7 @@ from meshway.models.layers.linear import Linear
 from meshway.models.layers.masks import Mask, Sight, causal_mask, row_positions, row_sight, segment_mask, visible
 from meshway.models.layers.norm import RMSNorm
 from meshway.models.layers.observed import observe
+from meshway.models.layers.positions import RelativePositionBias
 from meshway.models.layers.reports import collecting, say
 
 
@@ -38,7 +39,7 @@ class T5(nnx.Module):
         d_model: int,
         encoder: StackFactory,
         decoder: StackFactory,
-        position_bias: BiasFactory,
+        position_bias: BiasFactory = RelativePositionBias,
         *,
         rngs: nnx.Rngs,
         embedding: EmbeddingFactory = Embedding,

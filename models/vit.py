@@ -20,6 +20,7 @@ from meshway.models.layers.norm import RMSNorm
 from meshway.models.layers.observed import observe
 from meshway.models.layers.reports import collecting, say
 from meshway.models.module import param
+from meshway.models.layers.stack import Stack
 from meshway.models.t5 import StackFactory
 
 
@@ -32,7 +33,7 @@ class VisionTransformer(nnx.Module):
         patch_size: int,
         num_classes: int,
         d_model: int,
-        encoder: StackFactory,
+        encoder: StackFactory = Stack,
         *,
         rngs: nnx.Rngs,
         norm: LayerFactory = RMSNorm,

@@ -10,6 +10,7 @@ from meshway.framework.axes import VOCABULARY, Names
 from meshway.framework.errors import UserError, did_you_mean
 
 Target = str | Sequence[str] | None
+OTHERS = "*"  # in a table: all other names of the vocabulary
 Axes = tuple[str, ...]  # mesh axes that cut one dimension together; () leaves it whole
 
 
@@ -25,7 +26,8 @@ class Rules:
     """One ordered table `(logical name, target)`.
 
     A target is a mesh axis, several that cut together (`('data', 'fsdp')`, or `'data + fsdp'`), or None, which
-    replicates, in writing: a name without any rule is an error, never a silent replication. Alternatives are written
+    replicates, in writing: a name without any rule is an error, never a silent replication. `('*', None)` writes it for
+    all other names of the axis vocabulary, and for no name outside it. Alternatives are written
     out too: `'model | data | None'` takes, for each array, the first whose axes are free and divide the dimension. Axes
     are taken in the order of the table: with `heads` before `length`, `('length', 'model | None')` cuts the length of
     the residual stream, and leaves whole that of queries, whose heads are cut.
@@ -53,6 +55,8 @@ class Rules:
             if not (isinstance(rule, (tuple, list)) and len(rule) == 2):
                 raise UserError(f"{title}: a rule is ('logical name', mesh axis or None), not {rule!r}")
             name, target = rule
+            if name == OTHERS and target is not None:
+                raise UserError(f"{title}: {(name, target)!r}: the other names can only be replicated, by ('*', None)")
             if name in self._targets:
                 raise UserError(f"{title}: {name!r} has two rules; merge them: ('{name}', ('axis', 'axis'))")
             self._targets[name] = self._alternatives(name, target)
@@ -98,7 +102,7 @@ class Rules:
         return [
             f"{self.title}: ({name!r}, {_text(targets)}){did_you_mean(name, (VOCABULARY.keys() | self.used) - {name})}"
             for name, targets in self._targets.items()
-            if name not in self.used and (any(targets) or name not in VOCABULARY)
+            if name not in self.used and name != OTHERS and (any(targets) or name not in VOCABULARY)
         ]
 
     def _alternatives(self, name: str, target: Target) -> tuple[Axes, ...]:
@@ -142,13 +146,15 @@ class Rules:
         return math.prod(self._sizes[axis] for axis in axes)
 
     def _targets_of(self, name: str, what: str) -> tuple[Axes, ...]:
+        self.used.add(name)
+        if name not in self._targets and OTHERS in self._targets and name in VOCABULARY:
+            return self._targets[OTHERS]
         if name not in self._targets:
+            known = self._targets.keys() - {OTHERS} | (VOCABULARY.keys() if OTHERS in self._targets else set())
             raise UserError(
                 f"{what} has logical axis {name!r}, which no rule of {self.title} maps; rules know "
-                f"{sorted(self._targets)}{did_you_mean(name, self._targets)} "
-                f"(write ({name!r}, None) to replicate it)"
+                f"{sorted(known)}{did_you_mean(name, known)} (write ({name!r}, None) to replicate it)"
             )
-        self.used.add(name)
         return self._targets[name]
 
 

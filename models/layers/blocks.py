@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from meshway.models.layers.attention import Attention
 from meshway.models.layers.cache import read
 from meshway.models.layers.dropout import dropout, split_key
 from meshway.models.layers.masks import Mask
+from meshway.models.layers.mlp import Mlp
 from meshway.models.layers.norm import RMSNorm
 from meshway.models.layers.padding import known_from
 from meshway.models.layers.positions import PositionBias
@@ -26,8 +28,8 @@ class SelfAttentionBlock(nnx.Module):
     def __init__(
         self,
         d_model: int,
-        attention: LayerFactory,
-        mlp: LayerFactory,
+        attention: LayerFactory = Attention,
+        mlp: LayerFactory = Mlp,
         *,
         rngs: nnx.Rngs,
         norm: LayerFactory = RMSNorm,
@@ -104,8 +106,8 @@ class CrossAttentionBlock(nnx.Module):
     def __init__(
         self,
         d_model: int,
-        attention: LayerFactory,
-        mlp: LayerFactory,
+        attention: LayerFactory = Attention,
+        mlp: LayerFactory = Mlp,
         *,
         rngs: nnx.Rngs,
         norm: LayerFactory = RMSNorm,

@@ -60,7 +60,7 @@ def test_each_layout_fits_each_family(layout, family):
 def test_the_compiler_knows_the_options_of_each_layout():
     """Names for GPUs are known to every build of XLA; those for TPUs only to libtpu, which is not here."""
     names = set()
-    for path in (ROOT / "gin" / "layouts").glob("*.gin"):
+    for path in (ROOT / "gin" / "platforms").glob("*.gin"):
         names |= set(re.findall(r"'(xla_gpu_\w+)': (True|False)", path.read_text()))
     assert names
     jax.jit(lambda x: x * 2).lower(1.0).compile(compiler_options={name: value == "True" for name, value in names})

@@ -71,6 +71,19 @@ def test_a_rule_that_matches_nothing_is_told():
     assert "'embed'," not in told
 
 
+def test_the_other_names_are_replicated_where_that_is_written_down():
+    rules = Rules([("embed", "data"), ("*", None)], SIZES, "Layout.parameters")
+    assert rules.resolve(("embed", "mlp"), (4, 8), "x").spec == PartitionSpec("data", None)
+    assert rules.axes_of("heads") == () and rules.unmatched() == []
+    with pytest.raises(UserError, match="'haeds', which no rule of Layout.parameters maps.*did you mean 'heads'"):
+        rules.resolve(("haeds",), (4,), "x")
+    with pytest.raises(UserError, match=r"Layout.parameters: \('\*', 'data'\): the other names can only be replicated"):
+        Rules([("*", "data")], SIZES, "Layout.parameters")
+    rules = Rules([("vocab", "model"), ("*", None)], SIZES, "Layout.parameters")
+    rules.resolve(("embed",), (4,), "x")
+    assert "'vocab'" in " ".join(rules.unmatched())
+
+
 def test_mesh_sizes():
     assert dict(MeshShape({"data": -1, "model": 2}).build().shape) == {"data": 4, "model": 2}
     assert MeshShape({"data": 2}).build().size == 2
