@@ -19,8 +19,8 @@ from meshway.models.layers.masks import Sight, visible
 from meshway.models.layers.norm import RMSNorm
 from meshway.models.layers.observed import observe
 from meshway.models.layers.reports import collecting, say
-from meshway.models.module import param
 from meshway.models.layers.stack import Stack
+from meshway.models.module import param
 from meshway.models.t5 import StackFactory
 
 
