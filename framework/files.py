@@ -1,17 +1,19 @@
-"""The door to files: which paths are ones, and locks that die with their holder and say who holds them."""
+"""The door to files: which paths are ones, writing that a crash cannot halve, and locks that die with their holder."""
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-from meshway.framework.errors import UserError
+from meshway.framework.errors import EnvironmentFailure, UserError
 
 
 def local_path(path: str | Path) -> Path:
@@ -26,6 +28,60 @@ def local_path(path: str | Path) -> Path:
             "and give that folder or file"
         )
     return Path(path).expanduser()
+
+
+_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+@contextlib.contextmanager
+def io_errors(path: Path) -> Iterator[None]:
+    """Turns a disk's refusal inside into an error that names `path`: an EnvironmentFailure where the disk is full or
+    broken, so that a supervisor may try again, else a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DISK_TROUBLE:
+            raise EnvironmentFailure(f"cannot write {path}: {error.strerror}") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def replace_file(path: Path, content: bytes | Callable[[BinaryIO], object], temporary: Path | None = None) -> None:
+    """Writes a whole file so that a reader, or a crash at any moment, finds the old content or the new. It returns once
+    the new one would survive a power cut.
+
+    Args:
+      path: the file.
+      content: its bytes, or what writes them to a file open in binary mode.
+      temporary: where it is written first, on the same file system; None for a name of its own beside `path`. A killed
+        process leaves it there.
+
+    Raises:
+      OSError: the file system refuses.
+    """
+    temporary = temporary or path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                content(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)  # a full disk needs its room
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Puts on disk what a file holds, or which names a folder holds."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 _LOOK_SECONDS = 0.001

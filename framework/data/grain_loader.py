@@ -33,7 +33,7 @@ from meshway.framework.data.vocabularies import check_named, load
 from meshway.framework.data.vocabulary import Framing, Vocabulary
 from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError, did_you_mean
-from meshway.framework.files import local_path
+from meshway.framework.files import io_errors, local_path, replace_file
 from meshway.framework.interfaces import Batch
 
 _SLOW_BATCH = 0.05  # seconds a batch may take to make before worker processes are worth their start
@@ -352,11 +352,6 @@ def _counts(directory: Path) -> dict[str, int]:
 def _write_if_changed(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a small JSON file, whole or not at all, unless it says the same already."""
     text = json.dumps(content, indent=1) + "\n"
-    try:
-        if path.is_file() and path.read_text("utf-8") == text:
-            return
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(text, "utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    with io_errors(path):
+        if not path.is_file() or path.read_text("utf-8") != text:
+            replace_file(path, text.encode())

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +12,7 @@ from typing import Any, ClassVar
 from meshway.framework.data.detokenizing import Detokenizer, Whole
 from meshway.framework.data.objective import VocabularyInfo
 from meshway.framework.errors import UserError
+from meshway.framework.files import io_errors, replace_file
 
 
 class Vocabulary(abc.ABC):
@@ -189,16 +189,9 @@ def check_ids(name: str, ids: Any, size: int) -> tuple[int, ...]:
 
 def _write(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with io_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        replace_file(path, data)
 
 
 def first_of(*ids: int | None) -> tuple[int, ...]:

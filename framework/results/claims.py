@@ -4,8 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from meshway.framework.files import locked
-from meshway.framework.training.writers import io_errors
+from meshway.framework.files import io_errors, locked
 
 
 class Claims:

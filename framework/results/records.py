@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from meshway.framework.errors import UserError
-from meshway.framework.training.writers import io_errors, json_line, replace_file
+from meshway.framework.files import io_errors, replace_file
+from meshway.framework.training.writers import json_line
 
 Record = dict[str, Any]  # `step`, and what was found there
 

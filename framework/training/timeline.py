@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from meshway.framework.training.writers import io_errors
+from meshway.framework.files import io_errors
 
 # Whatever the process does counts as one of these.
 PHASES = ("startup", "compile", "training", "data_wait", "checkpoint", "evaluation")

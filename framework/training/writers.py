@@ -1,16 +1,16 @@
 """Where the reports of a run go: JSON lines, TensorBoard, several at once. One process of a run writes."""
 
 import contextlib
-import errno
 import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meshway.framework.errors import EnvironmentFailure, UserError
+from meshway.framework.errors import UserError
+from meshway.framework.files import io_errors, replace_file
 
 if TYPE_CHECKING:  # what writes files need not load JAX
     from meshway.framework.interfaces import Writer
@@ -170,34 +170,6 @@ def _keep_up_to(path: Path, start_step: int) -> int | None:
     if after != before:
         replace_file(path, after)
     return last
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes a whole file so that a reader, or a crash at any moment, finds the old content or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-
-
-@contextlib.contextmanager
-def io_errors(path: Path) -> Iterator[None]:
-    """Turns a disk's refusal inside into an error that names `path`: an EnvironmentFailure where the disk is full or
-    broken, so that a supervisor may try again, else a UserError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _DISK_TROUBLE:
-            raise EnvironmentFailure(f"cannot write {path}: {error.strerror}") from error
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _step_of(line: bytes) -> int | None:

@@ -19,6 +19,7 @@ from meshway.framework.data.cache.format import encode, shard_name, sized
 from meshway.framework.data.objective import FeatureInfo
 from meshway.framework.data.rows.packing import Example
 from meshway.framework.errors import EnvironmentFailure, UserError
+from meshway.framework.files import replace_file, sync
 
 _WRITER = "group_size:1"  # examples are read one by one, in random order
 _REPORT = 512  # examples between reports of progress
@@ -117,13 +118,13 @@ def write_shard(
         if reader.num_records() != count:
             raise OSError(f"{reader.num_records()} of {count} records were written")
         reader.close()
-        _sync(temporary)
+        sync(temporary)
         arrays = {name: np.array(column, np.int32) for name, column in zip(names, sizes, strict=True)}
         size, crc32 = temporary.stat().st_size, _crc32(temporary)
         result = Shard(count, size, crc32, list(bad), arrays, fingerprint)
         split_directory.mkdir(parents=True, exist_ok=True)
         os.replace(temporary, path)
-        _sync(split_directory)
+        sync(split_directory)
         replace(side_path(split_directory, shard, num_shards), result.to_json().encode(), work)
     report(count)
     return result
@@ -162,12 +163,7 @@ def finished_shard(
 def replace(path: Path, content: bytes, work: Path) -> None:
     """Writes a small file so that it is there whole or not at all, by way of the folder `work`."""
     temporary = work / f"{path.parent.name}.{path.name}.{os.getpid()}"
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync(path.parent)
+    replace_file(path, content, temporary)
 
 
 @contextlib.contextmanager
@@ -177,14 +173,6 @@ def failures_of(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         raise EnvironmentFailure(f"writing {path} failed: {error}; what is finished is kept, run it again") from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _crc32(path: Path) -> int:

@@ -12,14 +12,13 @@ from typing import Any
 
 from meshway.framework.counting import count_of
 from meshway.framework.errors import UserError
-from meshway.framework.inference.bulk.durable import move_durably, remove, write_durably
+from meshway.framework.files import io_errors
 from meshway.framework.inference.bulk.input_files import nearest
 from meshway.framework.inference.bulk.output_lock import OutputLock
-from meshway.framework.inference.bulk.output_paths import output_paths
+from meshway.framework.inference.bulk.output_paths import move_durably, output_paths, remove, write_durably
 from meshway.framework.inference.bulk.parquet_rows import ParquetRows
 from meshway.framework.inference.bulk.past import WRITTEN_BY, abandon, claimed, clear, refuse_strangers, settle
 from meshway.framework.inference.bulk.rows import Encoding, JsonLines, TextLines, plain
-from meshway.framework.training.writers import io_errors
 
 
 @dataclasses.dataclass(frozen=True)

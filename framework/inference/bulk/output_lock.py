@@ -5,9 +5,7 @@ import os
 from pathlib import Path
 
 from meshway.framework.errors import UserError
-from meshway.framework.files import holder_of, try_lock
-from meshway.framework.inference.bulk.durable import sync_folder
-from meshway.framework.training.writers import io_errors
+from meshway.framework.files import holder_of, io_errors, sync, try_lock
 
 
 class OutputLock:
@@ -31,7 +29,7 @@ class OutputLock:
             while self._descriptor is None:
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(self._path.parent)
-                    sync_folder(self._path.parent.parent)
+                    sync(self._path.parent.parent)
                 # A holder that ends removes file and folder: between any two steps here they may be gone.
                 with contextlib.suppress(FileNotFoundError):
                     self._descriptor = try_lock(self._path)

@@ -1,10 +1,15 @@
 """Where each file of an output lies, while it is made and in the end."""
 
+import contextlib
 import dataclasses
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from meshway.framework.errors import UserError, did_you_mean
+from meshway.framework.files import io_errors, replace_file, sync
 
 FILE_FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "txt"}  # of one merged file
 SHARD_FORMATS = ("jsonl", "parquet")
@@ -113,3 +118,22 @@ def output_paths(output: Path, format: str | None) -> OutputPaths:
     if output.exists() and not output.is_dir():
         raise UserError(f"output {output} is a file; a folder of shards is to lie there")
     return OutputPaths(output, format or "jsonl", True)
+
+
+def write_durably(path: Path, temporary: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Puts what `write` writes at `path`; see `files.replace_file`. Raises UserError, or EnvironmentFailure."""
+    with io_errors(path):
+        replace_file(path, write, temporary)
+
+
+def move_durably(source: Path, target: Path) -> None:
+    """Renames a file that is on disk already, within one file system. Raises UserError."""
+    with io_errors(target):
+        os.replace(source, target)
+        sync(target.parent)
+
+
+def remove(path: Path) -> None:
+    """Removes a file if it is there. Raises UserError."""
+    with io_errors(path), contextlib.suppress(FileNotFoundError):
+        os.unlink(path)

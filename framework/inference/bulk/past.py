@@ -9,9 +9,8 @@ from typing import Any
 
 from meshway.framework.counting import count_of
 from meshway.framework.errors import UserError
-from meshway.framework.inference.bulk.durable import remove, write_durably
-from meshway.framework.inference.bulk.output_paths import OutputPaths
-from meshway.framework.training.writers import io_errors
+from meshway.framework.files import io_errors
+from meshway.framework.inference.bulk.output_paths import OutputPaths, remove, write_durably
 
 WRITTEN_BY = "meshway infer"
 _NOT_GIVEN = "not given"

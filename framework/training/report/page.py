@@ -4,6 +4,7 @@ import string
 from pathlib import Path
 
 from meshway.framework.errors import UserError
+from meshway.framework.files import replace_file
 from meshway.framework.training.report.elements import escape, folded
 from meshway.framework.training.report.evaluation import evaluation, samples
 from meshway.framework.training.report.experts import experts
@@ -12,7 +13,6 @@ from meshway.framework.training.report.layout import layout
 from meshway.framework.training.report.run_files import Run, read_run
 from meshway.framework.training.report.time_spent import time_spent
 from meshway.framework.training.report.training import training
-from meshway.framework.training.writers import replace_file
 
 
 def write_report(model_dir: str | Path) -> Path:
