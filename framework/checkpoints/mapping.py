@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -22,13 +22,14 @@ from meshway.framework.checkpoints.sources import (
     pattern_lengths,
     vocabulary_change,
 )
-from meshway.framework.conversion import hugging_face, t5x, t5x_files
-from meshway.framework.conversion.values import Values, fill
 from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.files import local_path
 from meshway.framework.interfaces import Axes, Params
 from meshway.framework.training.trees import flatten, map_paths, unflatten
+
+if TYPE_CHECKING:
+    from meshway.framework.conversion.values import Values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Initial:
           UserError: no checkpoint there; a parameter without a source or with another shape; a pattern that
             matches nothing, or a `resize` that has nothing to do.
         """
+        from meshway.framework.conversion import hugging_face, t5x_files  # training itself reads no other formats
+
         directory = local_path(self.path)
         if hugging_face.is_model(directory):
             return self._from_tensors(self._hugging_face(directory), params, flatten(axes))
@@ -150,6 +153,8 @@ class Initial:
         return sources
 
     def _hugging_face(self, directory: Path) -> "_Tensors":
+        from meshway.framework.conversion import hugging_face
+
         self._check_alone("Hugging Face directory", ())
         model = hugging_face.open_model(directory)
         if model.left_over and processes.is_primary():
@@ -157,6 +162,8 @@ class Initial:
         return _Tensors(model.bindings["VOCAB_SIZE"], model.values)
 
     def _t5x(self, directory: Path) -> "_Tensors":
+        from meshway.framework.conversion import t5x, t5x_files
+
         self._check_alone("checkpoint of T5X", ("step",))
         files = t5x_files.T5XFiles(directory, self.step)
         network = t5x.network_of(files)
@@ -178,6 +185,8 @@ class Initial:
 
     def _from_tensors(self, tensors: "_Tensors", params: Params, axes: Mapping[str, Names]) -> Params:
         """Returns `params` filled from another system's tensors, each shard read by slices."""
+        from meshway.framework.conversion.values import fill
+
         leaves, sources, problems = flatten(params), dict[str, Source](), list[str]()
         for name, leaf in leaves.items():
             dims = zip(leaf.shape, axes[name], strict=True)
@@ -238,7 +247,7 @@ class _Tensors:
     """Another system's parameters: the size of their vocabulary, and those of given shapes to be read."""
 
     vocab_size: int
-    values: Callable[[Mapping[str, Shape]], Mapping[str, Values]]
+    values: Callable[[Mapping[str, Shape]], Mapping[str, "Values"]]
 
 
 def _first_match(name: str, patterns: Sequence[str], used: set[str]) -> str | None:
