@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from converted import sentence_pieces
 from saved_runs import VOCABULARY, save_run
+from tiers import tiers
 
 from meshway.framework.conversion.tokenizer_files import read_vocabulary
 from meshway.framework.data.vocabularies import read_framing
@@ -110,7 +111,7 @@ def test_an_encoders_decoder_starts_as_config_says(tmp_path):
     assert json.loads((tmp_path / "back" / "config.json").read_text())["decoder_start_token_id"] == 5
 
 
-@pytest.mark.parametrize("family", ["lm", "t5_1_1"])
+@pytest.mark.parametrize("family", tiers(["lm", "t5_1_1"], quick=["lm"], slow=["t5_1_1"]))
 def test_a_prediction_ends_at_every_stop_id_and_hangs_on_the_start(tmp_path, family):
     free = Predictor(save_run(tmp_path / "free", family, framing=Framing((0,), None, ()))).predict(["abc"])[0]
     assert len(free.tokens) == 16
