@@ -250,7 +250,8 @@ class CachedData:
         else:
             empty = set()
         framing = self._framing
-        info = TaskInfo(task.name, promised, framing.start if framing else (), frozenset(empty))
+        start, bos = (framing.start, framing.bos) if framing else ((), ())
+        info = TaskInfo(task.name, promised, start, frozenset(empty), bos)
         objective = self.converter.bind(info, self.lengths)
         return objective, Stepped(cached, steps, objective.trims) if steps else cached, steps is None
 

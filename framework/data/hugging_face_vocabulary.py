@@ -86,6 +86,10 @@ class HuggingFace(Vocabulary):
         start = next((n for n in starts if framed[n : n + len(plain)] == plain), 0)
         return tuple(framed[:start]), tuple(framed[start + len(plain) :])
 
+    @property
+    def marks(self) -> frozenset[int]:
+        return super().marks.union(self._added, *self.template())
+
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 

@@ -163,8 +163,9 @@ class SeqioData:
         return [task for task in self._tasks if task.name in having]
 
     def _objective(self, task: Any) -> Objective:
-        start = self._framing.start if self._framing else ()
-        return self.converter.bind(TaskInfo(task.name, seqio_steps.declared(task), start), self.lengths)
+        framing = self._framing
+        start, bos = (framing.start, framing.bos) if framing else ((), ())
+        return self.converter.bind(TaskInfo(task.name, seqio_steps.declared(task), start, bos=bos), self.lengths)
 
     def _stream(self, shard: int, num_shards: int) -> Iterator[Example]:
         """Yields this process's examples, without end."""

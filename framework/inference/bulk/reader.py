@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from meshway.framework.data.vocabulary import after_start
 from meshway.framework.errors import did_you_mean
 from meshway.framework.inference.bulk.record import Record
 from meshway.framework.inference.rows import RowFormat
@@ -117,7 +118,10 @@ class Reader:
         if not self._scores and not self._sizes(inputs, targets)["inputs"]:
             raise ValueError(f"field {inputs_field!r} is empty, and without a start token nothing can follow it")
         begun = values.get(self._begin_field, "") if self._begin_field is not None else ""
-        return Example(record.index, record.values, inputs, targets, sizes, self._text.read_begun(begun))
+        begun = self._text.read_begun(begun)
+        if self._format.has_encoder or not after_start(inputs, self._format.bos):
+            begun = after_start(begun, self._format.bos)
+        return Example(record.index, record.values, inputs, targets, sizes, begun)
 
     def _sizes(self, inputs: list[int], targets: list[int]) -> dict[str, int]:
         if self._scores:
@@ -126,6 +130,7 @@ class Reader:
 
     def _cut(self, inputs: list[int], targets: list[int]) -> list[int] | None:
         """Returns as much of `inputs` as there is room for, None where they are not what is too long."""
+        inputs = inputs if self._format.has_encoder else list(after_start(inputs, self._format.bos))
         sizes, name = (
             self._sizes(inputs, targets),
             "inputs" if self._format.has_encoder or not self._scores else "targets",
