@@ -30,7 +30,7 @@ from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.data.rows.row_stream import RowStream, Source
 from meshway.framework.data.task_data import check_arguments, framing_of, vocabularies_of, with_split
 from meshway.framework.data.vocabularies import check_named, load
-from meshway.framework.data.vocabulary import Framing, Vocabulary
+from meshway.framework.data.vocabulary import Framing, Vocabulary, vocabulary_sizes
 from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.files import local_path
@@ -183,6 +183,10 @@ class CachedData:
         return found
 
     @functools.cached_property
+    def _vocabularies(self) -> dict[str, Vocabulary]:
+        return self.vocabularies()
+
+    @functools.cached_property
     def _framing(self) -> Framing | None:
         return self.framing()
 
@@ -257,7 +261,8 @@ class CachedData:
 
     def _source(self, task: CachedTask) -> Source:
         objective, examples, online = self.open_task(task, self.train_split)
-        arguments = (objective, self.converter.pack, self._shuffle, self._seed)
+        sizes = vocabulary_sizes(self._vocabularies, self.lengths)
+        arguments = (objective, self.converter.pack, self._shuffle, self._seed, sizes)
         if not online:
             return RowSource(task.name, examples, *arguments)
         return OnlineSource(task.name, examples, self._steps(task), *arguments)

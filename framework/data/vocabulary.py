@@ -184,6 +184,11 @@ def source_framing(source: Any) -> Framing | None:
     return None if targets is None else Framing.of(targets)
 
 
+def vocabulary_sizes(vocabularies: Mapping[str, Vocabulary], lengths: Mapping[str, int]) -> dict[str, int]:
+    """Returns how many ids there are of each feature that is read as tokens: one that `lengths` limits."""
+    return {name: vocabulary.size for name, vocabulary in vocabularies.items() if name in lengths}
+
+
 def after_start(tokens: Ids, bos: Sequence[int]) -> Ids:
     """Returns the ids behind a start that they spell out themselves, as `Framing.bos` has it; else all of them."""
     return tokens[len(bos) :] if bos and list(tokens[: len(bos)]) == list(bos) else tokens

@@ -104,9 +104,9 @@ class Reader:
         needs_inputs = self._format.has_encoder or not self._scores
         inputs = targets = []
         if inputs_field in values or needs_inputs:
-            inputs = self._text.read_inputs(_field(values, inputs_field))
+            inputs = _tokens(self._text.read_inputs, values, inputs_field)
         if self._scores:
-            targets = self._text.read_targets(_field(values, targets_field))
+            targets = _tokens(self._text.read_targets, values, targets_field)
             if not targets:
                 raise ValueError(f"field {targets_field!r} holds nothing to score")
         sizes = self._sizes(inputs, targets)
@@ -141,6 +141,14 @@ class Reader:
         if self._format.has_encoder:
             return inputs[: kept - len(self._text.end)] + list(self._text.end)
         return inputs[len(inputs) - kept :]
+
+
+def _tokens(read: Callable[[Any], list[int]], values: Mapping[str, Any], name: str) -> list[int]:
+    value = _field(values, name)
+    try:
+        return read(value)
+    except ValueError as error:
+        raise ValueError(f"field {name!r}: {error}") from error
 
 
 def _field(values: Mapping[str, Any], name: str) -> Any:

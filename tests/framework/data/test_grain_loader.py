@@ -186,6 +186,8 @@ def test_without_seqio_a_cache_is_enough(data, caches):
         ({"name": "tiny_float"}, "'tiny_float'.*'inputs'"),
         ({"name": "tiny_own"}, "mixture 'tiny_own' has a sample_fn of its own"),
         ({"name": "tiny_below_0"}, "'tiny_below_0': the rate of task 'tiny_c' must be at least 0, not -1.0"),
+        ({"name": "tiny_below_0_twice"}, "'tiny_below_0': the rate of task 'tiny_c' must be at least 0, not -1.0"),
+        ({"name": "tiny_of_below_0"}, "'tiny_of_below_0': the rate of mixture 'tiny_mix' must be at least 0, not -2.0"),
         ({"name": "tiny_no_number"}, "'tiny_no_number': the rate of task 'tiny_c' must be at least 0, not nan"),
         ({"name": "tiny_mix", "rates": [Rates(0, {"tiny_a": 0, "tiny_b": 0})]}, "no task with a rate above 0"),
         ({"name": "tiny_silent"}, "'tiny_silent': 'targets', which EncoderDecoder reads, is empty in every example"),
