@@ -133,7 +133,7 @@ class OnlineSource:
         made = self._steps(self.examples.read(positions), key_of(self._key, "steps", epoch, pool) % 2**31)
         if not made:
             return None
-        objective = _InEpoch(self._objective, epoch)
+        objective = InEpoch(self._objective, epoch)
         seed = key_of(self._seed, epoch, pool)
         try:
             arguments = (objective, self._pack, self._shuffle, seed, self._vocabulary_sizes)
@@ -144,7 +144,7 @@ class OnlineSource:
             return None
 
 
-class _InEpoch:
+class InEpoch:
     """An objective whose items all belong to one epoch."""
 
     cycle = 1
