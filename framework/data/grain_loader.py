@@ -166,6 +166,11 @@ class CachedData:
             result.append(TaskEvaluation(task.name, examples, objective, *arguments))
         return result
 
+    def import_first(self, modules: Sequence[str]) -> None:
+        """Takes more modules that register tasks, as those that a recipe imports: processes that write caches import
+        them too, before the others."""
+        self.modules = list(dict.fromkeys([*modules, *self.modules]))
+
     def framing(self) -> Framing | None:
         """Returns what decoders read before a text, and what ends a prediction; None where no `targets` hold text."""
         return framing_of(self.vocabularies(), self._start, self._stop_ids)
