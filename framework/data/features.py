@@ -79,6 +79,8 @@ class LanguageModel:
 
     def bind(self, task: TaskInfo, lengths: Mapping[str, int]) -> "LanguageModelObjective | JoinedObjective":
         """Returns the objective of a task; UserError as `EncoderDecoder.bind`, and for a task with unread inputs."""
+        if "targets" not in task.features:  # the better cause, where there are inputs too
+            raise UserError(task.lacks("targets", "LanguageModel"))
         if "inputs" in task.features and not self.inputs:
             raise UserError(
                 f"task {task.name!r} has 'inputs', which LanguageModel reads where LanguageModel.inputs is True; or "
