@@ -15,8 +15,10 @@ from meshway.launch import configurables, recipe_files
 from meshway.launch.checks import (
     Program,
     check,
+    is_foreign,
     link,
     raise_problems,
+    registering,
     required_arguments,
     required_problems,
     unreferenced,
@@ -53,7 +55,7 @@ def load(
 
     Args:
       invocation: the command.
-      import_unreferenced: import modules that the recipe imports and never refers to, such as those that
+      import_unreferenced: import modules that the recipe imports and never refers to, and all of the user's, which may
         register tasks. A verb that reads no data leaves them out.
       package: the package of the verbs' modules. Their functions are called by us, not by reference.
       shipped: the folder of shipped gin files.
@@ -81,13 +83,16 @@ class Recipe:
     Attributes:
       resolved: the whole configuration as gin text, each value as it is in force; running from it gives the
         same configuration and the same text.
-      unreferenced: the modules that the recipe imports and never refers to.
     """
 
     def __init__(self, program: Program, resolved: str):
         self.resolved = resolved
-        self.unreferenced = [statement.module for statement in unreferenced(program)]
         self._program = program
+
+    @property
+    def registering(self) -> list[str]:
+        """The modules imported by the recipe that may have registered tasks, in its order."""
+        return registering(self._program)
 
     def build(self, root: str, given: Collection[str] = ()) -> dict[str, Any]:
         """Builds the keyword arguments of a verb's function; the verb calls it itself.
@@ -117,7 +122,13 @@ class Recipe:
         raise_problems([*reach.undefined, *reach.lacking, *required_problems(reach), *lacking])
         self._install(bound)
         with self._user_errors(root):
-            return gin.get_bindings(function) if own else {}
+            arguments: dict[str, Any] = gin.get_bindings(function) if own else {}
+        for value in arguments.values():
+            if hasattr(value, "import_first") and not isinstance(
+                value, type
+            ):  # a data source, which may start processes that need the tasks too
+                value.import_first(self.registering)
+        return arguments
 
     def fingerprint(self, root: str, without: Collection[str]) -> str:
         """Returns a hash of what a verb's function hangs on (`settings`): recipes that have the same one ask for the
@@ -277,7 +288,10 @@ def _gin_message(error: Exception, written: dict[int, Binding]) -> str:
 
 def _resolved(program: Program, bindings: list[Binding], layout_is_shipped: bool) -> str:
     """Returns the bindings as a recipe: imports, macros, then the rest by what it configures."""
-    imports = sorted({str(statement) for statement in program.imports}, key=lambda text: text.split()[1:])
+    # Modules that only register may do so one for the next: they stay in their order.
+    alone = dict.fromkeys(str(each) for each in unreferenced(program) if is_foreign(each.module))
+    named = {str(statement) for statement in program.imports}.difference(alone)
+    imports = [*sorted(named, key=lambda text: text.split()[1:]), *alone]
     lines = [f"from {DYNAMIC_REGISTRATION.replace('.', ' import ')}", *imports, ""]
     macros = {binding.parameter: binding.value for binding in bindings if binding.is_macro}
     if "LAYOUT" in macros and not layout_is_shipped:

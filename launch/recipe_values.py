@@ -46,7 +46,7 @@ _NAMES = (
     (
         _AT_LEAST_0,
         "seed warmup_steps num_shared_experts num_token_types num_samples max_predictions max_bad_examples z_loss "
-        "load_loss importance_loss jitter stddev base_learning_rate weight_decay",
+        "load_loss importance_loss jitter stddev base_learning_rate weight_decay from_step rates",
     ),
     (_RATE, "dropout_rate label_smoothing"),
     (
@@ -150,10 +150,17 @@ def _read(value: Any, hint: Any, name: str) -> Any:
     if type(value) is float and int in fitting and float not in fitting:
         value = int(value)
     if isinstance(value, dict) and (inner := _inside(fitting[0])):
-        value = {key: _read(each, inner[-1], name) for key, each in value.items()}
+        value = {key: _read_entry(key, each, inner[-1], name) for key, each in value.items()}
     elif domain := _DOMAINS.get(name):
         _check_domain(value, domain)
     return value
+
+
+def _read_entry(key: Any, value: Any, hint: Any, name: str) -> Any:
+    try:
+        return _read(value, hint, name)
+    except ValueError as error:
+        raise ValueError(f"{key!r} is {value!r}: {error}") from error
 
 
 def _check_domain(value: Any, domain: Domain) -> None:

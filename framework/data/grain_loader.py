@@ -30,7 +30,7 @@ from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.data.rows.row_stream import RowStream, Source
 from meshway.framework.data.task_data import check_arguments, framing_of, vocabularies_of, with_split
 from meshway.framework.data.vocabularies import check_named, load
-from meshway.framework.data.vocabulary import Framing, Vocabulary
+from meshway.framework.data.vocabulary import Framing, Vocabulary, vocabulary_sizes
 from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.files import local_path
@@ -166,6 +166,11 @@ class CachedData:
             result.append(TaskEvaluation(task.name, examples, objective, *arguments))
         return result
 
+    def import_first(self, modules: Sequence[str]) -> None:
+        """Takes more modules that register tasks, as those that a recipe imports: processes that write caches import
+        them too, before the others."""
+        self.modules = list(dict.fromkeys([*modules, *self.modules]))
+
     def framing(self) -> Framing | None:
         """Returns what decoders read before a text, and what ends a prediction; None where no `targets` hold text."""
         return framing_of(self.vocabularies(), self._start, self._stop_ids)
@@ -181,6 +186,10 @@ class CachedData:
             found |= {name: load(task.directory / "vocabularies", name) for name in texts}
         check_named(self.name, found, self._named)
         return found
+
+    @functools.cached_property
+    def _vocabularies(self) -> dict[str, Vocabulary]:
+        return self.vocabularies()
 
     @functools.cached_property
     def _framing(self) -> Framing | None:
@@ -250,13 +259,15 @@ class CachedData:
         else:
             empty = set()
         framing = self._framing
-        info = TaskInfo(task.name, promised, framing.start if framing else (), frozenset(empty))
+        start, bos = (framing.start, framing.bos) if framing else ((), ())
+        info = TaskInfo(task.name, promised, start, frozenset(empty), bos)
         objective = self.converter.bind(info, self.lengths)
         return objective, Stepped(cached, steps, objective.trims) if steps else cached, steps is None
 
     def _source(self, task: CachedTask) -> Source:
         objective, examples, online = self.open_task(task, self.train_split)
-        arguments = (objective, self.converter.pack, self._shuffle, self._seed)
+        sizes = vocabulary_sizes(self._vocabularies, self.lengths)
+        arguments = (objective, self.converter.pack, self._shuffle, self._seed, sizes)
         if not online:
             return RowSource(task.name, examples, *arguments)
         return OnlineSource(task.name, examples, self._steps(task), *arguments)

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -110,21 +110,37 @@ def mixing_rates(provider: Any, counts: Mapping[str, Mapping[str, int]] | None =
     if sample_fn is not tf.data.Dataset.sample_from_datasets:
         raise UserError(f"mixture {provider.name!r} has a sample_fn of its own; examples are mixed by rate only")
     with task_errors(provider.name, "mixing rates"), _counted(subtasks(provider), counts or {}):
-        rates = {task.name: float(_rate(provider, task)) for task in subtasks(provider)}
-    for name, rate in rates.items():
-        if not 0 <= rate < math.inf:
-            raise UserError(f"mixture {provider.name!r}: the rate of task {name!r} must be at least 0, not {rate}")
-    return rates
+        _check_rates(provider)
+        return {task.name: float(provider.get_rate(task)) for task in subtasks(provider)}
 
 
-def _rate(provider: Any, task: Any) -> float:
+def _check_rates(mixture: Any) -> None:
+    """Raises UserError for a rate below 0, or that is no number, in a mixture or in those that it is made of.
+
+    Each is looked at by itself: multiplied or added up, one below 0 might not show.
+    """
+    for name, rate in mixture.rate_per_task_name.items():
+        part = mixture._task_map[name]
+        is_mixture = isinstance(part, import_seqio().Mixture)
+        if is_mixture:
+            _check_rates(part)
+        number = float(_rate(mixture, part, rate) if callable(rate) else rate)
+        if not 0 <= number < math.inf:
+            kind = "mixture" if is_mixture else "task"
+            raise UserError(
+                f"mixture {mixture.name!r}: the rate of {kind} {name!r} must be at least 0, not {number}; it is given "
+                "where the mixture is registered"
+            )
+
+
+def _rate(mixture: Any, task: Any, rate: Callable[[Any], float]) -> float:
     try:
-        return provider.get_rate(task)
+        return rate(task)
     except TypeError as error:
         if task.cache_dir or task.num_input_examples("train") is not None:
             raise
         raise UserError(
-            f"mixture {provider.name!r}: the rate of task {task.name!r} asks for its number of examples, which its "
+            f"mixture {mixture.name!r}: the rate of task {task.name!r} asks for its number of examples, which its "
             "source does not tell: cache it (`meshway cache`, which counts), give the source num_input_examples, or "
             "give the mixture a number as rate"
         ) from error

@@ -8,11 +8,15 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
 
 from meshway.framework.data.detokenizing import Detokenizer, Whole
 from meshway.framework.data.objective import VocabularyInfo
 from meshway.framework.errors import UserError
+
+Ids = TypeVar("Ids", list[int], Sequence[int], np.ndarray)
 
 
 class Vocabulary(abc.ABC):
@@ -63,6 +67,11 @@ class Vocabulary(abc.ABC):
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Returns the text of each id by itself, for display; a byte that is no ASCII character as '<0xE2>'."""
         return [self._piece(int(token)) for token in ids]
+
+    @property
+    def marks(self) -> frozenset[int]:
+        """Ids that are no text but stand around it, as BOS does: a text that begins with its start spells it out."""
+        return frozenset() if self.eos_id is None else frozenset({self.eos_id})
 
     @property
     def info(self) -> VocabularyInfo:
@@ -142,11 +151,14 @@ class Framing:
       start: ids that the decoder reads before anything else; () for none.
       append_eos: whether inputs end with EOS; None where nobody said: those of an encoder do.
       stop: ids that end a prediction; () for none.
+      bos: `start` where these are marks, which a text may spell out itself and then has once; else (). Follows from the
+        vocabulary.
     """
 
     start: tuple[int, ...]
     append_eos: bool | None = None
     stop: tuple[int, ...] = ()
+    bos: tuple[int, ...] = dataclasses.field(default=(), compare=False)
 
     @classmethod
     def of(
@@ -160,7 +172,7 @@ class Framing:
         own = () if vocabulary.eos_id is None else (vocabulary.eos_id,)
         begin = vocabulary.start if start is None else check_ids("start", start, vocabulary.size)
         stop = own if stop_ids is None else check_ids("stop_ids", stop_ids, vocabulary.size)
-        return cls(begin, None, tuple(dict.fromkeys(stop)))
+        return cls(begin, None, tuple(dict.fromkeys(stop)), begin if vocabulary.marks.issuperset(begin) else ())
 
 
 def source_framing(source: Any) -> Framing | None:
@@ -170,6 +182,16 @@ def source_framing(source: Any) -> Framing | None:
         return found
     targets = source.vocabularies().get("targets")
     return None if targets is None else Framing.of(targets)
+
+
+def vocabulary_sizes(vocabularies: Mapping[str, Vocabulary], lengths: Mapping[str, int]) -> dict[str, int]:
+    """Returns how many ids there are of each feature that is read as tokens: one that `lengths` limits."""
+    return {name: vocabulary.size for name, vocabulary in vocabularies.items() if name in lengths}
+
+
+def after_start(tokens: Ids, bos: Sequence[int]) -> Ids:
+    """Returns the ids behind a start that they spell out themselves, as `Framing.bos` has it; else all of them."""
+    return tokens[len(bos) :] if bos and list(tokens[: len(bos)]) == list(bos) else tokens
 
 
 def before_stop(tokens: Iterable[int], stop: Sequence[int]) -> list[int]:

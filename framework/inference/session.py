@@ -125,7 +125,7 @@ def open_session(
     text = load_text(folder.parent, RowFormat.of(model).has_encoder, append_eos, _vocabulary_size(placed))
     text = dataclasses.replace(text, stops=stops)
     params = Checkpoints(folder, read_only=True).load_params(step, placed.abstract_params)
-    return Session(placed, params, text, RowFormat.of(model, text.start), folder.parent, step)
+    return Session(placed, params, text, RowFormat.of(model, text.start, text.bos), folder.parent, step)
 
 
 def _vocabulary_size(placed: PlacedModel) -> int:

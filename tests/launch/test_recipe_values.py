@@ -99,6 +99,25 @@ def test_a_value_that_cannot_be_is_named_where_it_is_written(binding, message):
         load(["recipes/quickstart.gin"], *MORE, binding, verb="train")
 
 
+@pytest.mark.parametrize(
+    "binding, message",
+    [
+        ("rates = {'a': -1.0}", "rates.gin:6: mixing.Rates.rates = {'a': -1.0}: 'a' is -1.0: it must be at least 0"),
+        ("rates = {'a': 2, 'b': 'x'}", "rates.gin:6: mixing.Rates.rates = .*: 'b' is 'x': a number is needed"),
+        ("from_step = -5", "rates.gin:6: mixing.Rates.from_step = -5: it must be at least 0"),
+    ],
+)
+def test_mixing_rates_are_named_where_they_are_written(binding, message, tmp_path):
+    (tmp_path / "rates.gin").write_text(
+        "from __gin__ import dynamic_registration\nfrom meshway.framework.data import grain_loader\n"
+        "from meshway.framework.data.rows import mixing\nmixing.Rates.from_step = 2\nmixing.Rates.rates = {'a': 1}\n"
+        f"mixing.Rates.{binding}\n"
+        "grain_loader.CachedData.rates = [@mixing.Rates()]\n"
+    )
+    with pytest.raises(UserError, match=message):
+        load(["recipes/quickstart.gin", str(tmp_path / "rates.gin")], *MORE, verb="train")
+
+
 def test_whole_numbers_and_dtypes_may_be_written_in_other_ways():
     recipe = load(
         ["recipes/quickstart.gin"], "MODEL_DIR='run'", "TRAIN_STEPS=1e5", "DTYPE=bf16", "BATCH_SIZE=4.0",

@@ -14,6 +14,9 @@ from meshway.framework.data.vocabularies import read_framing
 from meshway.framework.data.vocabulary import Framing
 from meshway.framework.errors import UserError
 from meshway.framework.inference import Predictor
+from meshway.framework.inference.bulk.reader import Reader
+from meshway.framework.inference.bulk.record import Record
+from meshway.framework.inference.rows import RowFormat
 from meshway.framework.inference.text import load_text
 from meshway.framework.training.run_directory import RunDirectory
 from meshway.launch import config
@@ -147,6 +150,21 @@ def test_tokens_added_beside_a_sentence_piece_model_are_not_lost(tmp_path, added
 def test_a_text_that_spells_out_the_start_has_it_once(tmp_path, template, text):
     convert(str(llama(tmp_path, template)), str(tmp_path / "run"))
     read = load_text(tmp_path / "run", has_encoder=False)
-    whole = [*read.start, *read.read_inputs(text)]
-    assert whole == [int(word[1:]) for word in text.split()]
-    assert read.read_inputs("w5") == [5] and read.read_inputs([1, 5]) == [1, 5]  # ids are taken as they are
+    rows, spelled = RowFormat(False, False, read.start, read.bos), [int(word[1:]) for word in text.split()]
+    for inputs in (text, spelled, "w5", [5]):
+        known = read.read_inputs(inputs)
+        whole = spelled if template or inputs in (text, spelled) else [5]
+        assert rows.prompts([known], 4)["decoder_input_tokens"][0, : rows.prompt_size(known)].tolist() == whole
+        scored = rows.scored([known], [[9]], {"targets": 4})
+        assert scored["decoder_input_tokens"][0, : len(whole)].tolist() == whole
+        alone = rows.scored([[]], [known], {"targets": 4})  # where there are only targets
+        read_first, then = alone["decoder_input_tokens"][0, 0], alone["decoder_target_tokens"][0, : len(whole) - 1]
+        assert len(whole) == 1 or [read_first, *then] == whole
+    reader = Reader(read, rows, {"inputs": 3}, truncate=True, begin_field="begin")
+    given = [{"inputs": [*template, 4, 6, 7, 8]}, {"inputs": [*template, 4], "begin": [5]}]
+    if template:
+        given.append({"inputs": [*template], "begin": [*template, 5]})
+    examples, problems = reader.read([Record(n, each, str(n), b"") for n, each in enumerate(given)])
+    assert not problems and [each.begun for each in examples[1:]] == [[5]] * (len(given) - 1)
+    kept = rows.begun([4, 6, 7, 8])[-3 + len(template) :]  # cut at the beginning, behind the start
+    assert examples[0].inputs == kept and rows.prompt_size(examples[0].inputs) == 3

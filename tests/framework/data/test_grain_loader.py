@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from meshway.framework.data.cache import builder as cache_builder
+from meshway.framework.data.denoising import SpanCorruption
+from meshway.framework.data.encoder_only import MaskedLanguageModel
 from meshway.framework.data.features import EncoderDecoder, LanguageModel, PrefixLanguageModel
 from meshway.framework.data.grain_loader import CachedData, WorkerStream
 from meshway.framework.data.rows.mixing import Rates
@@ -186,8 +188,23 @@ def test_without_seqio_a_cache_is_enough(data, caches):
         ({"name": "tiny_float"}, "'tiny_float'.*'inputs'"),
         ({"name": "tiny_own"}, "mixture 'tiny_own' has a sample_fn of its own"),
         ({"name": "tiny_below_0"}, "'tiny_below_0': the rate of task 'tiny_c' must be at least 0, not -1.0"),
+        ({"name": "tiny_below_0_twice"}, "'tiny_below_0': the rate of task 'tiny_c' must be at least 0, not -1.0"),
+        ({"name": "tiny_of_below_0"}, "'tiny_of_below_0': the rate of mixture 'tiny_mix' must be at least 0, not -2.0"),
         ({"name": "tiny_no_number"}, "'tiny_no_number': the rate of task 'tiny_c' must be at least 0, not nan"),
         ({"name": "tiny_mix", "rates": [Rates(0, {"tiny_a": 0, "tiny_b": 0})]}, "no task with a rate above 0"),
+        *(
+            (
+                {"name": "tiny_silent", "converter": converter, "lengths": lengths},
+                f"'tiny_silent': 'targets', which {type(converter).__name__} reads, is empty in every example",
+            )
+            for converter, lengths in [
+                (LanguageModel(), {"targets": 8}),
+                (LanguageModel(inputs=True), LENGTHS),
+                (MaskedLanguageModel(), {"targets": 8}),
+                (PrefixLanguageModel(), LENGTHS),
+                (SpanCorruption(), LENGTHS),
+            ]
+        ),
         ({"name": "tiny_silent"}, "'tiny_silent': 'targets', which EncoderDecoder reads, is empty in every example"),
         ({"seed": -1}, "CachedData.seed must be a whole number of at least 0"),
         ({"rates": [Rates(3, {"tiny_q": 1})]}, "no task 'tiny_q'"),
