@@ -10,6 +10,7 @@ from typing import Any
 
 import gin
 
+from meshway.framework import stages
 from meshway.framework.errors import UserError
 from meshway.launch import configurables, recipe_files
 from meshway.launch.checks import (
@@ -61,6 +62,11 @@ def load(
     Raises:
       UserError: one message with everything that is wrong, each with its place.
     """
+    with stages.stage(f"reading the recipe {' '.join(invocation.gin_files)}".rstrip()):
+        return _load(invocation, import_unreferenced, package, shipped)
+
+
+def _load(invocation: Invocation, import_unreferenced: bool, package: str, shipped: Path) -> "Recipe":
     files = recipe_files.GinFiles(invocation.search_paths, shipped)
     joined = recipe_files.join(invocation, files)
     program = link(joined, files, invocation, package)
@@ -116,7 +122,7 @@ class Recipe:
         ]
         raise_problems([*reach.undefined, *reach.lacking, *required_problems(reach), *lacking])
         self._install(bound)
-        with self._user_errors(root):
+        with self._user_errors(root), stages.stage("building what the recipe describes"):
             return gin.get_bindings(function) if own else {}
 
     def fingerprint(self, root: str, without: Collection[str]) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from meshway.framework import stages
 from meshway.framework.data.vocabulary import source_framing
 from meshway.framework.distributed import processes
 from meshway.framework.distributed.agreement import agree
@@ -89,7 +90,8 @@ def evaluate(
     check_vocabularies(placed, vocabularies)
     directory.check_vocabularies(vocabularies, source_framing(data))
     split = None if split == getattr(data, "eval_split", None) else split
-    tasks = split_tasks(data, split)
+    with stages.stage("opening the evaluation data"):
+        tasks = split_tasks(data, split)
     settings = dataclasses.replace(evaluation, max_predictions=max_predictions)
     evaluator = Evaluator(placed, data.batch_size, data.lengths, tasks, settings)
     with EvaluationDisplay(silent=not processes.is_primary()) as display:

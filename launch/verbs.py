@@ -47,6 +47,7 @@ class Verb:
     instead: str = ""  # the flag that serves where no recipe is given
     recipe: bool = True  # whether it takes one at all
     on_devices: bool = True
+    slow: bool = True  # whether it takes seconds to start, and says what it is doing
     macros: tuple[str, ...] = tuple(MACROS)  # those that the help lists
 
 
@@ -215,6 +216,7 @@ VERBS = {
         instead="--model_dir",
         recipe=False,
         on_devices=False,
+        slow=False,
         macros=(),
     ),
     "inspect": Verb(
@@ -247,7 +249,9 @@ VERBS = {
         subjects=("train", "data", "parallel", "routing", "moe", "attention", "decode"),
         switches=_BENCH,
     ),
-    "launch": Verb("meshway.launch.launch", "run a command on many processes, here or on a cluster", on_devices=False),
+    "launch": Verb(
+        "meshway.launch.launch", "run a command on many processes, here or on a cluster", on_devices=False, slow=False
+    ),
 }
 
 USAGE = """examples:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 
+from meshway.framework import stages
 from meshway.framework.checkpoints.manager import Checkpoints, find_checkpoint
 from meshway.framework.errors import UserError
 from meshway.framework.files import local_path
@@ -124,7 +125,8 @@ def open_session(
     placed = PlacedModel(model, layout)
     text = load_text(folder.parent, RowFormat.of(model).has_encoder, append_eos, _vocabulary_size(placed))
     text = dataclasses.replace(text, stops=stops)
-    params = Checkpoints(folder, read_only=True).load_params(step, placed.abstract_params)
+    with stages.stage(f"reading checkpoint {step}"):
+        params = Checkpoints(folder, read_only=True).load_params(step, placed.abstract_params)
     return Session(placed, params, text, RowFormat.of(model, text.start), folder.parent, step)
 
 

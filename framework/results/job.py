@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from meshway.framework import stages
 from meshway.framework.checkpoints.manager import Checkpoints
 from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError
@@ -87,7 +88,8 @@ class EvaluationJob:
         try:
             if self._checkpoints is None:
                 self._checkpoints = Checkpoints(self._directory.checkpoints, read_only=True)
-            params = self._checkpoints.load_params(step, self._params)
+            with stages.stage(f"reading checkpoint {step}"):
+                params = self._checkpoints.load_params(step, self._params)
         except UserError as error:
             failure, unreadable = str(error), error.__cause__ is not None
         brought = [json.loads(text) for text in _brought("the reading of a checkpoint", [failure, unreadable])]
