@@ -7,6 +7,7 @@ Run the same command again to go on where it stopped.
 
 import contextlib
 import os
+import signal
 import sys
 import textwrap
 import time
@@ -75,6 +76,7 @@ def train(
 
     Raises:
       UserError: anything the user can mend; one message.
+      KeyboardInterrupt: Ctrl-C stopped it before its last step; that step was saved.
     """
     began = time.time() if began is None else began
     directory, primary = RunDirectory(local_path(model_dir)), processes.is_primary()
@@ -111,8 +113,7 @@ def train(
                 timeline.move(restored_seconds, "checkpoint")
                 _, state, position = restored
                 dataset.restore(position)
-                if primary:
-                    print(f"resuming from {directory.checkpoints / str(start)}", flush=True)
+                _say(primary, f"resuming from {directory.checkpoints / str(start)}")
             stream = stack.enter_context(contextlib.closing(prefetch(dataset)))  # reads while the step compiles
             with timeline.phase("compile"), stages.stage("compiling the training step"):
                 step = program.compile_step()
@@ -145,6 +146,8 @@ def train(
             timeline.outcome = "done" if last == periods.total else "stopped"
         if primary:
             _say_goodbye(directory, last, periods, evaluate.samples())
+        if last < periods.total and loop.stop.number == signal.SIGINT:
+            raise KeyboardInterrupt  # what comes after this command takes it for done otherwise
 
 
 class EvaluationLog:
@@ -265,6 +268,11 @@ def _reporter(
         peak, source = peak_flops(devices, "float32" if devices[0].platform == "cpu" else "bfloat16")
     progress.note(f"matmul peak {peak / 1e9:,.0f} GFLOP/s ({source})")
     return Reporter(Writers(writers), progress, timeline, program.flops, peak)
+
+
+def _say(primary: bool, line: str) -> None:
+    if primary:
+        print(line, flush=True)
 
 
 def _say_goodbye(directory: RunDirectory, last: int, periods: Periods, samples: str) -> None:

@@ -129,6 +129,7 @@ class Notice:
 
     def __init__(self) -> None:
         self.count = 0
+        self.interrupted = False  # the first was Ctrl-C
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Notice":
@@ -141,7 +142,14 @@ class Notice:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def code(self, stopped: int) -> int:
+        """Returns the exit code of a run that ended well: 0; `stopped` once SIGTERM has come, 130 once Ctrl-C has."""
+        if self.interrupted:
+            return 128 + signal.SIGINT
+        return stopped if self.count else 0
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.interrupted |= not self.count and number == signal.SIGINT
         self.count += 1
 
 
