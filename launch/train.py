@@ -29,6 +29,7 @@ from meshway.framework.files import local_path
 from meshway.framework.interfaces import Dataset, DataSource, EvalTask
 from meshway.framework.planning.hardware import peak_flops
 from meshway.framework.results.records import Records
+from meshway.framework.training.device_memory import planned
 from meshway.framework.training.goodput import in_one_line, read_goodput
 from meshway.framework.training.loop import Hook, Loop, Periods
 from meshway.framework.training.program import TrainProgram, check_batch, check_vocabularies
@@ -127,7 +128,7 @@ def train(
             stack.callback(progress.close)
             evaluator = Evaluator(program.placed, program.batch_size, program.lengths, tasks, evaluation)
             evaluate = EvaluationLog(evaluator, directory, start, primary, progress.note)
-            reporter = _reporter(directory, start, primary, progress, timeline, program, resolved)
+            reporter = _reporter(directory, start, primary, progress, timeline, program, resolved, planned(step))
             stack.enter_context(contextlib.closing(reporter))
             loop = Loop(
                 step,
@@ -256,6 +257,7 @@ def _reporter(
     timeline: Timeline,
     program: TrainProgram,
     resolved: str,
+    step_memory: str,
 ) -> Reporter:
     writers: list[Any] = []
     if primary:
@@ -267,7 +269,9 @@ def _reporter(
     with stages.stage("finding the matmul peak"):
         peak, source = peak_flops(devices, "float32" if devices[0].platform == "cpu" else "bfloat16")
     progress.note(f"matmul peak {peak / 1e9:,.0f} GFLOP/s ({source})")
-    return Reporter(Writers(writers), progress, timeline, program.flops, peak)
+    if step_memory:
+        progress.note(step_memory)
+    return Reporter(Writers(writers), progress, timeline, program.flops, peak, jax.local_devices())
 
 
 def _say(primary: bool, line: str) -> None:

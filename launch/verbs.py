@@ -282,8 +282,8 @@ USAGE = """examples:
   meshway launch local --processes=4 --devices=2 -- train --gin_file=quickstart --gin.MODEL_DIR=runs/four
 
 Exit codes: 0 done, 1 the machine or the program failed, 2 the command or the recipe is wrong, 75 another process of the
-run was lost (started again, it goes on from the last checkpoint). Ctrl-C: 130; training saves first. SIGTERM:
-143; training saves and exits with 0, under `launch worker` with 143. After `train ... &&`, `eval --finished ...`
-evaluates no run that was stopped.
+run was lost (started again, it goes on from the last checkpoint), 130 Ctrl-C (training saves first), 143 SIGTERM
+(training saves and exits with 0, under `launch worker` with 143), 141 nobody reads its output any more. After
+`train ... &&`, `eval --finished ...` evaluates no run that was stopped.
 MESHWAY_TRACEBACK=1 shows the traceback of every error. `meshway VERB --help` lists a verb's options.
 """
