@@ -212,7 +212,7 @@ VERBS = {
     ),
     "status": Verb(
         "meshway.launch.status",
-        "say how a run stands: who runs it, its step, rate and end, its last checkpoint and evaluation",
+        "say how a run stands: who runs it, its steps reported and saved, rate and end, last evaluation",
         switches=_STATUS,
         instead="--model_dir",
         recipe=False,

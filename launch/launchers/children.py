@@ -1,5 +1,6 @@
 """The processes of one attempt at a run: starting them, waiting for their ends, and ending those that do not end."""
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -157,6 +158,7 @@ def _echo(stream: IO[bytes], log: IO[bytes]) -> None:
     """Copies what a process says to its log and to standard output, as it comes."""
     while chunk := os.read(stream.fileno(), 65536):
         log.write(chunk)
-        sys.stdout.write(chunk.decode("utf-8", "replace"))
-        sys.stdout.flush()
+        with contextlib.suppress(BrokenPipeError):  # nobody listens; the run goes on, and its log is whole
+            sys.stdout.write(chunk.decode("utf-8", "replace"))
+            sys.stdout.flush()
     log.close()

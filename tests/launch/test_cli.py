@@ -218,3 +218,37 @@ def test_a_process_ends_without_a_search_for_cycles_and_loses_nothing(tmp_path):
     assert done.returncode == 5 and not done.stderr, done.stderr
     assert (tmp_path / "text").read_text() == "held back"
     assert done.stdout.endswith("asked to end\n"), "the ends that others asked for come first, and no search does"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("words", "codes"),
+    [
+        (["status", "{run}"], {141}),
+        (["status", "{run}", "--json"], {141}),
+        (["--help"], {141}),
+        (["infer", "--help"], {0, 141}),  # argparse may pass over it
+        (["--version"], {141}),
+        (["status", "{run}/nowhere"], {2}),  # says so on standard error, which nobody reads either
+    ],
+)
+def test_a_reader_that_has_gone_is_no_error(tmp_path, words, codes, unbuffered):
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
+    command = [sys.executable, "-m", "meshway.launch.cli", *(word.format(run=tmp_path) for word in words)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    errors, kept = (writer, None) if codes == {2} else (subprocess.PIPE, "")
+    process = subprocess.Popen(
+        command, stdout=writer, stderr=errors, text=True, env=os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    )
+    os.close(writer)
+    assert process.communicate(timeout=60)[1] == kept and process.returncode in codes
+
+
+def test_a_broken_pipe_of_another_kind_keeps_its_traceback(verb):
+    def run(invocation):
+        raise BrokenPipeError("a worker's")
+
+    verb.run = run
+    with pytest.raises(BrokenPipeError):
+        cli.main(["train", "--gin_file=a"])
