@@ -62,7 +62,8 @@ def load(
     Raises:
       UserError: one message with everything that is wrong, each with its place.
     """
-    with stages.stage(f"reading the recipe {' '.join(invocation.gin_files)}".rstrip()):
+    named = stages.stage(f"reading the recipe {' '.join(invocation.gin_files)}")
+    with named if invocation.gin_files else contextlib.nullcontext():  # some commands have one of their own
         return _load(invocation, import_unreferenced, package, shipped)
 
 
@@ -122,7 +123,7 @@ class Recipe:
         ]
         raise_problems([*reach.undefined, *reach.lacking, *required_problems(reach), *lacking])
         self._install(bound)
-        with self._user_errors(root), stages.stage("building what the recipe describes"):
+        with self._user_errors(root), stages.stage(f"building what {module} needs"):
             return gin.get_bindings(function) if own else {}
 
     def fingerprint(self, root: str, without: Collection[str]) -> str:

@@ -112,7 +112,7 @@ def evaluate(
             train_steps,
             idle_timeout,
         )
-        skip_removed = watch or not listed
+        skip_removed = (watch or not listed) and not finished  # which one before the last does not tell
         abstract = placed.abstract_params
         job = EvaluationJob(directory, evaluator, abstract, queue, records, fingerprint, split, display, skip_removed)
         count = job.run()

@@ -23,7 +23,6 @@ from meshway.framework.data.prefetch import prefetch
 from meshway.framework.data.vocabulary import source_framing
 from meshway.framework.distributed import processes
 from meshway.framework.distributed.agreement import agree
-from meshway.framework.errors import UserError
 from meshway.framework.evaluation import Evaluation, Evaluator, Report
 from meshway.framework.files import local_path
 from meshway.framework.interfaces import Dataset, DataSource, EvalTask
@@ -225,7 +224,7 @@ def _restore_last(
         if not any(told.values()):
             return steps[-1], state, position
         if len(steps) == 1:
-            raise UserError(next(problem for problem in told.values() if problem))
+            raise DamagedCheckpoint(next(problem for problem in told.values() if problem))
         if primary:
             kept = checkpoints.set_aside(steps[-1])
             print(f"checkpoint {steps[-1]} is truncated or damaged: kept as {kept}; going on from step {steps[-2]}")
