@@ -1,8 +1,10 @@
 """Checkpoints of a run: state, data position and recipe, saved together and atomically, restored on any mesh."""
 
 import dataclasses
+import functools
 import itertools
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -336,6 +338,20 @@ def _quiet_orbax() -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
+    _quiet_closed_loops()
+
+
+@functools.cache
+def _quiet_closed_loops() -> None:
+    """Where a read fails, Orbax closes its event loop, and each array that is read to its end after that gives another
+    traceback: these say nothing, and are dropped."""
+    before = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
+            before(found)
+
+    sys.unraisablehook = hook
 
 
 def _as_tree(state: TrainState) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import functools
 import shutil
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from tiers import tiers
 from tiny import losses, program
 
+from meshway.framework.checkpoints import manager
 from meshway.framework.checkpoints.manager import Checkpoints, DamagedCheckpoint, Keep, read_last
 from meshway.framework.checkpoints.mapping import Initial
 from meshway.framework.errors import UserError
@@ -82,6 +84,23 @@ def test_a_truncated_checkpoint_is_told_and_the_one_before_named(saved, tmp_path
         Checkpoints(copy, read_only=True).restore(3, made.abstract_state)
     with pytest.raises(DamagedCheckpoint, match="Remove that folder to go on from step 2"):
         Checkpoints(copy).restore(3, made.abstract_state)
+
+
+def test_arrays_that_come_after_a_failed_read_say_nothing(monkeypatch):
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: heard.append(str(found.exc_value)))
+    manager._quiet_closed_loops.__wrapped__()
+
+    class Late:
+        def __init__(self, words):
+            self.words = words
+
+        def __del__(self):
+            raise RuntimeError(self.words)
+
+    for words in ("Event loop is closed", "another error", "Event loop is closed"):
+        Late(words)
+    assert heard == ["another error"]
 
 
 def test_the_last_that_can_be_read_is_taken_and_nothing_is_renamed(tmp_path):
