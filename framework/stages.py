@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.live import Live
+    from rich.text import Text
 
 _WORTH_SECONDS = 1.0  # what took less is not said to have ended
 
@@ -117,11 +118,11 @@ class Stages:
         if live is not None:
             live.stop()
 
-    def _line(self) -> str:
-        if not self._open:
-            return ""
-        what, began = self._open[-1]
-        return f"{what} ... {time.monotonic() - began:.0f} s"
+    def _line(self) -> "Text":
+        from rich.text import Text
+
+        what, began = self._open[-1] if self._open else ("", time.monotonic())
+        return Text(f"{what} ... {time.monotonic() - began:.0f} s", no_wrap=True, overflow="ellipsis")
 
     def _print(self, line: str) -> None:
         if self._say is not None:
