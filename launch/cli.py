@@ -1,18 +1,26 @@
 """`meshway <verb>`: reads the command line, runs the verb, turns errors into messages and exit codes."""
 
 import argparse
+import atexit
+import contextlib
+import gc
 import importlib
+import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from meshway.framework.errors import EnvironmentFailure, UserError, did_you_mean, report
+from meshway.framework import stages
+from meshway.framework.errors import EnvironmentFailure, UserError, did_you_mean, mute, report
 from meshway.framework.version import installed_version
 from meshway.launch.arguments import Parser, count, help_formatter, real, whole
 from meshway.launch.invocation import MACROS, Invocation
 from meshway.launch.verbs import USAGE, VERBS, Switch, Verb
+
+_FILES = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)  # what holds text back until it is flushed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,18 +30,48 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the words after `meshway`; those of the process by default.
 
     Returns:
-      the exit code: 0, 1 when the machine failed, 2 when the user's input is wrong, 130 when interrupted; that of
-      the command for one that was launched. Errors of our own keep their traceback.
+      the exit code: 0, 1 when the machine failed, 2 when the user's input is wrong, 130 when interrupted, 141 when
+      nobody reads the output; that of the command for one that was launched. Errors of our own keep their traceback.
     """
+    if argv is None:
+        atexit.register(_end_at_once)  # the first to be registered is the last to run
     try:
-        invocation = parse(sys.argv[1:] if argv is None else argv)
+        invocation, code = parse(sys.argv[1:] if argv is None else argv), 0
         if invocation is not None:
             if os.getcwd() not in sys.path:  # as `python -m` does: a user's own packages beside the recipe
                 sys.path.insert(0, os.getcwd())
-            return importlib.import_module(VERBS[invocation.verb].module).run(invocation) or 0
-        return 0
+            code = _run(invocation)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where it can be told that nobody reads it
+        return code
     except (UserError, EnvironmentFailure, KeyboardInterrupt) as error:
         return report(error)
+    except BrokenPipeError:
+        if not mute():
+            raise
+        return 128 + signal.SIGPIPE
+
+
+def _run(invocation: Invocation) -> int:
+    """Runs a command, and shows what it is doing from before its imports, which take seconds, on."""
+    verb = VERBS[invocation.verb]
+    if not verb.slow:
+        return importlib.import_module(verb.module).run(invocation) or 0
+    with stages.shown(stages.Stages(silent=bool(invocation.process_id))):
+        with stages.stage(f"meshway {invocation.verb}: importing what it needs"):
+            module = importlib.import_module(verb.module)
+        return module.run(invocation) or 0
+
+
+def _end_at_once() -> None:
+    """Spares the end of the process the search for cycles among its objects, which takes seconds where TensorFlow is
+    loaded and frees what goes anyway. A file that only that search would close is flushed here."""
+    mute()
+    for each in gc.get_objects():
+        if issubclass(type(each), _FILES):
+            with contextlib.suppress(OSError, ValueError):  # closed, or its reader is gone
+                each.flush()
+    gc.freeze()
 
 
 def parse(argv: Sequence[str]) -> Invocation | None:

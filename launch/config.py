@@ -10,6 +10,7 @@ from typing import Any
 
 import gin
 
+from meshway.framework import stages
 from meshway.framework.errors import UserError
 from meshway.launch import configurables, recipe_files
 from meshway.launch.checks import (
@@ -63,6 +64,12 @@ def load(
     Raises:
       UserError: one message with everything that is wrong, each with its place.
     """
+    named = stages.stage(f"reading the recipe {' '.join(invocation.gin_files)}")
+    with named if invocation.gin_files else contextlib.nullcontext():  # some commands have one of their own
+        return _load(invocation, import_unreferenced, package, shipped)
+
+
+def _load(invocation: Invocation, import_unreferenced: bool, package: str, shipped: Path) -> "Recipe":
     files = recipe_files.GinFiles(invocation.search_paths, shipped)
     joined = recipe_files.join(invocation, files)
     program = link(joined, files, invocation, package)
@@ -121,12 +128,11 @@ class Recipe:
         ]
         raise_problems([*reach.undefined, *reach.lacking, *required_problems(reach), *lacking])
         self._install(bound)
-        with self._user_errors(root):
+        with self._user_errors(root), stages.stage(f"building what {module} needs"):
             arguments: dict[str, Any] = gin.get_bindings(function) if own else {}
         for value in arguments.values():
-            if hasattr(value, "import_first") and not isinstance(
-                value, type
-            ):  # a data source, which may start processes that need the tasks too
+            # A data source may start processes, which need the tasks too.
+            if hasattr(value, "import_first") and not isinstance(value, type):
                 value.import_first(self.registering)
         return arguments
 

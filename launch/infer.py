@@ -136,7 +136,7 @@ def infer(
       decoder: how predictions are made.
       mode: 'predict', 'score' (of given targets), or 'predict_with_aux' (with intermediate values).
       beams: beam search of so many instead of `decoder`.
-      step: which checkpoint; None for the latest.
+      step: which checkpoint; None for the latest that can be read.
       batch_size: rows of a batch, over all processes.
       max_input_length, max_new_tokens: the most tokens of a prompt and of a prediction (of inputs and targets, where
         these are scored); None goes by the recipe's TASK_FEATURE_LENGTHS.
@@ -160,7 +160,7 @@ def infer(
             raise UserError(f"--{name} must be at least 1, not {number}")
     decoder = decoder if beams is None else BeamSearch(beams)
     source = _source(inputs, mode, data)
-    session = open_session(opened.model, opened.layout, model_dir, step, inputs.append_eos, stop)
+    session = open_session(opened.model, opened.layout, model_dir, step, inputs.append_eos, stop, _note)
     engine = session.engine(decoder, batch_size, seed)
     reader, work = _reader_and_work(
         inputs, opened.limits(max_input_length, max_new_tokens), session, engine, mode, names
@@ -310,6 +310,12 @@ def _preprocess(inputs: Inputs, lengths: Mapping[str, int]) -> Preprocess | None
         return None
     modules = [inputs.module] if isinstance(inputs.module, str) else list(inputs.module or ())
     return preprocess(inputs.preprocess, modules, lengths)
+
+
+def _note(line: str) -> None:
+    """Says something that is no result, of this run of several processes once."""
+    if processes.is_primary():
+        print(f"meshway: {line}", file=sys.stderr, flush=True)
 
 
 def _say(counts: Mapping[str, Any], output: Output) -> None:

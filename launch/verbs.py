@@ -47,6 +47,7 @@ class Verb:
     instead: str = ""  # the flag that serves where no recipe is given
     recipe: bool = True  # whether it takes one at all
     on_devices: bool = True
+    slow: bool = True  # whether it takes seconds to start, and says what it is doing
     macros: tuple[str, ...] = tuple(MACROS)  # those that the help lists
 
 
@@ -127,6 +128,7 @@ _EVAL = (
         number=True,
         least=0,
     ),
+    Switch("--finished", "eval.evaluate.finished=True", "refuse (exit 2) a run that has not saved its last step"),
     Switch("--again", "eval.evaluate.again=True", "evaluate what has been evaluated, too"),
 )
 
@@ -210,11 +212,12 @@ VERBS = {
     ),
     "status": Verb(
         "meshway.launch.status",
-        "say how a run stands: who runs it, its step, rate and end, its last checkpoint and evaluation",
+        "say how a run stands: who runs it, its steps reported and saved, rate and end, last evaluation",
         switches=_STATUS,
         instead="--model_dir",
         recipe=False,
         on_devices=False,
+        slow=False,
         macros=(),
     ),
     "inspect": Verb(
@@ -247,7 +250,9 @@ VERBS = {
         subjects=("train", "data", "parallel", "routing", "moe", "attention", "decode"),
         switches=_BENCH,
     ),
-    "launch": Verb("meshway.launch.launch", "run a command on many processes, here or on a cluster", on_devices=False),
+    "launch": Verb(
+        "meshway.launch.launch", "run a command on many processes, here or on a cluster", on_devices=False, slow=False
+    ),
 }
 
 USAGE = """examples:
@@ -277,6 +282,8 @@ USAGE = """examples:
   meshway launch local --processes=4 --devices=2 -- train --gin_file=quickstart --gin.MODEL_DIR=runs/four
 
 Exit codes: 0 done, 1 the machine or the program failed, 2 the command or the recipe is wrong, 75 another process of the
-run was lost (started again, it goes on from the last checkpoint).
+run was lost (started again, it goes on from the last checkpoint), 130 Ctrl-C (training saves first), 143 SIGTERM
+(training saves and exits with 0, under `launch worker` with 143), 141 nobody reads its output any more. After
+`train ... &&`, `eval --finished ...` evaluates no run that was stopped.
 MESHWAY_TRACEBACK=1 shows the traceback of every error. `meshway VERB --help` lists a verb's options.
 """

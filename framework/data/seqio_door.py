@@ -9,10 +9,8 @@ import functools
 import importlib
 import importlib.util
 import math
-import os
 import re
 import sys
-import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from meshway.framework import stages
+from meshway.framework.data import start_up_notes
 from meshway.framework.data.rows.packing import Example
 from meshway.framework.errors import UserError, did_you_mean
 
@@ -48,15 +48,14 @@ def import_seqio() -> ModuleType:
     Raises:
       UserError: seqio or TensorFlow cannot be imported.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors stay; information and warnings go
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # of no use to data, and it complains about integers
+    stage = contextlib.nullcontext() if "seqio" in sys.modules else stages.stage("importing seqio and TensorFlow")
     try:
-        with _without_start_up_notes():
+        with stage, start_up_notes.dropped():
             import seqio
             import tensorflow as tf
 
-            for kind in ("GPU", "TPU"):
-                tf.config.set_visible_devices([], kind)
+            with start_up_notes.without_notes():
+                start_up_notes.hide_accelerators(tf)
     except ImportError as error:
         raise UserError(f"seqio tasks need seqio and TensorFlow, which cannot be imported: {error}") from error
     except RuntimeError as error:
@@ -161,37 +160,6 @@ def _counted(tasks: Sequence[Any], counts: Mapping[str, Mapping[str, int]]) -> I
             task._cache_dir, task._stats = directory, stats
 
 
-@contextlib.contextmanager
-def _without_start_up_notes() -> Iterator[None]:
-    """Drops the information lines TensorFlow's C++ writes to stderr as it loads, and passes on all others.
-
-    They come before any log level is read, so the stream itself is caught. Nothing is dropped when the
-    block fails.
-    """
-    try:
-        saved = os.dup(2)
-    except OSError:  # no stderr at all
-        yield
-        return
-    # That CUDA cannot start is no error either: TensorFlow gets no accelerator here.
-    note = re.compile(rb"[IW]\d{4} |WARNING: All log messages before absl|To enable the following|E\d{4} .*cuInit")
-    failed = True
-    with tempfile.TemporaryFile() as caught:
-        sys.stderr.flush()
-        os.dup2(caught.fileno(), 2)
-        try:
-            yield
-            failed = False
-        finally:
-            sys.stderr.flush()
-            os.dup2(saved, 2)
-            os.close(saved)
-            caught.seek(0)
-            for line in caught:
-                if failed or not note.match(line):
-                    os.write(2, line)
-
-
 def numpy_examples(dataset: Any) -> Iterator[Example]:
     """Yields a tf.data.Dataset's elements as numpy, many at a time: one by one costs three times as much."""
     import tensorflow as tf
@@ -218,7 +186,7 @@ def numpy_examples(dataset: Any) -> Iterator[Example]:
 def _import_module(name: str) -> None:
     """Imports a module that registers tasks; UserError when it is not there or fails."""
     try:
-        with seqio_lock:
+        with seqio_lock, contextlib.nullcontext() if name in sys.modules else stages.stage(f"importing {name}"):
             importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(error.name + ".")):

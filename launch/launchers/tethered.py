@@ -22,4 +22,4 @@ def _end_with_starter() -> None:
 
 if __name__ == "__main__":
     threading.Thread(target=_end_with_starter, daemon=True).start()
-    sys.exit(cli.main(sys.argv[1:]))
+    sys.exit(cli.main())

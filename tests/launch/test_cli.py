@@ -1,5 +1,6 @@
 """The command line: what it understands, what it refuses, and how it ends."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -183,3 +184,71 @@ def test_no_path_may_be_the_address_of_a_bucket(capsys, words, tmp_path, monkeyp
 def test_what_takes_a_path_later_refuses_an_address_when_it_is_made(make):
     with pytest.raises(UserError, match="gs://bucket/run is no path of this machine"):
         make("gs://bucket/run")
+
+
+@pytest.mark.parametrize("verb", ["train", "eval", "infer", "cache", "convert"])
+def test_a_command_says_what_it_does_before_its_imports(capfd, tmp_path, monkeypatch, verb):
+    (tmp_path / "takes_seconds.py").write_text(
+        "import sys\nprint('imported', file=sys.stderr)\ndef run(invocation): return 7\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "takes_seconds", raising=False)
+    monkeypatch.setitem(cli.VERBS, verb, dataclasses.replace(cli.VERBS[verb], module="takes_seconds"))
+    words = ["--from=x", "--to=y"] if verb == "convert" else ["--gin_file=my.gin"]
+    assert cli.main([verb, *words]) == 7
+    assert capfd.readouterr().err == f"meshway {verb}: importing what it needs ...\nimported\n"
+
+
+def test_a_process_ends_without_a_search_for_cycles_and_loses_nothing(tmp_path):
+    code = f"""if True:
+        import atexit, sys
+        sys.argv = ["meshway", "--version"]
+        from meshway.launch import cli
+        class Owner:
+            def __init__(self, path):
+                self.me, self.file = self, open(path, "w")  # only a search for cycles would close it
+                self.file.write("held back")
+            def __del__(self):
+                print("searched")
+        owner = Owner({str(tmp_path / "text")!r})
+        atexit.register(lambda: print("asked to end"))
+        sys.exit(cli.main() + 5)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 5 and not done.stderr, done.stderr
+    assert (tmp_path / "text").read_text() == "held back"
+    assert done.stdout.endswith("asked to end\n"), "the ends that others asked for come first, and no search does"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("words", "codes"),
+    [
+        (["status", "{run}"], {141}),
+        (["status", "{run}", "--json"], {141}),
+        (["--help"], {141}),
+        (["infer", "--help"], {0, 141}),  # argparse may pass over it
+        (["--version"], {141}),
+        (["status", "{run}/nowhere"], {2}),  # says so on standard error, which nobody reads either
+    ],
+)
+def test_a_reader_that_has_gone_is_no_error(tmp_path, words, codes, unbuffered):
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
+    command = [sys.executable, "-m", "meshway.launch.cli", *(word.format(run=tmp_path) for word in words)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    errors, kept = (writer, None) if codes == {2} else (subprocess.PIPE, "")
+    process = subprocess.Popen(
+        command, stdout=writer, stderr=errors, text=True, env=os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    )
+    os.close(writer)
+    assert process.communicate(timeout=60)[1] == kept and process.returncode in codes
+
+
+def test_a_broken_pipe_of_another_kind_keeps_its_traceback(verb):
+    def run(invocation):
+        raise BrokenPipeError("a worker's")
+
+    verb.run = run
+    with pytest.raises(BrokenPipeError):
+        cli.main(["train", "--gin_file=a"])

@@ -387,3 +387,39 @@ def test_a_malformed_line_is_named_or_left_out(run, tmp_path, capsys):
     assert infer(*words, "--on_bad=skip") == 0
     assert [row["index"] for row in rows_of(out)] == [0, 2]
     assert "left out: in.jsonl:2" in capsys.readouterr().err.replace(f"{path}", "in.jsonl")
+
+
+def largest(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+DAMAGES = {
+    "half a file": lambda step: largest(step).write_bytes(largest(step).read_bytes()[:1000]),
+    "a missing file": lambda step: largest(step).unlink(),
+    "no manifest": lambda step: (step / "state" / "manifest.ocdbt").unlink(),
+    "no recipe": lambda step: shutil.rmtree(step / "recipe"),
+    "nothing but names": lambda step: [path.write_bytes(b"") for path in step.rglob("*") if path.is_file()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(run, tmp_path, capfd, damage):
+    """As rsync, cut off, leaves it. What only reads renames nothing."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    shutil.copytree(folder / "checkpoints" / "7", folder / "checkpoints" / "9")
+    DAMAGES[damage](folder / "checkpoints" / "9")
+    asked = ["--prompt=one", "--max_new_tokens=4"]
+    assert infer(f"--model_dir={folder}", *asked) == 0
+    said = capfd.readouterr()
+    assert f"checkpoint {folder}/checkpoints/9 cannot be read" in said.err and "taking step 7" in said.err
+    assert said.out.startswith("> one\n")
+    for words in ([f"--model_dir={folder}", "--step=9"], [f"--model_dir={folder}/checkpoints/9"]):
+        assert infer(*words, *asked) == 1
+        said = capfd.readouterr()
+        (message,) = [line for line in said.err.splitlines() if line.startswith("meshway: error: ")]
+        assert f"{folder}/checkpoints/9 cannot be read" in message and "Step 7 is there too" in message and not said.out
+        assert not any(word in said.err for word in ("Traceback", "Event loop", "ERROR:absl", "<bound method"))
+    with pytest.warns(UserWarning, match="taking step 7"):
+        Predictor(folder)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["7", "9"]

@@ -20,12 +20,12 @@ def in_the_lab(monkeypatch):
     monkeypatch.syspath_prepend(str(LAB))
 
 
-def mistake(capsys, *words):
-    """Runs a command that must fail as a user's mistake, and returns its message."""
+def mistake(capsys, *words, exits=2):
+    """Runs a command that must fail, as a user's mistake if nothing else is said, and returns its message."""
     capsys.readouterr()
     code = cli.main(list(words))
     errors = capsys.readouterr().err
-    assert code == 2, errors
+    assert code == exits, errors
     assert "Traceback" not in errors
     messages = [line for line in errors.splitlines() if line.startswith("meshway: error: ")]
     assert len(messages) == 1, errors
@@ -166,7 +166,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on(short_run, capsys
     shutil.rmtree(folder / "checkpoints" / "1")
     for step in ("2", "3"):
         DAMAGES["half a file"](folder / "checkpoints" / step)
-    message = mistake(capsys, *words[:-1], "--gin.TRAIN_STEPS=9")
+    message = mistake(capsys, *words[:-1], "--gin.TRAIN_STEPS=9", exits=1)
     assert "truncated" in message and "There is no other one" in message
     assert "2.damaged" in {path.name for path in (folder / "checkpoints").iterdir()}, "nothing is thrown away"
 
