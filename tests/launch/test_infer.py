@@ -107,14 +107,17 @@ def test_one_checkpoint_serves_as_well_as_its_run(run, questions, tmp_path):
     assert Predictor(run / "checkpoints" / "7", layout="single").step == 7
 
 
-def test_scores_are_the_models_own(run, tmp_path):
+@pytest.mark.parametrize("start", [0, 5])
+def test_scores_are_those_of_rows_that_are_trained_on(run, start, tmp_path):
+    """From wherever the decoder starts: a converted T5's decoder_start_token_id may be any id."""
+    run = run if start == 0 else save_run(tmp_path / "run", framing=Framing((start,), True, (1,)))
     path = tmp_path / "pairs.tsv"
     pairs = [("a", "yes"), ("b c d", "no, not at all"), ("", "x")]
     path.write_text("inputs\ttargets\n" + "".join(f"{known}\t{new}\n" for known, new in pairs))
     assert infer(f"--model_dir={run}", f"--input={path}", "--mode=score", f"--output={tmp_path / 'out.jsonl'}") == 0
     params, model = params_and_model(run)
     tokens = FeatureInfo("int32", (None,))
-    objective = EncoderDecoder(pack=False).bind(TaskInfo("t", {"inputs": tokens, "targets": tokens}), LENGTHS)
+    objective = EncoderDecoder(pack=False).bind(TaskInfo("t", {"inputs": tokens, "targets": tokens}, (start,)), LENGTHS)
     items = [
         {name: np.array([*VOCABULARY.encode(text), 1], np.int32) for name, text in zip(("inputs", "targets"), pair)}
         for pair in pairs
