@@ -99,7 +99,7 @@ def read_values(bindings: Sequence[Binding], reach: Reach, shipped: Sequence[str
         except ValueError as error:
             taken = "" if origin is binding else f", taken by {binding.selector}.{binding.parameter}"
             hint = _meant(origin.value, shipped)
-            problems.setdefault(origin, f"{origin.place}: {origin.name} = {origin.value!r}{taken}: {error}{hint}")
+            problems.setdefault(origin, f"{origin.said}{'' if origin.place.is_own_flag else taken}: {error}{hint}")
     if problems:
         listed = list(problems.values())
         raise UserError(listed[0] if len(listed) == 1 else f"{len(listed)} problems:\n  " + "\n  ".join(listed))
@@ -110,7 +110,7 @@ def _refuse_addresses(value: str) -> None:
     try:
         local_path(value)
     except UserError as error:
-        raise ValueError(str(error).removeprefix(f"{value} ")) from error
+        raise ValueError(str(error).replace(value, "it", 1)) from error
 
 
 def _meant(value: Any, shipped: Sequence[str]) -> str:
