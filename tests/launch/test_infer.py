@@ -349,11 +349,12 @@ def test_earlier_results_are_an_input_of_which_nothing_is_lost(run, tmp_path):
     assert row["prediction"] == "p" and row["tokens"] == [1]  # names that scores do not take
 
 
-def test_beams_that_never_ended_are_left_out():
-    """Of eight beams two have ended: six are empty, and score -1e7 as T5X has it."""
+@pytest.mark.parametrize("empty", [0, 1, 6])
+def test_beams_that_never_ended_are_left_out(empty):
+    """Two have ended: the others are empty, and score -1e7 as T5X has it."""
     found = Decoded(
-        np.array([[[0, 0]] * 6 + [[70, 1], [71, 1]]]), np.array([[0] * 6 + [2, 2]]),
-        np.zeros((1, 8, 2), np.float32), np.array([[-1e7] * 6 + [-2.0, -1.0]], np.float32),
+        np.array([[[0, 0]] * empty + [[70, 1], [71, 1]]]), np.array([[0] * empty + [2, 2]]),
+        np.zeros((1, empty + 2, 2), np.float32), np.array([[-1e7] * empty + [-2.0, -1.0]], np.float32),
     )  # fmt: skip
     example = Example(0, {}, [5], [], {"inputs": 1})
     text = Text(VOCABULARY, VOCABULARY, (0,), (1,))

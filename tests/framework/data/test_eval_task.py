@@ -124,3 +124,12 @@ def test_what_cannot_be_run_is_said():
     assert not task.has_metrics
     assert task.left_out == ["of_predictions: LanguageModel has nothing to predict from"]
     assert make(EXAMPLES, [of_predictions]).left_out == []
+
+
+@pytest.mark.parametrize(("functions", "classes"), [(0, 1), (2, 1), (1, 3)])
+def test_metric_classes_are_left_out_and_the_task_is_not(functions, classes):
+    task = make(EXAMPLES, [lambda targets, predictions: {}] * functions)
+    seqio_task = task._task
+    seqio_task.metric_objs = [object()] * (functions + classes)
+    seqio_task.metric_fns = seqio_task.predict_metric_fns
+    assert task.left_out == [f"{classes} of its metric_objs, as only metric functions are run"]
