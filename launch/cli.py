@@ -114,16 +114,18 @@ def parse(argv: Sequence[str]) -> Invocation | None:
     options, unknown = parser.parse_known_args(words)
     _refuse_unknown(verb, unknown, parser)
     given = vars(options)
+    flags = {}
     for switch in entry.switches:
         if switch.flag.lstrip("-") in given:
             _refuse_elsewhere(verb, switch, given.get("subject"))
             bindings.append(switch.bound(given.pop(switch.flag.lstrip("-"))))
+            flags[switch.binding.partition("=")[0]] = switch.flag
     files, listed = given.pop("gin_files", ()), given.pop("search_paths", ())
     if not files:
         _need_a_recipe(verb, bindings)
     paths = tuple(path for each in listed for path in each.split(",") if path)
     fields = {**given, "gin_files": tuple(files), "search_paths": paths}
-    return Invocation(verb=verb, bindings=tuple(bindings), **fields)
+    return Invocation(verb=verb, bindings=tuple(bindings), flags=flags, **fields)
 
 
 def _need_a_recipe(verb: str, bindings: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """What the command line said, before any file is read. No gin and no JAX here: `--help` must be quick."""
 
 import dataclasses
+from collections.abc import Mapping
 
 from meshway.launch.launchers.job import Job, Renderer, Runner
 
@@ -30,7 +31,8 @@ class Invocation:
       verb: as `train`.
       subject: what the verb acts on, where it takes one (`train` in `meshway bench train`).
       gin_files: recipe files in order, as given: paths, or names among the shipped ones.
-      bindings: `NAME=VALUE` in order, as written after `--gin.`.
+      bindings: `NAME=VALUE` in order, as written after `--gin.` or said by a flag.
+      flags: the flag by which a name of these was given, `--task` of MIXTURE_OR_TASK_NAME, for messages.
       search_paths: folders to look for gin files in, before the shipped ones.
       dry_run: build everything and print it, run nothing, write nothing.
       coordinator_address: host:port of process 0 of a multi-process run, None for one process.
@@ -46,6 +48,7 @@ class Invocation:
     subject: str | None = None
     gin_files: tuple[str, ...] = ()
     bindings: tuple[str, ...] = ()
+    flags: Mapping[str, str] = dataclasses.field(default_factory=dict)
     search_paths: tuple[str, ...] = ()
     dry_run: bool = False
     coordinator_address: str | None = None

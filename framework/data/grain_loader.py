@@ -88,7 +88,7 @@ class CachedData:
       num_workers: processes that prepare batches; 0: a thread. None: measured, a thread unless batches are slow.
       vocabularies: the vocabulary expected of each feature; any other is an error.
       start: ids that a decoder reads before a text; None goes by the vocabulary of `targets` (its BOS, T5's 0).
-      stop_ids: ids that end a prediction; None: the EOS of that vocabulary.
+      stop_ids: ids that end a prediction beside the EOS of that vocabulary.
     """
 
     def __init__(

@@ -30,7 +30,6 @@ class Vocabulary(abc.ABC):
       pad_id: always 0, as seqio has it. Of no weight here: padding is told by segment ids, never by token id.
       extra_ids: how many ids are sentinels.
       sentinels: those ids, <extra_id_0> first, where they are not the highest, from the top down; else ().
-      extra_ids: how many ids at the top are sentinels.
       start: ids that a decoder reads before the first token of a text, where nobody says otherwise: the vocabulary's
         BOS, T5's padding id, or the EOS that ended the text before; () if it has none of these.
     """
@@ -88,6 +87,16 @@ class Vocabulary(abc.ABC):
     def cuts_like(self, other: "Vocabulary") -> bool:
         """Whether both make the same ids of text, whatever they know of EOS and sentinels."""
         return (self.kind, self.size, self._canonical()) == (other.kind, other.size, other._canonical())
+
+    def settings_unlike(self, other: "Vocabulary") -> str:
+        """Returns, for an error about a task's vocabulary, this one, and a recipe's, the other, in which settings two
+        that cut text alike differ; "" for two that do not."""
+        ours, theirs = self._settings(), other._settings()
+        differ = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+        if not differ or not self.cuts_like(other):
+            return ""
+        said = (f"{name} is {ours.get(name)} in the task's and {theirs.get(name)} in the recipe's" for name in differ)
+        return f" (the same tokens, but {', '.join(said)})"
 
     def save(self, directory: Path, name: str) -> None:
         """Writes `name`.json and, where the kind has content, `name`.model or `name`.tokenizer.json.

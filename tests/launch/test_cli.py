@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 import types
@@ -177,6 +178,8 @@ def test_no_path_may_be_the_address_of_a_bucket(capsys, words, tmp_path, monkeyp
     assert cli.main(words) == 2
     (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("meshway: error: ")]
     assert "is no path of this machine" in message, message
+    for flag in re.findall(r"--[\w.]+", message):
+        assert any(word.startswith(f"{flag}=") for word in words), f"{flag} was not written: {message}"
     assert not list(tmp_path.iterdir())
 
 

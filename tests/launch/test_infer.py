@@ -107,14 +107,17 @@ def test_one_checkpoint_serves_as_well_as_its_run(run, questions, tmp_path):
     assert Predictor(run / "checkpoints" / "7", layout="single").step == 7
 
 
-def test_scores_are_the_models_own(run, tmp_path):
+@pytest.mark.parametrize("start", [0, 5])
+def test_scores_are_those_of_rows_that_are_trained_on(run, start, tmp_path):
+    """From wherever the decoder starts: a converted T5's decoder_start_token_id may be any id."""
+    run = run if start == 0 else save_run(tmp_path / "run", framing=Framing((start,), True, (1,)))
     path = tmp_path / "pairs.tsv"
     pairs = [("a", "yes"), ("b c d", "no, not at all"), ("", "x")]
     path.write_text("inputs\ttargets\n" + "".join(f"{known}\t{new}\n" for known, new in pairs))
     assert infer(f"--model_dir={run}", f"--input={path}", "--mode=score", f"--output={tmp_path / 'out.jsonl'}") == 0
     params, model = params_and_model(run)
     tokens = FeatureInfo("int32", (None,))
-    objective = EncoderDecoder(pack=False).bind(TaskInfo("t", {"inputs": tokens, "targets": tokens}), LENGTHS)
+    objective = EncoderDecoder(pack=False).bind(TaskInfo("t", {"inputs": tokens, "targets": tokens}, (start,)), LENGTHS)
     items = [
         {name: np.array([*VOCABULARY.encode(text), 1], np.int32) for name, text in zip(("inputs", "targets"), pair)}
         for pair in pairs
@@ -346,11 +349,12 @@ def test_earlier_results_are_an_input_of_which_nothing_is_lost(run, tmp_path):
     assert row["prediction"] == "p" and row["tokens"] == [1]  # names that scores do not take
 
 
-def test_beams_that_never_ended_are_left_out():
-    """Of eight beams two have ended: six are empty, and score -1e7 as T5X has it."""
+@pytest.mark.parametrize("empty", [0, 1, 6])
+def test_beams_that_never_ended_are_left_out(empty):
+    """Two have ended: the others are empty, and score -1e7 as T5X has it."""
     found = Decoded(
-        np.array([[[0, 0]] * 6 + [[70, 1], [71, 1]]]), np.array([[0] * 6 + [2, 2]]),
-        np.zeros((1, 8, 2), np.float32), np.array([[-1e7] * 6 + [-2.0, -1.0]], np.float32),
+        np.array([[[0, 0]] * empty + [[70, 1], [71, 1]]]), np.array([[0] * empty + [2, 2]]),
+        np.zeros((1, empty + 2, 2), np.float32), np.array([[-1e7] * empty + [-2.0, -1.0]], np.float32),
     )  # fmt: skip
     example = Example(0, {}, [5], [], {"inputs": 1})
     text = Text(VOCABULARY, VOCABULARY, (0,), (1,))

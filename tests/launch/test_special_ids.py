@@ -128,21 +128,40 @@ def test_a_prediction_ends_at_every_stop_id_and_hangs_on_the_start(tmp_path, fam
     assert other.token_scores != free.token_scores
 
 
+@pytest.mark.parametrize("name", ["added_tokens.json", "tokenizer_config.json"])
 @pytest.mark.parametrize(
     ("added", "refused"),
     [({"<|im_end|>": 25}, True), ({"<|im_end|>": 26, "</s>": 1}, True), ({"</s>": 1}, False), (None, False)],
     ids=str,
 )
-def test_tokens_added_beside_a_sentence_piece_model_are_not_lost(tmp_path, added, refused):
+def test_tokens_added_beside_a_sentence_piece_model_are_not_lost(tmp_path, name, added, refused):
     directory = copy_of("llama2", tmp_path)
     (directory / "tokenizer.json").unlink()
     (directory / "tokenizer.model").write_bytes(sentence_pieces())
     if added is not None:
-        (directory / "added_tokens.json").write_text(json.dumps(added))
+        decoder = {"added_tokens_decoder": {str(id): {"content": token} for token, id in added.items()}}
+        (directory / name).write_text(json.dumps(added if name == "added_tokens.json" else decoder))
     if not refused:
         assert read_vocabulary(directory, {"eos_token_id": 1}).size == 25
         return
-    with pytest.raises(UserError, match=r"added_tokens.json adds '<\|im_end\|>'.*tokenizer.json"):
+    with pytest.raises(UserError, match=rf"{name} adds '<\|im_end\|>'.*tokenizer.json"):
+        convert(str(directory), str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "generation", "said"),
+    [
+        ("llama2", {"eos_token_id": [2, 60]}, None, "eos_token_id 60 is no token of the tokenizer there, .* end at 59"),
+        ("llama2", {}, {"eos_token_id": 66}, "eos_token_id 66 is no token"),
+        ("t5_1_1", {"decoder_start_token_id": 61}, None, "decoder_start_token_id 61 is no token"),
+    ],
+    ids=str,
+)
+def test_ids_that_the_tokenizer_has_not_are_refused(tmp_path, family, fields, generation, said):
+    directory = copy_of(family, tmp_path, **fields)
+    if generation is not None:
+        (directory / "generation_config.json").write_text(json.dumps(generation))
+    with pytest.raises(UserError, match=said):
         convert(str(directory), str(tmp_path / "run"))
 
 

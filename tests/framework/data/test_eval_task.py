@@ -138,3 +138,12 @@ def test_ids_that_the_vocabulary_has_not_are_refused(wrong):
         with pytest.raises(UserError, match=f"task 'ids', example 1: feature 'targets' holds the token id {wrong}"):
             list(read())
     assert len(task.read([0, 1])) == 2  # `infer` looks at each record by itself
+
+
+@pytest.mark.parametrize(("functions", "classes"), [(0, 1), (2, 1), (1, 3)])
+def test_metric_classes_are_left_out_and_the_task_is_not(functions, classes):
+    task = make(EXAMPLES, [lambda targets, predictions: {}] * functions)
+    seqio_task = task._task
+    seqio_task.metric_objs = [object()] * (functions + classes)
+    seqio_task.metric_fns = seqio_task.predict_metric_fns
+    assert task.left_out == [f"{classes} of its metric_objs, as only metric functions are run"]

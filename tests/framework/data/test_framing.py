@@ -9,6 +9,7 @@ from tasks_in_memory import TOKENS, lay
 from meshway.framework.data.denoising import RandomPrefix
 from meshway.framework.data.features import EncoderDecoder, LanguageModel, PrefixLanguageModel
 from meshway.framework.data.objective import FeatureInfo, TaskInfo
+from meshway.framework.data.task_data import framing_of
 from meshway.framework.data.vocabularies import Bytes, HuggingFace, Opaque, read_framing
 from meshway.framework.data.vocabulary import Framing
 from meshway.framework.errors import UserError
@@ -219,3 +220,24 @@ def test_a_recipe_may_say_otherwise_and_a_run_keeps_it(tmp_path):
     for wrong in ("x", [259], [-1], [True], 1.0):
         with pytest.raises(UserError, match="must be a list of ids below 259"):
             Framing.of(Bytes(), stop_ids=wrong)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "stop_ids", "stop"),
+    [
+        (
+            hugging_face(3, ["<|eot|>", "<|im_end|>"]),
+            [2],
+            (2, 3),
+        ),  # a converted model's, and a task that ends otherwise
+        (Opaque("letters", 257, 256), [], (256,)),
+        (Bytes(), [9, 1], (9, 1)),
+        (Bytes(), None, (1,)),
+        (hugging_face(None), [1], (1,)),
+    ],
+    ids=str,
+)
+def test_what_ends_a_tasks_targets_ends_a_prediction_too(vocabulary, stop_ids, stop):
+    """Else a model would be trained to end where no prediction does."""
+    assert framing_of({"targets": vocabulary}, None, stop_ids).stop == stop
+    assert framing_of({"inputs": vocabulary}, None, stop_ids) is None
