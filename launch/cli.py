@@ -207,7 +207,11 @@ def _add_recipe_options(parser: argparse.ArgumentParser, dry_run: bool) -> None:
         help="folders to look for gin files in, before the shipped ones",
     )
     if dry_run:
-        recipe.add_argument("--dry_run", action="store_true", help="build and print everything, run and write nothing")
+        recipe.add_argument(
+            "--dry_run",
+            action="store_true",
+            help="check and print all that a run resolves before its first step; write nothing",
+        )
 
 
 def _add_process_options(parser: argparse.ArgumentParser) -> None:

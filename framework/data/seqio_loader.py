@@ -4,6 +4,7 @@ What it is not: batches depend on how many processes read, and a resumed run rea
 anything longer `grain_loader.CachedData` reads the same tasks from a cache.
 """
 
+import copy
 import functools
 import itertools
 import re
@@ -23,7 +24,7 @@ from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.data.task_data import check_arguments, framing_of, vocabularies_of, with_split
 from meshway.framework.data.vocabulary import Framing, Vocabulary
 from meshway.framework.errors import UserError
-from meshway.framework.interfaces import Batch
+from meshway.framework.interfaces import Batch, SplitRead
 
 _BUFFER = 1024  # examples packed together
 _SLOW = 1000  # skipping this many batches is worth a line of progress
@@ -81,6 +82,22 @@ class SeqioData:
         self._use_cached = use_cached
         self._named = dict(vocabularies or {})
         self._start, self._stop_ids = start, stop_ids
+        self._is_dry = False
+
+    def for_dry_run(self) -> "SeqioData":
+        """Returns the same source, which says nothing as it is opened. It reads nothing before a batch is asked for."""
+        source = copy.copy(self)
+        source._is_dry = True
+        return source
+
+    def reads(self, evaluate: bool) -> list[SplitRead]:
+        """Returns what `train` reads, and with `evaluate` what `eval_tasks` do."""
+        wanted = [("training", self._train_split)] + ([("evaluation", self.eval_split)] if evaluate else [])
+        return [
+            SplitRead(task.name, split, purpose, seqio_steps.source_count(task, split), None)
+            for purpose, split in wanted
+            for task in self._with_split(split, purpose)
+        ]
 
     def train(self, rows: slice) -> "SeqioStream":
         """Opens the endless training stream; `rows` are this process's rows of each global batch.
@@ -92,11 +109,12 @@ class SeqioData:
         seqio_door.mixing_rates(self._provider)  # complains about a mixture that cannot be read
         tasks = self._with_split(self._train_split, "training")
         share = len(range(self.batch_size)[rows])
-        print(
-            f"data: {self.name} streams uncached through seqio: a resumed run replays what it has read, and batches "
-            "depend on the number of processes; `meshway cache` makes them exact",
-            file=sys.stderr,
-        )
+        if not self._is_dry:
+            print(
+                f"data: {self.name} streams uncached through seqio: a resumed run replays what it has read, and "
+                "batches depend on the number of processes; `meshway cache` makes them exact",
+                file=sys.stderr,
+            )
         return SeqioStream(
             self.name,
             functools.partial(self._stream, (rows.start or 0) // share, self.batch_size // share),

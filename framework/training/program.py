@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from meshway.framework.data.vocabulary import Vocabulary
+from meshway.framework.data.vocabulary import Framing, Vocabulary, source_framing
 from meshway.framework.errors import UserError
-from meshway.framework.interfaces import ArraySpec, Batch, Model
+from meshway.framework.interfaces import ArraySpec, Batch, Dataset, DataSource, Model
 from meshway.framework.partitioning.explain import Row, explain
 from meshway.framework.partitioning.partitioner import Layout
 from meshway.framework.partitioning.placed_model import PlacedModel
@@ -50,6 +50,7 @@ class TrainProgram:
             self.placed.param_shapes,
         )
         self.batch_spec, self.batch_shardings = self.batch.spec, self.batch.shardings
+        self.optimizer_name = _name(optimizer.transform)
         self.optimizer: BoundOptimizer = optimizer.bind(self.axes, self.param_shapes)
         self._step = TrainStep(model, self.optimizer, seed, num_microbatches, gradient_rule)
 
@@ -158,6 +159,19 @@ class TrainProgram:
         return {name: _synthetic(name, spec, random) for name, spec in self.batch_spec.items()}
 
 
+def open_data(program: TrainProgram, data: DataSource) -> tuple[Dataset, dict[str, Vocabulary], Framing | None]:
+    """Returns the training stream, and the vocabularies and the framing of its texts, all checked against the model.
+
+    Raises:
+      UserError: the data cannot be read, or does not fit.
+    """
+    dataset = data.train(program.partitioner.process_rows(program.batch_size))
+    check_batch(program.batch_spec, dataset.spec())
+    vocabularies = data.vocabularies()
+    check_vocabularies(program, vocabularies)
+    return dataset, vocabularies, source_framing(data)
+
+
 def check_batch(spec: Mapping[str, ArraySpec], given: Mapping[str, tuple[Sequence[int], Any]]) -> None:
     """Compares what the model asks of a batch with what the data gives.
 
@@ -201,6 +215,12 @@ def check_vocabularies(program: TrainProgram | PlacedModel, vocabularies: Mappin
                 f"feature {feature!r} has a vocabulary of {size:,} tokens, and the model has {min(entries):,} entries: "
                 f"set VOCAB_SIZE to at least {size} (a multiple of 128 cuts well over a mesh)"
             )
+
+
+def _name(factory: Any) -> str:
+    """Returns what people call a factory, as 'adamw'; of one made by a call, what was called."""
+    factory = getattr(factory, "func", factory)  # of a functools.partial
+    return getattr(factory, "__qualname__", type(factory).__name__).partition(".<locals>")[0]
 
 
 def _synthetic(name: str, spec: ArraySpec, random: np.random.Generator) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
+import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -100,9 +102,24 @@ class RunDirectory:
             self.root.mkdir(parents=True, exist_ok=True)
             probe.write_bytes(b"meshway")
             probe.unlink()
-            free = shutil.disk_usage(self.root).free
+            self._check_room(self.root, needed_bytes)
         except OSError as error:
             raise self._refused(error) from error
+
+    def check(self, needed_bytes: int) -> None:
+        """Says beforehand what `prepare` would, as far as that can be told without writing; raises as it does."""
+        there = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
+        try:
+            if not there.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self.root))
+            if not os.access(there, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
+            self._check_room(there, needed_bytes)
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def _check_room(self, folder: Path, needed_bytes: int) -> None:
+        free = shutil.disk_usage(folder).free
         if free < needed_bytes:
             raise UserError(
                 f"the disk of MODEL_DIR={str(self.root)!r} has {format_bytes(free)} free, and one checkpoint needs "
