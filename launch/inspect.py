@@ -17,6 +17,7 @@ from meshway.framework.files import local_path
 
 if TYPE_CHECKING:
     from meshway.framework.interfaces import DataSource
+    from meshway.framework.planning.memory import Memory
     from meshway.framework.training.program import TrainProgram
     from meshway.launch.config import Invocation
 
@@ -26,6 +27,7 @@ DATA = "data"
 def layout(
     program: "TrainProgram",
     compile: bool = False,
+    hardware: str | None = None,
     replicated_state: float = 0.1,
     replicated_activations: float = 0.5,
     resharding: float = 0.02,
@@ -34,6 +36,7 @@ def layout(
 
     Args:
       program: what to look at.
+      hardware: say whether a step fits an accelerator, as 'TPU v5p'; None for the devices there are.
       compile: compile the step too, and say what it sends over which mesh axes, beside the closed forms.
       replicated_state: the share of a device's state above which to warn that others along one mesh axis hold the
         same, although the axis could cut it.
@@ -45,11 +48,12 @@ def layout(
     """
     from meshway.framework.partitioning.explain import format_rows
     from meshway.framework.planning import waste
+    from meshway.framework.planning.memory import step_memory
     from meshway.framework.training.run_directory import summarize
 
-    program.trace_loss()
+    memory = step_memory(program)
     rows = program.explain()
-    parts = [format_rows(rows), summarize(program, rows)]
+    parts = [format_rows(rows), summarize(program, rows, memory) + _room(program, memory, hardware)]
     found = waste.state_waste(rows, program.partitioner.mesh.shape, replicated_state)
     found += waste.activation_waste(program.partitioner, replicated_activations)
     if compile:
@@ -60,6 +64,18 @@ def layout(
         parts.append(format_result(dataclasses.replace(result, layout="sent by the compiled step")))
         found += waste.resharding_waste(setting, collectives, resharding)
     return "\n\n".join([*parts, *(["\n".join(f"warning: {each}" for each in found)] if found else [])])
+
+
+def _room(program: "TrainProgram", memory: "Memory", hardware: str | None) -> str:
+    """Returns a line that says whether a step fits its devices, '' where their memory is unknown."""
+    from meshway.framework.planning.hardware import chip_named, memory_of
+
+    device = program.partitioner.mesh.devices.flat[0]
+    name, capacity = device.device_kind, memory_of(device)
+    if hardware is not None:
+        name, chip = chip_named(hardware)
+        capacity = chip.memory_bytes
+    return f"\n{memory.fits(name, capacity)}" if capacity else ""
 
 
 def data(

@@ -68,6 +68,9 @@ _BENCH = (
 )
 
 _INSPECT = (
+    Switch(
+        "--hardware", "inspect.layout.hardware", "layout: say whether a step fits this chip (v5p, 'H100 NVL')", "CHIP"
+    ),
     Switch("--compile", "inspect.layout.compile=True", "layout: compile the step, say what it sends over which axes"),
     Switch("--batches", "inspect.data.batches", "data: batches drawn for figures (default: 20)", "N", number=True),
     Switch("--rows", "inspect.data.rows", "data: rows to show of each source (default: 3)", "N", True, least=0),

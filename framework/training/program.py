@@ -135,6 +135,18 @@ class TrainProgram:
             raise UserError(f"{type(self.model).__name__}: {error}") from error
         self.partitioner.check_rules_matched()
 
+    def trace_gradients(self) -> Any:
+        """Returns the jaxpr of a step's gradients: parameters, batch and number of the step to gradients and metrics.
+
+        Raises:
+          UserError: as `trace_loss`.
+        """
+        self.trace_loss()
+        with self.partitioner.activate():
+            return jax.make_jaxpr(self._step.gradients)(
+                self.param_shapes, self.abstract_batch, jax.ShapeDtypeStruct((), np.int32)
+            )
+
     def put(self, batch: Batch) -> dict[str, jax.Array]:
         """Puts this process's rows of a batch on its devices."""
         return self.batch.put(batch)
