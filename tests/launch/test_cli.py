@@ -166,7 +166,8 @@ def test_a_folder_named_gin_is_not_taken_for_the_library(tmp_path):
         ["launch", "slurm", "--nodes=1", "--output=gs://bucket/job.sbatch", "--",
          "train", "--gin_file=quickstart", "--gin.MODEL_DIR=/x"],
         ["launch", "slurm", "--nodes=1", "--", "train", "--gin_file=quickstart", "--gin.MODEL_DIR=s3://bucket/run"],
-        ["launch", "local", "--processes=1", "--log_dir=gs://bucket/logs", "--", "train", "--gin_file=none"],
+        ["launch", "local", "--processes=1", "--log_dir=gs://bucket/logs", "--", "train", "--gin_file=quickstart",
+         "--gin.MODEL_DIR=x"],
     ],
     ids=" ".join,
 )  # fmt: skip
