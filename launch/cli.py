@@ -10,7 +10,7 @@ from typing import Any
 
 from meshway.framework.errors import EnvironmentFailure, UserError, did_you_mean, report
 from meshway.framework.version import installed_version
-from meshway.launch.arguments import Parser, count, help_formatter, real, whole
+from meshway.launch.arguments import Parser, count, help_formatter, one_of, whole
 from meshway.launch.invocation import MACROS, Invocation
 from meshway.launch.verbs import USAGE, VERBS, Switch, Verb
 
@@ -25,15 +25,31 @@ def main(argv: Sequence[str] | None = None) -> int:
       the exit code: 0, 1 when the machine failed, 2 when the user's input is wrong, 130 when interrupted; that of
       the command for one that was launched. Errors of our own keep their traceback.
     """
+    words = sys.argv[1:] if argv is None else argv
     try:
-        invocation = parse(sys.argv[1:] if argv is None else argv)
+        invocation = parse(words)
         if invocation is not None:
             if os.getcwd() not in sys.path:  # as `python -m` does: a user's own packages beside the recipe
                 sys.path.insert(0, os.getcwd())
             return importlib.import_module(VERBS[invocation.verb].module).run(invocation) or 0
         return 0
-    except (UserError, EnvironmentFailure, KeyboardInterrupt) as error:
+    except UserError as error:
+        told = UserError(_as_typed(str(error), words))
+        told.__cause__ = error
+        return report(told)
+    except (EnvironmentFailure, KeyboardInterrupt) as error:
         return report(error)
+
+
+def _as_typed(message: str, words: Sequence[str]) -> str:
+    """Returns a message that names flags as they were typed, where it names the bindings that they stand for."""
+    verb = VERBS.get(words[0]) if words else None
+    given = {word.partition("=")[0] for word in words}
+    for switch in verb.switches if verb else ():
+        if switch.flag in given:
+            name = switch.binding.partition("=")[0]
+            message = re.sub(rf"--gin\.{re.escape(name)}(: {re.escape(name)})?(?![\w.])", switch.flag, message)
+    return message
 
 
 def parse(argv: Sequence[str]) -> Invocation | None:
@@ -177,7 +193,9 @@ def _parser(verb: str) -> argparse.ArgumentParser:
 def _type_of(switch: Switch) -> Callable[[str], Any]:
     if switch.number:
         return count if switch.least else whole
-    return real if switch.real else str
+    if switch.choices:
+        return one_of(switch.choices)
+    return switch.real or str
 
 
 def _add_recipe_options(parser: argparse.ArgumentParser, dry_run: bool) -> None:

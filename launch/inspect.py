@@ -17,7 +17,6 @@ from meshway.framework.files import local_path
 
 if TYPE_CHECKING:
     from meshway.framework.interfaces import DataSource
-    from meshway.framework.planning.memory import Memory
     from meshway.framework.training.program import TrainProgram
     from meshway.launch.config import Invocation
 
@@ -51,9 +50,12 @@ def layout(
     from meshway.framework.planning.memory import step_memory
     from meshway.framework.training.run_directory import summarize
 
+    name, capacity = _device(program, hardware)
     memory = step_memory(program)
     rows = program.explain()
-    parts = [format_rows(rows), summarize(program, rows, memory) + _room(program, memory, hardware)]
+    parts = [format_rows(rows), summarize(program, rows, memory)]
+    if capacity:
+        parts[-1] += f"\n{memory.fits(name, capacity)}"
     found = waste.state_waste(rows, program.partitioner.mesh.shape, replicated_state)
     found += waste.activation_waste(program.partitioner, replicated_activations)
     if compile:
@@ -66,16 +68,19 @@ def layout(
     return "\n\n".join([*parts, *(["\n".join(f"warning: {each}" for each in found)] if found else [])])
 
 
-def _room(program: "TrainProgram", memory: "Memory", hardware: str | None) -> str:
-    """Returns a line that says whether a step fits its devices, '' where their memory is unknown."""
+def _device(program: "TrainProgram", hardware: str | None) -> tuple[str, int | None]:
+    """Returns (name, bytes of memory) of the accelerator that is asked about, else of the program's own; None where
+    nothing tells."""
     from meshway.framework.planning.hardware import chip_named, memory_of
 
-    device = program.partitioner.mesh.devices.flat[0]
-    name, capacity = device.device_kind, memory_of(device)
-    if hardware is not None:
+    if hardware is None:
+        device = program.partitioner.mesh.devices.flat[0]
+        return device.device_kind, memory_of(device)
+    try:
         name, chip = chip_named(hardware)
-        capacity = chip.memory_bytes
-    return f"\n{memory.fits(name, capacity)}" if capacity else ""
+    except UserError as error:
+        raise UserError(f"--hardware: {error}") from None
+    return name, chip.memory_bytes
 
 
 def data(

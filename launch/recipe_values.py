@@ -41,12 +41,14 @@ _NAMES = (
         _AT_LEAST_1,
         "d_model d_ff head_dim num_heads num_kv_heads num_layers num_experts vocab_size num_positions num_classes "
         "num_buckets max_distance patch_size batch_size num_microbatches total checkpoint evaluate report window k "
-        "steps group_rows groups_per_row original_length lengths image_shape max_skipped_in_a_row num_repeats",
+        "steps group_rows groups_per_row original_length lengths image_shape max_skipped_in_a_row num_repeats beams "
+        "batches workers num_shards seconds seeds prompt_length new_tokens chunk_size max_input_length max_new_tokens "
+        "idle_timeout",
     ),
     (
         _AT_LEAST_0,
         "seed warmup_steps num_shared_experts num_token_types num_samples max_predictions max_bad_examples z_loss "
-        "load_loss importance_loss jitter stddev base_learning_rate weight_decay",
+        "load_loss importance_loss jitter stddev base_learning_rate weight_decay num_workers step",
     ),
     (_RATE, "dropout_rate label_smoothing"),
     (
@@ -84,8 +86,9 @@ def read_values(bindings: Sequence[Binding], reach: Reach, shipped: Sequence[str
         try:
             if isinstance(value, str) and binding.target.module.startswith("meshway."):
                 _refuse_addresses(value)
-            # The verbs say what dtypes are theirs: `convert` keeps each tensor's own.
-            name = "" if binding.target.module.startswith("meshway.launch.") else binding.parameter
+            name = binding.parameter
+            if name.endswith("dtype") and binding.target.module.startswith("meshway.launch."):
+                name = ""  # the verbs say what dtypes are theirs: `convert` keeps each tensor's own
             read[origin] = _read(value, hint, name)
         except ValueError as error:
             taken = "" if origin is binding else f", taken by {binding.selector}.{binding.parameter}"
