@@ -16,7 +16,7 @@ from typing import Any
 from meshway.framework import stages
 from meshway.framework.errors import EnvironmentFailure, UserError, did_you_mean, mute, report
 from meshway.framework.version import installed_version
-from meshway.launch.arguments import Parser, count, help_formatter, real, whole
+from meshway.launch.arguments import Parser, count, help_formatter, one_of, whole
 from meshway.launch.invocation import MACROS, Invocation
 from meshway.launch.verbs import USAGE, VERBS, Switch, Verb
 
@@ -217,7 +217,9 @@ def _parser(verb: str) -> argparse.ArgumentParser:
 def _type_of(switch: Switch) -> Callable[[str], Any]:
     if switch.number:
         return count if switch.least else whole
-    return real if switch.real else str
+    if switch.choices:
+        return one_of(switch.choices)
+    return switch.real or str
 
 
 def _add_recipe_options(parser: argparse.ArgumentParser, dry_run: bool) -> None:
@@ -247,7 +249,11 @@ def _add_recipe_options(parser: argparse.ArgumentParser, dry_run: bool) -> None:
         help="folders to look for gin files in, before the shipped ones",
     )
     if dry_run:
-        recipe.add_argument("--dry_run", action="store_true", help="build and print everything, run and write nothing")
+        recipe.add_argument(
+            "--dry_run",
+            action="store_true",
+            help="check and print all that a run resolves before its first step; write nothing",
+        )
 
 
 def _add_process_options(parser: argparse.ArgumentParser) -> None:

@@ -101,6 +101,17 @@ class Recipe:
         """The modules imported by the recipe that may have registered tasks, in its order."""
         return registering(self._program)
 
+    @property
+    def modules(self) -> list[str]:
+        """The modules that the recipe imports and that do not come with meshway."""
+        names = {statement.module for statement in self._program.imports}
+        return sorted(name for name in names if name.partition(".")[0] not in ("meshway", "gin", "__gin__"))
+
+    def macro(self, name: str) -> Any:
+        """Returns the value of a macro, None where there is none or it is no plain value."""
+        values = [each.value for each in final(self._program.bindings) if each.is_macro and each.parameter == name]
+        return None if not values or isinstance(values[-1], (Macro, Reference)) else values[-1]
+
     def build(self, root: str, given: Collection[str] = ()) -> dict[str, Any]:
         """Builds the keyword arguments of a verb's function; the verb calls it itself.
 

@@ -104,10 +104,6 @@ class Output:
     overwrite: bool = False
     chunk_size: int | None = None
 
-    def __post_init__(self) -> None:
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise UserError(f"--chunk_size must be at least 1, not {self.chunk_size}")
-
 
 def infer(
     opened: Opened,
@@ -155,9 +151,6 @@ def infer(
     names = _check_mode(mode, aux)
     if not output.where and not inputs.prompts:
         raise UserError("meshway infer needs --output=FILE.jsonl (or .parquet, .txt, or a folder of shards)")
-    for name, number in {"batch_size": batch_size, "beams": beams}.items():
-        if number is not None and number < 1:
-            raise UserError(f"--{name} must be at least 1, not {number}")
     decoder = decoder if beams is None else BeamSearch(beams)
     source = _source(inputs, mode, data)
     session = open_session(opened.model, opened.layout, model_dir, step, inputs.append_eos, stop, _note)

@@ -39,6 +39,7 @@ class Invocation:
       num_processes: processes in the run, None to let the cluster say.
       process_id: this process's rank, None to let the cluster say.
       simulated_devices: CPU devices to simulate in this process, None for the real ones.
+      command: `launch`: the command after `--`, as its verb reads it.
       job: `launch`: what is launched, the command after `--` in it.
       place: `launch`: where, of the class that the subject names (`launchers/`).
       output: `launch`: the job file to write, None to print it.
@@ -55,6 +56,7 @@ class Invocation:
     num_processes: int | None = None
     process_id: int | None = None
     simulated_devices: int | None = None
+    command: "Invocation | None" = None
     job: Job | None = None
     place: Runner | Renderer | None = None
     output: str | None = None

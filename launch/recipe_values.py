@@ -27,8 +27,8 @@ _FLOATS = ("float32", "bfloat16", "float16")  # float64 is none of JAX's unless 
 _DTYPES = (*_FLOATS, "int8")  # what keys and values may be kept in
 _SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16"}
 _SHORT_DTYPES |= {"fp32": "float32", "f32": "float32", "float": "float32"}
-# Whose names mean what they do below; not the verbs', which say what dtypes are theirs: `convert` keeps each tensor's.
-_OURS = re.compile(r"meshway\.(?!launch\.)")
+# Whose names mean what they do below.
+_OURS = re.compile(r"meshway\.")
 
 
 class Domain(NamedTuple):
@@ -47,14 +47,15 @@ _NAMES = (
         "num_buckets max_distance patch_size batch_size num_microbatches total checkpoint evaluate report window k "
         "steps group_rows groups_per_row original_length lengths image_shape max_skipped_in_a_row num_repeats "
         "latest every best max_batches eval_k block query_block kv_block ns_steps min_dim_size_to_factor total_steps "
-        "num_steps",
+        "num_steps beams batches workers num_shards seconds seeds prompt_length new_tokens chunk_size max_input_length "
+        "max_new_tokens idle_timeout",
     ),
     (
         _AT_LEAST_0,
         "seed warmup_steps num_shared_experts num_token_types num_samples max_predictions max_bad_examples z_loss "
         "load_loss importance_loss jitter stddev base_learning_rate weight_decay learning_rate min_learning_rate "
         "adam_learning_rate adam_weight_decay weight_decay_rate eps epsilon1 epsilon2 step_offset start_step noise "
-        "num_workers from_step rates",
+        "num_workers from_step rates step",
     ),
     (_RATE, "dropout_rate label_smoothing b1 b2 adam_b1 adam_b2 beta beta1 momentum"),
     (
@@ -95,6 +96,8 @@ def read_values(bindings: Sequence[Binding], reach: Reach, shipped: Sequence[str
             if isinstance(value, str) and binding.target.module.startswith("meshway."):
                 _refuse_addresses(value)
             name = binding.parameter if _OURS.match(binding.target.module) else ""
+            if name.endswith("dtype") and binding.target.module.startswith("meshway.launch."):
+                name = ""  # the verbs say what dtypes are theirs: `convert` keeps each tensor's own
             read[origin] = _read(value, hint, name)
         except ValueError as error:
             taken = "" if origin is binding else f", taken by {binding.selector}.{binding.parameter}"

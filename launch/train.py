@@ -20,18 +20,17 @@ from meshway.framework import stages
 from meshway.framework.checkpoints.manager import Checkpoints, DamagedCheckpoint, Keep
 from meshway.framework.checkpoints.mapping import Initial
 from meshway.framework.data.prefetch import prefetch
-from meshway.framework.data.vocabulary import source_framing
 from meshway.framework.distributed import processes
 from meshway.framework.distributed.agreement import agree
 from meshway.framework.evaluation import Evaluation, Evaluator, Report
 from meshway.framework.files import local_path
-from meshway.framework.interfaces import Dataset, DataSource, EvalTask
+from meshway.framework.interfaces import DataSource, EvalTask
 from meshway.framework.planning.hardware import peak_flops
 from meshway.framework.results.records import Records
 from meshway.framework.training.device_memory import planned
 from meshway.framework.training.goodput import in_one_line, read_goodput
 from meshway.framework.training.loop import Hook, Loop, Periods
-from meshway.framework.training.program import TrainProgram, check_batch, check_vocabularies
+from meshway.framework.training.program import TrainProgram, open_data
 from meshway.framework.training.progress import Progress
 from meshway.framework.training.report.page import write_report
 from meshway.framework.training.reporter import Reporter
@@ -91,13 +90,13 @@ def train(
         if start >= periods.total:
             print(f"step {start} of {periods.total} is already reached in {directory.root}; raise TRAIN_STEPS to go on")
             return
-        dataset = _open(data, program)
-        vocabularies = data.vocabularies()
-        check_vocabularies(program, vocabularies)
-        agree({f"vocabulary of {name!r}": each.fingerprint for name, each in vocabularies.items()})
-        framing = source_framing(data)
+        with stages.stage("opening the training data"):
+            dataset, vocabularies, framing = open_data(program, data)
         if start:
             directory.check_vocabularies(vocabularies, framing)
+        agree({f"vocabulary of {name!r}": each.fingerprint for name, each in vocabularies.items()})
+        if initial is not None and not start:
+            initial.check(program.param_shapes, program.axes)  # now, not once the step is compiled
         if primary:
             directory.save_vocabularies(vocabularies, framing)
         restoring = time.time()
@@ -191,14 +190,6 @@ class EvaluationLog:
                 shown = {part: textwrap.shorten(sample[part], 100) for part in ("input", "target", "prediction")}
                 lines += [f"{name}", *[f"  {part:10}  {text}" for part, text in shown.items()]]
         return "\n".join(lines)
-
-
-def _open(data: DataSource, program: TrainProgram) -> Dataset:
-    """Returns the training data; UserError where its batches are not the model's."""
-    with stages.stage("opening the training data"):
-        dataset = data.train(program.partitioner.process_rows(program.batch_size))
-    check_batch(program.batch_spec, dataset.spec())
-    return dataset
 
 
 def _tasks(data: DataSource) -> Sequence[EvalTask]:
@@ -296,10 +287,11 @@ def run(invocation: "Invocation") -> None:
         recipe = config.load(invocation)
         arguments = recipe.build("train.train", given=["resolved", "began"])
         if invocation.dry_run:
-            from meshway.launch.inspect import layout
+            from meshway.launch.dry_run import dry_run
 
-            print(recipe.resolved)
-            print(layout(arguments["program"]))
+            found = dry_run(**arguments)
+            if processes.is_primary():
+                print(recipe.resolved, found, sep="\n")
             return
         train(**arguments, resolved=recipe.resolved, began=process_began())
 

@@ -160,13 +160,17 @@ class Checkpoints:
           UserError: it holds another model or optimizer (the differences are listed).
           DamagedCheckpoint: it cannot be read.
         """
+        self.check(step, abstract)
         tree = _as_tree(abstract)
-        found = differences(self.recipe(step)["schema"], schema_of(tree))
-        if found:
-            raise UserError(self._mismatch(step, found, schema_of(tree)))
         arguments = ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree))
         items = self._read(step, state=arguments, data=ocp.args.JsonRestore())
         return TrainState(**items["state"]), dict(items["data"])
+
+    def check(self, step: int, abstract: TrainState) -> None:
+        """Compares a checkpoint's state with `abstract`, by what it says of itself; UserError as `restore` raises."""
+        wanted = schema_of(_as_tree(abstract))
+        if found := differences(self.recipe(step)["schema"], wanted):
+            raise UserError(self._mismatch(step, found, wanted))
 
     def _mismatch(self, step: int, found: str, wanted: Mapping[str, Any]) -> str:
         """Returns the message that a checkpoint holds another state, and what to do about it."""

@@ -5,6 +5,7 @@ anything longer `grain_loader.CachedData` reads the same tasks from a cache.
 """
 
 import contextlib
+import copy
 import functools
 import re
 import sys
@@ -24,7 +25,7 @@ from meshway.framework.data.rows.streamed_source import StreamedSource
 from meshway.framework.data.task_data import check_arguments, framing_of, vocabularies_of, with_split
 from meshway.framework.data.vocabulary import Framing, Vocabulary, vocabulary_sizes
 from meshway.framework.errors import UserError
-from meshway.framework.interfaces import Batch
+from meshway.framework.interfaces import Batch, SplitRead
 
 _SLOW = 1000  # skipping this many batches is worth a line of progress
 _END = "meshway: end of a pass"  # no feature of anyone's
@@ -84,6 +85,22 @@ class SeqioData:
         self._use_cached = use_cached
         self._named = dict(vocabularies or {})
         self._start, self._stop_ids = start, stop_ids
+        self._is_dry = False
+
+    def for_dry_run(self) -> "SeqioData":
+        """Returns the same source, which says nothing as it is opened. It reads nothing before a batch is asked for."""
+        source = copy.copy(self)
+        source._is_dry = True
+        return source
+
+    def reads(self, evaluate: bool) -> list[SplitRead]:
+        """Returns what `train` reads, and with `evaluate` what `eval_tasks` do."""
+        wanted = [("training", self._train_split)] + ([("evaluation", self.eval_split)] if evaluate else [])
+        return [
+            SplitRead(task.name, split, purpose, seqio_steps.source_count(task, split), None)
+            for purpose, split in wanted
+            for task in self._with_split(split, purpose)
+        ]
 
     def train(self, rows: slice) -> "SeqioStream":
         """Opens the endless training stream; `rows` are this process's rows of each global batch.
@@ -98,11 +115,12 @@ class SeqioData:
             raise UserError(f"mixture {self.name!r}: every task with split {self._train_split!r} has rate 0")
         objectives = [self._objective(task) for task in tasks]
         share = len(range(self.batch_size)[rows])
-        print(
-            f"data: {self.name} streams uncached through seqio: a resumed run replays what it has read, and batches "
-            "depend on the number of processes; `meshway cache` makes them exact",
-            file=sys.stderr,
-        )
+        if not self._is_dry:
+            print(
+                f"data: {self.name} streams uncached through seqio: a resumed run replays what it has read, and "
+                "batches depend on the number of processes; `meshway cache` makes them exact",
+                file=sys.stderr,
+            )
         spec = self.converter.spec(self.lengths, self.batch_size)
         sizes = vocabulary_sizes(self.vocabularies(), self.lengths)
         shard, num_shards = (rows.start or 0) // share, self.batch_size // share

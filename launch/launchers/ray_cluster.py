@@ -29,7 +29,7 @@ class RayCluster:
       UserError: resources that are not `NAME=N`.
     """
 
-    common: ClassVar[tuple[str, ...]] = ("restarts", "env", "workdir")
+    common: ClassVar[tuple[str, ...]] = ("restarts", "env", "workdir", "unchecked")
 
     processes: int = flag("how many processes run together, each in an actor", "N")
     devices: int | None = flag("CPU devices that each process simulates (default: the real devices)", "N", None)

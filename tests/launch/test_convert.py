@@ -228,7 +228,7 @@ def other_output(directory):
         (lambda path: (path / "tokenizer.json").write_text("{"), [], ["tokenizer.json cannot be read"]),
         (lambda path: (path / "config.json").unlink(), [], ["no config.json"]),
         (lambda path: None, ["--family=t5"], ["--family=t5", "of family llama"]),
-        (lambda path: None, ["--dtype=int4"], ["--dtype=int4", "bfloat16"]),
+        (lambda path: None, ["--dtype=int4"], ["argument --dtype: 'int4'", "bfloat16"]),
         (lambda path: None, ["--step=3"], ["--step names a checkpoint of a run"]),
         (lambda path: None, ["--gin.DTYPE=bfloat16"], ["takes no recipe", "--gin.DTYPE"]),
     ],

@@ -302,7 +302,7 @@ MISTAKES = {
         "questions.jsonl:2: 55 tokens of inputs, and there is",
     ),
     "an unknown step": (["--step=8"], "has no checkpoint of step 8; there are [7]"),
-    "an unknown mode": (["--mode=guess"], "--mode=guess is not one of predict, score"),
+    "an unknown mode": (["--mode=guess"], "argument --mode: 'guess' is not one of predict, score"),
     "a missing field": (
         ["--inputs_field=input"],
         "there is no field 'input', only ['id', 'inputs']; did you mean 'inputs'?",
@@ -318,9 +318,12 @@ MISTAKES = {
     "both inputs": (["--split=train"], "give one"),
     "beams and decodes": (["--beams=4", "--num_decodes=2"], "--num_decodes has no effect with --beams"),
     "a batch of none": (["--batch_size=0"], "argument --batch_size: '0' is not a whole number of at least 1"),
-    "less than no beams in gin": (["--gin.infer.infer.beams=-1"], "--beams must be at least 1, not -1"),
+    "less than no beams in gin": (
+        ["--gin.infer.infer.beams=-1"],
+        "--gin.infer.infer.beams: infer.infer.beams = -1: it must be at least 1",
+    ),
     "an empty stop": (["--stop="], "stop: '' is not a text"),
-    "an unknown policy": (["--on_bad=ignore"], "--on_bad=ignore is neither"),
+    "an unknown policy": (["--on_bad=ignore"], "argument --on_bad: 'ignore' is not one of fail, skip"),
 }
 
 
