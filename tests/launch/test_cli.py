@@ -163,19 +163,6 @@ def test_a_value_that_is_read_later_is_named_as_it_was_typed(words, flag, capsys
     assert flag in message and "num_workers" not in message, message
 
 
-def test_a_binding_is_called_by_the_flag_that_stands_for_it(monkeypatch, capsys, verb):
-    def run(invocation):
-        raise UserError(
-            "--gin.eval.evaluate.steps: eval.evaluate.steps = 'x' (bound: split at --gin.eval.evaluate.split)"
-        )
-
-    verb.run = run
-    entry = dataclasses.replace(cli.VERBS["eval"], module=verb.__name__)
-    monkeypatch.setitem(cli.VERBS, "eval", entry)
-    assert cli.main(["eval", "--model_dir=a", "--steps=x"]) == 2
-    assert "error: --steps = 'x' (bound: split at --gin.eval.evaluate.split)" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("error", "code"), [(UserError("wrong"), 2), (EnvironmentFailure("gone"), 1), (KeyboardInterrupt(), 130)]
 )
