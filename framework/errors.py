@@ -1,7 +1,10 @@
 """The two ways a run may end badly, and how a wrong name is answered."""
 
+import contextlib
 import difflib
 import os
+import select
+import signal
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
@@ -19,17 +22,37 @@ def report(error: BaseException) -> int:
     """Prints what ended a command to standard error, and returns its exit code.
 
     A user's mistake (2), a failure of the machine (1) and an interruption (130) get one line; an error of our own (1)
-    its traceback, as all do with MESHWAY_TRACEBACK=1.
+    its traceback, as all do with MESHWAY_TRACEBACK=1. Where the reader of our output has gone (141, as `cat` has it),
+    nothing is said, nor any more.
     """
-    if isinstance(error, KeyboardInterrupt):
-        print("meshway: interrupted", file=sys.stderr)
-        return 130
+    if isinstance(error, BrokenPipeError) and mute():
+        return 128 + signal.SIGPIPE
     expected = isinstance(error, (UserError, EnvironmentFailure))
-    if not expected or os.environ.get("MESHWAY_TRACEBACK") == "1":
-        traceback.print_exception(error)
-    if expected:
-        print(f"meshway: error: {error}", file=sys.stderr)
+    with contextlib.suppress(BrokenPipeError):  # nobody reads what goes wrong, and the exit code still tells
+        if isinstance(error, KeyboardInterrupt):
+            print("meshway: interrupted", file=sys.stderr, flush=True)
+        elif not expected or os.environ.get("MESHWAY_TRACEBACK") == "1":
+            traceback.print_exception(error)
+        if expected:
+            print(f"meshway: error: {error}", file=sys.stderr, flush=True)
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
     return 2 if isinstance(error, UserError) else 1
+
+
+def mute() -> bool:
+    """Sends to nowhere what would go to a reader that has gone, as in `meshway ... | head -1`; returns whether any
+    has. Python would complain about what it still holds back."""
+    streams = select.poll()
+    for number in (1, 2):
+        streams.register(number, 0)
+    gone = [number for number, event in streams.poll(0) if event & select.POLLERR]
+    if gone:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for number in gone:
+            os.dup2(nowhere, number)
+        os.close(nowhere)
+    return bool(gone)
 
 
 def nearest_steps(step: int, steps: Sequence[int], limit: int = 6) -> str:

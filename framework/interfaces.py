@@ -100,8 +100,30 @@ class Dataset(Protocol):
         ...
 
 
+class SplitRead(NamedTuple):
+    """A split of a task that a run reads.
+
+    Attributes:
+      task, split: their names.
+      purpose: 'training' or 'evaluation'.
+      examples: how many it has; those of its source where it is not cached; None where nothing tells.
+      cached: whether it is; None for what is read uncached.
+    """
+
+    task: str
+    split: str
+    purpose: str
+    examples: int | None
+    cached: bool | None
+
+
 class DataSource(Protocol):
-    """What a recipe says of its data: light until opened."""
+    """What a recipe says of its data: light until opened.
+
+    A source whose methods write something, as caches, has `for_dry_run()`, which returns one that makes the same checks
+    and writes nothing; and one that reads splits of tasks may have `reads(evaluate: bool) -> list[SplitRead]`, for
+    people.
+    """
 
     batch_size: int
     lengths: Mapping[str, int]

@@ -2,9 +2,10 @@
 
 import argparse
 import math
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from meshway.framework.errors import UserError
+from meshway.framework.errors import UserError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,12 +34,33 @@ def whole(text: str) -> int:
     return int(text)
 
 
-def real(text: str) -> float:
-    """Returns a finite number, as the type of an argument."""
+def one_of(choices: Sequence[str]) -> Callable[[str], str]:
+    """Returns what reads one of several words, as the type of an argument."""
+
+    def read(text: str) -> str:
+        if text not in choices:
+            near = did_you_mean(text, choices)
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(choices)}{near}")
+        return text
+
+    return read
+
+
+def not_negative(text: str) -> float:
+    """Returns a finite number of at least 0, as the type of an argument."""
+    return _number(text, lambda value: value >= 0, "a number of at least 0")
+
+
+def share(text: str) -> float:
+    """Returns a number above 0, at most 1, as the type of an argument."""
+    return _number(text, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+
+
+def _number(text: str, holds: Callable[[float], bool], words: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    if not (math.isfinite(value) and holds(value)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
     return value

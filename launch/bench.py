@@ -125,7 +125,7 @@ def data(
       batches: over how many batches memory is watched; None for as many as fit the time.
       workers: the loader is timed with 1, 2, ... so many processes; None for one a core, 4 at most.
       as_json: print everything as JSON too, on one line that begins with RESULT.
-      imported: more modules, that a recipe imports only for what they register.
+      imported: modules that the recipe itself imports, which may register tasks.
 
     Returns:
       what was printed, as JSON holds it.
@@ -310,7 +310,7 @@ def run(invocation: "Invocation") -> None:
 
     if invocation.subject == "data":
         recipe = config.load(invocation)
-        data(**recipe.build("bench.data"), imported=recipe.unreferenced)
+        data(**recipe.build("bench.data"), imported=recipe.registering)
         return
     if invocation.subject == "parallel":
         from meshway.launch import bench_parallel

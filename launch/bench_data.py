@@ -102,13 +102,13 @@ class Bench:
         self._add_loaders()
         self.stages.append(Seeking(lambda: self._stream(self.data.name, 0), _SEEK))
 
-    def build_cache(self, imported: Sequence[str]) -> Sample:
+    def build_cache(self) -> Sample:
         """Builds the training splits of all tasks once more, in a temporary directory."""
         with tempfile.TemporaryDirectory(prefix="meshway-bench-") as directory:
             begin = time.perf_counter()
             built = cache_builder.build(
                 [self.data.name],
-                [*self.data.modules, *imported],
+                self.data.modules,
                 directory,
                 splits=[self.data.train_split],
                 progress=False,
@@ -246,13 +246,19 @@ def measure(
 ) -> dict[str, Any]:
     """Measures everything; returns it as JSON can hold it, for `format_table`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    bench = Bench(make_data, seconds, min(cores, 4) if workers is None else workers, cores)
+
+    def make(**given: Any) -> CachedData:
+        data = make_data(**given)
+        data.import_first(imported)
+        return data
+
+    bench = Bench(make, seconds, min(cores, 4) if workers is None else workers, cores)
     _say(f"watching memory while {bench.data.name} is read")
     memory = bench.measure_memory(batches)
     stages: dict[str, dict[str, Any]] = {}
     if seqio_door.installed():
         _say("building the cache once more, in a temporary directory")
-        stages["cache"] = summary([bench.build_cache(imported)])
+        stages["cache"] = summary([bench.build_cache()])
     with contextlib.ExitStack() as stack:
         bench.add_stages()
         for stage in bench.stages:

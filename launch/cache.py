@@ -40,7 +40,7 @@ def cache(
       workers: processes; None for one a core, or only this one for little data.
       overwrite: remove the tasks' caches first, all splits of them.
       max_bad_examples: source examples of a split that may fail; they are left out and reported.
-      imported: more modules, that a recipe imports only for what they register.
+      imported: modules that the recipe itself imports, which may register tasks.
 
     Raises:
       UserError: a task, an example or an argument is at fault, or another version of a task is there.
@@ -50,7 +50,7 @@ def cache(
     root = directory or str(cache_directory())
     built = build(
         [mixture_or_task_name],
-        [*modules, *imported],
+        [*imported, *modules],
         root,
         splits=chosen,
         num_shards=num_shards,
@@ -83,7 +83,7 @@ def run(invocation: "Invocation") -> None:
     from meshway.launch import config
 
     recipe = config.load(invocation)
-    cache(**recipe.build("cache.cache"), imported=recipe.unreferenced)
+    cache(**recipe.build("cache.cache"), imported=recipe.registering)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import inspect
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -81,7 +82,7 @@ def check(program: Program, invocation: Invocation, import_unreferenced: bool) -
     """
     problems = list(program.problems)
     if import_unreferenced:
-        problems += _import_unreferenced(program)
+        problems += _import_in_order(program)
     roots = program.roots(invocation.verb)
     subject = Target(f"{program.package}.{invocation.verb}", (invocation.subject or "",))
     if invocation.subject:
@@ -121,14 +122,33 @@ def unreferenced(program: Program) -> list[Import]:
     return [statement for statement in program.imports if statement.module not in named]
 
 
-def _import_unreferenced(program: Program) -> list[str]:
+def registering(program: Program) -> list[str]:
+    """Returns the modules that may have registered tasks, in the recipe's order: those it imports that are imported,
+    without those of ours that a binding refers to."""
+    alone = {statement.module for statement in unreferenced(program)}
+    modules = [each.module for each in program.imports if each.module in alone or is_foreign(each.module)]
+    return [module for module in dict.fromkeys(modules) if module in sys.modules]
+
+
+def _import_in_order(program: Program) -> list[str]:
+    """Imports what may register tasks, as the recipe has it: what no binding refers to, and all that is not ours.
+
+    What a binding refers to may be out of reach of this verb, and then need not be there: it is named if it is reached.
+    """
     problems = []
-    for statement in unreferenced(program):
-        try:
-            configurables.import_module(statement.module)
-        except Unresolved as error:
-            problems.append(f"{statement.place}: {error}")
+    alone = {statement.module for statement in unreferenced(program)}
+    for statement in program.imports:
+        if statement.module in alone or is_foreign(statement.module):
+            try:
+                configurables.import_module(statement.module)
+            except Unresolved as error:
+                problems += [f"{statement.place}: {error}"] if statement.module in alone else []
     return problems
+
+
+def is_foreign(module: str) -> bool:
+    """Whether a module is the user's, or anyone's but ours."""
+    return module.partition(".")[0] != "meshway"
 
 
 def _unused(program: Program, ours: Reach) -> tuple[Reach, list[Binding]]:

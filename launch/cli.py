@@ -1,7 +1,11 @@
 """`meshway <verb>`: reads the command line, runs the verb, turns errors into messages and exit codes."""
 
 import argparse
+import atexit
+import contextlib
+import gc
 import importlib
+import io
 import os
 import re
 import signal
@@ -10,12 +14,15 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from meshway.framework.errors import EnvironmentFailure, UserError, did_you_mean, report
+from meshway.framework import stages
+from meshway.framework.errors import EnvironmentFailure, UserError, did_you_mean, mute, report
 from meshway.framework.version import installed_version
-from meshway.launch.arguments import Parser, count, help_formatter, real, whole
+from meshway.launch.arguments import Parser, count, help_formatter, one_of, whole
 from meshway.launch.invocation import MACROS, Invocation
 from meshway.launch.launchers.job import END_WITH_STARTER
 from meshway.launch.verbs import USAGE, VERBS, Switch, Verb
+
+_FILES = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)  # what holds text back until it is flushed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,18 +32,48 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the words after `meshway`; those of the process by default.
 
     Returns:
-      the exit code: 0, 1 when the machine failed, 2 when the user's input is wrong, 130 when interrupted; that of
-      the command for one that was launched. Errors of our own keep their traceback.
+      the exit code: 0, 1 when the machine failed, 2 when the user's input is wrong, 130 when interrupted, 141 when
+      nobody reads the output; that of the command for one that was launched. Errors of our own keep their traceback.
     """
+    if argv is None:
+        atexit.register(_end_at_once)  # the first to be registered is the last to run
     try:
-        invocation = parse(sys.argv[1:] if argv is None else argv)
+        invocation, code = parse(sys.argv[1:] if argv is None else argv), 0
         if invocation is not None:
             if os.getcwd() not in sys.path:  # as `python -m` does: a user's own packages beside the recipe
                 sys.path.insert(0, os.getcwd())
-            return importlib.import_module(VERBS[invocation.verb].module).run(invocation) or 0
-        return 0
+            code = _run(invocation)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where it can be told that nobody reads it
+        return code
     except (UserError, EnvironmentFailure, KeyboardInterrupt) as error:
         return report(error)
+    except BrokenPipeError:
+        if not mute():
+            raise
+        return 128 + signal.SIGPIPE
+
+
+def _run(invocation: Invocation) -> int:
+    """Runs a command, and shows what it is doing from before its imports, which take seconds, on."""
+    verb = VERBS[invocation.verb]
+    if not verb.slow:
+        return importlib.import_module(verb.module).run(invocation) or 0
+    with stages.shown(stages.Stages(silent=bool(invocation.process_id))):
+        with stages.stage(f"meshway {invocation.verb}: importing what it needs"):
+            module = importlib.import_module(verb.module)
+        return module.run(invocation) or 0
+
+
+def _end_at_once() -> None:
+    """Spares the end of the process the search for cycles among its objects, which takes seconds where TensorFlow is
+    loaded and frees what goes anyway. A file that only that search would close is flushed here."""
+    mute()
+    for each in gc.get_objects():
+        if issubclass(type(each), _FILES):
+            with contextlib.suppress(OSError, ValueError):  # closed, or its reader is gone
+                each.flush()
+    gc.freeze()
 
 
 def parse(argv: Sequence[str]) -> Invocation | None:
@@ -79,16 +116,18 @@ def parse(argv: Sequence[str]) -> Invocation | None:
     options, unknown = parser.parse_known_args(words)
     _refuse_unknown(verb, unknown, parser)
     given = vars(options)
+    flags = {}
     for switch in entry.switches:
         if switch.flag.lstrip("-") in given:
             _refuse_elsewhere(verb, switch, given.get("subject"))
             bindings.append(switch.bound(given.pop(switch.flag.lstrip("-"))))
+            flags[switch.binding.partition("=")[0]] = switch.flag
     files, listed = given.pop("gin_files", ()), given.pop("search_paths", ())
     if not files:
         _need_a_recipe(verb, bindings)
     paths = tuple(path for each in listed for path in each.split(",") if path)
     fields = {**given, "gin_files": tuple(files), "search_paths": paths}
-    return Invocation(verb=verb, bindings=tuple(bindings), **fields)
+    return Invocation(verb=verb, bindings=tuple(bindings), flags=flags, **fields)
 
 
 def _need_a_recipe(verb: str, bindings: Sequence[str]) -> None:
@@ -180,7 +219,9 @@ def _parser(verb: str) -> argparse.ArgumentParser:
 def _type_of(switch: Switch) -> Callable[[str], Any]:
     if switch.number:
         return count if switch.least else whole
-    return real if switch.real else str
+    if switch.choices:
+        return one_of(switch.choices)
+    return switch.real or str
 
 
 def _add_recipe_options(parser: argparse.ArgumentParser, dry_run: bool) -> None:
@@ -210,7 +251,11 @@ def _add_recipe_options(parser: argparse.ArgumentParser, dry_run: bool) -> None:
         help="folders to look for gin files in, before the shipped ones",
     )
     if dry_run:
-        recipe.add_argument("--dry_run", action="store_true", help="build and print everything, run and write nothing")
+        recipe.add_argument(
+            "--dry_run",
+            action="store_true",
+            help="check and print all that a run resolves before its first step; write nothing",
+        )
 
 
 def _add_process_options(parser: argparse.ArgumentParser) -> None:
@@ -235,8 +280,7 @@ def _end_with_starter() -> None:
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    if words[:1] == [END_WITH_STARTER]:
+    if sys.argv[1:2] == [END_WITH_STARTER]:
         threading.Thread(target=_end_with_starter, daemon=True).start()
-        words = words[1:]
-    sys.exit(main(words))
+        del sys.argv[1]
+    sys.exit(main())

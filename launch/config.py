@@ -1,17 +1,21 @@
 """Reads the recipe of a command, checks all of it, and builds what the verb runs."""
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from meshway.framework import stages
 from meshway.launch import configurables, recipe_files
 from meshway.launch.checks import (
     Program,
     check,
+    is_foreign,
     link,
     raise_problems,
+    registering,
     required_arguments,
     required_problems,
     unreferenced,
@@ -48,7 +52,7 @@ def load(
 
     Args:
       invocation: the command.
-      import_unreferenced: import modules that the recipe imports and never refers to, such as those that
+      import_unreferenced: import modules that the recipe imports and never refers to, and all of the user's, which may
         register tasks. A verb that reads no data leaves them out.
       package: the package of the verbs' modules. Their functions are called by us, not by reference.
       shipped: the folder of shipped gin files.
@@ -56,6 +60,12 @@ def load(
     Raises:
       UserError: one message with everything that is wrong, each with its place.
     """
+    named = stages.stage(f"reading the recipe {' '.join(invocation.gin_files)}")
+    with named if invocation.gin_files else contextlib.nullcontext():  # some commands have one of their own
+        return _load(invocation, import_unreferenced, package, shipped)
+
+
+def _load(invocation: Invocation, import_unreferenced: bool, package: str, shipped: Path) -> "Recipe":
     files = recipe_files.GinFiles(invocation.search_paths, shipped)
     joined = recipe_files.join(invocation, files)
     program = link(joined, files, invocation, package)
@@ -65,7 +75,7 @@ def load(
         binding for binding in final(program.bindings) if binding_key(binding) in {*ours.used, *every.used, "LAYOUT"}
     ]
     defaults = list({**every.defaults, **ours.defaults}.values())
-    return Recipe(program, _resolved(program.imports, kept, defaults, joined.layout_is_shipped))
+    return Recipe(program, _resolved(program, kept, defaults, joined.layout_is_shipped))
 
 
 class Recipe:
@@ -74,13 +84,27 @@ class Recipe:
     Attributes:
       resolved: the whole configuration as gin text, each value as it is in force; running from it gives the
         same configuration and the same text.
-      unreferenced: the modules that the recipe imports and never refers to.
     """
 
     def __init__(self, program: Program, resolved: str):
         self.resolved = resolved
-        self.unreferenced = [statement.module for statement in unreferenced(program)]
         self._program = program
+
+    @property
+    def registering(self) -> list[str]:
+        """The modules imported by the recipe that may have registered tasks, in its order."""
+        return registering(self._program)
+
+    @property
+    def modules(self) -> list[str]:
+        """The modules that the recipe imports and that do not come with meshway."""
+        names = {statement.module for statement in self._program.imports}
+        return sorted(name for name in names if name.partition(".")[0] not in ("meshway", "gin", "__gin__"))
+
+    def macro(self, name: str) -> Any:
+        """Returns the value of a macro, None where there is none or it is no plain value."""
+        values = [each.value for each in final(self._program.bindings) if each.is_macro and each.parameter == name]
+        return None if not values or isinstance(values[-1], (Macro, Reference)) else values[-1]
 
     def build(self, root: str, given: Collection[str] = ()) -> dict[str, Any]:
         """Builds the keyword arguments of a verb's function; the verb calls it itself.
@@ -108,7 +132,13 @@ class Recipe:
             for argument in required_arguments(function, [*own, *given])
         ]
         raise_problems([*reach.undefined, *reach.lacking, *required_problems(reach), *lacking])
-        return Resolver(bound).arguments(target, root)
+        with stages.stage(f"building what {module} needs"):
+            arguments = Resolver(bound).arguments(target, root)
+        for value in arguments.values():
+            # A data source may start processes, which need the tasks too.
+            if hasattr(value, "import_first") and not isinstance(value, type):
+                value.import_first(self.registering)
+        return arguments
 
     def fingerprint(self, root: str, without: Collection[str]) -> str:
         """Returns a hash of what a verb's function hangs on (`settings`): recipes that have the same one ask for the
@@ -149,12 +179,15 @@ def _plain(binding: Binding) -> tuple[str, str]:
     return f"{binding.scope}/{name}", repr(map_leaves(leaf, binding.value))
 
 
-def _resolved(imports: list[Import], bindings: list[Binding], defaults: list[Binding], layout_is_shipped: bool) -> str:
+def _resolved(program: Program, bindings: list[Binding], defaults: list[Binding], layout_is_shipped: bool) -> str:
     """Returns the bindings as a recipe: imports, macros, then the rest by what it configures. The defaults of Python on
     which they hang are written out, so that it stays what it is when those change."""
-    words = _Words(imports)
+    words = _Words(program.imports)
     bindings = [*bindings, *map(words.spelled, defaults)]
-    lines = [f"from {DYNAMIC_REGISTRATION.replace('.', ' import ')}", *words.imports(), ""]
+    # Modules that only register may do so one for the next: they stay in their order.
+    alone = dict.fromkeys(str(each) for each in unreferenced(program) if is_foreign(each.module))
+    named = [text for text in words.imports() if text not in alone]
+    lines = [f"from {DYNAMIC_REGISTRATION.replace('.', ' import ')}", *named, *alone, ""]
     macros = {binding.parameter: binding.value for binding in bindings if binding.is_macro}
     if "LAYOUT" in macros and not layout_is_shipped:
         macros["LAYOUT"] = None  # a user's file may be gone or changed by then: its bindings stand below

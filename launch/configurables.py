@@ -13,6 +13,8 @@ from typing import Any
 import gin
 import gin.config
 
+from meshway.framework import stages
+from meshway.framework.data import start_up_notes
 from meshway.framework.errors import UserError, did_you_mean
 from meshway.launch.recipe_text import REQUIRED, Binding, Import, Macro, Reference, Target, leaves, map_leaves
 
@@ -154,7 +156,10 @@ def import_module(module: str) -> Any:
         return sys.modules[module]
     require_module(module)
     try:
-        return importlib.import_module(module)
+        if module.startswith("meshway."):
+            return importlib.import_module(module)
+        with stages.stage(f"importing {module}"), start_up_notes.dropped():
+            return importlib.import_module(module)
     except ImportError as error:
         raise Unresolved(f"module {module} cannot be imported: {error}") from error
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from meshway.framework import stages
 from meshway.framework.data.vocabulary import source_framing
 from meshway.framework.distributed import processes
 from meshway.framework.distributed.agreement import agree
@@ -27,7 +28,7 @@ from meshway.framework.results.claims import Claims
 from meshway.framework.results.display import EvaluationDisplay
 from meshway.framework.results.job import EvaluationJob, is_done, record_name
 from meshway.framework.results.records import Records
-from meshway.framework.results.step_queue import ALL, LATEST, StepQueue, Wanted
+from meshway.framework.results.step_queue import ALL, LATEST, StepQueue, Wanted, complete_steps
 from meshway.framework.training.program import check_vocabularies
 from meshway.framework.training.run_directory import RunDirectory
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from meshway.launch.config import Invocation
 
 # Arguments that say where, when and how, not what is evaluated; each split has files of its own.
-_HOW = ("layout", "model_dir", "split", "steps", "watch", "idle_timeout", "again", "train_steps")
+_HOW = ("layout", "model_dir", "split", "steps", "watch", "idle_timeout", "again", "train_steps", "finished")
 
 
 def evaluate(
@@ -51,6 +52,7 @@ def evaluate(
     split: str | None = None,
     max_predictions: int | None = None,
     again: bool = False,
+    finished: bool = False,
     fingerprint: str = "",
 ) -> int:
     """Evaluates checkpoints in `model_dir`, and writes `eval/<task>.jsonl`, TensorBoard's events and `report.html`.
@@ -68,6 +70,7 @@ def evaluate(
       split: what the tasks read; by default the data's validation split. Another one has files of its own.
       max_predictions: of each task; None predicts and scores all examples.
       again: whether to evaluate what has been evaluated.
+      finished: whether to refuse a run whose checkpoint of step `train_steps` is not there.
       fingerprint: of what is evaluated: a step that has records of the same one is passed over.
 
     Returns:
@@ -81,6 +84,8 @@ def evaluate(
     listed = wanted.steps is not None
     records = Records(directory.evaluations)
     if processes.is_primary():
+        if finished:
+            _check_finished(directory, train_steps, watch)
         wanted = wanted if watch else wanted.fixed(directory.checkpoints)
         records.prepare()
     agree({"recipe": fingerprint, "jax": jax.__version__, "backend": jax.default_backend()})
@@ -89,7 +94,8 @@ def evaluate(
     check_vocabularies(placed, vocabularies)
     directory.check_vocabularies(vocabularies, source_framing(data))
     split = None if split == getattr(data, "eval_split", None) else split
-    tasks = split_tasks(data, split)
+    with stages.stage("opening the evaluation data"):
+        tasks = split_tasks(data, split)
     settings = dataclasses.replace(evaluation, max_predictions=max_predictions)
     evaluator = Evaluator(placed, data.batch_size, data.lengths, tasks, settings)
     with EvaluationDisplay(silent=not processes.is_primary()) as display:
@@ -106,7 +112,7 @@ def evaluate(
             train_steps,
             idle_timeout,
         )
-        skip_removed = watch or not listed
+        skip_removed = (watch or not listed) and not finished  # which one before the last does not tell
         abstract = placed.abstract_params
         job = EvaluationJob(directory, evaluator, abstract, queue, records, fingerprint, split, display, skip_removed)
         count = job.run()
@@ -125,6 +131,20 @@ def split_tasks(data: DataSource, split: str | None) -> Sequence[EvalTask]:
     if not tasks:
         raise UserError(f"{type(data).__name__} has no tasks to evaluate on")
     return tasks
+
+
+def _check_finished(directory: RunDirectory, train_steps: int | None, watch: bool) -> None:
+    """Raises UserError where a run has not saved its last step, or nobody knows which that is."""
+    if watch:
+        raise UserError("--watch waits for the run's last step by itself: leave out --finished")
+    if train_steps is None:
+        raise UserError(f"--finished: the recipe of {directory.root} has no TRAIN_STEPS; give --gin.TRAIN_STEPS=...")
+    last = max(complete_steps(directory.checkpoints), default=0)
+    if last < train_steps:
+        raise UserError(
+            f"--finished: {directory.root} has saved step {last} of {train_steps}: run its training again to go on, or "
+            "leave out --finished to evaluate it as it is"
+        )
 
 
 def _say_goodbye(directory: RunDirectory, queue: StepQueue, count: int, display: EvaluationDisplay) -> None:

@@ -104,10 +104,6 @@ class Output:
     overwrite: bool = False
     chunk_size: int | None = None
 
-    def __post_init__(self) -> None:
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise UserError(f"--chunk_size must be at least 1, not {self.chunk_size}")
-
 
 def infer(
     opened: Opened,
@@ -136,7 +132,7 @@ def infer(
       decoder: how predictions are made.
       mode: 'predict', 'score' (of given targets), or 'predict_with_aux' (with intermediate values).
       beams: beam search of so many instead of `decoder`.
-      step: which checkpoint; None for the latest.
+      step: which checkpoint; None for the latest that can be read.
       batch_size: rows of a batch, over all processes.
       max_input_length, max_new_tokens: the most tokens of a prompt and of a prediction (of inputs and targets, where
         these are scored); None goes by the recipe's TASK_FEATURE_LENGTHS.
@@ -155,12 +151,9 @@ def infer(
     names = _check_mode(mode, aux)
     if not output.where and not inputs.prompts:
         raise UserError("meshway infer needs --output=FILE.jsonl (or .parquet, .txt, or a folder of shards)")
-    for name, number in {"batch_size": batch_size, "beams": beams}.items():
-        if number is not None and number < 1:
-            raise UserError(f"--{name} must be at least 1, not {number}")
     decoder = decoder if beams is None else BeamSearch(beams)
     source = _source(inputs, mode, data)
-    session = open_session(opened.model, opened.layout, model_dir, step, inputs.append_eos, stop)
+    session = open_session(opened.model, opened.layout, model_dir, step, inputs.append_eos, stop, _note)
     engine = session.engine(decoder, batch_size, seed)
     reader, work = _reader_and_work(
         inputs, opened.limits(max_input_length, max_new_tokens), session, engine, mode, names
@@ -310,6 +303,12 @@ def _preprocess(inputs: Inputs, lengths: Mapping[str, int]) -> Preprocess | None
         return None
     modules = [inputs.module] if isinstance(inputs.module, str) else list(inputs.module or ())
     return preprocess(inputs.preprocess, modules, lengths)
+
+
+def _note(line: str) -> None:
+    """Says something that is no result, of this run of several processes once."""
+    if processes.is_primary():
+        print(f"meshway: {line}", file=sys.stderr, flush=True)
 
 
 def _say(counts: Mapping[str, Any], output: Output) -> None:

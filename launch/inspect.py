@@ -26,6 +26,7 @@ DATA = "data"
 def layout(
     program: "TrainProgram",
     compile: bool = False,
+    hardware: str | None = None,
     replicated_state: float = 0.1,
     replicated_activations: float = 0.5,
     resharding: float = 0.02,
@@ -34,6 +35,7 @@ def layout(
 
     Args:
       program: what to look at.
+      hardware: say whether a step fits an accelerator, as 'TPU v5p'; None for the devices there are.
       compile: compile the step too, and say what it sends over which mesh axes, beside the closed forms.
       replicated_state: the share of a device's state above which to warn that others along one mesh axis hold the
         same, although the axis could cut it.
@@ -45,11 +47,15 @@ def layout(
     """
     from meshway.framework.partitioning.explain import format_rows
     from meshway.framework.planning import waste
+    from meshway.framework.planning.memory import step_memory
     from meshway.framework.training.run_directory import summarize
 
-    program.trace_loss()
+    name, capacity = _device(program, hardware)
+    memory = step_memory(program)
     rows = program.explain()
-    parts = [format_rows(rows), summarize(program, rows)]
+    parts = [format_rows(rows), summarize(program, rows, memory)]
+    if capacity:
+        parts[-1] += f"\n{memory.fits(name, capacity)}"
     found = waste.state_waste(rows, program.partitioner.mesh.shape, replicated_state)
     found += waste.activation_waste(program.partitioner, replicated_activations)
     if compile:
@@ -60,6 +66,21 @@ def layout(
         parts.append(format_result(dataclasses.replace(result, layout="sent by the compiled step")))
         found += waste.resharding_waste(setting, collectives, resharding)
     return "\n\n".join([*parts, *(["\n".join(f"warning: {each}" for each in found)] if found else [])])
+
+
+def _device(program: "TrainProgram", hardware: str | None) -> tuple[str, int | None]:
+    """Returns (name, bytes of memory) of the accelerator that is asked about, else of the program's own; None where
+    nothing tells."""
+    from meshway.framework.planning.hardware import chip_named, memory_of
+
+    if hardware is None:
+        device = program.partitioner.mesh.devices.flat[0]
+        return device.device_kind, memory_of(device)
+    try:
+        name, chip = chip_named(hardware)
+    except UserError as error:
+        raise UserError(f"--hardware: {error}") from None
+    return name, chip.memory_bytes
 
 
 def data(

@@ -1,6 +1,7 @@
 """What the command line said, before any file is read. No gin and no JAX here: `--help` must be quick."""
 
 import dataclasses
+from collections.abc import Mapping
 
 from meshway.launch.launchers.job import Job, Renderer, Runner
 
@@ -30,13 +31,15 @@ class Invocation:
       verb: as `train`.
       subject: what the verb acts on, where it takes one (`train` in `meshway bench train`).
       gin_files: recipe files in order, as given: paths, or names among the shipped ones.
-      bindings: `NAME=VALUE` in order, as written after `--gin.`.
+      bindings: `NAME=VALUE` in order, as written after `--gin.` or said by a flag.
+      flags: the flag by which a name of these was given, `--task` of MIXTURE_OR_TASK_NAME, for messages.
       search_paths: folders to look for gin files in, before the shipped ones.
       dry_run: build everything and print it, run nothing, write nothing.
       coordinator_address: host:port of process 0 of a multi-process run, None for one process.
       num_processes: processes in the run, None to let the cluster say.
       process_id: this process's rank, None to let the cluster say.
       simulated_devices: CPU devices to simulate in this process, None for the real ones.
+      command: `launch`: the command after `--`, as its verb reads it.
       job: `launch`: what is launched, the command after `--` in it.
       place: `launch`: where, of the class that the subject names (`launchers/`).
       output: `launch`: the job file to write, None to print it.
@@ -46,12 +49,14 @@ class Invocation:
     subject: str | None = None
     gin_files: tuple[str, ...] = ()
     bindings: tuple[str, ...] = ()
+    flags: Mapping[str, str] = dataclasses.field(default_factory=dict)
     search_paths: tuple[str, ...] = ()
     dry_run: bool = False
     coordinator_address: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
     simulated_devices: int | None = None
+    command: "Invocation | None" = None
     job: Job | None = None
     place: Runner | Renderer | None = None
     output: str | None = None

@@ -6,6 +6,7 @@ import re
 import textwrap
 import typing
 from collections.abc import Callable, Collection, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 from meshway.framework.errors import UserError, did_you_mean
@@ -63,7 +64,7 @@ KINDS = {
         "write an sbatch file",
         (
             "meshway launch slurm --nodes=4 --gpus_per_node=8 --time=24:00:00 --restarts=3 --output=job.sbatch "
-            "-- train --gin_file=my.gin --gin.MODEL_DIR=/data/runs/one",
+            "--workdir=/data/lab -- train --gin_file=my.gin --gin.MODEL_DIR=/data/runs/one",
         ),
     ),
     "tpu_vm": Kind(
@@ -78,7 +79,8 @@ KINDS = {
         Gke,
         "write a JobSet for Google Kubernetes Engine",
         (
-            "meshway launch gke --accelerator=tpu-v5p-slice --topology=2x2x4 --image=gcr.io/me/lab --output=job.yaml "
+            "meshway launch gke --accelerator=tpu-v5p-slice --topology=2x2x4 --image=gcr.io/me/lab "
+            "--volume=runs:/mnt/runs --workdir=/lab --output=job.yaml "
             "-- train --gin_file=my.gin --gin.MODEL_DIR=/mnt/runs/a",
         ),
     ),
@@ -87,14 +89,14 @@ KINDS = {
         "write the xpk command for a cluster made with it",
         (
             "meshway launch xpk --cluster=pods --tpu_type=v5p-128 --num_slices=2 --image=gcr.io/me/lab "
-            "--output=job.sh -- train --gin_file=my.gin --gin.MODEL_DIR=/mnt/runs/a",
+            "--workdir=/lab --output=job.sh -- train --gin_file=my.gin --gin.MODEL_DIR=/mnt/runs/a",
         ),
     ),
     "skypilot": Kind(
         SkyPilot,
         "write a SkyPilot task",
         (
-            "meshway launch skypilot --accelerators=H100:8 --nodes=2 --output=job.yaml "
+            "meshway launch skypilot --accelerators=H100:8 --nodes=2 --upload=. --output=job.yaml "
             "-- train --gin_file=my.gin --gin.MODEL_DIR=/mnt/runs/a",
         ),
     ),
@@ -144,8 +146,7 @@ def parse_launch(
     parsed = _check(name, place, job, parse, runnable)
     if parsed is None:
         return None
-    return Invocation("launch", name, gin_files=parsed.gin_files, search_paths=parsed.search_paths, job=job,
-                      place=place, output=output)  # fmt: skip
+    return Invocation("launch", name, command=parsed, job=job, place=place, output=output)
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str] | None]:
@@ -181,21 +182,31 @@ def _check(
         if getattr(parsed, key) is not None:
             instead = "use --devices=N before --" if key in devices else "the launcher gives it to each process"
             raise UserError(f"after --: leave out --{key}: {instead}")
-    if place.shared_directory:
-        _check_model_dir(parsed.bindings)
+    values = [binding.partition("=")[2].strip("'\"") for binding in parsed.bindings if binding.startswith("MODEL_DIR=")]
+    for value in values[-1:]:
+        check_model_dir(value, place)
     return parsed
 
 
-def _check_model_dir(bindings: Sequence[str]) -> None:
-    """Raises UserError for a run directory that hosts cannot share."""
-    values = [binding.partition("=")[2].strip("'\"") for binding in bindings if binding.startswith("MODEL_DIR=")]
-    for value in values[-1:]:
-        shared = "a folder on a file system that all hosts mount, by its full path"
-        local_path(value)
-        if not value.startswith(("/", "~", "%", "@")):
-            raise UserError(f"--gin.MODEL_DIR={value} would be another folder on each host: give {shared}")
-        if re.match(r"/(tmp|var/tmp|dev/shm)(/|$)", value):
-            raise UserError(f"--gin.MODEL_DIR={value} is each host's own: give {shared}")
+def check_model_dir(value: str, place: Any) -> None:
+    """Raises UserError for a run directory that the hosts of a place cannot share, or that goes with them."""
+    if not place.shared_directory:
+        return
+    shared = "a folder on a file system that all hosts mount, by its full path"
+    local_path(value)
+    if not value.startswith(("/", "~", "%", "@")):
+        raise UserError(f"--gin.MODEL_DIR={value} would be another folder on each host: give {shared}")
+    if re.match(r"/(tmp|var/tmp|dev/shm)(/|$)", value):
+        raise UserError(f"--gin.MODEL_DIR={value} is each host's own: give {shared}")
+    mounts = getattr(place, "mounts", None)
+    if mounts is None or value.startswith(("%", "@")):
+        return
+    if not any(PurePosixPath(value).is_relative_to(path) for path in mounts):
+        there = f"; mounted are {', '.join(mounts)}" if mounts else ""
+        raise UserError(
+            f"--gin.MODEL_DIR={value} lies in no volume that the pods mount, and would be gone with them: mount one "
+            f"there by --volume=CLAIM:{PurePosixPath(value).parent}{there}"
+        )
 
 
 def _refuse(name: str, word: str, separated: bool) -> None:

@@ -1,7 +1,7 @@
 """Finds gin files by path or name, and joins them: runs/<verb>.gin, layout, recipe, command line."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeGuard
 
@@ -150,7 +150,7 @@ def join(invocation: Invocation, files: GinFiles) -> Joined:
         statements = files.read(path)
         base = path.parent if any(_is_layout(statement) for statement in statements) else base
         recipe += statements
-    flags = [parse_flag(flag) for flag in invocation.bindings]
+    flags = [_said_by_its_flag(parse_flag(flag), invocation.flags) for flag in invocation.bindings]
 
     chosen = [statement for statement in [*defaults, *recipe, *flags] if _is_layout(statement)]
     layout: list[Import | Binding] = []
@@ -171,6 +171,11 @@ def join(invocation: Invocation, files: GinFiles) -> Joined:
         [statement for statement in everything if isinstance(statement, Binding)],
         shipped,
     )
+
+
+def _said_by_its_flag(binding: Binding, flags: Mapping[str, str]) -> Binding:
+    own = flags.get(binding.name)
+    return dataclasses.replace(binding, place=Place(own)) if own else binding
 
 
 def _as_default(statement: Import | Binding) -> Import | Binding:

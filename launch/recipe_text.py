@@ -34,6 +34,11 @@ class Place(NamedTuple):
     def __str__(self) -> str:
         return f"{self.file}:{self.line}" if self.line else self.file
 
+    @property
+    def is_own_flag(self) -> bool:
+        """Whether a flag with a name of its own said it, as `--task`, and no `--gin.NAME`."""
+        return not self.line and self.file.startswith("--") and not self.file.startswith("--gin.")
+
 
 class Target(NamedTuple):
     """A module and the attribute path inside it that a selector names, without importing anything."""
@@ -124,7 +129,12 @@ class Binding:
     @property
     def where(self) -> str:
         """Place and name, for errors; a flag says its name itself."""
-        return str(self.place) if self.place.file == f"--gin.{self.name}" else f"{self.place}: {self.name}"
+        return f"{self.place}: {self.name}" if self.place.line else str(self.place)
+
+    @property
+    def said(self) -> str:
+        """Place, name and value, for errors; of a flag with a name of its own as it was written."""
+        return f"{self.place}={self.value}" if self.place.is_own_flag else f"{self.place}: {self.name} = {self.value!r}"
 
 
 Statement = Import | Include | Binding

@@ -8,6 +8,7 @@ import collections.abc
 import dataclasses
 import inspect
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,9 +23,12 @@ from meshway.launch.recipe_text import Binding, Macro, Reference
 
 _SCALARS = (str, int, float, bool, bytes)
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False", type(None): "None"}
-_DTYPES = ("float32", "bfloat16", "float16", "float64", "int8", "int32")
+_FLOATS = ("float32", "bfloat16", "float16")  # float64 is none of JAX's unless a process turns it on
+_DTYPES = (*_FLOATS, "int8")  # what keys and values may be kept in
 _SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16"}
-_SHORT_DTYPES |= {"fp32": "float32", "f32": "float32", "float": "float32", "fp64": "float64", "f64": "float64"}
+_SHORT_DTYPES |= {"fp32": "float32", "f32": "float32", "float": "float32"}
+# Whose names mean what they do below.
+_OURS = re.compile(r"meshway\.")
 
 
 class Domain(NamedTuple):
@@ -41,20 +45,27 @@ _NAMES = (
         _AT_LEAST_1,
         "d_model d_ff head_dim num_heads num_kv_heads num_layers num_experts vocab_size num_positions num_classes "
         "num_buckets max_distance patch_size batch_size num_microbatches total checkpoint evaluate report window k "
-        "steps group_rows groups_per_row original_length lengths image_shape max_skipped_in_a_row num_repeats",
+        "steps group_rows groups_per_row original_length lengths image_shape max_skipped_in_a_row num_repeats "
+        "latest every best max_batches eval_k block query_block kv_block ns_steps min_dim_size_to_factor total_steps "
+        "num_steps beams batches workers num_shards seconds seeds prompt_length new_tokens chunk_size max_input_length "
+        "max_new_tokens idle_timeout",
     ),
     (
         _AT_LEAST_0,
         "seed warmup_steps num_shared_experts num_token_types num_samples max_predictions max_bad_examples z_loss "
-        "load_loss importance_loss jitter stddev base_learning_rate weight_decay",
+        "load_loss importance_loss jitter stddev base_learning_rate weight_decay learning_rate min_learning_rate "
+        "adam_learning_rate adam_weight_decay weight_decay_rate eps epsilon1 epsilon2 step_offset start_step noise "
+        "num_workers from_step rates step",
     ),
-    (_RATE, "dropout_rate label_smoothing"),
+    (_RATE, "dropout_rate label_smoothing b1 b2 adam_b1 adam_b2 beta beta1 momentum"),
     (
         _POSITIVE,
-        "epsilon base capacity_factor eval_capacity_factor soft_cap logits_soft_cap factor query_scale gate_scale",
+        "epsilon base capacity_factor eval_capacity_factor soft_cap logits_soft_cap factor query_scale gate_scale "
+        "low_frequency_factor high_frequency_factor beta_fast beta_slow clipping_threshold decay_rate decay_factor",
     ),
 )
-# Parameter -> its domain: one name means one thing everywhere. What is not here is checked by who takes it.
+# Parameter of meshway's own -> its domain: one name means one thing everywhere. What is not here is checked by who
+# takes it; what a name means in a module of the user's is not known.
 _DOMAINS = {name: domain for domain, names in _NAMES for name in names.split()}
 
 
@@ -84,13 +95,14 @@ def read_values(bindings: Sequence[Binding], reach: Reach, shipped: Sequence[str
         try:
             if isinstance(value, str) and binding.target.module.startswith("meshway."):
                 _refuse_addresses(value)
-            # The verbs say what dtypes are theirs: `convert` keeps each tensor's own.
-            name = "" if binding.target.module.startswith("meshway.launch.") else binding.parameter
+            name = binding.parameter if _OURS.match(binding.target.module) else ""
+            if name.endswith("dtype") and binding.target.module.startswith("meshway.launch."):
+                name = ""  # the verbs say what dtypes are theirs: `convert` keeps each tensor's own
             read[origin] = _read(value, hint, name)
         except ValueError as error:
             taken = "" if origin is binding else f", taken by {binding.selector}.{binding.parameter}"
             hint = _meant(origin.value, shipped)
-            problems.setdefault(origin, f"{origin.place}: {origin.name} = {origin.value!r}{taken}: {error}{hint}")
+            problems.setdefault(origin, f"{origin.said}{'' if origin.place.is_own_flag else taken}: {error}{hint}")
     if problems:
         listed = list(problems.values())
         raise UserError(listed[0] if len(listed) == 1 else f"{len(listed)} problems:\n  " + "\n  ".join(listed))
@@ -101,7 +113,7 @@ def _refuse_addresses(value: str) -> None:
     try:
         local_path(value)
     except UserError as error:
-        raise ValueError(str(error).removeprefix(f"{value} ")) from error
+        raise ValueError(str(error).replace(value, "it", 1)) from error
 
 
 def _meant(value: Any, shipped: Sequence[str]) -> str:
@@ -138,8 +150,9 @@ def _read(value: Any, hint: Any, name: str) -> Any:
     """Returns a value as a parameter takes it; raises ValueError where it cannot be one of these."""
     if name.endswith("dtype") and isinstance(value, str):
         value = _SHORT_DTYPES.get(value.lower(), value)
-        if value not in _DTYPES:
-            raise ValueError(f"no such dtype{did_you_mean(value, _DTYPES) or '; there are ' + ', '.join(_DTYPES)}")
+        known = _DTYPES if name == "cache_dtype" else _FLOATS
+        if value not in known:
+            raise ValueError(f"no such dtype{did_you_mean(value, known) or '; there are ' + ', '.join(known)}")
         return value
     if isinstance(value, Macro):
         return value  # in a container; a macro by itself has been followed
@@ -150,10 +163,17 @@ def _read(value: Any, hint: Any, name: str) -> Any:
     if type(value) is float and int in fitting and float not in fitting:
         value = int(value)
     if isinstance(value, dict) and (inner := _inside(fitting[0])):
-        value = {key: _read(each, inner[-1], name) for key, each in value.items()}
+        value = {key: _read_entry(key, each, inner[-1], name) for key, each in value.items()}
     elif domain := _DOMAINS.get(name):
         _check_domain(value, domain)
     return value
+
+
+def _read_entry(key: Any, value: Any, hint: Any, name: str) -> Any:
+    try:
+        return _read(value, hint, name)
+    except ValueError as error:
+        raise ValueError(f"{key!r} is {value!r}: {error}") from error
 
 
 def _check_domain(value: Any, domain: Domain) -> None:

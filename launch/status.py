@@ -28,7 +28,8 @@ class Status:
     Attributes:
       model_dir: the run directory.
       holder: who trains it now; None for nobody.
-      step, total: the last step that was reported, and the one at which it ends; None where nothing tells.
+      step, total: the last step that was reported, and the one at which it ends; None where nothing tells. A run that
+        ended without a word goes on from the last of `checkpoints`.
       steps_per_second: of the last report.
       checkpoints: steps of complete checkpoints.
       evaluations: task -> (step, metrics) of its last evaluation.
@@ -60,6 +61,7 @@ class Status:
             "total": self.total,
             "steps_per_second": self.steps_per_second,
             "eta_seconds": self.eta_seconds,
+            "saved_step": self.checkpoints[-1] if self.checkpoints else None,
             "checkpoints": self.checkpoints,
             "evaluations": {task: {"step": step, **metrics} for task, (step, metrics) in self.evaluations.items()},
             "goodput": self.goodput.shares,
@@ -102,11 +104,13 @@ def text_of(status: Status) -> str:
     """Returns it for a terminal."""
     of = "" if status.total is None else f" of {status.total:,}"
     lines = [f"{status.model_dir}: {'nobody works on it' if status.holder is None else status.holder}"]
+    saved = f"{status.checkpoints[-1]:,} saved" if status.checkpoints else "none saved"
     if status.step is not None:
         rate = "" if not status.steps_per_second else f", {status.steps_per_second:.3g} steps/s"
         eta = "" if status.eta_seconds is None else f", {format_duration(status.eta_seconds)} to go"
-        lines.append(f"step {status.step:,}{of}{rate}{eta}")
-    lines.append(f"last checkpoint: {f'step {status.checkpoints[-1]:,}' if status.checkpoints else 'none'}")
+        lines.append(f"step {status.step:,}{of} reported, {saved}{rate}{eta}")
+    else:
+        lines.append(f"no step reported, {saved}{of}")
     for task, (step, metrics) in status.evaluations.items():
         shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, (int, float)))
         lines.append(f"last evaluation of {task}: step {step:,}: {shown}")

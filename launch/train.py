@@ -7,6 +7,7 @@ Run the same command again to go on where it stopped.
 
 import contextlib
 import os
+import signal
 import sys
 import textwrap
 import time
@@ -15,21 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from meshway.framework import stages
 from meshway.framework.checkpoints.manager import Checkpoints, DamagedCheckpoint, Keep
 from meshway.framework.checkpoints.mapping import Initial
 from meshway.framework.data.prefetch import prefetch
-from meshway.framework.data.vocabulary import source_framing
 from meshway.framework.distributed import processes
 from meshway.framework.distributed.agreement import agree
-from meshway.framework.errors import UserError
 from meshway.framework.evaluation import Evaluation, Evaluator, Report
 from meshway.framework.files import local_path
-from meshway.framework.interfaces import DataSource
+from meshway.framework.interfaces import DataSource, EvalTask
 from meshway.framework.planning.hardware import peak_flops
 from meshway.framework.results.records import Records
+from meshway.framework.training.device_memory import planned
 from meshway.framework.training.goodput import in_one_line, read_goodput
 from meshway.framework.training.loop import Hook, Loop, Periods
-from meshway.framework.training.program import TrainProgram, check_batch, check_vocabularies
+from meshway.framework.training.program import TrainProgram, open_data
 from meshway.framework.training.progress import Progress
 from meshway.framework.training.report.page import write_report
 from meshway.framework.training.reporter import Reporter
@@ -74,6 +75,7 @@ def train(
 
     Raises:
       UserError: anything the user can mend; one message.
+      KeyboardInterrupt: Ctrl-C stopped it before its last step; that step was saved.
     """
     began = time.time() if began is None else began
     directory, primary = RunDirectory(local_path(model_dir)), processes.is_primary()
@@ -88,21 +90,19 @@ def train(
         if start >= periods.total:
             print(f"step {start} of {periods.total} is already reached in {directory.root}; raise TRAIN_STEPS to go on")
             return
-        dataset = data.train(program.partitioner.process_rows(program.batch_size))
-        check_batch(program.batch_spec, dataset.spec())
-        vocabularies = data.vocabularies()
-        check_vocabularies(program, vocabularies)
-        agree({f"vocabulary of {name!r}": each.fingerprint for name, each in vocabularies.items()})
-        framing = source_framing(data)
+        with stages.stage("opening the training data"):
+            dataset, vocabularies, framing = open_data(program, data)
         if start:
             directory.check_vocabularies(vocabularies, framing)
+        agree({f"vocabulary of {name!r}": each.fingerprint for name, each in vocabularies.items()})
+        if initial is not None and not start:
+            initial.check(program.param_shapes, program.axes)  # now, not once the step is compiled
         if primary:
             directory.save_vocabularies(vocabularies, framing)
         restoring = time.time()
         restored = _restore_last(checkpoints, program, primary) if start else None
         restored_seconds = time.time() - restoring
         start = restored[0] if restored else 0
-        progress = _progress(periods, start, primary)
         with contextlib.ExitStack() as stack:
             if primary:
                 stack.callback(write_report, directory.root)  # last of all, however the attempt ends
@@ -112,19 +112,21 @@ def train(
                 timeline.move(restored_seconds, "checkpoint")
                 _, state, position = restored
                 dataset.restore(position)
-                progress.note(f"resuming from {directory.checkpoints / str(start)}")
+                _say(primary, f"resuming from {directory.checkpoints / str(start)}")
             stream = stack.enter_context(contextlib.closing(prefetch(dataset)))  # reads while the step compiles
-            with timeline.phase("compile"):
+            with timeline.phase("compile"), stages.stage("compiling the training step"):
                 step = program.compile_step()
             timeline.mark("compiled", devices=program.partitioner.mesh.size)
             if not start:
                 state = _fresh(program, initial)
-            tasks = data.eval_tasks() if periods.evaluate else []
+            tasks = _tasks(data) if periods.evaluate else []
             if primary:
                 directory.describe(resolved, rows, summarize(program, rows))
+            progress = _progress(periods, start, primary)
+            stack.callback(progress.close)
             evaluator = Evaluator(program.placed, program.batch_size, program.lengths, tasks, evaluation)
             evaluate = EvaluationLog(evaluator, directory, start, primary, progress.note)
-            reporter = _reporter(directory, start, primary, progress, timeline, program, resolved)
+            reporter = _reporter(directory, start, primary, progress, timeline, program, resolved, planned(step))
             stack.enter_context(contextlib.closing(reporter))
             loop = Loop(
                 step,
@@ -143,6 +145,8 @@ def train(
             timeline.outcome = "done" if last == periods.total else "stopped"
         if primary:
             _say_goodbye(directory, last, periods, evaluate.samples())
+        if last < periods.total and loop.stop.number == signal.SIGINT:
+            raise KeyboardInterrupt  # what comes after this command takes it for done otherwise
 
 
 class EvaluationLog:
@@ -168,7 +172,9 @@ class EvaluationLog:
             say(line)
 
     def __call__(self, state: TrainState, step: int) -> dict[str, float]:
-        scalars, self._reports = self._evaluator.evaluate(state.params)
+        first = not self._reports  # it compiles its programs
+        with stages.stage(f"evaluating step {step}") if first else contextlib.nullcontext():
+            scalars, self._reports = self._evaluator.evaluate(state.params)
         if self._records is not None:
             self._records.add(step, self._reports)
         for name, report in self._reports.items():
@@ -186,6 +192,11 @@ class EvaluationLog:
         return "\n".join(lines)
 
 
+def _tasks(data: DataSource) -> Sequence[EvalTask]:
+    with stages.stage("opening the evaluation data"):
+        return data.eval_tasks()
+
+
 def _restore_last(
     checkpoints: Checkpoints, program: TrainProgram, primary: bool
 ) -> tuple[int, TrainState, dict[str, int]] | None:
@@ -196,14 +207,15 @@ def _restore_last(
     while steps := checkpoints.steps():
         problem = ""
         try:
-            state, position = checkpoints.restore(steps[-1], program.abstract_state)
+            with stages.stage(f"reading checkpoint {steps[-1]}"):
+                state, position = checkpoints.restore(steps[-1], program.abstract_state)
         except DamagedCheckpoint as error:
             problem = str(error)
         told = processes.barrier(f"reading checkpoint {steps[-1]}", None, problem)
         if not any(told.values()):
             return steps[-1], state, position
         if len(steps) == 1:
-            raise UserError(next(problem for problem in told.values() if problem))
+            raise DamagedCheckpoint(next(problem for problem in told.values() if problem))
         if primary:
             kept = checkpoints.set_aside(steps[-1])
             print(f"checkpoint {steps[-1]} is truncated or damaged: kept as {kept}; going on from step {steps[-2]}")
@@ -214,10 +226,11 @@ def _restore_last(
 
 
 def _fresh(program: TrainProgram, initial: Initial | None) -> TrainState:
-    state = program.init()
-    if initial is None:
-        return state
-    return TrainState(**(vars(state) | {"params": initial.restore(state.params, program.axes)}))
+    with stages.stage("making the initial parameters"):
+        state = program.init()
+        if initial is None:
+            return state
+        return TrainState(**(vars(state) | {"params": initial.restore(state.params, program.axes)}))
 
 
 def _progress(periods: Periods, start: int, primary: bool) -> Progress:
@@ -234,6 +247,7 @@ def _reporter(
     timeline: Timeline,
     program: TrainProgram,
     resolved: str,
+    step_memory: str,
 ) -> Reporter:
     writers: list[Any] = []
     if primary:
@@ -242,9 +256,17 @@ def _reporter(
         writers = [JsonlWriter(directory.metrics, start), board]
     devices = program.partitioner.mesh.devices.flatten().tolist()
     # The usual convention holds accelerators against their bfloat16 peak, whatever a recipe computes in.
-    peak, source = peak_flops(devices, "float32" if devices[0].platform == "cpu" else "bfloat16")
+    with stages.stage("finding the matmul peak"):
+        peak, source = peak_flops(devices, "float32" if devices[0].platform == "cpu" else "bfloat16")
     progress.note(f"matmul peak {peak / 1e9:,.0f} GFLOP/s ({source})")
-    return Reporter(Writers(writers), progress, timeline, program.flops, peak)
+    if step_memory:
+        progress.note(step_memory)
+    return Reporter(Writers(writers), progress, timeline, program.flops, peak, jax.local_devices())
+
+
+def _say(primary: bool, line: str) -> None:
+    if primary:
+        print(line, flush=True)
 
 
 def _say_goodbye(directory: RunDirectory, last: int, periods: Periods, samples: str) -> None:
@@ -265,10 +287,11 @@ def run(invocation: "Invocation") -> None:
         recipe = config.load(invocation)
         arguments = recipe.build("train.train", given=["resolved", "began"])
         if invocation.dry_run:
-            from meshway.launch.inspect import layout
+            from meshway.launch.dry_run import dry_run
 
-            print(recipe.resolved)
-            print(layout(arguments["program"]))
+            found = dry_run(**arguments)
+            if processes.is_primary():
+                print(recipe.resolved, found, sep="\n")
             return
         train(**arguments, resolved=recipe.resolved, began=process_began())
 

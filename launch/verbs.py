@@ -1,8 +1,10 @@
 """The verbs of the command line, their flags, and examples of them. Light: `--help` must be quick."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
+from meshway.launch.arguments import not_negative, share
 from meshway.launch.invocation import MACROS
 
 
@@ -15,7 +17,9 @@ class Switch:
       binding: `NAME=VALUE` for a flag without a value, `NAME` for one that takes it.
       help: what it is for.
       value: what the help calls the value; "" for none.
-      number, real: whether the value is a whole number, or any number; else it is text.
+      number: whether the value is a whole number.
+      real: what reads a value that is another number; neither means text.
+      choices: what a text may be; () for anything.
       least: the least whole number that means something.
       repeats: whether it may be given several times; the binding is the list of all values.
     """
@@ -25,7 +29,8 @@ class Switch:
     help: str
     value: str = ""
     number: bool = False
-    real: bool = False
+    real: Callable[[str], float] | None = None
+    choices: tuple[str, ...] = ()
     least: int = 1
     repeats: bool = False
 
@@ -47,6 +52,7 @@ class Verb:
     instead: str = ""  # the flag that serves where no recipe is given
     recipe: bool = True  # whether it takes one at all
     on_devices: bool = True
+    slow: bool = True  # whether it takes seconds to start, and says what it is doing
     macros: tuple[str, ...] = tuple(MACROS)  # those that the help lists
 
 
@@ -68,6 +74,9 @@ _BENCH = (
 )
 
 _INSPECT = (
+    Switch(
+        "--hardware", "inspect.layout.hardware", "layout: say whether a step fits this chip (v5p, 'H100 NVL')", "CHIP"
+    ),
     Switch("--compile", "inspect.layout.compile=True", "layout: compile the step, say what it sends over which axes"),
     Switch("--batches", "inspect.data.batches", "data: batches drawn for figures (default: 20)", "N", number=True),
     Switch("--rows", "inspect.data.rows", "data: rows to show of each source (default: 3)", "N", True, least=0),
@@ -98,7 +107,13 @@ _CONVERT = (
     ),
     Switch("--to", "convert.convert.target", "the directory to make: a run directory, or a Hugging Face one", "DIR"),
     Switch("--family", "convert.convert.family", "what the model is (default: what config.json says)", "FAMILY"),
-    Switch("--dtype", "convert.convert.dtype", "float32, bfloat16, float16 or keep (default: keep)", "DTYPE"),
+    Switch(
+        "--dtype",
+        "convert.convert.dtype",
+        "float32, bfloat16, float16 or keep (default: keep)",
+        "DTYPE",
+        choices=("float32", "bfloat16", "float16", "keep"),
+    ),
     Switch("--step", "convert.convert.step", "which checkpoint of a run (default: the latest)", "N", True, least=0),
     Switch("--max_shard_size", "convert.convert.max_shard_size", "of a safetensors file (default: 5GB)", "SIZE"),
     Switch("--vocabulary", "convert.convert.vocabulary", "the SentencePiece model of a T5X checkpoint's task", "FILE"),
@@ -127,6 +142,7 @@ _EVAL = (
         number=True,
         least=0,
     ),
+    Switch("--finished", "eval.evaluate.finished=True", "refuse (exit 2) a run that has not saved its last step"),
     Switch("--again", "eval.evaluate.again=True", "evaluate what has been evaluated, too"),
 )
 
@@ -149,16 +165,28 @@ _INFER = (
     ),
     Switch("--split", "infer.Inputs.split", "read this split of the recipe's task (or --task) instead", "SPLIT"),
     Switch("--output", "infer.Output.where", "a .jsonl, .parquet or .txt file to make, or a folder of shards", "FILE"),
-    Switch("--mode", "infer.infer.mode", "predict (default), score (given targets), predict_with_aux", "MODE"),
+    Switch(
+        "--mode",
+        "infer.infer.mode",
+        "predict (default), score (given targets), predict_with_aux",
+        "MODE",
+        choices=("predict", "score", "predict_with_aux"),
+    ),
     Switch("--aux", "infer.infer.aux", "predict_with_aux: intermediate values by name, as decoder_output", "NAMES"),
     Switch("--step", "infer.infer.step", "which checkpoint (default: the latest)", "N", True, least=0),
     Switch("--batch_size", "infer.infer.batch_size", "examples in a batch (default: 32)", "N", number=True),
     Switch("--max_input_length", "infer.infer.max_input_length", "tokens of the longest prompt", "N", number=True),
     Switch("--max_new_tokens", "infer.infer.max_new_tokens", "most tokens of a prediction", "N", number=True),
     Switch("--truncate", "infer.Inputs.truncate=True", "cut prompts that are longer, instead of refusing them"),
-    Switch("--temperature", "sampling.Sampling.temperature", "0 (default) takes the likeliest token", "X", real=True),
+    Switch(
+        "--temperature",
+        "sampling.Sampling.temperature",
+        "0 (default) takes the likeliest token",
+        "X",
+        real=not_negative,
+    ),
     Switch("--top_k", "sampling.Sampling.top_k", "draw from the k likeliest tokens", "K", number=True),
-    Switch("--top_p", "sampling.Sampling.top_p", "draw from the likeliest that together reach p", "P", real=True),
+    Switch("--top_p", "sampling.Sampling.top_p", "draw from the likeliest that together reach p", "P", real=share),
     Switch("--num_decodes", "sampling.Sampling.num_decodes", "predictions of each example", "N", number=True),
     Switch("--beams", "infer.infer.beams", "beam search with so many beams", "N", number=True),
     Switch("--seed", "infer.infer.seed", "of sampling (default: 0)", "N", True, least=0),
@@ -170,20 +198,36 @@ _INFER = (
         repeats=True,
     ),
     Switch(
-        "--format", "infer.Inputs.format", "jsonl, tsv, text or parquet, where the file's name does not tell", "FORMAT"
+        "--format",
+        "infer.Inputs.format",
+        "jsonl, tsv, text or parquet, where the file's name does not tell",
+        "FORMAT",
+        choices=("jsonl", "tsv", "text", "parquet"),
     ),
     Switch("--columns", "infer.Inputs.columns", "names of TSV columns without a header (inputs,targets)", "NAMES"),
     Switch("--inputs_field", "infer.Inputs.inputs_field", "the field of a prompt (default: inputs)", "NAME"),
     Switch("--begin_field", "infer.Inputs.begin_field", "the field with what a prediction must begin with", "NAME"),
     Switch("--targets_field", "infer.Inputs.targets_field", "the field of a target (default: targets)", "NAME"),
-    Switch("--on_bad", "infer.Inputs.on_bad", "a record that cannot be used: fail (default) or skip", "POLICY"),
+    Switch(
+        "--on_bad",
+        "infer.Inputs.on_bad",
+        "a record that cannot be used: fail (default) or skip",
+        "POLICY",
+        choices=("fail", "skip"),
+    ),
     Switch("--task", "MIXTURE_OR_TASK_NAME", "with --split: the task or mixture, if not the recipe's", "NAME"),
     Switch("--preprocess", "infer.Inputs.preprocess", "a task whose preprocessors make the inputs of a record", "TASK"),
     Switch("--module", "MIXTURE_OR_TASK_MODULE", "the Python module that registers it (mylab.tasks)", "MODULE"),
     Switch(
         "--chunk_size", "infer.Output.chunk_size", "records committed at a time (default: 16 batches)", "N", number=True
     ),
-    Switch("--output_format", "infer.Output.format", "jsonl (default) or parquet, of a folder's shards", "FORMAT"),
+    Switch(
+        "--output_format",
+        "infer.Output.format",
+        "jsonl (default) or parquet, of a folder's shards",
+        "FORMAT",
+        choices=("jsonl", "parquet"),
+    ),
     Switch("--overwrite", "infer.Output.overwrite=True", "remove what an earlier job left there"),
 )
 
@@ -210,11 +254,12 @@ VERBS = {
     ),
     "status": Verb(
         "meshway.launch.status",
-        "say how a run stands: who runs it, its step, rate and end, its last checkpoint and evaluation",
+        "say how a run stands: who runs it, its steps reported and saved, rate and end, last evaluation",
         switches=_STATUS,
         instead="--model_dir",
         recipe=False,
         on_devices=False,
+        slow=False,
         macros=(),
     ),
     "inspect": Verb(
@@ -247,7 +292,9 @@ VERBS = {
         subjects=("train", "data", "parallel", "routing", "moe", "attention", "decode"),
         switches=_BENCH,
     ),
-    "launch": Verb("meshway.launch.launch", "run a command on many processes, here or on a cluster", on_devices=False),
+    "launch": Verb(
+        "meshway.launch.launch", "run a command on many processes, here or on a cluster", on_devices=False, slow=False
+    ),
 }
 
 USAGE = """examples:
@@ -277,6 +324,8 @@ USAGE = """examples:
   meshway launch local --processes=4 --devices=2 -- train --gin_file=quickstart --gin.MODEL_DIR=runs/four
 
 Exit codes: 0 done, 1 the machine or the program failed, 2 the command or the recipe is wrong, 75 another process of the
-run was lost (started again, it goes on from the last checkpoint).
+run was lost (started again, it goes on from the last checkpoint), 130 Ctrl-C (training saves first), 143 SIGTERM
+(training saves and exits with 0, under `launch worker` with 143), 141 nobody reads its output any more. After
+`train ... &&`, `eval --finished ...` evaluates no run that was stopped.
 MESHWAY_TRACEBACK=1 shows the traceback of every error. `meshway VERB --help` lists a verb's options.
 """

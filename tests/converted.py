@@ -46,6 +46,11 @@ def logits_of(directory: Path, run: Path, batch: Batch) -> np.ndarray:
     """
     convert(str(directory), str(run))
     model = model_of(run)
+    return logits_with(model, params_of(run, model), batch)
+
+
+def logits_with(model: Model, params: dict, batch: Batch) -> np.ndarray:
+    """Returns what a model makes of a batch as transformers names it; see `logits_of`."""
     kind = "decoder_" if "decoder_input_ids" in batch else ""
     tokens, mask = (np.asarray(batch[f"{kind}{name}"], np.int32) for name in ("input_ids", "attention_mask"))
     ours = {
@@ -56,7 +61,7 @@ def logits_of(directory: Path, run: Path, batch: Batch) -> np.ndarray:
     if kind:
         ours["encoder_input_tokens"] = np.asarray(batch["input_ids"], np.int32)
         ours["encoder_segment_ids"] = np.asarray(batch["attention_mask"], np.int32)
-    logits = jax.jit(lambda params, batch: model.logits(params, batch, None))(params_of(run, model), ours)
+    logits = jax.jit(lambda params, batch: model.logits(params, batch, None))(params, ours)
     return np.asarray(logits) * mask[..., None]
 
 

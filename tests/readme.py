@@ -1,12 +1,16 @@
 """The commands of README, as it has them, and a folder in which each of them has what it speaks of."""
 
+import contextlib
 import json
 import re
 import shlex
 import shutil
+import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from converted import sentence_pieces
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -100,6 +104,16 @@ def furnish(folder: Path) -> None:
     for number in (1, 2):
         (folder / f"questions-{number}.jsonl").write_text('{"inputs": "write 7"}\n')
     (folder / "prompts.txt").write_text("w1 w2\nw3\n")
+
+
+@contextlib.contextmanager
+def in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Makes a folder, which has a package `mylab`, the current one of this process."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield folder
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mylab"]:
+        del sys.modules[name]
 
 
 def _tokenizer(size: int) -> Tokenizer:

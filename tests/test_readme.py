@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from readme import README, ROOT, SMALLER, blocks, commands, furnish, words_of
+from readme import README, ROOT, SMALLER, blocks, commands, furnish, in_folder, words_of
 from running import copy_lab, lines
 
 from meshway.launch import cli
@@ -30,11 +30,8 @@ SHORT = {
 def furnished(tmp_path, monkeypatch):
     """The current folder, which has what README's commands name."""
     furnish(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    yield tmp_path
-    for name in [name for name in sys.modules if name.partition(".")[0] == "mylab"]:
-        del sys.modules[name]
+    with in_folder(tmp_path, monkeypatch):
+        yield tmp_path
 
 
 def in_shell(command: str, folder: Path, **variables: str) -> str:

@@ -1,8 +1,10 @@
 """Checkpoints of a run: state, data position and recipe, saved together and atomically, restored on any mesh."""
 
 import dataclasses
+import functools
 import itertools
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +14,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from meshway.framework.checkpoints.schema import differences, schema_of
+from meshway.framework.distributed import processes
 from meshway.framework.errors import EnvironmentFailure, UserError, first_line, nearest_steps
 from meshway.framework.interfaces import Params
 from meshway.framework.training.state import TrainState
@@ -21,7 +24,7 @@ ITEMS = ("state", "data", "recipe")
 _DAMAGED = "damaged"
 
 
-class DamagedCheckpoint(UserError):
+class DamagedCheckpoint(EnvironmentFailure):
     """A checkpoint cannot be read: truncated, damaged, or not meshway's."""
 
 
@@ -84,7 +87,7 @@ class Checkpoints:
           UserError: the folder cannot be made.
         """
         _quiet_orbax()
-        self.folder, self._recipe = Path(folder).absolute(), recipe
+        self.folder, self._recipe, self._read_only = Path(folder).absolute(), recipe, read_only
         try:
             if not read_only:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +147,7 @@ class Checkpoints:
         self._manager.close()
 
     def recipe(self, step: int) -> dict[str, Any]:
-        """Returns {"gin", "version", "schema"} of a checkpoint; raises UserError where it is damaged."""
+        """Returns {"gin", "version", "schema"} of a checkpoint; raises DamagedCheckpoint where it is damaged."""
         return self._read(step, recipe=ocp.args.JsonRestore())["recipe"]
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, int]]:
@@ -154,15 +157,20 @@ class Checkpoints:
           (state, data position).
 
         Raises:
-          UserError: it holds another model or optimizer (the differences are listed), or it is damaged.
+          UserError: it holds another model or optimizer (the differences are listed).
+          DamagedCheckpoint: it cannot be read.
         """
+        self.check(step, abstract)
         tree = _as_tree(abstract)
-        found = differences(self.recipe(step)["schema"], schema_of(tree))
-        if found:
-            raise UserError(self._mismatch(step, found, schema_of(tree)))
         arguments = ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree))
         items = self._read(step, state=arguments, data=ocp.args.JsonRestore())
         return TrainState(**items["state"]), dict(items["data"])
+
+    def check(self, step: int, abstract: TrainState) -> None:
+        """Compares a checkpoint's state with `abstract`, by what it says of itself; UserError as `restore` raises."""
+        wanted = schema_of(_as_tree(abstract))
+        if found := differences(self.recipe(step)["schema"], wanted):
+            raise UserError(self._mismatch(step, found, wanted))
 
     def _mismatch(self, step: int, found: str, wanted: Mapping[str, Any]) -> str:
         """Returns the message that a checkpoint holds another state, and what to do about it."""
@@ -210,7 +218,8 @@ class Checkpoints:
         """Restores all parameters of a checkpoint onto the shardings and dtypes of `abstract`, and nothing else of it.
 
         Raises:
-          UserError: it holds another model (the differences are listed), or it is damaged.
+          UserError: it holds another model (the differences are listed).
+          DamagedCheckpoint: it cannot be read.
         """
         wanted = schema_of({"params": abstract})
         saved = {  # a converted model may be stored in another precision than it is trained in
@@ -238,10 +247,12 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
             others = [other for other in self.steps() if other != step]
+            advice = f"Remove that folder to go on from step {others[-1]}" if others else "There is no other one"
+            if self._read_only and others:
+                advice = f"Step {others[-1]} is there too"
             raise DamagedCheckpoint(
                 f"checkpoint {self.folder / str(step)} cannot be read: it is truncated, damaged or not meshway's "
-                f"({first_line(error)}). "
-                + (f"Remove that folder to go on from step {others[-1]}" if others else "There is no other one")
+                f"({first_line(_innermost(error))}). {advice}"
             ) from error
 
     def _guard(self, action: Callable[[], Any], step: int | None) -> None:
@@ -284,12 +295,67 @@ def find_checkpoint(path: Path, step: int | None, given_by: str) -> tuple[Path, 
     return folder, steps[-1] if step is None else step
 
 
+def read_last(
+    checkpoints: Checkpoints, last: int, read: Callable[[int], Any], say: Callable[[str], object]
+) -> tuple[int, Any]:
+    """Reads the last checkpoint up to step `last` that can be read, on all processes the same one.
+
+    Args:
+      checkpoints: of a run.
+      last: the step to begin with.
+      read: reads that of a step; raises DamagedCheckpoint.
+      say: is told of each that cannot be read. It stays as it is.
+
+    Returns:
+      (step, what `read` returned).
+
+    Raises:
+      DamagedCheckpoint: none can be read; the message is of the first that was tried.
+    """
+    steps, first = [step for step in checkpoints.steps() if step <= last], ""
+    while steps:
+        step, problem, found = steps.pop(), "", None
+        try:
+            found = read(step)
+        except DamagedCheckpoint as error:
+            problem = str(error)
+        told = processes.barrier(f"reading checkpoint {step}", None, problem)
+        if not any(told.values()):
+            return step, found
+        problem = next(each for each in told.values() if each)
+        first = first or problem
+        if steps:
+            say(f"{problem}; taking step {steps[-1]}")
+    raise DamagedCheckpoint(first)
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """Returns what Orbax's own error hides: it tells an index, and its cause the file or the array."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def _quiet_orbax() -> None:
-    """Orbax narrates every save; and where one fails, asyncio shows a traceback for each array on top of the error
-    that `_guard` reports."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    """Orbax narrates every save and every file that it cannot parse; and where a save fails, asyncio shows a traceback
+    for each array on top of the error that `_guard` reports."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
+    _quiet_closed_loops()
+
+
+@functools.cache
+def _quiet_closed_loops() -> None:
+    """Where a read fails, Orbax closes its event loop, and each array that is read to its end after that gives another
+    traceback: these say nothing, and are dropped."""
+    before = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
+            before(found)
+
+    sys.unraisablehook = hook
 
 
 def _as_tree(state: TrainState) -> dict[str, Any]:

@@ -80,24 +80,12 @@ class Initial:
           UserError: no checkpoint there; a parameter without a source or with another shape; a pattern that
             matches nothing, or a `resize` that has nothing to do.
         """
-        from meshway.framework.conversion import hugging_face, t5x_files  # training itself reads no other formats
-
-        directory = local_path(self.path)
-        if hugging_face.is_model(directory):
-            return self._from_tensors(self._hugging_face(directory), params, flatten(axes))
-        place = find_checkpoint(directory, self.step, "Initial.path")
-        if place is None and t5x_files.is_run(directory):
-            return self._from_tensors(self._t5x(directory), params, flatten(axes))
-        if place is None:
-            raise UserError(
-                f"Initial.path: {directory} is neither a run directory nor a checkpoint (no checkpoints/ in it), nor a "
-                "Hugging Face directory or a checkpoint of T5X"
-            )
-        folder, step = place
-        checkpoints = Checkpoints(folder, read_only=True)
-        schema = checkpoints.recipe(step)["schema"]
+        opened = self._open()
+        if isinstance(opened, _Tensors):
+            return self._from_tensors(opened, params, flatten(axes))
+        checkpoints, step = opened
         leaves = flatten(params)
-        sources = self.sources({name: tuple(leaf.shape) for name, leaf in leaves.items()}, flatten(axes), schema)
+        sources = self.sources(_shapes(leaves), flatten(axes), checkpoints.recipe(step)["schema"])
         wanted: dict[str, Any] = {}
         # Those read as they are come last, so that a source read for several is read into their shards.
         for name, source in sorted(sources.items(), key=lambda item: item[1].is_whole):
@@ -114,6 +102,33 @@ class Initial:
             return source.put(found[source.name], leaf, first)
 
         return map_paths(value, params)
+
+    def check(self, params: Params, axes: Axes) -> None:
+        """Finds where each parameter comes from, and reads none; `params` may be shapes. Raises as `restore` does."""
+        opened, shapes = self._open(), _shapes(flatten(params))
+        if isinstance(opened, _Tensors):
+            sources = self._tensor_sources(opened, shapes, flatten(axes))
+            opened.values(_shapes(sources))
+        else:
+            checkpoints, step = opened
+            self.sources(shapes, flatten(axes), checkpoints.recipe(step)["schema"])
+
+    def _open(self) -> "_Tensors | tuple[Checkpoints, int]":
+        """Returns what lies at `path`: another system's tensors, or checkpoints of ours and which of them."""
+        from meshway.framework.conversion import hugging_face, t5x_files  # training itself reads no other formats
+
+        directory = local_path(self.path)
+        if hugging_face.is_model(directory):
+            return self._hugging_face(directory)
+        place = find_checkpoint(directory, self.step, "Initial.path")
+        if place is not None:
+            return Checkpoints(place[0], read_only=True), place[1]
+        if t5x_files.is_run(directory):
+            return self._t5x(directory)
+        raise UserError(
+            f"Initial.path: {directory} is neither a run directory nor a checkpoint (no checkpoints/ in it), nor a "
+            "Hugging Face directory or a checkpoint of T5X"
+        )
 
     def sources(self, shapes: Mapping[str, Shape], axes: Mapping[str, Names], schema: Schema) -> dict[str, Source]:
         """Returns where each parameter comes from, without those left at init; raises as `restore` does."""
@@ -187,20 +202,28 @@ class Initial:
         """Returns `params` filled from another system's tensors, each shard read by slices."""
         from meshway.framework.conversion.values import fill
 
-        leaves, sources, problems = flatten(params), dict[str, Source](), list[str]()
-        for name, leaf in leaves.items():
-            dims = zip(leaf.shape, axes[name], strict=True)
+        leaves = flatten(params)
+        sources = self._tensor_sources(tensors, _shapes(leaves), axes)
+        wanted = unflatten({name: sources[name].abstract(leaf) for name, leaf in leaves.items()})
+        found = flatten(fill(wanted, tensors.values(_shapes(sources))))
+        return map_paths(lambda name, leaf: sources[name].put(found[name], leaf, True), params)
+
+    def _tensor_sources(
+        self, tensors: "_Tensors", shapes: Mapping[str, Shape], axes: Mapping[str, Names]
+    ) -> dict[str, Source]:
+        """Returns which of another system's tensors each parameter is; raises as `restore` does."""
+        sources, problems = dict[str, Source](), list[str]()
+        for name, shape in shapes.items():
+            dims = zip(shape, axes[name], strict=True)
             saved = tuple(tensors.vocab_size if axis == "vocab" else size for size, axis in dims)
-            source = Source.of(name, saved, tuple(leaf.shape), axes[name], 0, 1, (), self.resize)
-            change = vocabulary_change(saved, tuple(leaf.shape), axes[name])
+            source = Source.of(name, saved, shape, axes[name], 0, 1, (), self.resize)
+            change = vocabulary_change(saved, shape, axes[name])
             if source is not None:
                 sources[name] = source
             elif change is not None:
                 problems.append(self._unresized(name, name, change))
         self._check_vocabularies(problems, sources)
-        wanted = unflatten({name: sources[name].abstract(leaf) for name, leaf in leaves.items()})
-        found = flatten(fill(wanted, tensors.values({name: source.shape for name, source in sources.items()})))
-        return map_paths(lambda name, leaf: sources[name].put(found[name], leaf, True), params)
+        return sources
 
     def _unresized(self, name: str, wanted: str, change: VocabularyChange) -> str:
         """Returns what is wrong with a vocabulary of another size, and what to set."""
@@ -248,6 +271,10 @@ class _Tensors:
 
     vocab_size: int
     values: Callable[[Mapping[str, Shape]], Mapping[str, "Values"]]
+
+
+def _shapes(leaves: Mapping[str, Any]) -> dict[str, Shape]:
+    return {name: tuple(leaf.shape) for name, leaf in leaves.items()}
 
 
 def _first_match(name: str, patterns: Sequence[str], used: set[str]) -> str | None:

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import tensorstore
 
+from meshway.framework.checkpoints.manager import DamagedCheckpoint
 from meshway.framework.checkpoints.schema import Schema
 from meshway.framework.conversion.rules import Piece
 from meshway.framework.conversion.shard_writer import Spec
-from meshway.framework.errors import UserError, first_line
+from meshway.framework.errors import first_line
 
 _MOST_CACHE_BYTES = 4 * 2**30
 
@@ -18,7 +19,7 @@ class StoredParams:
     """What a checkpoint's `state` holds under "params", opened and not read."""
 
     def __init__(self, state: Path, schema: Schema):
-        """Raises UserError: a parameter that the checkpoint's own list names is not there."""
+        """Raises DamagedCheckpoint: a parameter that the checkpoint's own list names is not there."""
         self._state = state
         names = [name.removeprefix("params/") for name in schema if name.startswith("params/")]
         self._arrays = {name: self._open(name, tensorstore.Context()) for name in names}
@@ -46,7 +47,7 @@ class StoredParams:
         """Returns the tensor that a piece is.
 
         Raises:
-          UserError: the checkpoint is damaged.
+          DamagedCheckpoint: it cannot be read.
         """
         entries = [self._read(name, piece.index) for name in piece.ours]
         value = np.stack(entries) if piece.form.has_parts else entries[0]
@@ -72,8 +73,8 @@ class StoredParams:
             raise self._damaged(name, error) from error
         return value
 
-    def _damaged(self, name: str, error: ValueError) -> UserError:
-        return UserError(f"parameter {name} cannot be read from {self._state}: {first_line(error)}")
+    def _damaged(self, name: str, error: ValueError) -> DamagedCheckpoint:
+        return DamagedCheckpoint(f"parameter {name} cannot be read from {self._state}: {first_line(error)}")
 
 
 def _chunk_bytes(array: tensorstore.TensorStore) -> int:

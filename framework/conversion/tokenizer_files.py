@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from meshway.framework.conversion.field_kinds import FLAG, PLACE, check_fields, short
+from meshway.framework.conversion.field_kinds import FLAG, OBJECT, PLACE, check_fields, short
 from meshway.framework.data.vocabularies import HuggingFace, SentencePiece
 from meshway.framework.data.vocabulary import Framing, Vocabulary
 from meshway.framework.errors import UserError
@@ -28,6 +28,7 @@ FILES = (
     "chat_template.json",
 )
 _T5_SENTINELS = 100  # transformers adds as many to a T5 SentencePiece model that does not say otherwise
+_START_FIELDS = {True: "decoder_start_token_id", False: "bos_token_id"}  # with an encoder, or without
 _PADDING = 512, 0.02  # rows of an embedding without a token: so many, or this share of them
 
 
@@ -89,15 +90,26 @@ def read_framing(directory: Path, config: Mapping[str, Any], has_encoder: bool, 
       vocabulary: the tokenizer.
 
     Raises:
-      UserError: the files cannot be read, or an id is none.
+      UserError: the files cannot be read, or an id is none of the tokenizer's.
     """
+    framing = _framing(directory, config, has_encoder, vocabulary)
+    for field, ids in (("eos_token_id", framing.stop), (_START_FIELDS[has_encoder], framing.start)):
+        if wrong := [token for token in ids if token >= vocabulary.size]:
+            raise UserError(
+                f"{directory / 'config.json'}, or {GENERATION}: {field} {wrong[0]} is no token of the tokenizer there, "
+                f"whose ids end at {vocabulary.size - 1}: it is another model's, or lacks tokens that were added to it"
+            )
+    return framing
+
+
+def _framing(directory: Path, config: Mapping[str, Any], has_encoder: bool, vocabulary: Vocabulary) -> Framing:
     stop = stop_ids(directory, config)
     if has_encoder:
         generation = _json(directory / GENERATION)
         said = (config.get("decoder_start_token_id"), generation.get("decoder_start_token_id"))
         start = next((token for token in said if token is not None), config.get("pad_token_id", 0))
-        return Framing(_ids(directory, "decoder_start_token_id", start), True, stop)
-    bos = _ids(directory, "bos_token_id", config.get("bos_token_id"))
+        return Framing(_ids(directory, _START_FIELDS[has_encoder], start), True, stop)
+    bos = _ids(directory, _START_FIELDS[has_encoder], config.get("bos_token_id"))
     if isinstance(vocabulary, HuggingFace):
         return Framing(vocabulary.template()[0], False, stop)
     try:
@@ -192,16 +204,21 @@ def _top(size: int, count: int) -> tuple[int, ...]:
 
 
 def _check_added(directory: Path, pieces: SentencePiece) -> None:
-    """Raises UserError where added_tokens.json has tokens that the SentencePiece model beside it lacks."""
-    known = dict(enumerate(pieces.pieces(range(pieces.size))))
-    added, sentinel = _json(directory / "added_tokens.json"), re.compile(r"<extra_id_\d+>")
-    missing = [token for token, id in added.items() if known.get(id) != token and not sentinel.fullmatch(token)]
-    if missing:
-        raise UserError(
-            f"{directory / 'added_tokens.json'} adds {', '.join(map(repr, missing[:4]))} to a SentencePiece model, "
-            f"which cannot hold them: put the tokenizer's {TOKENIZERS} there too, which transformers' save_pretrained "
-            "writes for a fast tokenizer"
-        )
+    """Raises UserError where a file beside a SentencePiece model adds tokens that the model lacks."""
+    decoder = _tokenizer_config(directory).get("added_tokens_decoder") or {}
+    added = {
+        "added_tokens.json": _json(directory / "added_tokens.json"),
+        "tokenizer_config.json": {token["content"]: int(id) for id, token in decoder.items()},
+    }
+    known, sentinel = pieces.ids, re.compile(r"<extra_id_\d+>")
+    for name, tokens in added.items():
+        lacks = [token for token, id in tokens.items() if known.get(token, known.get(token.replace(" ", "▁"))) != id]
+        if missing := [token for token in lacks if not sentinel.fullmatch(token)]:
+            raise UserError(
+                f"{directory / name} adds {', '.join(map(repr, missing[:4]))} to a SentencePiece model, which cannot "
+                f"hold them: put the tokenizer's {TOKENIZERS} there too, which transformers' save_pretrained writes "
+                "for a fast tokenizer"
+            )
 
 
 def _extra_ids(directory: Path) -> int:
@@ -220,7 +237,8 @@ def _tokenizer_config(directory: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(described, dict):
         raise UserError(f"{path} holds {short(described)}, not an object {{...}}")
-    check_fields(described, {"extra_ids": PLACE.or_nothing(), "add_bos_token": FLAG.or_nothing()}, file=str(path))
+    kinds = {"extra_ids": PLACE, "add_bos_token": FLAG, "added_tokens_decoder": OBJECT}
+    check_fields(described, {name: kind.or_nothing() for name, kind in kinds.items()}, file=str(path))
     return described
 
 

@@ -61,6 +61,8 @@ class MaskedLanguageModel:
         Raises:
           UserError: the task has inputs or no vocabulary, there is no mask in it, or `lengths` do not fit.
         """
+        if "targets" not in task.features:  # the better cause, where there are inputs too
+            raise UserError(task.lacks("targets", "MaskedLanguageModel"))
         if "inputs" in task.features:
             raise UserError(
                 f"task {task.name!r} has 'inputs', which MaskedLanguageModel never reads; "

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from meshway.framework.data.objective import Converter, Objective
-from meshway.framework.data.rows.examples import Examples
+from meshway.framework.data.rows.examples import Examples, check_ids
 from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.data.rows.row_stream import RowStream
-from meshway.framework.data.vocabulary import Vocabulary, before_stop
+from meshway.framework.data.vocabulary import Vocabulary, before_stop, vocabulary_sizes
 from meshway.framework.errors import UserError, first_line
 from meshway.framework.interfaces import Batch, Measured
 
@@ -123,7 +123,9 @@ class TaskEvaluation:
             indices = np.arange(start, min(start + size, self.num_examples))
             # A repeated row ends its search when the row it repeats does; an empty one might never.
             filled = np.minimum(np.arange(start, start + size), self.num_examples - 1)
-            yield self._objective.prompts(self._examples.read(filled)), indices
+            examples = self._examples.read(filled)
+            check_ids(self.name, examples, filled, self._vocabulary_sizes)
+            yield self._objective.prompts(examples), indices
 
     def read(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
         """Returns examples as their task made them, before any converter."""
@@ -223,7 +225,11 @@ class TaskEvaluation:
 
     def _source(self, pack: bool) -> RowSource:
         arguments = (self.name, self._examples, self._objective, pack)
-        return RowSource(*arguments, shuffle=False, seed=EVAL_SEED)
+        return RowSource(*arguments, shuffle=False, seed=EVAL_SEED, vocabulary_sizes=self._vocabulary_sizes)
+
+    @property
+    def _vocabulary_sizes(self) -> dict[str, int]:
+        return vocabulary_sizes(self._vocabularies, self._lengths)
 
     @functools.cached_property
     def _rows(self) -> RowSource:

@@ -16,14 +16,14 @@ from meshway.framework.data.rows.packing import Arrays, Example, Placement
 from meshway.framework.data.token_rows import (
     DECODER,
     ENCODER,
-    check_start,
+    Start,
     check_tokens,
     decoder_arrays,
     encoder_arrays,
-    shift_left,
-    shift_right,
+    start_of,
     token_spec,
 )
+from meshway.framework.data.vocabulary import after_start
 from meshway.framework.errors import UserError
 
 
@@ -50,8 +50,8 @@ class EncoderDecoder:
     def bind(self, task: TaskInfo, lengths: Mapping[str, int]) -> "EncoderDecoderObjective":
         """Returns the objective of a task; UserError when task, lengths and converter do not fit."""
         check_tokens("EncoderDecoder", task, lengths, self.task_features)
-        check_start("EncoderDecoder", task, least=1)
-        return EncoderDecoderObjective(Overlong(self.overlong, task.name, dict(lengths)), task.start)
+        start = start_of("EncoderDecoder", task, least=1)
+        return EncoderDecoderObjective(Overlong(self.overlong, task.name, dict(lengths)), start)
 
 
 class LanguageModel:
@@ -79,19 +79,21 @@ class LanguageModel:
 
     def bind(self, task: TaskInfo, lengths: Mapping[str, int]) -> "LanguageModelObjective | JoinedObjective":
         """Returns the objective of a task; UserError as `EncoderDecoder.bind`, and for a task with unread inputs."""
+        if "targets" not in task.features:  # the better cause, where there are inputs too
+            raise UserError(task.lacks("targets", "LanguageModel"))
         if "inputs" in task.features and not self.inputs:
             raise UserError(
                 f"task {task.name!r} has 'inputs', which LanguageModel reads where LanguageModel.inputs is True; or "
                 "use the converter PrefixLanguageModel, or a task with 'targets' alone"
             )
         check_tokens("LanguageModel", task, lengths, self.task_features)
-        check_start("LanguageModel", task, least=0)
+        start = start_of("LanguageModel", task, least=0)
         if self.weights:
             _check_weights(task)
         overlong = Overlong(self.overlong, task.name, {name: lengths[name] for name in self.task_features})
         if self.inputs:
-            return JoinedObjective(overlong, task.start, prefix=False, weighted=self.weights)
-        return LanguageModelObjective(overlong, task.start, self.weights)
+            return JoinedObjective(overlong, start, prefix=False, weighted=self.weights)
+        return LanguageModelObjective(overlong, start, self.weights)
 
 
 class PrefixLanguageModel:
@@ -123,9 +125,9 @@ class PrefixLanguageModel:
     def bind(self, task: TaskInfo, lengths: Mapping[str, int]) -> "JoinedObjective":
         """Returns the objective of a task; UserError when task, lengths and converter do not fit."""
         check_tokens("PrefixLanguageModel", task, lengths, self.task_features)
-        check_start("PrefixLanguageModel", task, least=0)
+        start = start_of("PrefixLanguageModel", task, least=0)
         overlong = Overlong(self.overlong, task.name, dict(lengths))
-        return JoinedObjective(overlong, task.start, loss_on_targets_only=self.loss_on_targets_only)
+        return JoinedObjective(overlong, start, loss_on_targets_only=self.loss_on_targets_only)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +135,7 @@ class EncoderDecoderObjective:
     """`EncoderDecoder` of one task."""
 
     overlong: Overlong
-    start: tuple[int, ...]
+    start: Start
     cycle = 1
 
     @property
@@ -164,7 +166,7 @@ class EncoderDecoderObjective:
         items = [self.overlong.cut(example, 0) for example in examples]
         lengths = {"inputs": self.row_lengths["inputs"]}
         arrays = encoder_arrays(packing.lay_out(items, lengths, packing.one_each(len(items), list(lengths))))
-        return arrays | {"decoder_input_tokens": np.full((len(items), 1), self.start[0], np.int32)}
+        return arrays | {"decoder_input_tokens": np.full((len(items), 1), self.start.ids[0], np.int32)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +174,7 @@ class LanguageModelObjective:
     """`LanguageModel` of one task without inputs."""
 
     overlong: Overlong
-    start: tuple[int, ...]
+    start: Start
     weighted: bool
     cycle = 1
 
@@ -228,7 +230,7 @@ class JoinedObjective:
     """
 
     overlong: Overlong
-    start: tuple[int, ...]
+    start: Start
     loss_on_targets_only: bool = True
     prefix: bool = True
     weighted: bool = False
@@ -274,12 +276,10 @@ class JoinedObjective:
         return arrays
 
     def _prefix_mask(self, items: Sequence[Example], laid: Arrays, placement: Placement) -> np.ndarray:
-        real = laid["sequence_segment_ids"] > 0
         if not self.loss_on_targets_only:
-            return np.zeros(real.shape, np.int32)
+            return np.zeros(laid["sequence"].shape, np.int32)
         is_input = _lay_beside(items, "is_input", "sequence", laid, placement).astype(np.int32)
-        # The start token belongs to the prefix, hence 1 at the head of each segment.
-        return (shift_right(is_input, laid["sequence_positions"], 1) if self.start else is_input) * real
+        return self.start.prefix(is_input, laid, "sequence")
 
     def prompts(self, examples: Sequence[Example]) -> Arrays:
         """Returns [examples, start + inputs length] arrays: `decoder_input_tokens` is the start, then the inputs.
@@ -287,13 +287,14 @@ class JoinedObjective:
         Targets and weights are 0. With `loss_on_targets_only` off the prefix mask is 0, as it was in training.
         """
         kept = [self.overlong.cut(example, 0)["inputs"] for example in examples]
-        starts = [{"sequence": np.concatenate([np.array(self.start, np.int32), inputs])} for inputs in kept]
+        start, bos = np.array(self.start.ids, np.int32), self.start.bos
+        starts = [{"sequence": np.concatenate([start, after_start(inputs, bos)])} for inputs in kept]
         if not all(len(each["sequence"]) for each in starts):
             raise UserError(
                 f"task {self.overlong.task_name!r} has an example without inputs, and the decoder starts from nothing: "
                 "there is nothing to predict from"
             )
-        lengths = {"sequence": self.overlong.limits["inputs"] + len(self.start)}
+        lengths = {"sequence": self.overlong.limits["inputs"] + len(start)}
         laid = packing.lay_out(starts, lengths, packing.one_each(len(starts), list(lengths)))
         real = laid["sequence_segment_ids"]
         arrays = {
@@ -317,11 +318,10 @@ def _lay_beside(items: Sequence[Example], name: str, feature: str, laid: Arrays,
 
 
 def _beside(
-    items: Sequence[Example], name: str, feature: str, laid: Arrays, placement: Placement, start: Sequence[int]
+    items: Sequence[Example], name: str, feature: str, laid: Arrays, placement: Placement, start: Start
 ) -> np.ndarray:
-    """Returns the same where each token is predicted: one place earlier where the decoder starts from no token."""
-    values = _lay_beside(items, name, feature, laid, placement)
-    return values if start else shift_left(values, laid[f"{feature}_positions"])
+    """Returns the same where each token is predicted."""
+    return start.predicted(_lay_beside(items, name, feature, laid, placement), laid, feature)
 
 
 def _check_weights(task: TaskInfo) -> None:

@@ -3,42 +3,35 @@
 Needs no TensorFlow where a cache is there and no step after it needs it. Missing caches are built on first use.
 """
 
+import copy
 import dataclasses
 import functools
 import json
-import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import grain
-from absl import flags
-
-from meshway.framework.data import seqio_door, seqio_steps
+from meshway.framework.data import seqio_door, seqio_steps, uncached
 from meshway.framework.data.cache import builder as cache_builder
 from meshway.framework.data.cache.directory import cache_directory
 from meshway.framework.data.cache.format import CachedSplit, features_from_json, read_json
 from meshway.framework.data.eval_task import EVAL_SEED, TaskEvaluation
-from meshway.framework.data.objective import Converter, Objective, Spec, TaskInfo
+from meshway.framework.data.objective import Converter, Objective, TaskInfo
 from meshway.framework.data.rows.examples import Examples, First, InMemory, Stepped
-from meshway.framework.data.rows.mixing import Rates
+from meshway.framework.data.rows.mixing import Rates, periods
 from meshway.framework.data.rows.online_source import OnlineSource
 from meshway.framework.data.rows.online_steps import numpy_steps
 from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.data.rows.row_stream import RowStream, Source
 from meshway.framework.data.task_data import check_arguments, framing_of, vocabularies_of, with_split
 from meshway.framework.data.vocabularies import check_named, load
-from meshway.framework.data.vocabulary import Framing, Vocabulary
+from meshway.framework.data.vocabulary import Framing, Vocabulary, vocabulary_sizes
+from meshway.framework.data.worker_stream import WorkerStream
 from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.files import io_errors, local_path, replace_file
-from meshway.framework.interfaces import Batch
-
-_SLOW_BATCH = 0.05  # seconds a batch may take to make before worker processes are worth their start
-_MOST_WORKERS = 4
-_FOR_EVER = 2**40  # batches
+from meshway.framework.interfaces import SplitRead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +43,14 @@ class CachedTask:
       rate: its share of the mixture, relative to the others'.
       directory: where it is cached.
       task: the seqio Task; None on a machine without seqio.
+      is_cached: whether all of it is there; in a dry run, which caches nothing, it may not be.
     """
 
     name: str
     rate: float
     directory: Path
     task: Any
+    is_cached: bool = True
 
     @functools.cached_property
     def info(self) -> dict[str, Any]:
@@ -64,8 +59,16 @@ class CachedTask:
 
     @functools.cached_property
     def splits(self) -> list[str]:
-        """The splits that are cached."""
+        """The splits that are cached, or will be."""
+        if not self.is_cached:
+            return list(self.task.splits)
         return sorted(path.parent.name for path in self.directory.glob("*/index.json"))
+
+    def num_examples(self, split: str) -> int | None:
+        """Returns how many examples a split has; of what is not cached its source, None where that does not tell."""
+        if not self.is_cached:
+            return seqio_steps.source_count(self.task, split)
+        return _counts(self.directory)[split]
 
 
 class CachedData:
@@ -88,7 +91,7 @@ class CachedData:
       num_workers: processes that prepare batches; 0: a thread. None: measured, a thread unless batches are slow.
       vocabularies: the vocabulary expected of each feature; any other is an error.
       start: ids that a decoder reads before a text; None goes by the vocabulary of `targets` (its BOS, T5's 0).
-      stop_ids: ids that end a prediction; None: the EOS of that vocabulary.
+      stop_ids: ids that end a prediction beside the EOS of that vocabulary.
     """
 
     def __init__(
@@ -128,26 +131,51 @@ class CachedData:
         self._num_workers = num_workers
         self._named = dict(vocabularies or {})
         self._start, self._stop_ids = start, stop_ids
+        self._is_dry = False
 
-    def train(self, rows: slice) -> "RowStream | WorkerStream":
+    def for_dry_run(self) -> "CachedData":
+        """Returns the same source, to be asked and not read: it makes the same checks, and no cache. Of what is not
+        cached yet `train` and `eval_tasks` give specs and counts alone."""
+        source = copy.copy(self)
+        for name in ("tasks", "_framing", "_training"):
+            vars(source).pop(name, None)
+        source._is_dry = True
+        return source
+
+    def reads(self, evaluate: bool) -> list[SplitRead]:
+        """Returns what `train` reads, and with `evaluate` what `eval_tasks` do."""
+        wanted = [("training", self.train_split, self._training)]
+        if evaluate:
+            wanted.append(("evaluation", self.eval_split, self._with_split(self.eval_split, "evaluation")))
+        return [
+            SplitRead(task.name, split, purpose, task.num_examples(split), task.is_cached)
+            for purpose, split, tasks in wanted
+            for task in tasks
+        ]
+
+    def train(self, rows: slice) -> "RowStream | WorkerStream | uncached.Unread":
         """Opens the endless training stream; `rows` are this process's rows of each global batch.
 
         Raises:
           UserError: unknown task, module or split; lengths that do not fit; a cache that is missing, stale or corrupt.
         """
-        tasks = [task for task in self._with_split(self.train_split, "training") if self._may_be_drawn(task)]
+        tasks = self._training
         if not tasks:
             raise UserError(f"mixture {self.name!r}: every task with split {self.train_split!r} has rate 0")
-        sources = [self._source(task) for task in tasks]
+        opened = [self.open_task(task, self.train_split) for task in tasks]
         spec = self.converter.spec(self.lengths, self.batch_size)
         rates = {task.name: task.rate for task in tasks}
-        stream = RowStream(self.name, sources, rates, self._changes, spec, self.batch_size, rows, self._seed)
-        online = any(isinstance(source, OnlineSource) for source in sources)
+        online = any(steps for _, _, steps in opened)
         if online and self._num_workers:
             raise UserError(
                 f"{self.name!r} has steps after the cache that need TensorFlow, which cannot run in worker processes: "
                 "set CachedData.num_workers to 0"
             )
+        if not all(task.is_cached for task in tasks):
+            periods([task.name for task in tasks], rates, self._changes)
+            return uncached.Unread(spec)
+        sources = [self._source(task, *each) for task, each in zip(tasks, opened, strict=True)]
+        stream = RowStream(self.name, sources, rates, self._changes, spec, self.batch_size, rows, self._seed)
         return stream if online or self._num_workers == 0 else WorkerStream(stream, self._num_workers)
 
     def eval_tasks(self, split: str | None = None) -> list[TaskEvaluation]:
@@ -157,7 +185,7 @@ class CachedData:
         result = []
         for task in self._with_split(split, "evaluation"):
             objective, examples, online = self.open_task(task, split)
-            if online:
+            if online and not self._is_dry:
                 examples = InMemory(self._steps(task)(examples.read(range(len(examples))), EVAL_SEED))
             if self._eval_examples is not None:
                 examples = First(examples, self._eval_examples)
@@ -165,6 +193,11 @@ class CachedData:
             arguments = (self.converter, self.lengths, self.batch_size, vocabularies, task.task, stop)
             result.append(TaskEvaluation(task.name, examples, objective, *arguments))
         return result
+
+    def import_first(self, modules: Sequence[str]) -> None:
+        """Takes more modules that register tasks, as those that a recipe imports: processes that write caches import
+        them too, before the others."""
+        self.modules = list(dict.fromkeys([*modules, *self.modules]))
 
     def framing(self) -> Framing | None:
         """Returns what decoders read before a text, and what ends a prediction; None where no `targets` hold text."""
@@ -183,8 +216,16 @@ class CachedData:
         return found
 
     @functools.cached_property
+    def _vocabularies(self) -> dict[str, Vocabulary]:
+        return self.vocabularies()
+
+    @functools.cached_property
     def _framing(self) -> Framing | None:
         return self.framing()
+
+    @functools.cached_property
+    def _training(self) -> list[CachedTask]:
+        return [task for task in self._with_split(self.train_split, "training") if self._may_be_drawn(task)]
 
     @functools.cached_property
     def tasks(self) -> list[CachedTask]:
@@ -193,33 +234,46 @@ class CachedData:
         if seqio_door.installed():
             provider = seqio_door.find_provider(self.name, self.modules)
             tasks = {task.name: task for task in seqio_door.subtasks(provider)}
-            self._ensure_caches()
-            rates = seqio_door.mixing_rates(provider, {name: _counts(self._directory / name) for name in tasks})
-            if processes.is_primary():
+            missing = self._look_at_caches() if self._is_dry else self._ensure_caches()
+            counts = {name: _counts(self._directory / name) for name in tasks}
+            # What a rate asks for has some number once it is cached.
+            counts |= {name: dict.fromkeys(tasks[name].splits, 1) for name in missing}
+            rates = seqio_door.mixing_rates(provider, counts)
+            if processes.is_primary() and not self._is_dry:
                 _write_if_changed(description, {"rates": rates})
         elif (self._directory / self.name / "info.json").is_file():
-            rates, tasks = {self.name: 1.0}, {}
+            rates, tasks, missing = {self.name: 1.0}, {}, set()
         elif description.is_file():
-            rates, tasks = read_json(description)["rates"], {}
+            rates, tasks, missing = read_json(description)["rates"], {}, set()
         else:
             known = sorted(path.parent.name for path in self._directory.glob("*/info.json"))
             raise UserError(
                 f"there is no cache of {self.name!r} in {self._directory}, and without seqio and TensorFlow none can "
                 f"be built; it has {known}{did_you_mean(self.name, known)}"
             )
-        return [CachedTask(name, rate, self._directory / name, tasks.get(name)) for name, rate in rates.items()]
+        return [
+            CachedTask(name, rate, self._directory / name, tasks.get(name), name not in missing)
+            for name, rate in rates.items()
+        ]
 
-    def _ensure_caches(self) -> None:
-        """Builds what is missing in process 0, while the others wait for it."""
+    def _look_at_caches(self) -> set[str]:
+        """Checks what is cached, and returns the tasks of which something is to be cached yet."""
         arguments = (self.name, self.modules, self._directory)
-        primary = processes.is_primary()
-        if primary and not self._build and (splits := cache_builder.missing(*arguments)):
+        cache_builder.refuse_stale(*arguments)
+        splits = cache_builder.missing(*arguments)
+        if splits and not self._build:
             modules = "".join(f" --module={module}" for module in self.modules)
             raise UserError(
                 f"not cached in {self._directory}: {', '.join(splits)}; run `meshway cache --task={self.name}{modules} "
                 f"--directory={self._directory}`, or set CachedData.build to True"
             )
-        if primary:
+        return {split.rpartition("/")[0] for split in splits}
+
+    def _ensure_caches(self) -> set[str]:
+        """Builds what is missing in process 0, while the others wait for it; then nothing is."""
+        arguments = (self.name, self.modules, self._directory)
+        primary = processes.is_primary()
+        if primary and self._look_at_caches():
             cache_builder.ensure(*arguments)
         processes.barrier(f"the cache of {self.name}", None, waiting=self._say_what_is_missing)
         if not primary and (splits := cache_builder.missing(*arguments)):
@@ -228,6 +282,7 @@ class CachedData:
                 "give all hosts one shared --gin.CACHE_DIR, or run `meshway cache` on each"
             )
         cache_builder.ensure(*arguments)
+        return set()
 
     def _say_what_is_missing(self) -> None:
         splits = cache_builder.missing(self.name, self.modules, self._directory)
@@ -236,6 +291,10 @@ class CachedData:
 
     def open_task(self, task: CachedTask, split: str) -> tuple[Objective, Examples, bool]:
         """Returns (the task's objective, its examples, whether steps in TensorFlow must run on them first)."""
+        framing = self._framing
+        start, bos = (framing.start, framing.bos) if framing else ((), ())
+        if not task.is_cached:
+            return uncached.open_task(task.task, split, self.converter, self.lengths, start, bos)
         cached = CachedSplit(task.directory, split)
         steps = numpy_steps(task.info["online"], cached.features)
         if steps is None and task.task is None:
@@ -249,14 +308,13 @@ class CachedData:
             promised = {name: cached.features[name] for name in promised if name in cached.features.keys() - empty}
         else:
             empty = set()
-        framing = self._framing
-        info = TaskInfo(task.name, promised, framing.start if framing else (), frozenset(empty))
+        info = TaskInfo(task.name, promised, start, frozenset(empty), bos)
         objective = self.converter.bind(info, self.lengths)
         return objective, Stepped(cached, steps, objective.trims) if steps else cached, steps is None
 
-    def _source(self, task: CachedTask) -> Source:
-        objective, examples, online = self.open_task(task, self.train_split)
-        arguments = (objective, self.converter.pack, self._shuffle, self._seed)
+    def _source(self, task: CachedTask, objective: Objective, examples: Examples, online: bool) -> Source:
+        sizes = vocabulary_sizes(self._vocabularies, self.lengths)
+        arguments = (objective, self.converter.pack, self._shuffle, self._seed, sizes)
         if not online:
             return RowSource(task.name, examples, *arguments)
         return OnlineSource(task.name, examples, self._steps(task), *arguments)
@@ -276,71 +334,6 @@ class CachedData:
 
     def _may_be_drawn(self, task: CachedTask) -> bool:
         return task.rate > 0 or any(change.rates.get(task.name, 0) > 0 for change in self._changes)
-
-
-class WorkerStream:
-    """A row stream whose batches are made by processes, through grain.
-
-    Args:
-      stream: what to read.
-      num_workers: how many processes. None: as many as it takes, by how long the first batches take to make.
-    """
-
-    def __init__(self, stream: RowStream, num_workers: int | None) -> None:
-        self.stream = stream
-        self._num_workers = num_workers
-        self._seconds: list[float] = []
-        self._iterator: Any = None
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        if self._num_workers is None and len(self._seconds) == 5:
-            self._num_workers = self._choose()
-        if not self._num_workers:
-            began = time.perf_counter()
-            batch = next(self.stream)
-            if self._num_workers is None:
-                self._seconds.append(time.perf_counter() - began)
-            return batch
-        if self._iterator is None:
-            self._iterator = self._start()
-        batch = next(self._iterator)
-        self.stream.seek(self.stream.position + 1)
-        return batch
-
-    def state(self) -> dict[str, int]:
-        return self.stream.state()
-
-    def restore(self, state: Mapping[str, int]) -> None:
-        self.stream.restore(state)
-        self._iterator = None
-
-    def seek(self, batch: int) -> None:
-        """Goes to before batch number `batch`, reading nothing."""
-        self.stream.seek(batch)
-        self._iterator = None
-
-    def spec(self) -> Spec:
-        return self.stream.spec()
-
-    def _choose(self) -> int:
-        """Returns the number of workers for batches that take as long as those made so far, the first one apart."""
-        seconds = sorted(self._seconds[1:])[len(self._seconds) // 2 - 1]
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = 0 if seconds < _SLOW_BATCH else min(_MOST_WORKERS, cores // 4)
-        if workers:
-            print(f"data: a batch takes {seconds * 1e3:.0f} ms to make; {workers} processes do it", file=sys.stderr)
-        return workers
-
-    def _start(self) -> Any:
-        if not flags.FLAGS.is_parsed():  # grain asks absl, whose flags only absl programs parse
-            flags.FLAGS.mark_as_parsed()
-        numbers = grain.MapDataset.range(self.stream.position, _FOR_EVER)
-        reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-        options = grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=2)
-        return iter(numbers.map(self.stream.batch).to_iter_dataset(reading).mp_prefetch(options))
 
 
 def _counts(directory: Path) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from meshway.framework.data import detokenizing
@@ -22,6 +22,9 @@ class HuggingFace(Vocabulary):
       extra_ids: how many of the highest ids are sentinels.
       sentinels: the ids of the sentinels, where they are others; there are as many extra ids then.
       literal: whether a text that spells out a special token, such as '</s>', is taken literally, cut like any other.
+
+    Attributes:
+      special_tokens: id -> the token that it becomes where a text spells it out; none where it is `literal`.
 
     Raises:
       UserError: `tokenizers` is not installed.
@@ -62,6 +65,8 @@ class HuggingFace(Vocabulary):
         unknown = model.get("unk_token")
         self.unk_id = model.get("unk_id") if unknown is None else ids.get(unknown)
         self._added = {token["id"] for token in described.get("added_tokens", ())}
+        special = {token["id"]: token["content"] for token in described.get("added_tokens") or () if token["special"]}
+        self.special_tokens: Mapping[int, str] = {} if literal else special
         self._decoder = described.get("decoder")
         self._byte_level = "ByteLevel" in json.dumps(self._decoder)
         self._shown: dict[int, str] = {}
@@ -85,6 +90,10 @@ class HuggingFace(Vocabulary):
         starts = range(len(framed) - len(plain) + 1)
         start = next((n for n in starts if framed[n : n + len(plain)] == plain), 0)
         return tuple(framed[:start]), tuple(framed[start + len(plain) :])
+
+    @property
+    def marks(self) -> frozenset[int]:
+        return super().marks.union(self._added, *self.template())
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids

@@ -61,6 +61,7 @@ class TaskInfo:
       name: the task.
       features: those that hold something in some example.
       start: ids that a decoder reads before the first token; T5's here, for tasks that no data source opened.
+      bos: the same where a text may spell them out itself, see `Framing.bos`; else ().
       empty: names of those that hold nothing in any.
     """
 
@@ -68,6 +69,7 @@ class TaskInfo:
     features: Mapping[str, FeatureInfo]
     start: tuple[int, ...] = (0,)
     empty: frozenset[str] = frozenset()
+    bos: tuple[int, ...] = ()
 
     def lacks(self, name: str, kind: str) -> str:
         """Returns the message that a feature which converter `kind` reads is not there."""

@@ -9,19 +9,19 @@ import functools
 import importlib
 import importlib.util
 import math
-import os
 import re
 import sys
-import tempfile
 import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from meshway.framework import stages
+from meshway.framework.data import start_up_notes
 from meshway.framework.data.rows.packing import Example
 from meshway.framework.errors import UserError, did_you_mean
 
@@ -48,15 +48,14 @@ def import_seqio() -> ModuleType:
     Raises:
       UserError: seqio or TensorFlow cannot be imported.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors stay; information and warnings go
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # of no use to data, and it complains about integers
+    stage = contextlib.nullcontext() if "seqio" in sys.modules else stages.stage("importing seqio and TensorFlow")
     try:
-        with _without_start_up_notes():
+        with stage, start_up_notes.dropped():
             import seqio
             import tensorflow as tf
 
-            for kind in ("GPU", "TPU"):
-                tf.config.set_visible_devices([], kind)
+            with start_up_notes.without_notes():
+                start_up_notes.hide_accelerators(tf)
     except ImportError as error:
         raise UserError(f"seqio tasks need seqio and TensorFlow, which cannot be imported: {error}") from error
     except RuntimeError as error:
@@ -110,21 +109,37 @@ def mixing_rates(provider: Any, counts: Mapping[str, Mapping[str, int]] | None =
     if sample_fn is not tf.data.Dataset.sample_from_datasets:
         raise UserError(f"mixture {provider.name!r} has a sample_fn of its own; examples are mixed by rate only")
     with task_errors(provider.name, "mixing rates"), _counted(subtasks(provider), counts or {}):
-        rates = {task.name: float(_rate(provider, task)) for task in subtasks(provider)}
-    for name, rate in rates.items():
-        if not 0 <= rate < math.inf:
-            raise UserError(f"mixture {provider.name!r}: the rate of task {name!r} must be at least 0, not {rate}")
-    return rates
+        _check_rates(provider)
+        return {task.name: float(provider.get_rate(task)) for task in subtasks(provider)}
 
 
-def _rate(provider: Any, task: Any) -> float:
+def _check_rates(mixture: Any) -> None:
+    """Raises UserError for a rate below 0, or that is no number, in a mixture or in those that it is made of.
+
+    Each is looked at by itself: multiplied or added up, one below 0 might not show.
+    """
+    for name, rate in mixture.rate_per_task_name.items():
+        part = mixture._task_map[name]
+        is_mixture = isinstance(part, import_seqio().Mixture)
+        if is_mixture:
+            _check_rates(part)
+        number = float(_rate(mixture, part, rate) if callable(rate) else rate)
+        if not 0 <= number < math.inf:
+            kind = "mixture" if is_mixture else "task"
+            raise UserError(
+                f"mixture {mixture.name!r}: the rate of {kind} {name!r} must be at least 0, not {number}; it is given "
+                "where the mixture is registered"
+            )
+
+
+def _rate(mixture: Any, task: Any, rate: Callable[[Any], float]) -> float:
     try:
-        return provider.get_rate(task)
+        return rate(task)
     except TypeError as error:
         if task.cache_dir or task.num_input_examples("train") is not None:
             raise
         raise UserError(
-            f"mixture {provider.name!r}: the rate of task {task.name!r} asks for its number of examples, which its "
+            f"mixture {mixture.name!r}: the rate of task {task.name!r} asks for its number of examples, which its "
             "source does not tell: cache it (`meshway cache`, which counts), give the source num_input_examples, or "
             "give the mixture a number as rate"
         ) from error
@@ -143,37 +158,6 @@ def _counted(tasks: Sequence[Any], counts: Mapping[str, Mapping[str, int]]) -> I
     finally:
         for task, (directory, stats) in zip(counted, before, strict=True):
             task._cache_dir, task._stats = directory, stats
-
-
-@contextlib.contextmanager
-def _without_start_up_notes() -> Iterator[None]:
-    """Drops the information lines TensorFlow's C++ writes to stderr as it loads, and passes on all others.
-
-    They come before any log level is read, so the stream itself is caught. Nothing is dropped when the
-    block fails.
-    """
-    try:
-        saved = os.dup(2)
-    except OSError:  # no stderr at all
-        yield
-        return
-    # That CUDA cannot start is no error either: TensorFlow gets no accelerator here.
-    note = re.compile(rb"[IW]\d{4} |WARNING: All log messages before absl|To enable the following|E\d{4} .*cuInit")
-    failed = True
-    with tempfile.TemporaryFile() as caught:
-        sys.stderr.flush()
-        os.dup2(caught.fileno(), 2)
-        try:
-            yield
-            failed = False
-        finally:
-            sys.stderr.flush()
-            os.dup2(saved, 2)
-            os.close(saved)
-            caught.seek(0)
-            for line in caught:
-                if failed or not note.match(line):
-                    os.write(2, line)
 
 
 def numpy_examples(dataset: Any) -> Iterator[Example]:
@@ -202,7 +186,7 @@ def numpy_examples(dataset: Any) -> Iterator[Example]:
 def _import_module(name: str) -> None:
     """Imports a module that registers tasks; UserError when it is not there or fails."""
     try:
-        with seqio_lock:
+        with seqio_lock, contextlib.nullcontext() if name in sys.modules else stages.stage(f"importing {name}"):
             importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(error.name + ".")):

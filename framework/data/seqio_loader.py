@@ -4,8 +4,9 @@ What it is not: batches depend on how many processes read, and a resumed run rea
 anything longer `grain_loader.CachedData` reads the same tasks from a cache.
 """
 
+import contextlib
+import copy
 import functools
-import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,20 +19,23 @@ from meshway.framework.data.eval_task import EVAL_SEED, TaskEvaluation
 from meshway.framework.data.objective import Converter, Objective, Spec, TaskInfo
 from meshway.framework.data.rows.examples import InMemory
 from meshway.framework.data.rows.order import key_of
-from meshway.framework.data.rows.packing import Arrays, Example
-from meshway.framework.data.rows.row_source import RowSource
+from meshway.framework.data.rows.packing import Example
+from meshway.framework.data.rows.row_stream import RowStream
+from meshway.framework.data.rows.streamed_source import StreamedSource
 from meshway.framework.data.task_data import check_arguments, framing_of, vocabularies_of, with_split
-from meshway.framework.data.vocabulary import Framing, Vocabulary
+from meshway.framework.data.vocabulary import Framing, Vocabulary, vocabulary_sizes
 from meshway.framework.errors import UserError
-from meshway.framework.interfaces import Batch
+from meshway.framework.interfaces import Batch, SplitRead
 
-_BUFFER = 1024  # examples packed together
 _SLOW = 1000  # skipping this many batches is worth a line of progress
-_FRUITLESS = 100  # buffers in a row that may give no row
+_END = "meshway: end of a pass"  # no feature of anyone's
 
 
 class SeqioData:
     """A task or mixture of seqio's registry, streamed for training and read into memory for evaluation.
+
+    Each pass over a task visits each of its examples once; a process reads its own share of them. A mixture deals rows,
+    each of one task, as `CachedData` does.
 
     Args:
       mixture_or_task_name: the registered name.
@@ -43,11 +47,11 @@ class SeqioData:
       train_split: what `train` reads.
       eval_split: what `eval_tasks` read.
       eval_examples: evaluate on the first so many examples of each task (None: all).
-      shuffle: whether seqio shuffles, by files and a buffer.
+      shuffle: whether seqio shuffles each pass, by files and a buffer.
       use_cached: read the tasks from seqio's own offline cache (made by seqio_cache_tasks).
       vocabularies: the vocabulary expected of each feature; any other is an error.
       start: ids that a decoder reads before a text; None goes by the vocabulary of `targets` (its BOS, T5's 0).
-      stop_ids: ids that end a prediction; None: the EOS of that vocabulary.
+      stop_ids: ids that end a prediction beside the EOS of that vocabulary.
     """
 
     def __init__(
@@ -81,6 +85,22 @@ class SeqioData:
         self._use_cached = use_cached
         self._named = dict(vocabularies or {})
         self._start, self._stop_ids = start, stop_ids
+        self._is_dry = False
+
+    def for_dry_run(self) -> "SeqioData":
+        """Returns the same source, which says nothing as it is opened. It reads nothing before a batch is asked for."""
+        source = copy.copy(self)
+        source._is_dry = True
+        return source
+
+    def reads(self, evaluate: bool) -> list[SplitRead]:
+        """Returns what `train` reads, and with `evaluate` what `eval_tasks` do."""
+        wanted = [("training", self._train_split)] + ([("evaluation", self.eval_split)] if evaluate else [])
+        return [
+            SplitRead(task.name, split, purpose, seqio_steps.source_count(task, split), None)
+            for purpose, split in wanted
+            for task in self._with_split(split, purpose)
+        ]
 
     def train(self, rows: slice) -> "SeqioStream":
         """Opens the endless training stream; `rows` are this process's rows of each global batch.
@@ -89,23 +109,34 @@ class SeqioData:
           UserError: unknown task, module or split; lengths that do not fit; a task that fails to be read
             (then when the first batch is asked for).
         """
-        seqio_door.mixing_rates(self._provider)  # complains about a mixture that cannot be read
-        tasks = self._with_split(self._train_split, "training")
+        rates = seqio_door.mixing_rates(self._provider)
+        tasks = [task for task in self._with_split(self._train_split, "training") if rates[task.name]]
+        if not tasks:
+            raise UserError(f"mixture {self.name!r}: every task with split {self._train_split!r} has rate 0")
+        objectives = [self._objective(task) for task in tasks]
         share = len(range(self.batch_size)[rows])
-        print(
-            f"data: {self.name} streams uncached through seqio: a resumed run replays what it has read, and batches "
-            "depend on the number of processes; `meshway cache` makes them exact",
-            file=sys.stderr,
-        )
-        return SeqioStream(
-            self.name,
-            functools.partial(self._stream, (rows.start or 0) // share, self.batch_size // share),
-            self._objective(tasks[0]),
-            self.converter.pack,
-            self.converter.spec(self.lengths, self.batch_size),
-            share,
-            self._seed,
-        )
+        if not self._is_dry:
+            print(
+                f"data: {self.name} streams uncached through seqio: a resumed run replays what it has read, and "
+                "batches depend on the number of processes; `meshway cache` makes them exact",
+                file=sys.stderr,
+            )
+        spec = self.converter.spec(self.lengths, self.batch_size)
+        sizes = vocabulary_sizes(self.vocabularies(), self.lengths)
+        shard, num_shards = (rows.start or 0) // share, self.batch_size // share
+        part = f" in shard {shard + 1} of {num_shards}, one for each process" if num_shards > 1 else ""
+
+        def open_rows() -> RowStream:
+            sources = []
+            for task, objective in zip(tasks, objectives, strict=True):
+                # seqio gives all shards the same random numbers.
+                seed = key_of(self._seed, task.name, shard)
+                passes = self._passes(task, shard, num_shards, seed)
+                arguments = (objective, self.converter.pack, seed, sizes, part)
+                sources.append(StreamedSource(task.name, passes, *arguments))
+            return RowStream(self.name, sources, rates, [], spec, share, slice(0, share), self._seed)
+
+        return SeqioStream(open_rows, spec)
 
     def eval_tasks(self, split: str | None = None) -> list[TaskEvaluation]:
         """Opens a split, by default `eval_split`, of each sub-task that has it; raises UserError when none has."""
@@ -163,26 +194,26 @@ class SeqioData:
         return [task for task in self._tasks if task.name in having]
 
     def _objective(self, task: Any) -> Objective:
-        start = self._framing.start if self._framing else ()
-        return self.converter.bind(TaskInfo(task.name, seqio_steps.declared(task), start), self.lengths)
+        framing = self._framing
+        start, bos = (framing.start, framing.bos) if framing else ((), ())
+        return self.converter.bind(TaskInfo(task.name, seqio_steps.declared(task), start, bos=bos), self.lengths)
 
-    def _stream(self, shard: int, num_shards: int) -> Iterator[Example]:
-        """Yields this process's examples, without end."""
+    def _passes(self, task: Any, shard: int, num_shards: int, seed: int) -> Iterator[Example | None]:
+        """Yields this process's examples of a task without end, None after each pass."""
         seqio = seqio_door.import_seqio()
-        what = f"split {self._train_split!r}"
-        with seqio_door.task_errors(self.name, what):
-            with seqio_door.seqio_lock:
-                dataset = self._provider.get_dataset(
+        with seqio_door.task_errors(task.name, f"split {self._train_split!r}"):
+            with seqio_door.seqio_lock, _fresh_each_pass():
+                dataset = task.get_dataset(
                     self.lengths,
                     self._train_split,
                     use_cached=self._use_cached,
                     shuffle=self._shuffle,
-                    # seqio gives all shards the same random numbers.
-                    seed=key_of(self._seed, self.name, shard) % 2**31,
+                    seed=seed % 2**31,
                     shard_info=seqio.ShardInfo(shard, num_shards),
-                    num_epochs=None,
+                    num_epochs=1,
                 )
-            yield from seqio_door.numpy_examples(dataset)
+            for example in seqio_door.numpy_examples(_with_ends(dataset).repeat()):
+                yield None if example[_END] else {name: value for name, value in example.items() if name != _END}
 
     def _read(self, task: Any, split: str) -> list[Example]:
         """Returns the evaluation examples of a task, in its order."""
@@ -203,59 +234,28 @@ class SeqioData:
 
 
 class SeqioStream:
-    """The `Dataset` of `SeqioData.train`: this process's examples, packed a buffer at a time.
+    """The `Dataset` of `SeqioData.train`: this process's rows, from the start.
 
     Args:
-      name: what is read, for messages.
-      open_examples: () -> the endless examples of this process, from the start.
-      objective: what becomes of them.
-      pack: whether rows hold several items.
+      open_rows: () -> the rows, from the start.
       spec: the global batch features.
-      share: this process's rows of a batch.
-      seed: of the objective's randomness.
     """
 
-    def __init__(
-        self,
-        name: str,
-        open_examples: Callable[[], Iterator[Example]],
-        objective: Objective,
-        pack: bool,
-        spec: Spec,
-        share: int,
-        seed: int,
-    ) -> None:
-        self._name = name
-        self._open = open_examples
-        self._objective = objective
-        self._pack = pack
-        self._spec = spec
-        self._share = share
-        self._seed = seed
-        self._source: RowSource | None = None
-        self._batches = self._buffers = self._row = 0
-        self._examples = open_examples()
+    def __init__(self, open_rows: Callable[[], RowStream], spec: Spec) -> None:
+        self._open, self._spec = open_rows, spec
+        self._rows: RowStream | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        parts: list[Arrays] = []
-        missing = self._share
-        while missing:
-            if self._source is None or self._row >= self._source.rows_in_round(0):
-                self._source, self._row = self._next_source(), 0
-            stop = min(self._row + missing, self._source.rows_in_round(0))
-            arrays, _ = self._source.take(np.arange(self._row, stop))
-            parts.append(arrays)
-            missing -= stop - self._row
-            self._row = stop
-        self._batches += 1
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        if self._rows is None:
+            self._rows = self._open()
+        return next(self._rows)
 
     def state(self) -> dict[str, int]:
         """Returns how many batches were read."""
-        return {"batches": self._batches}
+        return {"batches": self._rows.position if self._rows else 0}
 
     def restore(self, state: Mapping[str, int]) -> None:
         """Reads from the start again and drops what was read before; raises UserError for another kind of state."""
@@ -264,29 +264,43 @@ class SeqioStream:
                 f"the saved data position {dict(state)} is not one of an uncached stream: resume with the DATA of "
                 "the run that saved it"
             )
-        self._source, self._batches, self._buffers, self._examples = None, 0, 0, self._open()
-        for _ in range(int(state["batches"])):
+        self._rows = None
+        for number in range(1, int(state["batches"]) + 1):
             next(self)
-            if self._batches % _SLOW == 0:
-                print(f"data: replayed {self._batches:,} of {state['batches']:,} batches", file=sys.stderr)
+            if number % _SLOW == 0:
+                print(f"data: replayed {number:,} of {state['batches']:,} batches", file=sys.stderr)
 
     def spec(self) -> Spec:
         """Returns (global shape, dtype) of each feature."""
         return dict(self._spec)
 
-    def _next_source(self) -> RowSource:
-        """Returns the rows of the next buffer of examples."""
-        for _ in range(_FRUITLESS):
-            examples = InMemory(list(itertools.islice(self._examples, _BUFFER)))
-            if not len(examples):
-                raise UserError(f"the stream of {self._name!r} has ended; a training stream must not")
-            self._buffers += 1
-            if not self._objective.row_lengths or self._objective.parts(examples.sizes).any():
-                seed = key_of(self._seed, self._buffers)
-                return RowSource(self._name, examples, self._objective, self._pack, True, seed)
-        raise UserError(
-            f"{self._name!r}: {_FRUITLESS * _BUFFER:,} examples in a row were all left out by the objective"
-        )
+
+@contextlib.contextmanager
+def _fresh_each_pass() -> Iterator[None]:
+    """Lets what seqio's preprocessors draw, in a dataset that is put together inside, differ in each pass over it.
+
+    seqio repeats a task before it draws. Repeated after that, where alone it is known what ends a pass, it would draw
+    the same again.
+    """
+    import tensorflow as tf
+
+    usual = tf.data.Dataset.random
+    tf.data.Dataset.random = staticmethod(functools.partial(usual, rerandomize_each_iteration=True))
+    try:
+        yield
+    finally:
+        tf.data.Dataset.random = staticmethod(usual)
+
+
+def _with_ends(dataset: Any) -> Any:
+    """Returns a pass whose elements say by the feature `_END` that they are examples, and one more that it is over."""
+    import tensorflow as tf
+
+    specs = {name: spec for name, spec in dataset.element_spec.items() if isinstance(spec, tf.TensorSpec)}
+    shapes = {name: spec.shape if spec.shape.rank else [] for name, spec in specs.items()}
+    nothing = {name: tf.zeros([size or 0 for size in shapes[name]], spec.dtype) for name, spec in specs.items()}
+    end = tf.data.Dataset.from_tensors({**nothing, _END: True})
+    return dataset.map(lambda example: {name: example[name] for name in specs} | {_END: False}).concatenate(end)
 
 
 class _Late:

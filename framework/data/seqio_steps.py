@@ -18,6 +18,7 @@ from meshway.framework.data.cache.fingerprint import qualified_name
 from meshway.framework.data.cache.format import BYTES
 from meshway.framework.data.dataset_graph import draws, maps_randomly
 from meshway.framework.data.objective import FeatureInfo, VocabularyInfo
+from meshway.framework.data.rows.examples import wrong_id
 from meshway.framework.data.rows.online_steps import TENSORFLOW, TWINS
 from meshway.framework.data.rows.order import key_of
 from meshway.framework.data.rows.packing import Example
@@ -169,14 +170,33 @@ def cacheable(
       bad: takes a line about each example left out.
 
     Raises:
-      UserError: the task cannot be read, or more than `max_bad` examples fail.
+      UserError: the task cannot be read, or more than `max_bad` examples fail, or hold ids their vocabulary has not.
     """
-    import tensorflow as tf
-
     bad = [] if bad is None else bad
     with task_errors(task.name, f"split {split!r}"), _seeded(key_of(seed, task.name, split, shard)):
         dataset = in_order(_cached_dataset(task, split, shard, num_shards, seed))
-    read = failed = 0
+    # What TensorFlow still works on may not be token ids yet.
+    found = {} if online_entries(task) == TENSORFLOW else declared(task)
+    sizes = {name: info.vocabulary.size for name, info in found.items() if info.vocabulary and len(info.shape) == 1}
+    failed = 0
+    for number, example in enumerate(_each(task, split, dataset)):
+        if isinstance(example, Exception):
+            cause = _cause(example)
+        elif not (cause := wrong_id(example, sizes)):
+            yield example
+            continue
+        bad.append(f"task {task.name!r}, split {split!r}, example {number} of shard {shard} of {num_shards}: {cause}")
+        failed += 1
+        if failed > max_bad:
+            count = f"; {failed} bad examples in this shard, {max_bad} allowed" if max_bad else ""
+            raise UserError(f"{bad[-1]}{count}. `meshway cache --max_bad_examples=N` leaves out up to N")
+
+
+def _each(task: Any, split: str, dataset: Any) -> Iterator[Example | Exception]:
+    """Yields a dataset's elements, or what a preprocessor said against one."""
+    import tensorflow as tf
+
+    read = 0
     with task_errors(task.name, f"split {split!r}"):
         try:
             for example in numpy_examples(dataset):
@@ -188,19 +208,11 @@ def cacheable(
     iterator = dataset.skip(read).as_numpy_iterator()
     while True:
         try:
-            example = next(iterator)
+            yield next(iterator)
         except StopIteration:
             return
         except tf.errors.OpError as error:
-            place = f"example {read + failed} of shard {shard} of {num_shards}"
-            bad.append(f"task {task.name!r}, split {split!r}, {place}: {_cause(error)}")
-            failed += 1
-            if failed > max_bad:
-                count = f"; {failed} bad examples in this shard, {max_bad} allowed" if max_bad else ""
-                raise UserError(f"{bad[-1]}{count}. `meshway cache --max_bad_examples=N` leaves out up to N") from error
-            continue
-        yield example
-        read += 1
+            yield error
 
 
 def online(

@@ -1,5 +1,6 @@
 """What the data sources of tasks share: checks of their arguments, vocabularies of what they read."""
 
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -45,12 +46,18 @@ def framing_of(
 
     Args:
       vocabularies: by feature.
-      start, stop_ids: what the recipe says; None goes by the vocabulary of `targets`.
+      start: what the recipe says; None goes by the vocabulary of `targets`.
+      stop_ids: what ends a prediction, beside the EOS of that vocabulary, with which tasks end their targets.
 
     Raises:
       UserError: these are no ids of it.
     """
-    return Framing.of(vocabularies["targets"], start, stop_ids) if "targets" in vocabularies else None
+    if "targets" not in vocabularies:
+        return None
+    targets = vocabularies["targets"]
+    own = () if targets.eos_id is None else (targets.eos_id,)
+    framing = Framing.of(targets, start, stop_ids)
+    return dataclasses.replace(framing, stop=tuple(dict.fromkeys((*framing.stop, *own))))
 
 
 def with_split(tasks: Mapping[str, Sequence[str]], split: str, purpose: str, name: str) -> list[str]:

@@ -4,6 +4,7 @@ Segment ids and positions are always there, packed or not: 0 in a segment id is 
 else is data.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -40,23 +41,55 @@ def encoder_arrays(laid: Arrays) -> Arrays:
     }
 
 
-def decoder_arrays(laid: Arrays, name: str, start: Sequence[int]) -> Arrays:
-    """Returns the decoder's batch features of `packing.lay_out`'s arrays of row feature `name`.
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a decoder reads before each segment of a row.
 
-    Args:
-      laid: the arrays.
-      name: the row feature.
-      start: the id that the decoder reads before each segment; () for none: then nothing predicts its first token.
+    A segment may bring its start along, or there may be none: its tokens are then read where they lie, the first of
+    them is predicted by nothing, and what the others carry moves to the place before, where they are predicted.
+
+    Attributes:
+      ids: the id; () for none.
+      bos: the id where a text may spell it out itself, see `Framing.bos`; else ().
     """
-    tokens, segment_ids, positions = laid[name], laid[f"{name}_segment_ids"], laid[f"{name}_positions"]
-    real = (segment_ids > 0).astype(np.float32)
-    read = np.where(segment_ids > 0, shift_right(tokens, positions, start[0]), 0) if start else tokens
+
+    ids: tuple[int, ...]
+    bos: tuple[int, ...] = ()
+
+    def read(self, laid: Arrays, name: str) -> np.ndarray:
+        """Returns the tokens of row feature `name` of `packing.lay_out`'s arrays as the decoder reads them."""
+        tokens, first = laid[name], self.ids[0] if self.ids else 0
+        shifted = np.where(laid[f"{name}_segment_ids"] > 0, shift_right(tokens, laid[f"{name}_positions"], first), 0)
+        return np.where(self._brought(laid, name), tokens, shifted)
+
+    def predicted(self, values: np.ndarray, laid: Arrays, name: str) -> np.ndarray:
+        """Returns values of the tokens of `name` [rows, length] where each is predicted; 0 where none is."""
+        return np.where(self._brought(laid, name), shift_left(values, laid[f"{name}_positions"]), values)
+
+    def prefix(self, is_input: np.ndarray, laid: Arrays, name: str) -> np.ndarray:
+        """Returns where the decoder reads a start or a token that `is_input`, int32 [rows, length]."""
+        positions, real = laid[f"{name}_positions"], laid[f"{name}_segment_ids"] > 0
+        return np.where(self._brought(laid, name), is_input, shift_right(is_input, positions, 1)) * real
+
+    def _brought(self, laid: Arrays, name: str) -> np.ndarray:
+        """Returns which tokens are of a segment that nothing is put before, bool [rows, length]."""
+        tokens, positions = laid[name], laid[f"{name}_positions"]
+        if not self.ids or not self.bos:
+            return np.full(tokens.shape, not self.ids)
+        begins = (positions == 0) & (laid[f"{name}_segment_ids"] > 0) & (tokens == self.bos[0])
+        heads = np.maximum.accumulate(np.where(positions == 0, np.arange(tokens.shape[1]), 0), axis=1)
+        return np.take_along_axis(begins, heads, axis=1)
+
+
+def decoder_arrays(laid: Arrays, name: str, start: Start) -> Arrays:
+    """Returns the decoder's batch features of `packing.lay_out`'s arrays of row feature `name`."""
+    segment_ids = laid[f"{name}_segment_ids"]
     return {
-        "decoder_input_tokens": read,
-        "decoder_target_tokens": tokens if start else shift_left(tokens, positions),
-        "decoder_loss_weights": real if start else shift_left(real, positions),
+        "decoder_input_tokens": start.read(laid, name),
+        "decoder_target_tokens": start.predicted(laid[name], laid, name),
+        "decoder_loss_weights": start.predicted((segment_ids > 0).astype(np.float32), laid, name),
         "decoder_segment_ids": segment_ids,
-        "decoder_positions": positions,
+        "decoder_positions": laid[f"{name}_positions"],
     }
 
 
@@ -72,13 +105,14 @@ def shift_left(values: np.ndarray, positions: np.ndarray) -> np.ndarray:
     return np.where(rest, following, np.zeros((), values.dtype))
 
 
-def check_start(kind: str, task: TaskInfo, least: int) -> None:
-    """Raises UserError unless the task's decoder starts from one id, or from none where `least` is 0."""
+def start_of(kind: str, task: TaskInfo, least: int) -> Start:
+    """Returns what the task's decoder starts from; UserError unless it is one id, or none where `least` is 0."""
     if not least <= len(task.start) <= 1:
         raise UserError(
             f"task {task.name!r}: under {kind} a decoder starts from {'one id' if least else 'one id or none'}, not "
             f"from {list(task.start)}; say which by the data's setting `start`, such as CachedData.start = [0]"
         )
+    return Start(task.start, task.bos)
 
 
 def check_tokens(kind: str, task: TaskInfo, lengths: Mapping[str, int], features: Sequence[str]) -> None:

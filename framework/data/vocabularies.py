@@ -66,6 +66,10 @@ class SentencePiece(Vocabulary):
         self._shown: dict[int, str] = {}
         self.start = first_of(self._processor.bos_id(), self._processor.pad_id(), eos_id)
 
+    @property
+    def marks(self) -> frozenset[int]:
+        return super().marks.union(filter(self._processor.IsControl, range(self.size)))
+
     def encode(self, text: str) -> list[int]:
         return self._processor.EncodeAsIds(text)
 
@@ -114,6 +118,10 @@ class Bytes(Vocabulary):
         self.extra_ids = extra_ids
         self.size = self._first_extra + extra_ids
         self.eos_id, self.unk_id, self.start = 1, 2, (0,)
+
+    @property
+    def marks(self) -> frozenset[int]:
+        return frozenset({self.pad_id, 1})
 
     def encode(self, text: str) -> list[int]:
         return [byte + 3 for byte in text.encode("utf-8")]
@@ -169,6 +177,10 @@ class Opaque(Vocabulary):
         self.eos_id, self.unk_id, self._bos_id = eos_id, unk_id, bos_id
         self.start = first_of(bos_id, self.pad_id)
         self._sample = list(sample)
+
+    @property
+    def marks(self) -> frozenset[int]:
+        return super().marks if self._bos_id is None else super().marks | {self._bos_id}
 
     def encode(self, text: str) -> list[int]:
         raise UserError(f"{self} holds no text: only SentencePiece, byte and Hugging Face vocabularies do")
@@ -289,7 +301,7 @@ def check_named(task_name: str, vocabularies: Mapping[str, Any], named: Mapping[
         if own.fingerprint != given.fingerprint:
             raise UserError(
                 f"task {task_name!r}, feature {feature!r}: the task is registered with a {own}, the recipe names a "
-                f"{given}; name the task's own, or register the task with the recipe's"
+                f"{given}{own.settings_unlike(given)}; name the task's own, or register the task with the recipe's"
             )
 
 

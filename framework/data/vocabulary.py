@@ -7,12 +7,16 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
 
 from meshway.framework.data.detokenizing import Detokenizer, Whole
 from meshway.framework.data.objective import VocabularyInfo
 from meshway.framework.errors import UserError
 from meshway.framework.files import io_errors, replace_file
+
+Ids = TypeVar("Ids", list[int], Sequence[int], np.ndarray)
 
 
 class Vocabulary(abc.ABC):
@@ -26,7 +30,6 @@ class Vocabulary(abc.ABC):
       pad_id: always 0, as seqio has it. Of no weight here: padding is told by segment ids, never by token id.
       extra_ids: how many ids are sentinels.
       sentinels: those ids, <extra_id_0> first, where they are not the highest, from the top down; else ().
-      extra_ids: how many ids at the top are sentinels.
       start: ids that a decoder reads before the first token of a text, where nobody says otherwise: the vocabulary's
         BOS, T5's padding id, or the EOS that ended the text before; () if it has none of these.
     """
@@ -65,6 +68,11 @@ class Vocabulary(abc.ABC):
         return [self._piece(int(token)) for token in ids]
 
     @property
+    def marks(self) -> frozenset[int]:
+        """Ids that are no text but stand around it, as BOS does: a text that begins with its start spells it out."""
+        return frozenset() if self.eos_id is None else frozenset({self.eos_id})
+
+    @property
     def info(self) -> VocabularyInfo:
         """What objectives must know."""
         return VocabularyInfo(self.size, self.eos_id, self.extra_ids, self.sentinels)
@@ -79,6 +87,16 @@ class Vocabulary(abc.ABC):
     def cuts_like(self, other: "Vocabulary") -> bool:
         """Whether both make the same ids of text, whatever they know of EOS and sentinels."""
         return (self.kind, self.size, self._canonical()) == (other.kind, other.size, other._canonical())
+
+    def settings_unlike(self, other: "Vocabulary") -> str:
+        """Returns, for an error about a task's vocabulary, this one, and a recipe's, the other, in which settings two
+        that cut text alike differ; "" for two that do not."""
+        ours, theirs = self._settings(), other._settings()
+        differ = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+        if not differ or not self.cuts_like(other):
+            return ""
+        said = (f"{name} is {ours.get(name)} in the task's and {theirs.get(name)} in the recipe's" for name in differ)
+        return f" (the same tokens, but {', '.join(said)})"
 
     def save(self, directory: Path, name: str) -> None:
         """Writes `name`.json and, where the kind has content, `name`.model or `name`.tokenizer.json.
@@ -142,11 +160,14 @@ class Framing:
       start: ids that the decoder reads before anything else; () for none.
       append_eos: whether inputs end with EOS; None where nobody said: those of an encoder do.
       stop: ids that end a prediction; () for none.
+      bos: `start` where these are marks, which a text may spell out itself and then has once; else (). Follows from the
+        vocabulary.
     """
 
     start: tuple[int, ...]
     append_eos: bool | None = None
     stop: tuple[int, ...] = ()
+    bos: tuple[int, ...] = dataclasses.field(default=(), compare=False)
 
     @classmethod
     def of(
@@ -160,7 +181,7 @@ class Framing:
         own = () if vocabulary.eos_id is None else (vocabulary.eos_id,)
         begin = vocabulary.start if start is None else check_ids("start", start, vocabulary.size)
         stop = own if stop_ids is None else check_ids("stop_ids", stop_ids, vocabulary.size)
-        return cls(begin, None, tuple(dict.fromkeys(stop)))
+        return cls(begin, None, tuple(dict.fromkeys(stop)), begin if vocabulary.marks.issuperset(begin) else ())
 
 
 def source_framing(source: Any) -> Framing | None:
@@ -170,6 +191,16 @@ def source_framing(source: Any) -> Framing | None:
         return found
     targets = source.vocabularies().get("targets")
     return None if targets is None else Framing.of(targets)
+
+
+def vocabulary_sizes(vocabularies: Mapping[str, Vocabulary], lengths: Mapping[str, int]) -> dict[str, int]:
+    """Returns how many ids there are of each feature that is read as tokens: one that `lengths` limits."""
+    return {name: vocabulary.size for name, vocabulary in vocabularies.items() if name in lengths}
+
+
+def after_start(tokens: Ids, bos: Sequence[int]) -> Ids:
+    """Returns the ids behind a start that they spell out themselves, as `Framing.bos` has it; else all of them."""
+    return tokens[len(bos) :] if bos and list(tokens[: len(bos)]) == list(bos) else tokens
 
 
 def before_stop(tokens: Iterable[int], stop: Sequence[int]) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import jax
 
+from meshway.framework import stages
 from meshway.framework.distributed import abort, rendezvous
 from meshway.framework.distributed.barrier import barrier as wait_at_barrier
 from meshway.framework.distributed.barrier import named
@@ -53,7 +54,10 @@ def joined(
         jax.config.update("jax_num_cpu_devices", simulated_devices)
     cluster = recognise(os.environ, Given(coordinator_address, num_processes, process_id))
     if cluster is not None:
-        _join(cluster, Deadlines.of())
+        with stages.stage("joining the other processes of the run"):
+            _join(cluster, Deadlines.of())
+        if not is_primary():
+            stages.silence()
     if _watch is None:
         yield
         return

@@ -21,10 +21,13 @@ class StopSignal:
 
     In one process the first signal is remembered and a second one ends the program at once. With several, jax's
     preemption service agrees on one step for all of them; a Python handler would silently disable it.
+
+    Attributes:
+      number: the signal that came, if one did, and was heard here.
     """
 
     def __init__(self) -> None:
-        self._received = False
+        self.number: int | None = None
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -44,14 +47,14 @@ class StopSignal:
     def requested(self, step: int) -> bool:
         """Returns whether to save and stop after `step`; the same answer on every process."""
         if jax.process_count() == 1:
-            return self._received
+            return self.number is not None
         return bool(multihost_utils.reached_preemption_sync_point(step))
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self._received:
+        if self.number is not None:
             os._exit(128 + number)
-        self._received = True
+        self.number = number
         name = signal.Signals(number).name
         sys.stderr.write(f"\n{name}: saving after this step, then stopping; once more stops at once\n")
         sys.stderr.flush()

@@ -73,7 +73,7 @@ class Predictor:
 
         Args:
           checkpoint: a run directory, or one of its checkpoints.
-          step: which checkpoint of the run; None for the latest.
+          step: which checkpoint of the run; None for the latest that can be read (the others are warned of).
           layout: a shipped layout or a gin file; None for the recipe's own.
           bindings: more of the recipe, as after `--gin.`: 'DTYPE=bfloat16'.
           decoder: how predictions are made; greedily by default.

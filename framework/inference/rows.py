@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from meshway.framework.data.vocabulary import after_start
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Model
 
@@ -21,14 +22,16 @@ class RowFormat:
       has_prefix: inputs of that sequence see each other both ways (prefix LM).
       start: what the decoder reads before anything else: T5X's 0, a model's own BOS, or nothing. T5's where no run
         is at hand.
+      bos: the same where a sequence may spell it out itself, see `Framing.bos`; else ().
     """
 
     has_encoder: bool
     has_prefix: bool = False
     start: tuple[int, ...] = (0,)
+    bos: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, model: Model, start: Sequence[int] = (0,)) -> "RowFormat":
+    def of(cls, model: Model, start: Sequence[int] = (0,), bos: Sequence[int] = ()) -> "RowFormat":
         """Returns the format of a model.
 
         Raises:
@@ -42,11 +45,15 @@ class RowFormat:
             )
         if "encoder_input_tokens" in names and len(start) != 1:
             raise UserError(f"a decoder that predicts from an encoder starts from one id, not from {list(start)}")
-        return cls("encoder_input_tokens" in names, "decoder_prefix_mask" in names, tuple(start))
+        return cls("encoder_input_tokens" in names, "decoder_prefix_mask" in names, tuple(start), tuple(bos))
 
     def prompt_size(self, inputs: Tokens) -> int:
         """Returns how many tokens of a prompt row an example takes."""
-        return len(inputs) if self.has_encoder else len(self.start) + len(inputs)
+        return len(inputs) if self.has_encoder else len(self.begun(inputs))
+
+    def begun(self, tokens: Tokens) -> list[int]:
+        """Returns a decoder's sequence behind its start, once."""
+        return [*self.start, *after_start(tokens, self.bos)]
 
     def prompts(self, inputs: Sequence[Tokens], length: int) -> Arrays:
         """Returns what `Model.prefill` reads of each example, [examples, length].
@@ -57,7 +64,7 @@ class RowFormat:
         if self.has_encoder:
             start = np.full((len(inputs), 1), self.start[0], np.int32)
             return _encoder(inputs, length) | {"decoder_input_tokens": start}
-        sequences = [[*self.start, *each] for each in inputs]
+        sequences = [self.begun(each) for each in inputs]
         tokens, segments, positions = _filled(sequences, length)
         arrays = {
             "decoder_input_tokens": tokens,
@@ -80,7 +87,7 @@ class RowFormat:
         """Returns how many tokens of each feature of a scored row an example takes."""
         if self.has_encoder:
             return {"inputs": len(inputs), "targets": len(targets)}
-        return {"targets": max(1, len(self.start) + len(inputs) + len(targets) - 1)}
+        return {"targets": max(1, len(self.begun([*inputs, *targets])) - 1)}
 
     def scored(self, inputs: Sequence[Tokens], targets: Sequence[Tokens], lengths: Mapping[str, int]) -> Arrays:
         """Returns what `Model.score` reads of each example; only targets have weight.
@@ -88,33 +95,35 @@ class RowFormat:
         Raises:
           ValueError: an example takes more tokens than `lengths` says.
         """
-        if self.has_encoder:
-            begun = [[*self.start, *each][: len(each)] for each in targets]
-            return _encoder(inputs, lengths["inputs"]) | _decoder(begun, targets, [0] * len(begun), lengths["targets"])
-        wholes = [[*self.start, *known, *new] for known, new in zip(inputs, targets, strict=True)]
+        known = [[]] * len(inputs) if self.has_encoder else inputs
+        wholes = [self.begun([*before, *new]) for before, new in zip(known, targets, strict=True)]
         # What is predicted by the last token before the targets, and on.
-        firsts = [max(0, len(self.start) + len(known) - 1) for known in inputs]
+        firsts = [max(0, self._first(before, new)) for before, new in zip(known, targets)]
         read, predicted = [whole[:-1] for whole in wholes], [whole[1:] for whole in wholes]
         arrays = _decoder(read, predicted, firsts, lengths["targets"])
+        if self.has_encoder:
+            return _encoder(inputs, lengths["inputs"]) | arrays
         if self.has_prefix:
             places = np.arange(lengths["targets"])
-            known = np.array([first + 1 for first in firsts])[:, None]
-            arrays["decoder_prefix_mask"] = ((places < known) & (arrays["decoder_segment_ids"] > 0)).astype(np.int32)
+            counts = np.array([first + 1 for first in firsts])[:, None]
+            arrays["decoder_prefix_mask"] = ((places < counts) & (arrays["decoder_segment_ids"] > 0)).astype(np.int32)
         return arrays
 
     def of_targets(self, rows: np.ndarray, inputs: Sequence[Tokens], targets: Sequence[Tokens]) -> list[np.ndarray]:
         """Returns what rows [examples, length], as `Model.score` gives them, say of each example's targets alone.
 
-        Without a start token the first token of a sequence is predicted by nothing: it gets 0.
+        The first token of a sequence is predicted by nothing where no start stands before it: it gets 0.
         """
-        if self.has_encoder:
-            return [row[: len(each)] for row, each in zip(rows, targets)]
         found = []
         for row, known, new in zip(rows, inputs, targets):
-            first = len(self.start) + len(known) - 1
+            first = self._first([] if self.has_encoder else known, new)
             scores = row[max(first, 0) : first + len(new)]
             found.append(np.concatenate([np.zeros(len(new) - len(scores), row.dtype), scores]))
         return found
+
+    def _first(self, known: Tokens, new: Tokens) -> int:
+        """Returns the place that predicts the first token of `new`; -1 where none does."""
+        return len(self.begun([*known, *new])) - len(new) - 1
 
 
 def _encoder(inputs: Sequence[Tokens], length: int) -> Arrays:

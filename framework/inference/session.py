@@ -1,12 +1,14 @@
 """A run's model, opened to be used: on the mesh, with its weights and its text."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 
-from meshway.framework.checkpoints.manager import Checkpoints, find_checkpoint
+from meshway.framework import stages
+from meshway.framework.checkpoints.manager import Checkpoints, find_checkpoint, read_last
 from meshway.framework.errors import UserError
 from meshway.framework.files import local_path
 from meshway.framework.inference.beam_search import BeamSearch
@@ -98,6 +100,7 @@ def open_session(
     step: int | None = None,
     append_eos: bool | None = None,
     stop: str | Sequence[str] = (),
+    say: Callable[[str], object] = warnings.warn,
 ) -> Session:
     """Opens a checkpoint under a layout: any, whatever it was trained under.
 
@@ -105,13 +108,15 @@ def open_session(
       model: of the run's recipe.
       layout: how it lies on the mesh.
       path: the run directory, or one of its checkpoints.
-      step: which checkpoint; None for the latest.
+      step: which checkpoint; None for the latest that can be read.
       append_eos: see `load_text`.
       stop: text, or texts, that end a prediction; see `Text.stops`.
+      say: is told of later checkpoints that cannot be read.
 
     Raises:
       UserError: there is no such run or step; it holds another model; its vocabularies cannot be read; the layout does
         not fit; a text of `stop` is empty.
+      DamagedCheckpoint: the checkpoint asked for, or every one of the run, cannot be read.
     """
     stops = stop_texts(stop)
     directory = local_path(path)
@@ -120,12 +125,19 @@ def open_session(
     found = find_checkpoint(directory, step, "--model_dir")
     if found is None:
         raise UserError(f"--model_dir={path} is neither a run directory nor a checkpoint (no checkpoints/ in it)")
-    folder, step = found
+    folder, last = found
+    asked_for = step is not None or directory.absolute() == (folder / str(last)).absolute()
     placed = PlacedModel(model, layout)
     text = load_text(folder.parent, RowFormat.of(model).has_encoder, append_eos, _vocabulary_size(placed))
     text = dataclasses.replace(text, stops=stops)
-    params = Checkpoints(folder, read_only=True).load_params(step, placed.abstract_params)
-    return Session(placed, params, text, RowFormat.of(model, text.start), folder.parent, step)
+    checkpoints = Checkpoints(folder, read_only=True)
+
+    def read(step: int) -> Params:
+        with stages.stage(f"reading checkpoint {step}"):
+            return checkpoints.load_params(step, placed.abstract_params)
+
+    step, params = (last, read(last)) if asked_for else read_last(checkpoints, last, read, say)
+    return Session(placed, params, text, RowFormat.of(model, text.start, text.bos), folder.parent, step)
 
 
 def _vocabulary_size(placed: PlacedModel) -> int:

@@ -23,7 +23,7 @@ class Text:
       end: ids after every input, such as T5's EOS; () for inputs that a prediction goes on from.
       target_end: ids after every target that is scored.
       stops: texts that end a prediction, each where it first stands in the text of the prediction, which ends with it.
-      begin: ids that stand before every input anyway: a text that spells them out too has them once.
+      bos: `start`, where inputs may spell it out themselves; see `Framing.bos`.
     """
 
     inputs: Vocabulary
@@ -33,12 +33,11 @@ class Text:
     end: tuple[int, ...] = ()
     target_end: tuple[int, ...] = ()
     stops: tuple[str, ...] = ()
-    begin: tuple[int, ...] = ()
+    bos: tuple[int, ...] = ()
 
     def read_inputs(self, value: Any) -> list[int]:
         """Returns the ids of an input: text, or ids that are taken as they are; ValueError for anything else."""
-        ids, size = _ids(self.inputs, value, self.end), len(self.begin)
-        return ids[size:] if size and isinstance(value, str) and tuple(ids[:size]) == self.begin else ids
+        return _ids(self.inputs, value, self.end)
 
     def read_targets(self, value: Any) -> list[int]:
         """Returns the ids of a target, as `read_inputs`."""
@@ -182,9 +181,8 @@ def load_text(run: Path, has_encoder: bool, append_eos: bool | None = None, size
 
     said = framing.append_eos if append_eos is None else append_eos
     ends = has_encoder if said is None else said
-    begin = () if has_encoder else framing.start
     after = end(inputs) if ends else ()
-    return Text(inputs, targets, framing.start, framing.stop, after, end(targets), begin=begin)
+    return Text(inputs, targets, framing.start, framing.stop, after, end(targets), bos=framing.bos)
 
 
 def _ids(vocabulary: Vocabulary, value: Any, end: tuple[int, ...]) -> list[int]:

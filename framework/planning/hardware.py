@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh
 
+from meshway.framework.errors import UserError
+
 _GIB = 2**30
 
 
@@ -60,6 +62,31 @@ CHIPS: dict[str, Chip] = {
     "NVIDIA H200 NVL": _gpu(835, 141, "H200 NVL"),
     "NVIDIA B200": _gpu(2250, 180, "HGX B200"),
 }
+
+
+def chip_named(name: str) -> tuple[str, Chip]:
+    """Returns (kind, figures) of the accelerator that people call `name`: a device's kind, or a part of just one.
+
+    Raises:
+      UserError: it is no part of a known one's, or of several.
+    """
+    wanted = name.lower().strip()
+    parts = [kind for kind in CHIPS if wanted and wanted in kind.lower()]
+    exact = [kind for kind in parts if wanted == kind.lower() or kind.lower().endswith(f" {wanted}")]
+    found = exact or parts
+    if len(found) != 1:
+        listed = found or list(CHIPS)
+        raise UserError(f"no accelerator is called {name!r}{' alone' if found else ''}; there are {', '.join(listed)}")
+    return found[0], CHIPS[found[0]]
+
+
+def memory_of(device: jax.Device) -> int | None:
+    """Returns the bytes of a device's memory; None where nothing tells, as of a CPU."""
+    if chip := CHIPS.get(device.device_kind):
+        return chip.memory_bytes
+    if device.platform == "cpu":
+        return None
+    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def peak_flops(devices: Sequence[jax.Device], dtype: Any) -> tuple[float, str]:

@@ -1,5 +1,6 @@
 """What a person sees of an evaluation: a bar at the foot of a terminal, and one plain line a task and step."""
 
+import contextlib
 import os
 import sys
 import time
@@ -10,6 +11,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from meshway.framework import stages
 from meshway.framework.training.report.experts import is_of_router
 
 _MOST_METRICS = 10  # in a line
@@ -29,6 +31,7 @@ class EvaluationDisplay:
         self._began = time.monotonic()
         self._step = 0
         self._bar: Progress | None = None
+        self._terminal = contextlib.ExitStack()  # held by this display
         self._row: TaskID | None = None
         self._shown = ("", "")
         if terminal is None:
@@ -77,6 +80,7 @@ class EvaluationDisplay:
 
     def __enter__(self) -> "EvaluationDisplay":
         if self._bar is not None:
+            self._terminal.enter_context(stages.through(self.say))
             self._bar.start()
         return self
 
@@ -86,6 +90,7 @@ class EvaluationDisplay:
         if self._bar is not None:
             self._clear()
             self._bar.stop()
+        self._terminal.close()
 
     def _clear(self) -> None:
         if self._bar is not None and self._row is not None:

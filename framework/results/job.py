@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from meshway.framework.checkpoints.manager import Checkpoints
+from meshway.framework import stages
+from meshway.framework.checkpoints.manager import Checkpoints, DamagedCheckpoint
 from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError
 from meshway.framework.evaluation import Evaluator
@@ -34,7 +35,8 @@ class EvaluationJob:
       fingerprint: of what is evaluated.
       split: what the tasks read, where it is not the recipe's validation split; None where it is.
       display: what a person sees.
-      skip_removed: whether a checkpoint that is removed before it could be read is passed over; else it is an error.
+      skip_removed: whether a checkpoint that is removed before it could be read, or is damaged, is passed over; else it
+        is an error.
     """
 
     def __init__(
@@ -55,13 +57,16 @@ class EvaluationJob:
         self._primary = processes.is_primary()
         self._checkpoints: Checkpoints | None = None
         self._failures: list[str] = []
+        self._damaged: list[str] = []
 
     def run(self) -> int:
         """Evaluates all steps of the queue; returns how many.
 
         Raises:
-          UserError: a checkpoint is another model's or damaged, the disk refuses, or, once all is evaluated and
-            written, some function of a task has raised.
+          UserError: a checkpoint is another model's, the disk refuses, or, once all is evaluated and written, some
+            function of a task has raised.
+          DamagedCheckpoint: a checkpoint that was asked for cannot be read; or, once all others are evaluated, one of
+            them could not be. Where the latest was asked for, the last that can be read serves.
         """
         count = 0
         while True:
@@ -79,31 +84,48 @@ class EvaluationJob:
             times = f"{len(self._failures)} time{'' if len(self._failures) == 1 else 's'}"
             listed = "\n  ".join(dict.fromkeys(self._failures))
             raise UserError(f"all was evaluated and written; the tasks' own code has raised {times}:\n  {listed}")
+        if self._damaged:
+            raise DamagedCheckpoint("all else was evaluated and written:\n  " + "\n  ".join(self._damaged))
         return count
 
     def _load(self, step: int) -> Params | None:
-        """Returns the parameters of a step; None where its checkpoint was removed meanwhile."""
+        """Returns the parameters of a step; None where its checkpoint was removed meanwhile, or is passed over."""
         params, failure, unreadable = None, "", False
         try:
             if self._checkpoints is None:
                 self._checkpoints = Checkpoints(self._directory.checkpoints, read_only=True)
-            params = self._checkpoints.load_params(step, self._params)
-        except UserError as error:
-            failure, unreadable = str(error), error.__cause__ is not None
+            with stages.stage(f"reading checkpoint {step}"):
+                params = self._checkpoints.load_params(step, self._params)
+        except (UserError, DamagedCheckpoint) as error:
+            failure, unreadable = str(error), isinstance(error, DamagedCheckpoint)
         brought = [json.loads(text) for text in _brought("the reading of a checkpoint", [failure, unreadable])]
         failures = [text for text, _ in brought if text]
         if not failures:
             return params
-        removed = self._skip_removed and any(unreadable for _, unreadable in brought)
-        removed = removed and _told("a checkpoint's removal", self._primary and self._vanishes(step))
-        if not removed:
-            raise UserError(failures[0])
-        self._display.say(f"step {step}: its checkpoint was removed before it could be read; passed over")
+        unreadable = any(unreadable for _, unreadable in brought)
+        if not (self._skip_removed and unreadable):
+            raise (DamagedCheckpoint if unreadable else UserError)(failures[0])
+        if _told("a checkpoint's removal", self._primary and self._vanishes(step)):
+            self._display.say(f"step {step}: its checkpoint was removed before it could be read; passed over")
+            return None
+        self._pass_over(step, failures[0])
         return None
+
+    def _pass_over(self, step: int, problem: str) -> None:
+        """Leaves a damaged checkpoint out, for the one before it where the latest was asked for."""
+        if not self._queue.wanted.latest:
+            self._damaged.append(problem)
+            self._display.say(f"{problem}; passed over")
+            return
+        earlier = _told("an earlier checkpoint", self._queue.before(step) if self._primary else None)
+        if earlier is None:
+            raise DamagedCheckpoint(problem)
+        self._display.say(f"{problem}; taking step {earlier}")
 
     def _vanishes(self, step: int) -> bool:
         """Returns whether a checkpoint is gone, or going: what removes one takes a while."""
-        end = time.monotonic() + _REMOVAL
+        newest = max(complete_steps(self._directory.checkpoints), default=step)
+        end = time.monotonic() + (_REMOVAL if step < newest else 0.0)  # what removes old ones leaves the newest
         while (there := step in complete_steps(self._directory.checkpoints)) and time.monotonic() < end:
             time.sleep(0.1)
         return not there

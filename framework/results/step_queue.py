@@ -25,7 +25,7 @@ class Wanted:
 
     Attributes:
       steps: those, or None.
-      latest: with `steps` None, whether the latest alone.
+      latest: whether the latest alone: with `steps` None whichever it is by then, else the one it was.
     """
 
     steps: tuple[int, ...] | None = None
@@ -65,7 +65,7 @@ class Wanted:
         for step in self.steps or ():
             if step not in steps:
                 raise UserError(f"{folder} has no checkpoint of step {step}; {nearest_steps(step, steps)}")
-        return Wanted(tuple(self.among(steps)))
+        return Wanted(tuple(self.among(steps)), self.latest)
 
 
 @dataclasses.dataclass
@@ -138,6 +138,14 @@ class StepQueue:
                 return
             self._say_once("steps that another program evaluates" if busy else "a checkpoint")
             self.sleep(self.poll)
+
+    def before(self, step: int) -> int | None:
+        """Turns to the checkpoint before one that cannot be read, where the latest was asked for; None for none."""
+        earlier = [other for other in complete_steps(self.folder) if other < step]
+        if not self.wanted.latest or not earlier:
+            return None
+        self.wanted = Wanted((earlier[-1],), latest=True)
+        return earlier[-1]
 
     def _open(self, steps: Sequence[int]) -> list[int]:
         """Returns the steps that are asked for and neither done nor given out."""

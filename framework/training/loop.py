@@ -67,6 +67,7 @@ class Loop:
     hooks: Sequence[Hook] = ()
     max_skipped_in_a_row: int = 10
     watch: StepWatch = dataclasses.field(default_factory=StepWatch)
+    stop: StopSignal = dataclasses.field(default_factory=StopSignal)
 
     def run(self, state: TrainState, start: int) -> int:
         """Trains from after step `start` to the end or a stop signal; returns the last step, whose save has begun.
@@ -82,7 +83,7 @@ class Loop:
             self.reporter.evaluated(0, scalars)
         step = start
         with contextlib.ExitStack() as stack:
-            stop = stack.enter_context(StopSignal())
+            stop = stack.enter_context(self.stop)
             stack.enter_context(self.reporter.training())
             for hook in self.hooks:
                 stack.callback(hook.close)

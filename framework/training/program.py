@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from meshway.framework.data.vocabulary import Vocabulary
+from meshway.framework.data.vocabulary import Framing, Vocabulary, source_framing
 from meshway.framework.errors import UserError
-from meshway.framework.interfaces import ArraySpec, Batch, Model
+from meshway.framework.interfaces import ArraySpec, Batch, Dataset, DataSource, Model
 from meshway.framework.partitioning.explain import Row, explain
 from meshway.framework.partitioning.partitioner import Layout
 from meshway.framework.partitioning.placed_model import PlacedModel
@@ -50,6 +50,7 @@ class TrainProgram:
             self.placed.param_shapes,
         )
         self.batch_spec, self.batch_shardings = self.batch.spec, self.batch.shardings
+        self.optimizer_name = _name(optimizer.transform)
         self.optimizer: BoundOptimizer = optimizer.bind(self.axes, self.param_shapes)
         self._step = TrainStep(model, self.optimizer, seed, num_microbatches, gradient_rule)
 
@@ -134,6 +135,18 @@ class TrainProgram:
             raise UserError(f"{type(self.model).__name__}: {error}") from error
         self.partitioner.check_rules_matched()
 
+    def trace_gradients(self) -> Any:
+        """Returns the jaxpr of a step's gradients: parameters, batch and number of the step to gradients and metrics.
+
+        Raises:
+          UserError: as `trace_loss`.
+        """
+        self.trace_loss()
+        with self.partitioner.activate():
+            return jax.make_jaxpr(self._step.gradients)(
+                self.param_shapes, self.abstract_batch, jax.ShapeDtypeStruct((), np.int32)
+            )
+
     def put(self, batch: Batch) -> dict[str, jax.Array]:
         """Puts this process's rows of a batch on its devices."""
         return self.batch.put(batch)
@@ -156,6 +169,19 @@ class TrainProgram:
         """Returns a full batch of random tokens, unpacked: what `meshway bench` feeds."""
         random = np.random.default_rng(seed)
         return {name: _synthetic(name, spec, random) for name, spec in self.batch_spec.items()}
+
+
+def open_data(program: TrainProgram, data: DataSource) -> tuple[Dataset, dict[str, Vocabulary], Framing | None]:
+    """Returns the training stream, and the vocabularies and the framing of its texts, all checked against the model.
+
+    Raises:
+      UserError: the data cannot be read, or does not fit.
+    """
+    dataset = data.train(program.partitioner.process_rows(program.batch_size))
+    check_batch(program.batch_spec, dataset.spec())
+    vocabularies = data.vocabularies()
+    check_vocabularies(program, vocabularies)
+    return dataset, vocabularies, source_framing(data)
 
 
 def check_batch(spec: Mapping[str, ArraySpec], given: Mapping[str, tuple[Sequence[int], Any]]) -> None:
@@ -201,6 +227,12 @@ def check_vocabularies(program: TrainProgram | PlacedModel, vocabularies: Mappin
                 f"feature {feature!r} has a vocabulary of {size:,} tokens, and the model has {min(entries):,} entries: "
                 f"set VOCAB_SIZE to at least {size} (a multiple of 128 cuts well over a mesh)"
             )
+
+
+def _name(factory: Any) -> str:
+    """Returns what people call a factory, as 'adamw'; of one made by a call, what was called."""
+    factory = getattr(factory, "func", factory)  # of a functools.partial
+    return getattr(factory, "__qualname__", type(factory).__name__).partition(".<locals>")[0]
 
 
 def _synthetic(name: str, spec: ArraySpec, random: np.random.Generator) -> np.ndarray:

@@ -1,5 +1,6 @@
 """What a person sees of a run: a bar at the foot of a terminal, or one plain line a report."""
 
+import contextlib
 import os
 import sys
 import time
@@ -12,6 +13,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from meshway.framework import stages
 
 
 class Progress:
@@ -47,6 +50,7 @@ class Progress:
         self._step_seconds: float | None = None
         self._scalars: Mapping[str, float] = {}
         self._live: Live | None = None
+        self._terminal = contextlib.ExitStack()  # held by this display
         if terminal is None:
             terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
         if terminal:
@@ -54,6 +58,7 @@ class Progress:
             self._live = Live(
                 get_renderable=self._render, console=console, refresh_per_second=2, vertical_overflow="crop"
             )
+            self._terminal.enter_context(stages.through(self.note))
             self._live.start()
 
     def advance(self, step: int) -> None:
@@ -89,6 +94,7 @@ class Progress:
         """Leaves the bar as it stands and gives the terminal back, cursor included. May be called twice."""
         if self._live is not None and self._live.is_started:
             self._live.stop()
+        self._terminal.close()
 
     def __enter__(self) -> "Progress":
         return self

@@ -2,11 +2,13 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 
 from meshway.framework.interfaces import Metrics, Writer
+from meshway.framework.training.device_memory import memory_in_use
 from meshway.framework.training.metrics import MetricBuffer, Pending
 from meshway.framework.training.progress import Progress
 from meshway.framework.training.step_clock import StepClock
@@ -17,11 +19,18 @@ class Reporter:
     """Collects metrics and times; writes one report a period, one step late so that the device never waits."""
 
     def __init__(
-        self, writer: Writer, progress: Progress, timeline: Timeline, flops_per_step: float, peak_flops: float
+        self,
+        writer: Writer,
+        progress: Progress,
+        timeline: Timeline,
+        flops_per_step: float,
+        peak_flops: float,
+        devices: Sequence[Any] = (),
     ):
-        """`peak_flops` is the matmul peak of all devices together, in FLOP/s: `mfu` is the share of it in use."""
+        """`peak_flops` is the matmul peak of all devices together, in FLOP/s: `mfu` is the share of it in use. What
+        memory is in use is asked of `devices`, this process's."""
         self._writer, self._progress, self._timeline = writer, progress, timeline
-        self._flops, self._peak = flops_per_step, peak_flops
+        self._flops, self._peak, self._devices = flops_per_step, peak_flops, devices
         self._buffer = MetricBuffer()
         self._pending: tuple[int, Pending | None, dict[str, float]] | None = None
         self._before = timeline.seconds()  # of each phase, when the last report was written
@@ -73,6 +82,7 @@ class Reporter:
             if tokens is not None:
                 scalars["tokens_per_second"] = tokens / seconds
             scalars["mfu"] = self._flops / seconds / self._peak
+            scalars |= memory_in_use(self._devices)
             self._progress.update(step, scalars)
             self._timeline.mark("report", step)
         self._writer.write(step, scalars)

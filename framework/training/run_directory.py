@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
+import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +17,7 @@ from meshway.framework.data.vocabulary import Framing, Vocabulary
 from meshway.framework.errors import UserError
 from meshway.framework.files import holder_of, locked, replace_file
 from meshway.framework.partitioning.explain import Row, format_bytes, format_rows, replicated_share
+from meshway.framework.planning.memory import Memory
 from meshway.framework.training.program import TrainProgram
 
 
@@ -99,9 +102,24 @@ class RunDirectory:
             self.root.mkdir(parents=True, exist_ok=True)
             probe.write_bytes(b"meshway")
             probe.unlink()
-            free = shutil.disk_usage(self.root).free
+            self._check_room(self.root, needed_bytes)
         except OSError as error:
             raise self._refused(error) from error
+
+    def check(self, needed_bytes: int) -> None:
+        """Says beforehand what `prepare` would, as far as that can be told without writing; raises as it does."""
+        there = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
+        try:
+            if not there.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self.root))
+            if not os.access(there, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
+            self._check_room(there, needed_bytes)
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def _check_room(self, folder: Path, needed_bytes: int) -> None:
+        free = shutil.disk_usage(folder).free
         if free < needed_bytes:
             raise UserError(
                 f"the disk of MODEL_DIR={str(self.root)!r} has {format_bytes(free)} free, and one checkpoint needs "
@@ -179,13 +197,18 @@ class RunDirectory:
             raise UserError(f"cannot write {self.root / name}: {error.strerror or error}") from error
 
 
-def summarize(program: TrainProgram, rows: Sequence[Row]) -> str:
-    """Returns the lines beside a layout table: parameters, mesh, FLOPs of a step, bytes per device by kind."""
+def summarize(program: TrainProgram, rows: Sequence[Row], memory: Memory | None = None) -> str:
+    """Returns the lines beside a layout table: parameters, mesh, FLOPs of a step, bytes per device by kind, those of
+    activations too where `memory` is given."""
     kinds: dict[str, int] = {}
     for row in rows:
         kind = row.name.split("/")[0]
         kinds[kind] = kinds.get(kind, 0) + row.bytes_per_device
     params = kinds.get("params", 0)
+    gradients = params if memory is None else memory.gradients
+    others = "activations are not counted"
+    if memory is not None:
+        others = f"activations {format_bytes(memory.activations)}; in all {format_bytes(memory.total)}"
     state = [row for row in rows if not row.name.startswith("batch")]
     mesh = ", ".join(f"{name}={size}" for name, size in program.partitioner.mesh.shape.items())
     return "\n".join(
@@ -194,8 +217,8 @@ def summarize(program: TrainProgram, rows: Sequence[Row]) -> str:
             f"mesh: {mesh} ({program.partitioner.mesh.size} of {jax.device_count()} devices)",
             f"model FLOPs per step: {program.flops:.4g}",
             f"bytes per device: parameters {format_bytes(params)}, "
-            f"optimizer {format_bytes(kinds.get('opt_state', 0))}, gradients {format_bytes(params)}, "
-            f"batch {format_bytes(kinds.get('batch', 0))}; activations are not counted",
+            f"optimizer {format_bytes(kinds.get('opt_state', 0))}, gradients {format_bytes(gradients)}, "
+            f"batch {format_bytes(kinds.get('batch', 0))}; {others}",
             f"replicated on every device: {100 * replicated_share(state):.1f} % of the state's bytes on a device",
         ]
     )

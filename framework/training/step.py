@@ -41,12 +41,7 @@ class TrainStep:
     gradient_rule: GradientRule = plain_gradient
 
     def __call__(self, state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
-        rng = jax.random.fold_in(jax.random.key(self.seed), state.step)
-
-        def gradient_at(params: Params) -> tuple[Gradients, Metrics]:
-            return self._mean_gradients(params, batch, rng)
-
-        gradients, metrics = self.gradient_rule(gradient_at, state.params)
+        gradients, metrics = self.gradients(state.params, batch, state.step)
         params, opt_state, stats = self.optimizer.update(gradients, state.opt_state, state.params)
         loss_sum, _ = metrics["loss"]
         finite = jnp.isfinite(loss_sum) & jnp.isfinite(stats["grad_norm"])
@@ -62,6 +57,15 @@ class TrainStep:
         extra["skipped_steps"] = (new_state.skipped.astype(jnp.float32), one)
         extra["skipped_in_a_row"] = (new_state.skipped_in_a_row.astype(jnp.float32), one)
         return new_state, metrics | extra | _token_count(batch)
+
+    def gradients(self, params: Params, batch: Mapping[str, jax.Array], step: jax.Array) -> tuple[Gradients, Metrics]:
+        """Returns what the optimizer gets of a batch in step number `step`, and the step's metrics."""
+        rng = jax.random.fold_in(jax.random.key(self.seed), step)
+
+        def gradient_at(params: Params) -> tuple[Gradients, Metrics]:
+            return self._mean_gradients(params, batch, rng)
+
+        return self.gradient_rule(gradient_at, params)
 
     def _mean_gradients(
         self, params: Params, batch: Mapping[str, jax.Array], rng: jax.Array

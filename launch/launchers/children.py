@@ -1,5 +1,6 @@
 """The processes of one attempt at a run: starting them, waiting for their ends, and ending those that do not end."""
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -129,6 +130,7 @@ class Notice:
 
     def __init__(self) -> None:
         self.count = 0
+        self.interrupted = False  # the first was Ctrl-C
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Notice":
@@ -141,7 +143,14 @@ class Notice:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def code(self, stopped: int) -> int:
+        """Returns the exit code of a run that ended well: 0; `stopped` once SIGTERM has come, 130 once Ctrl-C has."""
+        if self.interrupted:
+            return 128 + signal.SIGINT
+        return stopped if self.count else 0
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.interrupted |= not self.count and number == signal.SIGINT
         self.count += 1
 
 
@@ -149,6 +158,7 @@ def _echo(stream: IO[bytes], log: IO[bytes]) -> None:
     """Copies what a process says to its log and to standard output, as it comes."""
     while chunk := os.read(stream.fileno(), 65536):
         log.write(chunk)
-        sys.stdout.write(chunk.decode("utf-8", "replace"))
-        sys.stdout.flush()
+        with contextlib.suppress(BrokenPipeError):  # nobody listens; the run goes on, and its log is whole
+            sys.stdout.write(chunk.decode("utf-8", "replace"))
+            sys.stdout.flush()
     log.close()

@@ -10,6 +10,7 @@ from meshway.launch.launchers.job import PORT, Job, flag, quoted
 from meshway.launch.launchers.yaml_text import yaml_text
 
 _WORKERS = "workers"
+_CLAIM = re.compile(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?")
 _USER_ERROR = 2  # the exit code of a wrong command or recipe: another try would end the same
 
 
@@ -24,12 +25,17 @@ class Gke:
       UserError: a topology that is none, or what does not go together.
     """
 
-    common: ClassVar[tuple[str, ...]] = ("name", "restarts", "env", "workdir", "setup")
+    common: ClassVar[tuple[str, ...]] = ("name", "restarts", "env", "workdir", "setup", "unchecked")
     shared_directory: ClassVar[bool] = True
     suffix: ClassVar[str] = ".yaml"
 
     accelerator: str = flag("what GKE calls it, as tpu-v5p-slice or nvidia-h100-80gb", "TYPE")
     image: str = flag("the container image, with meshway and the recipe in it", "IMAGE")
+    volume: tuple[str, ...] = flag(
+        "mount a PersistentVolumeClaim (runs:/mnt/runs) or a folder of every node (/data:/mnt/data); repeat for more",
+        "NAME:DIR",
+        (),
+    )
     topology: str | None = flag("chips of a TPU slice, as 2x2x4", "AxBxC", None)
     devices: int = flag("chips or GPUs of one host (default: 4)", "N", 4)
     num_slices: int = flag("TPU slices, joined over the data-centre network (default: 1)", "N", 1)
@@ -42,6 +48,12 @@ class Gke:
     grace: int = flag("seconds to save in when a pod is told to go (default: 120)", "S", 120)
 
     def __post_init__(self) -> None:
+        for pair in self.volume:
+            name, _, path = pair.rpartition(":")
+            if not path.startswith("/") or not (name.startswith("/") or _CLAIM.fullmatch(name)):
+                raise UserError(f"--volume={pair}: write --volume=CLAIM:/DIR, or --volume=/FOLDER_OF_NODES:/DIR")
+        if len({path for path in self.mounts}) < len(self.volume):
+            raise UserError(f"--volume mounts one folder twice: {', '.join(self.volume)}")
         if not self.tpu:
             if self.topology or self.num_slices > 1:
                 given = "--topology" if self.topology else "--num_slices"
@@ -58,6 +70,11 @@ class Gke:
             raise UserError(
                 f"--topology={self.topology} has {self.chips} chips, not a multiple of --devices={self.devices} a host"
             )
+
+    @property
+    def mounts(self) -> list[str]:
+        """The folders of a pod that outlive it."""
+        return [pair.rpartition(":")[2] for pair in self.volume]
 
     @property
     def tpu(self) -> bool:
@@ -100,7 +117,7 @@ class Gke:
                 "replicatedJobs": [{"name": _WORKERS, "replicas": self.num_slices, "template": self._job(job)}],
             },
         }
-        return f"# {job}\n" + yaml_text(jobset)
+        return job.comment() + "\n" + yaml_text(jobset)
 
     def _job(self, job: Job) -> dict[str, Any]:
         """Returns the template of one slice's Job."""
@@ -130,7 +147,7 @@ class Gke:
             "dnsPolicy": "ClusterFirstWithHostNet" if host_network else None,
             "terminationGracePeriodSeconds": self.grace,
             "tolerations": [{"key": resource, "operator": "Exists"}],
-            "volumes": [{"name": "shared-memory", "emptyDir": {"medium": "Memory"}}],
+            "volumes": [{"name": "shared-memory", "emptyDir": {"medium": "Memory"}}, *self._volumes()],
             "containers": [
                 {
                     "name": "meshway",
@@ -139,10 +156,23 @@ class Gke:
                     "env": [{"name": key, "value": _literal(value)} for key, value in job.environment.items()] or None,
                     "ports": [{"containerPort": PORT}],
                     "resources": {"limits": {resource: self.devices}},
-                    "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}],
+                    "volumeMounts": [
+                        {"name": "shared-memory", "mountPath": "/dev/shm"},
+                        *({"name": f"volume-{i}", "mountPath": path} for i, path in enumerate(self.mounts)),
+                    ],
                 }
             ],
         }
+
+    def _volumes(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        for index, pair in enumerate(self.volume):
+            name = pair.rpartition(":")[0]
+            kind: dict[str, Any] = {"persistentVolumeClaim": {"claimName": name}}
+            if name.startswith("/"):
+                kind = {"hostPath": {"path": name, "type": "Directory"}}
+            found.append({"name": f"volume-{index}", **kind})
+        return found
 
     def _script(self, job: Job) -> str:
         peers = [
@@ -162,7 +192,7 @@ class Gke:
 class Xpk:
     """A GKE cluster made with xpk, which writes the JobSet itself."""
 
-    common: ClassVar[tuple[str, ...]] = ("name", "restarts", "env", "workdir", "setup")
+    common: ClassVar[tuple[str, ...]] = ("name", "restarts", "env", "workdir", "setup", "unchecked")
     shared_directory: ClassVar[bool] = True
     suffix: ClassVar[str] = ".sh"
 
@@ -210,7 +240,7 @@ class Xpk:
         }
         words = [f"--{key}={value}" for key, value in asked.items() if value is not None]
         words += [f"--env={pair}" for pair in job.env] + (["--spot"] if self.spot else []) + [f"--command={on_each}"]
-        lines = ["#!/usr/bin/env bash", f"# {job}", "set -e", 'exec xpk workload create "$@" \\']
+        lines = ["#!/usr/bin/env bash", job.comment(), "set -e", 'exec xpk workload create "$@" \\']
         return "\n".join(lines) + "\n" + " \\\n".join(f"    {quoted(word)}" for word in words) + "\n"
 
     def submit(self, path: str) -> str:

@@ -58,6 +58,8 @@ class Job:
       env: `KEY=VALUE`, set for every process.
       workdir: the folder to run in, on the hosts.
       setup: shell commands to run before, on every host.
+      unchecked: whether the recipe is left to the hosts to read.
+      needs: what must be there on every host, in words, for the head of a job file.
 
     Raises:
       UserError: a name that clusters refuse, or a variable that is not `KEY=VALUE`.
@@ -69,6 +71,8 @@ class Job:
     env: tuple[str, ...] = flag("a variable for every process, as XLA_FLAGS='...'; repeat for more", "KEY=VALUE", ())
     workdir: str | None = flag("the folder on the hosts to run in: paths of recipes are read from there", "DIR", None)
     setup: tuple[str, ...] = flag("a shell command to run before, on every host; repeat for more", "COMMAND", ())
+    unchecked: bool = flag("do not read the recipe here: it, or what it imports, is on the hosts alone", default=False)
+    needs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -89,6 +93,11 @@ class Job:
     def environment(self) -> dict[str, str]:
         """`env` as a mapping."""
         return dict(pair.split("=", 1) for pair in self.env)
+
+    def comment(self) -> str:
+        """Returns the lines of a comment at the head of a job file: the command, and what it needs."""
+        needs = [" ".join(line.splitlines()) for line in self.needs]
+        return "\n".join([f"# {self}", *(f"#   needs {line}" for line in needs)])
 
     def exports(self) -> list[str]:
         """Returns shell lines that set `env`."""

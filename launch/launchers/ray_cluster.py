@@ -29,7 +29,7 @@ class RayCluster:
       UserError: resources that are not `NAME=N`.
     """
 
-    common: ClassVar[tuple[str, ...]] = ("restarts", "env", "workdir")
+    common: ClassVar[tuple[str, ...]] = ("restarts", "env", "workdir", "unchecked")
 
     processes: int = flag("how many processes run together, each in an actor", "N")
     devices: int | None = flag("CPU devices that each process simulates (default: the real devices)", "N", None)
@@ -146,7 +146,7 @@ def run_on_ray(
                 with _actors(actor, bundle, processes, workdir or os.getcwd(), patience) as actors:
                     code, cause = _run_once(actors, words, devices, notice)
                 if not code or code == _USER_ERROR or notice.count:
-                    return code
+                    return code or notice.code(stopped=0)
                 left = restarts - attempt
                 _say(f"{cause}; " + (f"starting all again, {left} left" if left else "no restarts are left"))
             return code

@@ -23,7 +23,7 @@ class SkyPilot:
       UserError: what does not go together.
     """
 
-    common: ClassVar[tuple[str, ...]] = ("name", "restarts", "env", "workdir", "setup")
+    common: ClassVar[tuple[str, ...]] = ("name", "restarts", "env", "workdir", "setup", "unchecked")
     shared_directory: ClassVar[bool] = True
     suffix: ClassVar[str] = ".yaml"
 
@@ -59,7 +59,7 @@ class SkyPilot:
             "setup": "\n".join(["set -e", *enter, *job.setup]) + "\n" if job.setup else None,
             "run": "\n".join(["set -e", *enter, f"exec {job.command(expanded=_PEERS)}"]) + "\n",
         }
-        return f"# {job}\n" + yaml_text(task)
+        return job.comment() + "\n" + yaml_text(task)
 
     def submit(self, path: str) -> str:
         """Returns the command that submits the file."""

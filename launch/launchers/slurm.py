@@ -41,7 +41,7 @@ class Slurm:
       UserError: a time that sbatch does not understand.
     """
 
-    common: ClassVar[tuple[str, ...]] = ("name", "restarts", "env", "workdir", "setup")
+    common: ClassVar[tuple[str, ...]] = ("name", "restarts", "env", "workdir", "setup", "unchecked")
     shared_directory: ClassVar[bool] = True
     suffix: ClassVar[str] = ".sbatch"
 
@@ -84,7 +84,7 @@ class Slurm:
             "#!/bin/bash",
             *options,
             "#SBATCH --requeue",
-            f"# {job}",
+            job.comment(),
             "",
             *job.exports(),
             variable("COMMAND", on_each),

@@ -24,7 +24,7 @@ def supervise(words: Sequence[str], restarts: int) -> int:
 
     Returns:
       the exit code of the last attempt; 128 and the number for one that was killed by a signal. A run that was told to
-      stop exits with 143 even if it saved: a cluster that preempts a host must not take it for done.
+      stop exits with 143 (130 by Ctrl-C) even if it saved: a cluster that preempts a host must not take it for done.
     """
 
     def attempt(number: int) -> Children:
@@ -42,7 +42,7 @@ def run_attempts(
       attempt: makes the processes of attempt 0, 1, ...
       restarts: how many may follow the first.
       model_dir: where checkpoints are, for messages; None if unknown.
-      stopped_code: returned where a signal made the run stop, and it did so well.
+      stopped_code: returned where SIGTERM made the run stop, and it did so well; 130 where Ctrl-C did.
     """
     with Notice() as notice:
         for number in range(restarts + 1):
@@ -54,7 +54,7 @@ def run_attempts(
             if code in _FINAL or notice.count:
                 if code:
                     say(cause)
-                return code or (stopped_code if notice.count else 0)
+                return code or notice.code(stopped_code)
             say(f"attempt {number + 1} of {restarts + 1} ended after {time.monotonic() - begin:.0f} s: {cause}")
             if number < restarts:
                 say(f"starting again, from {_last_checkpoint(model_dir)}; restarts left: {restarts - number - 1}")

@@ -9,7 +9,7 @@ from meshway.launch.launchers.job import Job, flag, quoted, variable
 
 _HEAD = """\
 #!/usr/bin/env bash
-# %(job)s
+%(job)s
 #
 #   bash THIS create   asks for the slices and waits until they are there
 #   bash THIS run      starts the job on every host; it stays when this shell goes
@@ -127,7 +127,7 @@ class TpuVm:
       UserError: what does not go together.
     """
 
-    common: ClassVar[tuple[str, ...]] = ("name", "restarts", "env", "workdir", "setup")
+    common: ClassVar[tuple[str, ...]] = ("name", "restarts", "env", "workdir", "setup", "unchecked")
     shared_directory: ClassVar[bool] = True
     suffix: ClassVar[str] = ".sh"
 
@@ -167,7 +167,7 @@ class TpuVm:
         nodes = self.nodes(job)
         several = len(nodes) > 1
         where = [f"--zone={self.zone}"] + ([f"--project={self.project}"] if self.project else [])
-        head = _HEAD % {"job": job, "name": job.name, "nodes": shlex.join(nodes), "where": shlex.join(where)}
+        head = _HEAD % {"job": job.comment(), "name": job.name, "nodes": shlex.join(nodes), "where": shlex.join(where)}
         on_each = "\n".join(["set -e", *job.exports(), *job.before(), f"exec {job.command()}"])
         tail = _TAIL % {
             "coordinator": _COORDINATOR if several else "",

@@ -2,13 +2,16 @@
 
 import subprocess
 import sys
+import zlib
 
 import pytest
 from running import LAB
 
+from meshway.framework.data.cache import builder, workers
 from meshway.framework.data.cache.builder import BuiltSplit
 from meshway.framework.data.cache.format import CachedSplit
-from meshway.launch import cache, cli
+from meshway.launch import cache, cli, config
+from meshway.launch.invocation import Invocation
 
 
 @pytest.fixture(autouse=True)
@@ -111,3 +114,70 @@ def test_reading_a_recipe_to_cache_its_task_imports_no_jax():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=LAB)
     assert done.stdout == "heavy: []\n", done.stderr
+
+
+TASKS = """
+import seqio, tensorflow as tf
+from meshway.framework.data.features import LanguageModel
+
+class Converter(LanguageModel):
+    pass
+
+def texts(split, shuffle_files, seed=None):  # does not say how many there are: several processes cache it
+    signature = {"targets": tf.TensorSpec([], tf.string)}
+    return tf.data.Dataset.from_generator(lambda: ({"targets": word} for word in "abc"), output_signature=signature)
+
+for name in ("NAME_a", "NAME_b"):
+    seqio.TaskRegistry.add(
+        name, seqio.FunctionDataSource(texts, splits=["train"]), preprocessors=[seqio.preprocessors.tokenize],
+        output_features={"targets": seqio.Feature(seqio.ByteVocabulary(), add_eos=False)},
+    )
+"""
+MIXTURE = "import seqio\nseqio.MixtureRegistry.add('NAME_mix', ['NAME_a', 'NAME_b'], default_rate=1)\n"
+
+
+@pytest.fixture
+def imports(tmp_path, monkeypatch, request):
+    """(a recipe that registers its tasks by importing two modules, one of which it also refers to; their names)"""
+    name = f"lab_{zlib.crc32(request.node.name.encode())}"
+    modules = [f"{name}_tasks", f"{name}_mixture"]  # the second needs the first
+    for module, text in zip(modules, (TASKS, MIXTURE)):
+        (tmp_path / f"{module}.py").write_text(text.replace("NAME", name))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    recipe = tmp_path / "mine.gin"
+    recipe.write_text(
+        f"from __gin__ import dynamic_registration\nimport {modules[0]}\nimport {modules[1]}\n"
+        f"include 'data/cached.gin'\nFEATURE_CONVERTER = @{modules[0]}.Converter()\n"
+        f"MIXTURE_OR_TASK_NAME = '{name}_mix'\nBATCH_SIZE = 2\nTASK_FEATURE_LENGTHS = {{'targets': 4}}\n"
+    )
+    return recipe, modules
+
+
+def source_of(recipe):
+    return config.load(Invocation("inspect", "data", (str(recipe),))).build("inspect.data")["source"]
+
+
+def test_processes_that_write_caches_are_told_what_the_recipe_imports(imports, monkeypatch):
+    recipe, modules = imports
+    found = []
+    monkeypatch.setattr(cache, "cache", lambda **given: found.append(given))
+    cache.run(Invocation("cache", None, (str(recipe),)))
+    assert found[0]["imported"] == modules == source_of(recipe).modules
+    resolved = config.load(Invocation("inspect", "data", (str(recipe),))).resolved
+    assert [line for line in resolved.splitlines() if "lab_" in line][:2] == [f"import {each}" for each in modules]
+
+
+@pytest.mark.slow
+def test_a_process_of_a_cache_made_on_first_use_knows_the_recipe_s_tasks(imports, tmp_path, monkeypatch):
+    """Those registered by its imports alone, one of which it also refers to; one shard by one process."""
+
+    def first(jobs, num_workers, report):
+        assert num_workers > 1, "the task does not say how much there is to do"
+        workers.run_jobs(jobs[:1], 2, report)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(builder, "run_jobs", first)
+    monkeypatch.setattr(builder.os, "cpu_count", lambda: 2)
+    with pytest.raises(KeyboardInterrupt):
+        source_of(imports[0]).train(slice(0, 2))
+    assert len([*tmp_path.rglob("*.array_record")]) == 1

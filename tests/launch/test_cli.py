@@ -1,6 +1,8 @@
 """The command line: what it understands, what it refuses, and how it ends."""
 
+import dataclasses
 import os
+import re
 import subprocess
 import sys
 import types
@@ -11,7 +13,8 @@ import pytest
 from meshway.framework.checkpoints.mapping import Initial
 from meshway.framework.errors import EnvironmentFailure, UserError
 from meshway.framework.training.profiler import Profile
-from meshway.launch import cli
+from meshway.launch import cli, launch_options
+from meshway.launch.arguments import count, not_negative, share, whole
 from meshway.launch.invocation import MACROS
 
 
@@ -73,7 +76,7 @@ def test_a_switch_is_a_binding():
             "argument --batch_size: '0' is not a whole number",
         ),
         (["infer", "--model_dir=a", "--beams=0"], "argument --beams: '0' is not a whole number of at least 1"),
-        (["infer", "--model_dir=a", "--top_p=nan"], "argument --top_p: 'nan' is not a number"),
+        (["infer", "--model_dir=a", "--top_p=nan"], "argument --top_p: 'nan' is not a number above 0"),
         (["bench", "data", "--gin_file=a", "--batches=0"], "argument --batches: '0' is not a whole number of at least"),
         (["inspect", "--gin_file=a", "--dry_run"], "unknown flag --dry_run"),
         (["bench", "--gin_file=a"], "the following arguments are required: subject"),
@@ -85,6 +88,79 @@ def test_a_wrong_command_exits_2_with_a_message(capsys, words, expected):
     error = capsys.readouterr().err
     assert error.startswith("meshway: error: ") and expected in error
     assert "Traceback" not in error
+
+
+NUMBERS = {count: ["0", "-1", "x", "1.5", ""], whole: ["-1", "x", ""], not_negative: ["-1", "x", "inf"]}
+NUMBERS |= {share: ["0", "-1", "2", "x", "nan"]}
+NEEDED = {"convert": ["--from=a", "--to=b"], "status": ["a"]}  # what a verb needs before its flags are looked at
+
+
+def impossible():
+    """Every flag of every verb and kind of launch that takes a number or one of several words -> what it cannot be."""
+    for name, entry in cli.VERBS.items():
+        needed = NEEDED.get(name, ["--gin_file=quickstart"])
+        for switch in entry.switches:
+            subject = [each for each in entry.subjects if switch.binding.startswith(f"{name}.{each}.")][:1]
+            kind = cli._type_of(switch)
+            if switch.value and (kind in NUMBERS or switch.choices):
+                yield [name, *subject, *needed], switch.flag, NUMBERS.get(kind, ["x", "", "JSONL"])
+        if entry.on_devices:
+            subject = [] if entry.default else list(entry.subjects[:1])
+            yield [name, *subject, *needed], "--simulated_devices", NUMBERS[count]
+            yield [name, *subject, *needed], "--num_processes", NUMBERS[count]
+            yield [name, *subject, *needed], "--process_id", NUMBERS[whole]
+    for name in launch_options.KINDS:
+        for action in launch_options._parser(name)._actions:
+            if action.type in NUMBERS:
+                yield ["launch", name], action.option_strings[0], NUMBERS[action.type]
+
+
+@pytest.mark.parametrize(
+    ("words", "flag", "values"),
+    list(impossible()),
+    ids=lambda each: each if isinstance(each, str) else "_".join(each)[:40],
+)
+def test_no_flag_takes_what_it_cannot_mean(words, flag, values, capsys, verbs_untouched):
+    """Each value ends in one message that names the flag as it was typed; nothing of the verb is imported."""
+    for value in values:
+        assert cli.main([*words, f"{flag}={value}"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("meshway: error: ") and error.count("\n") == 1, error
+        assert f"argument {flag}: " in error and repr(value) in error, error
+
+
+def test_the_audit_of_flags_finds_them():
+    flags = {(words[0], flag) for words, flag, _ in impossible()}
+    assert len(flags) > 40 and {("infer", "--top_p"), ("cache", "--workers"), ("launch", "--restarts")} <= flags
+
+
+@pytest.fixture
+def verbs_untouched(monkeypatch):
+    """No verb may be run."""
+
+    def imported(name, *_):
+        raise AssertionError(f"{name} was imported")
+
+    monkeypatch.setattr(cli.importlib, "import_module", imported)
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        (["eval", "--gin_file=quickstart", "--model_dir=x", "--steps=1,x"], "--steps=1,x"),
+        (["eval", "--gin_file=quickstart", "--model_dir=x", "--steps=x"], "--steps=x"),
+        (["bench", "parallel", "--gin_file=bench_t5", "--layouts=fspd"], "fspd"),
+        (["cache", "--task=a", "--module=math", "--gin.cache.cache.workers=0"], "--gin.cache.cache.workers"),
+        (["cache", "--task=a", "--module=math", "--gin.cache.cache.num_shards=0"], "--gin.cache.cache.num_shards"),
+        (["cache", "--task=a", "--gin.cache.cache.max_bad_examples=-1"], "--gin.cache.cache.max_bad_examples"),
+        (["bench", "data", "--gin_file=quickstart", "--gin.bench.data.batches=0"], "--gin.bench.data.batches"),
+        (["inspect", "--gin_file=bench_t5", "--hardware=abacus"], "--hardware"),
+    ],
+)
+def test_a_value_that_is_read_later_is_named_as_it_was_typed(words, flag, capsys):
+    assert cli.main(words) == 2
+    (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("meshway: error: ")]
+    assert flag in message and "num_workers" not in message, message
 
 
 @pytest.mark.parametrize(
@@ -166,7 +242,8 @@ def test_a_folder_named_gin_is_not_taken_for_the_library(tmp_path):
         ["launch", "slurm", "--nodes=1", "--output=gs://bucket/job.sbatch", "--",
          "train", "--gin_file=quickstart", "--gin.MODEL_DIR=/x"],
         ["launch", "slurm", "--nodes=1", "--", "train", "--gin_file=quickstart", "--gin.MODEL_DIR=s3://bucket/run"],
-        ["launch", "local", "--processes=1", "--log_dir=gs://bucket/logs", "--", "train", "--gin_file=none"],
+        ["launch", "local", "--processes=1", "--log_dir=gs://bucket/logs", "--", "train", "--gin_file=quickstart",
+         "--gin.MODEL_DIR=x"],
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -176,6 +253,8 @@ def test_no_path_may_be_the_address_of_a_bucket(capsys, words, tmp_path, monkeyp
     assert cli.main(words) == 2
     (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("meshway: error: ")]
     assert "is no path of this machine" in message, message
+    for flag in re.findall(r"--[\w.]+", message):
+        assert any(word.startswith(f"{flag}=") for word in words), f"{flag} was not written: {message}"
     assert not list(tmp_path.iterdir())
 
 
@@ -183,3 +262,71 @@ def test_no_path_may_be_the_address_of_a_bucket(capsys, words, tmp_path, monkeyp
 def test_what_takes_a_path_later_refuses_an_address_when_it_is_made(make):
     with pytest.raises(UserError, match="gs://bucket/run is no path of this machine"):
         make("gs://bucket/run")
+
+
+@pytest.mark.parametrize("verb", ["train", "eval", "infer", "cache", "convert"])
+def test_a_command_says_what_it_does_before_its_imports(capfd, tmp_path, monkeypatch, verb):
+    (tmp_path / "takes_seconds.py").write_text(
+        "import sys\nprint('imported', file=sys.stderr)\ndef run(invocation): return 7\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "takes_seconds", raising=False)
+    monkeypatch.setitem(cli.VERBS, verb, dataclasses.replace(cli.VERBS[verb], module="takes_seconds"))
+    words = ["--from=x", "--to=y"] if verb == "convert" else ["--gin_file=my.gin"]
+    assert cli.main([verb, *words]) == 7
+    assert capfd.readouterr().err == f"meshway {verb}: importing what it needs ...\nimported\n"
+
+
+def test_a_process_ends_without_a_search_for_cycles_and_loses_nothing(tmp_path):
+    code = f"""if True:
+        import atexit, sys
+        sys.argv = ["meshway", "--version"]
+        from meshway.launch import cli
+        class Owner:
+            def __init__(self, path):
+                self.me, self.file = self, open(path, "w")  # only a search for cycles would close it
+                self.file.write("held back")
+            def __del__(self):
+                print("searched")
+        owner = Owner({str(tmp_path / "text")!r})
+        atexit.register(lambda: print("asked to end"))
+        sys.exit(cli.main() + 5)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 5 and not done.stderr, done.stderr
+    assert (tmp_path / "text").read_text() == "held back"
+    assert done.stdout.endswith("asked to end\n"), "the ends that others asked for come first, and no search does"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("words", "codes"),
+    [
+        (["status", "{run}"], {141}),
+        (["status", "{run}", "--json"], {141}),
+        (["--help"], {141}),
+        (["infer", "--help"], {0, 141}),  # argparse may pass over it
+        (["--version"], {141}),
+        (["status", "{run}/nowhere"], {2}),  # says so on standard error, which nobody reads either
+    ],
+)
+def test_a_reader_that_has_gone_is_no_error(tmp_path, words, codes, unbuffered):
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
+    command = [sys.executable, "-m", "meshway.launch.cli", *(word.format(run=tmp_path) for word in words)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    errors, kept = (writer, None) if codes == {2} else (subprocess.PIPE, "")
+    process = subprocess.Popen(
+        command, stdout=writer, stderr=errors, text=True, env=os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    )
+    os.close(writer)
+    assert process.communicate(timeout=60)[1] == kept and process.returncode in codes
+
+
+def test_a_broken_pipe_of_another_kind_keeps_its_traceback(verb):
+    def run(invocation):
+        raise BrokenPipeError("a worker's")
+
+    verb.run = run
+    with pytest.raises(BrokenPipeError):
+        cli.main(["train", "--gin_file=a"])

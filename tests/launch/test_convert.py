@@ -228,7 +228,7 @@ def other_output(directory):
         (lambda path: (path / "tokenizer.json").write_text("{"), [], ["tokenizer.json cannot be read"]),
         (lambda path: (path / "config.json").unlink(), [], ["no config.json"]),
         (lambda path: None, ["--family=t5"], ["--family=t5", "of family llama"]),
-        (lambda path: None, ["--dtype=int4"], ["--dtype=int4", "bfloat16"]),
+        (lambda path: None, ["--dtype=int4"], ["argument --dtype: 'int4'", "bfloat16"]),
         (lambda path: None, ["--step=3"], ["--step names a checkpoint of a run"]),
         (lambda path: None, ["--gin.DTYPE=bfloat16"], ["takes no recipe", "--gin.DTYPE"]),
     ],
@@ -237,9 +237,29 @@ def test_one_clear_error_each(damage, flags, words, tmp_path, capsys):
     directory = copy_of("llama3", tmp_path)
     damage(directory)
     assert cli.main(["convert", f"--from={directory}", f"--to={tmp_path / 'run'}", *flags]) == 2
-    message = capsys.readouterr().err.strip()
-    assert len(message.splitlines()) == 1 and all(word in message for word in words), message
+    before, mark, message = capsys.readouterr().err.strip().partition("meshway: error: ")
+    assert (
+        mark and "Traceback" not in before and len(message.splitlines()) == 1 and all(word in message for word in words)
+    ), message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"], "nothing is left behind"
+
+
+@pytest.mark.parametrize("damage", ["half a file", "a missing file", "no state", "no recipe"])
+def test_a_damaged_checkpoint_is_no_mistake_of_the_user(mistral, tmp_path, capsys, damage):
+    run, target = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(mistral[1], run)
+    step = run / "checkpoints" / "0"
+    largest = max((path for path in step.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    if damage == "half a file":
+        largest.write_bytes(largest.read_bytes()[:1000])
+    elif damage == "a missing file":
+        largest.unlink()
+    else:
+        shutil.rmtree(step / damage.removeprefix("no "))
+    assert cli.main(["convert", f"--from={run}", f"--to={target}"]) == 1
+    message = capsys.readouterr().err.partition("meshway: error: ")[2]
+    assert len(message.splitlines()) == 1 and f"{step}" in message and "cannot be read" in message, message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"], "nothing is left behind"
 
 
 def test_a_tokenizer_much_smaller_than_the_model(tmp_path):

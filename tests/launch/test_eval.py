@@ -137,3 +137,22 @@ def test_a_run_that_cannot_be_written(capsys, run):
     (run / "eval").write_text("")
     code, _, errors = evaluate(capsys, f"--model_dir={run}")
     assert code == 2 and re.search(r"cannot write .*run/eval", errors) and "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--gin.TRAIN_STEPS=40"], "has saved step 30 of 40"),
+        ([], "has no TRAIN_STEPS"),
+        (["--gin.TRAIN_STEPS=30", "--watch"], "leave out --finished"),
+    ],
+)
+def test_a_run_that_was_stopped_is_not_evaluated_by_accident(capsys, run, words, expected):
+    code, said, errors = evaluate(capsys, f"--model_dir={run}", "--finished", *words)
+    assert code == 2 and expected in errors and not said
+
+
+def test_a_finished_run_is_evaluated(capsys, run):
+    assert evaluate(capsys, f"--model_dir={run}", "--finished", "--gin.TRAIN_STEPS=30")[0] == 0
+    code, said, _ = evaluate(capsys, f"--model_dir={run}", "--gin.TRAIN_STEPS=40")
+    assert code == 0 and "had been evaluated already" in said, "the flag is no part of what was evaluated"

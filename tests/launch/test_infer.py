@@ -107,14 +107,17 @@ def test_one_checkpoint_serves_as_well_as_its_run(run, questions, tmp_path):
     assert Predictor(run / "checkpoints" / "7", layout="single").step == 7
 
 
-def test_scores_are_the_models_own(run, tmp_path):
+@pytest.mark.parametrize("start", [0, 5])
+def test_scores_are_those_of_rows_that_are_trained_on(run, start, tmp_path):
+    """From wherever the decoder starts: a converted T5's decoder_start_token_id may be any id."""
+    run = run if start == 0 else save_run(tmp_path / "run", framing=Framing((start,), True, (1,)))
     path = tmp_path / "pairs.tsv"
     pairs = [("a", "yes"), ("b c d", "no, not at all"), ("", "x")]
     path.write_text("inputs\ttargets\n" + "".join(f"{known}\t{new}\n" for known, new in pairs))
     assert infer(f"--model_dir={run}", f"--input={path}", "--mode=score", f"--output={tmp_path / 'out.jsonl'}") == 0
     params, model = params_and_model(run)
     tokens = FeatureInfo("int32", (None,))
-    objective = EncoderDecoder(pack=False).bind(TaskInfo("t", {"inputs": tokens, "targets": tokens}), LENGTHS)
+    objective = EncoderDecoder(pack=False).bind(TaskInfo("t", {"inputs": tokens, "targets": tokens}, (start,)), LENGTHS)
     items = [
         {name: np.array([*VOCABULARY.encode(text), 1], np.int32) for name, text in zip(("inputs", "targets"), pair)}
         for pair in pairs
@@ -299,7 +302,7 @@ MISTAKES = {
         "questions.jsonl:2: 55 tokens of inputs, and there is",
     ),
     "an unknown step": (["--step=8"], "has no checkpoint of step 8; there are [7]"),
-    "an unknown mode": (["--mode=guess"], "--mode=guess is not one of predict, score"),
+    "an unknown mode": (["--mode=guess"], "argument --mode: 'guess' is not one of predict, score"),
     "a missing field": (
         ["--inputs_field=input"],
         "there is no field 'input', only ['id', 'inputs']; did you mean 'inputs'?",
@@ -315,9 +318,12 @@ MISTAKES = {
     "both inputs": (["--split=train"], "give one"),
     "beams and decodes": (["--beams=4", "--num_decodes=2"], "--num_decodes has no effect with --beams"),
     "a batch of none": (["--batch_size=0"], "argument --batch_size: '0' is not a whole number of at least 1"),
-    "less than no beams in gin": (["--gin.infer.infer.beams=-1"], "--beams must be at least 1, not -1"),
+    "less than no beams in gin": (
+        ["--gin.infer.infer.beams=-1"],
+        "--gin.infer.infer.beams: infer.infer.beams = -1: it must be at least 1",
+    ),
     "an empty stop": (["--stop="], "stop: '' is not a text"),
-    "an unknown policy": (["--on_bad=ignore"], "--on_bad=ignore is neither"),
+    "an unknown policy": (["--on_bad=ignore"], "argument --on_bad: 'ignore' is not one of fail, skip"),
 }
 
 
@@ -346,11 +352,12 @@ def test_earlier_results_are_an_input_of_which_nothing_is_lost(run, tmp_path):
     assert row["prediction"] == "p" and row["tokens"] == [1]  # names that scores do not take
 
 
-def test_beams_that_never_ended_are_left_out():
-    """Of eight beams two have ended: six are empty, and score -1e7 as T5X has it."""
+@pytest.mark.parametrize("empty", [0, 1, 6])
+def test_beams_that_never_ended_are_left_out(empty):
+    """Two have ended: the others are empty, and score -1e7 as T5X has it."""
     found = Decoded(
-        np.array([[[0, 0]] * 6 + [[70, 1], [71, 1]]]), np.array([[0] * 6 + [2, 2]]),
-        np.zeros((1, 8, 2), np.float32), np.array([[-1e7] * 6 + [-2.0, -1.0]], np.float32),
+        np.array([[[0, 0]] * empty + [[70, 1], [71, 1]]]), np.array([[0] * empty + [2, 2]]),
+        np.zeros((1, empty + 2, 2), np.float32), np.array([[-1e7] * empty + [-2.0, -1.0]], np.float32),
     )  # fmt: skip
     example = Example(0, {}, [5], [], {"inputs": 1})
     text = Text(VOCABULARY, VOCABULARY, (0,), (1,))
@@ -387,3 +394,39 @@ def test_a_malformed_line_is_named_or_left_out(run, tmp_path, capsys):
     assert infer(*words, "--on_bad=skip") == 0
     assert [row["index"] for row in rows_of(out)] == [0, 2]
     assert "left out: in.jsonl:2" in capsys.readouterr().err.replace(f"{path}", "in.jsonl")
+
+
+def largest(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+DAMAGES = {
+    "half a file": lambda step: largest(step).write_bytes(largest(step).read_bytes()[:1000]),
+    "a missing file": lambda step: largest(step).unlink(),
+    "no manifest": lambda step: (step / "state" / "manifest.ocdbt").unlink(),
+    "no recipe": lambda step: shutil.rmtree(step / "recipe"),
+    "nothing but names": lambda step: [path.write_bytes(b"") for path in step.rglob("*") if path.is_file()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(run, tmp_path, capfd, damage):
+    """As rsync, cut off, leaves it. What only reads renames nothing."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    shutil.copytree(folder / "checkpoints" / "7", folder / "checkpoints" / "9")
+    DAMAGES[damage](folder / "checkpoints" / "9")
+    asked = ["--prompt=one", "--max_new_tokens=4"]
+    assert infer(f"--model_dir={folder}", *asked) == 0
+    said = capfd.readouterr()
+    assert f"checkpoint {folder}/checkpoints/9 cannot be read" in said.err and "taking step 7" in said.err
+    assert said.out.startswith("> one\n")
+    for words in ([f"--model_dir={folder}", "--step=9"], [f"--model_dir={folder}/checkpoints/9"]):
+        assert infer(*words, *asked) == 1
+        said = capfd.readouterr()
+        (message,) = [line for line in said.err.splitlines() if line.startswith("meshway: error: ")]
+        assert f"{folder}/checkpoints/9 cannot be read" in message and "Step 7 is there too" in message and not said.out
+        assert not any(word in said.err for word in ("Traceback", "Event loop", "ERROR:absl", "<bound method"))
+    with pytest.warns(UserWarning, match="taking step 7"):
+        Predictor(folder)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["7", "9"]

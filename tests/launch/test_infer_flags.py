@@ -107,3 +107,20 @@ def test_numbers_that_count_are_counts(words, capsys):
     assert cli.main([*words.split(), "--gin_file=quickstart"]) == 2
     flag = words.split()[-1].partition("=")[0]
     assert f"argument {flag}: " in (said := capsys.readouterr().err) and "is not a whole number of at least" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("infer --input=a --output=b --temperature=-1", "argument --temperature: '-1' is not a number of at least 0"),
+        ("infer --input=a --output=b --on_bad=ignore", "argument --on_bad: 'ignore' is not one of fail, skip"),
+        ("infer --input=a --output=b --gin.infer.Inputs.on_bad=x", "(bound: on_bad at --gin.infer.Inputs.on_bad)"),
+        ("eval --gin.eval.evaluate.watch=often", "--gin.eval.evaluate.watch: eval.evaluate.watch = 'often': True or"),
+        ("cache --task=a --directory=s3://b/c", "error: --directory=s3://b/c: it is no path"),
+    ],
+)  # fmt: skip
+def test_a_value_is_named_by_the_flag_that_was_written(words, said, capsys):
+    verb, *flags = words.split()
+    more = ["--model_dir=x"] if verb != "cache" else ["--module=math"]
+    assert cli.main([verb, "--gin_file=quickstart", *more, *flags]) == 2
+    assert said in (found := capsys.readouterr().err), found

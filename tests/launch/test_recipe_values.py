@@ -90,6 +90,14 @@ def test_every_number_of_a_recipe_refuses_what_it_cannot_be(name, value, written
         ("PACK=1", "PACK = 1, .*: True or False is needed"),
         ("SEED=-1", "SEED = -1, .*: it must be at least 0"),
         ("MODEL_DIR=3", "MODEL_DIR = 3, .*: text is needed"),
+        ("DTYPE=int32", "DTYPE = 'int32', .*: no such dtype"),
+        ("DTYPE=float64", "DTYPE = 'float64', .*: no such dtype"),
+        ("attention.Attention.cache_dtype=int32", "'int32': no such dtype; did you mean 'int8'"),
+        ("manager.Keep.latest=0", "manager.Keep.latest = 0: it must be at least 1"),
+        ("manager.Keep.every=-1", "manager.Keep.every = -1: it must be at least 1"),
+        ("grain_loader.CachedData.num_workers=-1", "CachedData.num_workers = -1: it must be at least 0"),
+        ("optimizers.muon.beta=1.5", "optimizers.muon.beta = 1.5: it must be at least 0 and below 1"),
+        ("evaluation.Evaluation.max_batches=0", "max_batches = 0: it must be at least 1"),
         ("mlp.Mlp.activations=gelu", "mlp.Mlp.activations = 'gelu': a list of text is needed"),
         ("attention.Attention.kernel=splash", "attention.Attention.kernel = 'splash': a reference"),
     ],
@@ -97,6 +105,25 @@ def test_every_number_of_a_recipe_refuses_what_it_cannot_be(name, value, written
 def test_a_value_that_cannot_be_is_named_where_it_is_written(binding, message):
     with pytest.raises(UserError, match=message):
         load(["recipes/quickstart.gin"], *MORE, binding, verb="train")
+
+
+@pytest.mark.parametrize(
+    "binding, message",
+    [
+        ("rates = {'a': -1.0}", "rates.gin:6: mixing.Rates.rates = {'a': -1.0}: 'a' is -1.0: it must be at least 0"),
+        ("rates = {'a': 2, 'b': 'x'}", "rates.gin:6: mixing.Rates.rates = .*: 'b' is 'x': a number is needed"),
+        ("from_step = -5", "rates.gin:6: mixing.Rates.from_step = -5: it must be at least 0"),
+    ],
+)
+def test_mixing_rates_are_named_where_they_are_written(binding, message, tmp_path):
+    (tmp_path / "rates.gin").write_text(
+        "from __gin__ import dynamic_registration\nfrom meshway.framework.data import grain_loader\n"
+        "from meshway.framework.data.rows import mixing\nmixing.Rates.from_step = 2\nmixing.Rates.rates = {'a': 1}\n"
+        f"mixing.Rates.{binding}\n"
+        "grain_loader.CachedData.rates = [@mixing.Rates()]\n"
+    )
+    with pytest.raises(UserError, match=message):
+        load(["recipes/quickstart.gin", str(tmp_path / "rates.gin")], *MORE, verb="train")
 
 
 def test_whole_numbers_and_dtypes_may_be_written_in_other_ways():
@@ -113,3 +140,19 @@ def test_whole_numbers_and_dtypes_may_be_written_in_other_ways():
     ):
         assert f"\n{line}\n" in recipe.resolved
     assert "'inputs': 32," in recipe.resolved
+
+
+def test_what_a_name_means_in_a_module_of_the_users_is_the_users(tmp_path, monkeypatch):
+    (tmp_path / "hooks_of_mine.py").write_text(
+        "class Hook:\n    def __init__(self, factor: float, dtype: str, k: int): self.all = (factor, dtype, k)\n"
+    )
+    (tmp_path / "mine.gin").write_text(
+        "from __gin__ import dynamic_registration\nimport hooks_of_mine\nfrom meshway.launch import train\n"
+        "train.train.hooks = [@hooks_of_mine.Hook()]\n"
+        "hooks_of_mine.Hook:\n  factor = -1.5\n  dtype = 'uint8'\n  k = 0\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    files = ["recipes/quickstart.gin", str(tmp_path / "mine.gin")]
+    assert "hooks_of_mine.Hook.factor = -1.5\n" in load(files, *MORE, verb="train").resolved
+    with pytest.raises(UserError, match=r"hooks_of_mine.Hook.k = 0.5: a whole number is needed"):
+        load(files, *MORE, "hooks_of_mine.Hook.k=0.5", verb="train")

@@ -7,12 +7,16 @@ from pathlib import Path
 import pytest
 from converted import sentence_pieces
 from saved_runs import VOCABULARY, save_run
+from tiers import tiers
 
 from meshway.framework.conversion.tokenizer_files import read_vocabulary
 from meshway.framework.data.vocabularies import read_framing
 from meshway.framework.data.vocabulary import Framing
 from meshway.framework.errors import UserError
+from meshway.framework.inference.bulk.reader import Reader
+from meshway.framework.inference.bulk.record import Record
 from meshway.framework.inference.predictor import Predictor
+from meshway.framework.inference.rows import RowFormat
 from meshway.framework.inference.text import load_text
 from meshway.framework.training.run_directory import RunDirectory
 from meshway.launch import config
@@ -110,7 +114,7 @@ def test_an_encoders_decoder_starts_as_config_says(tmp_path):
     assert json.loads((tmp_path / "back" / "config.json").read_text())["decoder_start_token_id"] == 5
 
 
-@pytest.mark.parametrize("family", ["lm", "t5_1_1"])
+@pytest.mark.parametrize("family", tiers(["lm", "t5_1_1"], quick=["lm"], slow=["t5_1_1"]))
 def test_a_prediction_ends_at_every_stop_id_and_hangs_on_the_start(tmp_path, family):
     free = Predictor(save_run(tmp_path / "free", family, framing=Framing((0,), None, ()))).predict(["abc"])[0]
     assert len(free.tokens) == 16
@@ -124,21 +128,40 @@ def test_a_prediction_ends_at_every_stop_id_and_hangs_on_the_start(tmp_path, fam
     assert other.token_scores != free.token_scores
 
 
+@pytest.mark.parametrize("name", ["added_tokens.json", "tokenizer_config.json"])
 @pytest.mark.parametrize(
     ("added", "refused"),
     [({"<|im_end|>": 25}, True), ({"<|im_end|>": 26, "</s>": 1}, True), ({"</s>": 1}, False), (None, False)],
     ids=str,
 )
-def test_tokens_added_beside_a_sentence_piece_model_are_not_lost(tmp_path, added, refused):
+def test_tokens_added_beside_a_sentence_piece_model_are_not_lost(tmp_path, name, added, refused):
     directory = copy_of("llama2", tmp_path)
     (directory / "tokenizer.json").unlink()
     (directory / "tokenizer.model").write_bytes(sentence_pieces())
     if added is not None:
-        (directory / "added_tokens.json").write_text(json.dumps(added))
+        decoder = {"added_tokens_decoder": {str(id): {"content": token} for token, id in added.items()}}
+        (directory / name).write_text(json.dumps(added if name == "added_tokens.json" else decoder))
     if not refused:
         assert read_vocabulary(directory, {"eos_token_id": 1}).size == 25
         return
-    with pytest.raises(UserError, match=r"added_tokens.json adds '<\|im_end\|>'.*tokenizer.json"):
+    with pytest.raises(UserError, match=rf"{name} adds '<\|im_end\|>'.*tokenizer.json"):
+        convert(str(directory), str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "generation", "said"),
+    [
+        ("llama2", {"eos_token_id": [2, 60]}, None, "eos_token_id 60 is no token of the tokenizer there, .* end at 59"),
+        ("llama2", {}, {"eos_token_id": 66}, "eos_token_id 66 is no token"),
+        ("t5_1_1", {"decoder_start_token_id": 61}, None, "decoder_start_token_id 61 is no token"),
+    ],
+    ids=str,
+)
+def test_ids_that_the_tokenizer_has_not_are_refused(tmp_path, family, fields, generation, said):
+    directory = copy_of(family, tmp_path, **fields)
+    if generation is not None:
+        (directory / "generation_config.json").write_text(json.dumps(generation))
+    with pytest.raises(UserError, match=said):
         convert(str(directory), str(tmp_path / "run"))
 
 
@@ -146,6 +169,21 @@ def test_tokens_added_beside_a_sentence_piece_model_are_not_lost(tmp_path, added
 def test_a_text_that_spells_out_the_start_has_it_once(tmp_path, template, text):
     convert(str(llama(tmp_path, template)), str(tmp_path / "run"))
     read = load_text(tmp_path / "run", has_encoder=False)
-    whole = [*read.start, *read.read_inputs(text)]
-    assert whole == [int(word[1:]) for word in text.split()]
-    assert read.read_inputs("w5") == [5] and read.read_inputs([1, 5]) == [1, 5]  # ids are taken as they are
+    rows, spelled = RowFormat(False, False, read.start, read.bos), [int(word[1:]) for word in text.split()]
+    for inputs in (text, spelled, "w5", [5]):
+        known = read.read_inputs(inputs)
+        whole = spelled if template or inputs in (text, spelled) else [5]
+        assert rows.prompts([known], 4)["decoder_input_tokens"][0, : rows.prompt_size(known)].tolist() == whole
+        scored = rows.scored([known], [[9]], {"targets": 4})
+        assert scored["decoder_input_tokens"][0, : len(whole)].tolist() == whole
+        alone = rows.scored([[]], [known], {"targets": 4})  # where there are only targets
+        read_first, then = alone["decoder_input_tokens"][0, 0], alone["decoder_target_tokens"][0, : len(whole) - 1]
+        assert len(whole) == 1 or [read_first, *then] == whole
+    reader = Reader(read, rows, {"inputs": 3}, truncate=True, begin_field="begin")
+    given = [{"inputs": [*template, 4, 6, 7, 8]}, {"inputs": [*template, 4], "begin": [5]}]
+    if template:
+        given.append({"inputs": [*template], "begin": [*template, 5]})
+    examples, problems = reader.read([Record(n, each, str(n), b"") for n, each in enumerate(given)])
+    assert not problems and [each.begun for each in examples[1:]] == [[5]] * (len(given) - 1)
+    kept = rows.begun([4, 6, 7, 8])[-3 + len(template) :]  # cut at the beginning, behind the start
+    assert examples[0].inputs == kept and rows.prompt_size(examples[0].inputs) == 3

@@ -34,7 +34,7 @@ def test_a_run_at_work(run, capsys):
         assert cli.main(["status", str(run)]) == 0
     said = capsys.readouterr().out
     for part in (
-        f"process {os.getpid()} on ", "step 24 of 100, 2 steps/s, 0:38 to go", "last checkpoint: step 20",
+        f"process {os.getpid()} on ", "step 24 of 100 reported, 20 saved, 2 steps/s, 0:38 to go",
         "last evaluation of dates: step 20: exact_match 0.75", "goodput",
     ):  # fmt: skip
         assert part in said, said
@@ -44,8 +44,22 @@ def test_a_run_that_nobody_works_on_as_json(run, capsys):
     assert cli.main(["status", f"--model_dir={run}", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["running"] is None and found["eta_seconds"] is None and found["attempts"] == 1
-    assert (found["step"], found["total"], found["checkpoints"]) == (24, 100, [10, 20])
+    assert (found["step"], found["saved_step"], found["total"], found["checkpoints"]) == (24, 20, 100, [10, 20])
     assert found["evaluations"] == {"dates": {"step": 20, "exact_match": 0.75}}
+
+
+def test_what_was_reported_and_what_was_saved_are_told_apart(run, capsys):
+    def said():
+        assert cli.main(["status", str(run)]) == 0
+        return capsys.readouterr().out.splitlines()[1]
+
+    (run / "checkpoints" / "30").mkdir()  # it ended as it wrote the report
+    assert said() == "step 24 of 100 reported, 30 saved, 2 steps/s"
+    for step in (10, 20, 30):
+        (run / "checkpoints" / str(step)).rmdir()
+    assert said() == "step 24 of 100 reported, none saved, 2 steps/s"
+    (run / "metrics.jsonl").unlink()
+    assert said() == "no step reported, none saved of 100"
 
 
 def test_no_run_is_named(tmp_path, capsys):

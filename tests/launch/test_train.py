@@ -1,12 +1,20 @@
+import os
 import re
+import signal
 from types import SimpleNamespace
 
+import bigram_table
+import numpy as np
 import pytest
 
 from meshway.framework.data.vocabularies import Bytes, load
 from meshway.framework.errors import UserError
+from meshway.framework.partitioning.mesh import MeshShape
+from meshway.framework.partitioning.partitioner import Layout
 from meshway.framework.results.records import Records
+from meshway.framework.training import optimizers
 from meshway.framework.training.loop import Periods
+from meshway.framework.training.program import TrainProgram
 from meshway.framework.training.run_directory import RunDirectory
 from meshway.launch import train
 
@@ -77,3 +85,56 @@ def test_the_run_s_own_evaluations_stand_beside_those_of_other_programs(tmp_path
     ]
     train.EvaluationLog(evaluator, directory, 0, False, said.append)(SimpleNamespace(params=1.0), 0)
     assert list(records.read("ids")) == [10, 20, 25], "of several processes one writes"
+
+
+class Ones:
+    """Batches of ones for `BigramTable`: a data source, and its dataset."""
+
+    def __init__(self, program):
+        self._spec = {name: (spec.shape, spec.dtype) for name, spec in program.batch_spec.items()}
+        self._position = 0
+        self.spec, self.vocabularies, self.eval_tasks = lambda: self._spec, dict, list
+        self.train = lambda rows: self
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self._position += 1
+        return {name: np.ones(shape, dtype) for name, (shape, dtype) in self._spec.items()}
+
+    def state(self):
+        return {"position": self._position}
+
+    def restore(self, state):
+        self._position = state["position"]
+
+
+@pytest.fixture(scope="module")
+def program():
+    activations = [("batch", "data"), ("length", None), ("vocab", None)]
+    layout = Layout(MeshShape(ici={"data": 1}), [("vocab", None), ("embed", None)], activations)
+    sgd = optimizers.Optimizer(optimizers.sgd, learning_rate=0.1)
+    return TrainProgram(bigram_table.BigramTable(), sgd, layout, 4, bigram_table.LENGTHS)
+
+
+@pytest.mark.parametrize(
+    ("number", "at", "ends"),
+    [(signal.SIGINT, 2, KeyboardInterrupt), (signal.SIGTERM, 2, None), (signal.SIGINT, 4, None)],
+)
+def test_a_run_that_ctrl_c_stops_is_saved_and_interrupted(tmp_path, capsys, program, number, at, ends):
+    hook = SimpleNamespace(close=lambda: None)
+    hook.after_step = lambda step: os.kill(os.getpid(), number) if step == at else None
+
+    def run():
+        train.train(program, Ones(program), str(tmp_path), Periods(total=5), hooks=[hook])
+
+    if ends is None:
+        run()
+    else:
+        with pytest.raises(ends):
+            run()
+    last = at + 1  # it is heard after the next step
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(last)]
+    said = capsys.readouterr().out
+    assert (f"stopped after step {last} of 5, saved" in said) == (last < 5)

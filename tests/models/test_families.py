@@ -64,6 +64,7 @@ SLOW = (
     "bloom",
     "chinchilla",
     "gemma2",
+    "gemma3",
     "gpt_j",
     "llama",
     "mistral",

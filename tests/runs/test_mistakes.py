@@ -1,5 +1,6 @@
 """Mistakes that users make: each ends in one clear message and exit code 2, never in a traceback."""
 
+import re
 import shutil
 import subprocess
 
@@ -20,12 +21,12 @@ def in_the_lab(monkeypatch):
     monkeypatch.syspath_prepend(str(LAB))
 
 
-def mistake(capsys, *words):
-    """Runs a command that must fail as a user's mistake, and returns its message."""
+def mistake(capsys, *words, exits=2):
+    """Runs a command that must fail, as a user's mistake if nothing else is said, and returns its message."""
     capsys.readouterr()
     code = cli.main(list(words))
     errors = capsys.readouterr().err
-    assert code == 2, errors
+    assert code == exits, errors
     assert "Traceback" not in errors
     messages = [line for line in errors.splitlines() if line.startswith("meshway: error: ")]
     assert len(messages) == 1, errors
@@ -34,10 +35,10 @@ def mistake(capsys, *words):
 
 CASES = {
     "misspelt binding": (
-        (*T5, "--gin.attention.Attention.num_head=8"),
+        (*T5, "--gin.attention.Attention.num_head=8", "--gin.MODEL_DIR={dir}"),
         ["--gin.attention.Attention.num_head", "did you mean 'num_heads'"],
     ),
-    "unused macro": ((*T5, "--gin.DROPOUT=0.1"), ["DROPOUT", "DROPOUT_RATE"]),
+    "unused macro": ((*T5, "--gin.DROPOUT=0.1", "--gin.MODEL_DIR={dir}"), ["DROPOUT", "DROPOUT_RATE"]),
     "missing MODEL_DIR": (T5, ["--gin.MODEL_DIR=", "the run directory"]),
     "unknown recipe": (
         ("train", "--gin_file=recipes/quikstart.gin"),
@@ -80,6 +81,18 @@ CASES = {
         (*T5, "--gin.VOCAB_SIZE=128", "--gin.MODEL_DIR={dir}"),
         ["128", "vocabulary", "VOCAB_SIZE"],
     ),
+    "unknown split": (
+        (*T5, "--gin.grain_loader.CachedData.train_split=trian", "--gin.MODEL_DIR={dir}"),
+        ["no split 'trian' for training", "did you mean 'train'"],
+    ),
+    "converter of another model": (
+        (*T5, "--gin.FEATURE_CONVERTER=@features.PrefixLanguageModel()", "--gin.MODEL_DIR={dir}"),
+        ["the data's features do not fit the model", "FEATURE_CONVERTER"],
+    ),
+    "parameters from nowhere": (
+        (*T5, "--gin_file=initial/upcycle.gin", "--gin.UPCYCLE_FROM=nowhere", "--gin.MODEL_DIR={dir}"),
+        ["Initial.path: nowhere is neither a run directory"],
+    ),
     "module that is not there": (
         (*T5, "--gin.MIXTURE_OR_TASK_MODULE=tasks.topic", "--gin.MODEL_DIR={dir}"),
         ["tasks.topic"],
@@ -100,12 +113,21 @@ CASES = {
 }
 
 
+NOT_IN_A_DRY_RUN = ("missing MODEL_DIR", "non-finite loss", "unknown task to evaluate", "unknown verb")
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_mistake_is_answered(case, capsys, tmp_path):
+    """And a dry run answers it in the same words, and writes nothing."""
     words, expected = CASES[case]
-    message = mistake(capsys, *[word.replace("{dir}", str(tmp_path / "run")) for word in words])
+    words = [word.replace("{dir}", str(tmp_path / "run")) for word in words]
+    if case not in NOT_IN_A_DRY_RUN:
+        found = mistake(capsys, *words, "--dry_run")
+        assert not list(tmp_path.iterdir())
+    message = mistake(capsys, *words)
     missing = [part for part in expected if part not in message]
     assert not missing, f"{missing} not in: {message}"
+    assert case in NOT_IN_A_DRY_RUN or found == message
 
 
 @pytest.fixture(scope="module")
@@ -123,13 +145,37 @@ def resume(folder, *more):
 
 
 def test_checkpoint_of_another_model(short_run, capsys):
-    message = mistake(capsys, *resume(short_run, "--gin.D_FF=256"))
+    words = resume(short_run, "--gin.D_FF=256")
+    message = mistake(capsys, *words)
+    assert mistake(capsys, *words, "--dry_run") == message
     assert "another model" in message and "there and" in message and "config.gin" in message
 
 
 def test_another_optimizer_is_told_how_to_take_the_parameters(short_run, capsys):
-    message = mistake(capsys, *resume(short_run, "--gin_file=optimizers/lion.gin"))
+    words = resume(short_run, "--gin_file=optimizers/lion.gin")
+    message = mistake(capsys, *words)
+    assert mistake(capsys, *words, "--dry_run") == message
     assert "another optimizer's state" in message and f"mapping.Initial.path = {str(short_run)!r}" in message
+
+
+def test_a_dry_run_says_where_a_run_would_go_on(short_run, capsys):
+    """And what it resolved: task, splits, vocabulary, lengths, converter, model, mesh, optimizer."""
+    before = {path: path.stat().st_mtime_ns for path in short_run.rglob("*")}
+    assert cli.main([*resume(short_run), "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    assert f"{short_run} goes on from its checkpoint 2" in said
+    for name, value in {
+        "model": "EncoderDecoder",
+        "optimizer": "adafactor",
+        "mesh": "data=1",
+        "data": "CachedData lab_halves",
+        "converter": "EncoderDecoder",
+        "feature lengths": "inputs 64, targets 64",
+        "vocabularies": "inputs and targets: bytes vocabulary of",
+    }.items():
+        assert re.search(rf"^{name}: +{re.escape(value)}", said, re.MULTILINE), (name, said)
+    assert re.search(r"^lab_halves +train +training +[\d,]+ +cached$", said, re.MULTILINE), said
+    assert {path: path.stat().st_mtime_ns for path in short_run.rglob("*")} == before
 
 
 def largest(folder):
@@ -166,14 +212,16 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on(short_run, capsys
     shutil.rmtree(folder / "checkpoints" / "1")
     for step in ("2", "3"):
         DAMAGES["half a file"](folder / "checkpoints" / step)
-    message = mistake(capsys, *words[:-1], "--gin.TRAIN_STEPS=9")
+    message = mistake(capsys, *words[:-1], "--gin.TRAIN_STEPS=9", exits=1)
     assert "truncated" in message and "There is no other one" in message
     assert "2.damaged" in {path.name for path in (folder / "checkpoints").iterdir()}, "nothing is thrown away"
 
 
 def test_model_dir_that_cannot_be_written(capsys, tmp_path):
     (tmp_path / "file").write_text("")
-    message = mistake(capsys, *T5, f"--gin.MODEL_DIR={tmp_path / 'file' / 'run'}")
+    words = (*T5, f"--gin.MODEL_DIR={tmp_path / 'file' / 'run'}")
+    message = mistake(capsys, *words)
+    assert mistake(capsys, *words, "--dry_run") == message
     assert "cannot be written" in message and "--gin.MODEL_DIR" in message
 
 

@@ -82,6 +82,7 @@ def read(manuals_cache):
         yield manuals._corpus()
 
 
+@pytest.mark.slow
 def test_the_cached_corpus_is_the_extracted_one(read, manuals_cache, monkeypatch):
     monkeypatch.setenv("MESHWAY_CACHE_DIR", str(manuals_cache))
     monkeypatch.setattr(manuals, "_extract", None)
@@ -91,6 +92,7 @@ def test_the_cached_corpus_is_the_extracted_one(read, manuals_cache, monkeypatch
     assert sorted(manuals_cache.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_it_is_tens_of_megabytes_of_plain_text(read):
     assert sum(len(document.text) for document in read) > 20_000_000
     assert len(read) > 10_000 and max(len(document.text) for document in read) < 100_000
@@ -98,6 +100,7 @@ def test_it_is_tens_of_megabytes_of_plain_text(read):
     assert all(document.text == document.text.strip() and "\0" not in document.text for document in read)
 
 
+@pytest.mark.slow
 def test_splits_share_no_service_and_no_long_paragraph(read):
     splits = {split: manuals.documents(split) for split in manuals.SPLITS}
     assert sum(map(len, splits.values())) == len(read)

@@ -146,13 +146,18 @@ def ensure(
       UserError: a cache is stale, naming what changed; or as `build`.
     """
     root = local_path(directory)
-    tasks = _leaves(name, modules, splits)
-    for task in tasks:
-        if (root / task.name / "info.json").is_file():
-            _refuse(root / task.name, stale(root / task.name, task))
+    refuse_stale(name, modules, root, splits)
     if missing(name, modules, root, splits):
         build([name], modules, root, splits, **options)
-    return {task.name: root / task.name for task in tasks}
+    return {task.name: root / task.name for task in _leaves(name, modules, splits)}
+
+
+def refuse_stale(name: str, modules: Sequence[str], directory: str | Path, splits: Sequence[str] | None = None) -> None:
+    """Checks those leaves of a task or mixture that are cached; UserError for a stale one, naming what changed."""
+    root = local_path(directory)
+    for task in _leaves(name, modules, splits):
+        if (root / task.name / "info.json").is_file():
+            _refuse(root / task.name, stale(root / task.name, task))
 
 
 def missing(name: str, modules: Sequence[str], directory: str | Path, splits: Sequence[str] | None = None) -> list[str]:

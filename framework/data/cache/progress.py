@@ -1,5 +1,6 @@
 """What a person sees of a cache being built: a bar at the foot of a terminal, or a plain line now and then."""
 
+import contextlib
 import os
 import sys
 import time
@@ -12,6 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from meshway.framework import stages
 from meshway.framework.training.progress import format_duration
 
 
@@ -42,11 +44,13 @@ class CacheProgress:
         self._examples: dict[int, int] = {}
         self._done = 0
         self._live: Live | None = None
+        self._terminal = contextlib.ExitStack()  # held by this display
         if terminal is None:
             terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
         if terminal:
             console = Console(file=self._stream, force_terminal=True, highlight=False)
             self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
+            self._terminal.enter_context(stages.through(self.note))
             self._live.start()
 
     def update(self, job: int, examples: int) -> None:
@@ -78,6 +82,7 @@ class CacheProgress:
     ) -> None:
         if self._live is not None:
             self._live.stop()
+        self._terminal.close()
 
     def _print(self, line: str) -> None:
         print(line, file=self._stream, flush=True)

@@ -14,6 +14,13 @@ import numpy as np
 
 from meshway.framework.data.cache.format import CachedSplit
 from meshway.framework.data.inspection.decoded_rows import DecodedRow, decode_rows, sides
+from meshway.framework.data.inspection.special_tokens import (
+    Written,
+    reads_special_tokens,
+    sampled,
+    segments,
+    sentence,
+)
 from meshway.framework.data.objective import Spec
 from meshway.framework.data.rows.examples import Stepped
 from meshway.framework.data.rows.row_source import RowSource
@@ -221,11 +228,21 @@ def _of_sources(
 ) -> Inspection:
     """Returns the inspection of a stream that tells which source each row is from."""
     total, drawn = Drawn(), {source.name: Drawn() for source in stream.sources}
+    written = {source.name: Written() for source in stream.sources}
+    reads = reads_special_tokens(vocabularies)
     for number in range(known[-1]):
         batch, origins = stream.batch(number), stream.origins(number)
         total.add(batch)
         for place, source in enumerate(stream.sources):
-            drawn[source.name].add({name: array[origins == place] for name, array in batch.items()})
+            of_source = {name: array[origins == place] for name, array in batch.items()}
+            drawn[source.name].add(of_source)
+            if reads and not isinstance(source, RowSource):  # its examples may be no tokens yet
+                written[source.name].add(segments(of_source), vocabularies)
+    if reads:
+        for source in stream.sources:
+            if isinstance(source, RowSource):
+                written[source.name].add(sampled(source.examples), vocabularies)
+        known[1]["special tokens"] = sentence(written)
     sources = [_figures(source, data.lengths) for source in stream.sources]
     samples = []
     for source in stream.sources if rows else ():
@@ -247,12 +264,17 @@ def _of_batches(
     vocabularies: Mapping[str, Vocabulary],
 ) -> Inspection:
     """Returns the inspection of any other stream, all from what is drawn."""
-    total = Drawn()
+    total, written = Drawn(), Written()
     shown: list[DecodedRow] = []
+    reads = reads_special_tokens(vocabularies)
     for batch in itertools.islice(dataset, known[-1]):
         total.add(batch)
+        if reads:
+            written.add(segments(batch), vocabularies)
         if (wanted := rows - len(shown)) > 0:
             shown += decode_rows({name: array[:wanted] for name, array in batch.items()}, vocabularies)
+    if reads:
+        known[1]["special tokens"] = sentence({"": written})
     missing = (
         f"{kind} tells neither the sizes of all examples nor which task a row is from: every figure is of the "
         "batches drawn, and the shares of a mixture are not known."

@@ -8,6 +8,7 @@ import numpy as np
 
 from meshway.framework.data.rows.online_steps import AppendEos
 from meshway.framework.data.rows.packing import Example
+from meshway.framework.errors import UserError
 
 
 class Examples(Protocol):
@@ -23,6 +24,42 @@ class Examples(Protocol):
     def read(self, indices: Sequence[int] | np.ndarray) -> list[Any]:
         """Returns the examples with these numbers, in this order."""
         ...
+
+
+def check_ids(
+    name: str, examples: Sequence[Example], numbers: Sequence[int] | np.ndarray, sizes: Mapping[str, int]
+) -> None:
+    """Checks the token ids of a task's examples before they become rows: another id reads some other row of a table.
+
+    Args:
+      name: the task.
+      examples: some of it.
+      numbers: theirs in the task.
+      sizes: feature -> how many ids its vocabulary has.
+
+    Raises:
+      UserError: naming the first example with an id that the vocabulary has not.
+    """
+    for feature, size in sizes.items():
+        arrays = [np.asarray(example[feature]) for example in examples if feature in example]
+        joined = np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
+        if not joined.size or (joined.min() >= 0 and joined.max() < size):
+            continue
+        for number, example in zip(numbers, examples, strict=True):
+            if problem := wrong_id(example, {feature: size}):
+                raise UserError(f"task {name!r}, example {number}: {problem}")
+
+
+def wrong_id(example: Example, sizes: Mapping[str, int]) -> str:
+    """Returns what is wrong with the first id of an example that its vocabulary has not; "" where there is none."""
+    for feature, size in sizes.items():
+        ids = np.asarray(example.get(feature, ()))
+        if len(wrong := ids[(ids < 0) | (ids >= size)]):
+            return (
+                f"feature {feature!r} holds the token id {wrong[0]}, but its vocabulary has {size:,} ids, 0 to "
+                f"{size - 1:,}"
+            )
+    return ""
 
 
 class InMemory:

@@ -32,7 +32,9 @@ class Rates:
             raise UserError(f"Rates.from_step must be a step, at least 0, not {self.from_step}")
         for name, rate in self.rates.items():
             if not rate >= 0 or rate == float("inf"):
-                raise UserError(f"Rates from step {self.from_step}: {name!r} must have at least 0, not {rate}")
+                raise UserError(
+                    f"Rates from step {self.from_step}: the rate of task {name!r} must be at least 0, not {rate}"
+                )
 
 
 def periods(names: Sequence[str], rates: Mapping[str, float], changes: Sequence[Rates]) -> list[tuple[int, np.ndarray]]:

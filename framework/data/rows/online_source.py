@@ -41,6 +41,7 @@ class OnlineSource:
       pack: whether rows hold several items.
       shuffle: whether order is random.
       seed: of order and of all randomness.
+      vocabulary_sizes: as `RowSource` has them; an example is named by its number among those that its pool makes.
 
     Raises:
       UserError: there is nothing to read.
@@ -55,6 +56,7 @@ class OnlineSource:
         pack: bool,
         shuffle: bool = True,
         seed: int = 0,
+        vocabulary_sizes: Mapping[str, int] | None = None,
     ) -> None:
         if not len(examples):
             raise UserError(f"task {name!r} has no examples to read")
@@ -65,6 +67,7 @@ class OnlineSource:
         self._pack = pack
         self._shuffle = shuffle
         self._seed = seed
+        self._vocabulary_sizes = vocabulary_sizes
         self._key = key_of(seed, name, "online")
         self._num_pools = max(1, round(len(examples) / POOL_EXAMPLES))
         self._anchor = _Anchor(0, 0, 0)
@@ -130,17 +133,18 @@ class OnlineSource:
         made = self._steps(self.examples.read(positions), key_of(self._key, "steps", epoch, pool) % 2**31)
         if not made:
             return None
-        objective = _InEpoch(self._objective, epoch)
+        objective = InEpoch(self._objective, epoch)
         seed = key_of(self._seed, epoch, pool)
         try:
-            return RowSource(self.name, InMemory(made), objective, self._pack, self._shuffle, seed)
+            arguments = (objective, self._pack, self._shuffle, seed, self._vocabulary_sizes)
+            return RowSource(self.name, InMemory(made), *arguments)
         except UserError:
             if objective.parts(InMemory(made).sizes).sum():
                 raise
             return None
 
 
-class _InEpoch:
+class InEpoch:
     """An objective whose items all belong to one epoch."""
 
     cycle = 1

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from meshway.framework.data.objective import Items, Objective
-from meshway.framework.data.rows.examples import Examples
+from meshway.framework.data.rows.examples import Examples, check_ids
 from meshway.framework.data.rows.order import key_of, permute, seeds
 from meshway.framework.data.rows.packing import Arrays, Placement, best_fit
 from meshway.framework.errors import UserError
@@ -42,6 +42,7 @@ class RowSource:
       pack: whether rows hold several items.
       shuffle: whether order is random; if not, items come in the task's order.
       seed: of order and of the objective's randomness.
+      vocabulary_sizes: feature of token ids -> how many there are; an example with any other is refused as it is read.
 
     Attributes:
       items_per_epoch: how many items one pass over the task has.
@@ -58,6 +59,7 @@ class RowSource:
         pack: bool,
         shuffle: bool = True,
         seed: int = 0,
+        vocabulary_sizes: Mapping[str, int] | None = None,
     ) -> None:
         if not len(examples):
             raise UserError(f"task {name!r} has no examples to read")
@@ -66,6 +68,7 @@ class RowSource:
         self.objective = objective
         self._pack = pack and bool(objective.row_lengths)
         self._shuffle = shuffle
+        self._vocabulary_sizes = dict(vocabulary_sizes or {})
         self._key = key_of(seed, name)
         parts = objective.parts(examples.sizes) if objective.row_lengths else np.ones(len(examples), np.int64)
         self._ends = None if (parts == 1).all() else np.cumsum(parts)  # items of examples 0..i, where not one each
@@ -135,6 +138,7 @@ class RowSource:
         items, placement = self._find(numbers)
         order = np.argsort(items.index, kind="stable")  # neighbours in a shard are read together
         found = self.examples.read(items.index[order])
+        check_ids(self.name, found, items.index[order], self._vocabulary_sizes)
         examples: list[Any] = [None] * len(order)
         for place, example in zip(order.tolist(), found, strict=True):
             examples[place] = example

@@ -1,5 +1,6 @@
 """What a person sees of a batch job: a bar on a terminal, a plain line now and then in a log."""
 
+import contextlib
 import os
 import sys
 import time
@@ -9,6 +10,7 @@ from typing import Self, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from meshway.framework import stages
 from meshway.framework.training.progress import format_duration
 
 
@@ -37,6 +39,7 @@ class JobProgress:
         self._began = self._printed = time.monotonic()
         self._done = self._skipped = self._tokens = 0
         self._bar: Progress | None = None
+        self._terminal = contextlib.ExitStack()  # held by this display
         self._task = TaskID(0)
         if terminal is None:
             terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
@@ -48,6 +51,7 @@ class JobProgress:
 
     def __enter__(self) -> Self:
         if self._bar is not None:
+            self._terminal.enter_context(stages.through(self.note))
             self._bar.start()
         return self
 
@@ -56,6 +60,7 @@ class JobProgress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+        self._terminal.close()
 
     def skip(self, records: int) -> None:
         """Takes records that an earlier attempt computed."""

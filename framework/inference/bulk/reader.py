@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from meshway.framework.data.vocabulary import after_start
 from meshway.framework.errors import did_you_mean
 from meshway.framework.inference.bulk.record import Record
 from meshway.framework.inference.rows import RowFormat
@@ -103,9 +104,9 @@ class Reader:
         needs_inputs = self._format.has_encoder or not self._scores
         inputs = targets = []
         if inputs_field in values or needs_inputs:
-            inputs = self._text.read_inputs(_field(values, inputs_field))
+            inputs = _tokens(self._text.read_inputs, values, inputs_field)
         if self._scores:
-            targets = self._text.read_targets(_field(values, targets_field))
+            targets = _tokens(self._text.read_targets, values, targets_field)
             if not targets:
                 raise ValueError(f"field {targets_field!r} holds nothing to score")
         sizes = self._sizes(inputs, targets)
@@ -117,7 +118,10 @@ class Reader:
         if not self._scores and not self._sizes(inputs, targets)["inputs"]:
             raise ValueError(f"field {inputs_field!r} is empty, and without a start token nothing can follow it")
         begun = values.get(self._begin_field, "") if self._begin_field is not None else ""
-        return Example(record.index, record.values, inputs, targets, sizes, self._text.read_begun(begun))
+        begun = self._text.read_begun(begun)
+        if self._format.has_encoder or not after_start(inputs, self._format.bos):
+            begun = after_start(begun, self._format.bos)
+        return Example(record.index, record.values, inputs, targets, sizes, begun)
 
     def _sizes(self, inputs: list[int], targets: list[int]) -> dict[str, int]:
         if self._scores:
@@ -126,6 +130,7 @@ class Reader:
 
     def _cut(self, inputs: list[int], targets: list[int]) -> list[int] | None:
         """Returns as much of `inputs` as there is room for, None where they are not what is too long."""
+        inputs = inputs if self._format.has_encoder else list(after_start(inputs, self._format.bos))
         sizes, name = (
             self._sizes(inputs, targets),
             "inputs" if self._format.has_encoder or not self._scores else "targets",
@@ -136,6 +141,14 @@ class Reader:
         if self._format.has_encoder:
             return inputs[: kept - len(self._text.end)] + list(self._text.end)
         return inputs[len(inputs) - kept :]
+
+
+def _tokens(read: Callable[[Any], list[int]], values: Mapping[str, Any], name: str) -> list[int]:
+    value = _field(values, name)
+    try:
+        return read(value)
+    except ValueError as error:
+        raise ValueError(f"field {name!r}: {error}") from error
 
 
 def _field(values: Mapping[str, Any], name: str) -> Any:

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
+from meshway.framework.partitioning.explain import format_bytes
 from meshway.framework.training.report.elements import escape
 from meshway.framework.training.report.plots import Points
 from meshway.framework.training.report.run_files import Run, number
@@ -31,10 +32,18 @@ def _summary(run: Run) -> Iterable[tuple[str, str]]:
     yield "tokens per second, median", _median(run.curve("tokens_per_second"), "{:,.0f}")
     yield "share of matmul peak (MFU)", _median(run.curve("mfu"), "{:.1%}")
     yield "waiting for data", _median(run.curve("data_wait_fraction"), "{:.1%}")
+    yield "peak memory of a device", _memory(run)
     yield "goodput", f"{run.goodput.shares['productive']:.1%}" if run.goodput.wall else ""
     sizes = [_size(row.get("shape")) for row in run.layout if str(row["name"]).startswith("params/")]
     if sizes and math.isfinite(sum(sizes)):
         yield "parameters", f"{sum(sizes):,.0f}"
+
+
+def _memory(run: Run) -> str:
+    """Returns the highest peak and the limit, as far as they were counted."""
+    peaks = [value for _, value in run.curve("device_peak_bytes_in_use") if math.isfinite(value)]
+    limits = [value for _, value in run.curve("device_bytes_limit") if math.isfinite(value)]
+    return " of ".join(format_bytes(max(each)) for each in (peaks, limits) if each) if peaks else ""
 
 
 def _size(shape: Any) -> float:

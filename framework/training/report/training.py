@@ -1,7 +1,10 @@
 """How training went: curves over steps."""
 
 from meshway.framework.training.report.elements import figure, section
+from meshway.framework.training.report.plots import Points
 from meshway.framework.training.report.run_files import Run
+
+_MEMORY = {"in use": "device_bytes_in_use", "peak": "device_peak_bytes_in_use", "limit": "device_bytes_limit"}
 
 
 def training(run: Run) -> str:
@@ -23,5 +26,12 @@ def training(run: Run) -> str:
         ),
         figure("Gradient norm", {"norm": run.curve("grad_norm")}, from_zero=True),
         figure("Share of matmul peak (MFU)", {"share": run.curve("mfu")}, percent=True, from_zero=True),
+        figure("Device memory, GiB", _memory(run), from_zero=True),
     ]
     return section("Training", plots, "No step has been reported yet.")
+
+
+def _memory(run: Run) -> dict[str, Points]:
+    """Returns the memory of the fullest device; nothing where no backend counted it."""
+    curves = {name: [(step, value / 2**30) for step, value in run.curve(key)] for name, key in _MEMORY.items()}
+    return {name: points for name, points in curves.items() if points}

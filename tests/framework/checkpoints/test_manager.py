@@ -1,6 +1,9 @@
 """Checkpoints: exact, of no mesh, and clear about what is wrong with them."""
 
+import functools
 import shutil
+import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -8,7 +11,8 @@ import pytest
 from tiers import tiers
 from tiny import losses, program
 
-from meshway.framework.checkpoints.manager import Checkpoints, Keep
+from meshway.framework.checkpoints import manager
+from meshway.framework.checkpoints.manager import Checkpoints, DamagedCheckpoint, Keep, read_last
 from meshway.framework.checkpoints.mapping import Initial
 from meshway.framework.errors import UserError
 
@@ -76,8 +80,47 @@ def test_a_truncated_checkpoint_is_told_and_the_one_before_named(saved, tmp_path
     largest = max((copy / "3" / "state").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     made = program("t5_1_1", optimizer="adafactor")
-    with pytest.raises(UserError, match=r"truncated, damaged.*Remove that folder to go on from step 2"):
+    with pytest.raises(DamagedCheckpoint, match=r"truncated, damaged.*params|opt_state.*Step 2 is there too"):
         Checkpoints(copy, read_only=True).restore(3, made.abstract_state)
+    with pytest.raises(DamagedCheckpoint, match="Remove that folder to go on from step 2"):
+        Checkpoints(copy).restore(3, made.abstract_state)
+
+
+def test_arrays_that_come_after_a_failed_read_say_nothing(monkeypatch):
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: heard.append(str(found.exc_value)))
+    manager._quiet_closed_loops.__wrapped__()
+
+    class Late:
+        def __init__(self, words):
+            self.words = words
+
+        def __del__(self):
+            raise RuntimeError(self.words)
+
+    for words in ("Event loop is closed", "another error", "Event loop is closed"):
+        Late(words)
+    assert heard == ["another error"]
+
+
+def test_the_last_that_can_be_read_is_taken_and_nothing_is_renamed(tmp_path):
+    for step in (1, 2, 3, 4):
+        (tmp_path / str(step)).mkdir()
+
+    def read(step, bad=(2, 3)):
+        if step in bad:
+            raise DamagedCheckpoint(f"checkpoint {step}: DATA_LOSS")
+        return f"of {step}"
+
+    said = []
+    checkpoints = SimpleNamespace(steps=lambda: [1, 2, 3, 4])
+    assert read_last(checkpoints, 3, read, said.append) == (1, "of 1")
+    assert said == ["checkpoint 3: DATA_LOSS; taking step 2", "checkpoint 2: DATA_LOSS; taking step 1"]
+    assert read_last(checkpoints, 4, read, said.append) == (4, "of 4") and len(said) == 2
+    with pytest.raises(DamagedCheckpoint, match="checkpoint 4"):
+        read_last(checkpoints, 4, functools.partial(read, bad=(1, 2, 3, 4)), said.append)
+    with pytest.raises(UserError, match="another model"):  # this is none: all of a run's checkpoints are of one model
+        read_last(checkpoints, 4, lambda step: (_ for _ in ()).throw(UserError("another model")), said.append)
 
 
 def steps_kept(folder, state, keep, metrics):

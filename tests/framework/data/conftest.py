@@ -70,6 +70,8 @@ def seqio():
     seqio.MixtureRegistry.add("tiny_of_counted", [("tiny_by_count", 1), ("tiny_few", 1)])
     seqio.MixtureRegistry.add("tiny_below_0", [("tiny_b", 1), ("tiny_c", -1.0)])
     seqio.MixtureRegistry.add("tiny_no_number", [("tiny_b", 1), ("tiny_c", lambda task: float("nan"))])
+    seqio.MixtureRegistry.add("tiny_below_0_twice", [("tiny_below_0", -1.0), ("tiny_b", 9)])
+    seqio.MixtureRegistry.add("tiny_of_below_0", [("tiny_few", 1), ("tiny_mix", -2)])
     silent = [seqio.map_over_dataset(lambda example: example | {"targets": ""}), plain[0], plain[1]]
     add("tiny_silent", preprocessors=silent)
     seqio.MixtureRegistry.add("tiny_of_mixtures", [("tiny_by_size", 3), ("tiny_few", 4)])

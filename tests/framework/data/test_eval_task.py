@@ -8,6 +8,7 @@ import tasks_in_memory
 from meshway.framework.data.eval_task import TaskEvaluation
 from meshway.framework.data.features import EncoderDecoder, LanguageModel
 from meshway.framework.data.rows.examples import InMemory
+from meshway.framework.data.vocabularies import Bytes
 from meshway.framework.errors import UserError
 
 LENGTHS = {"inputs": 4, "targets": 4}
@@ -124,3 +125,25 @@ def test_what_cannot_be_run_is_said():
     assert not task.has_metrics
     assert task.left_out == ["of_predictions: LanguageModel has nothing to predict from"]
     assert make(EXAMPLES, [of_predictions]).left_out == []
+
+
+@pytest.mark.parametrize("wrong", [-1, 259])
+def test_ids_that_the_vocabulary_has_not_are_refused(wrong):
+    vocabularies = dict.fromkeys(LENGTHS, Bytes())
+    converter = EncoderDecoder()
+    examples = [*EXAMPLES, {"inputs": np.array([7]), "targets": np.array([5, wrong])}]
+    objective = converter.bind(tasks_in_memory.task(*converter.task_features), LENGTHS)
+    task = TaskEvaluation("ids", InMemory(examples), objective, converter, LENGTHS, 2, vocabularies)
+    for read in (task.batches, task.score_batches, task.prompt_batches):
+        with pytest.raises(UserError, match=f"task 'ids', example 1: feature 'targets' holds the token id {wrong}"):
+            list(read())
+    assert len(task.read([0, 1])) == 2  # `infer` looks at each record by itself
+
+
+@pytest.mark.parametrize(("functions", "classes"), [(0, 1), (2, 1), (1, 3)])
+def test_metric_classes_are_left_out_and_the_task_is_not(functions, classes):
+    task = make(EXAMPLES, [lambda targets, predictions: {}] * functions)
+    seqio_task = task._task
+    seqio_task.metric_objs = [object()] * (functions + classes)
+    seqio_task.metric_fns = seqio_task.predict_metric_fns
+    assert task.left_out == [f"{classes} of its metric_objs, as only metric functions are run"]

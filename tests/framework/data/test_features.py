@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 from tasks_in_memory import lay, task
 
+from meshway.framework.data.denoising import SpanCorruption
 from meshway.framework.data.features import EncoderDecoder, LanguageModel, PrefixLanguageModel
+from meshway.framework.data.objective import TaskInfo
 from meshway.framework.errors import UserError
 
 LENGTHS = {"inputs": 6, "targets": 5}
@@ -146,3 +148,16 @@ def test_what_does_not_fit_is_named(converter, has, lengths, message):
 def test_what_fits_passes():
     EncoderDecoder().bind(task("inputs", "targets", "extra"), LENGTHS)
     LanguageModel().bind(task("targets"), {"targets": 5})
+
+
+@pytest.mark.parametrize(
+    ("converter", "empty"),
+    [(EncoderDecoder(), "inputs"), (PrefixLanguageModel(), "targets"), (LanguageModel(inputs=True), "inputs"),
+     (LanguageModel(), "targets"), (SpanCorruption(), "targets")],
+)  # fmt: skip
+def test_a_feature_that_holds_nothing_in_any_example_is_said_to_be_empty(converter, empty):
+    """It is there, as the task was registered; only nothing can be learned from it."""
+    features = {name: info for name, info in task(*converter.task_features).features.items() if name != empty}
+    info = TaskInfo("silent", features, empty=frozenset({empty}))
+    with pytest.raises(UserError, match=f"task 'silent': '{empty}', which .* reads, is empty in every example"):
+        converter.bind(info, LENGTHS if len(converter.task_features) == 2 else {"targets": 5})

@@ -9,6 +9,7 @@ from tasks_in_memory import TOKENS, lay
 from meshway.framework.data.denoising import RandomPrefix
 from meshway.framework.data.features import EncoderDecoder, LanguageModel, PrefixLanguageModel
 from meshway.framework.data.objective import FeatureInfo, TaskInfo
+from meshway.framework.data.task_data import framing_of
 from meshway.framework.data.vocabularies import Bytes, HuggingFace, Opaque, read_framing
 from meshway.framework.data.vocabulary import Framing
 from meshway.framework.errors import UserError
@@ -22,21 +23,26 @@ EXAMPLES = [{"inputs": np.array(known), "targets": np.array(new)} for known, new
 STARTS = [(0,), (257,), ()]
 
 
-def bound(converter, start, lengths=LENGTHS, **features):
+def bound(converter, start, lengths=LENGTHS, bos=(), **features):
     features = dict.fromkeys(converter.task_features, TOKENS) | features
-    return converter.bind(TaskInfo("t", features, start), {name: lengths[name] for name in converter.task_features})
+    return converter.bind(
+        TaskInfo("t", features, start, bos=bos), {name: lengths[name] for name in converter.task_features}
+    )
 
 
+@pytest.mark.parametrize("bos", [(), (8,)], ids=["plain", "spelled"])
 @pytest.mark.parametrize("start", STARTS, ids=str)
 @pytest.mark.parametrize("prefix", [False, True])
-def test_training_reads_what_scoring_and_predicting_read(start, prefix):
-    objective = bound(PrefixLanguageModel() if prefix else LanguageModel(inputs=True), start)
-    rows = RowFormat(has_encoder=False, has_prefix=prefix, start=start)
+def test_training_reads_what_scoring_and_predicting_read(start, prefix, bos):
+    start = bos or start  # the second example begins with 8
+    objective = bound(PrefixLanguageModel() if prefix else LanguageModel(inputs=True), start, bos=bos)
+    rows = RowFormat(has_encoder=False, has_prefix=prefix, start=start, bos=bos)
     trained, scored = lay(objective, EXAMPLES, packed=False), rows.scored(INPUTS, TARGETS, {"targets": 11})
     assert set(trained) == set(scored)
     weights = scored["decoder_loss_weights"]
     np.testing.assert_array_equal(trained["decoder_loss_weights"], weights)
     assert weights.sum() == sum(map(len, TARGETS))
+    assert not bos or trained["decoder_input_tokens"][1].tolist()[:3] == [8, 4, 0]
     for name in ("decoder_input_tokens", "decoder_target_tokens", "decoder_positions"):
         np.testing.assert_array_equal(trained[name] * (weights > 0), scored[name] * (weights > 0), name)
     seen = scored["decoder_segment_ids"] > 0  # without a start, training also reads a row's last token, for nothing
@@ -58,6 +64,62 @@ def test_packed_segments_start_alike(start):
 
     assert pairs(alone) == pairs(packed)
     assert len(pairs(alone)) == sum(len(each) - (not start) for each in TARGETS)
+
+
+def learned(rows, prefix=False):
+    """What each token that carries loss is predicted from: the pairs (tokens read up to it, the token)."""
+    found = []
+    for row in range(len(rows["decoder_input_tokens"])):
+        for place in np.flatnonzero(rows["decoder_loss_weights"][row]):
+            begin = place - rows["decoder_positions"][row, place]
+            read = rows["decoder_input_tokens"][row, begin : place + 1].tolist()
+            seen = rows["decoder_prefix_mask"][row, begin : place + 1].tolist() if prefix else []
+            found.append((read, seen, int(rows["decoder_target_tokens"][row, place])))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "converter",
+    [
+        LanguageModel(),
+        LanguageModel(inputs=True),
+        PrefixLanguageModel(),
+        PrefixLanguageModel(loss_on_targets_only=False),
+        EncoderDecoder(),
+        LanguageModel(weights=True),
+    ],
+    ids=lambda converter: f"{type(converter).__name__} {converter.task_features}",
+)
+def test_a_text_that_spells_out_its_start_has_it_once(converter, packed):
+    """Rows teach of [BOS, a, b] what they teach of [a, b], whatever stands beside it, and nothing of BOS."""
+    weights = {"weights": FeatureInfo("float32", (None,))} if getattr(converter, "weights", False) else {}
+    objective = bound(converter, (7,), {"inputs": 9, "targets": 9}, bos=(7,), **weights)
+    head = "inputs" if "inputs" in converter.task_features and not isinstance(converter, EncoderDecoder) else "targets"
+    plain = [[5, 6], [0, 8, 7, 7], [9]]
+
+    def rows(spelled):
+        begins = [[7] if each in spelled else [] for each in range(len(plain))]
+        examples = [
+            {name: np.array([*(begins[n] if name == head else []), *plain[n - (name != head)]]) for name in LENGTHS}
+            | {"weights": np.array([*([0] if begins[n] else []), *[0.5] * len(plain[n])])}
+            for n in range(len(plain))
+        ]
+        kept = (*converter.task_features, *weights)
+        return lay(objective, [{name: each[name] for name in kept} for each in examples], packed)
+
+    prefix = isinstance(converter, PrefixLanguageModel)
+    for spelled in ({0}, {1, 2}, {0, 1, 2}):
+        assert learned(rows(spelled), prefix) == learned(rows(()), prefix)
+    if converter.can_predict and head == "inputs":
+        prompts = objective.prompts(
+            [{"inputs": np.array(ids), "targets": np.array([9])} for ids in ([7, 5, 6], [5, 6])]
+        )
+        assert prompts["decoder_input_tokens"][:, :4].tolist() == [[7, 5, 6, 0]] * 2
+    twice = bound(converter, (7,), {"inputs": 9, "targets": 9}, **weights)  # where 7 is a token like any other
+    names = (*converter.task_features, *weights)
+    read = lay(twice, [{name: np.array([7, 5]) for name in names}], packed=False)["decoder_input_tokens"]
+    assert read[0, :2].tolist() == [7, 7]
 
 
 def test_an_encoders_decoder_starts_where_the_recipe_says():
@@ -140,10 +202,11 @@ def hugging_face(eos_id, added=(), template=None):
 def test_a_vocabulary_says_where_texts_start_and_end(vocabulary, expected, tmp_path):
     framing = Framing.of(vocabulary)
     assert (framing.start, framing.stop) == expected
+    assert framing.bos == (() if isinstance(vocabulary, Opaque) and framing.start == (0,) else framing.start)
     RunDirectory(tmp_path).save_vocabularies({"targets": vocabulary}, framing)
     assert read_framing(tmp_path) == framing
     text = load_text(tmp_path, has_encoder=False)
-    assert (text.start, text.stop) == expected
+    assert (text.start, text.stop, text.bos) == (*expected, framing.bos)
 
 
 def test_a_recipe_may_say_otherwise_and_a_run_keeps_it(tmp_path):
@@ -157,3 +220,24 @@ def test_a_recipe_may_say_otherwise_and_a_run_keeps_it(tmp_path):
     for wrong in ("x", [259], [-1], [True], 1.0):
         with pytest.raises(UserError, match="must be a list of ids below 259"):
             Framing.of(Bytes(), stop_ids=wrong)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "stop_ids", "stop"),
+    [
+        (
+            hugging_face(3, ["<|eot|>", "<|im_end|>"]),
+            [2],
+            (2, 3),
+        ),  # a converted model's, and a task that ends otherwise
+        (Opaque("letters", 257, 256), [], (256,)),
+        (Bytes(), [9, 1], (9, 1)),
+        (Bytes(), None, (1,)),
+        (hugging_face(None), [1], (1,)),
+    ],
+    ids=str,
+)
+def test_what_ends_a_tasks_targets_ends_a_prediction_too(vocabulary, stop_ids, stop):
+    """Else a model would be trained to end where no prediction does."""
+    assert framing_of({"targets": vocabulary}, None, stop_ids).stop == stop
+    assert framing_of({"inputs": vocabulary}, None, stop_ids) is None

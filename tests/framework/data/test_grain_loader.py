@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 from meshway.framework.data.cache import builder as cache_builder
+from meshway.framework.data.denoising import SpanCorruption
+from meshway.framework.data.encoder_only import MaskedLanguageModel
 from meshway.framework.data.features import EncoderDecoder, LanguageModel, PrefixLanguageModel
-from meshway.framework.data.grain_loader import CachedData, WorkerStream
+from meshway.framework.data.grain_loader import CachedData
 from meshway.framework.data.rows.mixing import Rates
+from meshway.framework.data.worker_stream import WorkerStream
 from meshway.framework.errors import UserError
 
 LENGTHS = {"inputs": 16, "targets": 12}
@@ -176,27 +179,88 @@ def test_without_seqio_a_cache_is_enough(data, caches):
     assert "no cache of 'tiny_x'" in done.stdout and "without seqio and TensorFlow none can be built" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"name": "tiny_aa"}, "registered as 'tiny_aa'.*did you mean 'tiny_a'"),
-        ({"module": "no_such_package.tasks"}, "'no_such_package.tasks'.*not found: no 'no_such_package'"),
-        ({"train_split": "trian"}, "no split 'trian' for training.*did you mean 'train'"),
-        ({"lengths": {"inputs": 4}}, "TASK_FEATURE_LENGTHS lacks 'targets'"),
-        ({"name": "tiny_float"}, "'tiny_float'.*'inputs'"),
-        ({"name": "tiny_own"}, "mixture 'tiny_own' has a sample_fn of its own"),
-        ({"name": "tiny_below_0"}, "'tiny_below_0': the rate of task 'tiny_c' must be at least 0, not -1.0"),
-        ({"name": "tiny_no_number"}, "'tiny_no_number': the rate of task 'tiny_c' must be at least 0, not nan"),
-        ({"name": "tiny_mix", "rates": [Rates(0, {"tiny_a": 0, "tiny_b": 0})]}, "no task with a rate above 0"),
-        ({"name": "tiny_silent"}, "'tiny_silent': 'targets', which EncoderDecoder reads, is empty in every example"),
-        ({"seed": -1}, "CachedData.seed must be a whole number of at least 0"),
-        ({"rates": [Rates(3, {"tiny_q": 1})]}, "no task 'tiny_q'"),
-        ({"name": "tiny_lm", "converter": PrefixLanguageModel()}, "task 'tiny_lm' has no feature 'inputs'"),
-    ],
-)
+MISTAKES = [
+    ({"name": "tiny_aa"}, "registered as 'tiny_aa'.*did you mean 'tiny_a'"),
+    ({"module": "no_such_package.tasks"}, "'no_such_package.tasks'.*not found: no 'no_such_package'"),
+    ({"train_split": "trian"}, "no split 'trian' for training.*did you mean 'train'"),
+    ({"lengths": {"inputs": 4}}, "TASK_FEATURE_LENGTHS lacks 'targets'"),
+    ({"name": "tiny_float"}, "'tiny_float'.*'inputs'"),
+    ({"name": "tiny_own"}, "mixture 'tiny_own' has a sample_fn of its own"),
+    ({"name": "tiny_below_0"}, "'tiny_below_0': the rate of task 'tiny_c' must be at least 0, not -1.0"),
+    ({"name": "tiny_below_0_twice"}, "'tiny_below_0': the rate of task 'tiny_c' must be at least 0, not -1.0"),
+    ({"name": "tiny_of_below_0"}, "'tiny_of_below_0': the rate of mixture 'tiny_mix' must be at least 0, not -2.0"),
+    ({"name": "tiny_no_number"}, "'tiny_no_number': the rate of task 'tiny_c' must be at least 0, not nan"),
+    ({"name": "tiny_mix", "rates": [Rates(0, {"tiny_a": 0, "tiny_b": 0})]}, "no task with a rate above 0"),
+    *(
+        (
+            {"name": "tiny_silent", "converter": converter, "lengths": lengths},
+            f"'tiny_silent': 'targets', which {type(converter).__name__} reads, is empty in every example",
+        )
+        for converter, lengths in [
+            (LanguageModel(), {"targets": 8}),
+            (LanguageModel(inputs=True), LENGTHS),
+            (MaskedLanguageModel(), {"targets": 8}),
+            (PrefixLanguageModel(), LENGTHS),
+            (SpanCorruption(), LENGTHS),
+        ]
+    ),
+    ({"name": "tiny_silent"}, "'tiny_silent': 'targets', which EncoderDecoder reads, is empty in every example"),
+    ({"seed": -1}, "CachedData.seed must be a whole number of at least 0"),
+    ({"rates": [Rates(3, {"tiny_q": 1})]}, "no task 'tiny_q'"),
+    ({"name": "tiny_lm", "converter": PrefixLanguageModel()}, "task 'tiny_lm' has no feature 'inputs'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
 def test_mistakes_end_in_one_message(data, arguments, message):
     with pytest.raises(UserError, match=message):
         next(data(**arguments).train(slice(None)))
+
+
+@pytest.mark.parametrize("of", ["tiny_a", "tiny_mix", "tiny_of_counted"])
+def test_a_dry_run_makes_no_cache_and_says_what_a_run_would_read(data, tmp_path, of):
+    """Before the cache as after it: the same tasks and specs. Before it counts are the sources'."""
+    dry = data(of, cache_dir=str(tmp_path)).for_dry_run()
+    spec, names, before = dry.train(slice(None)).spec(), [task.name for task in dry.eval_tasks()], dry.reads(True)
+    assert dry.vocabularies()["targets"].size == 269 and dry.framing().stop == (1,)
+    assert not list(tmp_path.iterdir()) and not any(each.cached for each in before)
+    real = data(of)
+    tasks = real.eval_tasks()
+    assert real.train(slice(None)).spec() == spec and [task.name for task in tasks] == names
+    after = real.for_dry_run().reads(True)
+    assert [each[:3] for each in after] == [each[:3] for each in before] and all(each.cached for each in after)
+    assert [each.examples for each in after if each.purpose == "evaluation"] == [task.num_examples for task in tasks]
+    for early, late in zip(before, after, strict=True):
+        assert (early.examples > late.examples) == (early[:2] == ("tiny_uncounted", "train")), "its source has more"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        *[(each, message) for each, message in MISTAKES if each.get("name") != "tiny_silent"],
+        ({"name": "tiny_broken"}, "'tiny_broken', preprocessor 1 of 1 .crash.: KeyError: 'no such field'"),
+        ({"name": "tiny_b", "build": False}, "not cached in .*tiny_b/train"),
+        ({"converter": LanguageModel()}, "task 'tiny_a' has 'inputs', which LanguageModel reads where"),
+        ({"name": "tiny_a", "num_workers": 2}, "'tiny_a' has steps after the cache that need TensorFlow"),
+    ],
+)
+def test_a_dry_run_finds_the_same_mistakes(data, tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        data(**{"cache_dir": str(tmp_path)} | arguments).for_dry_run().train(slice(None))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_knows_inputs_that_are_always_empty(seqio, data, tmp_path):
+    """T5's text tasks: once cached they have no `inputs`, which a language model would not take."""
+    kept = seqio.TaskRegistry.get("tiny_c")
+    blank = seqio.map_over_dataset(lambda example: example | {"inputs": ""})
+    inputs = seqio.Feature(kept.output_features["inputs"].vocabulary, add_eos=False)
+    features = dict(kept.output_features) | {"inputs": inputs}
+    seqio.TaskRegistry.add("tiny_text", kept.source, features, [blank, *kept.preprocessors])
+    alone = {"name": "tiny_text", "converter": LanguageModel(), "lengths": {"targets": 12}}
+    dry = data(**alone, cache_dir=str(tmp_path)).for_dry_run()
+    assert dry.train(slice(None)).spec() == data(**alone).train(slice(None)).spec()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_cache_is_built_or_named(data, tmp_path):

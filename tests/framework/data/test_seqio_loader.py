@@ -38,6 +38,26 @@ def test_a_restart_replays_to_where_it_was(seqio, name, capsys):
         again.restore({"rows": 3})
 
 
+@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("name", ["tiny_a", "tiny_b"])
+def test_each_pass_has_each_example_once_and_draws_anew(seqio, name, num_processes):
+    """23 examples, far fewer than seqio's shuffle buffer and ours; those of tiny_a end in a random token."""
+    noise = []
+    for process in range(num_processes):
+        rows = data(name, EncoderDecoder(pack=False), batch_size=num_processes).train(slice(process, process + 1))
+        own = len(range(process, 23, num_processes))
+        batches = take(rows, 3 * own)
+        found = [bytes(row - 3 for row in batch["decoder_target_tokens"][0] if row > 2) for batch in batches]
+        passes = [found[begin : begin + own] for begin in range(0, 3 * own, own)]
+        assert all(sorted(each) == sorted(passes[0]) and len(set(each)) == own for each in passes)
+        assert own < 3 or passes[0] != passes[1] != passes[2]
+        inputs = {text: [] for text in passes[0]}
+        for text, batch in zip(found, batches):
+            inputs[text].append(batch["encoder_input_tokens"][0].tobytes())
+        noise += [len(set(each)) for each in inputs.values()]
+    assert (np.mean(noise) > 2.5) if name == "tiny_a" else set(noise) == {1}
+
+
 def test_processes_read_different_examples_and_other_random_numbers(seqio):
     streams = [data(converter=EncoderDecoder(pack=False)).train(rows) for rows in (slice(0, 2), slice(2, 4))]
     seen = []

@@ -279,3 +279,25 @@ def test_the_twin_appends_along_the_last_axis():
     example = {"x": np.zeros((2, 5), np.int32)}
     assert twin.apply(example, {"x": 4})["x"].tolist() == [[0, 0, 0, 1]] * 2
     assert twin.sizes({"x": np.array([2])}, {"x": 4})["x"].tolist() == [2]
+
+
+@pytest.mark.parametrize(("wrong", "feature"), [(-1, "targets"), (269, "inputs"), (10**6, "targets")])
+def test_ids_that_the_vocabulary_has_not_are_no_examples(tasks, wrong, feature):
+    """Of 269 ids; a task of ids, and one whose ids come from a step of its own."""
+    import tensorflow as tf
+
+    @tasks.seqio.map_over_dataset
+    def spoil(example):
+        is_it = tf.equal(example["inputs_pretokenized"], "train 16 xxx")
+        return example | {feature: tf.where(is_it, tf.concat([[wrong], example[feature][1:]], 0), example[feature])}
+
+    task = tasks.add("cut_wrong", [tasks.steps.tokenize, spoil, tasks.steps.append_eos])
+    said = (
+        rf"task 'cut_wrong', split 'train', example 8 of shard 0 of 2: feature '{feature}' holds the token id {wrong}, "
+        "but its vocabulary has 269 ids, 0 to 268"
+    )
+    with pytest.raises(UserError, match=said):
+        list(seqio_steps.cacheable(task, "train", 0, 2))
+    bad = []
+    kept = list(seqio_steps.cacheable(task, "train", 0, 2, max_bad=1, bad=bad))
+    assert len(kept) == 24 and len(bad) == 1 and [e["inputs_pretokenized"] for e in kept].count(b"train 16 xxx") == 0

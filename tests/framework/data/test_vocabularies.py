@@ -240,6 +240,15 @@ def test_what_the_recipe_names_must_be_the_task_s_own(kinds):
         check_named("mine", task, {"inputs": hugging_face.HuggingFaceVocabulary("/nowhere/tokenizer.json")})
 
 
+@pytest.mark.parametrize(("ours", "theirs"), [({"eos_id": 1}, {"eos_id": 0}), ({"literal": True}, {})], ids=str)
+def test_a_vocabulary_that_differs_by_a_setting_is_told_by_it(kinds, ours, theirs):
+    content = kinds["bpe"].tokenizer_json.encode()
+    ((name, value),) = ours.items()
+    said = rf"the same tokens, but {name} is {value} in the task's and {theirs.get(name)} in the recipe's\)"
+    with pytest.raises(UserError, match=said):
+        check_named("mine", {"targets": HuggingFace(content, **ours)}, {"targets": HuggingFace(content, **theirs)})
+
+
 def test_descriptions_tell_kind_size_and_fingerprint():
     assert str(Bytes(100)).startswith("bytes vocabulary of 359 ids, 100 of them extra (sha256 ")
     assert Bytes(100).fingerprint[:12] in str(Bytes(100))

@@ -7,7 +7,7 @@ import bigram_table
 import jax
 import pytest
 
-from meshway.framework.checkpoints.manager import Checkpoints
+from meshway.framework.checkpoints.manager import Checkpoints, DamagedCheckpoint
 from meshway.framework.errors import UserError
 from meshway.framework.evaluation import Evaluation, Evaluator
 from meshway.framework.results import job as job_module
@@ -111,7 +111,8 @@ def test_a_damaged_checkpoint_and_one_of_another_model_are_errors(saved, tmp_pat
     monkeypatch.setattr(job_module, "_REMOVAL", 0.0)
     work = Work(saved, tmp_path / "damaged", steps="2")
     shutil.rmtree(tmp_path / "damaged" / "checkpoints" / "2" / "state")
-    with pytest.raises(UserError, match="cannot be read: it is truncated, damaged or not meshway's"):
+    work.job._skip_removed = False
+    with pytest.raises(DamagedCheckpoint, match="cannot be read: it is truncated, damaged or not meshway's"):
         work.job.run()
     work = Work(saved, tmp_path / "other", steps="2")
     abstract = {"table": jax.ShapeDtypeStruct((3, 3), "float32")}
@@ -119,6 +120,33 @@ def test_a_damaged_checkpoint_and_one_of_another_model_are_errors(saved, tmp_pat
     with pytest.raises(UserError, match=re.escape("table is float32[12,12] there and float32[3,3] here")):
         work.job.run()
     assert work.records.read("ids") == {}
+
+
+@pytest.mark.parametrize("bad", [[2], [1, 3]])
+def test_all_but_the_damaged_are_evaluated(saved, tmp_path, monkeypatch, bad):
+    monkeypatch.setattr(job_module, "_REMOVAL", 0.0)
+    work = Work(saved, tmp_path)
+    for step in bad:
+        (tmp_path / "checkpoints" / str(step) / "state" / "manifest.ocdbt").unlink()
+    with pytest.raises(DamagedCheckpoint, match="all else was evaluated and written") as error:
+        work.job.run()
+    assert str(error.value).count("\n") == len(bad) == sum("; passed over" in line for line in work.said)
+    assert list(work.records.read("ids")) == [step for step in (1, 2, 3) if step not in bad]
+
+
+@pytest.mark.parametrize("bad", [[3], [2, 3], [1, 2, 3]])
+def test_the_latest_is_the_last_that_can_be_read(saved, tmp_path, bad):
+    work = Work(saved, tmp_path, steps="latest")
+    for step in bad:
+        shutil.rmtree(tmp_path / "checkpoints" / str(step) / "recipe")
+    if len(bad) == 3:
+        with pytest.raises(DamagedCheckpoint, match="checkpoints/1 cannot be read"):
+            work.job.run()
+        return
+    assert work.job.run() == 1
+    assert list(work.records.read("ids")) == [3 - len(bad)]
+    assert [line[-13:] for line in work.said[: len(bad)]] == [f"taking step {step}" for step in (2, 1)[: len(bad)]]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2", "3"]
 
 
 class Screen:

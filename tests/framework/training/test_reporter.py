@@ -41,7 +41,12 @@ def test_rates_are_of_training_and_waiting_is_time_without_a_step_to_do(tmp_path
     told = Timeline(tmp_path / "timeline.jsonl")
     screen = io.StringIO()
     report = reporter.Reporter(
-        JsonlWriter(tmp_path / "metrics.jsonl"), Progress(9, stream=screen), told, flops_per_step=8.0, peak_flops=4.0
+        JsonlWriter(tmp_path / "metrics.jsonl"),
+        Progress(9, stream=screen),
+        told,
+        flops_per_step=8.0,
+        peak_flops=4.0,
+        devices=[SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 12})],
     )
     devices.now = 10.0  # before the first step
     metrics = {"loss": (jnp.float32(6), jnp.float32(2)), "tokens": (jnp.float32(60), jnp.float32(1))}
@@ -67,6 +72,7 @@ def test_rates_are_of_training_and_waiting_is_time_without_a_step_to_do(tmp_path
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert line["step_seconds"] == pytest.approx(20 / 3) and line["mfu"] == pytest.approx(8 / (20 / 3) / 4)
     assert line["data_wait_fraction"] == pytest.approx((3 + 1) / 20)
+    assert line["device_peak_bytes_in_use"] == 12 and "device_bytes_limit" not in line
     assert line["tokens_per_second"] == pytest.approx(60 / (20 / 3)) and line["loss"] == 3.0
     assert "router/entropy" not in screen.getvalue() and "t/f1" in screen.getvalue()
     lines = [json.loads(text) for text in (tmp_path / "timeline.jsonl").read_text().splitlines()]

@@ -23,6 +23,7 @@ WORKER = ["launch", "worker", "--restarts=3", "--", *WORDS]
 TPU = TpuVm(zone="us-east5-a", accelerator="v5p-16", runtime_version="v2-alpha-tpuv5")
 SLICES = TpuVm(zone="z", project="p", accelerator="v5p-16", runtime_version="v2", num_slices=2, spot=True)
 POD = Gke(accelerator="tpu-v5p-slice", topology="2x2x4", image="lab")
+VOLUMES = ("runs:/mnt/runs", "/data:/mnt/data")
 GPUS = Gke(accelerator="nvidia-h100-80gb", nodes=2, devices=8, image="lab")
 
 
@@ -293,8 +294,22 @@ JOBSET = {
     [
         POD,
         GPUS,
-        Gke("tpu-v6e-slice", "lab", "4x4", 4, 3, None, "ns", "queue", "high", "robot", True, 60),
-        Gke("tpu-v6e-slice", "lab", "2x2"),
+        Gke(
+            "tpu-v6e-slice",
+            "lab",
+            ("runs:/mnt/runs", "/data:/mnt/data"),
+            "4x4",
+            4,
+            3,
+            None,
+            "ns",
+            "queue",
+            "high",
+            "robot",
+            True,
+            60,
+        ),
+        Gke("tpu-v6e-slice", "lab", topology="2x2"),
     ],
     ids=["slice", "gpus", "everything", "one host"],
 )
@@ -311,7 +326,7 @@ def test_a_jobset_fits_the_schemas(place, job):
 
 
 def test_hosts_of_a_jobset():
-    assert (POD.hosts, GPUS.hosts, Gke("tpu-v6e-slice", "lab", "2x2").hosts) == (4, 2, 1)
+    assert (POD.hosts, GPUS.hosts, Gke("tpu-v6e-slice", "lab", topology="2x2").hosts) == (4, 2, 1)
 
 
 RENDERED = [
@@ -320,10 +335,11 @@ RENDERED = [
         "--constraint=ib", "--time=24:00:00", "--signal=B:USR1@60", "--container-image=me/lab", "--requeue",
         "--job-name=lab",
     ]),
-    (Gke("tpu-v6e-slice", "me/lab", "4x4", 4, 3, None, "ns", "queue", "high", "robot", True, 60), [
+    (Gke("tpu-v6e-slice", "me/lab", VOLUMES, "4x4", 4, 3, None, "ns", "queue", "high", "robot", True, 60), [
         "gke-tpu-accelerator: tpu-v6e-slice", "image: me/lab", "gke-tpu-topology: 4x4", "google.com/tpu: 4",
         "replicas: 3", "namespace: ns", "queue-name: queue", "priorityClassName: high", "serviceAccountName: robot",
         "gke-spot: 'true'", "terminationGracePeriodSeconds: 60", "hostNetwork: true", "maxRestarts: 3",
+        "claimName: runs", "mountPath: /mnt/runs", "path: /data", "mountPath: /mnt/data",
     ]),
     (Xpk("pods", "me/lab", None, "h100-mega-80gb-8", 1, 2, "proj", "z", "low", False, 60), [
         "--cluster=pods", "--docker-image=me/lab", "--device-type=h100-mega-80gb-8", "--num-nodes=2",
@@ -363,6 +379,12 @@ def test_a_quoted_word_is_what_bash_reads(host):
 @pytest.mark.parametrize("text", ["", "a\n  b", "END_OF_NAME\nEND_OF_NAME_", "'\"$HOME`id`\\"])
 def test_a_variable_holds_the_text(host, text):
     assert host.bash(variable("NAME", text) + 'printf %s "$NAME"').stdout.rstrip("\n") == text
+
+
+@pytest.mark.parametrize("place", [Slurm(1), TPU, POD, Xpk("c", "i", "t"), SkyPilot("H100:8")])
+def test_a_job_file_says_what_it_needs(place):
+    text = place.render(Job(("train",), needs=("the recipe a.gin", "a\nb")))
+    assert "# meshway train\n#   needs the recipe a.gin\n#   needs a b\n" in text
 
 
 def test_a_comment_stays_one_line():

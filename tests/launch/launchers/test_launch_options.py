@@ -1,5 +1,6 @@
 """`meshway launch`: what its command line understands, what it refuses, and what it starts."""
 
+import itertools
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ from hosts import FLAGS, WORDS
 from running import LAB, free_port
 
 from meshway.framework.errors import UserError
+from meshway.framework.version import installed_version
 from meshway.launch import cli
 from meshway.launch.launch_options import KINDS
 from meshway.launch.launchers import local, ray_cluster, supervisor
@@ -27,7 +29,7 @@ def test_a_command_becomes_an_invocation():
     words += [f"--env=XLA_FLAGS={FLAGS}", "--env", "A=", "--setup=module load cuda", "--setup=true", "--output=x"]
     invocation = cli.parse([*words, "--", *WORDS, "--", "--more"][:-2])
     assert (invocation.verb, invocation.subject, invocation.output) == ("launch", "slurm", "x")
-    assert invocation.gin_files == ("t5.gin",)
+    assert invocation.command.gin_files == ("t5.gin",)
     job, place = invocation.job, invocation.place
     assert (job.words, job.name, job.restarts, job.workdir) == (WORDS, "big", 0, "/data")
     assert job.environment == {"XLA_FLAGS": FLAGS, "A": ""}
@@ -59,6 +61,10 @@ def test_a_command_becomes_an_invocation():
         ([*GKE, "--topology=2x3", *TRAIN], ["6 chips, not a multiple of --devices=4"]),
         ([*GKE, "--topology=2x2x4", "--nodes=4", *TRAIN], ["--nodes is for GPU nodes"]),
         (["gke", "--image=lab", "--accelerator=nvidia-l4", *TRAIN], ["needs --nodes=N"]),
+        ([*GKE, "--topology=2x2x4", *TRAIN], ["/data/run lies in no volume", "by --volume=CLAIM:/data"]),
+        ([*GKE, "--topology=2x2x4", "--volume=a:/b", *TRAIN], ["lies in no volume", "; mounted are /b"]),
+        ([*GKE, "--topology=2x2x4", "--volume=runs", *TRAIN], ["--volume=runs: write --volume=CLAIM:/DIR"]),
+        ([*GKE, "--topology=2x2x4", "--volume=a:/b", "--volume=c:/b", *TRAIN], ["mounts one folder twice"]),
         (["gke", "--image=lab", "--accelerator=nvidia-l4", "--num_slices=2", *TRAIN], ["--num_slices is for TPU"]),
         (["xpk", "--cluster=c", "--image=i", *TRAIN], ["either --tpu_type or --device_type"]),
         (["xpk", "--cluster=c", "--image=i", "--device_type=d", "--num_slices=2", *TRAIN], ["--num_slices is for TPU"]),
@@ -132,22 +138,103 @@ def test_help_imports_neither_jax_nor_gin_nor_numpy_nor_ray():
 
 
 def test_a_job_file_is_printed_or_written(capsys, tmp_path):
-    words = ["launch", "slurm", "--nodes=2"]
+    words = ["launch", "slurm", "--nodes=2", f"--workdir={LAB}"]
     assert cli.main([*words, *TRAIN]) == 0
     printed = capsys.readouterr()
-    assert printed.err == "meshway: with --output=meshway.sbatch, submit it by: sbatch meshway.sbatch\n"
+    needs = [
+        f"meshway {installed_version()} on every host",
+        f"the recipe {LAB}/t5.gin, with the files it includes, on every host",
+        "/data/run on a file system that every host mounts",
+    ]
+    listed = "".join(f"\n  it needs {line}" for line in needs) + "\n"
+    assert printed.err == f"meshway: with --output=meshway.sbatch, submit it by: sbatch meshway.sbatch{listed}"
+    assert "".join(f"\n#   needs {line}" for line in needs) in printed.out
     path = tmp_path / "a job"
     assert cli.main([*words, f"--output={path}", *TRAIN]) == 0
     assert path.read_text() == printed.out and printed.out.startswith("#!/bin/bash\n#SBATCH --job-name=meshway\n")
-    assert capsys.readouterr().out == f"wrote '{path}'; submit it by: sbatch '{path}'\n"
+    assert capsys.readouterr().out == f"wrote '{path}'; submit it by: sbatch '{path}'{listed}"
     assert cli.main([*words, f"--output={tmp_path / 'none' / 'job'}", *TRAIN]) == 2
     assert "cannot be written: No such file" in capsys.readouterr().err
 
 
-def test_a_recipe_that_is_not_here_is_noted(capsys):
-    assert cli.main(["launch", "slurm", "--nodes=2", "--", "train", "--gin_file=t6.gin"]) == 0
+PLACES = {
+    "slurm": ["--nodes=2"],
+    "tpu_vm": ["--zone=z", "--node_ids=a"],
+    "gke": ["--image=lab", "--accelerator=tpu-v5p-slice", "--topology=2x2x4", "--volume=runs:/data"],
+    "xpk": ["--cluster=c", "--image=i", "--tpu_type=v5p-8"],
+    "skypilot": ["--accelerators=H100:8"],
+    "ray": ["--processes=2"],
+    "local": ["--processes=2"],
+}
+WRONG = {
+    "a recipe that is not here": (["--gin_file=t6.gin"], "--gin_file=t6.gin: found no gin file 't6.gin'"),
+    "a misspelt binding": (["--gin.attention.Attention.num_head=8"], "no parameter 'num_head'; did you mean"),
+    "a value": (["--gin.TRAIN_STEPS=many"], "TRAIN_STEPS = 'many', taken by"),
+    "a macro without use": (["--gin.DROPUOT_RATE=0.1"], "did you mean 'DROPOUT_RATE'?"),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong"),
+    [*itertools.product(PLACES, list(WRONG)[:2]), *itertools.product(["slurm", "local"], list(WRONG)[2:])],
+)
+def test_a_recipe_is_checked_before_anything_is_made(kind, wrong, capsys, tmp_path, monkeypatch):
+    """With the words of the verb itself."""
+
+    def started(*args):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(local, "run_local", started)
+    monkeypatch.setattr(ray_cluster, "run_on_ray", started)
+    more, expected = WRONG[wrong]
+    command = ["train", f"--gin_file={LAB}/t5.gin", "--gin.MODEL_DIR=/data/run", *more]
+    file = [f"--output={tmp_path / 'job'}"] if KINDS[kind].renders else []
+    assert cli.main(["launch", kind, *PLACES[kind], *file, "--", *command]) == 2
     error = capsys.readouterr().err
-    assert "note: --gin_file=t6.gin: found no gin file 't6.gin'" in error and "the hosts will look" in error
+    assert expected in error and error.count("meshway: error: ") == 1 and "Traceback" not in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PLACES if kind != "local"])
+def test_a_recipe_of_the_hosts_alone_is_left_to_them(kind, capsys, monkeypatch):
+    monkeypatch.setattr(ray_cluster, "run_on_ray", lambda *args: 0)
+    words = ["launch", kind, *PLACES[kind], "--", "train", "--gin_file=/data/t6.gin", "--gin.MODEL_DIR=/data/run"]
+    assert cli.main(words) == 2
+    assert "--unchecked before -- leaves this to them" in capsys.readouterr().err
+    assert cli.main([*words[:2], "--unchecked", *words[2:]]) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "expected"),
+    [
+        ("slurm", ["--gin_file=t5.gin"], "--gin_file=t5.gin would be looked for in another folder on each host"),
+        ("skypilot", ["--gin_file=./t5"], "--gin_file=./t5 would be looked for"),
+        ("gke", ["--gin_file=quickstart", "--gin_search_paths=layouts"], "--gin_search_paths=layouts would be"),
+        ("gke", ["--gin_file=quickstart", "--gin.MODEL_DIR=/mnt/run"], "MODEL_DIR=/mnt/run lies in no volume"),
+        ("slurm", ["--gin_file={folder}/own.gin"], "MODEL_DIR=mine would be another folder on each host"),
+    ],
+)
+def test_what_would_differ_between_hosts_is_refused(kind, more, expected, capsys, tmp_path):
+    """A path of the user's own, relative; a shipped recipe's name is the same everywhere."""
+    (tmp_path / "own.gin").write_text("include 'quickstart'\nMODEL_DIR = 'mine'\n")
+    more = [word.replace("{folder}", str(tmp_path)) for word in more]
+    directory = [] if "own.gin" in more[0] else ["--gin.MODEL_DIR=/data/run"]
+    assert cli.main(["launch", kind, *PLACES[kind], "--", "train", *directory, *more]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_shipped_recipes_and_a_working_folder_are_the_same_everywhere(capsys):
+    run = ["--gin.MODEL_DIR=/data/run"]
+    assert cli.main(["launch", "slurm", "--nodes=2", "--", "train", "--gin_file=quickstart", *run]) == 0
+    assert "the recipe" not in capsys.readouterr().err
+    assert cli.main(["launch", "slurm", "--nodes=2", "--workdir=/elsewhere", *TRAIN]) == 0
+    assert "it needs the recipe /elsewhere/t5.gin" in capsys.readouterr().err
+
+
+def test_a_run_s_own_recipe_is_the_hosts_where_it_is_not_here(capsys):
+    words = ["launch", "slurm", "--nodes=2", "--", "eval", "--model_dir=/data/none"]
+    assert cli.main(words) == 0
+    assert "note: /data/none is not here: its recipe is left to the hosts" in capsys.readouterr().err
 
 
 def test_local_runs_the_processes(monkeypatch):
@@ -176,7 +263,7 @@ def test_ray_runs_the_actors(monkeypatch):
 
 def test_a_cluster_that_is_not_there_is_said_at_once(capsys):
     pytest.importorskip("ray")
-    words = ["launch", "ray", "--processes=2", f"--address=127.0.0.1:{free_port()}", *TRAIN]
+    words = ["launch", "ray", "--processes=2", f"--address=127.0.0.1:{free_port()}", f"--workdir={LAB}", *TRAIN]
     assert cli.main(words) == 1
     assert "the Ray cluster at 127.0.0.1:" in (error := capsys.readouterr().err) and "refused" in error
 

@@ -105,8 +105,16 @@ def test_a_supervisor_of_one_process(tmp_path, capfd):
     assert "process 0 exited with 1" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(("kind", "code"), [("local", 0), ("supervise", 143)])
-def test_sigterm_is_handed_on(tmp_path, kind, code):
+@pytest.mark.parametrize(
+    ("kind", "number", "code"),
+    [
+        ("local", signal.SIGTERM, 0),
+        ("local", signal.SIGINT, 130),
+        ("supervise", signal.SIGTERM, 143),
+        ("supervise", signal.SIGINT, 130),
+    ],
+)
+def test_a_signal_is_handed_on_as_sigterm(tmp_path, kind, number, code):
     """A cluster that takes a host away must not take the run for done; a person who stops it may."""
     script = "signal.signal(15, lambda *_: sys.exit(0)); (folder / f'up-{process}').touch(); time.sleep(600)"
     call = "local.run_local(words, 2, 1, restarts=3)" if kind == "local" else "supervisor.supervise(words, 3)"
@@ -121,7 +129,7 @@ sys.exit({call})
     try:
         while len(list(tmp_path.glob("up-*"))) < (2 if kind == "local" else 1) and started.poll() is None:
             time.sleep(0.05)
-        started.send_signal(signal.SIGTERM)
+        started.send_signal(number)
         assert started.wait(60) == code
     finally:
         started.kill()

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiers import tiers
 from tiny import program
 
 from meshway.models.layers.blocks import CrossAttentionBlock, SelfAttentionBlock
@@ -93,7 +94,10 @@ def test_every_part_of_a_block_draws_for_itself(cross):
     assert len({float(value) for value in found.metrics.values()}) == len(found.metrics) == len(sizes)
 
 
-@pytest.mark.parametrize("family, places", [("t5_1_1", 2 + 4 + 2 + 6), ("lm", 2 + 4 * 2)])
+T5, LM = ("t5_1_1", 2 + 4 + 2 + 6), ("lm", 2 + 4 * 2)
+
+
+@pytest.mark.parametrize("family, places", tiers([T5, LM], quick=[LM], slow=[T5]))
 def test_all_places_of_a_network_draw_each_by_its_own_key(family, places, monkeypatch):
     """Embeddings and outputs of each stack; of each layer the weights and the result of each attention, what is inside
     the MLP, and its result."""

@@ -310,6 +310,7 @@ def test_a_fresh_cache_is_found_without_building(reference, monkeypatch):
 def test_bad_examples_are_refused_or_counted(tasks, tmp_path):
     message = refused(lambda: build(tmp_path, "kept_failing"))
     assert "task 'kept_failing', split 'train', example" in message and "cannot parse 'train 3" in message
+    assert message.endswith("`meshway cache --max_bad_examples=N` leaves out up to N")
     message = refused(lambda: build(tmp_path, "kept_failing", max_bad_examples=1))
     assert "split 'train' has 2 bad examples, 1 allowed" in message
     (train, _) = build(tmp_path, "kept_failing", max_bad_examples=2)

@@ -3,23 +3,40 @@ import re
 
 import numpy as np
 import pytest
+import tokenizers
 from data_in_memory import LENGTHS, TOKENS, VOCABULARY, encoded, memory
 from tasks_in_memory import random_examples
 
 from meshway.framework.data.denoising import SpanCorruption
 from meshway.framework.data.encoder_only import MaskedLanguageModel
 from meshway.framework.data.features import EncoderDecoder, LanguageModel, PrefixLanguageModel
+from meshway.framework.data.hugging_face_vocabulary import HuggingFace
 from meshway.framework.data.inspection.decoded_rows import decode_rows, visible
 from meshway.framework.data.inspection.figures import Lengths, inspect
 from meshway.framework.data.inspection.page import page
 from meshway.framework.data.inspection.tables import tables
-from meshway.framework.data.objective import TaskInfo
+from meshway.framework.data.objective import FeatureInfo, TaskInfo
 from meshway.framework.data.passthrough import PassThrough
 from meshway.framework.data.rows.examples import InMemory, Stepped
 from meshway.framework.data.rows.mixing import Rates
 from meshway.framework.data.rows.online_source import OnlineSource
 from meshway.framework.data.rows.online_steps import AppendEos
+from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.errors import UserError
+
+
+class Plain:
+    """A stream that tells no sources."""
+
+    def __init__(self, stream):
+        self.state, self.restore, self.spec = stream.state, stream.restore, stream.spec
+        self.batches = stream
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.batches)
 
 
 def text(lane):
@@ -163,6 +180,40 @@ def test_bytes_that_spell_nothing_stay_bytes():
     assert [token.text for token in row.lanes[0].tokens] == ["<0xE6>", "<0x9D>", "a", "ä", "<0xFF>"]
 
 
+@pytest.mark.parametrize("literal", [False, True])
+@pytest.mark.parametrize("source", ["ids", "text", "later", "streamed"])
+def test_special_tokens_that_texts_spell_out_are_counted(source, literal):
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "<": 2}, unk_token="<"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    made.add_special_tokens(["</s>", "<|eot|>", "<extra_id_0>"])
+    made.add_tokens(["bbb"])
+    vocabulary = HuggingFace(made.to_str().encode(), eos_id=3, sentinels=[5], literal=literal)
+    info = FeatureInfo("int32", (None,), vocabulary.info)
+    texts = ["ab", "a</s>b</s>", "<|eot|>a", "bbb<extra_id_0>", "</s>", ""] * 20
+    examples = [{"targets": np.array([*vocabulary.encode(text), 3], np.int32)} for text in texts]
+    if source == "text":
+        examples = [each | {"targets_pretokenized": text.encode()} for each, text in zip(examples, texts)]
+    objective = LanguageModel(pack=source != "later").bind(TaskInfo("a", {"targets": info}), {"targets": 16})
+    if source == "later":
+        rows = OnlineSource("a", InMemory(examples), lambda examples, seed: examples, objective, False, shuffle=False)
+    else:
+        rows = RowSource("a", InMemory(examples), objective, source == "text", shuffle=False)
+    wrap = Plain if source == "streamed" else lambda stream: stream
+    data = memory(LanguageModel(), {"a": rows}, {"targets": 16}, batch_size=24, wrap=wrap)
+    data.vocabularies = lambda: {"targets": vocabulary}
+    found = inspect(data, batches=5).facts
+    if literal:
+        assert "special tokens" not in found
+        return
+    sentinels = ", `<extra_id_0>` 20 times" if source == "text" else ""  # among ids preprocessors may have put it there
+    count = 80 if sentinels else 60
+    assert found["special tokens"] == (
+        f"{count} of 120 examples hold special tokens written in their text (`</s>` 60 times, `<|eot|>` 20 times"
+        f"{sentinels}); HuggingFaceVocabulary(literal=True) takes them as text"
+    )
+    assert "special tokens" not in inspect(memory(EncoderDecoder(), {"a": random_examples(9)}), batches=1).facts
+
+
 def test_what_is_not_known_is_said():
     examples = random_examples(60)
     online = OnlineSource("later", examples, lambda examples, seed: examples, EncoderDecoder().bind(
@@ -170,17 +221,6 @@ def test_what_is_not_known_is_said():
     found = inspect(memory(EncoderDecoder(), {"later": online}, {"inputs": 24, "targets": 24}), batches=2)
     assert found.sources[0].lost is None and found.sources[0].items is None
     assert "later after its cache run in TensorFlow" in found.missing[0]
-
-    class Plain:
-        def __init__(self, stream):
-            self.state, self.restore, self.spec = stream.state, stream.restore, stream.spec
-            self.batches = stream
-
-        def __iter__(self):
-            return self
-
-        def __next__(self):
-            return next(self.batches)
 
     found = inspect(memory(EncoderDecoder(), {"a": examples}, wrap=Plain), batches=2, rows=6)
     assert not found.sources and not found.periods and "tells neither the sizes" in found.missing[0]

@@ -55,7 +55,7 @@ def test_mistakes_are_named(changes, message):
 
 
 def test_rates_are_numbers_from_zero_up():
-    with pytest.raises(UserError, match="'a' must have at least 0, not -1"):
+    with pytest.raises(UserError, match="task 'a' must be at least 0, not -1"):
         Rates(5, {"a": -1})
     with pytest.raises(UserError, match="from_step must be a step"):
         Rates(-1, {"a": 1})

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tasks_in_memory import random_examples, task
 
+from meshway.framework.data.denoising import SpanCorruption
 from meshway.framework.data.features import EncoderDecoder, LanguageModel
 from meshway.framework.data.rows import row_source
 from meshway.framework.data.rows.examples import InMemory
@@ -140,3 +141,27 @@ def test_nothing_to_read_is_an_error():
     with pytest.raises(UserError, match="'a_task' has no examples to read: none of 2 is kept"):
         long = {"inputs": np.zeros(99, int), "targets": np.zeros(99, int)}
         source(InMemory([long, long]), converter=EncoderDecoder(overlong="skip"))
+
+
+@pytest.mark.parametrize("wrong", [-1, 1000, 2**31 - 1])
+@pytest.mark.parametrize("converter", [EncoderDecoder(), LanguageModel(), SpanCorruption()])
+@pytest.mark.parametrize("pack", [True, False])
+def test_an_id_that_the_vocabulary_has_not_is_refused(wrong, converter, pack):
+    names = ("targets",) if isinstance(converter, LanguageModel) else ("inputs", "targets")
+    examples = random_examples(20, names, longest=9)
+    spoilt = {name: array.copy() for name, array in examples.read([13])[0].items()}
+    spoilt["targets"] = np.array([5, wrong, 3], np.int64)
+    all_of_them = [*examples.read(range(13)), spoilt, *examples.read(range(14, 20))]
+    sizes = dict.fromkeys(names, 1000)
+    lengths = {name: LENGTHS[name] for name in names}
+    rows = source(InMemory(all_of_them), pack, converter, lengths, vocabulary_sizes=sizes)
+    said = (
+        f"task 'a_task', example 13: feature 'targets' holds the token id {wrong}, but its vocabulary has 1,000 ids, 0 "
+        "to 999"
+    )
+    with pytest.raises(UserError, match=said):
+        whole_round(rows)
+    unpacked = source(InMemory(all_of_them), False, converter, lengths, shuffle=False, vocabulary_sizes=sizes)
+    if isinstance(converter, EncoderDecoder):
+        unpacked.take(np.arange(13))  # only what is read is looked at
+    whole_round(source(examples, pack, converter, lengths, vocabulary_sizes=sizes))

@@ -119,7 +119,7 @@ def test_bad_records_are_left_out_and_reported(tmp_path):
         "in.jsonl:3: not JSON",
         "in.jsonl:6: there is no field 'inputs', only ['imputs']; did you mean 'imputs'?",
         "in.jsonl:7: 21 tokens of inputs, and there is room for 20",
-        "in.jsonl:8: neither text nor a list of token ids, but int",
+        "in.jsonl:8: field 'inputs': neither text nor a list of token ids, but int",
     ]
 
 

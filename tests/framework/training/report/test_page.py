@@ -98,6 +98,22 @@ def test_a_full_run_is_told_on_one_self_contained_page(tmp_path: Path) -> None:
     assert not any(colour in text for colour in plots._CSS)
 
 
+def test_memory_is_told_where_it_was_counted(tmp_path: Path) -> None:
+    _fill(tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines[3:]:  # the run went on where memory is counted
+        line |= {"device_bytes_in_use": 2**30, "device_peak_bytes_in_use": 3 * 2**30 + line["step"]}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = Page(write_report(tmp_path / "run").read_text(encoding="utf-8"))
+    assert (
+        "peak memory of a device3.0 GiB" in page.text and "Device memory, GiB" in page.text and page.count("svg") == 10
+    )
+    path.write_text("".join(json.dumps(line | {"device_bytes_limit": 80 * 2**30}) + "\n" for line in lines))
+    page = Page(write_report(tmp_path / "run").read_text(encoding="utf-8"))
+    assert "peak memory of a device3.0 GiB of 80.0 GiB" in page.text
+
+
 def test_metrics_of_each_task_stand_in_a_table_over_steps(tmp_path: Path) -> None:
     (tmp_path / "eval").mkdir()
     lines: list[dict] = [{"step": 1000 * n, "metrics": {"loss": 5 - n / 100, "token_f1": n / 3}} for n in range(50)]
@@ -255,6 +271,7 @@ def test_garbage_in_any_file_never_breaks_the_page(tmp_path: Path, seed: int) ->
 
     _fill(tmp_path / "run")
     keys = ["step", "loss", "learning_rate", "mfu", "tokens_per_second", "validation/loss"]
+    keys += ["device_peak_bytes_in_use", "device_bytes_limit"]
     steps = [f'{{"step": {n}, "loss": {json.dumps(thing())}, "mfu": {json.dumps(thing())}}}' for n in range(9)]
     junk = [row(keys) for _ in range(30)] + ["[" * 100_000, "", "\x00\x01", '{"step": 1', "[]", '"step"']
     (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(steps + junk), encoding="utf-8")

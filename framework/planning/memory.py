@@ -1,0 +1,335 @@
+"""What a training step needs of a device's memory: counted from its trace under the layout, without compiling it.
+
+Arrays come and go in the order in which the step was traced, each cut as the mesh cuts it. As in what a compiler makes,
+results of operations on single numbers are made where they are read (fused), or take the place of an operand that
+nothing reads again. What a compiler schedules otherwise, pads or keeps for communication is not seen.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+from jax.interpreters import partial_eval
+from jax.sharding import NamedSharding
+
+from meshway.framework.partitioning.explain import format_bytes
+from meshway.framework.planning.cuts import (
+    ELEMENTWISE,
+    REDUCTIONS,
+    Cuts,
+    Propagation,
+    local_bytes,
+    made_whole,
+    spec_cuts,
+    uncut,
+)
+from meshway.framework.planning.operations import Array, Function, Operation
+
+_ALIASES = frozenset(["copy", "expand_dims", "optimization_barrier", "reshape", "sharding_constraint", "squeeze"])
+_FUSED = ELEMENTWISE | _ALIASES | {"broadcast_in_dim", "iota", "random_bits", "threefry2x32", "transpose"}
+_IN_PLACE = _FUSED | {"dynamic_update_slice", "scatter", "scatter-add", "scatter_add", "scan", "while"}
+_PINNING = (_IN_PLACE | {"transpose", "pad"}) - {"broadcast_in_dim", "iota", "while"}
+_FOREVER = 2**60
+TOLERANCE = 2  # XLA's buffers were seen to take between half and twice of what is counted
+
+
+class Program(Protocol):
+    """What is asked of a `training.program.TrainProgram`."""
+
+    @property
+    def state_shapes(self) -> Any: ...
+
+    @property
+    def state_shardings(self) -> Any: ...
+
+    @property
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]: ...
+
+    @property
+    def batch_shardings(self) -> dict[str, NamedSharding]: ...
+
+    def trace_gradients(self) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device at the height of a step.
+
+    Attributes:
+      parameters, optimizer, batch: what a step is given.
+      gradients: of all parameters, as the optimizer gets them.
+      activations: what else is there when most is: what the backward pass reads again, sums of microbatches, and what
+        is under way.
+    """
+
+    parameters: int
+    optimizer: int
+    gradients: int
+    activations: int
+    batch: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(dataclasses.astuple(self))
+
+    def fits(self, name: str, capacity: int) -> str:
+        """Says whether a device `name` of `capacity` bytes has room for it."""
+        share = f"{format_bytes(self.total)}, {100 * self.total / capacity:.0f} % of {name}'s {format_bytes(capacity)}"
+        if self.total > capacity:
+            return f"does not fit: {share}"
+        if self.total + (TOLERANCE - 1) * self.activations > capacity:
+            return f"may or may not fit: {share}, and what is compiled may need {TOLERANCE} times the activations"
+        return f"fits: {share}"
+
+
+def step_memory(program: Program) -> Memory:
+    """Counts a program's step, with its remat policy and microbatches.
+
+    Raises:
+      UserError: the model does not fit the layout.
+    """
+    closed = program.trace_gradients()
+    shapes, shardings = program.state_shapes, program.state_shardings
+    params, cuts = jax.tree.leaves(shapes.params), _cuts_of(shapes.params, shardings.params)
+    batch = _cuts_of(program.abstract_batch, program.batch_shardings)
+    mesh = jax.tree.leaves(shardings.params)[0].mesh.shape
+    # Results are the gradients, as many and in the order of the parameters, then metrics.
+    used = [number < len(params) for number in range(len(closed.jaxpr.outvars))]
+    live, _ = partial_eval.dce_jaxpr(closed.jaxpr, used, instantiate=True)
+    walk = _Walk(mesh)
+    function = walk.propagation.function(live)
+    peak = walk.peak(function, [*cuts, *batch, ()], cuts)
+    gradients = sum(local_bytes(array, each, mesh) for array, each in zip(function.gives, cuts, strict=True))
+    return Memory(
+        _bytes_of(shapes.params, shardings.params),
+        _bytes_of(shapes.opt_state, shardings.opt_state),
+        gradients,
+        max(0, peak - gradients),
+        _bytes_of(program.abstract_batch, program.batch_shardings),
+    )
+
+
+def _cuts_of(shapes: Any, shardings: Any) -> list[Cuts]:
+    pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
+    return [spec_cuts(sharding.spec, len(leaf.shape)) for leaf, sharding in pairs]
+
+
+def _bytes_of(shapes: Any, shardings: Any) -> int:
+    pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
+    return sum(math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, sharding in pairs)
+
+
+class _Walk:
+    """Follows a function's arrays.
+
+    Args:
+      mesh: sizes of the mesh's axes.
+    """
+
+    def __init__(self, mesh: Mapping[str, int]) -> None:
+        self.propagation = Propagation(mesh)
+        self._mesh = self.propagation.mesh
+
+    def peak(
+        self,
+        function: Function,
+        given: Sequence[Cuts],
+        wanted: Sequence[Cuts | None],
+        slices: Sequence[Array] = (),
+    ) -> int:
+        """Returns the most bytes there are at a time, arguments apart.
+
+        Args:
+          function: what runs.
+          given: the cuts of its arguments.
+          wanted: those of its results, None for as they come.
+          slices: arguments that are parts of arrays outside, and arrays once they are read.
+        """
+        cuts = self.propagation.cuts(function, given)
+        cuts |= {array: each for array, each in zip(function.takes, given, strict=True)}
+        pins = self._pins(function, cuts, wanted)
+        lives = _Lives(function, slices, lambda array: self._bytes(array, cuts, pins))
+        live = peak = 0
+        for number, operation in enumerate(function.operations):
+            made = [array for array in (*operation.makes, *lives.sliced.get(number, ())) if array in lives.held]
+            if operation.name in _FUSED and not made:
+                continue
+            sizes = [self._bytes(array, cuts, pins) for array in made]
+            ends = [self._bytes(array, cuts, pins) for array in lives.ending.get(number, ())]
+            under_way = self._under_way(operation, cuts, pins)
+            reused = _reused(sizes, ends) if operation.name in _IN_PLACE else 0
+            peak = max(peak, live + sum(sizes) - reused + under_way)
+            live += sum(sizes) - sum(ends)
+        return peak
+
+    def _bytes(self, array: Array, cuts: Mapping[Array, Cuts], pins: Mapping[Array, Cuts]) -> int:
+        return local_bytes(array, pins.get(array, cuts.get(array, uncut(array))), self._mesh)
+
+    def _under_way(self, operation: Operation, cuts: Mapping[Array, Cuts], pins: Mapping[Array, Cuts]) -> int:
+        """Returns the bytes that are there only while an operation runs."""
+        operands = [cuts.get(array, uncut(array)) for array in operation.reads]
+        name, params = operation.name, operation.params
+        if name == "dot_general":
+            # Before its parts are summed over the mesh, a product that is cut more in the end is there in one piece.
+            made = operation.makes[0]
+            more = local_bytes(made, cuts[made], self._mesh) if pins.get(made, cuts[made]) != cuts[made] else 0
+            for number, axes in made_whole(operation, operands, cuts[operation.makes[0]]):
+                times = math.prod(self._mesh[axis] for axis in axes)
+                more += times * local_bytes(operation.reads[number], operands[number], self._mesh)
+            return more
+        if name == "scan":
+            body = self.propagation.function(params["jaxpr"])
+            given = self.propagation.body_inputs(operation, operands)
+            carried, fixed = params["num_carry"], params["num_consts"]
+            outside = [pins.get(array) for array in operation.makes]
+            wanted = [*outside[:carried], *[each and each[1:] for each in outside[carried:]]]
+            given[fixed : fixed + carried] = [
+                each or own for each, own in zip(wanted, given[fixed : fixed + carried], strict=False)
+            ]
+            inside = self.peak(body, given, wanted, body.takes[fixed + carried :])
+            once = (
+                operation.makes[carried:] if params["length"] == 1 else ()
+            )  # no loop then: its results are the body's
+            return max(0, inside - sum(self._bytes(array, cuts, pins) for array in once))
+        if name == "while":
+            given = operands[params["cond_nconsts"] :]
+            body = self.propagation.function(params["body_jaxpr"])
+            return self.peak(
+                body, self.propagation.loop(body, given, params["body_nconsts"])[0], [None] * len(body.gives)
+            )
+        if name == "cond":
+            branches = [self.propagation.function(each) for each in params["branches"]]
+            return max(self.peak(each, operands[1:], [None] * len(each.gives)) for each in branches)
+        if name == "shard_map":
+            body = self.propagation.function(params["jaxpr"])
+            return _Walk({}).peak(body, [uncut(array) for array in body.takes], [None] * len(body.gives))
+        return 0
+
+    def _pins(self, function: Function, cuts: Mapping[Array, Cuts], wanted: Sequence[Cuts | None]) -> dict[Array, Cuts]:
+        """Returns the cuts of values that results, and the state of loops, ask to be cut finer than they come."""
+        pins: dict[Array, Cuts] = {}
+
+        def pin(array: Array, asked: Cuts | None) -> None:
+            own = cuts.get(array, uncut(array))
+            if asked is not None and len(asked) == len(own) and _parts(asked, self._mesh) > _parts(own, self._mesh):
+                pins[array] = asked
+
+        for array, asked in zip(function.gives, wanted, strict=True):
+            pin(array, asked)
+        for operation in reversed(function.operations):
+            if operation.name == "scan":
+                fixed, carried = operation.params["num_consts"], operation.params["num_carry"]
+                state = zip(operation.reads[fixed : fixed + carried], operation.makes[:carried], strict=True)
+                for before, after in state:
+                    pin(before, pins.get(after, cuts[after]))
+                continue
+            if operation.name not in _PINNING:
+                continue
+            made = operation.makes[0]
+            asked = pins.get(made, cuts[made])  # operands of one shape go by the one that is cut finest
+            if operation.name == "transpose":
+                inverse = sorted(range(len(asked)), key=operation.params["permutation"].__getitem__)
+                pin(operation.reads[0], tuple(asked[dim] for dim in inverse))
+            elif operation.name in ("reshape", "squeeze", "expand_dims"):
+                pin(operation.reads[0], self.propagation.reshaped(made.shape, asked, operation.reads[0].shape))
+            else:
+                for array in operation.reads:
+                    if array.shape == made.shape:
+                        pin(array, asked)
+        return pins
+
+
+class _Lives:
+    """Which of a function's values are arrays in memory, and until when.
+
+    Attributes:
+      held: those that are; the others are made where they are read.
+      ending: number of an operation -> the arrays that none after it reads.
+      sliced: number of an operation -> the slices that it is the first to read.
+    """
+
+    def __init__(self, function: Function, slices: Sequence[Array], size: Any) -> None:
+        maker = {array: operation for operation in function.operations for array in operation.makes}
+        readers = _readers(function)
+        self.held = {array for array in [*maker, *slices] if _is_held(array, maker.get(array), readers.get(array, []))}
+        behind: dict[Array, frozenset[Array]] = {}
+        for operation in function.operations:
+            for array in operation.makes:
+                if array not in self.held:
+                    roots = frozenset().union(*(self._roots(each, behind) for each in operation.reads))
+                    redone = len(roots) <= 1 and sum(map(size, roots)) <= size(array)
+                    if operation.name in _ALIASES or redone or len(readers.get(array, [])) <= 1:
+                        behind[array] = roots
+                    else:  # read several times: not made again each time
+                        self.held.add(array)
+        last: dict[Array, int] = {}
+        self.sliced: dict[int, list[Array]] = {}
+        new = set(slices)
+        for number, operation in enumerate(function.operations):
+            if operation.name in _FUSED and not any(array in self.held for array in operation.makes):
+                continue
+            for array in operation.reads:
+                for root in self._roots(array, behind):
+                    last[root] = number
+                    if root in new:
+                        self.sliced.setdefault(number, []).append(root)
+                        new.discard(root)
+            last.update({array: number for array in operation.makes if array in self.held})
+        for array in function.gives:
+            last.update(dict.fromkeys(self._roots(array, behind), _FOREVER))
+        self.ending: dict[int, list[Array]] = {}
+        for array, number in last.items():
+            self.ending.setdefault(number, []).append(array)
+
+    def _roots(self, array: Array, behind: Mapping[Array, frozenset[Array]]) -> frozenset[Array]:
+        """Returns the arrays in memory that a value is made of."""
+        return frozenset([array]) if array in self.held else behind.get(array, frozenset())
+
+
+def _readers(function: Function) -> dict[Array, list[Operation | None]]:
+    """Returns who reads each value, through aliases; None is the function's result."""
+    readers: dict[Array, list[Operation | None]] = {}
+    for array in function.gives:
+        readers.setdefault(array, []).append(None)
+    for operation in reversed(function.operations):
+        through = operation.name in _ALIASES
+        found = [each for made in operation.makes for each in readers.get(made, [])] if through else [operation]
+        for array in operation.reads:
+            readers.setdefault(array, []).extend(found)
+    return readers
+
+
+def _is_held(array: Array, maker: Operation | None, readers: Iterable[Operation | None]) -> bool:
+    """Says whether a value must be an array: made or read by an operation that works on arrays, or a result."""
+    if maker is not None and maker.name in _ALIASES:
+        return False
+    if maker is not None and maker.name not in _FUSED:
+        return True
+    filled = maker is not None and not any(each.shape for each in maker.reads)  # one number, again and again
+    return any(not _takes_in(each, array, filled) for each in readers)
+
+
+def _takes_in(reader: Operation | None, array: Array, filled: bool) -> bool:
+    """Says whether who reads a value can make it on the way."""
+    if reader is None:
+        return False
+    if reader.name == "scan" and filled:  # within the loop, unless it is its state
+        return array not in reader.reads[reader.params["num_consts"] :]
+    return reader.name in _FUSED or reader.name in REDUCTIONS
+
+
+def _reused(sizes: Sequence[int], ends: Sequence[int]) -> int:
+    """Returns the bytes of results that take the place of operands which are not read again."""
+    free, total = sorted(ends), 0
+    for size in sorted(sizes, reverse=True):
+        if size in free:
+            free.remove(size)
+            total += size
+    return total
+
+
+def _parts(cuts: Cuts, mesh: Mapping[str, int]) -> int:
+    return math.prod(mesh[axis] for axes in cuts for axis in axes)

@@ -1,0 +1,115 @@
+"""`meshway train --dry_run`: all that a run does before its first step, but for writing, caching and compiling."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from meshway.framework.checkpoints.manager import Checkpoints, Keep
+from meshway.framework.checkpoints.mapping import Initial
+from meshway.framework.columns import format_columns
+from meshway.framework.data.vocabulary import Vocabulary
+from meshway.framework.evaluation import Evaluation, Evaluator
+from meshway.framework.files import holder_of, local_path
+from meshway.framework.interfaces import DataSource, SplitRead
+from meshway.framework.training.loop import Periods
+from meshway.framework.training.program import TrainProgram, open_data
+from meshway.framework.training.run_directory import RunDirectory
+from meshway.launch.inspect import layout
+
+
+def dry_run(
+    program: TrainProgram,
+    data: DataSource,
+    model_dir: str | None,
+    periods: Periods,
+    evaluation: Evaluation = Evaluation(),
+    keep: Keep = Keep(),
+    initial: Initial | None = None,
+    **others: Any,
+) -> str:
+    """Checks what a run checks, with its own calls, and returns as text what it would do; nothing is written.
+
+    Args:
+      others: what is built with the recipe and used while training.
+
+    Raises:
+      UserError: as `train.train`.
+    """
+    del others
+    text = layout(program)
+    data = getattr(data, "for_dry_run", lambda: data)()
+    directory, notes = None, list[str]()
+    if model_dir is not None:
+        directory = RunDirectory(local_path(model_dir))
+        notes = _look(directory, program, periods, keep)
+    resumed = directory if directory is not None and _last(directory, keep) else None
+    _, vocabularies, framing = open_data(program, data)
+    if resumed is not None:
+        resumed.check_vocabularies(vocabularies, framing)
+    elif initial is not None:
+        initial.check(program.param_shapes, program.axes)
+        notes.append(f"parameters start from {initial.path}")
+    tasks = data.eval_tasks() if periods.evaluate else []
+    evaluator = Evaluator(program.placed, program.batch_size, program.lengths, tasks, evaluation)
+    notes += evaluator.left_out
+    reads = data.reads(bool(periods.evaluate)) if hasattr(data, "reads") else []
+    found = _resolved(program, data, vocabularies, evaluator.task_names)
+    if framing is not None:
+        found["texts"] = f"a decoder starts from {list(framing.start)}, a prediction ends at {list(framing.stop)}"
+    rows = [[f"{name}:", each] for name, each in found.items()]
+    return "\n\n".join(filter(None, [text, "\n".join(format_columns(rows)), _splits(reads), "\n".join(notes)]))
+
+
+def _look(directory: RunDirectory, program: TrainProgram, periods: Periods, keep: Keep) -> list[str]:
+    """Checks a run directory, and returns what there is to say of it."""
+    rows = program.explain()
+    directory.check(sum(row.total_bytes for row in rows if not row.name.startswith("batch")))
+    notes = []
+    if holder := holder_of(directory.lock):
+        notes.append(f"{directory.root} is being trained by {holder}: a second run would be refused")
+    if last := _last(directory, keep):
+        Checkpoints(directory.checkpoints, keep, read_only=True).check(last, program.abstract_state)
+        reached = f"; TRAIN_STEPS={periods.total} is reached already" if last >= periods.total else ""
+        notes.append(f"{directory.root} goes on from its checkpoint {last}{reached}")
+    return notes
+
+
+def _last(directory: RunDirectory, keep: Keep) -> int:
+    """Returns the step of the last checkpoint, 0 for none."""
+    keep.policy()
+    if not directory.checkpoints.is_dir():
+        return 0
+    return max(Checkpoints(directory.checkpoints, keep, read_only=True).steps(), default=0)
+
+
+def _resolved(
+    program: TrainProgram, data: DataSource, vocabularies: dict[str, Vocabulary], tasks: Sequence[str]
+) -> dict[str, str]:
+    """Returns what the recipe comes to, by name."""
+    mesh = ", ".join(f"{name}={size}" for name, size in program.partitioner.mesh.shape.items())
+    readers: dict[str, list[str]] = {}
+    for name, vocabulary in vocabularies.items():
+        readers.setdefault(str(vocabulary), []).append(name)
+    described = "; ".join(f"{' and '.join(names)}: {vocabulary}" for vocabulary, names in readers.items())
+    converter = getattr(data, "converter", None)
+    return {
+        "model": type(program.model).__name__,
+        "optimizer": program.optimizer_name,
+        "mesh": mesh,
+        "data": f"{type(data).__name__} {getattr(data, 'name', '')}".strip(),
+        "converter": type(converter).__name__ if converter is not None else "none",
+        "feature lengths": ", ".join(f"{name} {length:,}" for name, length in program.lengths.items()) or "none",
+        "batch": f"{program.batch_size:,} examples"
+        + (f" in {program.num_microbatches} microbatches" if program.num_microbatches > 1 else ""),
+        "vocabularies": described or "none",
+        "evaluated on": ", ".join(tasks) or "nothing",
+    }
+
+
+def _splits(reads: Sequence[SplitRead]) -> str:
+    """Returns a table of the splits that are read."""
+    states = {True: "cached", False: "not cached yet: in its source", None: "streamed"}
+    rows = [["task", "split", "for", "examples", ""]]
+    for each in reads:
+        count = "?" if each.examples is None else f"{each.examples:,}"
+        rows.append([each.task, each.split, each.purpose, count, states[each.cached]])
+    return "\n".join(format_columns(rows, right=(3,))) if reads else ""

@@ -1,0 +1,89 @@
+"""What a step needs of a device: against closed forms, and against what XLA makes of it on eight simulated devices."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+from tiny import program
+
+from meshway.framework.errors import UserError
+from meshway.framework.planning.cuts import Propagation, spec_cuts
+from meshway.framework.planning.hardware import CHIPS, chip_named
+from meshway.framework.planning.memory import TOLERANCE, Memory, step_memory
+from meshway.framework.planning.operations import read_function
+from meshway.launch import cli
+
+SMALL = ("SCAN=True", "BATCH_SIZE=32", "D_MODEL=32", "D_FF=64", "NUM_HEADS=2", "HEAD_DIM=16")
+LAYERS = {"lm": "NUM_LAYERS={}", "t5_1_1": "NUM_DECODER_LAYERS={}"}
+
+
+def memory(family, *bindings, layers=4, layout="single") -> Memory:
+    return step_memory(program(family, *SMALL, LAYERS[family].format(layers), *bindings, layout=layout))
+
+
+def test_a_layer_under_full_remat_keeps_its_input_and_no_more():
+    """And each device its rows of it; of a microbatch, not of the batch."""
+    kept = 4 * 32 * 16 * 32 * 4  # layers, rows, length, width, bytes
+    for layout, microbatches, parts in (("single", 1, 1), ("fsdp", 1, 8), ("fsdp", 4, 32)):
+        bindings = ("REMAT='full'", f"NUM_MICROBATCHES={microbatches}")
+        few, many = (memory("lm", *bindings, layers=n, layout=layout) for n in (4, 8))
+        grown = many.activations - few.activations
+        sums = many.gradients - few.gradients if microbatches > 1 else 0  # of the microbatches before
+        assert grown - sums == pytest.approx(kept / parts, rel=0.1), (layout, microbatches)
+
+
+def test_what_is_kept_follows_the_remat_policy_and_the_rest_does_not():
+    found = {remat: memory("lm", f"REMAT='{remat}'", layers=8) for remat in ("none", "minimal", "full")}
+    assert found["none"].activations > 1.5 * found["minimal"].activations > 2 * found["full"].activations
+    assert len({(each.parameters, each.optimizer, each.gradients, each.batch) for each in found.values()}) == 1
+    assert found["none"].gradients == found["none"].parameters
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", LAYERS)
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_xla_s_buffers_are_as_large_within_the_tolerance(family, remat):
+    """Temporary ones, of the compiled step on eight devices; its loops as on accelerators, not unrolled."""
+    made = program(
+        family, *SMALL[:1], "BATCH_SIZE=64", LAYERS[family].format(6), f"REMAT='{remat}'", layout="fsdp_model"
+    )
+    counted = step_memory(made)
+    counted = counted.gradients + counted.activations
+    compiled = made.compile_step().memory_analysis().temp_size_in_bytes
+    assert 1 / TOLERANCE < counted / compiled < TOLERANCE, (counted, compiled)
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda x, y: x @ y, ["a", "c"]),
+        (lambda x, y: (x.T * 2).sum(1, keepdims=True), [None]),
+        (lambda x, y: x.reshape(2, 4, 8), ["a", None, None]),
+        (lambda x, y: x.reshape(64), ["a"]),
+        (lambda x, y: jax.lax.scan(lambda c, row: (c + row, c @ y), jnp.zeros(8), x)[1], [None, "c"]),
+        (lambda x, y: y[jnp.zeros((4, 4), int)], [None, None, "c"]),
+        (lambda x, y: jnp.where(x > 0, x, 0.0)[:, :4], ["a", None]),
+    ],
+)
+def test_a_mesh_cuts_results_as_it_cuts_what_they_are_made_of(function, expected):
+    """x [8, 8] is cut by 'a' along its first dimension, y by 'b' and 'c'."""
+    spec = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    found = read_function(jax.make_jaxpr(function)(spec, spec))
+    cuts = [spec_cuts(PartitionSpec("a", None), 2), spec_cuts(PartitionSpec("b", "c"), 2)]
+    made = Propagation({"a": 2, "b": 2, "c": 2}).cuts(found, cuts)[found.gives[0]]
+    assert made == spec_cuts(expected, len(found.gives[0].shape))
+
+
+def test_room_is_told_by_the_chip_s_name(capsys):
+    assert chip_named("v5p")[0] == "TPU v5p" and chip_named("H200")[0] == "NVIDIA H200"
+    with pytest.raises(UserError, match="'h100' alone; there are NVIDIA H100 80GB HBM3, NVIDIA H100 PCIe"):
+        chip_named("h100")
+    with pytest.raises(UserError, match="no accelerator is called 'v9'; there are TPU v4"):
+        chip_named("v9")
+    words = ["inspect", "--gin_file=bench_t5", "--gin.REMAT=full"]
+    assert cli.main([*words, "--hardware=v5p"]) == 0
+    said = capsys.readouterr().out
+    assert "; in all " in said and " % of TPU v5p's 95.0 GiB" in said and "\nfits: " in said
+    capacity = CHIPS["TPU v5p"].memory_bytes
+    assert Memory(capacity, 1, 0, 0, 0).fits("it", capacity).startswith("does not fit: 95.0 GiB, 100 % of it's")
+    assert Memory(0, 0, 0, int(capacity * 0.8), 0).fits("it", capacity).startswith("may or may not fit")
