@@ -18,7 +18,7 @@ import jax
 from meshway.framework.checkpoints.manager import Checkpoints, DamagedCheckpoint, Keep
 from meshway.framework.checkpoints.mapping import Initial
 from meshway.framework.data.prefetch import prefetch
-from meshway.framework.data.vocabulary import source_framing
+from meshway.framework.data.vocabulary import Framing, source_framing
 from meshway.framework.distributed import processes
 from meshway.framework.distributed.agreement import agree
 from meshway.framework.errors import UserError
@@ -119,6 +119,7 @@ def train(
             timeline.mark("compiled", devices=program.partitioner.mesh.size)
             if not start:
                 state = _fresh(program, initial)
+                _say_start(initial, framing, progress.note)
             tasks = data.eval_tasks() if periods.evaluate else []
             if primary:
                 directory.describe(resolved, rows, summarize(program, rows))
@@ -218,6 +219,18 @@ def _fresh(program: TrainProgram, initial: Initial | None) -> TrainState:
     if initial is None:
         return state
     return TrainState(**(vars(state) | {"params": initial.restore(state.params, program.axes)}))
+
+
+def _say_start(initial: Initial | None, framing: Framing | None, say: Callable[[str], None]) -> None:
+    """Says where decoders start from other ids than those with which their parameters were trained."""
+    if initial is None or framing is None:
+        return
+    trained = initial.start()
+    if trained is not None and trained != framing.start:
+        say(
+            f"the decoder of {initial.path} starts from {list(trained)}, and this run's from "
+            f"{list(framing.start)}: bind the data's `start` to {list(trained)} (CachedData.start) to start alike"
+        )
 
 
 def _progress(periods: Periods, start: int, primary: bool) -> Progress:

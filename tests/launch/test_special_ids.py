@@ -8,6 +8,7 @@ import pytest
 from converted import sentence_pieces
 from saved_runs import VOCABULARY, save_run
 
+from meshway.framework.checkpoints.mapping import Initial
 from meshway.framework.conversion.tokenizer_files import read_vocabulary
 from meshway.framework.data.vocabularies import read_framing
 from meshway.framework.data.vocabulary import Framing
@@ -15,7 +16,7 @@ from meshway.framework.errors import UserError
 from meshway.framework.inference import Predictor
 from meshway.framework.inference.text import load_text
 from meshway.framework.training.run_directory import RunDirectory
-from meshway.launch import config
+from meshway.launch import config, train
 from meshway.launch.convert import convert
 from meshway.launch.invocation import Invocation
 
@@ -168,3 +169,22 @@ def test_a_text_that_spells_out_the_start_has_it_once(tmp_path, template, text):
     whole = [*read.start, *read.read_inputs(text)]
     assert whole == [int(word[1:]) for word in text.split()]
     assert read.read_inputs("w5") == [5] and read.read_inputs([1, 5]) == [1, 5]  # ids are taken as they are
+
+
+@pytest.mark.parametrize(("family", "start"), [("llama2", (1,)), ("llama2", (1, 3)), ("t5_1_1", (5,))], ids=str)
+def test_a_run_that_starts_otherwise_than_its_initial_parameters_says_so(tmp_path, family, start):
+    """Its recipe need not be the converted one: only the directory knows how the model was trained."""
+    own = {"decoder_start_token_id": start[0]}
+    directory = llama(tmp_path, start) if family == "llama2" else copy_of(family, tmp_path, **own)
+    convert(str(directory), str(tmp_path / "run"))
+    for path in (directory, tmp_path / "run", tmp_path / "run" / "checkpoints" / "0"):
+        said = []
+        train._say_start(Initial(str(path)), Framing(start), said.append)
+        assert not said
+        train._say_start(Initial(str(path)), Framing((0,)), said.append)
+        assert (
+            f"starts from {list(start)}, and this run's from [0]: bind the data's `start` to {list(start)}" in said[0]
+        )
+    (tmp_path / "run" / "vocabularies.json").unlink()
+    (directory / "tokenizer.json").unlink()
+    assert Initial(str(tmp_path / "run")).start() is Initial(str(directory)).start() is None
