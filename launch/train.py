@@ -20,6 +20,7 @@ from meshway.framework import stages
 from meshway.framework.checkpoints.manager import Checkpoints, DamagedCheckpoint, Keep
 from meshway.framework.checkpoints.mapping import Initial
 from meshway.framework.data.prefetch import prefetch
+from meshway.framework.data.vocabulary import Framing
 from meshway.framework.distributed import processes
 from meshway.framework.distributed.agreement import agree
 from meshway.framework.evaluation import Evaluation, Evaluator, Report
@@ -124,6 +125,8 @@ def train(
                 directory.describe(resolved, rows, summarize(program, rows))
             progress = _progress(periods, start, primary)
             stack.callback(progress.close)
+            if not start:
+                _say_start(initial, framing, progress.note)
             evaluator = Evaluator(program.placed, program.batch_size, program.lengths, tasks, evaluation)
             evaluate = EvaluationLog(evaluator, directory, start, primary, progress.note)
             reporter = _reporter(directory, start, primary, progress, timeline, program, resolved, planned(step))
@@ -231,6 +234,18 @@ def _fresh(program: TrainProgram, initial: Initial | None) -> TrainState:
         if initial is None:
             return state
         return TrainState(**(vars(state) | {"params": initial.restore(state.params, program.axes)}))
+
+
+def _say_start(initial: Initial | None, framing: Framing | None, say: Callable[[str], None]) -> None:
+    """Says where decoders start from other ids than those with which their parameters were trained."""
+    if initial is None or framing is None:
+        return
+    trained = initial.start()
+    if trained is not None and trained != framing.start:
+        say(
+            f"the decoder of {initial.path} starts from {list(trained)}, and this run's from "
+            f"{list(framing.start)}: bind the data's `start` to {list(trained)} (CachedData.start) to start alike"
+        )
 
 
 def _progress(periods: Periods, start: int, primary: bool) -> Progress:

@@ -22,8 +22,9 @@ from meshway.framework.checkpoints.sources import (
     pattern_lengths,
     vocabulary_change,
 )
-from meshway.framework.conversion import hugging_face, t5x, t5x_files
+from meshway.framework.conversion import hugging_face, t5x, t5x_files, tokenizer_files
 from meshway.framework.conversion.values import Values, fill
+from meshway.framework.data.vocabularies import read_framing
 from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.files import local_path
@@ -67,6 +68,22 @@ class Initial:
         if self.resize is not None and self.resize not in RESIZES:
             near = did_you_mean(str(self.resize), RESIZES) or f"; it is None or one of {', '.join(RESIZES)}"
             raise UserError(f"Initial.resize = {self.resize!r} is no way to resize a vocabulary{near}")
+
+    def start(self) -> tuple[int, ...] | None:
+        """Returns the ids that the decoder of that model starts from; None where its directory does not tell."""
+        directory = local_path(self.path)
+        try:
+            if hugging_face.is_model(directory):
+                model = hugging_face.open_model(directory)
+                vocabulary = tokenizer_files.read_vocabulary(directory, model.config)
+                has_encoder = "NUM_ENCODER_LAYERS" in model.bindings
+                if vocabulary is None:
+                    return None
+                return tokenizer_files.read_framing(directory, model.config, has_encoder, vocabulary).start
+            place = find_checkpoint(directory, self.step, "Initial.path")
+            return None if place is None else read_framing(place[0].parent).start
+        except UserError:  # whose weights may be of use all the same
+            return None
 
     def restore(self, params: Params, axes: Axes) -> Params:
         """Returns `params` (a tree of sharded arrays) with the checkpoint's values put in, in the same shards.
