@@ -56,6 +56,7 @@ _NAMES = (
         "epsilon base capacity_factor eval_capacity_factor soft_cap logits_soft_cap factor query_scale gate_scale",
     ),
 )
+_NAMES_SOMETHING = ("model_dir", "cache_dir", "mixture_or_task_name", "module")
 # Parameter -> its domain: one name means one thing everywhere. What is not here is checked by who takes it.
 _DOMAINS = {name: domain for domain, names in _NAMES for name in names.split()}
 
@@ -144,6 +145,8 @@ def _read(value: Any, hint: Any, name: str) -> Any:
         if value not in _DTYPES:
             raise ValueError(f"no such dtype{did_you_mean(value, _DTYPES) or '; there are ' + ', '.join(_DTYPES)}")
         return value
+    if value == "" and name in _NAMES_SOMETHING:
+        raise ValueError("it must not be empty")
     if isinstance(value, Macro):
         return value  # in a container; a macro by itself has been followed
     alternatives = list(_alternatives(hint))
