@@ -6,6 +6,7 @@ Run the same command again to go on where it stopped.
 """
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -119,28 +120,26 @@ def train(
                 step = program.compile_step()
             timeline.mark("compiled", devices=program.partitioner.mesh.size)
             if not start:
-                state = _fresh(program, initial)
+                state = _fresh(program, initial, framing, functools.partial(_say, primary))
             tasks = _tasks(data) if periods.evaluate else []
             if primary:
                 directory.describe(resolved, rows, summarize(program, rows))
             progress = _progress(periods, start, primary)
             stack.callback(progress.close)
-            if not start:
-                _say_start(initial, framing, progress.note)
             evaluator = Evaluator(program.placed, program.batch_size, program.lengths, tasks, evaluation)
             evaluate = EvaluationLog(evaluator, directory, start, primary, progress.note)
             reporter = _reporter(directory, start, primary, progress, timeline, program, resolved, planned(step))
             stack.enter_context(contextlib.closing(reporter))
             loop = Loop(
-                step,
-                program.put,
-                stream,
-                periods,
-                reporter,
-                evaluate,
-                checkpoints.save,
-                hooks,
-                max_skipped_in_a_row,
+                step=step,
+                put=program.put,
+                stream=stream,
+                periods=periods,
+                reporter=reporter,
+                evaluate=evaluate,
+                save=checkpoints.save,
+                hooks=hooks,
+                max_skipped_in_a_row=max_skipped_in_a_row,
             )
             last = loop.run(state, start)
             with timeline.phase("checkpoint"):
@@ -228,7 +227,10 @@ def _restore_last(
     return None
 
 
-def _fresh(program: TrainProgram, initial: Initial | None) -> TrainState:
+def _fresh(
+    program: TrainProgram, initial: Initial | None, framing: Framing | None, say: Callable[[str], None]
+) -> TrainState:
+    _say_start(initial, framing, say)
     with stages.stage("making the initial parameters"):
         state = program.init()
         if initial is None:
