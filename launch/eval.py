@@ -79,6 +79,8 @@ def evaluate(
     Raises:
       UserError: anything the user can mend; one message.
     """
+    if idle_timeout is not None and not watch:
+        raise UserError("--idle_timeout has no effect without --watch, which alone waits: leave it out, or give both")
     directory = RunDirectory(local_path(model_dir))
     wanted = Wanted.parse(steps if steps is not None else ALL if watch else LATEST)
     listed = wanted.steps is not None

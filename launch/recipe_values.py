@@ -64,6 +64,7 @@ _NAMES = (
         "low_frequency_factor high_frequency_factor beta_fast beta_slow clipping_threshold decay_rate decay_factor",
     ),
 )
+_NAMES_SOMETHING = ("model_dir", "cache_dir", "mixture_or_task_name", "module")
 # Parameter of meshway's own -> its domain: one name means one thing everywhere. What is not here is checked by who
 # takes it; what a name means in a module of the user's is not known.
 _DOMAINS = {name: domain for domain, names in _NAMES for name in names.split()}
@@ -154,6 +155,8 @@ def _read(value: Any, hint: Any, name: str) -> Any:
         if value not in known:
             raise ValueError(f"no such dtype{did_you_mean(value, known) or '; there are ' + ', '.join(known)}")
         return value
+    if value == "" and name in _NAMES_SOMETHING:
+        raise ValueError("it must not be empty")
     if isinstance(value, Macro):
         return value  # in a container; a macro by itself has been followed
     alternatives = list(_alternatives(hint))

@@ -6,6 +6,7 @@ Run the same command again to go on where it stopped.
 """
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ from meshway.framework import stages
 from meshway.framework.checkpoints.manager import Checkpoints, DamagedCheckpoint, Keep
 from meshway.framework.checkpoints.mapping import Initial
 from meshway.framework.data.prefetch import prefetch
+from meshway.framework.data.vocabulary import Framing
 from meshway.framework.distributed import processes
 from meshway.framework.distributed.agreement import agree
 from meshway.framework.evaluation import Evaluation, Evaluator, Report
@@ -118,7 +120,7 @@ def train(
                 step = program.compile_step()
             timeline.mark("compiled", devices=program.partitioner.mesh.size)
             if not start:
-                state = _fresh(program, initial)
+                state = _fresh(program, initial, framing, functools.partial(_say, primary))
             tasks = _tasks(data) if periods.evaluate else []
             if primary:
                 directory.describe(resolved, rows, summarize(program, rows))
@@ -129,15 +131,15 @@ def train(
             reporter = _reporter(directory, start, primary, progress, timeline, program, resolved, planned(step))
             stack.enter_context(contextlib.closing(reporter))
             loop = Loop(
-                step,
-                program.put,
-                stream,
-                periods,
-                reporter,
-                evaluate,
-                checkpoints.save,
-                hooks,
-                max_skipped_in_a_row,
+                step=step,
+                put=program.put,
+                stream=stream,
+                periods=periods,
+                reporter=reporter,
+                evaluate=evaluate,
+                save=checkpoints.save,
+                hooks=hooks,
+                max_skipped_in_a_row=max_skipped_in_a_row,
             )
             last = loop.run(state, start)
             with timeline.phase("checkpoint"):
@@ -225,12 +227,27 @@ def _restore_last(
     return None
 
 
-def _fresh(program: TrainProgram, initial: Initial | None) -> TrainState:
+def _fresh(
+    program: TrainProgram, initial: Initial | None, framing: Framing | None, say: Callable[[str], None]
+) -> TrainState:
+    _say_start(initial, framing, say)
     with stages.stage("making the initial parameters"):
         state = program.init()
         if initial is None:
             return state
         return TrainState(**(vars(state) | {"params": initial.restore(state.params, program.axes)}))
+
+
+def _say_start(initial: Initial | None, framing: Framing | None, say: Callable[[str], None]) -> None:
+    """Says where decoders start from other ids than those with which their parameters were trained."""
+    if initial is None or framing is None:
+        return
+    trained = initial.start()
+    if trained is not None and trained != framing.start:
+        say(
+            f"the decoder of {initial.path} starts from {list(trained)}, and this run's from "
+            f"{list(framing.start)}: bind the data's `start` to {list(trained)} (CachedData.start) to start alike"
+        )
 
 
 def _progress(periods: Periods, start: int, primary: bool) -> Progress:

@@ -69,6 +69,25 @@ class Initial:
             near = did_you_mean(str(self.resize), RESIZES) or f"; it is None or one of {', '.join(RESIZES)}"
             raise UserError(f"Initial.resize = {self.resize!r} is no way to resize a vocabulary{near}")
 
+    def start(self) -> tuple[int, ...] | None:
+        """Returns the ids that the decoder of that model starts from; None where its directory does not tell."""
+        from meshway.framework.conversion import hugging_face, tokenizer_files
+        from meshway.framework.data.vocabularies import read_framing
+
+        directory = local_path(self.path)
+        try:
+            if hugging_face.is_model(directory):
+                model = hugging_face.open_model(directory)
+                vocabulary = tokenizer_files.read_vocabulary(directory, model.config)
+                has_encoder = "NUM_ENCODER_LAYERS" in model.bindings
+                if vocabulary is None:
+                    return None
+                return tokenizer_files.read_framing(directory, model.config, has_encoder, vocabulary).start
+            place = find_checkpoint(directory, self.step, "Initial.path")
+            return None if place is None else read_framing(place[0].parent).start
+        except UserError:  # whose weights may be of use all the same
+            return None
+
     def restore(self, params: Params, axes: Axes) -> Params:
         """Returns `params` (a tree of sharded arrays) with the checkpoint's values put in, in the same shards.
 

@@ -301,7 +301,8 @@ def check_named(task_name: str, vocabularies: Mapping[str, Any], named: Mapping[
         if own.fingerprint != given.fingerprint:
             raise UserError(
                 f"task {task_name!r}, feature {feature!r}: the task is registered with a {own}, the recipe names a "
-                f"{given}{own.settings_unlike(given)}; name the task's own, or register the task with the recipe's"
+                f"{given}{own.settings_unlike(given)}; register the task with the recipe's, or go by the task's: "
+                "CachedData.vocabularies = {}"
             )
 
 

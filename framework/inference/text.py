@@ -147,9 +147,7 @@ class IdsOnly(vocabularies.Opaque):
         self._run = run
 
     def encode(self, text: str) -> list[int]:
-        """Raises ValueError, so that the record can be left out; of no text there are no ids."""
-        if not text:
-            return []
+        """Raises ValueError, so that the record can be left out."""
         raise ValueError(
             f"text, but {self._run} holds no vocabularies (vocabularies.json): give token ids, as [17, 4, 1]"
         )
@@ -187,7 +185,7 @@ def load_text(run: Path, has_encoder: bool, append_eos: bool | None = None, size
 
 def _ids(vocabulary: Vocabulary, value: Any, end: tuple[int, ...]) -> list[int]:
     if isinstance(value, str):
-        return [*vocabulary.encode(value), *end]
+        return [*(vocabulary.encode(value) if value else ()), *end]  # no text needs no vocabulary of text
     if isinstance(value, list) and all(isinstance(each, int) and not isinstance(each, bool) for each in value):
         if wrong := [each for each in value if not 0 <= each < vocabulary.size]:
             raise ValueError(f"id {wrong[0]} is not in the vocabulary of {vocabulary.size}")

@@ -43,6 +43,8 @@ def run_local(
     for name, value, least in (("processes", processes, 1), ("devices", devices, 1), ("restarts", restarts, 0)):
         if value < least:
             raise UserError(f"--{name}={value} must be at least {least}")
+    if elastic and not restarts:
+        raise UserError("--elastic has no effect without --restarts=N: it is about those: leave it out, or give both")
     model_dir = model_directory(words)
     logs = local_path(log_dir or (model_dir / "logs" if model_dir else tempfile.mkdtemp(prefix="meshway-logs-")))
     try:

@@ -86,6 +86,8 @@ def test_a_watcher_ends_with_the_run_or_when_nothing_comes(capsys, run):
     assert code == 0 and told(said) == [10, 20, 30], errors
     code, said, errors = evaluate(capsys, f"--model_dir={run}", "--watch", "--idle_timeout=1")
     assert code == 0 and told(said) == [] and "no new checkpoint for 1 s" in said, errors
+    code, _, errors = evaluate(capsys, f"--model_dir={run}", "--idle_timeout=1")
+    assert code == 2 and "--idle_timeout has no effect without --watch" in errors
 
 
 def test_a_metric_that_raises_leaves_the_rest_and_the_exit_code_tells(capsys, run):

@@ -14,6 +14,7 @@ from saved_runs import LENGTHS, VOCABULARY, save_run
 from meshway.framework.data.features import EncoderDecoder
 from meshway.framework.data.objective import FeatureInfo, TaskInfo
 from meshway.framework.data.rows import packing
+from meshway.framework.data.vocabularies import Opaque
 from meshway.framework.data.vocabulary import Framing
 from meshway.framework.errors import UserError
 from meshway.framework.inference.beam_search import BeamSearch
@@ -25,6 +26,7 @@ from meshway.framework.inference.predictor import Predictor
 from meshway.framework.inference.sampling import Sampling
 from meshway.framework.inference.text import Text
 from meshway.framework.planning.compilations import Compilations
+from meshway.framework.training.run_directory import RunDirectory
 from meshway.launch import cli
 from meshway.launch.infer import open_recipe
 
@@ -383,6 +385,20 @@ def test_a_run_of_token_ids_needs_no_vocabulary(run, tmp_path, capsys):
     assert infer(f"--model_dir={bare}", f"--input={path}", f"--output={tmp_path / 'bad.jsonl'}") == 2
     said = capsys.readouterr().err
     assert "id 384 is not in the vocabulary of 384" in said and "holds no vocabularies" in said
+
+
+@pytest.mark.parametrize("mode", ["predict", "score"])
+def test_a_vocabulary_without_text_serves_token_ids(run, mode, tmp_path, capsys):
+    """As a task of numbers has it, whose seqio vocabulary is a PassThroughVocabulary."""
+    opaque, path = tmp_path / "opaque", tmp_path / "in.jsonl"
+    shutil.copytree(run, opaque)
+    RunDirectory(opaque).save_vocabularies(dict.fromkeys(LENGTHS, Opaque("numbers", 384, eos_id=1)), None)
+    path.write_text('{"inputs": [5, 6, 1], "targets": [9, 8, 1]}\n')
+    words = (f"--input={path}", f"--mode={mode}")
+    for name, model_dir in (("bytes", run), ("opaque", opaque)):
+        assert infer(f"--model_dir={model_dir}", *words, f"--output={tmp_path / name}.jsonl") == 0, capsys.readouterr()
+    (known,), (row,) = (rows_of(tmp_path / f"{name}.jsonl") for name in ("bytes", "opaque"))
+    assert row["token_scores"] == known["token_scores"] and row.get("tokens") == known.get("tokens")
 
 
 def test_a_malformed_line_is_named_or_left_out(run, tmp_path, capsys):

@@ -7,7 +7,7 @@ import pytest
 from tiers import tiers
 
 from meshway.framework.errors import UserError
-from meshway.launch import config
+from meshway.launch import cli, config
 from meshway.launch.invocation import Invocation
 
 GIN = Path(__file__).parent.parent.parent / "gin"
@@ -67,6 +67,51 @@ def test_every_number_of_a_recipe_refuses_what_it_cannot_be(name, value, written
     blamed = set(re.findall(r"--gin\.([A-Z_0-9]+): \1 = ", str(raised.value)))
     halves = {macro for macro, text in macros.items() if value == "0.5" and not text.isdecimal() and text[0] != "{"}
     assert blamed >= macros.keys() - halves, macros.keys() - blamed
+
+
+SUBJECTS = {"bench_moe": "moe", "bench_attention": "attention", "bench_decode": "decode", "bench_t5": "train"}
+MACROS = [  # of every shipped recipe: (recipe, macro, its text)
+    (path.stem, *found)
+    for path in sorted((GIN.parent / "tests" / "goldens" / "recipes").glob("*.gin"))
+    for found in re.findall(r"^([A-Z_0-9]+) = (.*)$", path.read_text(), re.MULTILINE)
+]
+QUICK = [("quickstart", "MODEL_DIR"), ("quickstart", "REMAT"), ("bench_moe", "LAYOUT"), ("v_moe_digits", "IMAGE_SHAPE")]
+SLOW = [
+    ("quickstart", "DATA"),
+    ("real_mix", "TASK_FEATURE_LENGTHS"),
+    ("bench_attention", "SCAN"),
+    ("bench_t5", "MODEL"),
+]
+NAMES = ("MODEL_DIR", "CACHE_DIR", "MIXTURE_OR_TASK_NAME", "MIXTURE_OR_TASK_MODULE")
+
+
+def possible(macro: str, text: str) -> set[str]:
+    """Returns which of IMPOSSIBLE a macro with this value may well be."""
+    found = {"True"} if text in ("True", "False") or macro == "SCAN" else set()
+    if re.fullmatch(r"-?\d+\.\d*|\d\.?\d*e-?\d+", text):
+        found.add("0.5")
+    return found | ({"'four'"} if macro in NAMES else set())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "macro", "text"),
+    tiers(
+        MACROS,
+        quick=[case for case in MACROS if case[:2] in QUICK],
+        slow=[case for case in MACROS if case[:2] in SLOW],
+    ),
+)
+def test_no_macro_of_a_shipped_recipe_takes_what_it_cannot_be(recipe, macro, text, capsys, tmp_path):
+    """From the command line: exit code 2, one message that names the macro, no traceback, nothing written."""
+    words = ["bench", SUBJECTS[recipe]] if recipe in SUBJECTS else ["train", "--dry_run"]
+    if words[0] == "train" and macro != "MODEL_DIR":
+        words.append(f"--gin.MODEL_DIR={tmp_path / 'run'}")
+    for value in {*IMPOSSIBLE, "@nowhere.Thing()"} - possible(macro, text):
+        assert cli.main([*words, f"--gin_file=recipes/{recipe}.gin", f"--gin.{macro}={value}"]) == 2, value
+        error = capsys.readouterr().err
+        assert error.count("meshway: error: ") == 1 and "Traceback" not in error, (value, error)
+        assert f"--gin.{macro}" in error, (value, error)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

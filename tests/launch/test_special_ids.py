@@ -9,6 +9,7 @@ from converted import sentence_pieces
 from saved_runs import VOCABULARY, save_run
 from tiers import tiers
 
+from meshway.framework.checkpoints.mapping import Initial
 from meshway.framework.conversion.tokenizer_files import read_vocabulary
 from meshway.framework.data.vocabularies import read_framing
 from meshway.framework.data.vocabulary import Framing
@@ -19,7 +20,7 @@ from meshway.framework.inference.predictor import Predictor
 from meshway.framework.inference.rows import RowFormat
 from meshway.framework.inference.text import load_text
 from meshway.framework.training.run_directory import RunDirectory
-from meshway.launch import config
+from meshway.launch import config, train
 from meshway.launch.convert import convert
 from meshway.launch.invocation import Invocation
 
@@ -187,3 +188,22 @@ def test_a_text_that_spells_out_the_start_has_it_once(tmp_path, template, text):
     assert not problems and [each.begun for each in examples[1:]] == [[5]] * (len(given) - 1)
     kept = rows.begun([4, 6, 7, 8])[-3 + len(template) :]  # cut at the beginning, behind the start
     assert examples[0].inputs == kept and rows.prompt_size(examples[0].inputs) == 3
+
+
+@pytest.mark.parametrize(("family", "start"), [("llama2", (1,)), ("llama2", (1, 3)), ("t5_1_1", (5,))], ids=str)
+def test_a_run_that_starts_otherwise_than_its_initial_parameters_says_so(tmp_path, family, start):
+    """Its recipe need not be the converted one: only the directory knows how the model was trained."""
+    own = {"decoder_start_token_id": start[0]}
+    directory = llama(tmp_path, start) if family == "llama2" else copy_of(family, tmp_path, **own)
+    convert(str(directory), str(tmp_path / "run"))
+    for path in (directory, tmp_path / "run", tmp_path / "run" / "checkpoints" / "0"):
+        said = []
+        train._say_start(Initial(str(path)), Framing(start), said.append)
+        assert not said
+        train._say_start(Initial(str(path)), Framing((0,)), said.append)
+        assert (
+            f"starts from {list(start)}, and this run's from [0]: bind the data's `start` to {list(start)}" in said[0]
+        )
+    (tmp_path / "run" / "vocabularies.json").unlink()
+    (directory / "tokenizer.json").unlink()
+    assert Initial(str(tmp_path / "run")).start() is Initial(str(directory)).start() is None

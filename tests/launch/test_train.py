@@ -1,6 +1,8 @@
+import json
 import os
 import re
 import signal
+import time
 from types import SimpleNamespace
 
 import bigram_table
@@ -138,3 +140,30 @@ def test_a_run_that_ctrl_c_stops_is_saved_and_interrupted(tmp_path, capsys, prog
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(last)]
     said = capsys.readouterr().out
     assert (f"stopped after step {last} of 5, saved" in said) == (last < 5)
+    assert timeline(tmp_path)[-1]["outcome"] == ("stopped" if last < 5 else "done")
+
+
+def timeline(folder):
+    return [json.loads(line) for line in (folder / "timeline.jsonl").read_text().splitlines()]
+
+
+def test_a_run_goes_on_with_its_data_and_ends_once(tmp_path, capsys, program, monkeypatch):
+    def run(total):
+        data = Ones(program)
+        train.train(program, data, str(tmp_path), Periods(total=total))
+        return capsys.readouterr().out
+
+    def slow(checkpoints, step, abstract):
+        time.sleep(0.3)
+        return restore(checkpoints, step, abstract)
+
+    restore = train.Checkpoints.restore
+    monkeypatch.setattr(train.Checkpoints, "restore", slow)
+    run(3)
+    assert "resuming from" in run(5)
+    assert json.loads((tmp_path / "checkpoints" / "5" / "data" / "metadata").read_text()) == {"position": 5}
+    resumed = [line for line in timeline(tmp_path) if line["start_step"] == 3 and line["event"] == "compiled"]
+    assert resumed[0]["seconds"]["checkpoint"] >= 0.3, "reading a checkpoint is no start-up"
+    before = timeline(tmp_path)
+    assert "step 5 of 5 is already reached" in run(5) and "step 5 of 4 is already reached" in run(4)
+    assert timeline(tmp_path) == before

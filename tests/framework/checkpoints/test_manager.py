@@ -139,6 +139,8 @@ def test_which_checkpoints_are_kept(tmp_path):
     assert steps_kept(tmp_path / "c", state, Keep(latest=1, best=1, metric="score"), values) == [2, 5]
     assert steps_kept(tmp_path / "d", state, Keep(latest=1, best=1, metric="score", highest=True), values) == [3, 5]
     assert steps_kept(tmp_path / "e", state, Keep(latest=None), values) == [1, 2, 3, 4, 5]
+    rarely = {1: 3.0, 2: None, 3: 1.0, 4: None, 5: 2.0}  # most steps are not evaluated
+    assert steps_kept(tmp_path / "f", state, Keep(latest=1, best=1, metric="score"), rarely) == [3, 5]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

@@ -72,6 +72,8 @@ def seqio():
     seqio.MixtureRegistry.add("tiny_no_number", [("tiny_b", 1), ("tiny_c", lambda task: float("nan"))])
     seqio.MixtureRegistry.add("tiny_below_0_twice", [("tiny_below_0", -1.0), ("tiny_b", 9)])
     seqio.MixtureRegistry.add("tiny_of_below_0", [("tiny_few", 1), ("tiny_mix", -2)])
+    spelled = seqio.map_over_dataset(lambda example: example | {"targets": tf.concat([[1], example["targets"]], 0)})
+    add("tiny_spelled", preprocessors=[plain[0], spelled], output_features={"targets": feature}, metric_fns=[])
     silent = [seqio.map_over_dataset(lambda example: example | {"targets": ""}), plain[0], plain[1]]
     add("tiny_silent", preprocessors=silent)
     seqio.MixtureRegistry.add("tiny_of_mixtures", [("tiny_by_size", 3), ("tiny_few", 4)])

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import small_vocabularies
 from tasks_in_memory import TOKENS, lay
 
 from meshway.framework.data.denoising import RandomPrefix
@@ -196,6 +197,7 @@ def hugging_face(eos_id, added=(), template=None):
         (hugging_face(3, ["<s>", "</s>"], template="<s>"), ((2,), (3,))),  # Llama's
         (hugging_face(2, ["<|endoftext|>"]), ((2,), (2,))),  # GPT-2's: id 0 is a letter
         (hugging_face(None), ((), ())),
+        (small_vocabularies.vocabulary("SentencePiece"), ((1,), (2,))),
     ],
     ids=str,
 )

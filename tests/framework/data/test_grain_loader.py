@@ -294,3 +294,12 @@ def test_a_missing_shard_and_a_flipped_byte_are_found(data, tmp_path):
     shard.unlink()
     with pytest.raises(UserError, match=f"lacks a shard: .*{shard.name}.*meshway cache"):
         data("tiny_b", cache_dir=str(tmp_path)).train(slice(None))
+
+
+def test_a_text_that_begins_with_its_start_has_it_once(data):
+    source = data("tiny_spelled", LanguageModel(pack=False), {"targets": 8}, start=[1])
+    (task,) = source.eval_tasks()
+    for batch in (next(source.train(slice(None))), next(task.batches())[0]):
+        assert (batch["decoder_input_tokens"][:, :2] == 1).sum(axis=1).tolist() == [1] * 4
+        assert batch["decoder_input_tokens"][:, 0].tolist() == [1] * 4
+        assert (batch["decoder_target_tokens"][:, 0] == batch["decoder_input_tokens"][:, 1]).all()

@@ -239,3 +239,12 @@ def test_tensorflow_comes_in_when_it_is_called_for_and_without_a_word():
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == "heard"
+
+
+def test_a_text_that_begins_with_its_start_has_it_once(seqio):
+    source = data("tiny_spelled", LanguageModel(pack=False), {"targets": 8}, start=[1])
+    (task,) = source.eval_tasks()
+    for batch in (next(source.train(slice(None))), next(task.batches())[0]):
+        assert (batch["decoder_input_tokens"][:, :2] == 1).sum(axis=1).tolist() == [1] * 4
+        assert batch["decoder_input_tokens"][:, 0].tolist() == [1] * 4
+        assert (batch["decoder_target_tokens"][:, 0] == batch["decoder_input_tokens"][:, 1]).all()

@@ -73,8 +73,12 @@ def test_every_step_is_evaluated_written_and_passed_over_the_next_time(saved, tm
     assert again.job.run() == 0 and again.queue.skipped == 3
 
 
-def test_another_split_has_files_of_its_own(saved, tmp_path):
+def test_another_split_has_files_of_its_own(saved, tmp_path, monkeypatch):
+    written = {}
+    writer = SimpleNamespace(write=lambda step, scalars: written.update(scalars), close=lambda: None)
+    monkeypatch.setattr(job_module, "TensorBoardWriter", lambda *_, **__: writer)
     assert Work(saved, tmp_path, split="test[:50%]", steps="2").job.run() == 1
+    assert "test[:50%]/ids/length" in written and not any(name.startswith("validation/") for name in written)
     (path,) = (tmp_path / "eval").glob("*.jsonl")
     assert path.name == "ids.test[:50%].jsonl" and json.loads(path.read_text())["split"] == "test[:50%]"
     assert record_name("ids", None) == "ids" and record_name("ids", "train") == "ids.train"

@@ -88,6 +88,8 @@ def test_elastic_attempts_have_fewer_processes(tmp_path):
     assert [began(tmp_path, process) for process in range(4)] == [4, 2, 1, 1]
     assert "num_processes" not in (tmp_path / "began-0-2").read_text(), "one process needs no others"
     assert local.process_counts(12) == [12, 6, 4, 3, 2, 1]
+    with pytest.raises(UserError, match="--elastic has no effect without --restarts=N"):
+        run(tmp_path, "", restarts=0, processes=4, elastic=True)
 
 
 def test_each_attempt_says_where_it_goes_on(tmp_path, capfd):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tasks_in_memory import random_examples, task
 
 from meshway.framework.data.denoising import SpanCorruption
+from meshway.framework.data.encoder_only import MaskedLanguageModel
 from meshway.framework.data.features import EncoderDecoder, LanguageModel
 from meshway.framework.data.rows import row_source
 from meshway.framework.data.rows.examples import InMemory
@@ -165,3 +166,17 @@ def test_an_id_that_the_vocabulary_has_not_is_refused(wrong, converter, pack):
     if isinstance(converter, EncoderDecoder):
         unpacked.take(np.arange(13))  # only what is read is looked at
     whole_round(source(examples, pack, converter, lengths, vocabulary_sizes=sizes))
+
+
+def test_the_rows_of_one_pool_come_in_a_fresh_order_each_round():
+    rows = source(random_examples(30, longest=9))
+    rounds = [[row.tobytes() for row in whole_round(rows, n)["decoder_target_tokens"]] for n in range(4)]
+    assert len(rounds[0]) > 5 and all(sorted(each) == sorted(rounds[0]) for each in rounds)
+    assert len({tuple(each) for each in rounds}) == 4
+
+
+def test_parts_of_an_example_draw_for_themselves():
+    """Windows of the same tokens are hidden in different places."""
+    examples = InMemory([{"targets": np.full(4 * 16, 7)}])
+    rows = source(examples, False, MaskedLanguageModel(mask_rate=0.4), {"targets": 16}, shuffle=False)
+    assert len(np.unique(whole_round(rows)["encoder_loss_weights"], axis=0)) == 4
