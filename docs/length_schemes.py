@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from meshway.framework.checkpoints.manager import Checkpoints
-from meshway.launch import config
 from meshway.launch.invocation import Invocation
+from meshway.launch.recipe import config
 from meshway.launch.train import train
 
 HERE = Path(__file__).parent

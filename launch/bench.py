@@ -28,19 +28,19 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from meshway.framework.columns import format_columns
 from meshway.framework.distributed import processes
 from meshway.framework.planning.hardware import peak_flops
+from meshway.framework.telemetry.timeline import process_began
+from meshway.framework.terminal import format_columns
 from meshway.framework.training.program import TrainProgram
-from meshway.framework.training.state import TrainState
-from meshway.framework.training.timeline import process_began
+from meshway.framework.training.step import TrainState
 from meshway.launch.rounds import require_at_least
 
 if TYPE_CHECKING:
     from meshway.framework.data.grain_loader import CachedData
     from meshway.framework.interfaces import DataSource
     from meshway.framework.partitioning.partitioner import Layout
-    from meshway.framework.partitioning.placed_model import PlacedModel
+    from meshway.framework.partitioning.sharded_model import ShardedModel
     from meshway.launch.bench_attention import Forms as KernelForms
     from meshway.launch.bench_attention import Result as KernelResult
     from meshway.launch.bench_decode import Found as DecodingFound
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from meshway.launch.bench_moe import Result as FormResult
     from meshway.launch.bench_parallel import Result
     from meshway.launch.bench_routing import Routing
-    from meshway.launch.config import Invocation
+    from meshway.launch.recipe.config import Invocation
 
 
 class TrainBench:
@@ -233,7 +233,7 @@ def attention(
 
 
 def decode(
-    placed: "PlacedModel",
+    placed: "ShardedModel",
     batch_sizes: Sequence[int] = (1, 8),
     prompt_length: int = 128,
     new_tokens: int = 16,
@@ -306,7 +306,7 @@ def _peak_mib() -> float:
 
 def run(invocation: "Invocation") -> None:
     """Runs the verb from the command line."""
-    from meshway.launch import config
+    from meshway.launch.recipe import config
 
     if invocation.subject == "data":
         recipe = config.load(invocation)

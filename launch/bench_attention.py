@@ -1,7 +1,7 @@
 """meshway bench attention: one attention by each of several kernels, at several lengths, in turn.
 
     meshway bench attention --gin_file=bench_attention
-    meshway bench attention --gin_file=bench_attention --gin.kernel_forms.KernelForms.window=512
+    meshway bench attention --gin_file=bench_attention --gin.forms.KernelForms.window=512
     meshway bench attention --gin_file=bench_attention --gin.LAYOUT=model_1d --simulated_devices=4
 
 All kernels get the same queries, keys and values. Times are medians of rounds in which every kernel has its turn, so
@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meshway.framework.columns import format_columns
 from meshway.framework.partitioning.explain import format_bytes
 from meshway.framework.partitioning.partitioner import Layout, Partitioner
+from meshway.framework.terminal import format_columns
 from meshway.launch.rounds import require_at_least, time_in_turn
 
 

@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from meshway.framework.columns import format_columns
-from meshway.framework.data import seqio_door
+from meshway.framework.data import seqio_adapter
 from meshway.framework.data.cache import builder as cache_builder
 from meshway.framework.data.features import EncoderDecoder, LanguageModel
 from meshway.framework.data.grain_loader import CachedData
@@ -28,6 +27,7 @@ from meshway.framework.data.prefetch import prefetch
 from meshway.framework.data.rows.examples import Examples, InMemory
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Dataset
+from meshway.framework.terminal import format_columns
 from meshway.launch import bench_seqio
 from meshway.launch.data_stages import Loading, Packing, Planning, Reading, Sample, Seeking, Stage, log_normal
 
@@ -85,7 +85,7 @@ class Bench:
         self.pairs: list[tuple[str, str]] = []  # names: ours, seqio's
         self._workers = workers
         self._leaves = [self._leaf(task) for task in self.data.tasks if self.data.train_split in task.splits]
-        self._with_seqio = seqio_door.installed()
+        self._with_seqio = seqio_adapter.installed()
         if not self._with_seqio:
             self.notes.append("seqio is not installed: nothing to compare with")
 
@@ -256,7 +256,7 @@ def measure(
     _say(f"watching memory while {bench.data.name} is read")
     memory = bench.measure_memory(batches)
     stages: dict[str, dict[str, Any]] = {}
-    if seqio_door.installed():
+    if seqio_adapter.installed():
         _say("building the cache once more, in a temporary directory")
         stages["cache"] = summary([bench.build_cache()])
     with contextlib.ExitStack() as stack:

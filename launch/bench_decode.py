@@ -19,20 +19,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meshway.framework.columns import format_columns
 from meshway.framework.errors import UserError
-from meshway.framework.inference.buckets import doubling
-from meshway.framework.inference.rows import RowFormat
-from meshway.framework.inference.sampling import Drawing
-from meshway.framework.inference.step import TokenSteps, prompt_batch
+from meshway.framework.inference.engine import TokenSteps, prompt_batch
+from meshway.framework.inference.rows import RowFormat, doubling
+from meshway.framework.inference.sampling import DecodeState
 from meshway.framework.interfaces import Model, Params
 from meshway.framework.partitioning.explain import format_bytes
-from meshway.framework.partitioning.placed_model import PlacedBatch, PlacedModel
-from meshway.framework.planning.bandwidth import StreamingRead
-from meshway.framework.planning.compilations import Compilations
-from meshway.framework.planning.flops import live_flops
-from meshway.framework.planning.hardware import peak_flops
-from meshway.framework.planning.reads import bytes_read
+from meshway.framework.partitioning.sharded_model import PlacedBatch, ShardedModel
+from meshway.framework.planning.flops import bytes_read, live_flops
+from meshway.framework.planning.hardware import StreamingRead, peak_flops
+from meshway.framework.telemetry.profiler import Compilations
+from meshway.framework.terminal import format_columns
 from meshway.launch.rounds import require_at_least, time_in_turn
 
 PARAM_DTYPES = ("float32", "bfloat16", "float16")
@@ -113,13 +110,13 @@ class Found:
 class _Decoding:
     """The programs of one batch size and prompt length, and where its decoding stands."""
 
-    def __init__(self, placed: PlacedModel, params: Params, batch_size: int, length: int, new_tokens: int):
+    def __init__(self, placed: ShardedModel, params: Params, batch_size: int, length: int, new_tokens: int):
         self.batch: PlacedBatch = prompt_batch(placed, batch_size, length)
         self.steps = TokenSteps(placed, self.batch, new_tokens, params=params)
         self.placed, self.params = placed, params
         self._format, self._length, self._new_tokens = RowFormat.of(placed.model), length, new_tokens
 
-    def begin(self, sizes: Sequence[int]) -> Drawing:
+    def begin(self, sizes: Sequence[int]) -> DecodeState:
         """Reads random prompts that take so many tokens of a row each."""
         random, start = np.random.default_rng(0), self._format.prompt_size(())
         inputs = [random.integers(*TOKENS, size - start).tolist() for size in sizes]
@@ -130,12 +127,12 @@ class _Decoding:
         self._cache = self._start.cache
         return self._start
 
-    def prefill(self) -> Drawing:
+    def prefill(self) -> DecodeState:
         """Reads the prompts again, not waited for."""
         ids = np.zeros(self.batch.size, np.int32)
         return self.steps.prefill(self.params, self._prompts, ids, jax.random.key(0))
 
-    def stream(self) -> Drawing:
+    def stream(self) -> DecodeState:
         """Predicts `new_tokens` as a stream does: while a step runs, the host reads the tokens of the one before."""
         at = self._start._replace(cache=self._cache)
         for _ in range(self._new_tokens):
@@ -146,7 +143,7 @@ class _Decoding:
         self._cache = at.cache
         return at
 
-    def loop(self, compiled: Any) -> Drawing:
+    def loop(self, compiled: Any) -> DecodeState:
         """Predicts `new_tokens` by one program."""
         at = compiled(self.params, self._start._replace(cache=self._cache))
         self._cache = at.cache
@@ -161,7 +158,7 @@ class _Decoding:
         return before == after and all(leaf.is_deleted() for leaf in given)
 
 
-def measure(placed: PlacedModel, setting: Setting) -> Found:
+def measure(placed: ShardedModel, setting: Setting) -> Found:
     """Times prefill and steps of a model on its mesh.
 
     Raises:
@@ -195,7 +192,7 @@ def measure(placed: PlacedModel, setting: Setting) -> Found:
     return Found(results, compiled, lengths, dict(mesh.shape), source)
 
 
-def _init_params(placed: PlacedModel, dtype: str | None) -> Params:
+def _init_params(placed: ShardedModel, dtype: str | None) -> Params:
     """Returns random parameters in their shards, in the model's own dtype or another."""
 
     def init(key: jax.Array) -> Params:
@@ -208,7 +205,7 @@ def _init_params(placed: PlacedModel, dtype: str | None) -> Params:
 
 
 def _count_compilations(
-    placed: PlacedModel, params: Params, longest: _Decoding, setting: Setting
+    placed: ShardedModel, params: Params, longest: _Decoding, setting: Setting
 ) -> tuple[list[int], int]:
     """Decodes batches of mixed lengths, each padded to the nearest of a few, of which `longest` is there already.
 
@@ -310,7 +307,7 @@ def _measure_one(decoding: _Decoding, batch_size: int, setting: Setting, stream:
     )
 
 
-def _held(placed: PlacedModel, params: Params, at: Drawing) -> tuple[float, float]:
+def _held(placed: ShardedModel, params: Params, at: DecodeState) -> tuple[float, float]:
     """Returns the bytes of parameters and of the cache that all devices together read in a step, of what each holds."""
     given = (params, at.tokens, at.start, at.cache)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), given)

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from meshway.framework.columns import format_columns
 from meshway.framework.errors import UserError
 from meshway.framework.partitioning.explain import format_bytes
 from meshway.framework.planning.collectives import Collective, read_collectives
 from meshway.framework.planning.communication import Setting
 from meshway.framework.planning.comparison import Line, compare, ratio
 from meshway.framework.planning.setting import setting_of
-from meshway.launch.recipe_files import GinFiles
+from meshway.framework.terminal import format_columns
+from meshway.launch.recipe.files import GinFiles
 
 if TYPE_CHECKING:
     from meshway.framework.training.program import TrainProgram
@@ -140,7 +140,7 @@ def run(invocation: "Invocation", measure_one: Callable[..., Result]) -> list[Re
     Raises:
       UserError: the recipe is wrong, or no layout that was named fits it.
     """
-    from meshway.launch import config
+    from meshway.launch.recipe import config
 
     def arguments(layout: str) -> dict[str, Any]:
         chosen = dataclasses.replace(invocation, bindings=(*invocation.bindings, f"LAYOUT={layout!r}"))

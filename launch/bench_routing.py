@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from meshway.framework.columns import format_columns
 from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError
-from meshway.framework.evaluation import Evaluation, Evaluator
+from meshway.framework.evaluation.evaluation import Evaluation, Evaluator
+from meshway.framework.terminal import format_columns
 from meshway.launch.rounds import require_at_least
 
 if TYPE_CHECKING:
     from meshway.framework.interfaces import DataSource
     from meshway.framework.training.program import TrainProgram
-    from meshway.framework.training.state import TrainState
+    from meshway.framework.training.step import TrainState
     from meshway.launch.invocation import Invocation
 
 PRIORITIES = {"order": "in order", "score": "by priority"}
@@ -122,7 +122,7 @@ def format_table(found: Accuracies) -> str:
 
 def _settings(invocation: "Invocation", **macros: Any) -> Routing:
     """Returns the recipe with some macros bound on top of the command line's."""
-    from meshway.launch import config
+    from meshway.launch.recipe import config
 
     bindings = (*invocation.bindings, *[f"{name}={value!r}" for name, value in macros.items()])
     return Routing(**config.load(dataclasses.replace(invocation, bindings=bindings)).build("bench.routing"))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from meshway.framework.data import seqio_door
+from meshway.framework.data import seqio_adapter
 from meshway.framework.data.features import EncoderDecoderObjective, JoinedObjective, LanguageModelObjective
 from meshway.framework.data.objective import Objective
 from meshway.framework.data.rows.packing import Example
@@ -55,14 +55,14 @@ class SeqioPacking(Stage):
         self.name = name
         self._lengths = dict(lengths)
         self._count = len(items)
-        seqio = seqio_door.import_seqio()
-        with seqio_door.task_errors(name, "packing"):
+        seqio = seqio_adapter.import_seqio()
+        with seqio_adapter.task_errors(name, "packing"):
             dataset = seqio.utils.trim_and_pack_dataset(_in_memory(items, self._lengths), self._lengths, False)
             self._dataset = dataset.batch(batch_size)
 
     def once(self, seconds: float) -> Sample:
         """Packs all items once; a pass takes as long as it takes."""
-        with seqio_door.task_errors(self.name, "packing"):
+        with seqio_adapter.task_errors(self.name, "packing"):
             begin = time.perf_counter()
             batches = list(self._dataset.as_numpy_iterator())
             passed = time.perf_counter() - begin
@@ -89,7 +89,7 @@ class SeqioLoading(Stage):
         self._dataset = dataset
 
     def once(self, seconds: float) -> Sample:
-        with seqio_door.task_errors(self.name, "reading"):
+        with seqio_adapter.task_errors(self.name, "reading"):
             batches: Iterator[Batch] = self._dataset.as_numpy_iterator()
             next(batches)
             timed_batches(batches, seconds / 3)  # it comes in bursts, and begins with one
@@ -104,8 +104,8 @@ def pipeline(
     Raises:
       UserError: seqio cannot.
     """
-    seqio = seqio_door.import_seqio()
-    with seqio_door.task_errors(name, "seqio's pipeline"), seqio_door.seqio_lock, _quiet():
+    seqio = seqio_adapter.import_seqio()
+    with seqio_adapter.task_errors(name, "seqio's pipeline"), seqio_adapter.seqio_lock, _quiet():
         dataset = seqio.get_mixture_or_task(name).get_dataset(
             dict(lengths),
             split,
@@ -125,8 +125,8 @@ def pipeline_from_memory(
     Raises:
       UserError: seqio cannot.
     """
-    seqio = seqio_door.import_seqio()
-    with seqio_door.task_errors("in memory", "seqio's pipeline"), _quiet():
+    seqio = seqio_adapter.import_seqio()
+    with seqio_adapter.task_errors("in memory", "seqio's pipeline"), _quiet():
         dataset = _in_memory(examples, lengths).repeat().shuffle(_SHUFFLE_BUFFER, seed=seed)
         dataset = seqio.utils.trim_dataset(dataset, dict(lengths), dict(lengths))
         return getattr(seqio, converter)(pack=pack)(dataset, dict(lengths)).batch(batch_size, drop_remainder=True)

@@ -10,12 +10,12 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from meshway.framework.columns import format_columns
 from meshway.framework.data.cache.builder import BuiltSplit, build
 from meshway.framework.data.cache.directory import cache_directory
+from meshway.framework.terminal import format_columns
 
 if TYPE_CHECKING:
-    from meshway.launch.config import Invocation
+    from meshway.launch.recipe.config import Invocation
 
 
 def cache(
@@ -80,7 +80,7 @@ def format_table(built: Sequence[BuiltSplit]) -> str:
 
 def run(invocation: "Invocation") -> None:
     """Runs the verb from the command line."""
-    from meshway.launch import config
+    from meshway.launch.recipe import config
 
     recipe = config.load(invocation)
     cache(**recipe.build("cache.cache"), imported=recipe.registering)

@@ -14,13 +14,12 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from meshway.framework import stages
+from meshway.framework import terminal
 from meshway.framework.errors import EnvironmentFailure, UserError, did_you_mean, mute, report
-from meshway.framework.version import installed_version
-from meshway.launch.arguments import Parser, count, help_formatter, one_of, whole
-from meshway.launch.invocation import MACROS, Invocation
-from meshway.launch.launchers.job import END_WITH_STARTER
-from meshway.launch.verbs import USAGE, VERBS, Switch, Verb
+from meshway.framework.terminal import installed_version
+from meshway.launch.cluster.job import END_WITH_STARTER
+from meshway.launch.invocation import MACROS, Invocation, Parser, help_formatter, non_negative_int, one_of, positive_int
+from meshway.launch.verbs import USAGE, VERBS, Flag, Verb
 
 _FILES = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)  # what holds text back until it is flushed
 
@@ -59,8 +58,8 @@ def _run(invocation: Invocation) -> int:
     verb = VERBS[invocation.verb]
     if not verb.slow:
         return importlib.import_module(verb.module).run(invocation) or 0
-    with stages.shown(stages.Stages(silent=bool(invocation.process_id))):
-        with stages.stage(f"meshway {invocation.verb}: importing what it needs"):
+    with terminal.shown(terminal.Stages(silent=bool(invocation.process_id))):
+        with terminal.stage(f"meshway {invocation.verb}: importing what it needs"):
             module = importlib.import_module(verb.module)
         return module.run(invocation) or 0
 
@@ -94,7 +93,7 @@ def parse(argv: Sequence[str]) -> Invocation | None:
         near = did_you_mean(verb, VERBS) or f"; the verbs are {', '.join(VERBS)}"
         raise UserError(f"there is no verb {verb!r}{near}")
     if verb == "launch":
-        from meshway.launch.launch_options import parse_launch
+        from meshway.launch.cluster.options import parse_launch
 
         return parse_launch(words, parse, [name for name, entry in VERBS.items() if entry.on_devices])
     if verb == "status" and words and not words[0].startswith("-"):
@@ -141,7 +140,7 @@ def _need_a_recipe(verb: str, bindings: Sequence[str]) -> None:
     raise UserError(f"meshway {verb} needs {needed}" + (f"; or {instead.flag}={instead.value}" if instead else ""))
 
 
-def _refuse_elsewhere(verb: str, switch: Switch, subject: str | None) -> None:
+def _refuse_elsewhere(verb: str, switch: Flag, subject: str | None) -> None:
     """Raises UserError for a flag that binds an argument of another subject."""
     owner = next((name for name in VERBS[verb].subjects if switch.binding.startswith(f"{verb}.{name}.")), subject)
     if owner != subject:
@@ -216,9 +215,9 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _type_of(switch: Switch) -> Callable[[str], Any]:
+def _type_of(switch: Flag) -> Callable[[str], Any]:
     if switch.number:
-        return count if switch.least else whole
+        return positive_int if switch.least else non_negative_int
     if switch.choices:
         return one_of(switch.choices)
     return switch.real or str
@@ -261,11 +260,11 @@ def _add_recipe_options(parser: argparse.ArgumentParser, dry_run: bool) -> None:
 def _add_process_options(parser: argparse.ArgumentParser) -> None:
     processes = parser.add_argument_group("devices and processes")
     processes.add_argument(
-        "--simulated_devices", type=count, metavar="N", help="simulate N CPU devices in this process"
+        "--simulated_devices", type=positive_int, metavar="N", help="simulate N CPU devices in this process"
     )
     processes.add_argument("--coordinator_address", metavar="HOST:PORT", help="where process 0 of several listens")
-    processes.add_argument("--num_processes", type=count, metavar="N", help="how many processes run together")
-    processes.add_argument("--process_id", type=whole, metavar="I", help="which of them this is, from 0")
+    processes.add_argument("--num_processes", type=positive_int, metavar="N", help="how many processes run together")
+    processes.add_argument("--process_id", type=non_negative_int, metavar="I", help="which of them this is, from 0")
 
 
 def _examples(verb: str) -> str:

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meshway.framework.columns import format_columns
 from meshway.framework.errors import UserError
 from meshway.framework.files import local_path
+from meshway.framework.terminal import format_columns
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,7 +57,8 @@ def convert(
       UserError: anything that does not fit; nothing is left behind then.
     """
     from meshway.framework.conversion import hugging_face, t5x_files
-    from meshway.launch import convert_in, convert_out, convert_t5x
+    from meshway.launch import convert_in, convert_out
+    from meshway.launch import convert_in as convert_t5x
 
     origin, goal = local_path(source), local_path(target)
     if not origin.exists():
@@ -139,7 +140,7 @@ def run(invocation: "Invocation") -> None:
     """Runs the verb from the command line."""
     import jax
 
-    from meshway.launch import config
+    from meshway.launch.recipe import config
 
     jax.config.update("jax_platforms", "cpu")  # values only move: accelerators stay free
     own = f"{CONVERT}.{CONVERT}"

@@ -9,21 +9,20 @@ from typing import Any
 import numpy as np
 
 from meshway.framework.checkpoints.manager import Checkpoints, find_checkpoint
-from meshway.framework.columns import progress_of_bytes
 from meshway.framework.conversion import tokenizer_files
 from meshway.framework.conversion.families import registry
 from meshway.framework.conversion.family import Family, read_config
 from meshway.framework.conversion.rules import pieces_of
 from meshway.framework.conversion.settings import Reference
-from meshway.framework.conversion.shard_writer import size_in_bytes, write_tensors
 from meshway.framework.conversion.stored import StoredParams
-from meshway.framework.counting import count_of
+from meshway.framework.conversion.tensor_files import size_in_bytes, write_tensors
 from meshway.framework.data.vocabularies import load, read_framing
 from meshway.framework.errors import UserError
 from meshway.framework.files import local_path
 from meshway.framework.partitioning.explain import format_bytes
-from meshway.launch import recipe_bindings
+from meshway.framework.terminal import count_of, progress_of_bytes
 from meshway.launch.convert_in import NOTES, ORIGIN
+from meshway.launch.recipe import bindings as recipe_bindings
 
 
 @dataclasses.dataclass(frozen=True)

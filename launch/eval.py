@@ -14,26 +14,23 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from meshway.framework import stages
+from meshway.framework import terminal
 from meshway.framework.data.vocabulary import source_framing
 from meshway.framework.distributed import processes
-from meshway.framework.distributed.agreement import agree
+from meshway.framework.distributed.processes import agree
 from meshway.framework.errors import UserError
-from meshway.framework.evaluation import Evaluation, Evaluator
+from meshway.framework.evaluation.evaluation import Evaluation, Evaluator
+from meshway.framework.evaluation.job import EvaluationDisplay, EvaluationJob, is_done, record_name
+from meshway.framework.evaluation.records import ALL, LATEST, Claims, Records, StepQueue, Wanted, complete_steps
 from meshway.framework.files import local_path
 from meshway.framework.interfaces import DataSource, EvalTask, Model
 from meshway.framework.partitioning.partitioner import Layout
-from meshway.framework.partitioning.placed_model import PlacedModel
-from meshway.framework.results.claims import Claims
-from meshway.framework.results.display import EvaluationDisplay
-from meshway.framework.results.job import EvaluationJob, is_done, record_name
-from meshway.framework.results.records import Records
-from meshway.framework.results.step_queue import ALL, LATEST, StepQueue, Wanted, complete_steps
+from meshway.framework.partitioning.sharded_model import ShardedModel
 from meshway.framework.training.program import check_vocabularies
 from meshway.framework.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:
-    from meshway.launch.config import Invocation
+    from meshway.launch.recipe.config import Invocation
 
 # Arguments that say where, when and how, not what is evaluated; each split has files of its own.
 _HOW = ("layout", "model_dir", "split", "steps", "watch", "idle_timeout", "again", "train_steps", "finished")
@@ -91,12 +88,12 @@ def evaluate(
         wanted = wanted if watch else wanted.fixed(directory.checkpoints)
         records.prepare()
     agree({"recipe": fingerprint, "jax": jax.__version__, "backend": jax.default_backend()})
-    placed = PlacedModel(model, layout)
+    placed = ShardedModel(model, layout)
     vocabularies = data.vocabularies()
     check_vocabularies(placed, vocabularies)
     directory.check_vocabularies(vocabularies, source_framing(data))
     split = None if split == getattr(data, "eval_split", None) else split
-    with stages.stage("opening the evaluation data"):
+    with terminal.stage("opening the evaluation data"):
         tasks = split_tasks(data, split)
     settings = dataclasses.replace(evaluation, max_predictions=max_predictions)
     evaluator = Evaluator(placed, data.batch_size, data.lengths, tasks, settings)
@@ -164,8 +161,8 @@ def _steps(count: int) -> str:
 
 def run(invocation: "Invocation") -> None:
     """Runs the verb from the command line."""
-    from meshway.launch import config
-    from meshway.launch.run_recipe import of_run
+    from meshway.launch.recipe import config
+    from meshway.launch.recipe.files import of_run
 
     with processes.joined(*invocation.processes):
         if jax.process_count() > 1:

@@ -16,31 +16,28 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from meshway.framework.data.task_preprocessing import preprocess
+from meshway.framework.data.task_data import preprocess
 from meshway.framework.distributed import processes
-from meshway.framework.distributed.agreement import agree
+from meshway.framework.distributed.processes import agree
 from meshway.framework.errors import UserError
 from meshway.framework.files import local_path
 from meshway.framework.inference.beam_search import BeamSearch
-from meshway.framework.inference.buckets import doubling
-from meshway.framework.inference.bulk.chunks import ChunkStore
-from meshway.framework.inference.bulk.job import Job, Policy, summary
-from meshway.framework.inference.bulk.progress import JobProgress
-from meshway.framework.inference.bulk.prompt_source import PromptSource
-from meshway.framework.inference.bulk.reader import Preprocess, Reader
-from meshway.framework.inference.bulk.sources import Source, open_source
-from meshway.framework.inference.bulk.task_source import TaskSource
-from meshway.framework.inference.bulk.work import Predict, Score, Work, compute
+from meshway.framework.inference.bulk.batches import Predict, Score, Work, compute
+from meshway.framework.inference.bulk.inputs import Preprocess, Reader
+from meshway.framework.inference.bulk.job import Job, JobProgress, Policy, summary
+from meshway.framework.inference.bulk.sources import PromptSource, Source, TaskSource, open_source
+from meshway.framework.inference.bulk.store import ChunkStore
 from meshway.framework.inference.decoding import Decoder
 from meshway.framework.inference.engine import Engine
-from meshway.framework.inference.session import Opened, Session, open_session
+from meshway.framework.inference.predictor import RecipeModel, Session, open_session
+from meshway.framework.inference.rows import doubling
 from meshway.framework.interfaces import DataSource, Model
 from meshway.framework.partitioning.partitioner import Layout
 from meshway.launch.eval import split_tasks
 from meshway.launch.infer_flags import by_flag, refuse_idle
 
 if TYPE_CHECKING:
-    from meshway.launch.config import Invocation
+    from meshway.launch.recipe.config import Invocation
 
 PREDICT, SCORE, WITH_AUX = MODES = ("predict", "score", "predict_with_aux")
 _CHUNK_BATCHES = 16
@@ -106,7 +103,7 @@ class Output:
 
 
 def infer(
-    opened: Opened,
+    opened: RecipeModel,
     model_dir: str,
     inputs: Inputs,
     output: Output,
@@ -252,22 +249,22 @@ def tasks(data: DataSource) -> DataSource:
     return data
 
 
-def opened(model: Model, layout: Layout, lengths: Mapping[str, int] | None = None) -> Opened:
+def opened(model: Model, layout: Layout, lengths: Mapping[str, int] | None = None) -> RecipeModel:
     """Returns what a recipe says of inference: what `runs/infer.gin` binds."""
-    return Opened(model, layout, lengths)
+    return RecipeModel(model, layout, lengths)
 
 
-def open_recipe(run: Path, bindings: Sequence[str] = ()) -> Opened:
+def open_recipe(run: Path, bindings: Sequence[str] = ()) -> RecipeModel:
     """Returns what the recipe of a run, or of the run of a checkpoint, says: the entry point of `Predictor`.
 
     Raises:
       UserError: there is no recipe, or it is wrong.
     """
-    from meshway.launch import config, run_recipe
     from meshway.launch.invocation import Invocation
+    from meshway.launch.recipe import config, files
 
     given = (f"MODEL_DIR={str(run)!r}", *bindings)
-    invocation = run_recipe.of_run(Invocation("infer", "opened", bindings=given))
+    invocation = files.of_run(Invocation("infer", "opened", bindings=given))
     return opened(**config.load(invocation, import_unreferenced=False).build("infer.opened"))
 
 
@@ -329,13 +326,13 @@ def _say(counts: Mapping[str, Any], output: Output) -> None:
 
 def run(invocation: "Invocation") -> None:
     """Runs the verb from the command line."""
-    from meshway.launch import config, run_recipe
+    from meshway.launch.recipe import config, files
 
     with processes.joined(*invocation.processes):
         if jax.process_count() > 1:
             # jax has made SIGTERM a question that training asks after each step; here nobody asks.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        invocation = run_recipe.of_run(invocation)
+        invocation = files.of_run(invocation)
         recipe = config.load(dataclasses.replace(invocation, subject="infer"), import_unreferenced=False)
         arguments = recipe.build("infer.infer", given=["data", "settings"])
         refuse_idle(invocation.bindings, arguments)

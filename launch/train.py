@@ -17,32 +17,31 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from meshway.framework import stages
+from meshway.framework import terminal
 from meshway.framework.checkpoints.manager import Checkpoints, DamagedCheckpoint, Keep
 from meshway.framework.checkpoints.mapping import Initial
 from meshway.framework.data.prefetch import prefetch
 from meshway.framework.data.vocabulary import Framing
 from meshway.framework.distributed import processes
-from meshway.framework.distributed.agreement import agree
-from meshway.framework.evaluation import Evaluation, Evaluator, Report
+from meshway.framework.distributed.processes import agree
+from meshway.framework.evaluation.evaluation import Evaluation, Evaluator, Report
+from meshway.framework.evaluation.records import Records
 from meshway.framework.files import local_path
 from meshway.framework.interfaces import DataSource, EvalTask
 from meshway.framework.planning.hardware import peak_flops
-from meshway.framework.results.records import Records
-from meshway.framework.training.device_memory import planned
-from meshway.framework.training.goodput import in_one_line, read_goodput
+from meshway.framework.report.page import write_report
+from meshway.framework.telemetry.goodput import in_one_line, read_goodput
+from meshway.framework.telemetry.profiler import planned
+from meshway.framework.telemetry.reporter import Progress, Reporter
+from meshway.framework.telemetry.timeline import Timeline, process_began
+from meshway.framework.telemetry.writers import JsonlWriter, TensorBoardWriter, Writers
 from meshway.framework.training.loop import Hook, Loop, Periods
 from meshway.framework.training.program import TrainProgram, open_data
-from meshway.framework.training.progress import Progress
-from meshway.framework.training.report.page import write_report
-from meshway.framework.training.reporter import Reporter
 from meshway.framework.training.run_directory import RunDirectory, summarize
-from meshway.framework.training.state import TrainState
-from meshway.framework.training.timeline import Timeline, process_began
-from meshway.framework.training.writers import JsonlWriter, TensorBoardWriter, Writers
+from meshway.framework.training.step import TrainState
 
 if TYPE_CHECKING:
-    from meshway.launch.config import Invocation
+    from meshway.launch.recipe.config import Invocation
 
 
 def train(
@@ -92,7 +91,7 @@ def train(
         if start >= periods.total:
             print(f"step {start} of {periods.total} is already reached in {directory.root}; raise TRAIN_STEPS to go on")
             return
-        with stages.stage("opening the training data"):
+        with terminal.stage("opening the training data"):
             dataset, vocabularies, framing = open_data(program, data)
         if start:
             directory.check_vocabularies(vocabularies, framing)
@@ -116,7 +115,7 @@ def train(
                 dataset.restore(position)
                 _say(primary, f"resuming from {directory.checkpoints / str(start)}")
             stream = stack.enter_context(contextlib.closing(prefetch(dataset)))  # reads while the step compiles
-            with timeline.phase("compile"), stages.stage("compiling the training step"):
+            with timeline.phase("compile"), terminal.stage("compiling the training step"):
                 step = program.compile_step()
             timeline.mark("compiled", devices=program.partitioner.mesh.size)
             if not start:
@@ -175,7 +174,7 @@ class EvaluationLog:
 
     def __call__(self, state: TrainState, step: int) -> dict[str, float]:
         first = not self._reports  # it compiles its programs
-        with stages.stage(f"evaluating step {step}") if first else contextlib.nullcontext():
+        with terminal.stage(f"evaluating step {step}") if first else contextlib.nullcontext():
             scalars, self._reports = self._evaluator.evaluate(state.params)
         if self._records is not None:
             self._records.add(step, self._reports)
@@ -195,7 +194,7 @@ class EvaluationLog:
 
 
 def _tasks(data: DataSource) -> Sequence[EvalTask]:
-    with stages.stage("opening the evaluation data"):
+    with terminal.stage("opening the evaluation data"):
         return data.eval_tasks()
 
 
@@ -209,7 +208,7 @@ def _restore_last(
     while steps := checkpoints.steps():
         problem = ""
         try:
-            with stages.stage(f"reading checkpoint {steps[-1]}"):
+            with terminal.stage(f"reading checkpoint {steps[-1]}"):
                 state, position = checkpoints.restore(steps[-1], program.abstract_state)
         except DamagedCheckpoint as error:
             problem = str(error)
@@ -231,7 +230,7 @@ def _fresh(
     program: TrainProgram, initial: Initial | None, framing: Framing | None, say: Callable[[str], None]
 ) -> TrainState:
     _say_start(initial, framing, say)
-    with stages.stage("making the initial parameters"):
+    with terminal.stage("making the initial parameters"):
         state = program.init()
         if initial is None:
             return state
@@ -273,7 +272,7 @@ def _reporter(
         writers = [JsonlWriter(directory.metrics, start), board]
     devices = program.partitioner.mesh.devices.flatten().tolist()
     # The usual convention holds accelerators against their bfloat16 peak, whatever a recipe computes in.
-    with stages.stage("finding the matmul peak"):
+    with terminal.stage("finding the matmul peak"):
         peak, source = peak_flops(devices, "float32" if devices[0].platform == "cpu" else "bfloat16")
     progress.note(f"matmul peak {peak / 1e9:,.0f} GFLOP/s ({source})")
     if step_memory:
@@ -298,7 +297,7 @@ def _say_goodbye(directory: RunDirectory, last: int, periods: Periods, samples: 
 
 def run(invocation: "Invocation") -> None:
     """Runs the verb from the command line."""
-    from meshway.launch import config
+    from meshway.launch.recipe import config
 
     with processes.joined(*invocation.processes):
         recipe = config.load(invocation)

@@ -4,12 +4,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from meshway.launch.arguments import not_negative, share
-from meshway.launch.invocation import MACROS
+from meshway.launch.invocation import MACROS, not_negative, share
 
 
 @dataclasses.dataclass(frozen=True)
-class Switch:
+class Flag:
     """A flag: a short word for a binding.
 
     Attributes:
@@ -48,7 +47,7 @@ class Verb:
     subjects: tuple[str, ...] = ()  # what the word after the verb may be
     default: str = ""  # the subject where that word is left out
     dry_run: bool = False
-    switches: tuple[Switch, ...] = ()
+    switches: tuple[Flag, ...] = ()
     instead: str = ""  # the flag that serves where no recipe is given
     recipe: bool = True  # whether it takes one at all
     on_devices: bool = True
@@ -57,41 +56,41 @@ class Verb:
 
 
 _BENCH = (
-    Switch(
+    Flag(
         "--interleave",
         "bench.train.interleave=True",
         "train: speak the burst protocol on a pipe, to be timed in turn with other programs",
     ),
-    Switch("--seconds", "bench.data.seconds", "data: how long to time (default: 45)", "N", number=True),
-    Switch("--batches", "bench.data.batches", "data: over how many batches memory is watched", "N", number=True),
-    Switch("--workers", "bench.data.workers", "data: processes (default: one a core, 4 at most)", "N", number=True),
-    Switch("--json", "bench.data.as_json=True", "data: print the results as JSON too"),
-    Switch("--layouts", "bench.parallel.layouts", "parallel: which (fsdp,model_1d; default: all shipped)", "LAYOUTS"),
-    Switch("--steps", "bench.parallel.steps", "parallel: steps to time too (default: none)", "N", number=True),
-    Switch("--seeds", "bench.routing.seeds", "routing: how many seeds to train from (default: 4)", "N", number=True),
-    Switch("--prompt_length", "bench.decode.prompt_length", "decode: tokens a prompt (default: 128)", "N", number=True),
-    Switch("--new_tokens", "bench.decode.new_tokens", "decode: new tokens in a turn (default: 16)", "N", number=True),
+    Flag("--seconds", "bench.data.seconds", "data: how long to time (default: 45)", "N", number=True),
+    Flag("--batches", "bench.data.batches", "data: over how many batches memory is watched", "N", number=True),
+    Flag("--workers", "bench.data.workers", "data: processes (default: one a core, 4 at most)", "N", number=True),
+    Flag("--json", "bench.data.as_json=True", "data: print the results as JSON too"),
+    Flag("--layouts", "bench.parallel.layouts", "parallel: which (fsdp,model_1d; default: all shipped)", "LAYOUTS"),
+    Flag("--steps", "bench.parallel.steps", "parallel: steps to time too (default: none)", "N", number=True),
+    Flag("--seeds", "bench.routing.seeds", "routing: how many seeds to train from (default: 4)", "N", number=True),
+    Flag("--prompt_length", "bench.decode.prompt_length", "decode: tokens a prompt (default: 128)", "N", number=True),
+    Flag("--new_tokens", "bench.decode.new_tokens", "decode: new tokens in a turn (default: 16)", "N", number=True),
 )
 
 _INSPECT = (
-    Switch(
+    Flag(
         "--hardware", "inspect.layout.hardware", "layout: say whether a step fits this chip (v5p, 'H100 NVL')", "CHIP"
     ),
-    Switch("--compile", "inspect.layout.compile=True", "layout: compile the step, say what it sends over which axes"),
-    Switch("--batches", "inspect.data.batches", "data: batches drawn for figures (default: 20)", "N", number=True),
-    Switch("--rows", "inspect.data.rows", "data: rows to show of each source (default: 3)", "N", True, least=0),
-    Switch("--html", "inspect.data.html", "data: the page (default: data.html in MODEL_DIR, or here)", "PATH"),
+    Flag("--compile", "inspect.layout.compile=True", "layout: compile the step, say what it sends over which axes"),
+    Flag("--batches", "inspect.data.batches", "data: batches drawn for figures (default: 20)", "N", number=True),
+    Flag("--rows", "inspect.data.rows", "data: rows to show of each source (default: 3)", "N", True, least=0),
+    Flag("--html", "inspect.data.html", "data: the page (default: data.html in MODEL_DIR, or here)", "PATH"),
 )
 
 _CACHE = (
-    Switch("--task", "MIXTURE_OR_TASK_NAME", "the registered task or mixture, if not the recipe's", "NAME"),
-    Switch("--module", "MIXTURE_OR_TASK_MODULE", "the Python module that registers it (mylab.tasks)", "MODULE"),
-    Switch("--directory", "CACHE_DIR", "where to keep it (default: meshway/tasks in the user's cache)", "DIR"),
-    Switch("--splits", "cache.cache.splits", "which splits (train,validation; default: all)", "SPLITS"),
-    Switch("--num_shards", "cache.cache.num_shards", "files of each split (default: 8)", "N", number=True),
-    Switch("--workers", "cache.cache.workers", "processes (default: one a core)", "N", number=True),
-    Switch("--overwrite", "cache.cache.overwrite=True", "remove what is cached of the task first, all splits of it"),
-    Switch(
+    Flag("--task", "MIXTURE_OR_TASK_NAME", "the registered task or mixture, if not the recipe's", "NAME"),
+    Flag("--module", "MIXTURE_OR_TASK_MODULE", "the Python module that registers it (mylab.tasks)", "MODULE"),
+    Flag("--directory", "CACHE_DIR", "where to keep it (default: meshway/tasks in the user's cache)", "DIR"),
+    Flag("--splits", "cache.cache.splits", "which splits (train,validation; default: all)", "SPLITS"),
+    Flag("--num_shards", "cache.cache.num_shards", "files of each split (default: 8)", "N", number=True),
+    Flag("--workers", "cache.cache.workers", "processes (default: one a core)", "N", number=True),
+    Flag("--overwrite", "cache.cache.overwrite=True", "remove what is cached of the task first, all splits of it"),
+    Flag(
         "--max_bad_examples",
         "cache.cache.max_bad_examples",
         "examples of a split that may fail in a preprocessor; they are left out and reported (default: 0)",
@@ -102,39 +101,37 @@ _CACHE = (
 )
 
 _CONVERT = (
-    Switch(
-        "--from", "convert.convert.source", "a Hugging Face directory, T5X checkpoints, or a run to write out", "DIR"
-    ),
-    Switch("--to", "convert.convert.target", "the directory to make: a run directory, or a Hugging Face one", "DIR"),
-    Switch("--family", "convert.convert.family", "what the model is (default: what config.json says)", "FAMILY"),
-    Switch(
+    Flag("--from", "convert.convert.source", "a Hugging Face directory, T5X checkpoints, or a run to write out", "DIR"),
+    Flag("--to", "convert.convert.target", "the directory to make: a run directory, or a Hugging Face one", "DIR"),
+    Flag("--family", "convert.convert.family", "what the model is (default: what config.json says)", "FAMILY"),
+    Flag(
         "--dtype",
         "convert.convert.dtype",
         "float32, bfloat16, float16 or keep (default: keep)",
         "DTYPE",
         choices=("float32", "bfloat16", "float16", "keep"),
     ),
-    Switch("--step", "convert.convert.step", "which checkpoint of a run (default: the latest)", "N", True, least=0),
-    Switch("--max_shard_size", "convert.convert.max_shard_size", "of a safetensors file (default: 5GB)", "SIZE"),
-    Switch("--vocabulary", "convert.convert.vocabulary", "the SentencePiece model of a T5X checkpoint's task", "FILE"),
-    Switch("--ignore_fields", "convert.convert.ignore_fields", "of config.json, that change nothing (a,b)", "FIELDS"),
+    Flag("--step", "convert.convert.step", "which checkpoint of a run (default: the latest)", "N", True, least=0),
+    Flag("--max_shard_size", "convert.convert.max_shard_size", "of a safetensors file (default: 5GB)", "SIZE"),
+    Flag("--vocabulary", "convert.convert.vocabulary", "the SentencePiece model of a T5X checkpoint's task", "FILE"),
+    Flag("--ignore_fields", "convert.convert.ignore_fields", "of config.json, that change nothing (a,b)", "FIELDS"),
 )
 
 _EVAL = (
-    Switch("--model_dir", "MODEL_DIR", "the run to evaluate; its own recipe serves without --gin_file", "DIR"),
-    Switch("--steps", "eval.evaluate.steps", "latest (default), all (default with --watch), 100 or 100,200", "STEPS"),
-    Switch("--watch", "eval.evaluate.watch=True", "evaluate each checkpoint as it appears, until the run has finished"),
-    Switch(
+    Flag("--model_dir", "MODEL_DIR", "the run to evaluate; its own recipe serves without --gin_file", "DIR"),
+    Flag("--steps", "eval.evaluate.steps", "latest (default), all (default with --watch), 100 or 100,200", "STEPS"),
+    Flag("--watch", "eval.evaluate.watch=True", "evaluate each checkpoint as it appears, until the run has finished"),
+    Flag(
         "--idle_timeout",
         "eval.evaluate.idle_timeout",
         "with --watch: end when so many seconds brought no new checkpoint",
         "SECONDS",
         number=True,
     ),
-    Switch("--task", "MIXTURE_OR_TASK_NAME", "the registered task or mixture, if not the recipe's", "NAME"),
-    Switch("--module", "MIXTURE_OR_TASK_MODULE", "the Python module that registers it (mylab.tasks)", "MODULE"),
-    Switch("--split", "eval.evaluate.split", "which split (default: the recipe's validation split)", "SPLIT"),
-    Switch(
+    Flag("--task", "MIXTURE_OR_TASK_NAME", "the registered task or mixture, if not the recipe's", "NAME"),
+    Flag("--module", "MIXTURE_OR_TASK_MODULE", "the Python module that registers it (mylab.tasks)", "MODULE"),
+    Flag("--split", "eval.evaluate.split", "which split (default: the recipe's validation split)", "SPLIT"),
+    Flag(
         "--max_predictions",
         "eval.evaluate.max_predictions",
         "examples of each task to predict and to score for its metric functions (default: all)",
@@ -142,98 +139,98 @@ _EVAL = (
         number=True,
         least=0,
     ),
-    Switch("--finished", "eval.evaluate.finished=True", "refuse (exit 2) a run that has not saved its last step"),
-    Switch("--again", "eval.evaluate.again=True", "evaluate what has been evaluated, too"),
+    Flag("--finished", "eval.evaluate.finished=True", "refuse (exit 2) a run that has not saved its last step"),
+    Flag("--again", "eval.evaluate.again=True", "evaluate what has been evaluated, too"),
 )
 
 _INFER = (
-    Switch(
+    Flag(
         "--model_dir",
         "MODEL_DIR",
         "the run, or one of its checkpoints; its own recipe serves without --gin_file",
         "DIR",
     ),
-    Switch(
+    Flag(
         "--input", "infer.Inputs.where", "a .jsonl, .tsv, .txt or .parquet file, a quoted glob, or - for stdin", "FILE"
     ),
-    Switch(
+    Flag(
         "--prompt",
         "infer.Inputs.prompts",
         "a text to answer, on the terminal unless --output is given; repeat for more",
         "TEXT",
         repeats=True,
     ),
-    Switch("--split", "infer.Inputs.split", "read this split of the recipe's task (or --task) instead", "SPLIT"),
-    Switch("--output", "infer.Output.where", "a .jsonl, .parquet or .txt file to make, or a folder of shards", "FILE"),
-    Switch(
+    Flag("--split", "infer.Inputs.split", "read this split of the recipe's task (or --task) instead", "SPLIT"),
+    Flag("--output", "infer.Output.where", "a .jsonl, .parquet or .txt file to make, or a folder of shards", "FILE"),
+    Flag(
         "--mode",
         "infer.infer.mode",
         "predict (default), score (given targets), predict_with_aux",
         "MODE",
         choices=("predict", "score", "predict_with_aux"),
     ),
-    Switch("--aux", "infer.infer.aux", "predict_with_aux: intermediate values by name, as decoder_output", "NAMES"),
-    Switch("--step", "infer.infer.step", "which checkpoint (default: the latest)", "N", True, least=0),
-    Switch("--batch_size", "infer.infer.batch_size", "examples in a batch (default: 32)", "N", number=True),
-    Switch("--max_input_length", "infer.infer.max_input_length", "tokens of the longest prompt", "N", number=True),
-    Switch("--max_new_tokens", "infer.infer.max_new_tokens", "most tokens of a prediction", "N", number=True),
-    Switch("--truncate", "infer.Inputs.truncate=True", "cut prompts that are longer, instead of refusing them"),
-    Switch(
+    Flag("--aux", "infer.infer.aux", "predict_with_aux: intermediate values by name, as decoder_output", "NAMES"),
+    Flag("--step", "infer.infer.step", "which checkpoint (default: the latest)", "N", True, least=0),
+    Flag("--batch_size", "infer.infer.batch_size", "examples in a batch (default: 32)", "N", number=True),
+    Flag("--max_input_length", "infer.infer.max_input_length", "tokens of the longest prompt", "N", number=True),
+    Flag("--max_new_tokens", "infer.infer.max_new_tokens", "most tokens of a prediction", "N", number=True),
+    Flag("--truncate", "infer.Inputs.truncate=True", "cut prompts that are longer, instead of refusing them"),
+    Flag(
         "--temperature",
         "sampling.Sampling.temperature",
         "0 (default) takes the likeliest token",
         "X",
         real=not_negative,
     ),
-    Switch("--top_k", "sampling.Sampling.top_k", "draw from the k likeliest tokens", "K", number=True),
-    Switch("--top_p", "sampling.Sampling.top_p", "draw from the likeliest that together reach p", "P", real=share),
-    Switch("--num_decodes", "sampling.Sampling.num_decodes", "predictions of each example", "N", number=True),
-    Switch("--beams", "infer.infer.beams", "beam search with so many beams", "N", number=True),
-    Switch("--seed", "infer.infer.seed", "of sampling (default: 0)", "N", True, least=0),
-    Switch(
+    Flag("--top_k", "sampling.Sampling.top_k", "draw from the k likeliest tokens", "K", number=True),
+    Flag("--top_p", "sampling.Sampling.top_p", "draw from the likeliest that together reach p", "P", real=share),
+    Flag("--num_decodes", "sampling.Sampling.num_decodes", "predictions of each example", "N", number=True),
+    Flag("--beams", "infer.infer.beams", "beam search with so many beams", "N", number=True),
+    Flag("--seed", "infer.infer.seed", "of sampling (default: 0)", "N", True, least=0),
+    Flag(
         "--stop",
         "infer.infer.stop",
         "a text that ends a prediction, which it is part of; repeat for more",
         "TEXT",
         repeats=True,
     ),
-    Switch(
+    Flag(
         "--format",
         "infer.Inputs.format",
         "jsonl, tsv, text or parquet, where the file's name does not tell",
         "FORMAT",
         choices=("jsonl", "tsv", "text", "parquet"),
     ),
-    Switch("--columns", "infer.Inputs.columns", "names of TSV columns without a header (inputs,targets)", "NAMES"),
-    Switch("--inputs_field", "infer.Inputs.inputs_field", "the field of a prompt (default: inputs)", "NAME"),
-    Switch("--begin_field", "infer.Inputs.begin_field", "the field with what a prediction must begin with", "NAME"),
-    Switch("--targets_field", "infer.Inputs.targets_field", "the field of a target (default: targets)", "NAME"),
-    Switch(
+    Flag("--columns", "infer.Inputs.columns", "names of TSV columns without a header (inputs,targets)", "NAMES"),
+    Flag("--inputs_field", "infer.Inputs.inputs_field", "the field of a prompt (default: inputs)", "NAME"),
+    Flag("--begin_field", "infer.Inputs.begin_field", "the field with what a prediction must begin with", "NAME"),
+    Flag("--targets_field", "infer.Inputs.targets_field", "the field of a target (default: targets)", "NAME"),
+    Flag(
         "--on_bad",
         "infer.Inputs.on_bad",
         "a record that cannot be used: fail (default) or skip",
         "POLICY",
         choices=("fail", "skip"),
     ),
-    Switch("--task", "MIXTURE_OR_TASK_NAME", "with --split: the task or mixture, if not the recipe's", "NAME"),
-    Switch("--preprocess", "infer.Inputs.preprocess", "a task whose preprocessors make the inputs of a record", "TASK"),
-    Switch("--module", "MIXTURE_OR_TASK_MODULE", "the Python module that registers it (mylab.tasks)", "MODULE"),
-    Switch(
+    Flag("--task", "MIXTURE_OR_TASK_NAME", "with --split: the task or mixture, if not the recipe's", "NAME"),
+    Flag("--preprocess", "infer.Inputs.preprocess", "a task whose preprocessors make the inputs of a record", "TASK"),
+    Flag("--module", "MIXTURE_OR_TASK_MODULE", "the Python module that registers it (mylab.tasks)", "MODULE"),
+    Flag(
         "--chunk_size", "infer.Output.chunk_size", "records committed at a time (default: 16 batches)", "N", number=True
     ),
-    Switch(
+    Flag(
         "--output_format",
         "infer.Output.format",
         "jsonl (default) or parquet, of a folder's shards",
         "FORMAT",
         choices=("jsonl", "parquet"),
     ),
-    Switch("--overwrite", "infer.Output.overwrite=True", "remove what an earlier job left there"),
+    Flag("--overwrite", "infer.Output.overwrite=True", "remove what an earlier job left there"),
 )
 
 _STATUS = (
-    Switch("--model_dir", "MODEL_DIR", "the run directory", "DIR"),
-    Switch("--json", "status.as_json=True", "print it as JSON"),
+    Flag("--model_dir", "MODEL_DIR", "the run directory", "DIR"),
+    Flag("--json", "status.as_json=True", "print it as JSON"),
 )
 
 VERBS = {
@@ -293,7 +290,10 @@ VERBS = {
         switches=_BENCH,
     ),
     "launch": Verb(
-        "meshway.launch.launch", "run a command on many processes, here or on a cluster", on_devices=False, slow=False
+        "meshway.launch.cluster.launch",
+        "run a command on many processes, here or on a cluster",
+        on_devices=False,
+        slow=False,
     ),
 }
 

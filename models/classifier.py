@@ -6,11 +6,9 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from meshway.models.layers.observed import observing
-from meshway.models.layers.reports import collecting
-from meshway.models.losses import CrossEntropy, target_log_probs
+from meshway.models.layers.side_outputs import capture, capture_intermediates
+from meshway.models.losses import CrossEntropy, TokenSpec, target_log_probs
 from meshway.models.module import Network, NetworkFactory
-from meshway.models.token_batch import TokenSpec
 
 Batch = Mapping[str, jax.Array]
 
@@ -46,7 +44,7 @@ class Classifier:
 
     def loss(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, dict]:
         """Returns (summed loss, summed weight, metrics) over weighted images; `rng` None means no dropout."""
-        with collecting() as reports:
+        with capture() as reports:
             logits = self.logits(params, batch, rng)
         return self._criterion(logits, batch["label"], batch["loss_weights"], reports)
 
@@ -61,7 +59,7 @@ class Classifier:
 
     def observe(self, params: dict[str, Any], batch: Batch, names: Collection[str]) -> dict[str, jax.Array]:
         """Returns intermediate values by name, [batch, ...] (`observed`); ValueError for a name that is none."""
-        with observing(names) as found:
+        with capture_intermediates(names) as found:
             self.logits(params, batch, None)
         return found
 

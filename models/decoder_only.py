@@ -7,12 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from meshway.models.layers.cache import take_copies
-from meshway.models.layers.masks import Mask, row_positions, row_sight, visible
-from meshway.models.layers.observed import observing
-from meshway.models.layers.reports import collecting
-from meshway.models.losses import CrossEntropy, beside_logits, target_log_probs
+from meshway.models.layers.masks import Mask, make_attention_mask, row_metadata, row_positions
+from meshway.models.layers.side_outputs import capture, capture_intermediates
+from meshway.models.losses import CrossEntropy, TokenSpec, constrain_like_logits, target_log_probs, token_spec
 from meshway.models.module import Network, NetworkFactory
-from meshway.models.token_batch import TokenSpec, token_spec
 
 Batch = Mapping[str, jax.Array]
 
@@ -47,16 +45,18 @@ class DecoderOnly:
 
     def loss(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, dict]:
         """Returns (summed loss, summed weight, metrics) over weighted tokens; `rng` None means no dropout."""
-        with collecting() as reports:
+        with capture() as reports:
             logits = self.logits(params, batch, rng)
         return self._criterion(
-            logits, *beside_logits(batch["decoder_target_tokens"], batch["decoder_loss_weights"]), reports
+            logits, *constrain_like_logits(batch["decoder_target_tokens"], batch["decoder_loss_weights"]), reports
         )
 
     def score(self, params: dict[str, Any], batch: Batch) -> jax.Array:
         """Returns the log-probability of each target token, float32 [batch, length], 0 on padding."""
         logits = self.logits(params, batch, None)
-        return target_log_probs(logits, *beside_logits(batch["decoder_target_tokens"], batch["decoder_loss_weights"]))
+        return target_log_probs(
+            logits, *constrain_like_logits(batch["decoder_target_tokens"], batch["decoder_loss_weights"])
+        )
 
     def observe(self, params: dict[str, Any], batch: Batch, names: Collection[str]) -> dict[str, jax.Array]:
         """Returns intermediate values of a teacher-forced pass by name, [batch, length, ...] (`observed`).
@@ -64,7 +64,7 @@ class DecoderOnly:
         Raises:
           ValueError: a name that the network does not know; says which it does.
         """
-        with observing(names) as found:
+        with capture_intermediates(names) as found:
             self.logits(params, batch, None)
         return found
 
@@ -112,5 +112,5 @@ class DecoderOnly:
     def _mask(self, batch: Batch) -> Mask:
         segments = batch["decoder_segment_ids"]
         prefix = batch["decoder_prefix_mask"] if self._prefix else None
-        tokens = row_sight(segments.shape[1], segments, prefix)
-        return visible(tokens, tokens, causal=True)
+        tokens = row_metadata(segments.shape[1], segments, prefix)
+        return make_attention_mask(tokens, tokens, causal=True)

@@ -5,12 +5,10 @@ from typing import Any, NoReturn
 
 import jax
 
-from meshway.models.layers.masks import Sight, visible
-from meshway.models.layers.observed import observing
-from meshway.models.layers.reports import collecting
-from meshway.models.losses import CrossEntropy, beside_logits, target_log_probs
+from meshway.models.layers.masks import AttentionMetadata, make_attention_mask
+from meshway.models.layers.side_outputs import capture, capture_intermediates
+from meshway.models.losses import CrossEntropy, TokenSpec, constrain_like_logits, target_log_probs, token_spec
 from meshway.models.module import Network, NetworkFactory
-from meshway.models.token_batch import TokenSpec, token_spec
 
 Batch = Mapping[str, jax.Array]
 
@@ -40,26 +38,30 @@ class EncoderOnly:
 
     def loss(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, dict]:
         """Returns (summed loss, summed weight, metrics) over hidden tokens; `rng` None means no dropout."""
-        with collecting() as reports:
+        with capture() as reports:
             logits = self.logits(params, batch, rng)
         return self._criterion(
-            logits, *beside_logits(batch["encoder_target_tokens"], batch["encoder_loss_weights"]), reports
+            logits, *constrain_like_logits(batch["encoder_target_tokens"], batch["encoder_loss_weights"]), reports
         )
 
     def score(self, params: dict[str, Any], batch: Batch) -> jax.Array:
         """Returns the log-probability of each hidden token, float32 [batch, length], 0 elsewhere."""
         logits = self.logits(params, batch, None)
-        return target_log_probs(logits, *beside_logits(batch["encoder_target_tokens"], batch["encoder_loss_weights"]))
+        return target_log_probs(
+            logits, *constrain_like_logits(batch["encoder_target_tokens"], batch["encoder_loss_weights"])
+        )
 
     def logits(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> jax.Array:
         """Returns the logits of each place, float32 [batch, length, vocab]."""
-        tokens = Sight(batch["encoder_segment_ids"])
+        tokens = AttentionMetadata(batch["encoder_segment_ids"])
         network = self._network.bind(params)
-        return network(batch["encoder_input_tokens"], batch["encoder_positions"], visible(tokens, tokens), rng=rng)
+        return network(
+            batch["encoder_input_tokens"], batch["encoder_positions"], make_attention_mask(tokens, tokens), rng=rng
+        )
 
     def observe(self, params: dict[str, Any], batch: Batch, names: Collection[str]) -> dict[str, jax.Array]:
         """Returns intermediate values by name, [batch, ...] (`observed`); ValueError for a name that is none."""
-        with observing(names) as found:
+        with capture_intermediates(names) as found:
             self.logits(params, batch, None)
         return found
 

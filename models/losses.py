@@ -1,13 +1,33 @@
-"""Losses of next-token prediction: sums and weights, never means."""
+"""Losses of next-token prediction: sums and weights, never means; and what they ask of a batch."""
 
 import dataclasses
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from meshway.framework.axes import constrain
-from meshway.models.layers.reports import Reports, as_loss
+from meshway.models.layers.side_outputs import Reports, as_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenSpec:
+    """Shape, dtype and logical axes of one feature (meets `framework.interfaces.ArraySpec` by shape)."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    axes: tuple[str | None, ...] = ("batch", "length")
+
+
+def token_spec(batch_size: int, length: int, side: str, names: Iterable[str]) -> dict[str, TokenSpec]:
+    """Returns features `side`_`name` [batch, length]: weights float32, all else int32."""
+    return {
+        f"{side}_{name}": TokenSpec((batch_size, length), np.dtype("float32" if name == "loss_weights" else "int32"))
+        for name in names
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +80,7 @@ class CrossEntropy:
         return jnp.sum(loss * weights) + auxiliary, weight, metrics | statistics
 
 
-def beside_logits(targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+def constrain_like_logits(targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Lays targets and weights, both [batch, length], out as the logits of their tokens.
 
     Batches may be cut along the length by axes that cut the vocabulary of logits (Megatron's sequence parallelism).

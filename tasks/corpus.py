@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from meshway.tasks.cache import cached_file
+from meshway.tasks.registry import cached_file
 
 SPLITS = ("train", "validation")
 VALIDATION_PERCENT = 5

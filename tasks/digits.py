@@ -15,8 +15,7 @@ import seqio
 import tensorflow as tf
 
 from meshway.tasks import metrics, preprocessors, vocabularies
-from meshway.tasks.packages import not_installed
-from meshway.tasks.registry import CountedSource, add_task
+from meshway.tasks.registry import CountedSource, add_task, not_installed
 
 SPLITS = ("train", "validation", "test")
 CLASSES = 10

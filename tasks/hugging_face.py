@@ -12,7 +12,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from meshway.tasks.cache import cache_directory, cached_file
+from meshway.tasks.registry import cache_directory, cached_file
 
 
 class HuggingFaceVocabulary(seqio.Vocabulary):

@@ -17,8 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from meshway.tasks.cache import cached_file
-from meshway.tasks.packages import package_directory
+from meshway.tasks.registry import cached_file, package_directory
 
 SPLITS = ("train", "validation")
 VALIDATION_PERCENT = 5

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from meshway.tasks.packages import not_installed
+from meshway.tasks.registry import not_installed
 
 
 def token_f1(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:

@@ -1,12 +1,73 @@
-"""Registering tasks and mixtures with seqio, again and again if a module is reloaded."""
+"""Registering tasks with seqio again and again, the packages they need, and files made once and kept."""
 
+import contextlib
+import importlib.util
+import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import seqio
 import tensorflow as tf
 
 from meshway.tasks.preprocessors import Step
+
+
+def package_directory(name: str, extra: str) -> Path:
+    """Returns the directory of installed package `name`, which is not imported.
+
+    Raises:
+      ValueError: it is not installed; names the `extra` that installs it.
+    """
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise not_installed(name, extra)
+    return Path(spec.submodule_search_locations[0])
+
+
+def not_installed(name: str, extra: str) -> ValueError:
+    """Returns the error that says which extra installs package `name`."""
+    return ValueError(f"package {name!r}, which these tasks read, is not installed: pip install 'meshway[{extra}]'")
+
+
+def cache_directory() -> Path:
+    """Returns $MESHWAY_CACHE_DIR, else $XDG_CACHE_HOME/meshway, else ~/.cache/meshway."""
+    if own := os.environ.get("MESHWAY_CACHE_DIR"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "meshway"
+
+
+def cached_file(name: str, make: Callable[[], bytes]) -> Path:
+    """Returns the path of cache file `name`, written from `make()` if it is not there.
+
+    The file appears whole or not at all: it is written beside its place and moved there, so processes that
+    race each make it and the last one wins. `name` must change whenever `make()` would return other bytes.
+
+    Raises:
+      ValueError: the cache directory cannot be written.
+    """
+    path = cache_directory() / name
+    if path.is_file():
+        return path
+    content = make()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=name + ".")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise ValueError(
+            f"cannot write {path}: {error.strerror}; set MESHWAY_CACHE_DIR to a directory that can be written"
+        ) from error
+    return path
 
 
 class CountedSource(seqio.FunctionDataSource):

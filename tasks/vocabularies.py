@@ -13,8 +13,8 @@ from typing import Any
 import seqio
 
 from meshway.tasks import corpus, manuals
-from meshway.tasks.cache import cache_directory, cached_file
 from meshway.tasks.hugging_face import TrainedBytePairVocabulary
+from meshway.tasks.registry import cache_directory, cached_file
 
 EXTRA_IDS = 100  # sentinels, above the pieces, as T5 has them
 # One rule for a code point that text never holds. Without any, TensorFlow's SentencePiece says so on stderr

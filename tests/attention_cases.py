@@ -10,7 +10,7 @@ import numpy as np
 from meshway.framework.partitioning.mesh import MeshShape
 from meshway.framework.partitioning.partitioner import Layout, Partitioner
 from meshway.models.layers.attention import dot_product_attention
-from meshway.models.layers.masks import row_positions, row_sight, visible, within
+from meshway.models.layers.masks import local_window, make_attention_mask, row_metadata, row_positions
 from meshway.models.layers.positions import PositionBias, relative_position_bucket, with_alibi
 
 BATCH, HEAD_DIM, BUCKETS = 4, 4, 8
@@ -74,13 +74,14 @@ def attend(kernel, case, query, key, value, table, sinks):
     _, segments, _ = arrays(case)
     mask = bias = None
     if case.causal or case.segments:
-        sights = [
-            row_sight(s.shape[1], s if case.segments else None, (s == 2) * 1 if case.prefix else None) for s in segments
+        metadata = [
+            row_metadata(s.shape[1], s if case.segments else None, (s == 2) * 1 if case.prefix else None)
+            for s in segments
         ]
-        mask = visible(*sights, causal=case.causal)
+        mask = make_attention_mask(*metadata, causal=case.causal)
     places = [row_positions(s.shape[1]) for s in segments]
     if case.window:
-        mask = within(mask, case.window, *[row_sight(s.shape[1]) for s in segments])
+        mask = local_window(mask, case.window, *[row_metadata(s.shape[1]) for s in segments])
     if case.bias:
         dense = jnp.moveaxis(table[:, BUCKET(places[1][:, None, :] - places[0][:, :, None])], 0, 1)
         bias = PositionBias(dense, table, *places, BUCKET)

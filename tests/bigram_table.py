@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import tasks_in_memory
 
-from meshway.framework.data.eval_task import TaskEvaluation
 from meshway.framework.data.features import PrefixLanguageModel
 from meshway.framework.data.rows.examples import InMemory
 from meshway.framework.errors import UserError
+from meshway.framework.evaluation.eval_task import TaskEvaluation
 from meshway.framework.interfaces import ArraySpec
 from meshway.framework.partitioning.mesh import MeshShape
 from meshway.framework.partitioning.partitioner import Layout
-from meshway.framework.partitioning.placed_model import PlacedModel
+from meshway.framework.partitioning.sharded_model import ShardedModel
 
 VOCAB, LENGTHS = 12, {"inputs": 3, "targets": 7}
 DTYPES = {"input_tokens": np.int32, "target_tokens": np.int32, "loss_weights": np.float32, "segment_ids": np.int32}
@@ -68,7 +68,7 @@ def placed(data=1):
     """The model, batches cut over `data` devices."""
     mesh = MeshShape(ici={"data": data})
     activations = [("batch", "data"), ("length", None), ("vocab", None)]
-    return PlacedModel(BigramTable(), Layout(mesh, [("vocab", None), ("embed", None)], activations))
+    return ShardedModel(BigramTable(), Layout(mesh, [("vocab", None), ("embed", None)], activations))
 
 
 def task(

@@ -12,9 +12,9 @@ import sentencepiece
 from meshway.framework.checkpoints.manager import Checkpoints
 from meshway.framework.conversion.tensor_files import TensorFiles
 from meshway.framework.interfaces import Model
-from meshway.framework.training.trees import flatten, unflatten
+from meshway.framework.trees import flatten, unflatten
 from meshway.launch.convert import convert
-from meshway.launch.recipe_bindings import build_network
+from meshway.launch.recipe.bindings import build_network
 
 Batch = dict[str, np.ndarray]
 HUGGING_FACE = Path(__file__).parent / "goldens" / "hugging_face"

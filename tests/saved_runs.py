@@ -8,7 +8,7 @@ from meshway.framework.checkpoints.manager import Checkpoints
 from meshway.framework.data.vocabularies import Bytes
 from meshway.framework.data.vocabulary import Framing
 from meshway.framework.training.run_directory import RunDirectory
-from meshway.launch.recipe_bindings import build_network
+from meshway.launch.recipe.bindings import build_network
 
 LENGTHS = {"inputs": 64, "targets": 16}
 VOCABULARY = Bytes(100)

@@ -7,8 +7,8 @@ import json
 import sentencepiece
 import tokenizers
 
-from meshway.framework.data.hugging_face_vocabulary import _byte_of_letter
 from meshway.framework.data.vocabularies import Bytes, HuggingFace, Opaque, SentencePiece
+from meshway.framework.data.vocabulary import _byte_of_letter
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 WORDS = [

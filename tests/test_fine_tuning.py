@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from meshway.framework.conversion.tensor_files import TensorFiles
-from meshway.framework.data.seqio_door import import_seqio
+from meshway.framework.data.seqio_adapter import import_seqio
 from meshway.framework.data.vocabularies import read_framing
 from meshway.framework.data.vocabulary import Framing
 from meshway.launch import cli

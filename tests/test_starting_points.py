@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from meshway.framework.training.trees import flatten
-from meshway.launch import config
+from meshway.framework.trees import flatten
 from meshway.launch.invocation import Invocation
+from meshway.launch.recipe import config
 
 TEXT = (Path(__file__).parent.parent / "docs" / "starting_points.md").read_text()
 RECIPES = dict(re.findall(r"^## (.+?)$.*?^```gin\n(.+?)^```", TEXT, re.MULTILINE | re.DOTALL))

@@ -9,8 +9,8 @@ import numpy as np
 from meshway.framework.inference.decoding import Stop
 from meshway.framework.inference.sampling import Sampling
 from meshway.framework.training.program import TrainProgram
-from meshway.launch import config
 from meshway.launch.invocation import Invocation
+from meshway.launch.recipe import config
 
 LENGTHS = {"inputs": 24, "targets": 16}
 FAMILIES = ("t5_1_1", "lm")  # the two that others are made of

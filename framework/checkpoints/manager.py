@@ -13,12 +13,12 @@ from typing import Any
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from meshway.framework.checkpoints.schema import differences, schema_of
+from meshway.framework.checkpoints.sources import differences, schema_of
 from meshway.framework.distributed import processes
 from meshway.framework.errors import EnvironmentFailure, UserError, first_line, nearest_steps
 from meshway.framework.interfaces import Params
-from meshway.framework.training.state import TrainState
-from meshway.framework.version import installed_version
+from meshway.framework.terminal import installed_version
+from meshway.framework.training.step import TrainState
 
 ITEMS = ("state", "data", "recipe")
 _DAMAGED = "damaged"

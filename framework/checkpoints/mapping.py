@@ -12,13 +12,14 @@ import jax
 
 from meshway.framework.axes import Names
 from meshway.framework.checkpoints.manager import Checkpoints, find_checkpoint
-from meshway.framework.checkpoints.schema import Schema, nearest_names
 from meshway.framework.checkpoints.sources import (
     RESIZES,
+    Schema,
     Shape,
     Source,
     VocabularyChange,
     block_of,
+    nearest_names,
     pattern_lengths,
     vocabulary_change,
 )
@@ -26,7 +27,7 @@ from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.files import local_path
 from meshway.framework.interfaces import Axes, Params
-from meshway.framework.training.trees import flatten, map_paths, unflatten
+from meshway.framework.trees import flatten, map_paths, unflatten
 
 if TYPE_CHECKING:
     from meshway.framework.conversion.values import Values
@@ -134,7 +135,10 @@ class Initial:
 
     def _open(self) -> "_Tensors | tuple[Checkpoints, int]":
         """Returns what lies at `path`: another system's tensors, or checkpoints of ours and which of them."""
-        from meshway.framework.conversion import hugging_face, t5x_files  # training itself reads no other formats
+        from meshway.framework.conversion import (
+            hugging_face,  # training itself reads no other formats
+            t5x_files,
+        )
 
         directory = local_path(self.path)
         if hugging_face.is_model(directory):

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from meshway.framework.conversion.forms import Form
-from meshway.framework.conversion.rules import Rule, Shape, pieces_of
+from meshway.framework.conversion.rules import Form, Rule, Shape, pieces_of
 from meshway.framework.conversion.settings import Bindings
 from meshway.framework.conversion.t5x_files import T5XFiles
 from meshway.framework.conversion.values import Values, complete_values

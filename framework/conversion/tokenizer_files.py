@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from meshway.framework.conversion.field_kinds import FLAG, OBJECT, PLACE, check_fields, short
+from meshway.framework.conversion.family import FLAG, OBJECT, PLACE, check_fields, short
 from meshway.framework.data.vocabularies import HuggingFace, SentencePiece
 from meshway.framework.data.vocabulary import Framing, Vocabulary
 from meshway.framework.errors import UserError

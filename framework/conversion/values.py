@@ -12,7 +12,7 @@ from meshway.framework.conversion.rules import Piece, Shape, by_parameter, check
 from meshway.framework.conversion.tensor_files import Box
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Params
-from meshway.framework.training.trees import map_paths
+from meshway.framework.trees import map_paths
 
 
 class Tensors(Protocol):

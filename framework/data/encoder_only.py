@@ -7,10 +7,9 @@ import numpy as np
 
 from meshway.framework.data.noise import lowest, random_bits
 from meshway.framework.data.objective import Items, Sizes, Spec, TaskInfo, VocabularyInfo
-from meshway.framework.data.overlong import Overlong, check_policy
 from meshway.framework.data.rows import packing
 from meshway.framework.data.rows.packing import Arrays, Example, Placement
-from meshway.framework.data.token_rows import check_tokens, token_spec
+from meshway.framework.data.token_rows import Overlong, check_policy, check_tokens, token_spec
 from meshway.framework.errors import UserError
 
 _SPEC: Mapping[str, type] = {

@@ -10,13 +10,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from meshway.framework.data.objective import Items, Sizes, Spec, TaskInfo
-from meshway.framework.data.overlong import POLICIES, WHOLE, Overlong, check_policy
 from meshway.framework.data.rows import packing
 from meshway.framework.data.rows.packing import Arrays, Example, Placement
 from meshway.framework.data.token_rows import (
     DECODER,
     ENCODER,
+    POLICIES,
+    WHOLE,
+    Overlong,
     Start,
+    check_policy,
     check_tokens,
     decoder_arrays,
     encoder_arrays,

@@ -12,24 +12,23 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from meshway.framework.data import seqio_door, seqio_steps, uncached
+from meshway.framework.data import seqio_adapter, seqio_steps, task_data
 from meshway.framework.data.cache import builder as cache_builder
 from meshway.framework.data.cache.directory import cache_directory
 from meshway.framework.data.cache.format import CachedSplit, features_from_json, read_json
-from meshway.framework.data.eval_task import EVAL_SEED, TaskEvaluation
 from meshway.framework.data.objective import Converter, Objective, TaskInfo
-from meshway.framework.data.rows.examples import Examples, First, InMemory, Stepped
+from meshway.framework.data.prefetch import WorkerStream
+from meshway.framework.data.rows.examples import Examples, First, InMemory, Stepped, numpy_steps
 from meshway.framework.data.rows.mixing import Rates, periods
 from meshway.framework.data.rows.online_source import OnlineSource
-from meshway.framework.data.rows.online_steps import numpy_steps
 from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.data.rows.row_stream import RowStream, Source
 from meshway.framework.data.task_data import check_arguments, framing_of, vocabularies_of, with_split
 from meshway.framework.data.vocabularies import check_named, load
 from meshway.framework.data.vocabulary import Framing, Vocabulary, vocabulary_sizes
-from meshway.framework.data.worker_stream import WorkerStream
 from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError, did_you_mean
+from meshway.framework.evaluation.eval_task import EVAL_SEED, TaskEvaluation
 from meshway.framework.files import io_errors, local_path, replace_file
 from meshway.framework.interfaces import SplitRead
 
@@ -153,7 +152,7 @@ class CachedData:
             for task in tasks
         ]
 
-    def train(self, rows: slice) -> "RowStream | WorkerStream | uncached.Unread":
+    def train(self, rows: slice) -> "RowStream | WorkerStream | task_data.Unread":
         """Opens the endless training stream; `rows` are this process's rows of each global batch.
 
         Raises:
@@ -173,7 +172,7 @@ class CachedData:
             )
         if not all(task.is_cached for task in tasks):
             periods([task.name for task in tasks], rates, self._changes)
-            return uncached.Unread(spec)
+            return task_data.Unread(spec)
         sources = [self._source(task, *each) for task, each in zip(tasks, opened, strict=True)]
         stream = RowStream(self.name, sources, rates, self._changes, spec, self.batch_size, rows, self._seed)
         return stream if online or self._num_workers == 0 else WorkerStream(stream, self._num_workers)
@@ -231,14 +230,14 @@ class CachedData:
     def tasks(self) -> list[CachedTask]:
         """The task, or a mixture's tasks, cached."""
         description = self._directory / f"{self.name}.json"
-        if seqio_door.installed():
-            provider = seqio_door.find_provider(self.name, self.modules)
-            tasks = {task.name: task for task in seqio_door.subtasks(provider)}
+        if seqio_adapter.installed():
+            provider = seqio_adapter.find_provider(self.name, self.modules)
+            tasks = {task.name: task for task in seqio_adapter.subtasks(provider)}
             missing = self._look_at_caches() if self._is_dry else self._ensure_caches()
             counts = {name: _counts(self._directory / name) for name in tasks}
             # What a rate asks for has some number once it is cached.
             counts |= {name: dict.fromkeys(tasks[name].splits, 1) for name in missing}
-            rates = seqio_door.mixing_rates(provider, counts)
+            rates = seqio_adapter.mixing_rates(provider, counts)
             if processes.is_primary() and not self._is_dry:
                 _write_if_changed(description, {"rates": rates})
         elif (self._directory / self.name / "info.json").is_file():
@@ -294,7 +293,7 @@ class CachedData:
         framing = self._framing
         start, bos = (framing.start, framing.bos) if framing else ((), ())
         if not task.is_cached:
-            return uncached.open_task(task.task, split, self.converter, self.lengths, start, bos)
+            return task_data.open_task(task.task, split, self.converter, self.lengths, start, bos)
         cached = CachedSplit(task.directory, split)
         steps = numpy_steps(task.info["online"], cached.features)
         if steps is None and task.task is None:

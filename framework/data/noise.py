@@ -7,7 +7,7 @@ dropped one, so that a single span is the text's end: a prefix language model (T
 
 import numpy as np
 
-from meshway.framework.data.rows.order import hash64
+from meshway.framework.data.rows.mixing import hash64
 
 
 def noise_counts(

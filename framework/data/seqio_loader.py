@@ -14,17 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from meshway.framework.data import seqio_door, seqio_steps
-from meshway.framework.data.eval_task import EVAL_SEED, TaskEvaluation
+from meshway.framework.data import seqio_adapter, seqio_steps
 from meshway.framework.data.objective import Converter, Objective, Spec, TaskInfo
 from meshway.framework.data.rows.examples import InMemory
-from meshway.framework.data.rows.order import key_of
+from meshway.framework.data.rows.mixing import key_of
+from meshway.framework.data.rows.online_source import StreamedSource
 from meshway.framework.data.rows.packing import Example
 from meshway.framework.data.rows.row_stream import RowStream
-from meshway.framework.data.rows.streamed_source import StreamedSource
 from meshway.framework.data.task_data import check_arguments, framing_of, vocabularies_of, with_split
 from meshway.framework.data.vocabulary import Framing, Vocabulary, vocabulary_sizes
 from meshway.framework.errors import UserError
+from meshway.framework.evaluation.eval_task import EVAL_SEED, TaskEvaluation
 from meshway.framework.interfaces import Batch, SplitRead
 
 _SLOW = 1000  # skipping this many batches is worth a line of progress
@@ -109,7 +109,7 @@ class SeqioData:
           UserError: unknown task, module or split; lengths that do not fit; a task that fails to be read
             (then when the first batch is asked for).
         """
-        rates = seqio_door.mixing_rates(self._provider)
+        rates = seqio_adapter.mixing_rates(self._provider)
         tasks = [task for task in self._with_split(self._train_split, "training") if rates[task.name]]
         if not tasks:
             raise UserError(f"mixture {self.name!r}: every task with split {self._train_split!r} has rate 0")
@@ -171,12 +171,12 @@ class SeqioData:
 
     @functools.cached_property
     def _provider(self) -> Any:
-        return seqio_door.find_provider(self.name, self._modules)
+        return seqio_adapter.find_provider(self.name, self._modules)
 
     @functools.cached_property
     def _tasks(self) -> list[Any]:
         """The task, or a mixture's tasks."""
-        tasks = seqio_door.subtasks(self._provider)
+        tasks = seqio_adapter.subtasks(self._provider)
         for task in tasks:
             if self._use_cached and not task.supports_caching:
                 raise UserError(
@@ -187,7 +187,7 @@ class SeqioData:
     def _with_split(self, split: str, purpose: str) -> list[Any]:
         splits: dict[str, list[str]] = {}
         for task in self._tasks:
-            with seqio_door.task_errors(task.name, f"split {split!r}"):
+            with seqio_adapter.task_errors(task.name, f"split {split!r}"):
                 splits[task.name] = list(task.splits)
         # A slice such as 'train[:90%]' is a matter of its source.
         having = with_split(splits, re.sub(r"\[.*\]$", "", split), purpose, self.name)
@@ -200,9 +200,9 @@ class SeqioData:
 
     def _passes(self, task: Any, shard: int, num_shards: int, seed: int) -> Iterator[Example | None]:
         """Yields this process's examples of a task without end, None after each pass."""
-        seqio = seqio_door.import_seqio()
-        with seqio_door.task_errors(task.name, f"split {self._train_split!r}"):
-            with seqio_door.seqio_lock, _fresh_each_pass():
+        seqio = seqio_adapter.import_seqio()
+        with seqio_adapter.task_errors(task.name, f"split {self._train_split!r}"):
+            with seqio_adapter.seqio_lock, _fresh_each_pass():
                 dataset = task.get_dataset(
                     self.lengths,
                     self._train_split,
@@ -212,13 +212,13 @@ class SeqioData:
                     shard_info=seqio.ShardInfo(shard, num_shards),
                     num_epochs=1,
                 )
-            for example in seqio_door.numpy_examples(_with_ends(dataset).repeat()):
+            for example in seqio_adapter.numpy_examples(_with_ends(dataset).repeat()):
                 yield None if example[_END] else {name: value for name, value in example.items() if name != _END}
 
     def _read(self, task: Any, split: str) -> list[Example]:
         """Returns the evaluation examples of a task, in its order."""
-        with seqio_door.task_errors(task.name, f"split {split!r}"):
-            with seqio_door.seqio_lock:
+        with seqio_adapter.task_errors(task.name, f"split {split!r}"):
+            with seqio_adapter.seqio_lock:
                 dataset = task.get_dataset(
                     self.lengths,
                     split,
@@ -230,7 +230,7 @@ class SeqioData:
                 )
             if self._eval_examples is not None:
                 dataset = dataset.take(self._eval_examples)
-            return list(seqio_door.numpy_examples(seqio_steps.in_order(dataset)))
+            return list(seqio_adapter.numpy_examples(seqio_adapter.in_order(dataset)))
 
 
 class SeqioStream:

@@ -1,6 +1,6 @@
 """Where a seqio task is cut: the preprocessors whose output is cached, and those that run when it is read.
 
-With `seqio_door.py` and `seqio_loader.py` the only files of the framework that import seqio or TensorFlow,
+With `seqio_adapter.py` and `seqio_loader.py` the only files of the framework that import seqio or TensorFlow,
 and only inside functions.
 """
 
@@ -16,13 +16,11 @@ import numpy as np
 
 from meshway.framework.data.cache.fingerprint import qualified_name
 from meshway.framework.data.cache.format import BYTES
-from meshway.framework.data.dataset_graph import draws, maps_randomly
 from meshway.framework.data.objective import FeatureInfo, VocabularyInfo
-from meshway.framework.data.rows.examples import wrong_id
-from meshway.framework.data.rows.online_steps import TENSORFLOW, TWINS
-from meshway.framework.data.rows.order import key_of
+from meshway.framework.data.rows.examples import TENSORFLOW, TWINS, wrong_id
+from meshway.framework.data.rows.mixing import key_of
 from meshway.framework.data.rows.packing import Example
-from meshway.framework.data.seqio_door import import_seqio, numpy_examples, seqio_lock, task_errors
+from meshway.framework.data.seqio_adapter import draws, import_seqio, in_order, numpy_examples, seqio_lock, task_errors
 from meshway.framework.errors import UserError
 
 
@@ -377,17 +375,6 @@ def _seeded(seed: int) -> Iterator[None]:
         finally:
             utils._NEXT_MAP_SEED = map_seed
             context.set_global_seed(global_seed)
-
-
-def in_order(dataset: Any) -> Any:
-    """Returns a dataset whose elements and their order are the same each time it is read."""
-    import tensorflow as tf
-
-    options = tf.data.Options()
-    options.deterministic = True  # a task may have turned it off
-    if maps_randomly(dataset):  # a kernel with a state must be called in order
-        options.threading.private_threadpool_size = 1
-    return dataset.with_options(options)
 
 
 def _cause(error: BaseException) -> str:

@@ -1,12 +1,17 @@
-"""What the data sources of tasks share: checks of their arguments, vocabularies of what they read."""
+"""What sources of tasks share: arguments, vocabularies, preprocessors on other records, tasks not cached yet."""
 
 import dataclasses
+import itertools
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
-from meshway.framework.data.objective import Converter
-from meshway.framework.data.seqio_door import task_errors
+import numpy as np
+
+from meshway.framework.data import seqio_adapter, seqio_steps
+from meshway.framework.data.objective import Converter, FeatureInfo, Objective, Spec, TaskInfo
+from meshway.framework.data.rows.examples import TENSORFLOW, Examples
+from meshway.framework.data.seqio_adapter import task_errors
 from meshway.framework.data.seqio_steps import declared
 from meshway.framework.data.vocabularies import check_named, of_seqio
 from meshway.framework.data.vocabulary import Framing, Vocabulary
@@ -73,3 +78,144 @@ def with_split(tasks: Mapping[str, Sequence[str]], split: str, purpose: str, nam
     if lacking := [task for task in tasks if task not in having]:
         print(f"data: {purpose} leaves out {', '.join(lacking)}: no split {split!r}", file=sys.stderr)
     return having
+
+
+_KINDS: tuple[tuple[type, str], ...] = ((bool, "bool"), (int, "int64"), (float, "float32"), (str, "bytes"))
+
+
+def preprocess(
+    name: str, modules: Sequence[str], lengths: Mapping[str, int]
+) -> Callable[[Sequence[Mapping[str, Any]]], list[Mapping[str, Any]]]:
+    """Returns (fields of records) -> features of examples, one each, token ids as lists.
+
+    Args:
+      name: the registered task.
+      modules: what registers it.
+      lengths: what its preprocessors see as `sequence_length`.
+
+    Raises:
+      UserError: there is no such task, or it is a mixture. What is returned raises ValueError where a preprocessor
+        fails, or makes more or fewer examples than there are records.
+    """
+    provider = seqio_adapter.find_provider(name, modules)
+    tasks = seqio_adapter.subtasks(provider)
+    if [task.name for task in tasks] != [name]:
+        raise UserError(f"--preprocess={name} is a mixture; name one of its tasks: {[task.name for task in tasks]}")
+
+    def run(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        features = {field: _feature(field, [record.get(field) for record in records]) for field in _fields(records)}
+        encoded = [
+            {field: np.asarray(value.encode() if isinstance(value, str) else value) for field, value in record.items()}
+            for record in records
+        ]
+        try:
+            made = seqio_steps.online(tasks[0], encoded, features, 0, lengths, 0)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        if len(made) != len(records):
+            raise ValueError(
+                f"the preprocessors of {name!r} make {len(made)} examples of {len(records)} records; only those that "
+                "make one of each can be used here"
+            )
+        return [{field: _plain(value) for field, value in example.items()} for example in made]
+
+    return run
+
+
+def _fields(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    fields = list(records[0])
+    for record in records:
+        if set(record) != set(fields):
+            raise ValueError(f"its fields are {sorted(record)}, and those of another record {sorted(fields)}")
+    return fields
+
+
+def _feature(field: str, values: Sequence[Any]) -> FeatureInfo:
+    if all(isinstance(value, list) for value in values):
+        return FeatureInfo(_kind(field, [each for value in values for each in value] or [0]), (None,))
+    return FeatureInfo(_kind(field, values), ())
+
+
+def _kind(field: str, values: Sequence[Any]) -> str:
+    for kind, name in _KINDS:
+        if all(type(value) is kind or (kind is float and type(value) is int) for value in values):
+            return name
+    raise ValueError(f"field {field!r} is {values[0]!r}: preprocessors take text, numbers, and lists of them")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="replace")
+    array = np.asarray(value)
+    return array.tolist() if array.dtype.kind in "iufb" else value
+
+
+_LOOKED_AT = 16  # examples that tell which features of a task hold nothing
+
+
+class Unread:
+    """The stream of a task that is not cached: what its batches would be, and none of them.
+
+    Args:
+      spec: of the batches.
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        self._spec = spec
+
+    def spec(self) -> Spec:
+        """Returns (global shape, dtype) of each feature."""
+        return dict(self._spec)
+
+
+class NotCached:
+    """The examples of a split that is not cached: perhaps how many."""
+
+    def __init__(self, count: int | None) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count or 0
+
+    @property
+    def sizes(self) -> Mapping[str, np.ndarray]:
+        self._refuse()
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> list[Any]:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise AssertionError("a dry run reads no examples")
+
+
+def open_task(
+    task: Any, split: str, converter: Converter, lengths: Mapping[str, int], start: Sequence[int], bos: Sequence[int]
+) -> tuple[Objective, Examples, bool]:
+    """Returns (the task's objective, examples that cannot be read, whether steps in TensorFlow come after the cache).
+
+    Raises:
+      UserError: a preprocessor fails when it is put together, the features are not what the task declares, or do not
+        fit the converter.
+    """
+    seqio_steps.features(task, list(task.splits))
+    online = seqio_steps.online_entries(task) == TENSORFLOW
+    promised = seqio_steps.declared(task)
+    info = TaskInfo(task.name, promised, tuple(start), bos=tuple(bos))
+    try:
+        objective = converter.bind(info, lengths)
+    except UserError:
+        # A text task in T5's manner has `inputs` that are always empty, which a converter may not read.
+        empty = _empty(task, split) - set(converter.task_features)
+        if online or not empty:
+            raise
+        kept = {name: feature for name, feature in promised.items() if name not in empty}
+        objective = converter.bind(TaskInfo(task.name, kept, tuple(start), frozenset(empty), tuple(bos)), lengths)
+    return objective, NotCached(seqio_steps.source_count(task, split)), online
+
+
+def _empty(task: Any, split: str) -> set[str]:
+    """Returns the features that hold nothing in the first examples."""
+    examples = list(itertools.islice(seqio_steps.cacheable(task, split, 0, 1), _LOOKED_AT))
+    seqio_steps.release_sources()
+    names = set.intersection(*(set(example) for example in examples)) if examples else set()
+    return {name for name in names if all(np.ndim(each[name]) and not len(each[name]) for each in examples)}

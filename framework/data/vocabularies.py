@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from meshway.framework.data import detokenizing
-from meshway.framework.data.hugging_face_vocabulary import HuggingFace, byte_text
-from meshway.framework.data.vocabulary import Framing, Vocabulary, first_of
+from meshway.framework.data.vocabulary import Framing, HuggingFace, Vocabulary, byte_text, first_of
 from meshway.framework.errors import UserError, did_you_mean
 
 _SAMPLE = "The 2 foxes' naïve \u201cjump\u201d:\n\tx = f(a[i], 0.5)  # über 東京 ☃"  # tells opaque vocabularies apart

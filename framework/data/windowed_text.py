@@ -13,10 +13,9 @@ import numpy as np
 
 from meshway.framework.data.features import EncoderDecoder, PrefixLanguageModel
 from meshway.framework.data.objective import Items, Objective, Sizes, Spec, TaskInfo, VocabularyInfo
-from meshway.framework.data.overlong import WHOLE, check_policy, window_size, windows
-from meshway.framework.data.rows.order import hash64
+from meshway.framework.data.rows.mixing import hash64
 from meshway.framework.data.rows.packing import Arrays, Example, Placement
-from meshway.framework.data.token_rows import check_tokens
+from meshway.framework.data.token_rows import WHOLE, check_policy, check_tokens, window_size, windows
 from meshway.framework.errors import UserError
 
 

@@ -37,7 +37,7 @@ class Cluster:
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
+class ProcessArguments:
     """What the command line says of the three; None where it says nothing."""
 
     coordinator_address: str | None = None
@@ -45,7 +45,7 @@ class Given:
     process_id: int | None = None
 
 
-def recognise(environment: Mapping[str, str], given: Given = Given()) -> Cluster | None:
+def recognise(environment: Mapping[str, str], given: ProcessArguments = ProcessArguments()) -> Cluster | None:
     """Returns this process's place, or None for a run of one process.
 
     In order: flags; MESHWAY_COORDINATOR_ADDRESS, MESHWAY_NUM_PROCESSES and MESHWAY_PROCESS_ID; Slurm; Open MPI; GKE's
@@ -88,10 +88,10 @@ def split_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _with_variables(environment: Mapping[str, str], given: Given) -> Given:
+def _with_variables(environment: Mapping[str, str], given: ProcessArguments) -> ProcessArguments:
     count = _number(environment, "MESHWAY_NUM_PROCESSES")
     index = _number(environment, "MESHWAY_PROCESS_ID")
-    return Given(
+    return ProcessArguments(
         given.coordinator_address or environment.get("MESHWAY_COORDINATOR_ADDRESS") or None,
         count if given.num_processes is None else given.num_processes,
         index if given.process_id is None else given.process_id,
@@ -193,7 +193,7 @@ _RECOGNISERS: dict[str, Callable[[Mapping[str, str], bool], Cluster | None]] = {
 }
 
 
-def _refuse_contradiction(given: Given, cluster: Cluster) -> None:
+def _refuse_contradiction(given: ProcessArguments, cluster: Cluster) -> None:
     for name in ("num_processes", "process_id"):
         flag, found = getattr(given, name), getattr(cluster, name)
         if flag is not None and flag != found:

@@ -1,26 +1,31 @@
-"""The processes of a run: joining them, which one speaks, and leaving together, however a run ends."""
+"""The processes of a run: joining them, agreeing on what must be the same, and leaving together."""
 
+import collections
 import contextlib
 import faulthandler
+import hashlib
+import json
 import os
+import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 import jax
+from jax.experimental import multihost_utils
 
-from meshway.framework import stages
-from meshway.framework.distributed import abort, rendezvous
+from meshway.framework import terminal
+from meshway.framework.distributed import rendezvous
+from meshway.framework.distributed import watch as abort
+from meshway.framework.distributed.barrier import Deadlines, named
 from meshway.framework.distributed.barrier import barrier as wait_at_barrier
-from meshway.framework.distributed.barrier import named
-from meshway.framework.distributed.cluster import Cluster, Given, recognise, split_address
-from meshway.framework.distributed.deadlines import Deadlines
-from meshway.framework.distributed.stop_signal import note_handler
+from meshway.framework.distributed.cluster import Cluster, ProcessArguments, recognise, split_address
 from meshway.framework.distributed.store import CoordinationStore, place
 from meshway.framework.distributed.watch import LOST_A_PEER, Watch
 from meshway.framework.errors import EnvironmentFailure, UserError, report
-from meshway.framework.version import installed_version
+from meshway.framework.terminal import installed_version
 
 _watch: Watch | None = None
 
@@ -52,12 +57,12 @@ def joined(
         if simulated_devices < 1:
             raise UserError(f"--simulated_devices={simulated_devices} must be at least 1")
         jax.config.update("jax_num_cpu_devices", simulated_devices)
-    cluster = recognise(os.environ, Given(coordinator_address, num_processes, process_id))
+    cluster = recognise(os.environ, ProcessArguments(coordinator_address, num_processes, process_id))
     if cluster is not None:
-        with stages.stage("joining the other processes of the run"):
+        with terminal.stage("joining the other processes of the run"):
             _join(cluster, Deadlines.of())
         if not is_primary():
-            stages.silence()
+            terminal.silence()
     if _watch is None:
         yield
         return
@@ -168,3 +173,90 @@ def _is_own(error: BaseException) -> bool:
     if isinstance(error, KeyboardInterrupt):
         return True
     return isinstance(error, (UserError, EnvironmentFailure)) and not (error.__cause__ or error.__context__)
+
+
+def agree(facts: Mapping[str, str]) -> None:
+    """Compares `facts` (name -> text) with those of the other processes.
+
+    Raises:
+      UserError: one differs, the same message in every process; it names the odd ones out.
+      EnvironmentFailure: a process did not get so far within `Deadlines.agreement`.
+    """
+    brought = barrier("the comparison of recipes", Deadlines.of().agreement, json.dumps(shortened(facts)))
+    if found := differences({process: json.loads(text) for process, text in brought.items()}):
+        raise UserError(f"the processes of this run do not agree: {found}. Start all with the same command and files")
+
+
+def shortened(facts: Mapping[str, str]) -> dict[str, str]:
+    """Returns `facts` with long texts replaced by their hashes."""
+    return {
+        name: text if len(text) <= 40 else hashlib.sha256(text.encode()).hexdigest()[:12]
+        for name, text in facts.items()
+    }
+
+
+def differences(facts: Mapping[int, Mapping[str, str]]) -> str:
+    """Returns which facts differ between processes, and in whom; "" where none does."""
+    found = []
+    for name in sorted({name for each in facts.values() for name in each}):
+        groups = collections.defaultdict(list)
+        for process, each in sorted(facts.items()):
+            groups[each.get(name, "none")].append(process)
+        if len(groups) == 1:
+            continue
+        usual = max(groups, key=lambda value: len(groups[value]))  # of equals the one of process 0
+        others = [f"{named(who, len(facts))}: {value!r}" for value, who in groups.items() if value != usual]
+        found.append(f"{name}: {'; '.join(others)}; {named(groups[usual], len(facts))}: {usual!r}")
+    return ". ".join(found)
+
+
+_python_handler: list[object] = []  # of SIGTERM, when jax's own was installed
+
+
+def note_handler() -> None:
+    """Remembers Python's handler of SIGTERM; call when jax's preemption service takes the signal over."""
+    _python_handler[:] = [signal.getsignal(signal.SIGTERM)]
+
+
+class StopSignal:
+    """SIGTERM (and Ctrl-C) as a question asked after every step: `requested(step)`.
+
+    In one process the first signal is remembered and a second one ends the program at once. With several, jax's
+    preemption service agrees on one step for all of them; a Python handler would silently disable it.
+
+    Attributes:
+      number: the signal that came, if one did, and was heard here.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignal":
+        if jax.process_count() == 1:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._handle)
+        elif _python_handler and signal.getsignal(signal.SIGTERM) is not _python_handler[0]:
+            sys.stderr.write("meshway: a SIGTERM handler was set after the processes joined: no save at SIGTERM\n")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def requested(self, step: int) -> bool:
+        """Returns whether to save and stop after `step`; the same answer on every process."""
+        if jax.process_count() == 1:
+            return self.number is not None
+        return bool(multihost_utils.reached_preemption_sync_point(step))
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self.number is not None:
+            os._exit(128 + number)
+        self.number = number
+        name = signal.Signals(number).name
+        sys.stderr.write(f"\n{name}: saving after this step, then stopping; once more stops at once\n")
+        sys.stderr.flush()

@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from meshway.framework.distributed import processes
-from meshway.framework.distributed.deadlines import Deadlines
-from meshway.framework.distributed.stacks import dump_stacks
-from meshway.framework.distributed.watch import LOST_A_PEER
+from meshway.framework.distributed.barrier import Deadlines
+from meshway.framework.distributed.watch import LOST_A_PEER, dump_stacks
 
 _WARM_UP_STEPS = 2
 _FEWEST_STEPS = 5

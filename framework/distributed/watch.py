@@ -1,20 +1,158 @@
-"""Notices the end of any process of a run, says why, and ends this one: nobody waits for the dead."""
+"""Notices the end of any process of a run, says why, and ends this one: nobody waits for the dead.
 
+jax's coordination ends a program with `abort()` as soon as process 0's socket closes, saying which call failed. A
+handler of SIGABRT parks the thread that aborts until the watch has said who is gone, and then lets it go on.
+"""
+
+import ctypes
+import dataclasses
+import faulthandler
+import json
 import os
+import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NoReturn, TextIO
 
-from meshway.framework.distributed import abort
-from meshway.framework.distributed.alarms import Alarms
 from meshway.framework.distributed.barrier import named
 from meshway.framework.distributed.cluster import split_address
-from meshway.framework.distributed.heartbeats import Heartbeats
-from meshway.framework.distributed.stacks import dump_stacks
 from meshway.framework.distributed.store import Store
+
+
+def dump_stacks(log: TextIO | None = None) -> None:
+    """Writes the Python stacks of all threads to `log`, by default standard error.
+
+    MESHWAY_STACKS names a file for them instead, where standard error is a person's terminal.
+    """
+    path = os.environ.get("MESHWAY_STACKS")
+    if log is None and path:
+        with open(path, "a") as file:
+            faulthandler.dump_traceback(file=file, all_threads=True)
+        print(f"meshway: the stacks of all threads are in {path}", file=sys.stderr, flush=True)
+        return
+    log = sys.stderr if log is None else log
+    log.flush()
+    faulthandler.dump_traceback(file=log, all_threads=True)
+
+
+begun = threading.Event()  # some thread is in abort()
+explained = threading.Event()  # it may go on
+_PARKED_SECONDS = 8.0
+
+
+def install() -> None:
+    """Parks aborting threads from now on. Python's own handlers cannot: they run only once abort() has returned."""
+    if os.name == "posix":
+        ctypes.CDLL(None).signal(int(signal.SIGABRT), _handler)
+
+
+def uninstall() -> None:
+    """Lets aborts be as they are: at Python's end no thread can run the handler."""
+    signal.signal(signal.SIGABRT, signal.SIG_DFL)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _handler(number: int) -> None:
+    begun.set()
+    explained.wait(_PARKED_SECONDS)
+
+
+class Heartbeats:
+    """When each peer was last heard of, by this process's own clock: clocks of two machines are never compared."""
+
+    def __init__(self, peers: Iterable[int], deadline: float, now: float) -> None:
+        """`deadline` in seconds of silence; `now` is this process's clock, as everywhere below."""
+        self._deadline = deadline
+        self._heard = {peer: (now, "") for peer in peers}
+        self._looked = now
+
+    def hear(self, beats: Mapping[int, str], now: float) -> None:
+        """Takes what the peers last wrote; only what has changed is a sign of life."""
+        for peer, (_, before) in self._heard.items():
+            beat = beats.get(peer, before)
+            if beat != before:
+                self._heard[peer] = (now, beat)
+
+    def missing(self, now: float) -> dict[int, float]:
+        """Returns the silent ones and for how many seconds; call it often.
+
+        Where this process itself was stopped meanwhile (a laptop asleep, a job suspended), nobody is blamed for it.
+        """
+        away = now - self._looked
+        if away > self._deadline / 2:
+            self._heard = {peer: (heard + away, beat) for peer, (heard, beat) in self._heard.items()}
+        self._looked = now
+        return {peer: now - heard for peer, (heard, _) in self._heard.items() if now - heard > self._deadline}
+
+
+_TELLING_SECONDS = 3.0  # a store that is gone may hang a call
+
+
+@dataclasses.dataclass(frozen=True)
+class Alarm:
+    """Why the run ends, as the first that noticed put it; `code` is that process's exit code, 0 of a run that
+    ends well."""
+
+    process_id: int
+    code: int
+    message: str
+
+
+class Alarms:
+    """The one alarm of a run, and who has heard it."""
+
+    def __init__(self, store: Store, process_id: int, num_processes: int) -> None:
+        self._store, self._process_id, self._num_processes = store, process_id, num_processes
+
+    def sound(self, code: int, message: str, absent: Collection[int] = ()) -> None:
+        """Tells all processes; the first alarm of a run is the one they hear.
+
+        Process 0 holds the store, so it stays until all but the `absent` have heard, or a few seconds.
+        """
+        alarm = Alarm(self._process_id, code, message)
+        _briefly(lambda: self._store.claim("alarm", json.dumps(dataclasses.asdict(alarm))))
+        self.acknowledge(absent)
+
+    def silence(self) -> None:
+        """Ends everybody's waiting for an alarm: the run has ended well."""
+        self._store.claim("alarm", json.dumps(dataclasses.asdict(Alarm(self._process_id, 0, ""))))
+
+    def hear(self, seconds: float) -> Alarm | None:
+        """Waits for the alarm, so many seconds at most."""
+        said = self._store.wait("alarm", seconds)
+        return None if said is None else Alarm(**json.loads(said))
+
+    def acknowledge(self, absent: Collection[int] = ()) -> None:
+        """Lets process 0 know that this one has heard; process 0 itself waits for the others."""
+        _briefly(lambda: self._store.set(f"heard/{self._process_id}", ""))
+        if self._process_id == 0:
+            _briefly(lambda: self._linger(absent))
+
+    def _linger(self, absent: Collection[int]) -> None:
+        end = time.monotonic() + _TELLING_SECONDS
+        while time.monotonic() < end:
+            gone = self._store.list("heard").keys() | {str(each) for each in absent}
+            if len(gone) >= self._num_processes:
+                return
+            time.sleep(0.05)
+
+
+def _briefly(work: Callable[[], object]) -> None:
+    """Runs what may fail or hang once process 0 is gone; then there is nobody to tell."""
+
+    def attempt() -> None:
+        try:
+            work()
+        except Exception:
+            return
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(_TELLING_SECONDS)
+
 
 LOST_A_PEER = 75  # EX_TEMPFAIL: the same command, started again, goes on from the last checkpoint
 _CLOSING_SECONDS = 10.0
@@ -136,7 +274,7 @@ class Watch:
 
     def _look(self) -> None:
         while not self._stopped.is_set():
-            if abort.begun.wait(min(self._period, 0.5)):
+            if begun.wait(min(self._period, 0.5)):
                 self._explain_abort()
                 return
             missing = self._missing()
@@ -164,7 +302,7 @@ class Watch:
         message = "aborted in native code; its own message is above"
         self.alarms.sound(1, message)
         self._explain(message, stacks=True)
-        abort.explained.set()
+        explained.set()
 
     def _explain(self, message: str, stacks: bool) -> None:
         said = f"meshway: process {self._process_id} of {self._num_processes} stops: {message}"

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from meshway.framework.inference.decoding import FREE, Decoded, LogitCallback, Progress, Stop, forced_tokens
-from meshway.framework.inference.filters import largest
+from meshway.framework.inference.sampling import largest
 from meshway.framework.interfaces import Batch, Model, Params
 
 NEVER = -1.0e7  # the score of what must not be chosen; finite, so that differences of scores are numbers

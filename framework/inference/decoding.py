@@ -1,9 +1,11 @@
-"""What decoding is asked for and what it returns; `sampling` and `beam_search` do it, over one function
-`(params, tokens, positions, cache) -> (logits, cache)`."""
+"""What decoding is asked for and what it returns; `sampling` and `beam_search` do it.
+
+`(params, tokens, positions, cache) -> (logits, cache)`.
+"""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -115,3 +117,16 @@ def forced_tokens(forced: jax.Array | None, max_length: int, decodes: int) -> ja
         return None
     room = jnp.full((forced.shape[0], max_length), FREE, jnp.int32)
     return jnp.repeat(room.at[:, : forced.shape[1]].set(forced[:, :max_length]), decodes, axis=0)
+
+
+T = TypeVar("T")
+
+
+def one_ahead(started: Iterable[T]) -> Iterator[T]:
+    """Yields what has been started once the next is started too: devices work while the host reads and writes."""
+    waiting: list[T] = []
+    for each in started:
+        waiting.append(each)
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from meshway.framework.columns import format_columns
 from meshway.framework.partitioning.partitioner import Partitioner, path_name
+from meshway.framework.terminal import format_columns
 
 
 @dataclasses.dataclass(frozen=True)

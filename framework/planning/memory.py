@@ -15,17 +15,19 @@ from jax.interpreters import partial_eval
 from jax.sharding import NamedSharding
 
 from meshway.framework.partitioning.explain import format_bytes
-from meshway.framework.planning.cuts import (
+from meshway.framework.planning.shard_sizes import (
     ELEMENTWISE,
     REDUCTIONS,
+    Array,
     Cuts,
+    Function,
+    Operation,
     Propagation,
     local_bytes,
     made_whole,
     spec_cuts,
     uncut,
 )
-from meshway.framework.planning.operations import Array, Function, Operation
 
 _ALIASES = frozenset(["copy", "expand_dims", "optimization_barrier", "reshape", "sharding_constraint", "squeeze"])
 _FUSED = ELEMENTWISE | _ALIASES | {"broadcast_in_dim", "iota", "random_bits", "threefry2x32", "transpose"}

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from meshway.framework.planning.kernels import Kernel, kernel_of
+from meshway.framework.planning.collectives import Kernel, kernel_of
 
 Cuts = tuple[tuple[str, ...], ...]  # the mesh axes that cut each dimension
 

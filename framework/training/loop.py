@@ -7,12 +7,12 @@ from typing import Any, Protocol
 
 import jax
 
+from meshway.framework.distributed.processes import StopSignal
 from meshway.framework.distributed.step_watch import StepWatch
-from meshway.framework.distributed.stop_signal import StopSignal
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Batch
-from meshway.framework.training.reporter import Reporter
-from meshway.framework.training.state import TrainState
+from meshway.framework.telemetry.reporter import Reporter
+from meshway.framework.training.step import TrainState
 
 Step = Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Any]]
 

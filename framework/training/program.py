@@ -11,13 +11,21 @@ import numpy as np
 from meshway.framework.data.vocabulary import Framing, Vocabulary, source_framing
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import ArraySpec, Batch, Dataset, DataSource, Model
+from meshway.framework.optimizers.optimizers import BoundOptimizer, Optimizer
 from meshway.framework.partitioning.explain import Row, explain
 from meshway.framework.partitioning.partitioner import Layout
-from meshway.framework.partitioning.placed_model import PlacedModel
+from meshway.framework.partitioning.sharded_model import ShardedModel
 from meshway.framework.planning.flops import train_flops
-from meshway.framework.training.optimizers import BoundOptimizer, Optimizer
-from meshway.framework.training.state import TrainState, init_sharded, init_state, state_axes
-from meshway.framework.training.step import GradientRule, TrainStep, check_microbatches, plain_gradient
+from meshway.framework.training.step import (
+    GradientRule,
+    TrainState,
+    TrainStep,
+    check_microbatches,
+    init_sharded,
+    init_state,
+    plain_gradient,
+    state_axes,
+)
 
 
 class TrainProgram:
@@ -42,7 +50,7 @@ class TrainProgram:
         check_microbatches(batch_size, num_microbatches)
         self.model, self.seed, self.batch_size, self.lengths = model, seed, batch_size, dict(lengths)
         self.num_microbatches = num_microbatches
-        self.placed = PlacedModel(model, layout)
+        self.placed = ShardedModel(model, layout)
         self.batch = self.placed.batch(batch_size, self.lengths)
         self.partitioner, self.axes, self.param_shapes = (
             self.placed.partitioner,
@@ -204,7 +212,7 @@ def check_batch(spec: Mapping[str, ArraySpec], given: Mapping[str, tuple[Sequenc
             )
 
 
-def check_vocabularies(program: TrainProgram | PlacedModel, vocabularies: Mapping[str, Vocabulary]) -> None:
+def check_vocabularies(program: TrainProgram | ShardedModel, vocabularies: Mapping[str, Vocabulary]) -> None:
     """Compares the data's vocabularies, by task feature, with the model's axis "vocab".
 
     Raises:

@@ -19,9 +19,9 @@ from typing import Any
 import gin
 
 from meshway.framework.errors import UserError
-from meshway.launch import configurables
-from meshway.launch.reachability import Scope
-from meshway.launch.recipe_text import Binding, Macro, Reference, Target, map_leaves
+from meshway.launch.recipe import names as configurables
+from meshway.launch.recipe.reachability import Scope
+from meshway.launch.recipe.text import Binding, Macro, Reference, Target, map_leaves
 
 _SINGLETON = Target("gin", ("singleton",))
 _calling: contextvars.ContextVar["tuple[Resolver, Scope] | None"] = contextvars.ContextVar("calling", default=None)

@@ -13,7 +13,7 @@ from meshway.models.layers.cache import Cache, KeysValues
 from meshway.models.layers.kernels.auto import AutoAttention
 from meshway.models.layers.kernels.reference import Kernel, dot_product_attention
 from meshway.models.layers.linear import Linear, fan_in_init
-from meshway.models.layers.masks import Mask, Sight, row_positions, row_sight, within
+from meshway.models.layers.masks import AttentionMetadata, Mask, local_window, row_metadata, row_positions
 from meshway.models.layers.positions import PositionBias, with_alibi
 from meshway.models.module import param
 
@@ -178,8 +178,8 @@ class Attention(nnx.Module):
                 attended = cache_lib.read(cache, x.dtype)
             kv_places = row_positions(attended[0].shape[1])
             if self.window is not None:
-                here = Sight(places=places, ordered=cache is None)
-                mask = within(mask, self.window, here, row_sight(attended[0].shape[1]))
+                here = AttentionMetadata(places=places, ordered=cache is None)
+                mask = local_window(mask, self.window, here, row_metadata(attended[0].shape[1]))
             if self.alibi:
                 bias = with_alibi(bias, self.num_heads, places, kv_places)
             for term in terms:

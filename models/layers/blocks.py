@@ -8,12 +8,11 @@ from flax import nnx
 
 from meshway.models.layers.attention import Attention
 from meshway.models.layers.cache import read
-from meshway.models.layers.dropout import dropout, split_key
 from meshway.models.layers.masks import Mask
 from meshway.models.layers.mlp import Mlp
-from meshway.models.layers.norm import RMSNorm
-from meshway.models.layers.padding import known_from
+from meshway.models.layers.norm import RMSNorm, dropout, split_key
 from meshway.models.layers.positions import PositionBias
+from meshway.models.layers.side_outputs import with_padding_mask
 
 
 class LayerFactory(Protocol):
@@ -88,7 +87,7 @@ class SelfAttentionBlock(nnx.Module):
             x = self.attention_norm(x)
         if self.mlp_norm is not None:
             normed = x if post else self.mlp_norm(x)
-        with known_from(mask):
+        with with_padding_mask(mask):
             y = self.mlp(normed, rng=keys[2])
         if self.mlp_post_norm is not None:
             y = self.mlp_post_norm(y)
@@ -154,7 +153,7 @@ class CrossAttentionBlock(nnx.Module):
         queries = "length" if cache is None else None
         y, _ = self.cross_attention(asking, attended=attended, mask=cross_mask, queries=queries, rng=keys[2])
         x = x + dropout(y.reshape(x.shape), self.dropout_rate, keys[3])
-        with known_from(mask):
+        with with_padding_mask(mask):
             y = self.mlp(self.mlp_norm(x), rng=keys[4])
         cache = None if cache is None else {"own": own, "encoded": cache["encoded"]}
         return x + dropout(y, self.dropout_rate, keys[5]), cache

@@ -7,25 +7,25 @@ import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
-class Sight:
+class AttentionMetadata:
     """What tokens know of themselves, from which follows who sees whom: arrays [rows, length], rows 1 or the batch.
 
     `ordered` says that the places are 0, 1, 2 ... along every row, which kernels that number tokens themselves rely on;
-    `row_sight` makes such.
+    `row_metadata` makes such.
     """
 
     segments: jax.Array | None = None  # 0 is padding; None: all of one segment
-    places: jax.Array | None = None  # where tokens stand in the row; needed where sight is causal or has a window
+    places: jax.Array | None = None  # where tokens stand in the row; needed where metadata is causal or has a window
     prefix: jax.Array | None = None  # 1 on tokens of a prefix that sees itself both ways
     ordered: bool = False
 
 
-jax.tree_util.register_dataclass(Sight, ["segments", "places", "prefix"], ["ordered"])
+jax.tree_util.register_dataclass(AttentionMetadata, ["segments", "places", "prefix"], ["ordered"])
 
 
-def row_sight(length: int, segments: jax.Array | None = None, prefix: jax.Array | None = None) -> Sight:
-    """Returns the sight of tokens that stand in the row as they are numbered."""
-    return Sight(segments, row_positions(length), prefix, ordered=True)
+def row_metadata(length: int, segments: jax.Array | None = None, prefix: jax.Array | None = None) -> AttentionMetadata:
+    """Returns the metadata of tokens that stand in the row as they are numbered."""
+    return AttentionMetadata(segments, row_positions(length), prefix, ordered=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Mask:
     """
 
     dense: jax.Array
-    queries: Sight | None = None
-    keys: Sight | None = None
+    queries: AttentionMetadata | None = None
+    keys: AttentionMetadata | None = None
     causal: bool = False
     window: int | None = None
 
@@ -50,11 +50,11 @@ class Mask:
 jax.tree_util.register_dataclass(Mask, ["dense", "queries", "keys"], ["causal", "window"])
 
 
-def within(mask: Mask | None, window: int, queries: Sight, keys: Sight) -> Mask:
+def local_window(mask: Mask | None, window: int, queries: AttentionMetadata, keys: AttentionMetadata) -> Mask:
     """Returns `mask` narrowed to keys fewer than `window` places before or after the query; None hides nothing else.
 
     Args:
-      queries, keys: sights with places (slots of a cache), of use where the mask does not know of any itself.
+      queries, keys: metadata with places (slots of a cache), of use where the mask does not know of any itself.
     """
     if mask is None:
         return Mask(_near(queries, keys, window), queries, keys, window=window)
@@ -68,13 +68,15 @@ def within(mask: Mask | None, window: int, queries: Sight, keys: Sight) -> Mask:
     return Mask(mask.dense & _near(queries, keys, window), queries, keys, mask.causal, window)
 
 
-def visible(queries: Sight, keys: Sight, causal: bool = False) -> Mask:
+def make_attention_mask(queries: AttentionMetadata, keys: AttentionMetadata, causal: bool = False) -> Mask:
     """Returns who sees whom: a query sees keys of its own segment, when `causal` none that is later in the row
     unless both are of the segment's prefix."""
-    return Mask(visible_keys(queries, keys, causal), queries, keys, causal)
+    return Mask(make_key_mask(queries, keys, causal), queries, keys, causal)
 
 
-def visible_keys(queries: Sight, keys: Sight, causal: bool, window: int | None = None) -> jax.Array:
+def make_key_mask(
+    queries: AttentionMetadata, keys: AttentionMetadata, causal: bool, window: int | None = None
+) -> jax.Array:
     """Returns bool [rows, 1, queries, keys]: the definition that every kernel follows, for any block of both.
 
     Raises:
@@ -108,7 +110,7 @@ def causal_mask(query_positions: jax.Array, kv_positions: jax.Array) -> jax.Arra
     return (kv_positions[:, None, :] <= query_positions[:, :, None])[:, None]
 
 
-def _near(queries: Sight, keys: Sight, window: int) -> jax.Array:
+def _near(queries: AttentionMetadata, keys: AttentionMetadata, window: int) -> jax.Array:
     """Sees keys fewer than `window` places away, itself among them."""
     assert queries.places is not None and keys.places is not None
     return (jnp.abs(keys.places[:, None, :] - queries.places[:, :, None]) < window)[:, None]

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from meshway.framework.axes import constrain
-from meshway.models.layers.dropout import dropout
 from meshway.models.layers.linear import Linear
+from meshway.models.layers.norm import dropout
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": jax.nn.gelu,  # the tanh form, as in T5 1.1

@@ -8,18 +8,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from meshway.framework.axes import constrain
-from meshway.models.layers.dropout import dropout, split_key
 from meshway.models.layers.mixture import dispatch as dispatch_lib
-from meshway.models.layers.mixture.dispatch import Groups
-from meshway.models.layers.mixture.dropless import dropless
+from meshway.models.layers.mixture.dispatch import Groups, capacity_of
+from meshway.models.layers.mixture.dropless import dropless, ragged
 from meshway.models.layers.mixture.expert_mesh import ExpertMesh, expert_mesh
 from meshway.models.layers.mixture.experts import Experts
-from meshway.models.layers.mixture.ragged import ragged
 from meshway.models.layers.mixture.routers import Choices, RouterFactory, TokenChoices, TopK
-from meshway.models.layers.mixture.slots import capacity_of
 from meshway.models.layers.mlp import Mlp
-from meshway.models.layers.padding import real_tokens
-from meshway.models.layers.reports import add_metric
+from meshway.models.layers.norm import dropout, split_key
+from meshway.models.layers.side_outputs import add_metric, padding_mask
 
 DISPATCHES: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
     "all_to_all": dispatch_lib.all_to_all,
@@ -108,7 +105,7 @@ class MoeMlp(nnx.Module):
         """
         keys = split_key(rng, 3)
         x = constrain(x, ("batch", "length", "embed"), free_for="mlp")
-        real = real_tokens(x)
+        real = padding_mask(x)
         weights = self.experts.weights(x.dtype)
         cut = expert_mesh(x.shape, weights.inputs[0].shape)
         choices = self.router(x, real=real, rng=keys[0])

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from meshway.models.layers import remat as remat_lib
-from meshway.models.layers.dropout import split_key
+from meshway.models.layers import pipeline as remat_lib
+from meshway.models.layers.norm import split_key
 from meshway.models.layers.pipeline import Pipeline
-from meshway.models.layers.reports import Reports, collecting, say
+from meshway.models.layers.side_outputs import Reports, capture, sow
 
 UNROLLED_LAYERS_ON_CPU = 8  # beyond, compile time (4x at 12+12 layers) outweighs scan's 13-20 % of the CPU step
 
@@ -90,7 +90,7 @@ class Stack(nnx.Module):
             new, said = [], []
             for i, key in enumerate(split_key(period_key, self.pattern)[: len(states)]):
                 block = nnx.merge(graphdefs[i], states[i])
-                with collecting() as reports:
+                with capture() as reports:
                     x, block_cache = block(x, rng=key, cache=None if caches is None else caches[i], **context)
                 new.append(block_cache)
                 said.append(reports)
@@ -232,4 +232,4 @@ def _say_by_layer(parts: list[list[Reports]]) -> None:
         for name in dict.fromkeys(name for part in said for block in part for name in block):
             columns = [[block[name] for block in part if name in block] for part in said]
             values = [jnp.stack(part, axis=1).reshape(-1) for part in columns if part]
-            say(Reports(**{kind: {name: jnp.concatenate(values)}}))
+            sow(Reports(**{kind: {name: jnp.concatenate(values)}}))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from meshway.framework.columns import format_columns
+from meshway.framework.terminal import format_columns
 
 
 def test_columns_are_as_wide_as_their_widest_cell_and_lines_end_with_text():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from meshway.framework.counting import count_of
+from meshway.framework.terminal import count_of
 
 
 @pytest.mark.parametrize(

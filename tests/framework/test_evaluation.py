@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from meshway.framework.data.features import LanguageModel, PrefixLanguageModel
-from meshway.framework.evaluation import Evaluation, Evaluator, TaskResult
+from meshway.framework.evaluation.evaluation import Evaluation, Evaluator, TaskResult
 from meshway.framework.inference.sampling import Sampling
 
 EXAMPLES = [([2 + i, 3], [*range(4, 5 + i % 3), 1]) for i in range(6)]

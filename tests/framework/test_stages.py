@@ -3,9 +3,9 @@ import re
 import threading
 import time
 
-from meshway.framework import stages
-from meshway.framework.stages import Stages
-from meshway.framework.training.progress import Progress
+from meshway.framework import terminal
+from meshway.framework.telemetry.reporter import Progress
+from meshway.framework.terminal import Stages
 
 
 def wait_until(true) -> None:
@@ -16,7 +16,7 @@ def wait_until(true) -> None:
 
 
 def test_a_log_has_a_line_when_a_stage_begins_and_how_long_a_long_one_took(monkeypatch):
-    monkeypatch.setattr(stages, "_WORTH_SECONDS", 0.05)
+    monkeypatch.setattr(terminal, "_WORTH_SECONDS", 0.05)
     stream = io.StringIO()
     shown = Stages(stream, terminal=False)
     with shown.stage("reading the recipe"):
@@ -39,7 +39,7 @@ def test_a_log_hears_again_of_a_stage_that_lasts():
 
 
 def test_a_terminal_has_one_line_with_a_clock_that_goes_when_the_stage_ends(monkeypatch):
-    monkeypatch.setattr(stages, "_WORTH_SECONDS", 60.0)
+    monkeypatch.setattr(terminal, "_WORTH_SECONDS", 60.0)
     stream = io.StringIO()
     shown = Stages(stream, terminal=True)
     with shown.stage("reading [/runs]/a.gin"):  # no markup
@@ -49,10 +49,10 @@ def test_a_terminal_has_one_line_with_a_clock_that_goes_when_the_stage_ends(monk
 
 def test_another_display_holds_the_terminal_while_it_is_there():
     below, above = io.StringIO(), io.StringIO()
-    with stages.shown(Stages(below, terminal=True)), stages.stage("opening the data"):
+    with terminal.shown(Stages(below, terminal=True)), terminal.stage("opening the data"):
         progress = Progress(10, stream=above, terminal=True)
         written = below.getvalue()
-        with stages.stage("compiling"):
+        with terminal.stage("compiling"):
             time.sleep(0.3)
         assert below.getvalue() == written, "two displays draw on one terminal"
         assert "compiling ..." in above.getvalue()
@@ -72,19 +72,19 @@ def test_a_failure_ends_the_stage_without_a_line():
 
 
 def test_a_library_another_thread_and_other_processes_say_nothing(capsys):
-    with stages.stage("compiling"), stages.through(print):
+    with terminal.stage("compiling"), terminal.through(print):
         pass
     stream = io.StringIO()
-    with stages.shown(Stages(stream, terminal=False)):
+    with terminal.shown(Stages(stream, terminal=False)):
 
         def reading() -> None:
-            with stages.stage("reading ahead"):
+            with terminal.stage("reading ahead"):
                 pass
 
         thread = threading.Thread(target=reading)
         thread.start()
         thread.join()
-        stages.silence()
-        with stages.stage("compiling"):
+        terminal.silence()
+        with terminal.stage("compiling"):
             pass
     assert stream.getvalue() == "" and capsys.readouterr() == ("", "")

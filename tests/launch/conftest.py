@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from meshway.launch import config
 from meshway.launch.invocation import Invocation
+from meshway.launch.recipe import config
 
 LAYERS = """
     WIDTH = 64

@@ -4,17 +4,18 @@ import numpy as np
 import pytest
 
 from meshway.framework.errors import UserError
-from meshway.launch import bench, cli, config
+from meshway.launch import bench, cli
 from meshway.launch.bench_attention import Result, format_table
 from meshway.launch.invocation import Invocation
-from meshway.models.layers.kernels.kernel_forms import KernelForms
+from meshway.launch.recipe import config
+from meshway.models.layers.forms import KernelForms
 from meshway.models.layers.kernels.reference import dot_product_attention
 
 HEADS = ("num_heads=2", "num_kv_heads=1", "head_dim=4")
 SMALL = (
     "bench.attention.lengths=(32, 64)",
     "bench.attention.rounds=1",
-    *(f"kernel_forms.KernelForms.{h}" for h in HEADS),
+    *(f"forms.KernelForms.{h}" for h in HEADS),
 )
 
 

@@ -13,9 +13,10 @@ from meshway.framework.data.features import EncoderDecoder, LanguageModel, Prefi
 from meshway.framework.data.grain_loader import CachedData
 from meshway.framework.data.rows.examples import InMemory
 from meshway.framework.errors import UserError
-from meshway.launch import bench, bench_data, bench_seqio, config
+from meshway.launch import bench, bench_data, bench_seqio
 from meshway.launch.data_stages import Packing, Sample, Stage, batch_counts, log_normal
 from meshway.launch.invocation import Invocation
+from meshway.launch.recipe import config
 
 LENGTHS = {"inputs": 32, "targets": 16}
 

@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 
 from meshway.framework.errors import UserError
-from meshway.launch import bench, bench_decode, cli, config
+from meshway.launch import bench, bench_decode, cli
 from meshway.launch.bench_decode import Found, Result, Setting, format_table
 from meshway.launch.invocation import Invocation
+from meshway.launch.recipe import config
 
 SMALL = (
     "D_MODEL=8",
@@ -56,7 +57,7 @@ def test_a_language_model_is_measured(capsys, monkeypatch):
 
 
 def bench_decode_read(mesh):
-    from meshway.framework.planning.bandwidth import StreamingRead
+    from meshway.framework.planning.hardware import StreamingRead
 
     return StreamingRead(mesh, device_bytes=2**16)
 

@@ -3,9 +3,10 @@
 import pytest
 
 from meshway.framework.errors import UserError
-from meshway.launch import bench, cli, config
+from meshway.launch import bench, cli
 from meshway.launch.bench_moe import Result, format_table
 from meshway.launch.invocation import Invocation
+from meshway.launch.recipe import config
 
 SMALL = ("D_MODEL=4", "moe.MoeMlp.d_ff=4", "bench.moe.batch_size=8", "bench.moe.length=16", "bench.moe.rounds=1")
 
@@ -16,7 +17,7 @@ def arguments(*bindings):
 
 
 def test_a_form_is_timed_under_the_layout_and_its_drops_are_counted(capsys):
-    names = "moe_forms.DispatchForms.names=('all_to_all',)"
+    names = "forms.DispatchForms.names=('all_to_all',)"
     (found,) = bench.moe(**arguments("LAYOUT='expert'", "moe.MoeMlp.capacity_factor=0.25", names))
     assert found.name == "all_to_all" and found.seconds > 0 and found.temporary > 0 and found.sent > 0
     assert found.collectives["all-to-all"] == 4  # there and back, forward and backward

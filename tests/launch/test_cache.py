@@ -10,8 +10,9 @@ from running import LAB
 from meshway.framework.data.cache import builder, workers
 from meshway.framework.data.cache.builder import BuiltSplit
 from meshway.framework.data.cache.format import CachedSplit
-from meshway.launch import cache, cli, config
+from meshway.launch import cache, cli
 from meshway.launch.invocation import Invocation
+from meshway.launch.recipe import config
 
 
 @pytest.fixture(autouse=True)

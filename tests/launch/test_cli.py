@@ -12,10 +12,10 @@ import pytest
 
 from meshway.framework.checkpoints.mapping import Initial
 from meshway.framework.errors import EnvironmentFailure, UserError
-from meshway.framework.training.profiler import Profile
-from meshway.launch import cli, launch_options
-from meshway.launch.arguments import count, not_negative, share, whole
-from meshway.launch.invocation import MACROS
+from meshway.framework.telemetry.profiler import Profile
+from meshway.launch import cli
+from meshway.launch.cluster import options
+from meshway.launch.invocation import MACROS, non_negative_int, not_negative, positive_int, share
 
 
 @pytest.fixture
@@ -90,7 +90,11 @@ def test_a_wrong_command_exits_2_with_a_message(capsys, words, expected):
     assert "Traceback" not in error
 
 
-NUMBERS = {count: ["0", "-1", "x", "1.5", ""], whole: ["-1", "x", ""], not_negative: ["-1", "x", "inf"]}
+NUMBERS = {
+    positive_int: ["0", "-1", "x", "1.5", ""],
+    non_negative_int: ["-1", "x", ""],
+    not_negative: ["-1", "x", "inf"],
+}
 NUMBERS |= {share: ["0", "-1", "2", "x", "nan"]}
 NEEDED = {"convert": ["--from=a", "--to=b"], "status": ["a"]}  # what a verb needs before its flags are looked at
 
@@ -106,11 +110,11 @@ def impossible():
                 yield [name, *subject, *needed], switch.flag, NUMBERS.get(kind, ["x", "", "JSONL"])
         if entry.on_devices:
             subject = [] if entry.default else list(entry.subjects[:1])
-            yield [name, *subject, *needed], "--simulated_devices", NUMBERS[count]
-            yield [name, *subject, *needed], "--num_processes", NUMBERS[count]
-            yield [name, *subject, *needed], "--process_id", NUMBERS[whole]
-    for name in launch_options.KINDS:
-        for action in launch_options._parser(name)._actions:
+            yield [name, *subject, *needed], "--simulated_devices", NUMBERS[positive_int]
+            yield [name, *subject, *needed], "--num_processes", NUMBERS[positive_int]
+            yield [name, *subject, *needed], "--process_id", NUMBERS[non_negative_int]
+    for name in options.KINDS:
+        for action in options._parser(name)._actions:
             if action.type in NUMBERS:
                 yield ["launch", name], action.option_strings[0], NUMBERS[action.type]
 
@@ -215,7 +219,7 @@ def test_a_folder_named_gin_is_not_taken_for_the_library(tmp_path):
     (tmp_path / "meshway").mkdir()
     for folder in ("framework", "launch"):  # without site-packages there is no installed meshway either
         (tmp_path / "meshway" / folder).symlink_to(Path(__file__).parent.parent.parent / folder)
-    program = "import meshway.launch.recipe_text"
+    program = "import meshway.launch.recipe.text"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     shown = subprocess.run(
         [sys.executable, "-S", "-c", program], capture_output=True, text=True, env=environment, cwd=tmp_path

@@ -29,10 +29,11 @@ from meshway.framework.data import vocabularies
 from meshway.framework.data.vocabularies import SentencePiece
 from meshway.framework.errors import UserError
 from meshway.framework.training.run_directory import RunDirectory
-from meshway.framework.training.trees import flatten
-from meshway.launch import cli, config, convert_out
+from meshway.framework.trees import flatten
+from meshway.launch import cli, convert_out
 from meshway.launch.convert import convert
 from meshway.launch.invocation import Invocation
+from meshway.launch.recipe import config
 
 
 def edit(directory, **fields):

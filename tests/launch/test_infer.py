@@ -18,14 +18,13 @@ from meshway.framework.data.vocabularies import Opaque
 from meshway.framework.data.vocabulary import Framing
 from meshway.framework.errors import UserError
 from meshway.framework.inference.beam_search import BeamSearch
-from meshway.framework.inference.buckets import doubling
-from meshway.framework.inference.bulk.reader import Example
-from meshway.framework.inference.bulk.work import Predict
+from meshway.framework.inference.bulk.batches import Predict
+from meshway.framework.inference.bulk.inputs import Example
 from meshway.framework.inference.decoding import Decoded, Stop
 from meshway.framework.inference.predictor import Predictor
+from meshway.framework.inference.rows import Text, doubling
 from meshway.framework.inference.sampling import Sampling
-from meshway.framework.inference.text import Text
-from meshway.framework.planning.compilations import Compilations
+from meshway.framework.telemetry.profiler import Compilations
 from meshway.framework.training.run_directory import RunDirectory
 from meshway.launch import cli
 from meshway.launch.infer import open_recipe

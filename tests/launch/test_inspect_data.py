@@ -14,7 +14,8 @@ from meshway.framework.data.inspection.figures import Sample, inspect
 from meshway.framework.data.passthrough import PassThrough
 from meshway.framework.data.vocabularies import Bytes
 from meshway.framework.errors import UserError
-from meshway.launch import cli, inspect_data
+from meshway.launch import cli
+from meshway.launch import inspect as inspect_data
 from meshway.launch import inspect as verb
 
 GOLDEN = """\

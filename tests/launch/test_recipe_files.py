@@ -3,8 +3,8 @@
 import pytest
 
 from meshway.framework.errors import UserError
-from meshway.launch.recipe_files import GinFiles
-from meshway.launch.recipe_text import Place, parse_flag
+from meshway.launch.recipe.files import GinFiles
+from meshway.launch.recipe.text import Place, parse_flag
 
 
 def read(lab, verb: str = "train", **options) -> dict:

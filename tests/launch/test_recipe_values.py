@@ -7,8 +7,9 @@ import pytest
 from tiers import tiers
 
 from meshway.framework.errors import UserError
-from meshway.launch import cli, config
+from meshway.launch import cli
 from meshway.launch.invocation import Invocation
+from meshway.launch.recipe import config
 
 GIN = Path(__file__).parent.parent.parent / "gin"
 MORE = ("MODEL_DIR='run'", "MIXTURE_OR_TASK_NAME='a'", "TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 8}")

@@ -8,8 +8,9 @@ import jax
 import pytest
 from tiny import DECODERS, ENCODER_DECODERS, ENCODERS, FAMILIES, MIXTURES, VISION, program
 
-from meshway.launch import cli, config
+from meshway.launch import cli
 from meshway.launch.invocation import Invocation
+from meshway.launch.recipe import config
 
 ROOT = Path(__file__).parent.parent.parent
 GOLDENS = ROOT / "tests" / "goldens" / "recipes"

@@ -4,7 +4,7 @@ import pytest
 
 from meshway.framework.errors import UserError
 from meshway.launch.invocation import Invocation
-from meshway.launch.run_recipe import of_run
+from meshway.launch.recipe.files import of_run
 
 
 def invocation(*bindings, **options):

@@ -14,15 +14,14 @@ from meshway.framework.conversion.tokenizer_files import read_vocabulary
 from meshway.framework.data.vocabularies import read_framing
 from meshway.framework.data.vocabulary import Framing
 from meshway.framework.errors import UserError
-from meshway.framework.inference.bulk.reader import Reader
-from meshway.framework.inference.bulk.record import Record
+from meshway.framework.inference.bulk.inputs import Reader, Record
 from meshway.framework.inference.predictor import Predictor
-from meshway.framework.inference.rows import RowFormat
-from meshway.framework.inference.text import load_text
+from meshway.framework.inference.rows import RowFormat, load_text
 from meshway.framework.training.run_directory import RunDirectory
-from meshway.launch import config, train
+from meshway.launch import train
 from meshway.launch.convert import convert
 from meshway.launch.invocation import Invocation
+from meshway.launch.recipe import config
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "hugging_face"
 

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from meshway.framework.results.records import Records
+from meshway.framework.evaluation.records import Records
+from meshway.framework.telemetry.timeline import Timeline
+from meshway.framework.telemetry.writers import json_line
 from meshway.framework.training.run_directory import RunDirectory
-from meshway.framework.training.timeline import Timeline
-from meshway.framework.training.writers import json_line
 from meshway.launch import cli
 
 

@@ -11,10 +11,10 @@ import pytest
 
 from meshway.framework.data.vocabularies import Bytes, load
 from meshway.framework.errors import UserError
+from meshway.framework.evaluation.records import Records
+from meshway.framework.optimizers import optimizers
 from meshway.framework.partitioning.mesh import MeshShape
 from meshway.framework.partitioning.partitioner import Layout
-from meshway.framework.results.records import Records
-from meshway.framework.training import optimizers
 from meshway.framework.training.loop import Periods
 from meshway.framework.training.program import TrainProgram
 from meshway.framework.training.run_directory import RunDirectory

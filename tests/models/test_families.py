@@ -7,8 +7,8 @@ import pytest
 from tiny import DECODERS, program
 
 from meshway.framework.errors import UserError
-from meshway.launch import config
 from meshway.launch.invocation import Invocation
+from meshway.launch.recipe import config
 
 LENGTH, PROMPT = 7, 3
 VARIANTS = {  # of the language model: ways to know places that no family above ships

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from tiny import LENGTHS, MIXTURES, ONE_LAYER, program
 
-from meshway.framework.training.trees import flatten
-from meshway.launch import cli, config
+from meshway.framework.trees import flatten
+from meshway.launch import cli
 from meshway.launch.invocation import Invocation
+from meshway.launch.recipe import config
 
 
 def test_the_active_parameters_of_mixtral_are_the_published_ones():

@@ -10,15 +10,15 @@ import pytest
 from tiny import FAMILIES, greedy, program
 
 from meshway.models.layers import attention, positions, rotary
-from meshway.models.layers.reports import Reports
+from meshway.models.layers.side_outputs import Reports
 from meshway.models.losses import CrossEntropy
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
 
 
 def model_of(family, size, *bindings):
-    from meshway.launch import config
     from meshway.launch.invocation import Invocation
+    from meshway.launch.recipe import config
 
     invocation = Invocation(
         verb="bench",

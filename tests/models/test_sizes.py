@@ -11,8 +11,8 @@ import pytest
 from tiers import tiers
 
 from meshway.framework.partitioning.partitioner import path_name
-from meshway.launch import config
 from meshway.launch.invocation import Invocation
+from meshway.launch.recipe import config
 
 GOLDENS = Path(__file__).parent.parent / "goldens" / "parameters"
 GIN = Path(__file__).parent.parent.parent / "gin" / "models"

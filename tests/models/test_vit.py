@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from tiny import VISION
 
-from meshway.launch import config
 from meshway.launch.invocation import Invocation
-from meshway.models import vit
+from meshway.launch.recipe import config
 from meshway.models.classifier import Classifier
+from meshway.models.vision import vit
 
 
 def program(family, *bindings, layout="single"):

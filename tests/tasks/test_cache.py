@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from meshway.tasks.cache import cache_directory, cached_file
+from meshway.tasks.registry import cache_directory, cached_file
 
 
 def test_the_directory_follows_the_environment(monkeypatch, tmp_path):
@@ -38,7 +38,7 @@ def test_a_place_that_cannot_be_written_is_named(monkeypatch, tmp_path):
 def test_processes_that_race_all_succeed_and_leave_one_whole_file(monkeypatch, tmp_path):
     code = """if True:
         import pathlib, sys, time
-        from meshway.tasks.cache import cached_file
+        from meshway.tasks.registry import cached_file
         here = pathlib.Path(sys.argv[1])
 
         def make():

@@ -5,8 +5,8 @@ import sys
 import polib
 import pytest
 
-from meshway.framework.data.seqio_door import import_seqio
-from meshway.tasks import catalogues
+from meshway.framework.data.seqio_adapter import import_seqio
+from meshway.tasks import gettext
 
 seqio = import_seqio()
 
@@ -21,8 +21,8 @@ RUSSIAN = (
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MESHWAY_CACHE_DIR", str(tmp_path))
-    catalogues._messages.cache_clear()
-    catalogues.messages.cache_clear()
+    gettext._messages.cache_clear()
+    gettext.messages.cache_clear()
     return tmp_path
 
 
@@ -35,7 +35,7 @@ def catalogue(path, *entries, plurals=RUSSIAN):
 
 
 def extracted(*paths):
-    return [catalogues.Message(*entry) for entry in catalogues.json.loads(catalogues._extract(list(paths)))]
+    return [gettext.Message(*entry) for entry in gettext.json.loads(gettext._extract(list(paths)))]
 
 
 def test_what_is_translated_is_found_once_with_its_context(tmp_path):
@@ -51,10 +51,10 @@ def test_what_is_translated_is_found_once_with_its_context(tmp_path):
     )
     second = catalogue(tmp_path / "second.po", entry(msgid="Yes", msgstr="Ага"), entry(msgid="Home", msgstr="Дом"))
     assert extracted(first, second) == [
-        catalogues.Message("Yes", "", "Yes", "Да"),
-        catalogues.Message("May", "full month", "May", "Май"),
-        catalogues.Message("May", "", "May", "май"),
-        catalogues.Message("Home", "", "Home", "Дом"),
+        gettext.Message("Yes", "", "Yes", "Да"),
+        gettext.Message("May", "full month", "May", "Май"),
+        gettext.Message("May", "", "May", "май"),
+        gettext.Message("Home", "", "Home", "Дом"),
     ]
 
 
@@ -73,7 +73,7 @@ def test_plurals_give_an_example_for_each_form_at_its_first_count(tmp_path):
 
 def test_every_form_of_every_language_of_django_has_a_count():
     """But those that only fractions take, for which Django has no message."""
-    for path in catalogues._catalogues("*", "po"):
+    for path in gettext._catalogues("*", "po"):
         if path.parts[-5:-3] != ("conf", "locale"):
             continue
         rule = polib.pofile(str(path)).metadata.get("Plural-Forms")
@@ -81,11 +81,11 @@ def test_every_form_of_every_language_of_django_has_a_count():
             continue
         expression = rule.split("plural=", 1)[1].rstrip("; ")
         index = importlib.import_module("gettext").c2py(expression)
-        assert {index(count) for count in catalogues._COUNTS} == {index(n) for n in [*range(300), 1_000_000]}, path
+        assert {index(count) for count in gettext._COUNTS} == {index(n) for n in [*range(300), 1_000_000]}, path
 
 
 def test_registering_reads_no_catalogue_and_can_be_repeated(cache, monkeypatch):
-    monkeypatch.setattr(catalogues, "_extract", None)
+    monkeypatch.setattr(gettext, "_extract", None)
     for _ in range(2):
         importlib.reload(tasks)
         names = [name for name in seqio.TaskRegistry.names() if name.startswith("django_po_")]
@@ -98,7 +98,7 @@ def test_registering_reads_no_catalogue_and_can_be_repeated(cache, monkeypatch):
 def test_a_language_reads_as_translations_and_is_counted(cache):
     task = seqio.get_mixture_or_task("django_po_pl")
     texts = {}
-    for split in catalogues.SPLITS:
+    for split in gettext.SPLITS:
         examples = list(task.get_dataset(None, split, shuffle=False).as_numpy_iterator())
         assert len(examples) == task.num_input_examples(split)
         for example in examples:
@@ -116,12 +116,12 @@ def test_a_language_reads_as_translations_and_is_counted(cache):
 def test_a_message_is_in_one_split_in_all_languages(cache):
     sides = {}
     for locale in ("de", "fr", "zh_Hans", "ar"):
-        for split in catalogues.SPLITS:
-            for message in catalogues.messages(locale, split):
+        for split in gettext.SPLITS:
+            for message in gettext.messages(locale, split):
                 assert sides.setdefault(message.key, split) == split
-        share = len(catalogues.messages(locale, "validation")) / len(catalogues._messages(locale))
+        share = len(gettext.messages(locale, "validation")) / len(gettext._messages(locale))
         assert 0.03 < share < 0.07
-    assert catalogues.split_of("Email address") == catalogues.split_of("email address:")
+    assert gettext.split_of("Email address") == gettext.split_of("email address:")
 
 
 def test_rates_follow_the_number_of_messages_tempered(cache):
@@ -131,14 +131,14 @@ def test_rates_follow_the_number_of_messages_tempered(cache):
 
 
 def test_names_of_languages_are_djangos():
-    names = [catalogues.language(locale) for locale in ("pt_BR", "zh_Hans", "sr_Latn", "xx")]
+    names = [gettext.language(locale) for locale in ("pt_BR", "zh_Hans", "sr_Latn", "xx")]
     assert names == ["Brazilian Portuguese", "Simplified Chinese", "Serbian Latin", "xx"]
 
 
 def test_the_extra_is_named_where_a_package_is_missing(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "polib", None)
     with pytest.raises(ValueError, match=r"package 'polib'.*pip install 'meshway\[gettext\]'"):
-        catalogues._extract([])
+        gettext._extract([])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"package 'django'.*pip install 'meshway\[gettext\]'"):
-        catalogues.locales()
+        gettext.locales()

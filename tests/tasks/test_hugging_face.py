@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from meshway.framework.data.seqio_door import import_seqio
+from meshway.framework.data.seqio_adapter import import_seqio
 
 seqio = import_seqio()
 import tensorflow as tf  # noqa: E402

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from meshway.framework.data.seqio_door import import_seqio
+from meshway.framework.data.seqio_adapter import import_seqio
 
 seqio = import_seqio()
 import tensorflow as tf  # noqa: E402

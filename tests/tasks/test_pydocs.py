@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from meshway.framework.data.features import EncoderDecoder, LanguageModel, PrefixLanguageModel
-from meshway.framework.data.seqio_door import import_seqio
+from meshway.framework.data.seqio_adapter import import_seqio
 from meshway.framework.data.seqio_loader import SeqioData
 from meshway.tasks import corpus
 

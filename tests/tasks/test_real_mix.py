@@ -2,7 +2,7 @@ import importlib
 
 import pytest
 
-from meshway.framework.data.seqio_door import import_seqio
+from meshway.framework.data.seqio_adapter import import_seqio
 
 seqio = import_seqio()
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from meshway.framework.data.seqio_door import import_seqio
+from meshway.framework.data.seqio_adapter import import_seqio
 
 seqio = import_seqio()
 import tensorflow as tf  # noqa: E402
@@ -66,7 +66,7 @@ def test_racing_processes_end_with_one_whole_file(cache):
     code = """if True:
         import sys
         sys.path.insert(0, sys.argv[1])
-        from meshway.framework.data.seqio_door import import_seqio
+        from meshway.framework.data.seqio_adapter import import_seqio
         import_seqio()
         import test_vocabularies
         v = test_vocabularies.small()

@@ -4,10 +4,8 @@ import dataclasses
 from typing import Any
 
 from meshway.framework.conversion.family import Family
-from meshway.framework.conversion.forms import Form
-from meshway.framework.conversion.patterns import Layers, Window
-from meshway.framework.conversion.rope import Rope
-from meshway.framework.conversion.rules import Rule
+from meshway.framework.conversion.positions import Layers, Rope, Window
+from meshway.framework.conversion.rules import Form, Rule
 from meshway.framework.conversion.settings import Fixed, HeadDim, Same, Setting, Table, activation, same_in_words
 
 LAYER = "{base}layers.{layer}."

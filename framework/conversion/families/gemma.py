@@ -13,10 +13,8 @@ from meshway.framework.conversion.families.decoders import (
     OURS,
     SIZES,
 )
-from meshway.framework.conversion.forms import Form
-from meshway.framework.conversion.patterns import Layers
-from meshway.framework.conversion.rope import Rope
-from meshway.framework.conversion.rules import Rule
+from meshway.framework.conversion.positions import Layers, Rope
+from meshway.framework.conversion.rules import Form, Rule
 from meshway.framework.conversion.settings import Fixed, InverseRoot, Same, activation
 
 _NORMS = tuple(

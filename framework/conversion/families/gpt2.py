@@ -1,8 +1,7 @@
 """GPT-2: learned positions, LayerNorm with biases, queries, keys and values in one tensor, kernels as [in, out]."""
 
 from meshway.framework.conversion.family import Family
-from meshway.framework.conversion.forms import Form
-from meshway.framework.conversion.rules import Rule
+from meshway.framework.conversion.rules import Form, Rule
 from meshway.framework.conversion.settings import Fixed, HeadDim, Same, activation, same_in_words
 
 _LAYER, _OURS = "{base}h.{layer}.", "decoder/{block}/"

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from meshway.framework.conversion.family import OWN_OUTPUT, Family
-from meshway.framework.conversion.forms import Form
-from meshway.framework.conversion.rules import Rule
+from meshway.framework.conversion.rules import Form, Rule
 from meshway.framework.conversion.settings import (
     ACTIVATIONS,
     Bindings,

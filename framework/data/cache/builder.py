@@ -15,14 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from meshway.framework.data import seqio_door, seqio_steps
+from meshway.framework.data import seqio_adapter, seqio_steps
 from meshway.framework.data.cache import fingerprint as task_fingerprint
 from meshway.framework.data.cache import format as cache_format
-from meshway.framework.data.cache import summary as cache_summary
-from meshway.framework.data.cache.progress import CacheProgress
+from meshway.framework.data.cache import shards as cache_summary
+from meshway.framework.data.cache.directory import working
 from meshway.framework.data.cache.shards import Shard, failures_of, finished_shard, replace
-from meshway.framework.data.cache.work import working
-from meshway.framework.data.cache.workers import Job, run_jobs
+from meshway.framework.data.cache.workers import CacheProgress, Job, run_jobs
 from meshway.framework.data.objective import FeatureInfo
 from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.files import local_path
@@ -188,7 +187,7 @@ def stale(task_directory: Path, task: Any) -> list[str]:
       UserError: nothing is cached there.
     """
     info = cache_format.read_json(task_directory / "info.json")
-    with seqio_door.task_errors(task.name, "fingerprint"):
+    with seqio_adapter.task_errors(task.name, "fingerprint"):
         old = info["parts"]
         steps = task.preprocessors[: len(info["cut"]["cached"])]
         return task_fingerprint.changes(old, task_fingerprint.parts(task, steps, old["number of shards"]))
@@ -196,7 +195,7 @@ def stale(task_directory: Path, task: Any) -> list[str]:
 
 def _leaves(name: str, modules: Sequence[str], splits: Sequence[str] | None) -> list[Any]:
     """Returns the tasks of a task or mixture, without those that have none of `splits`."""
-    tasks = seqio_door.subtasks(seqio_door.find_provider(name, modules))
+    tasks = seqio_adapter.subtasks(seqio_adapter.find_provider(name, modules))
     found = [task for task in tasks if _wanted(task, splits)]
     for split in splits or ():
         if not any(split in _wanted(task, [split]) for task in tasks):
@@ -206,7 +205,7 @@ def _leaves(name: str, modules: Sequence[str], splits: Sequence[str] | None) -> 
 
 
 def _wanted(task: Any, splits: Sequence[str] | None) -> list[str]:
-    with seqio_door.task_errors(task.name, "splits"):
+    with seqio_adapter.task_errors(task.name, "splits"):
         return [split for split in task.splits if splits is None or split in splits]
 
 
@@ -241,7 +240,7 @@ def _plan(
         num_shards = old["parts"]["number of shards"] if old else NUM_SHARDS
     wanted = _wanted(task, splits)
     cut = seqio_steps.cut(task)
-    with seqio_door.task_errors(task.name, "fingerprint"):
+    with seqio_adapter.task_errors(task.name, "fingerprint"):
         parts = task_fingerprint.parts(task, cut.cached, num_shards)
     reading = {  # what may change without the examples
         "cut": {

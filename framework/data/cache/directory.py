@@ -1,8 +1,14 @@
-"""Where tasks are cached when nobody says where."""
+"""Where caches of tasks lie, and the folder in which a builder keeps files under way."""
 
+import contextlib
+import fcntl
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+from meshway.framework.data.cache.shards import failures_of
 from meshway.framework.files import local_path
 
 
@@ -12,3 +18,59 @@ def cache_directory() -> Path:
         return local_path(own) / "tasks"
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "meshway" / "tasks"
+
+
+_PREFIX = ".building-"
+_LOCK = "lock"
+
+
+@contextlib.contextmanager
+def working(directory: Path) -> Iterator[Path]:
+    """Gives a fresh folder inside `directory`, of this process alone, for as long as the block lasts.
+
+    It is locked meanwhile; folders that no living process has locked are removed first.
+
+    Raises:
+      EnvironmentFailure: the directory cannot be written.
+    """
+    with failures_of(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        for left in directory.glob(f"{_PREFIX}*"):
+            _remove_if_dead(left)
+        work, lock = _new_folder(directory)
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        os.close(lock)
+
+
+def _new_folder(directory: Path) -> tuple[Path, int]:
+    """Returns a fresh folder and its lock, held."""
+    while True:  # until it is locked before another builder takes it for a dead one's
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=directory))
+        try:
+            lock = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR)
+        except FileNotFoundError:
+            continue
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (folder / _LOCK).exists():
+            return folder, lock
+        os.close(lock)
+
+
+def _remove_if_dead(folder: Path) -> None:
+    """Removes a builder's folder unless it holds the lock; one without a lock file was killed, or starts just now."""
+    try:
+        lock = os.open(folder / _LOCK, os.O_RDWR)
+    except OSError:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # only if empty
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(lock)

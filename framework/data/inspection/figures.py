@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 
 from meshway.framework.data.cache.format import CachedSplit
-from meshway.framework.data.inspection.decoded_rows import DecodedRow, decode_rows, sides
-from meshway.framework.data.inspection.special_tokens import (
+from meshway.framework.data.inspection.decoded_rows import (
+    DecodedRow,
     Written,
+    decode_rows,
     reads_special_tokens,
     sampled,
     segments,
     sentence,
+    sides,
 )
 from meshway.framework.data.objective import Spec
 from meshway.framework.data.rows.examples import Stepped

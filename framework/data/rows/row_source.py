@@ -16,7 +16,7 @@ import numpy as np
 
 from meshway.framework.data.objective import Items, Objective
 from meshway.framework.data.rows.examples import Examples, check_ids
-from meshway.framework.data.rows.order import key_of, permute, seeds
+from meshway.framework.data.rows.mixing import key_of, permute, seeds
 from meshway.framework.data.rows.packing import Arrays, Placement, best_fit
 from meshway.framework.errors import UserError
 

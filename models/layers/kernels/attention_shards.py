@@ -90,7 +90,7 @@ def operands(
     queries, keys = Queries(query), Keys(key, value)
     by_head, terms = ByHead(sinks=sinks), Terms(False, None, *blocks, soft_cap=soft_cap)
     if mask is not None:
-        queries, keys = queries._replace(sight=mask.queries), keys._replace(sight=mask.keys)
+        queries, keys = queries._replace(metadata=mask.queries), keys._replace(metadata=mask.keys)
         terms = dataclasses.replace(terms, causal=mask.causal, window=mask.window)
     if bias is not None:
         queries, keys = queries._replace(positions=bias.query_positions), keys._replace(positions=bias.kv_positions)
@@ -262,11 +262,11 @@ def _specs(given: Operands, by_head: tuple[str, ...]) -> Any:
 
     queries, keys = given.queries, given.keys
     return (
-        Queries(spec(QUERY, queries.query), *row_spec("length", (queries.sight, queries.positions))),
+        Queries(spec(QUERY, queries.query), *row_spec("length", (queries.metadata, queries.positions))),
         Keys(
             spec(KEY, keys.key),
             spec(KEY, keys.value),
-            row_spec("kv_length", keys.sight),
+            row_spec("kv_length", keys.metadata),
             row_spec("kv_length", keys.positions),
             row_spec("kv_length", keys.real),
             None if keys.kept is None else spec(KEY[:3], keys.kept),

@@ -1,17 +1,326 @@
-"""The kernel that attention uses unless told otherwise: whichever is best for the platform and what is asked for."""
+"""The kernel that attention uses unless told otherwise: what each can do, and those made for one accelerator."""
 
 import dataclasses
 import functools
 import logging
-from typing import Unpack
+from collections.abc import Callable
+from typing import Any, Unpack
 
 import jax
+import jax.numpy as jnp
 
-from meshway.models.layers.kernels.attention_shards import Cut, cut_of
-from meshway.models.layers.kernels.choice import Call, Choice, choose, describe
+from meshway.models.layers.kernels.attention_shards import Cut, Operands, by_blocks, cut_of, on_shards, operands
 from meshway.models.layers.kernels.chunked import ChunkedAttention
-from meshway.models.layers.kernels.fused import CudnnAttention, SplashAttention
 from meshway.models.layers.kernels.reference import Kernel, Options, dot_product_attention
+from meshway.models.layers.kernels.scores import ByHead, Keys, Queries, Terms
+from meshway.models.layers.masks import Mask
+from meshway.models.layers.positions import PositionBias
+
+# Scores of one head and row up to which the reference is as quick, and its memory no matter. Measured on CPU (by
+# `meshway bench attention`); elsewhere a guess, since chunks are many small kernels there.
+REFERENCE_SCORES = {"cpu": 512 * 512, "cuda": 1024 * 1024, "rocm": 1024 * 1024, "tpu": 1024 * 1024}
+LANES = 128  # splash works on multiples of so many queries and keys
+CUDNN_HEAD_DIM = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What one call of attention asks for.
+
+    Attributes:
+      length, kv_length, head_dim: of queries and keys.
+      dtype: of queries.
+      causal, window, segments, prefix: what the mask hides; `segments` packs or pads.
+      ordered: whether tokens stand in the row as they are numbered, queries and keys alike.
+      table, slopes: which biases there are on scores.
+      soft_cap, sinks, dropout: whether there are any.
+      by_blocks: whether mask and bias are known for any block, not only in full.
+      cut: which of "length", "kv_length" and "head_dim" the mesh cuts.
+      apart: whether it cuts keys' length, and by other axes than queries'.
+    """
+
+    length: int
+    kv_length: int
+    head_dim: int
+    dtype: str = "float32"
+    causal: bool = False
+    window: int | None = None
+    segments: bool = False
+    prefix: bool = False
+    ordered: bool = True
+    table: bool = False
+    slopes: bool = False
+    soft_cap: bool = False
+    sinks: bool = False
+    dropout: bool = False
+    by_blocks: bool = True
+    cut: tuple[str, ...] = ()
+    apart: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A kernel's name ("reference", "chunked", "cudnn" or "splash"), and why it is this one."""
+
+    name: str
+    reason: str
+
+
+def choose(platform: str, call: Call) -> Choice:
+    """Returns who computes a call on a platform ("cpu", "cuda", "rocm", "tpu").
+
+    The fastest that can: splash on TPUs, cuDNN on CUDA; where these cannot, or there is none, the reference for few
+    scores and chunked attention for many, which both know everything.
+    """
+    if not call.by_blocks:
+        return Choice("reference", "the mask or the bias is known in full only")
+    if "head_dim" in call.cut:
+        return Choice("reference", "the layout cuts head_dim")
+    why = ""
+    for fused, at_home, refuses in (("splash", "tpu", splash_refuses), ("cudnn", "cuda", cudnn_refuses)):
+        if platform == at_home:
+            refusal = refuses(call)
+            if refusal is None:
+                return Choice(fused, f"the quickest on {platform} for what is asked")
+            why = f"; no {fused}: {refusal}"
+    pairs = call.length * call.kv_length
+    if pairs <= REFERENCE_SCORES.get(platform, 512 * 512):
+        return Choice("reference", f"{call.length} x {call.kv_length} scores are few{why}")
+    if call.apart:
+        return Choice("reference", f"the layout cuts the keys' length by other axes than the queries'{why}")
+    return Choice("chunked", f"{call.length} x {call.kv_length} scores are many{why}")
+
+
+def splash_refuses(call: Call) -> str | None:
+    """Returns what splash attention cannot do of a call, None if it can do all: it knows masks that follow from places
+    and segments, soft caps, sinks and key heads fewer than query heads, but no bias, no dropout and no odd lengths."""
+    refusal = _unfused(call)
+    if refusal is None and (call.length % LANES or call.kv_length % LANES):
+        refusal = f"its lengths are multiples of {LANES}, not {call.length} and {call.kv_length}"
+    return refusal
+
+
+def cudnn_refuses(call: Call) -> str | None:
+    """Returns what cuDNN's attention cannot do of a call, None if it can do all: it knows causal masks and windows in
+    them, 16-bit numbers only, and of jax's door to it no segments, soft caps or sinks."""
+    if call.dtype not in ("bfloat16", "float16"):
+        return f"it computes in bfloat16 or float16, not {call.dtype}"
+    for name, asked in (("segments", call.segments), ("soft caps", call.soft_cap), ("sinks", call.sinks)):
+        if asked:
+            return f"it knows no {name}"
+    if call.head_dim % 8 or call.head_dim > CUDNN_HEAD_DIM:
+        return f"head_dim is a multiple of 8 up to {CUDNN_HEAD_DIM}, not {call.head_dim}"
+    if call.window is not None and not call.causal:
+        return "its windows are causal"
+    return _unfused(call)
+
+
+def _unfused(call: Call) -> str | None:
+    """Returns what neither of the fused kernels can do of a call."""
+    for name, asked in (("biases", call.table or call.slopes), ("dropout", call.dropout), ("prefixes", call.prefix)):
+        if asked:
+            return f"it knows no {name}"
+    if not call.by_blocks:
+        return "the mask is known in full only"
+    if call.cut:
+        return f"the layout cuts {' and '.join(call.cut)}"
+    if (call.causal or call.window is not None) and not (call.ordered and call.length == call.kv_length):
+        return "it numbers the tokens of queries and keys itself, and here they stand elsewhere in the row"
+    return None
+
+
+def describe(
+    query: jax.Array,
+    key: jax.Array,
+    *,
+    cut: Cut | None,
+    bias: PositionBias | None = None,
+    mask: Mask | None = None,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    rng: jax.Array | None = None,
+) -> Call:
+    """Returns what the arguments of a `Kernel` ask for, under `cut`."""
+    metadata = [] if mask is None else [metadata for metadata in (mask.queries, mask.keys) if metadata is not None]
+    dims = {} if cut is None else {"length": cut.length, "kv_length": cut.kv_length, "head_dim": cut.head_dim}
+    return Call(
+        length=query.shape[1],
+        kv_length=key.shape[1],
+        head_dim=query.shape[3],
+        dtype=jnp.dtype(query.dtype).name,
+        causal=mask is not None and mask.causal,
+        window=None if mask is None else mask.window,
+        segments=bool(metadata) and all(metadata.segments is not None for metadata in metadata),
+        prefix=bool(metadata) and all(metadata.prefix is not None for metadata in metadata),
+        ordered=all(metadata.ordered for metadata in metadata),
+        table=bias is not None and getattr(bias, "table", None) is not None,
+        slopes=bias is not None and getattr(bias, "slopes", None) is not None,
+        soft_cap=soft_cap is not None,
+        sinks=sinks is not None,
+        dropout=rng is not None and dropout_rate > 0.0,
+        by_blocks=by_blocks(bias, mask),
+        cut=tuple(name for name, axes in dims.items() if cut is not None and cut.parts(axes) > 1),
+        apart=cut is not None and cut.kv_length not in ((), cut.length),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SplashAttention:
+    """A `Kernel` for TPUs: jax's splash attention, written in Pallas, which skips blocks that its mask hides.
+
+    It knows causal and full masks, windows, packed segments, soft caps, sinks and fewer key heads than query heads, at
+    lengths that are multiples of 128; rows and heads may be cut. It has no biases, prefixes or dropout.
+
+    Attributes:
+      block: most queries and keys of one block.
+      interpret: run it as plain jax, on any platform and slowly: for tests.
+    """
+
+    block: int = 512
+    interpret: bool = False
+
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Unpack[Options]) -> jax.Array:
+        """See `dot_product_attention`; padding attends to padding.
+
+        Raises:
+          ValueError: something it cannot do; see `choice.splash_refuses`.
+        """
+        return _fused("SplashAttention", splash_refuses, self._attend, query, key, value, options)
+
+    def _attend(self, terms: Terms) -> "Splash":
+        return Splash(terms, self.block, self.interpret)
+
+
+@dataclasses.dataclass(frozen=True)
+class CudnnAttention:
+    """A `Kernel` for NVIDIA GPUs: cuDNN's flash attention, by `jax.nn.dot_product_attention`.
+
+    It knows causal and full attention, windows in causal attention, and fewer key heads than query heads, in bfloat16
+    or float16, with a head_dim that is a multiple of 8 up to 128; rows and heads may be cut. jax's door to it has no
+    packed segments, and it has no biases, prefixes, soft caps, sinks or dropout like ours.
+    """
+
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Unpack[Options]) -> jax.Array:
+        """See `dot_product_attention`.
+
+        Raises:
+          ValueError: something it cannot do; see `choice.cudnn_refuses`.
+        """
+        return _fused("CudnnAttention", cudnn_refuses, Cudnn, query, key, value, options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Splash:
+    """Splash attention on plain local arrays."""
+
+    terms: Terms
+    block: int
+    interpret: bool
+
+    def __call__(self, queries: Queries, keys: Keys, by_head: ByHead) -> jax.Array:
+        """Returns [batch, length, heads, head_dim]."""
+        from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import, and of use on TPUs
+
+        batch, length, heads, _ = queries.query.shape
+        shape = (length, keys.key.shape[1])
+        mask: Any = splash.FullMask(shape)
+        if self.terms.window is not None:
+            reach = self.terms.window - 1
+            mask = splash.LocalMask(shape, (reach, 0 if self.terms.causal else reach), offset=0)
+        elif self.terms.causal:
+            mask = splash.CausalMask(shape)
+        q, kv = (_block(size, self.block) for size in shape)
+        kernel = splash.make_splash_mha(
+            splash.MultiHeadMask([mask] * heads),
+            block_sizes=splash.BlockSizes(q, kv, kv, q, kv, kv, q, kv),
+            head_shards=1,
+            q_seq_shards=1,
+            attn_logits_soft_cap=self.terms.soft_cap,
+            interpret=self.interpret,
+        )
+        rows = [None if side.metadata is None else side.metadata.segments for side in (queries, keys)]
+        segments = None
+        if all(x is not None for x in rows):
+            segments = splash.SegmentIds(*(jnp.broadcast_to(x, (batch, x.shape[1])) for x in rows if x is not None))
+        heads_first = (jnp.swapaxes(x, 1, 2) for x in (queries.query, keys.key, keys.value))
+        out = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))(*heads_first, segments, by_head.sinks)
+        return jnp.swapaxes(out, 1, 2).astype(queries.query.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cudnn:
+    """cuDNN's attention on plain local arrays."""
+
+    terms: Terms
+
+    def __call__(self, queries: Queries, keys: Keys, by_head: ByHead) -> jax.Array:
+        """Returns [batch, length, heads, head_dim]."""
+        window = None if self.terms.window is None else (self.terms.window - 1, 0)
+        return jax.nn.dot_product_attention(
+            queries.query,
+            keys.key.astype(queries.query.dtype),
+            keys.value.astype(queries.query.dtype),
+            scale=1.0,
+            is_causal=self.terms.causal,
+            local_window_size=window,
+            implementation="cudnn",
+        )
+
+
+Attend = Callable[[Queries, Keys, ByHead], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Differentiated:
+    """A function of local arrays that jax can differentiate, as a `ShardKernel`; `attend` is hashable."""
+
+    attend: Attend
+
+    def forward(self, queries: Queries, keys: Keys, by_head: ByHead) -> tuple[jax.Array, Any]:
+        """Returns the output, and the function that turns its gradient back."""
+
+        def of(query: jax.Array, key: jax.Array, value: jax.Array, sinks: jax.Array | None) -> jax.Array:
+            mine = queries._replace(query=query), keys._replace(key=key, value=value), by_head._replace(sinks=sinks)
+            return self.attend(*mine)
+
+        return jax.vjp(of, queries.query, keys.key, keys.value, by_head.sinks)
+
+    def backward(self, saved: Any, gradient: jax.Array) -> tuple[Queries, Keys, ByHead]:
+        """Turns the gradient back."""
+        query, key, value, sinks = saved(gradient)
+        return Queries(query), Keys(key, value), ByHead(sinks=sinks)
+
+
+def _fused(
+    name: str,
+    refuses: Callable[[Call], str | None],
+    attend: Callable[[Terms], Attend],
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    options: Options,
+) -> jax.Array:
+    """Computes attention by a fused kernel, on each device's rows and heads.
+
+    Raises:
+      ValueError: the kernel refuses.
+    """
+    cut = cut_of(query, key)
+    refusal = refuses(describe(query, key, **options, cut=cut))
+    if refusal is not None:
+        raise ValueError(f"{name}: {refusal}; chunked.ChunkedAttention as attention.Attention.kernel can do this")
+    given: Operands = operands(name, query, key, value, **options, blocks=(1, 1))
+    if cut is None or cut.mesh.size == 1:
+        return attend(given.terms)(given.queries, given.keys, given.by_head)
+    return on_shards(Differentiated(attend(given.terms)), given, cut, by_head=cut.heads)
+
+
+def _block(length: int, most: int) -> int:
+    """Returns the largest block up to `most` that divides a length, both multiples of `LANES`."""
+    fitting = (size for size in range(LANES, max(most, LANES) + 1, LANES) if length % size == 0)
+    return max(fitting)
+
 
 logger = logging.getLogger(__name__)
 

@@ -259,16 +259,16 @@ def _over(visited: Any, key_blocks: Keys, step: Callable[[Any, Keys, Any], Any],
 
 
 def _query_blocks(queries: Queries, kv_heads: int, terms: Terms) -> Queries:
-    rest = jax.tree.map(lambda x: _blocks(x, terms.query_block), (queries.sight, queries.positions))
+    rest = jax.tree.map(lambda x: _blocks(x, terms.query_block), (queries.metadata, queries.positions))
     return Queries(_by_head(queries.query, kv_heads, terms.query_block), *rest)
 
 
 def _key_blocks(keys: Keys, terms: Terms) -> Keys:
     size = min(terms.kv_block, keys.key.shape[1])
     keys = filled(keys, size)
-    sight, positions, real = jax.tree.map(lambda x: _blocks(x, size), (keys.sight, keys.positions, keys.real))
+    metadata, positions, real = jax.tree.map(lambda x: _blocks(x, size), (keys.metadata, keys.positions, keys.real))
     kept = None if keys.kept is None else _by_head(keys.kept, keys.key.shape[2], size).swapaxes(3, 4)
-    return Keys(_by_kv_head(keys.key, size), _by_kv_head(keys.value, size), sight, positions, real, kept)
+    return Keys(_by_kv_head(keys.key, size), _by_kv_head(keys.value, size), metadata, positions, real, kept)
 
 
 def _blocks(x: jax.Array, size: int) -> jax.Array:

@@ -6,8 +6,8 @@ from typing import Protocol, TypedDict, Unpack
 import jax
 import jax.numpy as jnp
 
-from meshway.models.layers.dropout import dropout
 from meshway.models.layers.masks import Mask
+from meshway.models.layers.norm import dropout
 from meshway.models.layers.positions import PositionBias
 
 HIDDEN = -1e9  # a score that softmax turns to zero, finite so that a row with nothing to see stays finite

@@ -39,8 +39,8 @@ class RingAttention:
     With `balanced`, self-attention that is causal and has no prefix first swaps halves of parts among devices, so that
     device j of n works on halves j and 2n-1-j of the row's 2n (as Llama 3 cuts, Dubey et al. 2024, section 3.3.2): each
     step then is two blocks of half by half on every device, where the plain ring makes some compute four and others
-    none. It relies on `Sight.places` growing along the row. A prefix, which later tokens of it see, and cross-attention
-    go the plain way round; blocks in which nothing is seen are skipped in either.
+    none. It relies on `AttentionMetadata.places` growing along the row. A prefix, which later
+    tokens of it see, and cross-attention go the plain way round; blocks in which nothing is seen are skipped in either.
     """
 
     balanced: bool = True
@@ -144,9 +144,11 @@ def _is_triangle(given: Operands) -> bool:
     queries, keys = given.queries, given.keys
     if not given.terms.causal or queries.query.shape[1] != keys.key.shape[1]:
         return False
-    assert queries.sight is not None and keys.sight is not None
-    ordered = all(sight.places is not None and sight.places.shape[0] == 1 for sight in (queries.sight, keys.sight))
-    return ordered and (queries.sight.prefix is None or keys.sight.prefix is None)
+    assert queries.metadata is not None and keys.metadata is not None
+    ordered = all(
+        metadata.places is not None and metadata.places.shape[0] == 1 for metadata in (queries.metadata, keys.metadata)
+    )
+    return ordered and (queries.metadata.prefix is None or keys.metadata.prefix is None)
 
 
 def _pairs(turn: Any, ring: Ring) -> jax.Array:

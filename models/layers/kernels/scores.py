@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from meshway.models.layers.masks import Sight, visible_keys
+from meshway.models.layers.masks import AttentionMetadata, make_key_mask
 
 FAR = jnp.iinfo(jnp.int32).max // 2  # beyond any place or segment, with room to add
 
@@ -20,12 +20,12 @@ class Queries(NamedTuple):
 
     Attributes:
       query: [batch, length, heads, head_dim], already scaled.
-      sight: who sees whom; None: everyone sees everything.
+      metadata: who sees whom; None: everyone sees everything.
       positions: int32 [rows, length], for a position bias.
     """
 
     query: Any
-    sight: Sight | None = None
+    metadata: AttentionMetadata | None = None
     positions: Any = None
 
 
@@ -34,14 +34,14 @@ class Keys(NamedTuple):
 
     Attributes:
       key, value: [batch, kv_length, kv_heads, head_dim].
-      sight, positions: as for queries.
+      metadata, positions: as for queries.
       real: bool [1, kv_length], False on what only fills up a block; None: all are real.
       kept: [batch, kv_length, heads], what dropout multiplies a key's attention weights by, the same for all queries.
     """
 
     key: Any
     value: Any
-    sight: Sight | None = None
+    metadata: AttentionMetadata | None = None
     positions: Any = None
     real: Any = None
     kept: Any = None
@@ -119,9 +119,9 @@ def table_gradient(gradient: jax.Array, queries: Queries, keys: Keys, by_head: B
 def seen(queries: Queries, keys: Keys, terms: Terms) -> jax.Array | None:
     """Returns which keys are seen, bool [rows, 1, queries, 1, keys]; None for all."""
     found = None if keys.real is None else keys.real[:, None, None, None, :]
-    if queries.sight is None or keys.sight is None:
+    if queries.metadata is None or keys.metadata is None:
         return found
-    visible = visible_keys(queries.sight, keys.sight, terms.causal, terms.window)[:, :, :, None, :]
+    visible = make_key_mask(queries.metadata, keys.metadata, terms.causal, terms.window)[:, :, :, None, :]
     return visible if found is None else visible & found
 
 
@@ -143,7 +143,7 @@ def visits(queries: Queries, keys: Keys, terms: Terms) -> tuple[jax.Array, jax.A
       (int32 [query blocks, key blocks], the numbers of the blocks to visit before those to leave out, and int32
       [query blocks], how many are to visit).
     """
-    mine, theirs = queries.sight, keys.sight
+    mine, theirs = queries.metadata, keys.metadata
     if mine is None or theirs is None:
         return None
     worth = jnp.ones((1, 1, 1), bool)

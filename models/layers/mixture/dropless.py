@@ -1,19 +1,23 @@
-"""Dropless dispatch: choices are sorted by expert, and each expert multiplies as many rows as chose it.
+"""Dropless dispatch: choices sorted by expert, on each device or sent to the expert's by the ragged all-to-all.
 
 Where the mesh cuts experts and tokens, tokens are gathered over the mesh axes of "expert", each device computes what
 chose its own experts, and outputs are added and scattered back. Rows are enough for the worst case, in which all tokens
 choose one device.
+
+Choices are sorted by expert, so what goes to one device lies together: one ragged all-to-all there, and one back. A
+device sends its tokens k times at most, where gathering sends them to all others. Room is still for the worst case, in
+which all choices fall on one device.
 """
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
 from meshway.models.layers.mixture.dispatch import Groups, on_devices
-from meshway.models.layers.mixture.expert_mesh import ExpertMesh
-from meshway.models.layers.mixture.experts import ExpertWeights
-from meshway.models.layers.mixture.grouped import sort_by_expert, through_experts
+from meshway.models.layers.mixture.expert_mesh import Axes, ExpertMesh
+from meshway.models.layers.mixture.experts import ExpertWeights, sort_by_expert, through_experts
 from meshway.models.layers.mixture.routers import Choices, TokenChoices
 
 
@@ -88,3 +92,131 @@ def _own(
     if mask is not None:
         mask = mask[by_expert.order // k // math.ceil(n / mask.shape[0])]
     return choices.combine(through_experts(tokens, by_expert, weights, mask))
+
+
+def ragged(
+    x: jax.Array,
+    choices: Choices,
+    real: jax.Array,
+    weights: ExpertWeights,
+    masks: jax.Array | None,
+    groups: Groups,
+    cut: ExpertMesh | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Passes every token through all the experts it chose; arguments, results and errors are those of `dropless`."""
+    del groups
+    check(choices, "ragged")
+    return on_devices(_travel, x, choices, real, weights, masks, cut)
+
+
+def _travel(
+    x: jax.Array,
+    choices: TokenChoices,
+    real: jax.Array,
+    weights: ExpertWeights,
+    mask: jax.Array | None,
+    cut: ExpertMesh | None,
+) -> tuple[jax.Array, jax.Array]:
+    """A device's tokens to their experts and back."""
+    if cut is None or not cut.exchange:
+        return on_own_experts(x, choices, real, weights, mask, cut)
+    count, k = weights.output.shape[0], choices.experts.shape[-1]
+    devices = cut.size(cut.exchange)
+    tokens = x.reshape(-1, x.shape[-1])
+    n = tokens.shape[0]
+    expert = jnp.where(real.reshape(-1, 1) > 0, choices.experts.reshape(n, k), devices * count)
+    by_expert = sort_by_expert(expert.reshape(-1), devices * count)
+    # What each device has for each expert.
+    table = jax.lax.all_gather(by_expert.sizes, cut.exchange)
+    sent = table.reshape(devices, devices, count).sum(-1)
+    arrived = exchange(by_expert.rows(tokens), sent, devices * n * k, cut.exchange)
+    masked = None
+    if mask is not None:
+        units = mask.shape[0] // devices
+        unit = (by_expert.order // k // math.ceil(n / units)).astype(jnp.int32)[:, None]
+        masked = (mask, units, _move(unit, sent, arrived.shape[0], cut.exchange)[:, 0])
+    out = _through_own(arrived, table, weights, masked, cut)
+    rows = exchange(out.astype(x.dtype), sent.T, n * k, cut.exchange)
+    y = choices.combine(by_expert.choices(rows)).astype(x.dtype)
+    return cut.reduce(y.reshape(x.shape)), k * real
+
+
+def _through_own(
+    rows: jax.Array,
+    table: jax.Array,
+    weights: ExpertWeights,
+    masked: tuple[jax.Array, int, jax.Array] | None,
+    cut: ExpertMesh,
+) -> jax.Array:
+    """Passes what arrived, [room, d_model] by source and then by expert, through a device's own experts.
+
+    Args:
+      rows: those past what was sent are zeros.
+      table: int32 [devices, experts], what each device has for each expert.
+      weights: of the own experts.
+      masked: dropout's masks [units, d_ff] of all devices, how many units each has, and each row's unit [room].
+      cut: how the layout cuts.
+    """
+    devices = table.shape[0]
+    first, count = cut.own_experts(table.shape[1])
+    own = jax.lax.dynamic_slice_in_dim(table, first, count, axis=1)
+    ends = jnp.cumsum(own.reshape(-1))
+    segment = jnp.searchsorted(ends, jnp.arange(rows.shape[0]), side="right")
+    expert = jnp.where(segment < devices * count, segment % count, count).astype(jnp.int32)
+    by_expert = sort_by_expert(expert, count)
+    mask = None
+    if masked is not None:
+        masks, units, unit = masked
+        mask = masks[(segment // count * units + unit)[by_expert.order]]
+    return through_experts(rows, by_expert, weights, mask)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def exchange(rows: jax.Array, sent: jax.Array, room: int, axes: Axes) -> jax.Array:
+    """Sends consecutive rows to each device. Inside a manual kernel only.
+
+    Args:
+      rows: [rows, features]: first those for device 0, then those for device 1, and so on.
+      sent: int32 [devices, devices], the same everywhere: how many rows the first sends to the second.
+      room: most rows that a device may get.
+      axes: the mesh axes of the devices.
+
+    Returns:
+      [room, features]: what device 0 sent here, then what device 1 did, and so on; then zeros.
+    """
+    return _move(rows, sent, room, axes)
+
+
+def _forward(rows: jax.Array, sent: jax.Array, room: int, axes: Axes) -> tuple[jax.Array, tuple[jax.Array, int]]:
+    return _move(rows, sent, room, axes), (sent, rows.shape[0])
+
+
+def _backward(room: int, axes: Axes, kept: tuple[jax.Array, int], gradient: jax.Array) -> tuple[jax.Array, None]:
+    sent, count = kept
+    return _move(gradient, sent.T, count, axes), None
+
+
+exchange.defvjp(_forward, _backward)
+
+
+def _move(rows: jax.Array, sent: jax.Array, room: int, axes: Axes) -> jax.Array:
+    me = jax.lax.axis_index(axes)
+    starts = jnp.cumsum(sent, axis=1) - sent  # where a sender's rows for each device begin
+    places = jnp.cumsum(sent, axis=0) - sent  # and where they begin in what that device gets
+
+    def travelling(rows: jax.Array) -> jax.Array:
+        empty = jnp.zeros((room, rows.shape[1]), rows.dtype)
+        offsets = (starts[me], sent[me], places[me], sent[:, me])
+        return jax.lax.ragged_all_to_all(rows, empty, *offsets, axis_name=axes)
+
+    def gathered(rows: jax.Array) -> jax.Array:
+        """The same where the backend lacks the instruction, for tests on CPU: everything to everyone."""
+        everything = jax.lax.all_gather(rows, axes)
+        ends = jnp.cumsum(sent[:, me])
+        row = jnp.arange(room)
+        source = jnp.searchsorted(ends, row, side="right")
+        known = jnp.minimum(source, ends.shape[0] - 1)
+        index = starts[known, me] + row - places[known, me]
+        return jnp.where((row < ends[-1])[:, None], everything.at[known, index].get(mode="clip"), 0)
+
+    return jax.lax.platform_dependent(rows, cpu=gathered, default=travelling)

@@ -7,7 +7,7 @@ or variances of such means: of a batch cut in microbatches they are the mean ove
 import jax
 import jax.numpy as jnp
 
-from meshway.models.layers.reports import add_metric
+from meshway.models.layers.side_outputs import add_metric
 
 
 def load(probabilities: jax.Array, loads: jax.Array, real: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from meshway.framework.conversion.hugging_face import open_model
 from meshway.framework.conversion.t5x import network_of
 from meshway.framework.conversion.t5x_files import T5XFiles
 from meshway.framework.errors import UserError
-from meshway.framework.training.trees import flatten
+from meshway.framework.trees import flatten
 
 GOLDENS = Path(__file__).parents[2] / "goldens"
 SMALL = ("D_MODEL=16", "D_FF=24", "NUM_HEADS=2", "HEAD_DIM=8")

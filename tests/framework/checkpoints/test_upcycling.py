@@ -9,9 +9,9 @@ from meshway.framework.checkpoints.manager import Checkpoints
 from meshway.framework.checkpoints.mapping import Initial
 from meshway.framework.checkpoints.sources import Source
 from meshway.framework.errors import UserError
-from meshway.framework.training.trees import flatten
-from meshway.launch import config
+from meshway.framework.trees import flatten
 from meshway.launch.invocation import Invocation
+from meshway.launch.recipe import config
 
 SMALL = ("NUM_LAYERS=4", "D_MODEL=16", "D_FF=24", "NUM_HEADS=2", "HEAD_DIM=8", "VOCAB_SIZE=64", "SCAN=True")
 EVERY_LAYER = ("blocks.SelfAttentionBlock.mlp=@moe.MoeMlp",)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from meshway.framework.conversion.forms import Form
+from meshway.framework.conversion.rules import Form
 
 SIZES = {"part": 3, "heads": 5, "head_dim": 2, "embed": 7}
 

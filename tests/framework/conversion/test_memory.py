@@ -11,7 +11,7 @@ import pytest
 
 from meshway.framework.conversion.families.registry import FAMILIES
 from meshway.framework.conversion.rules import pieces_of
-from meshway.framework.conversion.shard_writer import Spec, write_tensors
+from meshway.framework.conversion.tensor_files import Spec, write_tensors
 
 WIDTH, HIDDEN, LAYERS = 512, 2048, 32
 CONFIG = {

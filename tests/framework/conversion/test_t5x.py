@@ -21,11 +21,12 @@ from meshway.framework.conversion.values import values_of
 from meshway.framework.errors import UserError
 from meshway.framework.inference.beam_search import BeamSearch
 from meshway.framework.inference.decoding import Stop
+from meshway.framework.inference.rows import load_text
 from meshway.framework.inference.sampling import Sampling
-from meshway.framework.inference.text import load_text
-from meshway.launch import convert_in, recipe_bindings
+from meshway.launch import convert_in
 from meshway.launch.convert import convert
-from meshway.launch.recipe_bindings import build_network
+from meshway.launch.recipe import bindings
+from meshway.launch.recipe.bindings import build_network
 
 GOLDENS = Path(__file__).parent.parent.parent / "goldens" / "t5x"
 KINDS = ("t5_native", "decoder_native", "decoder_orbax")
@@ -81,7 +82,7 @@ def write(folder, arrays, inline=()):
 
 def shapes_of(network, path):
     """Returns the shapes of the parameters of the network that a recipe written to `path` builds."""
-    path.write_text(recipe_bindings.text_of(network.include, network.bindings))
+    path.write_text(bindings.text_of(network.include, network.bindings))
     return convert_in.shapes_of(build_network(path)[0])
 
 

@@ -7,8 +7,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from meshway.framework.conversion.shard_writer import Spec, shards, size_in_bytes, write_tensors
-from meshway.framework.conversion.tensor_files import INDEX, SINGLE, TensorFiles
+from meshway.framework.conversion.tensor_files import (
+    INDEX,
+    SINGLE,
+    Spec,
+    TensorFiles,
+    shards,
+    size_in_bytes,
+    write_tensors,
+)
 from meshway.framework.errors import UserError
 
 TENSORS = {

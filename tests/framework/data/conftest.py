@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 
-from meshway.framework.data.seqio_door import import_seqio
+from meshway.framework.data.seqio_adapter import import_seqio
 
 COUNTS = {"train": 23, "validation": 7}
 

@@ -14,8 +14,7 @@ from meshway.framework.data.task_data import framing_of
 from meshway.framework.data.vocabularies import Bytes, HuggingFace, Opaque, read_framing
 from meshway.framework.data.vocabulary import Framing
 from meshway.framework.errors import UserError
-from meshway.framework.inference.rows import RowFormat
-from meshway.framework.inference.text import load_text
+from meshway.framework.inference.rows import RowFormat, load_text
 from meshway.framework.training.run_directory import RunDirectory
 
 LENGTHS = {"inputs": 5, "targets": 6}

@@ -10,8 +10,8 @@ from meshway.framework.data.denoising import SpanCorruption
 from meshway.framework.data.encoder_only import MaskedLanguageModel
 from meshway.framework.data.features import EncoderDecoder, LanguageModel, PrefixLanguageModel
 from meshway.framework.data.grain_loader import CachedData
+from meshway.framework.data.prefetch import WorkerStream
 from meshway.framework.data.rows.mixing import Rates
-from meshway.framework.data.worker_stream import WorkerStream
 from meshway.framework.errors import UserError
 
 LENGTHS = {"inputs": 16, "targets": 12}

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshway.framework.data.overlong import WHOLE, Overlong, check_policy, window_size, windows
+from meshway.framework.data.token_rows import WHOLE, Overlong, check_policy, window_size, windows
 from meshway.framework.errors import UserError
 
 SIZES = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=12)

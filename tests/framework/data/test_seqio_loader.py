@@ -231,7 +231,7 @@ def test_a_module_that_fails_is_named_with_the_place(seqio, tmp_path, monkeypatc
 def test_tensorflow_comes_in_when_it_is_called_for_and_without_a_word():
     code = """if True:
         import sys
-        from meshway.framework.data.seqio_door import import_seqio
+        from meshway.framework.data.seqio_adapter import import_seqio
         assert "tensorflow" not in sys.modules
         import_seqio()
         assert "tensorflow" in sys.modules

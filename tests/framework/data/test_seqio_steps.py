@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from tiers import tiers
 
-from meshway.framework.data import seqio_door, seqio_steps
+from meshway.framework.data import seqio_adapter, seqio_steps
 from meshway.framework.data.objective import FeatureInfo, VocabularyInfo
-from meshway.framework.data.rows import online_steps
+from meshway.framework.data.rows import examples as online_steps
 from meshway.framework.errors import UserError
 
 TOKENS = FeatureInfo("int32", (None,), VocabularyInfo(269, 1, 10))
@@ -17,7 +17,7 @@ TEXT = FeatureInfo("bytes", ())
 
 @pytest.fixture(scope="module")
 def tasks():
-    seqio_door.import_seqio()  # quietly
+    seqio_adapter.import_seqio()  # quietly
     import cached_tasks
 
     yield cached_tasks

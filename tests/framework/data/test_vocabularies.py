@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from meshway.framework.data.seqio_door import import_seqio
+from meshway.framework.data.seqio_adapter import import_seqio
 from meshway.framework.data.vocabularies import (
     Bytes,
     HuggingFace,

@@ -1,6 +1,6 @@
 """The odd one out is named."""
 
-from meshway.framework.distributed.agreement import differences, shortened
+from meshway.framework.distributed.processes import differences, shortened
 
 
 def test_the_odd_one_out_is_named():

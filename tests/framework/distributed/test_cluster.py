@@ -2,7 +2,7 @@
 
 import pytest
 
-from meshway.framework.distributed.cluster import Cluster, Given, recognise, split_address
+from meshway.framework.distributed.cluster import Cluster, ProcessArguments, recognise, split_address
 from meshway.framework.errors import UserError
 
 SRUN = {  # srun -N2 -n4, third task
@@ -80,26 +80,28 @@ def test_first_node_of_a_slurm_list(nodes, first):
 
 
 def test_flags_win_over_variables_and_a_cluster_fills_in_the_rest():
-    assert recognise(VARIABLES, Given("h:1", 8, 7)) == Cluster("flags", "h:1", 8, 7)
-    assert recognise(VARIABLES, Given(process_id=1)).process_id == 1
-    assert recognise(SRUN, Given("h:1")) == Cluster("flags and Slurm", "h:1", 4, 2, 0)
+    assert recognise(VARIABLES, ProcessArguments("h:1", 8, 7)) == Cluster("flags", "h:1", 8, 7)
+    assert recognise(VARIABLES, ProcessArguments(process_id=1)).process_id == 1
+    assert recognise(SRUN, ProcessArguments("h:1")) == Cluster("flags and Slurm", "h:1", 4, 2, 0)
     one_task = SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}
-    assert recognise(one_task, Given("h:1", 2, 1)).num_processes == 2, "several processes started in one task"
+    assert recognise(one_task, ProcessArguments("h:1", 2, 1)).num_processes == 2, (
+        "several processes started in one task"
+    )
 
 
 @pytest.mark.parametrize(
     ("environment", "given", "message"),
     [
-        (SRUN, Given("h:1", 8, 2), "num_processes=8 .* contradicts Slurm, where it is 4"),
-        (SRUN, Given("h:1", 4, 1), "process_id=1 .* contradicts Slurm, where it is 2"),
-        (SRUN | VARIABLES, Given(), "process_id=3 .* contradicts"),
-        ({}, Given("h:1", 4), "need all of"),
-        ({}, Given("h:1", 2, 2), r"must be in 0..1"),
-        ({}, Given("h", 2, 1), "HOST:PORT"),
-        ({"MESHWAY_PROCESS_ID": "x"}, Given("h:1", 2), "'x' is not a whole number"),
-        ({"MESHWAY_CLUSTER": "slurn"}, Given(), "is none of none, tpu"),
-        ({"MESHWAY_CLUSTER": "slurm"}, Given(), "not that of one"),
-        (MPIRUN_5 | {"OMPI_COMM_WORLD_SIZE": "4"}, Given(), "mpirun -x MESHWAY_COORDINATOR_ADDRESS"),
+        (SRUN, ProcessArguments("h:1", 8, 2), "num_processes=8 .* contradicts Slurm, where it is 4"),
+        (SRUN, ProcessArguments("h:1", 4, 1), "process_id=1 .* contradicts Slurm, where it is 2"),
+        (SRUN | VARIABLES, ProcessArguments(), "process_id=3 .* contradicts"),
+        ({}, ProcessArguments("h:1", 4), "need all of"),
+        ({}, ProcessArguments("h:1", 2, 2), r"must be in 0..1"),
+        ({}, ProcessArguments("h", 2, 1), "HOST:PORT"),
+        ({"MESHWAY_PROCESS_ID": "x"}, ProcessArguments("h:1", 2), "'x' is not a whole number"),
+        ({"MESHWAY_CLUSTER": "slurn"}, ProcessArguments(), "is none of none, tpu"),
+        ({"MESHWAY_CLUSTER": "slurm"}, ProcessArguments(), "not that of one"),
+        (MPIRUN_5 | {"OMPI_COMM_WORLD_SIZE": "4"}, ProcessArguments(), "mpirun -x MESHWAY_COORDINATOR_ADDRESS"),
     ],
 )
 def test_what_is_incomplete_or_contradicts_is_an_error(environment, given, message):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from meshway.framework.distributed.deadlines import Deadlines
+from meshway.framework.distributed.barrier import Deadlines
 from meshway.framework.distributed.step_watch import StepWatch
 from meshway.framework.errors import UserError
 

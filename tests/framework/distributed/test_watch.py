@@ -9,9 +9,7 @@ import pytest
 from running import free_port
 from store_in_memory import StoreInMemory
 
-from meshway.framework.distributed.alarms import Alarm, Alarms
-from meshway.framework.distributed.heartbeats import Heartbeats
-from meshway.framework.distributed.watch import LOST_A_PEER, Watch, _unreachable
+from meshway.framework.distributed.watch import LOST_A_PEER, Alarm, Alarms, Heartbeats, Watch, _unreachable
 
 
 def test_silence_is_counted_from_the_last_change():

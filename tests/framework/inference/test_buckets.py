@@ -3,7 +3,7 @@
 import pytest
 
 from meshway.framework.errors import UserError
-from meshway.framework.inference.buckets import Buckets, doubling
+from meshway.framework.inference.rows import Buckets, doubling
 
 
 def test_lengths_halve_together_until_they_are_short():

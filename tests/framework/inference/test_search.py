@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiers import tiers
 
-from meshway.framework.inference import filters
+from meshway.framework.inference import sampling
 from meshway.framework.inference.beam_search import BeamSearch
 from meshway.framework.inference.decoding import Stop
 from meshway.framework.inference.sampling import Sampling
@@ -324,7 +324,7 @@ def test_what_is_drawn_depends_on_the_example_and_not_on_its_neighbours():
 def test_penalties_are_those_of_the_papers():
     logits = jnp.array([[2.0, -1.0, 0.5, 0.0]])
     generated, prompted = jnp.array([[2, 0, 1, 0]]), jnp.array([[False, True, False, False]])
-    found = filters.penalize(logits, generated, prompted, repetition=2.0, presence=0.1, frequency=0.01)
+    found = sampling.penalize(logits, generated, prompted, repetition=2.0, presence=0.1, frequency=0.01)
     np.testing.assert_allclose(found, [[2 / 2 - 0.1 - 0.02, -1 * 2, 0.5 / 2 - 0.1 - 0.01, 0.0]], rtol=1e-6)
 
 

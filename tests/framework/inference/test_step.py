@@ -6,9 +6,9 @@ import pytest
 from tiny import greedy, program
 
 from meshway.framework.errors import UserError
+from meshway.framework.inference.engine import TokenSteps, prompt_batch
 from meshway.framework.inference.rows import RowFormat
-from meshway.framework.inference.step import TokenSteps, prompt_batch
-from meshway.framework.planning.compilations import Compilations
+from meshway.framework.telemetry.profiler import Compilations
 
 ROWS, LENGTH, NEW = 4, 6, 5
 

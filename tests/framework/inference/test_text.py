@@ -7,7 +7,7 @@ from small_vocabularies import byte_id, vocabulary
 
 from meshway.framework.data.vocabularies import Bytes
 from meshway.framework.errors import UserError
-from meshway.framework.inference.text import Text, stop_texts
+from meshway.framework.inference.rows import Text, stop_texts
 
 KINDS = ["byte-level", "byte fallback", "WordPiece", "SentencePiece", "bytes"]
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from meshway.framework.planning.compilations import Compilations
+from meshway.framework.telemetry.profiler import Compilations
 
 
 def test_each_new_program_counts_once():

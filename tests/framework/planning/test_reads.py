@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meshway.framework.planning.reads import bytes_read
+from meshway.framework.planning.flops import bytes_read
 
 TABLE, MATRIX = jax.ShapeDtypeStruct((100, 8), jnp.float32), jax.ShapeDtypeStruct((8, 8), jnp.float32)
 TOKENS = jax.ShapeDtypeStruct((3,), jnp.int32)

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from meshway.framework.errors import UserError
-from meshway.framework.results.claims import Claims
+from meshway.framework.evaluation.records import Claims
 
 
 def test_a_claim_is_held_by_one_and_leaves_nothing(tmp_path):
@@ -30,7 +30,7 @@ def test_a_claim_is_given_back_when_work_fails(tmp_path):
 
 HEAD = """
 import pathlib, sys, time
-from meshway.framework.results.claims import Claims
+from meshway.framework.evaluation.records import Claims
 claims = Claims(pathlib.Path(sys.argv[1]))
 """
 HOLD = """

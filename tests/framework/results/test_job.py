@@ -9,13 +9,10 @@ import pytest
 
 from meshway.framework.checkpoints.manager import Checkpoints, DamagedCheckpoint
 from meshway.framework.errors import UserError
-from meshway.framework.evaluation import Evaluation, Evaluator
-from meshway.framework.results import job as job_module
-from meshway.framework.results.claims import Claims
-from meshway.framework.results.display import EvaluationDisplay
-from meshway.framework.results.job import EvaluationJob, is_done, record_name
-from meshway.framework.results.records import Records
-from meshway.framework.results.step_queue import StepQueue, Wanted
+from meshway.framework.evaluation import job as job_module
+from meshway.framework.evaluation.evaluation import Evaluation, Evaluator
+from meshway.framework.evaluation.job import EvaluationDisplay, EvaluationJob, is_done, record_name
+from meshway.framework.evaluation.records import Claims, Records, StepQueue, Wanted
 from meshway.framework.training.run_directory import RunDirectory
 
 

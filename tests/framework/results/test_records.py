@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from meshway.framework.errors import UserError
-from meshway.framework.results.records import Records
+from meshway.framework.evaluation.records import Records
 
 
 def steps(records, name="task"):
@@ -59,7 +59,7 @@ def test_numbers_that_json_lacks_stay_told_when_other_lines_change(tmp_path):
 
 WRITER = """
 import pathlib, sys
-from meshway.framework.results.records import Records
+from meshway.framework.evaluation.records import Records
 records, name = Records(pathlib.Path(sys.argv[1])), sys.argv[2]
 for step in range(40):
     records.add(2 * step + (name == "b"), {"task": {"loss": step, "by": name}}, name)

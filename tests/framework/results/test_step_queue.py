@@ -4,8 +4,7 @@ import re
 import pytest
 
 from meshway.framework.errors import UserError
-from meshway.framework.results.claims import Claims
-from meshway.framework.results.step_queue import StepQueue, Wanted, complete_steps
+from meshway.framework.evaluation.records import Claims, StepQueue, Wanted, complete_steps
 
 
 class Run:

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from meshway.framework.training.adafactor import factored_dims, matrix_dims, scale_by_adafactor
+from meshway.framework.optimizers.adafactor import factored_dims, matrix_dims, scale_by_adafactor
 
 STEPS = 5
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from meshway.framework.training.device_memory import memory_in_use, planned
+from meshway.framework.telemetry.profiler import memory_in_use, planned
 
 
 def device(answer):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from meshway.framework.training.metrics import MetricBuffer
+from meshway.framework.telemetry.reporter import MetricBuffer
 
 
 def _metrics(rng: np.random.Generator) -> dict[str, tuple[jax.Array, jax.Array]]:

@@ -10,9 +10,9 @@ import optax
 import pytest
 
 from meshway.framework.errors import UserError
-from meshway.framework.training import optimizers, schedules
-from meshway.framework.training.optimizers import AxesAware, Optimizer
-from meshway.framework.training.trees import flatten, map_paths
+from meshway.framework.optimizers import optimizers, schedules
+from meshway.framework.optimizers.optimizers import AxesAware, Optimizer
+from meshway.framework.trees import flatten, map_paths
 
 LAYERS = 2
 AXES = {

@@ -12,9 +12,9 @@ from tiny import program
 
 from meshway.framework.checkpoints.manager import Checkpoints
 from meshway.framework.errors import UserError
-from meshway.framework.training import optimizers, schedules
-from meshway.framework.training.optimizers import BoundOptimizer, Optimizer
-from meshway.framework.training.trees import flatten, map_paths, merge, select
+from meshway.framework.optimizers import optimizers, schedules
+from meshway.framework.optimizers.optimizers import BoundOptimizer, Optimizer
+from meshway.framework.trees import flatten, map_paths, merge, select
 
 AXES = {
     "embedding": ("vocab", "embed"),

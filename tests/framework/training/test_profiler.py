@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from meshway.framework.errors import UserError
-from meshway.framework.training.profiler import Profile
+from meshway.framework.telemetry.profiler import Profile
 
 
 def test_the_steps_asked_for_are_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

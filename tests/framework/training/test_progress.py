@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from meshway.framework.training.progress import Progress, format_duration
+from meshway.framework.telemetry.reporter import Progress, format_duration
 
 REPORT = {
     "loss": 5.2312,
@@ -39,7 +39,7 @@ def test_a_measured_peak_is_named() -> None:
 
 def test_time_left_is_read_from_the_clock_without_step_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("meshway.framework.training.progress.time.monotonic", lambda: now)
+    monkeypatch.setattr("meshway.framework.telemetry.reporter.time.monotonic", lambda: now)
     stream = io.StringIO()
     progress = Progress(100, start_step=50, stream=stream)
     now = 20.0

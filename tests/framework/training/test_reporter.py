@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import pytest
 
-from meshway.framework.training import reporter, timeline
-from meshway.framework.training.progress import Progress
-from meshway.framework.training.timeline import Timeline
-from meshway.framework.training.writers import JsonlWriter
+from meshway.framework.telemetry import reporter, timeline
+from meshway.framework.telemetry.reporter import Progress
+from meshway.framework.telemetry.timeline import Timeline
+from meshway.framework.telemetry.writers import JsonlWriter
 
 
 class Devices:

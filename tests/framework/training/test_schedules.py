@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from meshway.framework.errors import UserError
-from meshway.framework.training import schedules
+from meshway.framework.optimizers import schedules
 
 STEPS = np.array([0, 1, 7, 10, 11, 39, 40, 41, 119, 120, 250])
 WARMUP, DECAY, EVERY, CYCLE, BASE = 10, 0.01, 40, 100, 0.5

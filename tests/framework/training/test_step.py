@@ -14,8 +14,7 @@ from tiny import FAMILIES, losses, program
 
 from meshway.framework.errors import UserError
 from meshway.framework.training.program import TrainProgram
-from meshway.framework.training.state import TrainState
-from meshway.framework.training.step import TrainStep
+from meshway.framework.training.step import TrainState, TrainStep
 
 TWO_LAYERS = {"t5_1_1": ("NUM_ENCODER_LAYERS=2", "NUM_DECODER_LAYERS=2"), "lm": ("NUM_LAYERS=2",)}
 
@@ -156,7 +155,7 @@ class Descent:
         return jax.tree.map(lambda p, g: p - g, params, gradients), state, {"grad_norm": norm}
 
 
-class Drawing(Quadratic):
+class DecodeState(Quadratic):
     """A `Quadratic` that says what its dropout key draws, and the square of that."""
 
     def loss(self, params, batch, rng):
@@ -167,7 +166,7 @@ class Drawing(Quadratic):
 
 def test_every_microbatch_and_every_step_drops_other_units():
     """Four equal draws would have four times the sum of their squares as the square of their sum."""
-    step = TrainStep(Drawing(), Descent(), seed=0, num_microbatches=4)
+    step = TrainStep(DecodeState(), Descent(), seed=0, num_microbatches=4)
     batch, zero = {"rows": jnp.ones((8, 2))}, jnp.zeros((), jnp.int32)
     draws = []
     for number in (0, 1):

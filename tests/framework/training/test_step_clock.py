@@ -1,7 +1,7 @@
 import threading
 import time
 
-from meshway.framework.training.step_clock import StepClock
+from meshway.framework.telemetry.timeline import StepClock
 
 
 class Output:

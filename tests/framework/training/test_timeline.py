@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from meshway.framework.errors import UserError
-from meshway.framework.training import timeline
-from meshway.framework.training.goodput import read_goodput
-from meshway.framework.training.timeline import PHASES, Timeline, parse_line, process_began
+from meshway.framework.telemetry import timeline
+from meshway.framework.telemetry.goodput import read_goodput
+from meshway.framework.telemetry.timeline import PHASES, Timeline, parse_line, process_began
 
 
 class Clock:

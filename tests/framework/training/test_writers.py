@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from meshway.framework.errors import EnvironmentFailure, UserError
-from meshway.framework.training.writers import JsonlWriter, TensorBoardWriter, Writers
+from meshway.framework.telemetry.writers import JsonlWriter, TensorBoardWriter, Writers
 
 
 def _write(path: Path, steps: range, start_step: int = 0) -> None:
@@ -79,7 +79,7 @@ def test_a_crash_while_later_steps_are_removed_leaves_the_old_file(
     def crash(source: Path, target: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("meshway.framework.training.writers.os.replace", crash)
+    monkeypatch.setattr("meshway.framework.telemetry.writers.os.replace", crash)
     with pytest.raises(KeyboardInterrupt):
         JsonlWriter(path, 20)
     assert path.read_bytes() == content

@@ -3,7 +3,7 @@
 import pytest
 from hosts import FLAGS, GCLOUD, SRUN, WORDS, Host
 
-from meshway.launch.launchers.job import Job
+from meshway.launch.cluster.job import Job
 
 
 @pytest.fixture

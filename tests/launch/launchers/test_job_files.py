@@ -13,11 +13,11 @@ import yaml
 from hosts import FLAGS, WORDS
 
 from meshway.framework.errors import UserError
-from meshway.launch.launchers.gke import Gke, Xpk
-from meshway.launch.launchers.job import Job, quoted, variable
-from meshway.launch.launchers.skypilot import SkyPilot
-from meshway.launch.launchers.slurm import Slurm
-from meshway.launch.launchers.tpu_vm import TpuVm
+from meshway.launch.cluster.gke import Gke, Xpk
+from meshway.launch.cluster.job import Job, quoted, variable
+from meshway.launch.cluster.skypilot import SkyPilot
+from meshway.launch.cluster.slurm import Slurm
+from meshway.launch.cluster.tpu_vm import TpuVm
 
 WORKER = ["launch", "worker", "--restarts=3", "--", *WORDS]
 TPU = TpuVm(zone="us-east5-a", accelerator="v5p-16", runtime_version="v2-alpha-tpuv5")

@@ -9,10 +9,10 @@ from hosts import FLAGS, WORDS
 from running import LAB, free_port
 
 from meshway.framework.errors import UserError
-from meshway.framework.version import installed_version
+from meshway.framework.terminal import installed_version
 from meshway.launch import cli
-from meshway.launch.launch_options import KINDS
-from meshway.launch.launchers import local, ray_cluster, supervisor
+from meshway.launch.cluster import local, ray_cluster, supervisor
+from meshway.launch.cluster.options import KINDS
 
 TRAIN = ["--", "train", "--gin_file=t5.gin", "--gin.MODEL_DIR=/data/run"]
 GKE = ["gke", "--image=lab", "--accelerator=tpu-v5p-slice"]

@@ -11,8 +11,8 @@ from running import environment
 
 from meshway.framework.distributed.watch import LOST_A_PEER
 from meshway.framework.errors import UserError
-from meshway.launch.launchers import job, local, supervisor
-from meshway.launch.launchers.children import Child, Children
+from meshway.launch.cluster import job, local, supervisor
+from meshway.launch.cluster.children import Child, Children
 
 # What a process does, by attempt and place; `words` are: a folder that counts the attempts, and a script.
 SCRIPT = """
@@ -32,8 +32,8 @@ def small(monkeypatch):
     monkeypatch.setattr(job, "command", lambda words: [sys.executable, "-c", SCRIPT, *words])
     monkeypatch.setattr(supervisor, "_PAUSE_SECONDS", 0.0)
     monkeypatch.setenv("MESHWAY_HEARTBEAT_SECONDS", "0.5")
-    monkeypatch.setattr("meshway.launch.launchers.children._TERM_SECONDS", 0.3)
-    monkeypatch.setattr("meshway.launch.launchers.children._LAST_WORDS_SECONDS", 1.0)
+    monkeypatch.setattr("meshway.launch.cluster.children._TERM_SECONDS", 0.3)
+    monkeypatch.setattr("meshway.launch.cluster.children._LAST_WORDS_SECONDS", 1.0)
 
 
 def began(folder, process=0):
@@ -122,7 +122,7 @@ def test_a_signal_is_handed_on_as_sigterm(tmp_path, kind, number, code):
     call = "local.run_local(words, 2, 1, restarts=3)" if kind == "local" else "supervisor.supervise(words, 3)"
     program = f"""
 import sys
-from meshway.launch.launchers import job, local, supervisor
+from meshway.launch.cluster import job, local, supervisor
 job.command = lambda words: [sys.executable, "-c", {SCRIPT!r}, *words]
 words = [{str(tmp_path)!r}, {script!r}]
 sys.exit({call})

@@ -9,7 +9,14 @@ import pytest
 from flax import nnx
 
 from meshway.models.layers.attention import Attention
-from meshway.models.layers.masks import Mask, Sight, causal_mask, row_positions, row_sight, visible
+from meshway.models.layers.masks import (
+    AttentionMetadata,
+    Mask,
+    causal_mask,
+    make_attention_mask,
+    row_metadata,
+    row_positions,
+)
 from meshway.models.layers.norm import RMSNorm
 from meshway.models.layers.positions import RelativePositionBias, alibi_slopes, with_alibi
 from meshway.models.module import Network
@@ -72,8 +79,8 @@ def inputs():
 @pytest.mark.parametrize("causal", [True, False])
 def test_all_options_together_are_the_sums_written_out(inputs, causal):
     x, segments = inputs
-    sight = row_sight(LENGTH, segments) if causal else Sight(segments)
-    mask = visible(sight, sight, causal)
+    metadata = row_metadata(LENGTH, segments) if causal else AttentionMetadata(segments)
+    mask = make_attention_mask(metadata, metadata, causal)
     found, _ = jax.jit(lambda params: network(**OPTIONS).bind(params)(x, mask=mask))(parameters())
     for row in range(2):
         seen = np.equal.outer(segments[row], segments[row]) & (np.tri(LENGTH, dtype=bool) if causal else True)
@@ -84,7 +91,7 @@ def test_a_cache_filled_token_by_token_gives_what_the_whole_row_gives(inputs):
     x, _ = inputs
 
     def both(params):
-        layer, sight = network(**OPTIONS).bind(params), row_sight(LENGTH)
+        layer, metadata = network(**OPTIONS).bind(params), row_metadata(LENGTH)
 
         def step(cache, token):
             place, x = token
@@ -95,7 +102,7 @@ def test_a_cache_filled_token_by_token_gives_what_the_whole_row_gives(inputs):
 
         cache = layer.empty_cache(2, LENGTH + 3, jnp.float32)
         _, found = jax.lax.scan(step, cache, (jnp.arange(LENGTH), x.swapaxes(0, 1)))
-        return found.swapaxes(0, 1), layer(x, mask=visible(sight, sight, causal=True))[0]
+        return found.swapaxes(0, 1), layer(x, mask=make_attention_mask(metadata, metadata, causal=True))[0]
 
     found, wanted = jax.jit(both)(parameters())
     np.testing.assert_allclose(found, wanted, atol=1e-5)

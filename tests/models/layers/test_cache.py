@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny import program
 
-from meshway.framework.inference.step import TokenSteps, prompt_batch
+from meshway.framework.inference.engine import TokenSteps, prompt_batch
 from meshway.models.layers.attention import Attention
 from meshway.models.layers.cache import empty_cache, read, store, write
 

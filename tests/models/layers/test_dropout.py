@@ -11,8 +11,8 @@ from tiers import tiers
 from tiny import program
 
 from meshway.models.layers.blocks import CrossAttentionBlock, SelfAttentionBlock
-from meshway.models.layers.dropout import dropout
-from meshway.models.layers.reports import add_metric, collecting
+from meshway.models.layers.norm import dropout
+from meshway.models.layers.side_outputs import add_metric, capture
 from meshway.models.layers.stack import Stack
 from meshway.models.module import Network, param
 
@@ -58,7 +58,7 @@ class DrawnMlp(Drawn):
 @pytest.mark.parametrize("scan", [True, False])
 def test_every_layer_draws_for_itself(scan):
     made = Network(lambda rngs: Stack(5, [Drawn, Drawn], 4, rngs=rngs, scan=scan))
-    with collecting() as found:
+    with capture() as found:
         made.bind(made.init(jax.random.key(0)))(jnp.ones((1, 2, 4)), rng=jax.random.key(1))
     assert len(set(np.asarray(found.metrics["draw_1"]).tolist())) == 5
 
@@ -85,7 +85,7 @@ def test_every_part_of_a_block_draws_for_itself(cross):
     else:
         block = SelfAttentionBlock(width, part(Drawn, 1.0), part(DrawnMlp, 10.0), rngs=nnx.Rngs(0), dropout_rate=0.5)
         context = {}
-    with collecting() as found:
+    with capture() as found:
         y, _ = block(x, rng=jax.random.key(0), **context)
     kept = np.array([np.asarray(y[0, 0] / 2).astype(int) // int(size) % 10 for size in sizes])
     assert set(kept.ravel().tolist()) == {0, 1}, "each is dropped or doubled"

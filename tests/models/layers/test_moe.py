@@ -14,11 +14,10 @@ from tiers import tiers
 from meshway.framework.partitioning.mesh import MeshShape
 from meshway.framework.partitioning.partitioner import Layout, Partitioner
 from meshway.models.layers import moe
-from meshway.models.layers.masks import Mask, Sight
+from meshway.models.layers.masks import AttentionMetadata, Mask
 from meshway.models.layers.mixture import routers
 from meshway.models.layers.mlp import ACTIVATIONS, Mlp
-from meshway.models.layers.padding import known_from
-from meshway.models.layers.reports import collecting
+from meshway.models.layers.side_outputs import capture, with_padding_mask
 from meshway.models.layers.stack import Stack
 from meshway.models.module import Network
 
@@ -68,7 +67,7 @@ def params_of(shared=0):
 
 def loss_of(network):
     def loss(params, x, rng):
-        with collecting() as reports:
+        with capture() as reports:
             y = network.bind(params)(x, rng=rng)
         return jnp.sum(jnp.sin(y)) + sum(reports.losses.values()), (y, reports)
 
@@ -89,7 +88,10 @@ def forward(network, params, x=X, rng=None, segments=None):
 
     @jax.jit
     def function(params, x, rng, segments):
-        with collecting() as reports, known_from(None if segments is None else Mask(None, Sight(segments))):
+        with (
+            capture() as reports,
+            with_padding_mask(None if segments is None else Mask(None, AttentionMetadata(segments))),
+        ):
             y = network.bind(params)(x, rng=rng)
         return y, reports
 
@@ -272,7 +274,7 @@ def test_inside_scan_and_remat_and_mapped_over_stages(form):
     params = stacks["loop"].init(jax.random.key(0))
 
     def loss(network, params, x):
-        with collecting() as reports:
+        with capture() as reports:
             y, _ = network.bind(params)(x, rng=KEY)
         return jnp.sum(jnp.sin(y)) + sum(map(jnp.sum, reports.losses.values())), (y, reports)
 

@@ -15,9 +15,9 @@ from tiny import FAMILIES, gradients_and_losses, greedy, losses, program
 from meshway.framework.errors import UserError
 from meshway.framework.partitioning.mesh import MeshShape
 from meshway.framework.partitioning.partitioner import Layout, Partitioner
-from meshway.models.layers.dropout import dropout
+from meshway.models.layers.norm import dropout
 from meshway.models.layers.pipeline import Pipeline
-from meshway.models.layers.reports import add_loss, add_metric, collecting
+from meshway.models.layers.side_outputs import add_loss, add_metric, capture
 from meshway.models.layers.stack import Stack
 from meshway.models.module import Network, param
 
@@ -61,7 +61,7 @@ def toy(num_layers, pattern=1, pipeline=None, scan=False, remat="none", rate=0.0
     network = Network(factory)
 
     def run(params, x, scale, shared, rng):
-        with collecting() as reports:
+        with capture() as reports:
             y, _ = network.bind(params)(x, rng=rng, scale=scale, shared=shared)
         total = jnp.sum(y**3) + sum(jnp.sum(value) for value in reports.losses.values())
         return total, (y, reports.losses, reports.metrics)

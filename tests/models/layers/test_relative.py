@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from meshway.models.layers.relative import RelativeScores
+from meshway.models.layers.positions import RelativeScores
 
 WIDTH, HEADS, SIZE, LENGTH = 8, 4, 3, 5
 RANDOM = np.random.default_rng(0)

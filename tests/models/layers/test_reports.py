@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from meshway.models.layers.reports import Reports, add_loss, add_metric, as_loss, collecting, say
+from meshway.models.layers.side_outputs import Reports, add_loss, add_metric, as_loss, capture, sow
 from meshway.models.layers.stack import Stack
 from meshway.models.module import param
 
@@ -38,7 +38,7 @@ def test_a_stack_says_what_its_layers_say_in_their_order(options):
 
     @jax.jit
     def run(x):
-        with collecting() as found:
+        with capture() as found:
             y, _ = made(x)
         return y, found
 
@@ -59,11 +59,11 @@ def test_losses_are_added_as_sums_and_metrics_come_by_layer():
 
 def test_nobody_listening_keeps_nothing_and_names_do_not_clash():
     add_loss("lost", jnp.ones(()))
-    with collecting() as found:
-        with collecting() as inner:
+    with capture() as found:
+        with capture() as inner:
             add_metric("x", jnp.ones(()))
         add_metric("x", jnp.zeros(()))
-        say(inner, "inner/")
+        sow(inner, "inner/")
         with pytest.raises(ValueError, match="'x' twice"):
-            say(inner)
+            sow(inner)
     assert sorted(found.metrics) == ["inner/x", "x"] and not found.losses

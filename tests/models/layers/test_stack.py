@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from meshway.models.layers.pipeline import Pipeline
-from meshway.models.layers.reports import add_metric, collecting
+from meshway.models.layers.side_outputs import add_metric, capture
 from meshway.models.layers.stack import Stack
 from meshway.models.module import Network, param
 
@@ -63,7 +63,7 @@ def test_a_stack_is_its_layers_in_their_order(num_layers, pattern, options):
 
     def run(params, x, shift):
         stack = made.bind(params)
-        with collecting() as found:
+        with capture() as found:
             y, cache = stack(x, shift=shift, cache=stack.empty_cache(start=0.5))
         in_order = [cache[n % pattern][n // pattern] for n in range(num_layers)]
         return jnp.sum(y**2), (y, found.metrics["size"], jnp.stack(in_order)[:, 0])

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from meshway.framework.data import seqio_door
+from meshway.framework.data import seqio_adapter
 from meshway.framework.data.cache import builder as cache_builder
 from meshway.framework.data.cache import fingerprint as task_fingerprint
 from meshway.framework.data.cache import workers as cache_workers
+from meshway.framework.data.cache.directory import working
 from meshway.framework.data.cache.format import CachedSplit, shard_name
-from meshway.framework.data.cache.work import working
 from meshway.framework.data.vocabularies import load
 from meshway.framework.errors import EnvironmentFailure, UserError
 
@@ -24,7 +24,7 @@ SHARDS = 3
 
 @pytest.fixture(scope="module")
 def tasks():
-    seqio_door.import_seqio()  # quietly
+    seqio_adapter.import_seqio()  # quietly
     import cached_tasks
 
     return cached_tasks

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from meshway.framework.data.cache import format as cache_format
-from meshway.framework.data.cache.shards import write_shard
-from meshway.framework.data.cache.summary import write_index
+from meshway.framework.data.cache.shards import write_index, write_shard
 from meshway.framework.data.objective import FeatureInfo, VocabularyInfo
 from meshway.framework.errors import UserError
 

@@ -10,18 +10,16 @@ from tasks_in_memory import random_examples
 from meshway.framework.data.denoising import SpanCorruption
 from meshway.framework.data.encoder_only import MaskedLanguageModel
 from meshway.framework.data.features import EncoderDecoder, LanguageModel, PrefixLanguageModel
-from meshway.framework.data.hugging_face_vocabulary import HuggingFace
 from meshway.framework.data.inspection.decoded_rows import decode_rows, visible
 from meshway.framework.data.inspection.figures import Lengths, inspect
-from meshway.framework.data.inspection.page import page
-from meshway.framework.data.inspection.tables import tables
+from meshway.framework.data.inspection.page import page, tables
 from meshway.framework.data.objective import FeatureInfo, TaskInfo
 from meshway.framework.data.passthrough import PassThrough
-from meshway.framework.data.rows.examples import InMemory, Stepped
+from meshway.framework.data.rows.examples import AppendEos, InMemory, Stepped
 from meshway.framework.data.rows.mixing import Rates
 from meshway.framework.data.rows.online_source import OnlineSource
-from meshway.framework.data.rows.online_steps import AppendEos
 from meshway.framework.data.rows.row_source import RowSource
+from meshway.framework.data.vocabulary import HuggingFace
 from meshway.framework.errors import UserError
 
 

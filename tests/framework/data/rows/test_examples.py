@@ -3,8 +3,7 @@ import pickle
 import numpy as np
 from tasks_in_memory import TOKENS, random_examples
 
-from meshway.framework.data.rows.examples import First, Stepped
-from meshway.framework.data.rows.online_steps import numpy_steps
+from meshway.framework.data.rows.examples import First, Stepped, numpy_steps
 
 
 def test_sizes_are_those_of_what_is_read():

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshway.framework.data.rows.order import hash64, key_of, permute, seeds
+from meshway.framework.data.rows.mixing import hash64, key_of, permute, seeds
 
 
 @settings(deadline=None)

@@ -11,11 +11,11 @@ from tasks_in_memory import task
 
 from meshway.framework.data.denoising import MixtureOfDenoisers, RandomPrefix, SpanCorruption
 from meshway.framework.data.features import EncoderDecoder, LanguageModel, PrefixLanguageModel
-from meshway.framework.data.rows import streamed_source
+from meshway.framework.data.rows import online_source
 from meshway.framework.data.rows.examples import InMemory
+from meshway.framework.data.rows.online_source import StreamedSource
 from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.data.rows.row_stream import RowStream
-from meshway.framework.data.rows.streamed_source import StreamedSource
 from meshway.framework.errors import UserError
 
 LENGTHS = {"inputs": 40, "targets": 40}
@@ -118,7 +118,7 @@ def streamed(name, count, seed, objective, pack, part=0, parts=1):
 def test_a_stream_ends_a_pass_before_it_begins_the_next(counts, pack, batch_size, parts, seed):
     """Buffers of 32; whatever else is in the mixture, and whichever part of a task a process reads."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streamed_source, "BUFFER", 32)
+        patch.setattr(online_source, "BUFFER", 32)
         converter, sources, numbers, noted = EncoderDecoder(pack), [], [], []
         for place, count in enumerate(counts):
             noted.append(_Noted(converter.bind(task(*LENGTHS), LENGTHS)))

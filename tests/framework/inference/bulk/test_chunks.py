@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from meshway.framework.errors import EnvironmentFailure, UserError
-from meshway.framework.inference.bulk.chunks import ChunkStore, Committed
+from meshway.framework.inference.bulk.store import ChunkStore, Committed
 
 JOB = {"recipe": "abc", "step": "100"}
 OTHER = {"recipe": "abc", "step": "200", "mode": "score"}
@@ -361,7 +361,7 @@ def test_one_process_at_a_time(tmp_path):
     output = tmp_path / "out.jsonl"
     program = f"""
         import sys
-        from meshway.framework.inference.bulk.chunks import ChunkStore
+        from meshway.framework.inference.bulk.store import ChunkStore
         chunks = ChunkStore({str(output)!r}, {JOB!r})
         chunks.open()
         print("open", flush=True)

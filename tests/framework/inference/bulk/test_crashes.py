@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tiers import tiers
 
-from meshway.framework.inference.bulk.chunks import ChunkStore
+from meshway.framework.inference.bulk.store import ChunkStore
 
 JOB = {"recipe": "abc", "step": "100"}
 NUM_CHUNKS = 3
@@ -221,7 +221,7 @@ def test_after_a_crash_at_every_step_of_replacing_a_chunk_it_is_the_old_or_the_n
 
 
 PROGRAM = """
-    from meshway.framework.inference.bulk.chunks import ChunkStore
+    from meshway.framework.inference.bulk.store import ChunkStore
 
     chunks = ChunkStore({output!r}, {job!r}, {format!r})
     chunks.open()

@@ -6,15 +6,11 @@ import pytest
 
 from meshway.framework.data.vocabularies import Bytes
 from meshway.framework.errors import UserError
-from meshway.framework.inference.buckets import doubling
-from meshway.framework.inference.bulk.chunks import ChunkStore
-from meshway.framework.inference.bulk.job import Job, Policy, summary
-from meshway.framework.inference.bulk.progress import JobProgress
-from meshway.framework.inference.bulk.reader import Reader
-from meshway.framework.inference.bulk.record import Record
-from meshway.framework.inference.bulk.work import Done
-from meshway.framework.inference.rows import RowFormat
-from meshway.framework.inference.text import Text
+from meshway.framework.inference.bulk.batches import Done
+from meshway.framework.inference.bulk.inputs import Reader, Record
+from meshway.framework.inference.bulk.job import Job, JobProgress, Policy, summary
+from meshway.framework.inference.bulk.store import ChunkStore
+from meshway.framework.inference.rows import RowFormat, Text, doubling
 
 VOCABULARY = Bytes()
 LIMITS = {"inputs": 20}

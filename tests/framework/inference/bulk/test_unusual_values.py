@@ -10,9 +10,9 @@ import pyarrow.parquet
 import pytest
 
 from meshway.framework.errors import UserError
-from meshway.framework.inference.bulk import parquet_source
-from meshway.framework.inference.bulk.parquet_rows import ParquetRows
-from meshway.framework.inference.bulk.rows import JsonLines
+from meshway.framework.inference.bulk import parquet
+from meshway.framework.inference.bulk.batches import JsonLines
+from meshway.framework.inference.bulk.parquet import ParquetRows
 from meshway.framework.inference.bulk.sources import open_source
 
 
@@ -79,7 +79,7 @@ class Overflowing:
     """Arrow's refusal of nested columns past 2 GiB, at so many rows of a column instead."""
 
     def __init__(self, column, most):
-        self.column, self.most, self.real = column, most, parquet_source._read_batches
+        self.column, self.most, self.real = column, most, parquet._read_batches
 
     def __call__(self, file, size, group, columns):
         for number, batch in enumerate(self.real(file, size, group, columns)):
@@ -94,8 +94,8 @@ class Overflowing:
 def test_a_column_too_large_for_a_batch_is_read_in_smaller_ones(most, start, tmp_path, monkeypatch):
     rows = [{"inputs": f"{n}", "parts": [f"{n}", "x"]} for n in range(20)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "in.parquet")
-    monkeypatch.setattr(parquet_source, "_BATCH", 4)
-    monkeypatch.setattr(parquet_source, "_read_batches", Overflowing("parts", most))
+    monkeypatch.setattr(parquet, "_BATCH", 4)
+    monkeypatch.setattr(parquet, "_read_batches", Overflowing("parts", most))
     assert [record.values for record in read(tmp_path / "in.parquet", start)] == rows[start:]
     assert [record.index for record in read(tmp_path / "in.parquet", start)] == [*range(start, 20)]
 
@@ -103,6 +103,6 @@ def test_a_column_too_large_for_a_batch_is_read_in_smaller_ones(most, start, tmp
 def test_a_row_too_large_to_be_read_names_its_column(tmp_path, monkeypatch):
     rows = [{"inputs": f"{n}", "parts": ["x"]} for n in range(6)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "in.parquet")
-    monkeypatch.setattr(parquet_source, "_read_batches", Overflowing("parts", 0))
+    monkeypatch.setattr(parquet, "_read_batches", Overflowing("parts", 0))
     with pytest.raises(UserError, match="in.parquet: column 'parts' holds too much in one row"):
         read(tmp_path / "in.parquet")

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from meshway.framework.errors import UserError
-from meshway.framework.results.records import Records
-from meshway.framework.training.goodput import read_goodput
-from meshway.framework.training.report import plots
-from meshway.framework.training.report.page import write_report
-from meshway.framework.training.report.run_files import read_run
-from meshway.framework.training.timeline import Timeline
-from meshway.framework.training.writers import json_line
+from meshway.framework.evaluation.records import Records
+from meshway.framework.report import plots
+from meshway.framework.report.page import write_report
+from meshway.framework.report.run_files import read_run
+from meshway.framework.telemetry.goodput import read_goodput
+from meshway.framework.telemetry.timeline import Timeline
+from meshway.framework.telemetry.writers import json_line
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 

@@ -9,7 +9,7 @@ from attention_cases import Case, assert_equals_reference
 from meshway.models.layers.kernels.blockwise import blockwise_attention
 from meshway.models.layers.kernels.ring_attention import RingAttention
 from meshway.models.layers.kernels.scores import ByHead, Keys, Queries, Terms
-from meshway.models.layers.masks import Sight, row_positions
+from meshway.models.layers.masks import AttentionMetadata, row_positions
 
 
 @pytest.mark.parametrize(
@@ -56,8 +56,8 @@ def test_blocks_that_nobody_sees_are_not_computed():
     segments = jnp.array([[1, 1, 1, 1, 2, 2, 0, 0]])
     query = jnp.ones((1, 8, 1, 2))
     poison = query.at[:, 6:].set(jnp.nan)
-    keys = Keys(poison, poison, Sight(segments, row_positions(8)))
-    queries = Queries(query, Sight(segments, row_positions(8)))
+    keys = Keys(poison, poison, AttentionMetadata(segments, row_positions(8)))
+    queries = Queries(query, AttentionMetadata(segments, row_positions(8)))
     terms = Terms(causal=True, query_block=2, kv_block=2)
     out, logsumexp = jax.jit(blockwise_attention, static_argnums=3)(queries, keys, ByHead(), terms)
     np.testing.assert_allclose(out[:, :6], 1.0, atol=1e-6)

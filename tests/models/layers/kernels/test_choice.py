@@ -9,10 +9,17 @@ import pytest
 from attention_cases import Case, arrays, assert_equals_reference, attend, partitioner
 
 from meshway.models.layers.kernels.attention_shards import cut_of
-from meshway.models.layers.kernels.auto import AutoAttention
-from meshway.models.layers.kernels.choice import REFERENCE_SCORES, Call, choose, cudnn_refuses, describe, splash_refuses
+from meshway.models.layers.kernels.auto import (
+    REFERENCE_SCORES,
+    AutoAttention,
+    Call,
+    choose,
+    cudnn_refuses,
+    describe,
+    splash_refuses,
+)
 from meshway.models.layers.kernels.chunked import ChunkedAttention
-from meshway.models.layers.masks import Mask, row_sight, visible, within
+from meshway.models.layers.masks import Mask, local_window, make_attention_mask, row_metadata
 
 SHORT = Call(length=512, kv_length=512, head_dim=64, causal=True)
 LONG = Call(length=4096, kv_length=4096, head_dim=64, dtype="bfloat16", causal=True)
@@ -74,13 +81,13 @@ def described(on=None, bias=None, mask=None, rate=0.0):
 
 def test_a_call_is_described_by_its_arguments():
     segments = jnp.ones((4, 8), jnp.int32)
-    sight = row_sight(8, segments)
+    metadata = row_metadata(8, segments)
     plain = Call(8, 8, 16, "bfloat16", soft_cap=True)
     assert described() == plain
-    narrow = within(visible(sight, sight, causal=True), 3, sight, sight)
+    narrow = local_window(make_attention_mask(metadata, metadata, causal=True), 3, metadata, metadata)
     assert described(mask=narrow) == dataclasses.replace(plain, causal=True, window=3, segments=True)
-    moved = dataclasses.replace(sight, ordered=False)
-    assert not described(mask=visible(sight, moved)).ordered
+    moved = dataclasses.replace(metadata, ordered=False)
+    assert not described(mask=make_attention_mask(metadata, moved)).ordered
     assert not described(mask=Mask(narrow.dense)).by_blocks and not described(bias=jnp.zeros(3)).by_blocks
     assert described(rate=0.5).dropout
     assert described(on=partitioner((1, 4, 2))).cut == ("length", "kv_length")

@@ -11,7 +11,7 @@ from attention_cases import TRANSFORMATIONS, Case, assert_equals_reference, part
 from tiers import pairwise, tiers
 
 from meshway.models.layers.kernels.chunked import ChunkedAttention
-from meshway.models.layers.masks import row_sight, visible
+from meshway.models.layers.masks import make_attention_mask, row_metadata
 
 CHUNKED = ChunkedAttention(5, 4)
 EVERYTHING = Case(length=23, causal=True, segments=True, bias=True, alibi=True, window=7, soft_cap=1.5, sinks=True)
@@ -84,8 +84,8 @@ def problem(kernel, length, batch=1, heads=2, head_dim=16):
     """Returns a function of (query, key, value) to a scalar, and their shapes."""
 
     def loss(query, key, value):
-        sight = row_sight(length)
-        return jnp.sum(jnp.square(kernel(query, key, value, mask=visible(sight, sight, causal=True))))
+        metadata = row_metadata(length)
+        return jnp.sum(jnp.square(kernel(query, key, value, mask=make_attention_mask(metadata, metadata, causal=True))))
 
     return loss, [jax.ShapeDtypeStruct((batch, length, heads, head_dim), jnp.float32)] * 3
 

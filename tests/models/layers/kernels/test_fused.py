@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from attention_cases import TRANSFORMATIONS, Case, arrays, assert_equals_reference, attend, partitioner
 
-from meshway.models.layers.kernels.fused import CudnnAttention, SplashAttention, _block
+from meshway.models.layers.kernels.auto import CudnnAttention, SplashAttention, _block
 
 SPLASH = SplashAttention(block=128, interpret=True)
 PACKED = Case(length=256, causal=True, segments=True, window=100, soft_cap=2.0, sinks=True)

@@ -12,7 +12,7 @@ from tiny import losses, program
 
 from meshway.models.layers.kernels.ring_attention import RingAttention
 from meshway.models.layers.kernels.ulysses import UlyssesAttention
-from meshway.models.layers.masks import Mask, Sight, row_positions, visible
+from meshway.models.layers.masks import AttentionMetadata, Mask, make_attention_mask, row_positions
 
 RING, PLAIN, ULYSSES = RingAttention(True, 4, 3), RingAttention(False, 5, 4), UlyssesAttention(5, 4)
 PACKED = Case(length=20, causal=True, segments=True, bias=True, dropout_rate=0.25)
@@ -163,8 +163,8 @@ def test_memory_falls_with_devices(kernel):
         two = on.sharding(("batch", "length"), (1, length))
 
         def loss(query, key, value, segments):
-            sight = Sight(segments, row_positions(length))
-            return jnp.sum(kernel(query, key, value, mask=visible(sight, sight, causal=True)))
+            metadata = AttentionMetadata(segments, row_positions(length))
+            return jnp.sum(kernel(query, key, value, mask=make_attention_mask(metadata, metadata, causal=True)))
 
         arguments = [jax.ShapeDtypeStruct((1, length, heads, head_dim), jnp.float32, sharding=four)] * 3
         arguments.append(jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=two))

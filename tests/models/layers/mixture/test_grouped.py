@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meshway.models.layers.mixture.experts import ExpertWeights
-from meshway.models.layers.mixture.grouped import sort_by_expert, through_experts
+from meshway.models.layers.mixture.experts import ExpertWeights, sort_by_expert, through_experts
 from meshway.models.layers.mixture.routers import TokenChoices
 
 TOKENS, K, EXPERTS, D, F = 7, 2, 3, 4, 5

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from meshway.models.layers.mixture import router_losses, routers
-from meshway.models.layers.reports import collecting
+from meshway.models.layers.side_outputs import capture
 from meshway.models.module import Network
 
 D, E = 6, 4
@@ -32,7 +32,7 @@ def route(router, x=X, rng=None, kernel=None, bias=None, **options):
 
     @jax.jit
     def run(params, x, rng):
-        with collecting() as reports:
+        with capture() as reports:
             choices = network.bind(params)(x, real=jnp.asarray(REAL), rng=rng)
         return choices, reports.losses, reports.metrics
 
@@ -118,7 +118,7 @@ def test_a_bias_chooses_but_does_not_weigh_and_learns_from_counts_alone():
     @jax.grad
     def gradient_of(bias, x, real):
         network = Network(functools.partial(routers.SigmoidTopK, D, E, k=2))
-        with collecting() as reports:
+        with capture() as reports:
             choices = network.bind({"kernel": jnp.asarray(kernel), "bias": bias})(x, real=real, rng=KEY)
         return reports.losses["router_bias_loss"] + jnp.sum(choices.gates)  # the gates give the bias nothing
 

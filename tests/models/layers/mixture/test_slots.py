@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshway.models.layers.mixture import slots
+from meshway.models.layers.mixture import dispatch
 from meshway.models.layers.mixture.routers import ExpertScores, TokenChoices
 
 TOKENS, EXPERTS, K, CAPACITY = 7, 3, 2, 3
@@ -21,10 +21,10 @@ def assign(choices, real, gates, num_experts, capacity):
     if isinstance(choices, TokenChoices):
         choices = TokenChoices(choices.experts, gates, choices.priority)
     choices, real = jax.tree.map(lambda x: jnp.asarray(x)[None], (choices, real))
-    found = slots.assign(choices, real, num_experts, capacity)
+    found = dispatch.assign(choices, real, num_experts, capacity)
     own = {name: getattr(found, name)[:, 0] for name in ("token", "gate", "choice")}
     slot = None if found.slot is None else found.slot[0]
-    return slots.Slots(slot=slot, **own), slots.kept(found, real.shape[1])[0]
+    return dispatch.Slots(slot=slot, **own), dispatch.choices_kept(found, real.shape[1])[0]
 
 
 def queue(experts, priority, real):
@@ -116,7 +116,7 @@ def two_groups():
     experts = np.argsort(rng.random((GROUPS, TOKENS, EXPERTS)), axis=-1)[..., :K].astype(np.int32)
     choices = TokenChoices(experts, gates_of(experts), rng.random((GROUPS, TOKENS)).astype(np.float32))
     real = np.ones((GROUPS, TOKENS), np.float32)
-    return choices, jax.jit(slots.assign, static_argnums=(2, 3))(choices, real, EXPERTS, CAPACITY)
+    return choices, jax.jit(dispatch.assign, static_argnums=(2, 3))(choices, real, EXPERTS, CAPACITY)
 
 
 def test_each_group_has_slots_of_its_own(two_groups):
@@ -130,13 +130,13 @@ def test_each_group_has_slots_of_its_own(two_groups):
             whole.token[:, group], np.where(empty, GROUPS * TOKENS, alone.token + group * TOKENS)
         )
         np.testing.assert_array_equal(whole.gate[:, group], alone.gate)
-        np.testing.assert_array_equal(slots.kept(whole, TOKENS)[group], kept)
+        np.testing.assert_array_equal(dispatch.choices_kept(whole, TOKENS)[group], kept)
 
 
 @pytest.mark.parametrize(("first", "count"), [(0, EXPERTS), (1, 2)])
 def test_both_sides_of_a_slot_agree_on_all_experts_and_on_some(two_groups, first, count):
     choices, whole = two_groups
-    part = slots.of_experts(whole, jnp.int32(first), count)
+    part = dispatch.of_experts(whole, jnp.int32(first), count)
     np.testing.assert_array_equal(part.token, whole.token[first : first + count])
     held = np.flatnonzero(part.slot.reshape(-1) < part.token.size)
     np.testing.assert_array_equal(np.asarray(part.choice).reshape(-1)[part.slot.reshape(-1)[held]], held)
@@ -150,4 +150,4 @@ def test_both_sides_of_a_slot_agree_on_all_experts_and_on_some(two_groups, first
     [(512, 1, 8, 1.25, 80), (10, 1, 4, 1.0, 3), (3, 2, 2, 9.0, 3), (1, 2, 64, 1.0, 1), (10, 1, 10, 1.1, 2)],
 )
 def test_capacity(tokens, k, num_experts, factor, slots_each):
-    assert slots.capacity_of(tokens, k, num_experts, factor) == slots_each
+    assert dispatch.capacity_of(tokens, k, num_experts, factor) == slots_each

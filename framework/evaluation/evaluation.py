@@ -1,0 +1,268 @@
+"""Evaluation of parameters on tasks: teacher-forced losses, predictions and scores, on the mesh of the parameters."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from meshway.framework.errors import first_line
+from meshway.framework.inference.decoding import Decoder, Stop, one_ahead
+from meshway.framework.inference.sampling import Sampling
+from meshway.framework.interfaces import ArraySpec, Batch, EvalTask, Metrics, Params
+from meshway.framework.partitioning.sharded_model import ShardedModel
+
+# What one task's evaluation found, as it is written down: `metrics` by name; `counts` of what they are of; some
+# `predictions` for people to read; `failed`, where there are any: function of the task -> what it raised.
+Report = dict[str, Any]
+
+# Told how far one task is: (task, what it does, done, of how many).
+Observer = Callable[[str, str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What a recipe says of evaluation.
+
+    `max_batches` bounds the teacher-forced pass (None reads the whole split); of the tasks that have metrics of
+    predictions or scores `max_predictions` examples (None: all, 0: none) are decoded by `decoder`, greedily unless
+    another is bound, and scored; `num_samples` of them are kept as text. What ends a prediction is told by each task.
+    """
+
+    max_batches: int | None = None
+    max_predictions: int | None = 64
+    num_samples: int = 8
+    decoder: Decoder = Sampling(temperature=0.0)
+
+
+class TaskResult(NamedTuple):
+    """What one task gave: its report, and its summed loss and weight."""
+
+    name: str
+    report: Report
+    loss: np.ndarray
+
+
+class Evaluator:
+    """Evaluates parameters on tasks; the programs are compiled once, by the first evaluation."""
+
+    def __init__(
+        self,
+        placed: ShardedModel,
+        batch_size: int,
+        lengths: Mapping[str, int],
+        tasks: Sequence[EvalTask],
+        settings: Evaluation,
+    ):
+        """`batch_size` counts examples over all processes; `lengths` are tokens by task feature."""
+        self._placed, self._lengths, self._tasks, self._settings = placed, lengths, list(tasks), settings
+        self._batch = placed.batch(batch_size, lengths)
+        self._loss: Callable[..., Metrics] | None = None
+        self._score: Callable[..., jax.Array] | None = None
+        self._predict: dict[tuple, Callable[..., tuple[jax.Array, jax.Array]]] = {}
+        self._rows = placed.partitioner.process_rows(batch_size)
+
+    @property
+    def task_names(self) -> list[str]:
+        """The tasks it evaluates, in order."""
+        return [task.name for task in self._tasks]
+
+    @property
+    def left_out(self) -> list[str]:
+        """What of the tasks' metrics cannot be run, in words."""
+        return [f"{task.name}: evaluated without {what}" for task in self._tasks for what in task.left_out]
+
+    def evaluate(self, params: Params) -> tuple[dict[str, float], dict[str, Report]]:
+        """Returns (scalars, reports by task).
+
+        Scalars are `validation/<task>/<metric>`, and `validation/loss` over the tokens of all tasks. Every process
+        must call it at the same step.
+        """
+        scalars: dict[str, float] = {}
+        reports: dict[str, Report] = {}
+        totals = np.zeros(2)
+        for name, report, loss in self.results(params):
+            totals += loss
+            scalars |= {f"validation/{name}/{metric}": value for metric, value in report["metrics"].items()}
+            reports[name] = report
+        if reports:
+            scalars["validation/loss"] = float(totals[0] / max(totals[1], 1e-9))
+        return scalars, reports
+
+    def results(self, params: Params, observe: Observer = lambda *_: None) -> Iterator[TaskResult]:
+        """Yields each task's result once it is there; every process must go through all of them."""
+        for task in self._tasks:
+            sums, rows = self._teacher_forced(params, task, observe)
+            metrics = {name: float(total / max(weight, 1e-9)) for name, (total, weight) in sums.items()}
+            report: Report = {
+                "metrics": metrics,
+                "counts": {"rows": rows, "tokens": float(sums["loss"][1])},
+                "predictions": [],
+            }
+            self._add_metrics(report, params, task, observe)
+            yield TaskResult(task.name, report, sums["loss"])
+
+    def _teacher_forced(self, params: Params, task: EvalTask, observe: Observer) -> tuple[dict[str, np.ndarray], int]:
+        """Returns (sum and weight of each metric, how many rows they are of)."""
+        if self._loss is None:
+            self._loss = self._compile_loss()
+        sums: dict[str, np.ndarray] = {"loss": np.zeros(2)}
+        rows = 0
+        batches = itertools.islice(task.batches(), self._settings.max_batches)
+        started = ((real, self._loss(params, self._batch.put(self._mine(batch)))) for batch, real in batches)
+        for real, metrics in one_ahead(started):
+            for name, pair in jax.device_get(metrics).items():
+                sums[name] = sums.get(name, np.zeros(2)) + np.array(pair, np.float64)
+            rows += real
+            observe(task.name, "loss", rows, task.num_rows)
+        return sums, rows
+
+    def _add_metrics(self, report: Report, params: Params, task: EvalTask, observe: Observer) -> None:
+        """Adds what the task's own functions find in predictions and scores."""
+        limit = self._settings.max_predictions
+        limit = task.num_examples if limit is None else min(limit, task.num_examples)
+        predictions: list[Any] | None = None
+        aux: dict[str, list[float]] | None = None
+        scores: dict[int, float] | None = None
+        failed: dict[str, str] = {}
+        if task.has_metrics and limit:
+            predicted = self._predictions(params, task, limit, observe)
+            report["predictions"], failed = predicted.samples, predicted.failed
+            report["counts"]["predictions"] = len(predicted.values)
+            if not failed:
+                predictions, aux = predicted.values, {"scores": predicted.scores}
+        if task.has_score_metrics and limit:
+            scores = self._scores(params, task, limit, observe)
+            report["counts"]["scores"] = len(scores)
+        if predictions is not None or scores is not None:
+            try:
+                measured = task.metrics(predictions, aux, scores)
+            except Exception as error:  # a target's postprocessing: the task's own code, like that of predictions
+                failed |= {"postprocess_fn": described(error)}
+            else:
+                report["metrics"] |= measured.values
+                failed |= measured.failures
+        if failed:
+            report["failed"] = failed
+
+    def _predictions(self, params: Params, task: EvalTask, limit: int, observe: Observer) -> "_Predicted":
+        found = _Predicted([], [], [], {})
+        batches = _until(task.prompt_batches(), limit)
+        for indices, decoded in one_ahead((each[1], self._decode(params, task.stop_ids, *each)) for each in batches):
+            tokens, scores = map(np.asarray, decoded)
+            for index, row, score in zip(indices.tolist(), tokens, scores.tolist(), strict=False):
+                if found.failed:
+                    break  # the others' programs go on, and so does this one's
+                try:
+                    prediction = task.postprocess(index, row)
+                    if len(found.samples) < self._settings.num_samples:
+                        texts = {"input": task.inputs_text(index), "target": str(task.target(index))}
+                        found.samples.append(texts | {"prediction": str(prediction)})
+                except Exception as error:
+                    found.failed["postprocess_fn"] = f"on example {index}: {described(error)}"
+                    break
+                found.values.append(prediction)
+                found.scores.append(score)
+            observe(task.name, "predictions", min(int(indices[-1]) + 1, limit), limit)
+        return found
+
+    def _decode(
+        self, params: Params, stop_ids: Sequence[int], batch: Batch, indices: np.ndarray
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the best prediction of each row, int32 [batch, length], and its score, float32 [batch]."""
+        key = (tuple(stop_ids), *sorted((name, x.shape, str(x.dtype)) for name, x in batch.items()))
+        partitioner = self._placed.partitioner
+        shardings = partitioner.batch_shardings(
+            {name: ArraySpec(x.shape, x.dtype, ("batch", *[None] * (x.ndim - 1))) for name, x in batch.items()}
+        )
+        rows = next(iter(batch.values())).shape[0]
+        if key not in self._predict:
+            model, length = self._placed.model, self._lengths["targets"]
+            decoder, stop = self._settings.decoder, Stop(tuple(stop_ids))
+
+            def predict(params: Params, batch: Batch, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+                decoded = decoder(model, params, batch, length, stop, ids, jax.random.key(0))
+                best = jnp.argmax(decoded.scores, axis=1)[:, None, None]
+                tokens = jnp.take_along_axis(decoded.tokens, best, axis=1)[:, 0]
+                return tokens, jnp.max(decoded.scores, axis=1)
+
+            self._predict[key] = partitioner.compile(
+                predict,
+                self._placed.param_shapes,
+                {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()},
+                jax.ShapeDtypeStruct((rows,), np.int32),
+                in_shardings=(self._placed.param_shardings, shardings, partitioner.replicated),
+                out_shardings=partitioner.replicated,
+            )
+        ids = np.resize(indices, rows).astype(np.int32)  # rows past the examples repeat, and are not read
+        placed = partitioner.put_batch(self._mine(batch), shardings, self._batch.size)
+        return self._predict[key](params, placed, ids)
+
+    def _scores(self, params: Params, task: EvalTask, limit: int, observe: Observer) -> dict[int, float]:
+        """Returns example -> log-probability of its targets, of those of the first `limit` that have a row."""
+        if self._score is None:
+            self._score = self._compile_score()
+        scores: dict[int, float] = {}
+        batches = _until(task.score_batches(), limit)
+        started = ((indices, self._score(params, self._batch.put(self._mine(batch)))) for batch, indices in batches)
+        for indices, found in one_ahead(started):
+            for index, score in zip(indices.tolist(), np.asarray(found, np.float64).tolist(), strict=False):
+                scores[index] = scores.get(index, 0.0) + score
+            observe(task.name, "scores", min(int(indices[-1]) + 1, limit), limit)
+        return scores
+
+    def _compile_loss(self) -> Callable[..., Metrics]:
+        model = self._placed.model
+
+        def metrics(params: Params, batch: Batch) -> Metrics:
+            loss, weight, metrics = model.loss(params, batch, None)
+            return metrics | {"loss": (loss, weight)}
+
+        return self._compile(metrics)
+
+    def _compile_score(self) -> Callable[..., jax.Array]:
+        model = self._placed.model
+
+        def score(params: Params, batch: Batch) -> jax.Array:
+            scores = model.score(params, batch)
+            return jnp.sum(scores.reshape(scores.shape[0], -1), axis=1)
+
+        return self._compile(score)
+
+    def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Compiles a function of (parameters, batch) whose result all processes get."""
+        return self._placed.partitioner.compile(
+            function,
+            self._placed.param_shapes,
+            self._batch.abstract,
+            in_shardings=(self._placed.param_shardings, self._batch.shardings),
+            out_shardings=self._placed.partitioner.replicated,
+        )
+
+    def _mine(self, batch: Batch) -> Batch:
+        return {name: rows[self._rows] for name, rows in batch.items()}
+
+
+class _Predicted(NamedTuple):
+    """The postprocessed predictions of the first examples, their scores, some as text, and what failed."""
+
+    values: list[Any]
+    scores: list[float]
+    samples: list[dict[str, str]]
+    failed: dict[str, str]
+
+
+def described(error: Exception) -> str:
+    """Returns an error of a task's own code in one line."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _until(batches: Iterator[tuple[Batch, np.ndarray]], limit: int) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Yields batches with the indices, ascending, of their examples before number `limit`."""
+    for batch, indices in batches:
+        if indices[0] >= limit:
+            return
+        yield batch, indices[indices < limit]

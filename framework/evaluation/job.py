@@ -1,0 +1,273 @@
+"""Evaluates checkpoints of a run one after the other, and what a person sees of it."""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from meshway.framework import terminal
+from meshway.framework import terminal as stages
+from meshway.framework.checkpoints.manager import Checkpoints, DamagedCheckpoint
+from meshway.framework.distributed import processes
+from meshway.framework.errors import UserError
+from meshway.framework.evaluation.evaluation import Evaluator
+from meshway.framework.evaluation.records import Record, Records, StepQueue, complete_steps
+from meshway.framework.interfaces import Params
+from meshway.framework.report.page import is_of_router, write_report
+from meshway.framework.telemetry.writers import TensorBoardWriter
+from meshway.framework.training.run_directory import RunDirectory
+
+_MOST_METRICS = 10  # in a line
+
+
+class EvaluationDisplay:
+    """Shows what is evaluated and what was found; use as a context manager.
+
+    Args:
+      silent: whether to show nothing: one process of a run speaks.
+      stream: where to write, standard output if None.
+      terminal: whether that is a terminal; found out if None.
+    """
+
+    def __init__(self, silent: bool = False, stream: TextIO | None = None, terminal: bool | None = None) -> None:
+        self._silent, self._stream = silent, sys.stdout if stream is None else stream
+        self._began = time.monotonic()
+        self._step = 0
+        self._bar: Progress | None = None
+        self._terminal = contextlib.ExitStack()  # held by this display
+        self._row: TaskID | None = None
+        self._shown = ("", "")
+        if terminal is None:
+            terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        if terminal and not silent:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            console = Console(file=self._stream, force_terminal=True, highlight=False)
+            self._bar = Progress(*columns, console=console, transient=True)
+
+    def begin(self, step: int) -> None:
+        """Says that the evaluation of a step begins."""
+        self._step, self._began, self._shown = step, time.monotonic(), ("", "")
+
+    def observe(self, task: str, what: str, done: int, total: int) -> None:
+        """Moves the bar of a terminal; an `Observer`."""
+        if self._bar is None:
+            return
+        if self._shown != (task, what):
+            self._shown = (task, what)
+            self._clear()
+            self._row = self._bar.add_task(f"step {self._step}  {task}  {what}", total=total)
+        if self._row is not None:
+            self._bar.update(self._row, completed=done)
+
+    def found(self, task: str, report: Mapping[str, Any]) -> None:
+        """Prints what one task gave, and how quickly."""
+        seconds, self._began = time.monotonic() - self._began, time.monotonic()
+        counts = report["counts"]
+        counted = next(each for each in ("predictions", "scores", "rows") if each in counts)
+        number, name = counts[counted], "rows" if counted == "rows" else "examples"
+        metrics = [(key, value) for key, value in report["metrics"].items() if not is_of_router(key)]
+        shown = [f"{key} {value:.4g}" for key, value in metrics[:_MOST_METRICS]]
+        more = [f"and {len(metrics) - _MOST_METRICS} more"] if len(metrics) > _MOST_METRICS else []
+        speed = f"({number:,} {name}, {number / max(seconds, 1e-9):,.1f} {name}/s)"
+        self.say("  ".join([f"step {self._step}", task, *shown, *more, speed]))
+
+    def say(self, line: str) -> None:
+        """Prints a line, above the bar where there is one."""
+        if self._silent:
+            return
+        if self._bar is None:
+            print(line, file=self._stream, flush=True)
+        else:
+            self._clear()
+            self._bar.console.print(line, soft_wrap=True, markup=False)
+
+    def __enter__(self) -> "EvaluationDisplay":
+        if self._bar is not None:
+            self._terminal.enter_context(stages.through(self.say))
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._clear()
+            self._bar.stop()
+        self._terminal.close()
+
+    def _clear(self) -> None:
+        if self._bar is not None and self._row is not None:
+            self._bar.remove_task(self._row)
+            self._bar.refresh()
+            self._row = None
+
+
+_REMOVAL = 10.0  # seconds that the removal of a checkpoint may take
+_VALIDATION = "validation"
+
+
+class EvaluationJob:
+    """The work of one `meshway eval`, on all of its processes: process 0 decides, writes and speaks.
+
+    Args:
+      directory: the run.
+      evaluator: what is evaluated on each step.
+      params: the parameters' shapes, with shardings.
+      queue: the steps; process 0 asks it.
+      records: where what was found goes.
+      fingerprint: of what is evaluated.
+      split: what the tasks read, where it is not the recipe's validation split; None where it is.
+      display: what a person sees.
+      skip_removed: whether a checkpoint that is removed before it could be read, or is damaged, is passed over; else it
+        is an error.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        evaluator: Evaluator,
+        params: Params,
+        queue: StepQueue,
+        records: Records,
+        fingerprint: str,
+        split: str | None,
+        display: EvaluationDisplay,
+        skip_removed: bool,
+    ) -> None:
+        self._directory, self._evaluator, self._params, self._queue = directory, evaluator, params, queue
+        self._records, self._fingerprint, self._split = records, fingerprint, split
+        self._display, self._skip_removed = display, skip_removed
+        self._primary = processes.is_primary()
+        self._checkpoints: Checkpoints | None = None
+        self._failures: list[str] = []
+        self._damaged: list[str] = []
+
+    def run(self) -> int:
+        """Evaluates all steps of the queue; returns how many.
+
+        Raises:
+          UserError: a checkpoint is another model's, the disk refuses, or, once all is evaluated and written, some
+            function of a task has raised.
+          DamagedCheckpoint: a checkpoint that was asked for cannot be read; or, once all others are evaluated, one of
+            them could not be. Where the latest was asked for, the last that can be read serves.
+        """
+        count = 0
+        while True:
+            with contextlib.ExitStack() as stack:
+                step = stack.enter_context(self._queue.next()) if self._primary else None
+                step = _told("the next step to evaluate", step)
+                if step is None:
+                    break
+                params = self._load(step)
+                if params is not None:
+                    self._evaluate(step, params)
+                    count += 1
+                del params  # gone before the next are read: two may not fit where one does
+        if self._failures:
+            times = f"{len(self._failures)} time{'' if len(self._failures) == 1 else 's'}"
+            listed = "\n  ".join(dict.fromkeys(self._failures))
+            raise UserError(f"all was evaluated and written; the tasks' own code has raised {times}:\n  {listed}")
+        if self._damaged:
+            raise DamagedCheckpoint("all else was evaluated and written:\n  " + "\n  ".join(self._damaged))
+        return count
+
+    def _load(self, step: int) -> Params | None:
+        """Returns the parameters of a step; None where its checkpoint was removed meanwhile, or is passed over."""
+        params, failure, unreadable = None, "", False
+        try:
+            if self._checkpoints is None:
+                self._checkpoints = Checkpoints(self._directory.checkpoints, read_only=True)
+            with terminal.stage(f"reading checkpoint {step}"):
+                params = self._checkpoints.load_params(step, self._params)
+        except (UserError, DamagedCheckpoint) as error:
+            failure, unreadable = str(error), isinstance(error, DamagedCheckpoint)
+        brought = [json.loads(text) for text in _brought("the reading of a checkpoint", [failure, unreadable])]
+        failures = [text for text, _ in brought if text]
+        if not failures:
+            return params
+        unreadable = any(unreadable for _, unreadable in brought)
+        if not (self._skip_removed and unreadable):
+            raise (DamagedCheckpoint if unreadable else UserError)(failures[0])
+        if _told("a checkpoint's removal", self._primary and self._vanishes(step)):
+            self._display.say(f"step {step}: its checkpoint was removed before it could be read; passed over")
+            return None
+        self._pass_over(step, failures[0])
+        return None
+
+    def _pass_over(self, step: int, problem: str) -> None:
+        """Leaves a damaged checkpoint out, for the one before it where the latest was asked for."""
+        if not self._queue.wanted.latest:
+            self._damaged.append(problem)
+            self._display.say(f"{problem}; passed over")
+            return
+        earlier = _told("an earlier checkpoint", self._queue.before(step) if self._primary else None)
+        if earlier is None:
+            raise DamagedCheckpoint(problem)
+        self._display.say(f"{problem}; taking step {earlier}")
+
+    def _vanishes(self, step: int) -> bool:
+        """Returns whether a checkpoint is gone, or going: what removes one takes a while."""
+        newest = max(complete_steps(self._directory.checkpoints), default=step)
+        end = time.monotonic() + (_REMOVAL if step < newest else 0.0)  # what removes old ones leaves the newest
+        while (there := step in complete_steps(self._directory.checkpoints)) and time.monotonic() < end:
+            time.sleep(0.1)
+        return not there
+
+    def _evaluate(self, step: int, params: Params) -> None:
+        self._display.begin(step)
+        records: dict[str, Record] = {}
+        for name, report, _ in self._evaluator.results(params, self._display.observe):
+            self._display.found(name, report)
+            for function, message in report.get("failed", {}).items():
+                self._failures.append(f"task {name!r}, {function}: {message}")
+                self._display.say(f"step {step}  {name}  {function} raised {message}")
+            records[record_name(name, self._split)] = report | ({"split": self._split} if self._split else {})
+        if self._primary:
+            self._records.add(step, records, self._fingerprint)
+            self._write_events(step, records)
+            write_report(self._directory.root)
+
+    def _write_events(self, step: int, records: dict[str, Record]) -> None:
+        """Writes a file of its own a step, whole: TensorBoard, which reads one file after the other, misses none."""
+        prefix = self._split or _VALIDATION
+        scalars = {
+            f"{prefix}/{task}/{name}": value
+            for task, record in zip(self._evaluator.task_names, records.values(), strict=True)
+            for name, value in record["metrics"].items()
+        }
+        writer = TensorBoardWriter(self._directory.tensorboard / "eval", start_step=None)
+        with contextlib.closing(writer):
+            writer.write(step, scalars)
+
+
+def record_name(task: str, split: str | None) -> str:
+    """Returns the name under which a task's records are kept: its own, with the split where that is another than the
+    recipe's validation split."""
+    return f"{task}.{split.replace('/', '_')}" if split else task
+
+
+def is_done(records: Records, names: list[str], fingerprint: str) -> Callable[[int], bool]:
+    """Returns what says of a step whether it has been evaluated, all of its tasks, without a failure of theirs."""
+
+    def done(step: int) -> bool:
+        found = [records.read(name).get(step, {}) for name in names]
+        return all(record.get("fingerprint") == fingerprint and "failed" not in record for record in found)
+
+    return done
+
+
+def _brought(name: str, value: Any) -> list[str]:
+    """Returns what every process brings to a barrier."""
+    return list(processes.barrier(name, None, json.dumps(value)).values())
+
+
+def _told(name: str, value: Any) -> Any:
+    """Returns what process 0 brings to a barrier."""
+    return json.loads(processes.barrier(name, None, json.dumps(value))[0])

@@ -1,0 +1,275 @@
+"""What `Optimizer.transform` may be: factories of optax transformations, and groups of parameters chosen by pattern.
+
+Layers of a stack are one array on a leading 'layers' axis, yet each layer is a tensor of its own: the
+factories here keep `adafactor.BATCH_AXES` apart. optax's own factories work as they are; those that treat
+each array as one tensor (optax.adafactor, lamb, lars) see a stack of layers as a single tensor.
+"""
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import optax
+from optax import contrib
+
+from meshway.framework.axes import Names
+from meshway.framework.errors import UserError, did_you_mean
+from meshway.framework.interfaces import Axes, Params
+from meshway.framework.optimizers.adafactor import matrix_dims, scale_by_adafactor
+from meshway.framework.optimizers.schedules import Schedule
+from meshway.framework.trees import flatten, map_paths, merge, select
+
+# Axes of tables, whose rows are looked up rather than multiplied: no linear map for Muon to orthogonalise.
+TABLE_AXES = ("vocab", "relpos_buckets", "length", "positions")
+
+
+@dataclasses.dataclass(frozen=True)
+class AxesAware:
+    """An optimizer that needs the parameters' logical axes: what a transform factory may return."""
+
+    build: Callable[[Axes], optax.GradientTransformation]
+
+
+Factory = Callable[..., "optax.GradientTransformation | AxesAware"]  # called as factory(learning_rate=...)
+
+
+def adafactor(
+    learning_rate: float | Schedule,
+    decay_rate: float = 0.8,
+    step_offset: int = 0,
+    clipping_threshold: float | None = 1.0,
+    multiply_by_parameter_scale: bool = True,
+    min_dim_size_to_factor: int = 128,
+    beta1: float | None = None,
+    weight_decay_rate: float | None = None,
+    epsilon1: float = 1e-30,
+    epsilon2: float = 1e-3,
+    factored: bool = True,
+) -> AxesAware:
+    """Adafactor as T5X runs it; see `adafactor.scale_by_adafactor` for the arguments not named here.
+
+    Args:
+      learning_rate: relative to each parameter's scale, unless `multiply_by_parameter_scale` is off.
+      beta1: decay of the momentum, an average (without bias correction) of steps that hold the learning rate.
+      weight_decay_rate: share of each matrix lost at each update, whatever the learning rate.
+    """
+
+    def build(axes: Axes) -> optax.GradientTransformation:
+        chain = [
+            scale_by_adafactor(
+                axes,
+                decay_rate=decay_rate,
+                step_offset=step_offset,
+                clipping_threshold=clipping_threshold,
+                multiply_by_parameter_scale=multiply_by_parameter_scale,
+                min_dim_size_to_factor=min_dim_size_to_factor,
+                epsilon1=epsilon1,
+                epsilon2=epsilon2,
+                factored=factored,
+            ),
+            optax.scale_by_learning_rate(learning_rate),
+        ]
+        if beta1 is not None:
+            chain.append(optax.ema(beta1, debias=False))
+        if weight_decay_rate is not None:
+            chain.append(optax.add_decayed_weights(-weight_decay_rate, decay_mask(axes)))
+        return optax.chain(*chain)
+
+    return AxesAware(build)
+
+
+def adamw(
+    learning_rate: float | Schedule,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+    mu_dtype: str | None = None,
+) -> AxesAware:
+    """optax.adamw that decays matrices only (see `decay_mask`), by `weight_decay` times the learning rate."""
+    return AxesAware(
+        lambda axes: optax.adamw(
+            learning_rate, b1, b2, eps, mu_dtype=mu_dtype, weight_decay=weight_decay, mask=decay_mask(axes)
+        )
+    )
+
+
+def lion(
+    learning_rate: float | Schedule,
+    b1: float = 0.9,
+    b2: float = 0.99,
+    weight_decay: float = 0.0,
+    mu_dtype: str | None = None,
+) -> AxesAware:
+    """optax.lion that decays matrices only (see `decay_mask`), by `weight_decay` times the learning rate."""
+    return AxesAware(lambda axes: optax.lion(learning_rate, b1, b2, mu_dtype, weight_decay, mask=decay_mask(axes)))
+
+
+def sgd(
+    learning_rate: float | Schedule, momentum: float | None = None, nesterov: bool = False
+) -> optax.GradientTransformation:
+    """optax.sgd, under the name that the other optimizers of this file have."""
+    return optax.sgd(learning_rate, momentum, nesterov)
+
+
+def sign_sgd(learning_rate: float | Schedule) -> optax.GradientTransformation:
+    """Steps of one size, the learning rate, against the sign of each gradient; where that is 0, none.
+
+    With a router's load as its bias's gradient this is DeepSeek-V3's balancing (arXiv:2412.19437, section 2.1.2);
+    bind it in `Optimizer.overrides`.
+    """
+    return optax.sign_sgd(learning_rate)
+
+
+def muon(
+    learning_rate: float | Schedule,
+    beta: float = 0.95,
+    ns_steps: int = 5,
+    weight_decay: float = 0.1,
+    consistent_rms: float | None = 0.2,
+    adam_b1: float = 0.9,
+    adam_b2: float = 0.95,
+    adam_weight_decay: float = 0.0,
+    adam_learning_rate: float | Schedule | None = None,
+    adam_axes: Sequence[str] = TABLE_AXES,
+) -> AxesAware:
+    """optax.contrib.muon; axis names say what a matrix is: inputs are its first dimension, outputs its last.
+
+    Adam trains vectors (norm scales, biases) and every parameter that has one of `adam_axes`: embeddings and
+    output logits. Of a stack, each layer's and each expert's matrix is orthogonalised by itself.
+
+    Args:
+      learning_rate: of the matrices; of the others too unless `adam_learning_rate` is given.
+      consistent_rms: scales updates by ``sqrt(max(inputs, outputs)) * consistent_rms``, so that one learning
+        rate suits both (arXiv:2502.16982); None scales by ``sqrt(max(1, outputs / inputs))``.
+      adam_weight_decay: applies to all that Adam trains, vectors included.
+
+    Raises:
+      UserError: from `Optimizer.bind`, for a parameter of three or more dimensions that are no stack.
+    """
+
+    def build(axes: Axes) -> optax.GradientTransformation:
+        return contrib.muon(
+            learning_rate,
+            ns_steps=ns_steps,
+            beta=beta,
+            weight_decay=weight_decay,
+            adam_b1=adam_b1,
+            adam_b2=adam_b2,
+            adam_weight_decay=adam_weight_decay,
+            adam_learning_rate=adam_learning_rate,
+            muon_weight_dimension_numbers=_muon_dimensions(axes, adam_axes),
+            consistent_rms=consistent_rms,
+        )
+
+    return AxesAware(build)
+
+
+def decay_mask(axes: Axes) -> Any:
+    """Returns the tree of which parameters weight decay acts on: tensors of two or more dimensions.
+
+    Batch axes do not count and joined axes count as one (see `adafactor.matrix_dims`), so norm scales and
+    biases are not decayed, stacked or not. Embeddings are decayed, as other matrices are; `by_pattern`
+    exempts them where that is not wanted.
+    """
+    return jax.tree.map(lambda names: len(matrix_dims(names)) >= 2, axes, is_leaf=lambda node: isinstance(node, tuple))
+
+
+def _muon_dimensions(axes: Axes, adam_axes: Sequence[str]) -> Any:
+    def dimensions(path: str, names: Names) -> contrib.MuonDimensionNumbers | None:
+        dims = matrix_dims(names)
+        if len(dims) < 2 or set(names) & set(adam_axes):
+            return None
+        if len(dims) == 2:
+            return contrib.MuonDimensionNumbers(*dims)
+        raise UserError(
+            f"muon: parameter {path!r} {names} is no matrix but has {len(dims)} dimensions; name one of its "
+            "axes in muon.adam_axes, or give it another optimizer with by_pattern"
+        )
+
+    return map_paths(dimensions, axes)
+
+
+def made_by(factory: Factory, learning_rate: float | Schedule, axes: Axes, where: str) -> optax.GradientTransformation:
+    """Calls a transform factory and gives it the axes if it asks for them.
+
+    Raises:
+      UserError: `factory`, which the recipe names at `where`, is none.
+    """
+    if isinstance(factory, (optax.GradientTransformation, AxesAware)) or not callable(factory):
+        raise UserError(f"{where}: {factory!r:.60} is no factory; write it without parentheses (@optax.adamw)")
+    try:
+        inspect.signature(factory).bind_partial(learning_rate=learning_rate)
+    except TypeError:
+        raise UserError(f"{where}: {factory!r:.60} takes no argument named learning_rate") from None
+    made = factory(learning_rate=learning_rate)
+    if isinstance(made, AxesAware):
+        made = made.build(axes)
+    if not isinstance(made, optax.GradientTransformation):
+        raise UserError(f"{where}: {factory!r:.60} returned {made!r:.60}, no optax transformation")
+    return made
+
+
+def by_pattern(learning_rate: float | Schedule, patterns: Sequence[tuple[str, Factory]]) -> AxesAware:
+    """Trains groups of parameters by different optimizers.
+
+    Args:
+      learning_rate: given to each factory.
+      patterns: (regex over the whole '/'-joined parameter path, factory) in order: the first match decides.
+
+    Raises:
+      UserError: from `Optimizer.bind`, for a pattern without a parameter of its own, or a parameter that
+        matches none.
+    """
+
+    def build(axes: Axes) -> optax.GradientTransformation:
+        left = flatten(axes)
+        groups = []
+        for pattern, factory in patterns:
+            members = frozenset(matching(pattern, left, "by_pattern.patterns"))
+            left = {path: names for path, names in left.items() if path not in members}
+            groups.append((members, made_by(factory, learning_rate, select(axes, members), pattern)))
+        if left:
+            raise UserError(
+                f"by_pattern: no pattern matches parameter {next(iter(left))!r} ({len(left)} such); "
+                "end with ('.*', ...) for all the rest"
+            )
+        return grouped(groups)
+
+    return AxesAware(build)
+
+
+def grouped(groups: Sequence[tuple[frozenset[str], optax.GradientTransformation]]) -> optax.GradientTransformation:
+    """Returns the transformation that gives each group of paths to its own; its state is a tuple, one state a group."""
+
+    def init(params: Params) -> tuple[Any, ...]:
+        return tuple(transformation.init(select(params, members)) for members, transformation in groups)
+
+    def update(grads: Params, state: tuple[Any, ...], params: Params) -> tuple[Params, tuple[Any, ...]]:
+        updates, states = grads, []
+        for (members, transformation), inner in zip(groups, state, strict=True):
+            part, inner = transformation.update(select(grads, members), inner, select(params, members))
+            updates = merge(updates, part)
+            states.append(inner)
+        return updates, tuple(states)
+
+    return optax.GradientTransformation(init, update)
+
+
+def matching(pattern: str, paths: Iterable[str], where: str) -> list[str]:
+    """Returns the paths that a regex, which the recipe gives at `where`, matches whole.
+
+    Raises:
+      UserError: it matches none, or is no regex.
+    """
+    try:
+        matched = [path for path in paths if re.fullmatch(pattern, path)]
+    except re.error as error:
+        raise UserError(f"{where}: {pattern!r} is no regular expression: {error}") from None
+    if not matched:
+        hint = did_you_mean(pattern, paths) or f"; parameters left are {', '.join(sorted(paths)[:5])}, ..."
+        raise UserError(f"{where}: {pattern!r} matches no (remaining) parameter{hint}")
+    return matched

@@ -1,0 +1,323 @@
+"""How large each device's part of a program's values is, operation by operation, from its jaxpr."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from jax.sharding import PartitionSpec
+
+_NOT_CALLS = frozenset(["scan", "while", "cond", "shard_map", "pallas_call"])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Array:
+    """A value of the function; compared by identity."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return int(getattr(self.dtype, "itemsize", 8))  # keys of random numbers are two words
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Operation:
+    """One primitive.
+
+    Attributes:
+      name: the primitive's.
+      params: the primitive's.
+      reads: its operands, constants too.
+      makes: its results.
+    """
+
+    name: str
+    params: dict[str, Any]
+    reads: tuple[Array, ...]
+    makes: tuple[Array, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Function:
+    """Operations in the order in which they were traced.
+
+    Attributes:
+      takes, gives: arguments and results.
+    """
+
+    takes: tuple[Array, ...]
+    operations: tuple[Operation, ...]
+    gives: tuple[Array, ...]
+
+
+def read_function(jaxpr: Any) -> Function:
+    """Returns a jaxpr, closed or not, as a list of operations."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    known: dict[Any, Array] = {}
+    takes = tuple(_of(var, known) for var in jaxpr.invars)
+    for var in jaxpr.constvars:
+        _of(var, known)
+    operations = tuple(_read(jaxpr, known))
+    return Function(takes, operations, tuple(_of(atom, known) for atom in jaxpr.outvars))
+
+
+def _read(jaxpr: Any, known: dict[Any, Array]) -> Iterator[Operation]:
+    for equation in jaxpr.eqns:
+        reads = tuple(_of(atom, known) for atom in equation.invars)
+        inner = None if equation.primitive.name in _NOT_CALLS else _called(equation)
+        if inner is None:
+            yield Operation(
+                equation.primitive.name, equation.params, reads, tuple(_of(var, known) for var in equation.outvars)
+            )
+            continue
+        own: dict[Any, Array] = dict(zip(inner.invars, reads, strict=True))
+        for var in inner.constvars:
+            _of(var, own)
+        yield from _read(inner, own)
+        known.update((var, _of(atom, own)) for var, atom in zip(equation.outvars, inner.outvars, strict=True))
+
+
+def _called(equation: Any) -> Any:
+    """Returns the jaxpr of the function that an equation calls with its own operands; None for any other equation."""
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        inner = equation.params.get(key)
+        inner = getattr(inner, "jaxpr", inner)
+        if inner is not None and len(inner.invars) == len(equation.invars):
+            return inner
+    return None
+
+
+def _of(atom: Any, known: dict[Any, Array]) -> Array:
+    if hasattr(atom, "val"):  # a literal
+        return Array(tuple(atom.aval.shape), atom.aval.dtype)
+    if atom not in known:
+        known[atom] = Array(tuple(getattr(atom.aval, "shape", ())), getattr(atom.aval, "dtype", None))
+    return known[atom]
+
+
+Cuts = tuple[tuple[str, ...], ...]  # for each dimension the mesh axes that cut it
+
+_NAMES = """
+    abs add add_any and atan2 cbrt ceil clamp convert_element_type copy cos cosh div eq erf erf_inv erfc exp exp2 expm1
+    floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not optimization_barrier or
+    pow reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh
+    sqrt square stop_gradient sub tan tanh xor
+"""
+ELEMENTWISE = frozenset(_NAMES.split())
+REDUCTIONS = frozenset(f"reduce_{name}" for name in ("and", "max", "min", "or", "prod", "sum")) | {"argmax", "argmin"}
+_SAME = ELEMENTWISE | {"cumsum", "cummax", "cummin", "cumprod", "cumlogsumexp", "rev", "sort", "dynamic_update_slice"}
+
+
+def spec_cuts(spec: Iterable[Any], rank: int) -> Cuts:
+    """Returns the mesh axes that cut each dimension under a spec."""
+    entries = [*spec, *([None] * rank)][:rank]
+    return tuple((each,) if isinstance(each, str) else tuple(each or ()) for each in entries)
+
+
+def uncut(array: Array) -> Cuts:
+    """Returns the cuts of what every device holds whole."""
+    return ((),) * len(array.shape)
+
+
+def local_bytes(array: Array, cuts: Cuts, mesh: Mapping[str, int]) -> int:
+    """Returns the bytes of a value on one device."""
+    parts = [math.prod(mesh[axis] for axis in axes) for axes in cuts]
+    return array.itemsize * math.prod(-(-size // part) for size, part in zip(array.shape, parts, strict=True))
+
+
+class Propagation:
+    """Finds the cuts of a function's values from those of its arguments.
+
+    Args:
+      mesh: sizes of the mesh's axes; those of size 1 cut nothing.
+    """
+
+    def __init__(self, mesh: Mapping[str, int]) -> None:
+        self.mesh = dict(mesh)
+        self._functions: dict[int, tuple[Any, Function]] = {}
+        self._found: dict[tuple[int, tuple[Cuts, ...]], list[Cuts]] = {}
+
+    def function(self, jaxpr: Any) -> Function:
+        """Returns the operations of a jaxpr inside another, read once."""
+        if id(jaxpr) not in self._functions:
+            self._functions[id(jaxpr)] = (jaxpr, read_function(jaxpr))  # the jaxpr is kept, so that its id is
+        return self._functions[id(jaxpr)][1]
+
+    def cuts(self, function: Function, given: Sequence[Cuts]) -> dict[Array, Cuts]:
+        """Returns the cuts of every value."""
+        found: dict[Array, Cuts] = dict(zip(function.takes, given, strict=True))
+        for operation in function.operations:
+            operands = [found.get(array, uncut(array)) for array in operation.reads]
+            found.update(zip(operation.makes, self.of(operation, operands), strict=True))
+        return found
+
+    def of(self, operation: Operation, operands: Sequence[Cuts]) -> list[Cuts]:
+        """Returns the cuts of an operation's results."""
+        name = operation.name
+        if name == "scan":
+            return self._scan(operation, operands)
+        if name == "while":
+            count = operation.params["cond_nconsts"]
+            body = self.function(operation.params["body_jaxpr"])
+            return self.loop(body, operands[count:], operation.params["body_nconsts"])[1]
+        if name == "cond":
+            branches = [self._gives(self.function(each), operands[1:]) for each in operation.params["branches"]]
+            return [_merged(made.shape, each) for made, *each in zip(operation.makes, *branches, strict=True)]
+        if name == "shard_map":
+            specs = operation.params["out_specs"]
+            return [self._real(spec_cuts(s, len(m.shape))) for s, m in zip(specs, operation.makes, strict=True)]
+        return [self._one(operation, operands, made) for made in operation.makes]
+
+    def body_inputs(self, operation: Operation, operands: Sequence[Cuts]) -> list[Cuts]:
+        """Returns the cuts of what one turn of a scan is given."""
+        fixed, carried = operation.params["num_consts"], operation.params["num_carry"]
+        slices = [cuts[1:] for cuts in operands[fixed + carried :]]
+        body = self.function(operation.params["jaxpr"])
+        return self.loop(body, [*operands[: fixed + carried], *slices], fixed, carried)[0]
+
+    def loop(
+        self, body: Function, given: Sequence[Cuts], fixed: int, carried: int | None = None
+    ) -> tuple[list[Cuts], list[Cuts]]:
+        """Returns the cuts of what a loop's body takes and gives once its state has settled."""
+        given = list(given)
+        count = len(body.gives) if carried is None else carried
+        for _ in range(3):
+            gives = self._gives(body, given)
+            state = [
+                _merged(array.shape, [new, old])
+                for array, new, old in zip(body.takes[fixed : fixed + count], gives, given[fixed : fixed + count])
+            ]
+            if state == given[fixed : fixed + count]:
+                break
+            given[fixed : fixed + count] = state
+        return given, gives
+
+    def _gives(self, function: Function, given: Sequence[Cuts]) -> list[Cuts]:
+        key = (id(function), tuple(given))
+        if key not in self._found:
+            found = self.cuts(function, given)
+            self._found[key] = [found.get(array, uncut(array)) for array in function.gives]
+        return self._found[key]
+
+    def _scan(self, operation: Operation, operands: Sequence[Cuts]) -> list[Cuts]:
+        carried = operation.params["num_carry"]
+        gives = self._gives(self.function(operation.params["jaxpr"]), self.body_inputs(operation, operands))
+        return [*gives[:carried], *[((), *cuts) for cuts in gives[carried:]]]
+
+    def _one(self, operation: Operation, operands: Sequence[Cuts], made: Array) -> Cuts:
+        name, params, rank = operation.name, operation.params, len(made.shape)
+        if name == "sharding_constraint":
+            spec = [*params["sharding"].spec, *([None] * rank)][:rank]
+            asked = [own if each is PartitionSpec.UNCONSTRAINED else each for each, own in zip(spec, operands[0])]
+            return self._real(spec_cuts(asked, rank))
+        if name == "broadcast_in_dim":
+            places = dict(zip(params["broadcast_dimensions"], zip(operation.reads[0].shape, operands[0])))
+            return tuple(
+                places[dim][1] if dim in places and places[dim][0] == size else ()
+                for dim, size in enumerate(made.shape)
+            )
+        if name == "transpose":
+            return tuple(operands[0][dim] for dim in params["permutation"])
+        if name in REDUCTIONS:
+            return tuple(axes for dim, axes in enumerate(operands[0]) if dim not in params["axes"])
+        if name in ("squeeze", "expand_dims", "reshape"):
+            return self.reshaped(operation.reads[0].shape, operands[0], made.shape)
+        if name == "dot_general":
+            return self._product(operation, operands)
+        if name == "gather":
+            return self._gathered(operation, operands, made)
+        alike = [cuts for array, cuts in zip(operation.reads, operands) if len(array.shape) == rank]
+        if name not in _SAME:  # slices, pads, joins: a dimension keeps its cut where it keeps its size
+            shapes = [array.shape for array in operation.reads if len(array.shape) == rank]
+            alike = [
+                tuple(axes if size == new else () for axes, size, new in zip(cuts, shape, made.shape))
+                for cuts, shape in zip(alike, shapes)
+            ]
+        return _merged(made.shape, alike)
+
+    def _real(self, cuts: Cuts) -> Cuts:
+        return tuple(tuple(axis for axis in axes if self.mesh.get(axis, 1) > 1) for axes in cuts)
+
+    def reshaped(self, old: Sequence[int], cuts: Cuts, new: Sequence[int]) -> Cuts:
+        """Follows a reshape: of dimensions that are joined or split, the cut of the first goes to the first."""
+        result: list[tuple[str, ...]] = [()] * len(new)
+        if 0 in old:
+            return tuple(result)
+        i = j = 0
+        while i < len(old) and j < len(new):
+            first, size_old, size_new = (i, j), old[i], new[j]
+            while size_old != size_new:
+                if size_old < size_new:
+                    i += 1
+                    size_old *= old[i]
+                else:
+                    j += 1
+                    size_new *= new[j]
+            of = next((d for d in range(first[0], i + 1) if old[d] > 1), first[0])
+            to = next((d for d in range(first[1], j + 1) if new[d] > 1), first[1])
+            if new[to] % math.prod(self.mesh[axis] for axis in cuts[of]) == 0:
+                result[to] = cuts[of]
+            i, j = i + 1, j + 1
+        return tuple(result)
+
+    def _product(self, operation: Operation, operands: Sequence[Cuts]) -> Cuts:
+        (left_c, right_c), (left_b, right_b) = operation.params["dimension_numbers"]
+        left, right = operands
+        batch = [left[i] or right[j] for i, j in zip(left_b, right_b)]
+        free = [axes for dim, axes in enumerate(left) if dim not in (*left_c, *left_b)]
+        free += [axes for dim, axes in enumerate(right) if dim not in (*right_c, *right_b)]
+        return _without_repeats([*batch, *free])
+
+    def _gathered(self, operation: Operation, operands: Sequence[Cuts], made: Array) -> Cuts:
+        numbers = operation.params["dimension_numbers"]
+        gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+        kept = [dim for dim in range(len(operands[0])) if dim not in gone]
+        sizes, table = operation.params["slice_sizes"], operation.reads[0].shape
+        offsets = dict(zip(numbers.offset_dims, kept))
+        places = iter(operands[1][:-1])
+        entries = []
+        for dim in range(len(made.shape)):
+            if dim in offsets:
+                of = offsets[dim]
+                entries.append(operands[0][of] if sizes[of] == table[of] else ())
+            else:
+                entries.append(next(places, ()))
+        return _without_repeats(entries)
+
+
+def made_whole(operation: Operation, operands: Sequence[Cuts], made: Cuts) -> list[tuple[int, tuple[str, ...]]]:
+    """Returns (operand, mesh axes) of what a product needs whole along axes that cut it, which cut its result too."""
+    (left_c, right_c), _ = operation.params["dimension_numbers"]
+    used = {axis for axes in made for axis in axes}
+    found = []
+    for number, contracted, other, others in ((0, left_c, 1, right_c), (1, right_c, 0, left_c)):
+        mates = dict(zip(contracted, others))
+        axes = [
+            axis
+            for dim in contracted
+            for axis in operands[number][dim]
+            if axis in used and axis not in operands[other][mates[dim]]
+        ]
+        if axes:
+            found.append((number, tuple(axes)))
+    return found
+
+
+def _merged(shape: Sequence[int], several: Iterable[Cuts]) -> Cuts:
+    """Returns the cuts of what is made of several values of one shape: of each dimension the finest."""
+    several = [cuts for cuts in several if len(cuts) == len(shape)]
+    return _without_repeats([max((cuts[dim] for cuts in several), key=len, default=()) for dim in range(len(shape))])
+
+
+def _without_repeats(entries: Iterable[tuple[str, ...]]) -> Cuts:
+    """Leaves out mesh axes that an earlier dimension has."""
+    used: set[str] = set()
+    result = []
+    for axes in entries:
+        kept = tuple(axis for axis in axes if axis not in used)
+        used |= set(kept)
+        result.append(kept)
+    return tuple(result)

@@ -1,0 +1,224 @@
+"""The parts of a page: plots as inline SVG, tables and sections as HTML text."""
+
+import html
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Points = Sequence[tuple[int, float]]  # (step, value), steps ascending; a value may be NaN, which leaves a gap
+
+NUM_COLOURS = 8  # the page's style sheet defines --c0 to --c7
+_NUM_SHADES = 33  # between --c0 and --c4
+_MAX_POINTS = 1000
+# Matplotlib writes colours as hexadecimal numbers; these stand for what the style sheet decides.
+_INK, _GRID = "#010101", "#020202"
+_SERIES = [f"#0300{i:02x}" for i in range(NUM_COLOURS)]
+_SHADES = [f"#0400{i:02x}" for i in range(_NUM_SHADES)]
+_CSS = (
+    {_INK: "var(--muted)", _GRID: "var(--line)"}
+    | {colour: f"var(--c{i})" for i, colour in enumerate(_SERIES)}
+    | {
+        colour: f"color-mix(in oklab, var(--c4) {100 * i / (_NUM_SHADES - 1):g}%, var(--c0))"
+        for i, colour in enumerate(_SHADES)
+    }
+)
+_STYLE: Any = {  # matplotlib types each of its names
+    "svg.fonttype": "none",
+    "svg.hashsalt": "meshway",
+    "font.size": 8.5,
+    "axes.linewidth": 0.7,
+}
+
+
+def line_plot(
+    series: Mapping[int, Points], *, percent: bool = False, from_zero: bool = False, shaded: bool = False
+) -> str:
+    """Returns an `<svg>` element with lines over steps.
+
+    Args:
+      series: number of a colour -> points of a line: number i is the page's colour `--c<i modulo 8>`.
+      percent: values are shares, shown in per cent.
+      from_zero: the vertical axis starts at 0.
+      shaded: colours are steps on a scale from the least to the greatest number instead.
+    """
+    import matplotlib  # half a second and more, which only the making of a report pays
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.4, 2.5))
+        figure.subplots_adjust(left=0.14, right=0.96, bottom=0.17, top=0.97)  # alike in every plot
+        axes = figure.add_subplot()
+        for number, points in series.items():
+            colour = _shade(number, series) if shaded else _SERIES[number % NUM_COLOURS]
+            steps, values = zip(*_thinned(points), strict=True) if points else ((), ())
+            few = len(steps) <= 25
+            axes.plot(steps, values, color=colour, linewidth=1.5, marker="o" if few else None, markersize=3)
+        if from_zero:
+            axes.set_ylim(bottom=0)
+        axes.set_xlabel("step", color=_INK)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(FuncFormatter(_short))
+        axes.yaxis.set_major_formatter(FuncFormatter(_percent if percent else _short))
+        _dress(axes, "y")
+        return _inline(figure)
+
+
+def bar_plot(bars: Mapping[str, Sequence[tuple[int, float]]]) -> str:
+    """Returns an `<svg>` element with a bar a row, from top to bottom, each put together from lengths of time.
+
+    Args:
+      bars: a bar's name -> (number of a colour as for `line_plot`, seconds) of its parts, from left to right.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    longest = max(sum(seconds for _, seconds in parts) for parts in bars.values())
+    unit, size = next((unit for unit in _UNITS if longest >= 2 * unit[1]), _UNITS[-1])
+    with matplotlib.rc_context(_STYLE):
+        height = 0.6 + 0.24 * len(bars)
+        figure = Figure(figsize=(9.2, height))
+        figure.subplots_adjust(left=0.05, right=0.98, bottom=0.46 / height, top=1 - 0.05 / height)
+        axes = figure.add_subplot()
+        for row, parts in enumerate(bars.values()):
+            left = 0.0
+            for number, seconds in parts:
+                axes.barh(row, seconds / size, left=left, height=0.66, color=_SERIES[number % NUM_COLOURS], linewidth=0)
+                left += seconds / size
+        axes.set_yticks(range(len(bars)), list(bars))
+        axes.set_ylim(len(bars) - 0.5, -0.5)
+        axes.set_xlim(0, longest / size)
+        axes.set_xlabel(unit, color=_INK)
+        axes.xaxis.set_major_locator(MaxNLocator(8))
+        axes.xaxis.set_major_formatter(FuncFormatter(_short))
+        _dress(axes, "x")
+        return _inline(figure)
+
+
+_UNITS = (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
+
+
+def _shade(number: int, series: Mapping[int, Points]) -> str:
+    place = (number - min(series)) / max(1, max(series) - min(series))
+    return _SHADES[round(place * (_NUM_SHADES - 1))]
+
+
+def _dress(axes: Any, grid: str) -> None:
+    """Gives a plot the looks that all of them have."""
+    axes.tick_params(colors=_INK, length=0, pad=5)
+    axes.grid(axis=grid, color=_GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "left", "right"]].set_visible(False)
+    axes.spines["bottom"].set_color(_GRID)
+
+
+def _short(number: float, _: int) -> str:
+    """Returns a tick's label: 0.0025, 12,000, 1.5M."""
+    for unit, size in (("B", 1e9), ("M", 1e6)):
+        if abs(number) >= size:
+            return f"{number / size:,.10g}{unit}"
+    return f"{number:,.10g}"
+
+
+def _percent(share: float, _: int) -> str:
+    return f"{100 * share:.4g}%"
+
+
+def _thinned(points: Points) -> Points:
+    """Returns about a thousand points at most: the lowest and highest of each stretch, so spikes stay."""
+    if len(points) <= _MAX_POINTS:
+        return points
+    length = math.ceil(len(points) / (_MAX_POINTS / 2))
+    kept: list[tuple[int, float]] = []
+    for start in range(0, len(points), length):
+        stretch = [point for point in points[start : start + length] if math.isfinite(point[1])]
+        if stretch:
+            kept += sorted({min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])})
+    return kept
+
+
+def _inline(figure: Any) -> str:
+    """Draws a figure as an element of a page: no prologue, no size of its own, the page's colours."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=True)
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # the same names in every plot of the page
+    svg = svg.replace("<svg", '<svg role="img"', 1)
+    for colour, css in _CSS.items():
+        svg = svg.replace(colour, css)
+    return svg
+
+
+def escape(value: Any) -> str:
+    """Returns text safe inside an element or a quoted attribute, without control characters."""
+    return html.escape(re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\N{REPLACEMENT CHARACTER}", str(value)))
+
+
+def section(title: str, plots: Sequence[str], nothing: str) -> str:
+    """Returns a section of plots side by side, those that are not "", or with the sentence `nothing`."""
+    shown = "\n".join(plot for plot in plots if plot)
+    body = f'<div class="plots">\n{shown}\n</div>' if shown else f'<p class="muted">{nothing}</p>'
+    return f"<h2>{title}</h2>\n{body}"
+
+
+def figure(title: str, series: Mapping[str, Points], *, shaded: bool = False, **style: bool) -> str:
+    """Returns a line plot with its title; nothing where there is no number.
+
+    Where a plot may have several lines they are named, and each keeps its colour from plot to plot. More lines than
+    there are colours, where `shaded`, go along a scale of colours from the first to the last.
+    """
+    drawn = {
+        colour: (name, points)
+        for colour, (name, points) in enumerate(series.items())
+        if any(math.isfinite(value) for _, value in points)
+    }
+    if not drawn:
+        return ""
+    names = {colour: name for colour, (name, _) in drawn.items()}
+    shaded = shaded and len(drawn) > NUM_COLOURS
+    keys = _scale(list(names.values())) if shaded else legend(names if len(series) > 1 else {})
+    plot = line_plot({colour: points for colour, (_, points) in drawn.items()}, shaded=shaded, **style)
+    return framed(title, keys, plot)
+
+
+def framed(title: str, keys: str, plot: str) -> str:
+    """Returns a plot with its title and legend."""
+    return f"<figure><figcaption>{escape(title)}{keys}</figcaption>{plot}</figure>"
+
+
+def legend(names: Mapping[int, str]) -> str:
+    """Returns the names of a plot's colours, by number of the colour; nothing where there are none."""
+    keys = [
+        f'<span style="--c: var(--c{colour % NUM_COLOURS})">{escape(name)}</span>' for colour, name in names.items()
+    ]
+    return f'<span class="keys">{"".join(keys)}</span>' if keys else ""
+
+
+def _scale(names: Sequence[str]) -> str:
+    """Returns the ends of a scale of colours, between their names."""
+    scale = '<span class="scale" style="--c: linear-gradient(in oklab to right, var(--c0), var(--c4))"></span>'
+    return f'<span class="keys">{escape(names[0])}{scale}{escape(names[-1])}</span>'
+
+
+def table(columns: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table of texts under `columns`, (title, whether it holds numbers)."""
+    number = [' class="number"' if is_number else "" for _, is_number in columns]
+    head = "".join(f"<th{style}>{escape(title)}</th>" for (title, _), style in zip(columns, number, strict=True))
+    lines = [f"<tr>{head}</tr>"]
+    for row in rows:
+        cells = "".join(f"<td{style}>{escape(text)}</td>" for text, style in zip(row, number, strict=True))
+        lines.append(f"<tr>{cells}</tr>")
+    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+
+
+def folded(name: str, text: str) -> str:
+    """Returns a text that is shown on demand."""
+    return f"<details><summary>{name}</summary><pre>{escape(text)}</pre></details>"

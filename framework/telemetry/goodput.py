@@ -1,0 +1,157 @@
+"""Goodput: which share of a run's time trained the model that it ended with, and where the rest went.
+
+The arithmetic is a function of the lines of `timeline.jsonl` alone, over all attempts of the run.
+"""
+
+import bisect
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from meshway.framework.errors import UserError
+from meshway.framework.telemetry.reporter import format_duration
+from meshway.framework.telemetry.timeline import parse_line
+
+# How time is spent, and how that is written. All of a run's time is one of these.
+KINDS = {
+    "productive": "productive",  # steps that count
+    "lost": "lost",  # steps that a later attempt did again
+    "restart": "restart",  # no attempt was running, or none lived to tell
+    "startup": "start-up",  # from the start of the process on, until the first step; and the very end
+    "compile": "compile",  # the train step; evaluation compiles its own programs within "evaluation"
+    "data_wait": "data wait",  # the devices had nothing to do because there was no batch
+    "checkpoint": "checkpoint",  # restoring, and as far as saving held up training
+    "evaluation": "evaluation",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """One process (or group of processes) at work on the run.
+
+    Attributes:
+      began: seconds since 1970.
+      start_step: the step it went on from.
+      last_step: the last step it is known to have started.
+      devices: of its mesh; None where it did not come so far.
+      outcome: "done", "stopped", "failed: ..."; None where it wrote no end: it was killed, or still runs.
+      seconds: by kind, all of `KINDS`; "restart" is the time between the attempt before it and this one.
+    """
+
+    began: float
+    start_step: int
+    last_step: int
+    devices: int | None
+    outcome: str | None
+    seconds: Mapping[str, float]
+
+    @property
+    def ended(self) -> float:
+        """Its last sign of life, in seconds since 1970."""
+        return self.began + sum(self.seconds.values()) - self.seconds["restart"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Goodput:
+    """Where the time of a run went."""
+
+    attempts: Sequence[Attempt]
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by kind, of all attempts; their sum is `wall`."""
+        return {kind: sum(attempt.seconds[kind] for attempt in self.attempts) for kind in KINDS}
+
+    @property
+    def wall(self) -> float:
+        """Seconds from the start of the first attempt to the last line of the last one."""
+        return sum(self.seconds.values())
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Each kind's share of `wall`; that of "productive" is the goodput."""
+        wall = self.wall
+        return {kind: value / wall if wall else 0.0 for kind, value in self.seconds.items()}
+
+
+def goodput(lines: Iterable[Mapping[str, Any]]) -> Goodput:
+    """Adds up the lines of a timeline, in the order of the file.
+
+    An attempt's steps after the one that a later attempt went on from are lost; they are valued at what they took:
+    the attempt's own training time between the two lines around that step, by proportion.
+
+    Where clocks disagree (an attempt begins before the one ahead of it ended) there is no time between the two.
+
+    Args:
+      lines: what `timeline.parse_line` returned.
+    """
+    by_attempt: dict[float, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        by_attempt.setdefault(line["began"], []).append(line)
+    groups = list(by_attempt.values())
+    # Of each attempt, the least step that any later one went on from.
+    starts = [lines[-1]["start_step"] for lines in groups]
+    cuts = [min(starts[index + 1 :], default=None) for index in range(len(groups))]
+    attempts: list[Attempt] = []
+    for lines, cut in zip(groups, cuts, strict=True):
+        attempts.append(_attempt(lines, cut, attempts[-1].ended if attempts else None))
+    return Goodput(attempts)
+
+
+def read_goodput(path: Path) -> Goodput:
+    """Reads a timeline; lines that are none, such as one that kill -9 cut, are left out.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8", "replace")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    return goodput(line for line in map(parse_line, text.split("\n")) if line)
+
+
+def in_one_line(found: Goodput) -> str:
+    """Returns it for a terminal: `goodput 83 % of 12:34: compile 9 %, evaluation 5 %, start-up 3 %`."""
+    shares = found.shares
+    productive = shares.pop("productive")
+    rest = sorted(shares.items(), key=lambda item: -item[1])
+    parts = [f"{KINDS[kind]} {100 * share:.0f} %" for kind, share in rest if share >= 0.005]
+    attempts = f" in {len(found.attempts)} attempts" if len(found.attempts) > 1 else ""
+    head = f"goodput {100 * productive:.0f} % of {format_duration(found.wall)}{attempts}"
+    return f"{head}: {', '.join(parts)}" if parts else head
+
+
+def _attempt(lines: Sequence[Mapping[str, Any]], cut: int | None, before: float | None) -> Attempt:
+    last = lines[-1]
+    training = last["seconds"]["training"]
+    last_step = max(line["step"] for line in lines)
+    productive = training if cut is None or cut >= last_step else min(training, _training_until(lines, cut))
+    seconds = dict.fromkeys(KINDS, 0.0) | {kind: last["seconds"][kind] for kind in KINDS if kind in last["seconds"]}
+    seconds["productive"], seconds["lost"] = productive, training - productive
+    seconds["restart"] = 0.0 if before is None else max(0.0, last["began"] - before)
+    devices = [line["devices"] for line in lines if type(line.get("devices")) is int]
+    outcome = last.get("outcome")
+    return Attempt(
+        began=last["began"],
+        start_step=last["start_step"],
+        last_step=last_step,
+        devices=devices[-1] if devices else None,
+        outcome=outcome if isinstance(outcome, str) else None,
+        seconds=seconds,
+    )
+
+
+def _training_until(lines: Sequence[Mapping[str, Any]], step: int) -> float:
+    """Returns the seconds of training until `step` was done."""
+    steps = list(itertools.accumulate([lines[-1]["start_step"], *(line["step"] for line in lines)], max))
+    times = list(itertools.accumulate([0.0, *(line["seconds"]["training"] for line in lines)], max))
+    after = bisect.bisect_left(steps, step)
+    if after == len(steps):
+        return times[-1]
+    if after == 0:
+        return 0.0
+    share = (step - steps[after - 1]) / (steps[after] - steps[after - 1])
+    return times[after - 1] + share * (times[after] - times[after - 1])

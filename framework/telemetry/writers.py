@@ -1,0 +1,198 @@
+"""Where the reports of a run go: JSON lines, TensorBoard, several at once. One process of a run writes."""
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meshway.framework.errors import UserError
+from meshway.framework.files import io_errors, replace_file
+
+if TYPE_CHECKING:
+    from meshway.framework.interfaces import Writer
+
+
+class JsonlWriter:
+    """One JSON object a line and a step: `step` first, then the other keys sorted.
+
+    Strict JSON: a NaN or an infinity becomes null, and the line's key `nonfinite` tells which it was, by the
+    path of the value (`{"loss": null, "nonfinite": {"loss": "nan"}}`).
+
+    Each line reaches the operating system in one write, so kill -9 leaves at most one half-written line, the
+    last. A run that resumes at `start_step` removes that line and all of later steps, in one go, and
+    writes them anew: each step appears once.
+
+    Attributes:
+      last_step: the step of the last line, None while there is none.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], start_step: int = 0) -> None:
+        """Opens `path`, made with its folder where it is missing.
+
+        Args:
+          path: the file, such as `MODEL_DIR/metrics.jsonl`.
+          start_step: the step of the checkpoint this run resumes from: lines up to it stay. 0, a fresh run,
+            keeps none.
+
+        Raises:
+          UserError: the file cannot be read or written, or holds something else than reports.
+        """
+        self._path = Path(path)
+        with io_errors(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self.last_step = _keep_up_to(self._path, start_step)
+            # Unbuffered: what a failed write left in a buffer would be written again at close.
+            self._file = self._path.open("ab", buffering=0)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes one report. Raises UserError if the disk refuses, ValueError unless `step` is later."""
+        self.write_record(step, {name: _number(value) for name, value in scalars.items()})
+
+    def write_record(self, step: int, record: Mapping[str, Any]) -> None:
+        """Writes one line of nested dicts, lists, strings and numbers; raises as `write` does."""
+        if self.last_step is not None and step <= self.last_step:
+            raise ValueError(f"{self._path}: step {step} after {self.last_step}: each step is written once")
+        data = memoryview(json_line(step, record))
+        with io_errors(self._path):
+            while data:
+                data = data[self._file.write(data) :]
+        self.last_step = step
+
+    def close(self) -> None:
+        with io_errors(self._path):
+            self._file.close()
+
+
+class TensorBoardWriter:
+    """Event files for TensorBoard, written without TensorFlow; a restart disowns the steps it runs again.
+
+    Events are written and flushed at once, in the caller's thread: the library's usual writer queues them for
+    a thread of its own, so kill -9 loses half a minute of them, and a full disk ends in a caller that hangs.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], start_step: int | None = 0) -> None:
+        """Opens a new event file in `folder`. Raises UserError.
+
+        Args:
+          folder: made where it is missing.
+          start_step: as for `JsonlWriter`; None disowns nothing, for points that come in any order.
+        """
+        from tensorboardX.event_file_writer import EventsWriter  # not paid by processes that write nothing
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        self._folder = Path(folder)
+        with io_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            # Its own file, also for a second run within the second that names the file.
+            self._writer = EventsWriter(str(self._folder / "events"), filename_suffix=f".{time.time_ns()}")
+        if start_step is not None:
+            self._add(start_step + 1 if start_step else 0, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Adds one point a scalar. Raises UserError if the disk refuses."""
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=float(scalars[name])) for name in sorted(scalars)]
+        self._add(step, summary=Summary(value=values))
+
+    def text(self, name: str, text: str, step: int = 0) -> None:
+        """Adds a text as it is, such as the recipe. Raises UserError if the disk refuses."""
+        from tensorboardX import summary
+
+        indented = "\n".join("    " + line for line in text.splitlines())  # Markdown for "as it is"
+        self._add(step, summary=summary.text(name, indented))
+
+    def close(self) -> None:
+        with io_errors(self._folder):
+            self._writer.close()
+
+    def _add(self, step: int, **what: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        with io_errors(self._folder):
+            self._writer.write_event(Event(step=step, wall_time=time.time(), **what))
+            self._writer.flush()
+
+
+class Writers:
+    """Several writers as one."""
+
+    def __init__(self, writers: "Sequence[Writer]") -> None:
+        self._writers = list(writers)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        for writer in self._writers:
+            writer.write(step, scalars)
+
+    def close(self) -> None:
+        """Closes every writer, also when one of them fails, and raises what failed."""
+        with contextlib.ExitStack() as stack:
+            for writer in reversed(self._writers):
+                stack.callback(writer.close)
+
+
+def json_line(step: int, record: Mapping[str, Any]) -> bytes:
+    """Returns a record as a line of a file that `JsonlWriter` describes, with its newline.
+
+    Of a record read from such a file it gives the same line again.
+    """
+    nonfinite: dict[str, str] = dict(record.get("nonfinite", {}))
+    values = {name: _strict(record[name], name, nonfinite) for name in sorted({*record} - {"nonfinite"})}
+    if nonfinite:
+        values["nonfinite"] = nonfinite
+    line = json.dumps({"step": step, **values}, allow_nan=False, ensure_ascii=False)
+    return line.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _keep_up_to(path: Path, start_step: int) -> int | None:
+    """Removes from the file what a run resuming at `start_step` writes anew; returns the last step kept."""
+    if not path.exists():
+        return None
+    before = path.read_bytes()
+    lines = before.split(b"\n")
+    steps = [_step_of(line) for line in lines]
+    while steps and steps[-1] is None:  # the empty piece after the last newline, or a half-written line
+        steps.pop()
+    last, kept = None, 0
+    for number, step in enumerate(steps, 1):
+        if step is None or (last is not None and step <= last):
+            raise UserError(
+                f"{path}, line {number}: not a report of a later step than the line before. Only meshway "
+                "writes this file: mend the line, or move the file away to go on without the earlier reports"
+            )
+        if start_step and step <= start_step:
+            last, kept = step, number
+    after = b"".join(line + b"\n" for line in lines[:kept])
+    if after != before:
+        replace_file(path, after)
+    return last
+
+
+def _step_of(line: bytes) -> int | None:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _number(value: Any) -> float | int:
+    return value if isinstance(value, int) else float(value)
+
+
+def _strict(value: Any, path: str, nonfinite: dict[str, str]) -> Any:
+    """Returns `value` as strict JSON can hold it, noting each float that it cannot under its path."""
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item, f"{path}.{key}", nonfinite) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item, f"{path}.{index}", nonfinite) for index, item in enumerate(value)]
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    value = float(value)
+    if math.isfinite(value):
+        return value
+    nonfinite[path] = str(value)
+    return None

@@ -1,0 +1,325 @@
+"""The command line of `meshway launch KIND [options] -- VERB ...`, and places that are this machine. Light: no JAX."""
+
+import argparse
+import dataclasses
+import os
+import re
+import textwrap
+import typing
+from collections.abc import Callable, Collection, Sequence
+from pathlib import PurePosixPath
+from typing import Any, ClassVar
+
+from meshway.framework.errors import UserError, did_you_mean
+from meshway.framework.files import local_path
+from meshway.launch.cluster.gke import Gke, Xpk
+from meshway.launch.cluster.job import Job, flag
+from meshway.launch.cluster.ray_cluster import RayCluster
+from meshway.launch.cluster.skypilot import SkyPilot
+from meshway.launch.cluster.slurm import Slurm
+from meshway.launch.cluster.tpu_vm import TpuVm
+from meshway.launch.invocation import Invocation, Parser, help_formatter, non_negative_int, positive_int
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+    """Several processes on this machine, each with simulated CPU devices."""
+
+    common: ClassVar[tuple[str, ...]] = ("restarts", "env")
+    shared_directory: ClassVar[bool] = False
+
+    processes: int = flag("how many processes run together", "N")
+    devices: int = flag("CPU devices that each of them simulates (default: 1)", "N", 1)
+    elastic: bool = flag("go on with fewer processes after each failure: the next number that divides N", default=False)
+    log_dir: str | None = flag("a folder for a log of each process (default: `logs` in MODEL_DIR)", "DIR", None)
+
+    def run(self, job: Job) -> int:
+        """Runs the job in `processes` processes; returns the exit code."""
+        from meshway.launch.cluster.local import run_local
+
+        os.environ.update(job.environment)
+        return run_local(job.words, self.processes, self.devices, job.restarts, self.elastic, self.log_dir)
+
+
+@dataclasses.dataclass(frozen=True)
+class Worker:
+    """One process, on a host of a cluster that runs this on each of its hosts."""
+
+    common: ClassVar[tuple[str, ...]] = ("restarts", "env")
+    shared_directory: ClassVar[bool] = False
+
+    def run(self, job: Job) -> int:
+        """Runs the job in one supervised process; returns the exit code."""
+        from meshway.launch.cluster.supervisor import supervise
+
+        os.environ.update(job.environment)
+        return supervise(job.words, job.restarts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A place to launch on: its class, whose fields are its flags, and how it is described."""
+
+    place: Any  # a dataclass that is a Runner or a Renderer
+    help: str
+    examples: tuple[str, ...]
+
+    @property
+    def renders(self) -> bool:
+        """Whether it writes a file for the place's own client, instead of running the job."""
+        return hasattr(self.place, "render")
+
+
+KINDS = {
+    "local": Kind(
+        Local,
+        "run processes of simulated devices on this machine, and again when one dies",
+        (
+            "meshway launch local --processes=4 --devices=2 -- train --gin_file=quickstart --gin.MODEL_DIR=runs/four",
+            "meshway launch local --processes=4 --restarts=3 --elastic -- train --gin_file=my.gin",
+        ),
+    ),
+    "ray": Kind(
+        RayCluster,
+        "run one Ray actor a process, and all of them again when one dies",
+        (
+            "meshway launch ray --processes=2 --devices=2 -- train --gin_file=quickstart --gin.MODEL_DIR=runs/ray",
+            "meshway launch ray --address=auto --processes=4 --resources=TPU=4 --restarts=5 --workdir=/data/lab "
+            "-- train --gin_file=my.gin --gin.MODEL_DIR=/data/runs/one",
+        ),
+    ),
+    "worker": Kind(
+        Worker,
+        "run one process of a cluster's host, and again when it fails: what job files run",
+        ("meshway launch worker --restarts=3 -- train --gin_file=my.gin --gin.MODEL_DIR=/data/runs/one",),
+    ),
+    "slurm": Kind(
+        Slurm,
+        "write an sbatch file",
+        (
+            "meshway launch slurm --nodes=4 --gpus_per_node=8 --time=24:00:00 --restarts=3 --output=job.sbatch "
+            "--workdir=/data/lab -- train --gin_file=my.gin --gin.MODEL_DIR=/data/runs/one",
+        ),
+    ),
+    "tpu_vm": Kind(
+        TpuVm,
+        "write a script for Cloud TPU VMs, one slice or several",
+        (
+            "meshway launch tpu_vm --zone=us-east5-a --accelerator=v5p-128 --runtime_version=v2-alpha-tpuv5 "
+            "--num_slices=2 --workdir=/mnt/lab --output=job.sh -- train --gin_file=my.gin --gin.MODEL_DIR=/mnt/runs/a",
+        ),
+    ),
+    "gke": Kind(
+        Gke,
+        "write a JobSet for Google Kubernetes Engine",
+        (
+            "meshway launch gke --accelerator=tpu-v5p-slice --topology=2x2x4 --image=gcr.io/me/lab "
+            "--volume=runs:/mnt/runs --workdir=/lab --output=job.yaml "
+            "-- train --gin_file=my.gin --gin.MODEL_DIR=/mnt/runs/a",
+        ),
+    ),
+    "xpk": Kind(
+        Xpk,
+        "write the xpk command for a cluster made with it",
+        (
+            "meshway launch xpk --cluster=pods --tpu_type=v5p-128 --num_slices=2 --image=gcr.io/me/lab "
+            "--workdir=/lab --output=job.sh -- train --gin_file=my.gin --gin.MODEL_DIR=/mnt/runs/a",
+        ),
+    ),
+    "skypilot": Kind(
+        SkyPilot,
+        "write a SkyPilot task",
+        (
+            "meshway launch skypilot --accelerators=H100:8 --nodes=2 --upload=. --output=job.yaml "
+            "-- train --gin_file=my.gin --gin.MODEL_DIR=/mnt/runs/a",
+        ),
+    ),
+}
+
+
+def parse_launch(
+    words: Sequence[str], parse: Callable[[Sequence[str]], Invocation | None], runnable: Collection[str]
+) -> Invocation | None:
+    """Returns what `meshway launch WORDS` asks for; None when it asked for help, which is printed.
+
+    Args:
+      words: those after `launch`.
+      parse: reads the command after `--`.
+      runnable: the verbs that may stand there.
+
+    Raises:
+      UserError: the command line, or the one after `--`, is wrong.
+    """
+    own, inner = _split(words)
+    if not own or own[0] in ("-h", "--help"):
+        print(_help(), end="")
+        return None
+    name = own.pop(0)
+    if name not in KINDS:
+        near = did_you_mean(name, KINDS) or f"; they are {', '.join(KINDS)}"
+        raise UserError(f"meshway launch: there is no kind {name!r}{near}")
+    kind, parser = KINDS[name], _parser(name)
+    if "-h" in own or "--help" in own:
+        parser.print_help()
+        return None
+    options, unknown = parser.parse_known_args(own)
+    if unknown:
+        _refuse(name, unknown[0], inner is not None)
+    if not inner:
+        raise UserError(f"meshway launch {name} needs the command to run after --, as: {kind.examples[0]}")
+    given: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in vars(options).items()
+    }
+    output = given.pop("output", None)
+    for field in dataclasses.fields(kind.place):
+        if field.default is dataclasses.MISSING and field.name not in given:
+            raise UserError(f"meshway launch {name} needs {_usage(field)}: {field.metadata['help']}")
+    mine = {field.name for field in dataclasses.fields(kind.place)}
+    place = kind.place(**{key: value for key, value in given.items() if key in mine})
+    job = Job(tuple(inner), **{key: value for key, value in given.items() if key not in mine})
+    parsed = _check(name, place, job, parse, runnable)
+    if parsed is None:
+        return None
+    return Invocation("launch", name, command=parsed, job=job, place=place, output=output)
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], list[str] | None]:
+    """Returns the words before the first `--`, and those after it or None."""
+    words = list(words)
+    if "--" not in words:
+        return words, None
+    at = words.index("--")
+    return words[:at], words[at + 1 :]
+
+
+def _check(
+    name: str, place: Any, job: Job, parse: Callable[[Sequence[str]], Invocation | None], runnable: Collection[str]
+) -> Invocation | None:
+    """Returns the command after `--`, read as it will be on the hosts; None when it asks for help.
+
+    Raises:
+      UserError: it is wrong, or cannot be launched there.
+    """
+    verb = job.words[0]
+    try:
+        parsed = parse(job.words)
+    except UserError as error:
+        raise UserError(f"after --: {error}") from None
+    if parsed is None:
+        return None
+    if verb not in runnable:
+        raise UserError(f"meshway {verb} runs in one process: start it without `launch` (after -- may stand: "
+                        f"{', '.join(runnable)})")  # fmt: skip
+    ranks = {"coordinator_address", "num_processes", "process_id"} if name != "worker" else set()
+    devices = {"simulated_devices"} if "devices" in vars(place) and not KINDS[name].renders else set()
+    for key in sorted(ranks | devices):
+        if getattr(parsed, key) is not None:
+            instead = "use --devices=N before --" if key in devices else "the launcher gives it to each process"
+            raise UserError(f"after --: leave out --{key}: {instead}")
+    values = [binding.partition("=")[2].strip("'\"") for binding in parsed.bindings if binding.startswith("MODEL_DIR=")]
+    for value in values[-1:]:
+        check_model_dir(value, place)
+    return parsed
+
+
+def check_model_dir(value: str, place: Any) -> None:
+    """Raises UserError for a run directory that the hosts of a place cannot share, or that goes with them."""
+    if not place.shared_directory:
+        return
+    shared = "a folder on a file system that all hosts mount, by its full path"
+    local_path(value)
+    if not value.startswith(("/", "~", "%", "@")):
+        raise UserError(f"--gin.MODEL_DIR={value} would be another folder on each host: give {shared}")
+    if re.match(r"/(tmp|var/tmp|dev/shm)(/|$)", value):
+        raise UserError(f"--gin.MODEL_DIR={value} is each host's own: give {shared}")
+    mounts = getattr(place, "mounts", None)
+    if mounts is None or value.startswith(("%", "@")):
+        return
+    if not any(PurePosixPath(value).is_relative_to(path) for path in mounts):
+        there = f"; mounted are {', '.join(mounts)}" if mounts else ""
+        raise UserError(
+            f"--gin.MODEL_DIR={value} lies in no volume that the pods mount, and would be gone with them: mount one "
+            f"there by --volume=CLAIM:{PurePosixPath(value).parent}{there}"
+        )
+
+
+def _refuse(name: str, word: str, separated: bool) -> None:
+    """Raises UserError for a word that this kind does not take."""
+    if not word.startswith("-"):
+        hint = "" if separated else "; the command to run comes after --"
+        raise UserError(f"meshway launch {name} takes no argument {word!r}{hint}")
+    key = word.partition("=")[0]
+    if key.startswith(("--gin.", "--gin_")):
+        raise UserError(f"{key} belongs to the command to run, after --: meshway launch {name} ... -- train {word}")
+    owners = [other for other in KINDS if key in _flags(other)]
+    if owners:
+        listed = " and ".join(f"`meshway launch {other}`" for other in owners)
+        raise UserError(f"{key} is a flag of {listed}, not of `meshway launch {name}`")
+    raise UserError(f"meshway launch {name}: unknown flag {key}{did_you_mean(key, _flags(name), limit=1)}")
+
+
+def _fields(name: str) -> list[dataclasses.Field]:
+    """Returns the fields that are flags of a kind: its own, then those of every job that it honours."""
+    place = KINDS[name].place
+    return [
+        *dataclasses.fields(place),
+        *(field for field in dataclasses.fields(Job) if field.name in place.common),
+    ]
+
+
+def _flags(name: str) -> list[str]:
+    return [f"--{field.name}" for field in _fields(name)] + (["--output"] if KINDS[name].renders else [])
+
+
+def _usage(field: dataclasses.Field) -> str:
+    value = field.metadata["value"]
+    return f"--{field.name}={value}" if value else f"--{field.name}"
+
+
+def _parser(name: str) -> Parser:
+    """Returns the parser of one kind's flags."""
+    kind = KINDS[name]
+    needed = [_usage(field) for field in _fields(name) if field.default is dataclasses.MISSING]
+    parser = Parser(
+        prog=f"meshway launch {name}",
+        usage=" ".join(["meshway launch", name, *needed, "[options] -- VERB ..."]),
+        description=f"{kind.help[0].upper()}{kind.help[1:]}.\nThe command after -- is checked before anything starts.",
+        epilog="\n".join(["examples:", *(f"  {_folded(example)}" for example in kind.examples)]),
+        formatter_class=help_formatter,
+        allow_abbrev=False,
+    )
+    types = typing.get_type_hints(kind.place) | typing.get_type_hints(Job)
+    for field in _fields(name):
+        parser.add_argument(f"--{field.name}", help=field.metadata["help"], **_takes(types[field.name], field))
+    if kind.renders:
+        parser.add_argument(
+            "--output", metavar="FILE", default=argparse.SUPPRESS, help="write the file, do not print it"
+        )
+    return parser
+
+
+def _takes(kind: Any, field: dataclasses.Field) -> dict[str, Any]:
+    """Returns how argparse reads a field of this type."""
+    takes: dict[str, Any] = {"default": argparse.SUPPRESS}
+    if kind is bool:
+        return takes | {"action": "store_true"}
+    takes["metavar"] = field.metadata["value"]
+    kinds = typing.get_args(kind) or (kind,)
+    if int in kinds:
+        return takes | {"type": positive_int if field.metadata["least"] else non_negative_int}
+    return takes | ({"action": "append"} if typing.get_origin(kind) is tuple else {})
+
+
+def _folded(example: str) -> str:
+    lines = textwrap.wrap(example, 96, break_long_words=False, break_on_hyphens=False, subsequent_indent=" " * 6)
+    return " \\\n".join(lines)
+
+
+def _help() -> str:
+    lines = ["usage: meshway launch KIND [options] -- VERB ...", "", "Runs a command on many processes.", ""]
+    for heading, renders in (("kinds that run it", False), ("kinds that write a job file", True)):
+        lines += [f"{heading}:", *(f"  {name:10}{k.help}" for name, k in KINDS.items() if k.renders == renders), ""]
+    lines += ["examples:", *(f"  {_folded(kind.examples[0])}" for kind in KINDS.values()), ""]
+    lines += ["The command after -- is checked here, so that a typing error costs no place in a queue."]
+    lines += ["`meshway launch KIND --help` lists a kind's options."]
+    return "\n".join(lines) + "\n"

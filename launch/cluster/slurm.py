@@ -1,0 +1,96 @@
+"""A Slurm cluster: an sbatch file that saves before its time is up and queues itself again."""
+
+import dataclasses
+import re
+from typing import ClassVar
+
+from meshway.framework.errors import UserError
+from meshway.launch.cluster.job import Job, flag, quoted, variable
+
+_TIME = re.compile(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}")
+
+# The notice is USR1, since TERM is how `scancel` ends a job for good. srun must not get TERM itself, or it kills its
+# tasks at once: scancel hands it to the tasks, which save and stop.
+_RUN = """\
+stopped=
+notice() {
+    stopped=yes
+    scancel --signal=TERM "$SLURM_JOB_ID"
+}
+trap notice USR1
+
+# A supervisor that gave up ends the others too; while it has restarts left it does not end.
+srun --kill-on-bad-exit=1 %sbash -c "$COMMAND" &
+step=$!
+code=0
+wait "$step" || code=$?
+if [[ -n "$stopped" ]]; then
+    code=0
+    wait "$step" || code=$?
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Slurm:
+    """A Slurm cluster.
+
+    Raises:
+      UserError: a time that sbatch does not understand.
+    """
+
+    common: ClassVar[tuple[str, ...]] = ("name", "restarts", "env", "workdir", "setup", "unchecked")
+    shared_directory: ClassVar[bool] = True
+    suffix: ClassVar[str] = ".sbatch"
+
+    nodes: int = flag("how many nodes", "N")
+    gpus_per_node: int | None = flag("GPUs of each node; one process drives them all", "N", None)
+    cpus_per_task: int | None = flag("CPU cores of each process", "N", None)
+    partition: str | None = flag("the partition", "NAME", None)
+    account: str | None = flag("the account that pays", "NAME", None)
+    qos: str | None = flag("the quality of service", "NAME", None)
+    constraint: str | None = flag("what nodes must have", "FEATURES", None)
+    time: str | None = flag("the longest time to run, as 24:00:00; the job then saves and queues again", "TIME", None)
+    notice: int = flag("seconds before the end of the time at which the run is told to save (default: 300)", "S", 300)
+    image: str | None = flag("a container image, where the cluster has Pyxis", "IMAGE", None)
+
+    def __post_init__(self) -> None:
+        if self.time is not None and not _TIME.fullmatch(self.time):
+            raise UserError(f"--time={self.time}: write minutes, H:MM:SS or D-HH:MM:SS, as 24:00:00 or 2-00:00:00")
+
+    def render(self, job: Job) -> str:
+        """Returns the sbatch file."""
+        asked = {
+            "job-name": job.name,
+            "output": f"{job.name}-%j.log",
+            "nodes": self.nodes,
+            "ntasks-per-node": 1,
+            "gpus-per-node": self.gpus_per_node,
+            "cpus-per-task": self.cpus_per_task,
+            "partition": self.partition,
+            "account": self.account,
+            "qos": self.qos,
+            "constraint": self.constraint,
+            "time": self.time,
+            "signal": f"B:USR1@{self.notice}",  # to this script alone (B:), which tells the tasks
+            "open-mode": "append",
+        }
+        options = [f"#SBATCH --{key}={value}" for key, value in asked.items() if value is not None]
+        on_each = "\n".join(["set -e", *job.before(), f"exec {job.command()}"])
+        container = f"--container-image={quoted(self.image)} " if self.image else ""
+        lines = [
+            "#!/bin/bash",
+            *options,
+            "#SBATCH --requeue",
+            job.comment(),
+            "",
+            *job.exports(),
+            variable("COMMAND", on_each),
+        ]
+        return "\n".join([*lines, _RUN % container])
+
+    def submit(self, path: str) -> str:
+        """Returns the command that submits the file."""
+        return f"sbatch {quoted(path)}"

@@ -1,0 +1,246 @@
+"""Finds everything that is wrong with a recipe before anything is built, and says it in one message."""
+
+import contextlib
+import dataclasses
+import inspect
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from meshway.framework.errors import UserError, did_you_mean
+from meshway.launch.invocation import MACROS, Invocation
+from meshway.launch.recipe import names
+from meshway.launch.recipe.files import GinFiles, Joined
+from meshway.launch.recipe.names import ImportTable, Unresolved
+from meshway.launch.recipe.reachability import Reach, Walk, binding_key, final, moments
+from meshway.launch.recipe.text import REQUIRED, Binding, Import, Macro, Place, Reference, Target, leaves
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A recipe with its names linked to modules.
+
+    Attributes:
+      bindings: the run's own, in order.
+      others: the defaults of the other verbs, which one recipe serves as well.
+      package: the package of the verbs' modules.
+      problems: what linking found.
+    """
+
+    imports: list[Import]
+    bindings: list[Binding]
+    others: list[Binding]
+    package: str
+    problems: list[str]
+
+    def roots(self, verb: str | None = None) -> list[Target]:
+        """Returns what the modules of one verb, or of all, hold and some binding names."""
+        everything = [*self.others, *self.bindings]
+        targets = dict.fromkeys(binding.target for binding in everything if binding.target)
+        if verb is None:
+            return [target for target in targets if target.module.startswith(f"{self.package}.")]
+        return [target for target in targets if target.module == f"{self.package}.{verb}"]
+
+
+def link(joined: Joined, files: GinFiles, invocation: Invocation, package: str) -> Program:
+    """Links a joined recipe, and the defaults of the verbs it was not joined for."""
+    table = ImportTable(joined.imports)
+    if _undefined_macros(joined.bindings, table):  # constants, perhaps, that modules give to gin when they are imported
+        for statement in joined.imports:
+            with contextlib.suppress(Unresolved):  # said where something needs it
+                names.import_module(statement.module)
+    bindings = [table.link(binding) for binding in joined.bindings]
+    directories = [binding for binding in bindings if binding.name == "MODEL_DIR"]
+    if invocation.dry_run and directories and directories[-1].value == Macro(REQUIRED):
+        place = Place("--dry_run")
+        bindings.append(Binding("", "", "MODEL_DIR", None, place, is_default=True))  # writes nothing: needs none
+    others: list[Binding] = []
+    for verb, path in files.runs().items():
+        if verb != invocation.verb:
+            statements = files.read(path)
+            other = ImportTable(statement for statement in statements if isinstance(statement, Import))
+            others += [other.link(statement) for statement in statements if isinstance(statement, Binding)]
+    return Program(joined.imports, _linked(bindings), _linked(others), package, table.problems)
+
+
+def _undefined_macros(bindings: Sequence[Binding], table: ImportTable) -> set[str]:
+    """Returns the names after % that are neither a macro of the recipe nor in a module that it imports."""
+    defined = {binding.parameter for binding in bindings if binding.is_macro} | {REQUIRED}
+    named = {leaf.name for binding in bindings for leaf in leaves(binding.value) if isinstance(leaf, Macro)}
+    return {name for name in named - defined if name.partition(".")[0] not in table.words}
+
+
+def _linked(bindings: Iterable[Binding]) -> list[Binding]:
+    return [binding for binding in bindings if binding.is_macro or binding.target]
+
+
+def check(program: Program, invocation: Invocation, import_unreferenced: bool) -> tuple[Reach, Reach]:
+    """Returns what the command's own roots reach and what the roots of all verbs reach.
+
+    Raises:
+      UserError: with every problem found.
+    """
+    problems = list(program.problems)
+    if import_unreferenced:
+        problems += _import_in_order(program)
+    roots = program.roots(invocation.verb)
+    subject = Target(f"{program.package}.{invocation.verb}", (invocation.subject or "",))
+    if invocation.subject:
+        roots = [subject]
+    ours = Walk(final(program.bindings), importing=True).run(roots)
+    every, unused = _unused(program, ours)
+    places = {binding.place for binding in program.bindings}
+    undefined = [text for text, place in {**every.undefined, **ours.undefined}.items() if place in places]
+    problems += undefined
+    for binding in program.bindings:
+        problems += _binding_problems(binding, program)
+    if not undefined and not program.problems:  # else what hangs on a broken name would be blamed as well
+        known = {line.partition(": ")[0] for line in problems}
+        problems += [_unused_message(binding, ours, every) for binding in unused if str(binding.place) not in known]
+    problems += ours.lacking
+    problems += required_problems(ours)
+    raise_problems(problems)
+    return ours, every
+
+
+def raise_problems(problems: Sequence[str]) -> None:
+    """Raises one UserError with all problems, if there are any."""
+    listed = list(dict.fromkeys(problems))
+    if len(listed) == 1:
+        raise UserError(listed[0])
+    if listed:
+        raise UserError(f"{len(listed)} problems:" + "".join(f"\n  {text}" for text in listed))
+
+
+def unreferenced(program: Program) -> list[Import]:
+    """Returns the imports that no binding refers to, such as those of modules that register tasks."""
+    named = {binding.target.module for binding in program.bindings if binding.target}
+    for binding in program.bindings:
+        for leaf in leaves(binding.value):
+            if isinstance(leaf, (Reference, Macro)) and leaf.target:
+                named.add(leaf.target.module)
+    return [statement for statement in program.imports if statement.module not in named]
+
+
+def registering(program: Program) -> list[str]:
+    """Returns the modules that may have registered tasks, in the recipe's order: those it imports that are imported,
+    without those of ours that a binding refers to."""
+    alone = {statement.module for statement in unreferenced(program)}
+    modules = [each.module for each in program.imports if each.module in alone or is_foreign(each.module)]
+    return [module for module in dict.fromkeys(modules) if module in sys.modules]
+
+
+def _import_in_order(program: Program) -> list[str]:
+    """Imports what may register tasks, as the recipe has it: what no binding refers to, and all that is not ours.
+
+    What a binding refers to may be out of reach of this verb, and then need not be there: it is named if it is reached.
+    """
+    problems = []
+    alone = {statement.module for statement in unreferenced(program)}
+    for statement in program.imports:
+        if statement.module in alone or is_foreign(statement.module):
+            try:
+                names.import_module(statement.module)
+            except Unresolved as error:
+                problems += [f"{statement.place}: {error}"] if statement.module in alone else []
+    return problems
+
+
+def is_foreign(module: str) -> bool:
+    """Whether a module is the user's, or anyone's but ours."""
+    return module.partition(".")[0] != "meshway"
+
+
+def _unused(program: Program, ours: Reach) -> tuple[Reach, list[Binding]]:
+    """Returns what all verbs reach, and the bindings without effect at any moment after they were made."""
+    everything = [*program.others, *program.bindings]
+    roots = program.roots()
+
+    def leftover(reach: Reach) -> list[Binding]:
+        used = ours.used | reach.used | {"LAYOUT"}
+        last = final(program.bindings)
+        return [binding for binding in last if not binding.is_default and binding_key(binding) not in used]
+
+    every = Walk(final(everything), importing=False).run(roots)
+    left = leftover(every)
+    if not left:
+        return every, []
+    for binding in left:  # two spellings of one object are known as one when both modules are imported
+        if binding.target:
+            try:
+                names.find(binding.target, importing=True)
+            except Unresolved:
+                continue  # reported with the other problems of bindings
+    every = Walk(final(everything), importing=False).run(roots)
+    left = leftover(every)
+    positions = {id(binding): position for position, binding in enumerate(everything)}
+    for moment, bindings in moments(everything) if left else ():
+        used = Walk(bindings, importing=False).run(roots).used
+        left = [b for b in left if positions[id(b)] >= moment or binding_key(b) not in used]
+    return every, _first(left, final(everything))
+
+
+def _first(unused: list[Binding], bindings: list[Binding]) -> list[Binding]:
+    """Returns the unused bindings that no other unused one refers to: those to mend first."""
+    hanging: set[Any] = set()
+    for binding in unused:
+        hanging |= Walk(bindings, importing=False).follow(binding).used - {binding_key(binding)}
+    return [binding for binding in unused if binding_key(binding) not in hanging] or unused
+
+
+def _binding_problems(binding: Binding, program: Program) -> list[str]:
+    """Returns what is wrong with the left side of a binding whose module is imported."""
+    if not binding.target:
+        return []
+    try:
+        found = names.find(binding.target, importing=False)
+    except Unresolved as error:
+        return [f"{binding.where}: {error}"]
+    if found is None:
+        return []
+    if inspect.ismodule(found):
+        whole = {
+            f"{binding.selector}.{name}.{binding.parameter}"
+            for name, inner in vars(found).items()
+            if callable(inner) and binding.parameter in names.parameters(inner).names
+        }
+        near = did_you_mean(binding.name, whole)
+        return [f"{binding.where}: {binding.selector} is a module, not a class or function{near}"]
+    if not callable(found):
+        return [f"{binding.where}: {binding.selector} is not a class or function"]
+    accepted = names.parameters(found)
+    if accepted.takes_any or binding.parameter in accepted.names:
+        return []
+    near = did_you_mean(binding.parameter, accepted.names)
+    return [f"{binding.where}: {binding.selector} has no parameter {binding.parameter!r}{near}"]
+
+
+def _unused_message(binding: Binding, ours: Reach, every: Reach) -> str:
+    used = ours.used | every.used
+    if binding.is_macro:
+        near = did_you_mean(binding.name, [name for name in used if isinstance(name, str)])
+        return f"{binding.place}: nothing uses the macro {binding.name}{near}"
+    assert binding.target is not None
+    wanted = names.key(binding.target)
+    if binding.scope and wanted in {names.key(target) for target in ours.targets | every.targets}:
+        near = did_you_mean(binding.scope, ours.opened | every.opened)
+        why = f"no reference opens the scope {binding.scope!r}{near}"
+        return f"{binding.where} has no effect: {why}"
+    return f"{binding.where} has no effect: nothing in use refers to @{binding.selector}; remove it, or refer to it"
+
+
+def required_problems(reach: Reach) -> list[str]:
+    """Returns one problem that lists all values marked %gin.REQUIRED, each with its flag."""
+    if not reach.required:
+        return []
+    lines = []
+    for name, place in reach.required.items():
+        meaning = f"  {MACROS[name]}" if name in MACROS else ""
+        lines.append(f"\n    --gin.{name}=...{meaning}  ({place})")
+    return ["missing, give each in the recipe or by its flag:" + "".join(lines)]
+
+
+def required_arguments(found: Any, bound: Iterable[str]) -> list[str]:
+    """Returns the parameters of `found` that have no default and are not among `bound`."""
+    given = set(bound)
+    return [name for name in names.parameters(found).required if name not in given]

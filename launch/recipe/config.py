@@ -1,0 +1,236 @@
+"""Reads the recipe of a command, checks all of it, and builds what the verb runs."""
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from meshway.framework import terminal
+from meshway.launch.invocation import Invocation
+from meshway.launch.recipe import files as recipe_files
+from meshway.launch.recipe import names as configurables
+from meshway.launch.recipe.checks import (
+    Program,
+    check,
+    is_foreign,
+    link,
+    raise_problems,
+    registering,
+    required_arguments,
+    required_problems,
+    unreferenced,
+)
+from meshway.launch.recipe.reachability import Walk, binding_key, final
+from meshway.launch.recipe.resolver import Resolver
+from meshway.launch.recipe.text import (
+    DYNAMIC_REGISTRATION,
+    Binding,
+    Import,
+    Macro,
+    Place,
+    Reference,
+    Target,
+    format_binding,
+    map_leaves,
+)
+from meshway.launch.recipe.values import read_values
+
+LAUNCH = "meshway.launch"
+
+
+def load(
+    invocation: Invocation,
+    *,
+    import_unreferenced: bool = True,
+    package: str = LAUNCH,
+    shipped: Path = recipe_files.SHIPPED,
+) -> "Recipe":
+    """Reads and checks the recipe of a command; builds nothing yet.
+
+    Only modules that the command's own functions reach are imported, and those that nothing refers to.
+
+    Args:
+      invocation: the command.
+      import_unreferenced: import modules that the recipe imports and never refers to, and all of the user's, which may
+        register tasks. A verb that reads no data leaves them out.
+      package: the package of the verbs' modules. Their functions are called by us, not by reference.
+      shipped: the folder of shipped gin files.
+
+    Raises:
+      UserError: one message with everything that is wrong, each with its place.
+    """
+    named = terminal.stage(f"reading the recipe {' '.join(invocation.gin_files)}")
+    with named if invocation.gin_files else contextlib.nullcontext():  # some commands have one of their own
+        return _load(invocation, import_unreferenced, package, shipped)
+
+
+def _load(invocation: Invocation, import_unreferenced: bool, package: str, shipped: Path) -> "Recipe":
+    files = recipe_files.GinFiles(invocation.search_paths, shipped)
+    joined = recipe_files.join(invocation, files)
+    program = link(joined, files, invocation, package)
+    ours, every = check(program, invocation, import_unreferenced)
+    program = dataclasses.replace(program, bindings=read_values(program.bindings, ours, files.shipped_names()))
+    kept = [
+        binding for binding in final(program.bindings) if binding_key(binding) in {*ours.used, *every.used, "LAYOUT"}
+    ]
+    defaults = list({**every.defaults, **ours.defaults}.values())
+    return Recipe(program, _resolved(program, kept, defaults, joined.layout_is_shipped))
+
+
+class Recipe:
+    """A checked recipe.
+
+    Attributes:
+      resolved: the whole configuration as gin text, each value as it is in force; running from it gives the
+        same configuration and the same text.
+    """
+
+    def __init__(self, program: Program, resolved: str):
+        self.resolved = resolved
+        self._program = program
+
+    @property
+    def registering(self) -> list[str]:
+        """The modules imported by the recipe that may have registered tasks, in its order."""
+        return registering(self._program)
+
+    @property
+    def modules(self) -> list[str]:
+        """The modules that the recipe imports and that do not come with meshway."""
+        names = {statement.module for statement in self._program.imports}
+        return sorted(name for name in names if name.partition(".")[0] not in ("meshway", "gin", "__gin__"))
+
+    def macro(self, name: str) -> Any:
+        """Returns the value of a macro, None where there is none or it is no plain value."""
+        values = [each.value for each in final(self._program.bindings) if each.is_macro and each.parameter == name]
+        return None if not values or isinstance(values[-1], (Macro, Reference)) else values[-1]
+
+    def build(self, root: str, given: Collection[str] = ()) -> dict[str, Any]:
+        """Builds the keyword arguments of a verb's function; the verb calls it itself.
+
+        Args:
+          root: `module.function` inside the package of verbs, as `train.train`.
+          given: names of the arguments that the caller passes itself.
+
+        Returns:
+          argument -> value, every reference evaluated.
+
+        Raises:
+          UserError: an argument is missing, or a constructor refuses its values (TypeError, ValueError).
+        """
+        module, _, name = root.partition(".")
+        target = Target(f"{self._program.package}.{module}", (name,))
+        function = configurables.find(target, importing=True)
+        bindings = final(self._program.bindings)
+        reach = Walk(bindings, importing=True).run([target])
+        bound = [b for b in bindings if binding_key(b) in reach.used]
+        key = configurables.key(target)
+        own = {b.parameter for b in bound if b.target and not b.scope and configurables.key(b.target) == key}
+        lacking = [
+            f"{root} needs {argument!r}: bind {root}.{argument}, or give --gin.{root}.{argument}=..."
+            for argument in required_arguments(function, [*own, *given])
+        ]
+        raise_problems([*reach.undefined, *reach.lacking, *required_problems(reach), *lacking])
+        with terminal.stage(f"building what {module} needs"):
+            arguments = Resolver(bound).arguments(target, root)
+        for value in arguments.values():
+            # A data source may start processes, which need the tasks too.
+            if hasattr(value, "import_first") and not isinstance(value, type):
+                value.import_first(self.registering)
+        return arguments
+
+    def fingerprint(self, root: str, without: Collection[str]) -> str:
+        """Returns a hash of what a verb's function hangs on (`settings`): recipes that have the same one ask for the
+        same."""
+        lines = [f"{name} = {value}" for name, value in self.settings(root, without).items()]
+        return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
+
+    def settings(self, root: str, without: Collection[str]) -> dict[str, str]:
+        """Returns the bindings that a verb's function hangs on, as text: SCOPE/NAME to its value.
+
+        Args:
+          root: `module.function` inside the package of verbs, as `eval.evaluate`.
+          without: arguments of it that do not matter. MODEL_DIR never does.
+        """
+        module, _, name = root.partition(".")
+        target = Target(f"{self._program.package}.{module}", (name,))
+        own = configurables.key(target)
+        bindings = [
+            binding
+            for binding in final(self._program.bindings)
+            if not (binding.target and configurables.key(binding.target) == own and binding.parameter in without)
+        ]
+        used = Walk(bindings, importing=True).run([target]).used - {"MODEL_DIR"}
+        return dict(_plain(binding) for binding in bindings if binding_key(binding) in used)
+
+
+def _plain(binding: Binding) -> tuple[str, str]:
+    """Returns a binding's name and value as text that does not depend on how the recipe imports what it names."""
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, Reference) and value.target:
+            return Reference(value.scope, str(value.target), value.evaluate)
+        if isinstance(value, Macro) and value.target:
+            return Macro(str(value.target))
+        return value
+
+    name = f"{binding.target}.{binding.parameter}" if binding.target else binding.parameter
+    return f"{binding.scope}/{name}", repr(map_leaves(leaf, binding.value))
+
+
+def _resolved(program: Program, bindings: list[Binding], defaults: list[Binding], layout_is_shipped: bool) -> str:
+    """Returns the bindings as a recipe: imports, macros, then the rest by what it configures. The defaults of Python on
+    which they hang are written out, so that it stays what it is when those change."""
+    words = _Words(program.imports)
+    bindings = [*bindings, *map(words.spelled, defaults)]
+    # Modules that only register may do so one for the next: they stay in their order.
+    alone = dict.fromkeys(str(each) for each in unreferenced(program) if is_foreign(each.module))
+    named = [text for text in words.imports() if text not in alone]
+    lines = [f"from {DYNAMIC_REGISTRATION.replace('.', ' import ')}", *named, *alone, ""]
+    macros = {binding.parameter: binding.value for binding in bindings if binding.is_macro}
+    if "LAYOUT" in macros and not layout_is_shipped:
+        macros["LAYOUT"] = None  # a user's file may be gone or changed by then: its bindings stand below
+    lines += [format_binding(name, macros[name]) for name in sorted(macros)]
+    group = None
+    rest = [binding for binding in bindings if not binding.is_macro]
+    for binding in sorted(rest, key=lambda binding: (binding.selector, binding.scope, binding.parameter)):
+        if group != (binding.selector, binding.scope):
+            lines.append("")
+            group = (binding.selector, binding.scope)
+        lines.append(format_binding(binding.name, binding.value))
+    return "\n".join(lines) + "\n"
+
+
+class _Words:
+    """How a recipe writes modules: as its own imports do; those of Python's defaults by imports that are added."""
+
+    def __init__(self, imports: list[Import]):
+        self._imports = list(imports)
+        self._taken = {statement.bound_name for statement in imports}
+        self._words = {s.bound_module: s.bound_name for s in imports if s.is_from or s.alias}
+
+    def imports(self) -> list[str]:
+        return sorted({str(statement) for statement in self._imports}, key=lambda text: text.split()[1:])
+
+    def spelled(self, binding: Binding) -> Binding:
+        """Returns a binding with selectors that can be read again; adds the imports that they need."""
+
+        def leaf(value: Any) -> Any:
+            if isinstance(value, Reference) and value.target:
+                return dataclasses.replace(value, selector=self._selector(value.target))
+            return value
+
+        assert binding.target is not None
+        selector = self._selector(binding.target)
+        return dataclasses.replace(binding, selector=selector, value=map_leaves(leaf, binding.value))
+
+    def _selector(self, target: Target) -> str:
+        if target.module not in self._words:
+            name = target.module.rpartition(".")[2]
+            alias = None if name not in self._taken else target.module.replace(".", "__")
+            self._imports.append(Import(target.module, alias, not alias, Place("a default")))
+            self._words[target.module] = alias or name
+            self._taken.add(alias or name)
+        return ".".join([self._words[target.module], *target.path])

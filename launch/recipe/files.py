@@ -1,0 +1,249 @@
+"""Finds gin files by path, by name or of a run, and joins them: runs/<verb>.gin, layout, recipe, command line."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeGuard
+
+from meshway.framework.errors import UserError, did_you_mean
+from meshway.framework.files import local_path
+from meshway.launch.invocation import Invocation
+from meshway.launch.recipe.text import Binding, Import, Include, Place, Statement, parse, parse_flag
+
+# By path, beside launch/: the package mapping keeps folders side by side, installed or not.
+SHIPPED = Path(__file__).parent.parent.parent / "gin"
+_LAYOUT = "LAYOUT"
+
+
+class GinFiles:
+    """Where gin files are looked for.
+
+    Args:
+      search_paths: folders tried before the shipped one.
+      shipped: the folder with runs/, models/, layouts/, optimizers/ and recipes/.
+    """
+
+    def __init__(self, search_paths: Sequence[str], shipped: Path = SHIPPED):
+        for folder in search_paths:
+            if not local_path(folder).is_dir():
+                raise UserError(f"--gin_search_paths: {folder} is not a folder")
+        self.shipped = shipped
+        self.folders = [*(local_path(folder) for folder in search_paths), shipped]
+
+    def find(self, name: str, beside: Path | None, place: Place, subfolder: str = "") -> Path:
+        """Returns the file that `name` means.
+
+        Tried in turn: beside the including file, the path as given, in each search path, in the shipped folder, and
+        there by the end of its path (`quickstart` finds `recipes/quickstart.gin`). What a shipped file includes is
+        beside it or in the shipped folder: nothing that lies in a user's folders changes a shipped recipe.
+
+        Args:
+          name: a path, with or without `.gin`, or a name.
+          beside: the folder of the file that says so, if any.
+          place: who asks, for the error.
+          subfolder: look in this folder of the search paths and the shipped ones only (`layouts`), if
+            `name` is a bare name.
+
+        Raises:
+          UserError: nothing is found, or several shipped files end so.
+        """
+        bare = "/" not in name and not name.endswith(".gin")
+        roots = [folder / subfolder for folder in self.folders]
+        if beside and beside.is_relative_to(self.shipped.resolve()):
+            roots = [beside, self.shipped]
+        elif not (subfolder and bare):
+            roots = [*([beside] if beside else []), Path(), *roots]
+        for root in roots:
+            for path in (root / local_path(name), root / local_path(f"{name}.gin")):
+                if path.is_file():
+                    return path.resolve()
+        return self._find_by_end(name, roots, place, subfolder)
+
+    def _find_by_end(self, name: str, roots: list[Path], place: Place, subfolder: str) -> Path:
+        known = self.shipped_names(subfolder)
+        end = tuple(Path(name.removesuffix(".gin")).parts)
+        matches = [path for path in known if Path(path).parts[-len(end) :] == end]
+        if len(matches) == 1:
+            return (self.shipped / f"{matches[0]}.gin").resolve()
+        if matches:
+            raise UserError(f"{place}: {name!r} is the name of several shipped files: {', '.join(matches)}")
+        looked = ", ".join(str(root) if root.parts else "the current folder" for root in roots)
+        stems = [Path(path).name for path in known]
+        near = did_you_mean(name.removesuffix(".gin"), [*known, *stems])
+        raise UserError(f"{place}: found no gin file {name!r} (looked in {looked}){near}")
+
+    def shipped_names(self, subfolder: str = "") -> list[str]:
+        """Returns the shipped files, as `recipes/quickstart`, sorted."""
+        files = (self.shipped / subfolder).rglob("*.gin")
+        return sorted(path.relative_to(self.shipped).with_suffix("").as_posix() for path in files)
+
+    def runs(self) -> dict[str, Path]:
+        """Returns verb -> the file of its defaults."""
+        found: dict[str, Path] = {}
+        for folder in self.folders:
+            for path in sorted((folder / "runs").glob("*.gin")):
+                found.setdefault(path.stem, path.resolve())
+        return found
+
+    def shown(self, path: Path) -> str:
+        """Returns `path` for people: relative to the current or the shipped folder where it lies inside."""
+        for folder, prefix in ((Path.cwd(), Path()), (self.shipped.resolve(), Path("gin"))):
+            if path.is_relative_to(folder):
+                return str(prefix / path.relative_to(folder))
+        return str(path)
+
+    def read(self, path: Path, including: tuple[Path, ...] = ()) -> list[Import | Binding]:
+        """Returns the statements of a file, with those of the files it includes in their places.
+
+        Raises:
+          UserError: a file is not found, does not parse, or includes itself.
+        """
+        try:
+            text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{self.shown(path)}: cannot be read: {error}") from error
+        including = (*including, path)
+        statements: list[Import | Binding] = []
+        for statement in parse(text, self.shown(path)):
+            if not isinstance(statement, Include):
+                statements.append(statement)
+                continue
+            included = self.find(statement.file, path.parent, statement.place)
+            if included in including:
+                chain = " -> ".join(self.shown(file) for file in (*including, included))
+                raise UserError(f"{statement.place}: files include each other: {chain}")
+            statements += self.read(included, including)
+        return statements
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """All statements of a run in order, later bindings winning.
+
+    Attributes:
+      imports, bindings: what the run reads.
+      layout_is_shipped: whether the layout in force can be asked for by name again, on any machine.
+    """
+
+    imports: list[Import]
+    bindings: list[Binding]
+    layout_is_shipped: bool
+
+
+def join(invocation: Invocation, files: GinFiles) -> Joined:
+    """Reads everything an invocation names.
+
+    The layout that files choose stands before the recipe, which may override parts of it; a layout chosen on
+    the command line stands after the recipe: it replaces the recipe's, whatever that one bound.
+
+    Raises:
+      UserError: a file, a layout or a flag is wrong.
+    """
+    runs = files.runs()
+    if invocation.verb not in runs:
+        raise UserError(f"meshway is incomplete: no file runs/{invocation.verb}.gin in {files.folders[-1]}")
+    defaults = [_as_default(statement) for statement in files.read(runs[invocation.verb])]
+    recipe: list[Statement] = []
+    base: Path | None = None  # the folder of the recipe file that chose the layout
+    for name in invocation.gin_files:
+        path = files.find(name, None, Place(f"--gin_file={name}"))
+        statements = files.read(path)
+        base = path.parent if any(_is_layout(statement) for statement in statements) else base
+        recipe += statements
+    flags = [_said_by_its_flag(parse_flag(flag), invocation.flags) for flag in invocation.bindings]
+
+    chosen = [statement for statement in [*defaults, *recipe, *flags] if _is_layout(statement)]
+    layout: list[Import | Binding] = []
+    shipped = False
+    if chosen and chosen[-1].value is not None:
+        choice = chosen[-1]
+        if not isinstance(choice.value, str):
+            raise UserError(f"{choice.place}: LAYOUT must be a layout's name or file, not {choice.value!r}")
+        path = files.find(choice.value, None if choice in flags else base, choice.place, subfolder="layouts")
+        shipped = path.is_relative_to(files.shipped.resolve())
+        layout = files.read(path)
+    if chosen and chosen[-1] in flags:
+        everything = [*defaults, *recipe, *layout, *flags]
+    else:
+        everything = [*defaults, *layout, *recipe, *flags]
+    return Joined(
+        [statement for statement in everything if isinstance(statement, Import)],
+        [statement for statement in everything if isinstance(statement, Binding)],
+        shipped,
+    )
+
+
+def _said_by_its_flag(binding: Binding, flags: Mapping[str, str]) -> Binding:
+    own = flags.get(binding.name)
+    return dataclasses.replace(binding, place=Place(own)) if own else binding
+
+
+def _as_default(statement: Import | Binding) -> Import | Binding:
+    if isinstance(statement, Binding):
+        return dataclasses.replace(statement, is_default=True)
+    return statement
+
+
+def _is_layout(statement: Statement) -> TypeGuard[Binding]:
+    return isinstance(statement, Binding) and statement.is_macro and statement.parameter == _LAYOUT
+
+
+RECIPES = ("recipe.gin", "config.gin")  # what `meshway convert` writes; what `meshway train` resolved
+_MACRO = "MODEL_DIR"
+
+
+def of_run(invocation: Invocation) -> Invocation:
+    """Returns the command with the recipe of its run: MODEL_DIR's `recipe.gin`, else its `config.gin`. MODEL_DIR may be
+    one of the run's checkpoints.
+
+    A command that has recipes of its own keeps them. Its other bindings stand on top of either.
+
+    Raises:
+      UserError: no recipe is given and MODEL_DIR is not, is no directory, or holds no recipe.
+    """
+    if invocation.gin_files:
+        return invocation
+    directory = run_directory(invocation)
+    if directory is None:
+        raise UserError(f"meshway {invocation.verb} needs a run: --model_dir=DIR, or a recipe: --gin_file=FILE")
+    if not directory.is_dir():
+        raise UserError(f"--model_dir={directory}: there is no such directory{_beside(directory)}")
+    run = (
+        directory.parent.parent if directory.name.isdecimal() and directory.parent.name == "checkpoints" else directory
+    )
+    for name in RECIPES:
+        if (run / name).is_file():
+            return dataclasses.replace(invocation, gin_files=(str((run / name).absolute()),))
+    raise UserError(
+        f"--model_dir={directory} is no run directory: it holds neither {' nor '.join(RECIPES)}; give the recipe by "
+        f"--gin_file=FILE, or a run{_inside(directory)}"
+    )
+
+
+def run_directory(invocation: Invocation) -> Path | None:
+    """Returns the run directory that a command line names, by --model_dir or --gin.MODEL_DIR; None where it does not.
+
+    Raises:
+      UserError: it is no text.
+    """
+    values = [flag for flag in invocation.bindings if flag.partition("=")[0].strip() == _MACRO]
+    if not values:
+        return None
+    value = parse_flag(values[-1]).value
+    if not isinstance(value, str) or not value:
+        raise UserError(f"--gin.{_MACRO}={value!r} is no directory; write --model_dir=DIR")
+    return local_path(value)
+
+
+def _beside(directory: Path) -> str:
+    """Returns the names beside a missing directory that are like its own, as a question."""
+    parent = directory.parent
+    if not parent.is_dir():
+        return f" (nor {parent})"
+    return did_you_mean(directory.name, [path.name for path in parent.iterdir() if path.is_dir()])
+
+
+def _inside(directory: Path) -> str:
+    """Returns the runs that lie in a directory, as an example."""
+    runs = sorted(path for path in directory.iterdir() if any((path / name).is_file() for name in RECIPES))
+    return f", as --model_dir={runs[0]}" if runs else ""

@@ -1,0 +1,258 @@
+"""Whether values are what parameters ask for: by annotation, and by what a number of that name can mean.
+
+A value is checked where it is written: what a macro holds is the macro's mistake. Whole numbers written as 1e5 or 4.0
+and the usual short names of dtypes are read as what they mean.
+"""
+
+import collections.abc
+import dataclasses
+import inspect
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from meshway.framework.errors import UserError, did_you_mean
+from meshway.framework.files import local_path
+from meshway.launch.recipe import names as configurables
+from meshway.launch.recipe.reachability import Reach, binding_key, final
+from meshway.launch.recipe.text import Binding, Macro, Reference
+
+_SCALARS = (str, int, float, bool, bytes)
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False", type(None): "None"}
+_FLOATS = ("float32", "bfloat16", "float16")  # float64 is none of JAX's unless a process turns it on
+_DTYPES = (*_FLOATS, "int8")  # what keys and values may be kept in
+_SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16"}
+_SHORT_DTYPES |= {"fp32": "float32", "f32": "float32", "float": "float32"}
+# Whose names mean what they do below.
+_OURS = re.compile(r"meshway\.")
+
+
+class Domain(NamedTuple):
+    """The numbers that mean something, and how that is said."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+_POSITIVE, _AT_LEAST_0 = Domain("above 0", lambda x: x > 0), Domain("at least 0", lambda x: x >= 0)
+_AT_LEAST_1, _RATE = Domain("at least 1", lambda x: x >= 1), Domain("at least 0 and below 1", lambda x: 0 <= x < 1)
+_NAMES = (
+    (
+        _AT_LEAST_1,
+        "d_model d_ff head_dim num_heads num_kv_heads num_layers num_experts vocab_size num_positions num_classes "
+        "num_buckets max_distance patch_size batch_size num_microbatches total checkpoint evaluate report window k "
+        "steps group_rows groups_per_row original_length lengths image_shape max_skipped_in_a_row num_repeats "
+        "latest every best max_batches eval_k block query_block kv_block ns_steps min_dim_size_to_factor total_steps "
+        "num_steps beams batches workers num_shards seconds seeds prompt_length new_tokens chunk_size max_input_length "
+        "max_new_tokens idle_timeout",
+    ),
+    (
+        _AT_LEAST_0,
+        "seed warmup_steps num_shared_experts num_token_types num_samples max_predictions max_bad_examples z_loss "
+        "load_loss importance_loss jitter stddev base_learning_rate weight_decay learning_rate min_learning_rate "
+        "adam_learning_rate adam_weight_decay weight_decay_rate eps epsilon1 epsilon2 step_offset start_step noise "
+        "num_workers from_step rates step",
+    ),
+    (_RATE, "dropout_rate label_smoothing b1 b2 adam_b1 adam_b2 beta beta1 momentum"),
+    (
+        _POSITIVE,
+        "epsilon base capacity_factor eval_capacity_factor soft_cap logits_soft_cap factor query_scale gate_scale "
+        "low_frequency_factor high_frequency_factor beta_fast beta_slow clipping_threshold decay_rate decay_factor",
+    ),
+)
+_NAMES_SOMETHING = ("model_dir", "cache_dir", "mixture_or_task_name", "module")
+# Parameter of meshway's own -> its domain: one name means one thing everywhere. What is not here is checked by who
+# takes it; what a name means in a module of the user's is not known.
+_DOMAINS = {name: domain for domain, names in _NAMES for name in names.split()}
+
+
+def read_values(bindings: Sequence[Binding], reach: Reach, shipped: Sequence[str] = ()) -> list[Binding]:
+    """Returns the bindings with their values as parameters take them.
+
+    Args:
+      bindings: of a recipe, linked, in order.
+      reach: what of them applies.
+      shipped: the gin files that come along, one of which may be meant by its name.
+
+    Raises:
+      UserError: with every value that is not what its parameter asks for.
+    """
+    last = final(bindings)
+    macros = {binding.parameter: binding for binding in last if binding.is_macro}
+    problems: dict[Binding, str] = {}
+    read: dict[Binding, Any] = {}
+    for binding in last:
+        if not binding.target or binding_key(binding) not in reach.used:
+            continue
+        hint = _hint(binding)
+        origin = _origin(binding, macros)
+        if origin is None or hint is None or origin.is_default:
+            continue
+        value = read.get(origin, origin.value)
+        try:
+            if isinstance(value, str) and binding.target.module.startswith("meshway."):
+                _refuse_addresses(value)
+            name = binding.parameter if _OURS.match(binding.target.module) else ""
+            if name.endswith("dtype") and binding.target.module.startswith("meshway.launch."):
+                name = ""  # the verbs say what dtypes are theirs: `convert` keeps each tensor's own
+            read[origin] = _read(value, hint, name)
+        except ValueError as error:
+            taken = "" if origin is binding else f", taken by {binding.selector}.{binding.parameter}"
+            hint = _meant(origin.value, shipped)
+            problems.setdefault(origin, f"{origin.said}{'' if origin.place.is_own_flag else taken}: {error}{hint}")
+    if problems:
+        listed = list(problems.values())
+        raise UserError(listed[0] if len(listed) == 1 else f"{len(listed)} problems:\n  " + "\n  ".join(listed))
+    return [dataclasses.replace(b, value=read[b]) if b in read else b for b in bindings]
+
+
+def _refuse_addresses(value: str) -> None:
+    try:
+        local_path(value)
+    except UserError as error:
+        raise ValueError(str(error).replace(value, "it", 1)) from error
+
+
+def _meant(value: Any, shipped: Sequence[str]) -> str:
+    """Returns which gin file a word may stand for where a reference is needed."""
+    files = [name for name in shipped if isinstance(value, str) and name.rpartition("/")[2] == value]
+    return f"; --gin_file={files[0]} brings one" if len(files) == 1 else ""
+
+
+def _origin(binding: Binding, macros: Mapping[str, Binding]) -> Binding | None:
+    """Returns the binding that holds the value; None for one that a module's constant or nothing holds."""
+    while isinstance(binding.value, Macro):
+        found = macros.get(binding.value.name)
+        if found is None or binding.value.target is not None:
+            return None
+        binding = found
+    return binding
+
+
+def _hint(binding: Binding) -> Any:
+    """Returns what a binding's parameter is annotated with, None for nothing that can be checked."""
+    assert binding.target is not None
+    found = configurables.find(binding.target, importing=False)
+    if found is None:
+        return None
+    function = found.__init__ if inspect.isclass(found) else found
+    try:
+        return typing.get_type_hints(function).get(binding.parameter)
+    except (NameError, TypeError, AttributeError):  # a name that only type checkers import
+        hint = getattr(function, "__annotations__", {}).get(binding.parameter)
+        return None if isinstance(hint, str) else hint
+
+
+def _read(value: Any, hint: Any, name: str) -> Any:
+    """Returns a value as a parameter takes it; raises ValueError where it cannot be one of these."""
+    if name.endswith("dtype") and isinstance(value, str):
+        value = _SHORT_DTYPES.get(value.lower(), value)
+        known = _DTYPES if name == "cache_dtype" else _FLOATS
+        if value not in known:
+            raise ValueError(f"no such dtype{did_you_mean(value, known) or '; there are ' + ', '.join(known)}")
+        return value
+    if value == "" and name in _NAMES_SOMETHING:
+        raise ValueError("it must not be empty")
+    if isinstance(value, Macro):
+        return value  # in a container; a macro by itself has been followed
+    alternatives = list(_alternatives(hint))
+    fitting = [each for each in alternatives if _fits(value, each)]
+    if not fitting:
+        raise ValueError(f"{' or '.join(dict.fromkeys(map(_words, alternatives)))} is needed")
+    if type(value) is float and int in fitting and float not in fitting:
+        value = int(value)
+    if isinstance(value, dict) and (inner := _inside(fitting[0])):
+        value = {key: _read_entry(key, each, inner[-1], name) for key, each in value.items()}
+    elif domain := _DOMAINS.get(name):
+        _check_domain(value, domain)
+    return value
+
+
+def _read_entry(key: Any, value: Any, hint: Any, name: str) -> Any:
+    try:
+        return _read(value, hint, name)
+    except ValueError as error:
+        raise ValueError(f"{key!r} is {value!r}: {error}") from error
+
+
+def _check_domain(value: Any, domain: Domain) -> None:
+    for each in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(each, (int, float)) and not isinstance(each, bool) and not domain.holds(each):
+            raise ValueError(f"it must be {domain.words}")
+
+
+def _alternatives(hint: Any) -> Iterator[Any]:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        for each in typing.get_args(hint):
+            yield from _alternatives(each)
+    else:
+        yield type(None) if hint is None else hint
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Says whether a value, or what a reference will give, can be of one annotation without alternatives."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or hint is inspect.Parameter.empty or isinstance(hint, (typing.TypeVar, str)):
+        return True
+    if isinstance(value, Reference):  # one that is called may give anything
+        return value.evaluate or not (hint in _WORDS or origin is typing.Literal or origin in _CONTAINERS)
+    if origin is typing.Literal:
+        return value in inner
+    if hint is int:
+        return type(value) is int or type(value) is float and value.is_integer()
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    if hint in _WORDS:
+        return type(value) is hint
+    if hint is Path:
+        return isinstance(value, str)
+    if origin in _CONTAINERS:
+        return _contains(value, origin, inner)
+    return not isinstance(value, (*_SCALARS, list, tuple, dict)) and value is not None or hint is object
+
+
+_CONTAINERS: tuple[Any, ...] = (
+    list,
+    tuple,
+    dict,
+    collections.abc.Sequence,
+    collections.abc.Collection,
+    collections.abc.Mapping,
+)
+_CONTAINERS += (collections.abc.Iterable, set, frozenset)
+
+
+def _contains(value: Any, origin: Any, inner: Sequence[Any]) -> bool:
+    if origin in (dict, collections.abc.Mapping):
+        return isinstance(value, dict)
+    if not isinstance(value, (list, tuple)):
+        return False
+    of = [each for each in inner if each is not Ellipsis]
+    if len(of) != 1:  # a tuple whose members differ
+        return True
+    return all(isinstance(each, (Macro, Reference)) or _fits_any(each, of[0]) for each in value)
+
+
+def _fits_any(value: Any, hint: Any) -> bool:
+    return any(_fits(value, each) for each in _alternatives(hint))
+
+
+def _inside(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (dict, collections.abc.Mapping) else ()
+
+
+def _words(hint: Any) -> str:
+    origin = typing.get_origin(hint)
+    if hint in _WORDS:
+        return _WORDS[hint]
+    if origin is typing.Literal:
+        return ", ".join(map(repr, typing.get_args(hint)))
+    if origin in (dict, collections.abc.Mapping):
+        return "a mapping {name: value}"
+    if origin in _CONTAINERS:
+        return f"a list of {' or '.join(map(_words, _alternatives(typing.get_args(hint)[0])))}"
+    return "a reference (@module.Name)"
