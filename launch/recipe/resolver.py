@@ -49,8 +49,10 @@ class Factory:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         calling = _calling.get()
-        inherits = not self._fixed and calling is not None and calling[0] is self._resolver
-        return self._resolver.call(self._target, calling[1] if inherits else self._scope, args, kwargs)
+        scope = self._scope
+        if not self._fixed and calling is not None and calling[0] is self._resolver:
+            scope = calling[1]
+        return self._resolver.call(self._target, scope, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name == "__wrapped__":  # an instance that is being copied has nothing yet

@@ -25,8 +25,8 @@ class Bert(nnx.Module):
         self,
         vocab_size: int,
         d_model: int,
-        encoder: StackFactory = Stack,
-        position_embedding: LayerFactory = PositionEmbedding,
+        encoder: StackFactory = Stack,  # type: ignore[assignment]  # recipes bind the rest
+        position_embedding: LayerFactory = PositionEmbedding,  # type: ignore[assignment]  # recipes bind the rest
         *,
         rngs: nnx.Rngs,
         embedding: EmbeddingFactory = Embedding,

@@ -25,7 +25,7 @@ class LanguageModel(nnx.Module):
         self,
         vocab_size: int,
         d_model: int,
-        decoder: StackFactory = Stack,
+        decoder: StackFactory = Stack,  # type: ignore[assignment]  # recipes bind the rest
         *,
         rngs: nnx.Rngs,
         embedding: EmbeddingFactory = Embedding,

@@ -45,7 +45,7 @@ class T5(nnx.Module):
         d_model: int,
         encoder: StackFactory,
         decoder: StackFactory,
-        position_bias: BiasFactory = RelativePositionBias,
+        position_bias: BiasFactory = RelativePositionBias,  # type: ignore[assignment]  # recipes bind the rest
         *,
         rngs: nnx.Rngs,
         embedding: EmbeddingFactory = Embedding,

@@ -27,8 +27,8 @@ class SelfAttentionBlock(nnx.Module):
     def __init__(
         self,
         d_model: int,
-        attention: LayerFactory = Attention,
-        mlp: LayerFactory = Mlp,
+        attention: LayerFactory = Attention,  # type: ignore[assignment]  # recipes bind the rest
+        mlp: LayerFactory = Mlp,  # type: ignore[assignment]  # recipes bind the rest
         *,
         rngs: nnx.Rngs,
         norm: LayerFactory = RMSNorm,
@@ -105,8 +105,8 @@ class CrossAttentionBlock(nnx.Module):
     def __init__(
         self,
         d_model: int,
-        attention: LayerFactory = Attention,
-        mlp: LayerFactory = Mlp,
+        attention: LayerFactory = Attention,  # type: ignore[assignment]  # recipes bind the rest
+        mlp: LayerFactory = Mlp,  # type: ignore[assignment]  # recipes bind the rest
         *,
         rngs: nnx.Rngs,
         norm: LayerFactory = RMSNorm,

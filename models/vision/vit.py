@@ -31,7 +31,7 @@ class VisionTransformer(nnx.Module):
         patch_size: int,
         num_classes: int,
         d_model: int,
-        encoder: StackFactory = Stack,
+        encoder: StackFactory = Stack,  # type: ignore[assignment]  # recipes bind the rest
         *,
         rngs: nnx.Rngs,
         norm: LayerFactory = RMSNorm,

@@ -102,6 +102,13 @@ MISTAKES = {
 }
 
 
+def test_a_module_of_ours_that_moved_is_named_with_its_new_place(lab):
+    text = message(lab, recipe=f"{INCLUDE}from meshway.framework.training import optimizers\n")
+    assert text.endswith(
+        "(no 'optimizers' in meshway.framework.training); it is now meshway.framework.optimizers.optimizers"
+    )
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_ends_in_one_message(lab, mistake):
     line, expected = MISTAKES[mistake]
