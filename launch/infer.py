@@ -339,7 +339,6 @@ def run(invocation: "Invocation") -> None:
         data = None
         if arguments["inputs"].split is not None:
             data = tasks(**config.load(dataclasses.replace(invocation, subject="tasks")).build("infer.tasks"))
-            arguments = recipe.build("infer.infer", given=["data", "settings"])  # gin holds one recipe at a time
         settings = recipe.settings("infer.opened", ("layout",)) | recipe.settings("infer.infer", _HOW)
         infer(**arguments, data=data, settings=by_flag(settings))
 

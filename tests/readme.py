@@ -1,4 +1,4 @@
-"""The commands of README, as it has them, and a folder in which each of them has what it speaks of."""
+"""The commands of README and of the pages that it leads to, and a folder in which each has what it speaks of."""
 
 import contextlib
 import json
@@ -15,7 +15,10 @@ from converted import sentence_pieces
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+# The front page, and the pages under docs/ that go on from it, in the order in which someone reads on.
+_DOCS = "recipes runs data models inference parallelism processes speed"
+PAGES = ["README", *(f"docs/{name}" for name in _DOCS.split())]
+README = "\n".join((ROOT / f"{page}.md").read_text() for page in PAGES)
 GOLDENS = ROOT / "tests" / "goldens"
 
 # What mine.gin becomes where it is trained: README's own recipe, smaller.
@@ -73,8 +76,9 @@ def blocks(text: str = README) -> list[list[str]]:
 
 
 def commands(text: str = README) -> list[str]:
-    """Returns the lines of blocks that call meshway or make, in the page's order."""
-    return [line for block in blocks(text) for line in block if re.search(r"(^|&& )(meshway|make) ", line)]
+    """Returns the lines of blocks that call meshway or make, each once, in the page's order."""
+    lines = [line for block in blocks(text) for line in block if re.search(r"(^|&& )(meshway|make) ", line)]
+    return list(dict.fromkeys(lines))
 
 
 def words_of(command: str) -> list[str]:
