@@ -58,7 +58,6 @@ def convert(
     """
     from meshway.framework.conversion import hugging_face, t5x_files
     from meshway.launch import convert_in, convert_out
-    from meshway.launch import convert_in as convert_t5x
 
     origin, goal = local_path(source), local_path(target)
     if not origin.exists():
@@ -85,7 +84,7 @@ def convert(
         if run is not None:
             summary = convert_out.to_hugging_face(run, folder, family, wanted, max_shard_size or _SHARD)
         elif is_t5x:
-            summary = convert_t5x.from_t5x(origin, folder, goal.absolute(), wanted, step, vocabulary)
+            summary = convert_in.from_t5x(origin, folder, goal.absolute(), wanted, step, vocabulary)
         else:
             if step is not None:
                 raise UserError("--step names a checkpoint of a run, and --from is a Hugging Face directory")

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from meshway.framework import terminal
 from meshway.framework.distributed import rendezvous
-from meshway.framework.distributed import watch as abort
+from meshway.framework.distributed import watch as watch_lib
 from meshway.framework.distributed.barrier import Deadlines, named
 from meshway.framework.distributed.barrier import barrier as wait_at_barrier
 from meshway.framework.distributed.cluster import Cluster, ProcessArguments, recognise, split_address
@@ -126,7 +126,7 @@ def _join(cluster: Cluster, deadlines: Deadlines) -> None:
         return
     note_handler()
     faulthandler.enable()
-    abort.install()
+    watch_lib.install()
     _watch = Watch(CoordinationStore(), process_id, num_processes, cluster.coordinator, deadlines.heartbeat)
     _watch.start()
 
@@ -144,7 +144,7 @@ def _finish(watch: Watch) -> None:
     barrier("the end of the run", None)
     watch.close()
     _watch = None
-    abort.uninstall()
+    watch_lib.uninstall()
     jax.distributed.shutdown()
 
 

@@ -12,8 +12,6 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from meshway.framework import terminal
-from meshway.framework import terminal as stages
 from meshway.framework.checkpoints.manager import Checkpoints, DamagedCheckpoint
 from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError
@@ -22,6 +20,7 @@ from meshway.framework.evaluation.records import Record, Records, StepQueue, com
 from meshway.framework.interfaces import Params
 from meshway.framework.report.page import is_of_router, write_report
 from meshway.framework.telemetry.writers import TensorBoardWriter
+from meshway.framework.terminal import stage, through
 from meshway.framework.training.run_directory import RunDirectory
 
 _MOST_METRICS = 10  # in a line
@@ -90,7 +89,7 @@ class EvaluationDisplay:
 
     def __enter__(self) -> "EvaluationDisplay":
         if self._bar is not None:
-            self._terminal.enter_context(stages.through(self.say))
+            self._terminal.enter_context(through(self.say))
             self._bar.start()
         return self
 
@@ -184,7 +183,7 @@ class EvaluationJob:
         try:
             if self._checkpoints is None:
                 self._checkpoints = Checkpoints(self._directory.checkpoints, read_only=True)
-            with terminal.stage(f"reading checkpoint {step}"):
+            with stage(f"reading checkpoint {step}"):
                 params = self._checkpoints.load_params(step, self._params)
         except (UserError, DamagedCheckpoint) as error:
             failure, unreadable = str(error), isinstance(error, DamagedCheckpoint)

@@ -17,10 +17,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from meshway.framework import terminal as stages
 from meshway.framework.interfaces import Metrics, Writer
 from meshway.framework.telemetry.profiler import memory_in_use
 from meshway.framework.telemetry.timeline import StepClock, Timeline
+from meshway.framework.terminal import through
 
 _STEPS_A_SUM = 10
 
@@ -168,7 +168,7 @@ class Progress:
             self._live = Live(
                 get_renderable=self._render, console=console, refresh_per_second=2, vertical_overflow="crop"
             )
-            self._terminal.enter_context(stages.through(self.note))
+            self._terminal.enter_context(through(self.note))
             self._live.start()
 
     def advance(self, step: int) -> None:

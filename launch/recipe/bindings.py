@@ -9,7 +9,7 @@ from meshway.framework.conversion.settings import Reference as Converted
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Model
 from meshway.launch.invocation import Invocation
-from meshway.launch.recipe import config, names
+from meshway.launch.recipe import config, configurables
 from meshway.launch.recipe.text import Binding, Import, Macro, Reference, Target, format_binding, map_leaves, parse
 
 # The modules that selectors of written recipes begin with.
@@ -126,7 +126,7 @@ def _default(name: str) -> Any:
     word, *path, parameter = name.split(".")
     if word not in MODULES:
         return float("nan")
-    found = names.find(Target(MODULES[word], tuple(path)), importing=True)
+    found = configurables.find(Target(MODULES[word], tuple(path)), importing=True)
     # flax's metaclass hides a class's own parameters.
     return inspect.signature(found.__init__ if inspect.isclass(found) else found).parameters[parameter].default
 

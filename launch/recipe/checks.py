@@ -9,9 +9,9 @@ from typing import Any
 
 from meshway.framework.errors import UserError, did_you_mean
 from meshway.launch.invocation import MACROS, Invocation
-from meshway.launch.recipe import names
+from meshway.launch.recipe import configurables
+from meshway.launch.recipe.configurables import ImportTable, Unresolved
 from meshway.launch.recipe.files import GinFiles, Joined
-from meshway.launch.recipe.names import ImportTable, Unresolved
 from meshway.launch.recipe.reachability import Reach, Walk, binding_key, final, moments
 from meshway.launch.recipe.text import REQUIRED, Binding, Import, Macro, Place, Reference, Target, leaves
 
@@ -48,7 +48,7 @@ def link(joined: Joined, files: GinFiles, invocation: Invocation, package: str) 
     if _undefined_macros(joined.bindings, table):  # constants, perhaps, that modules give to gin when they are imported
         for statement in joined.imports:
             with contextlib.suppress(Unresolved):  # said where something needs it
-                names.import_module(statement.module)
+                configurables.import_module(statement.module)
     bindings = [table.link(binding) for binding in joined.bindings]
     directories = [binding for binding in bindings if binding.name == "MODEL_DIR"]
     if invocation.dry_run and directories and directories[-1].value == Macro(REQUIRED):
@@ -140,7 +140,7 @@ def _import_in_order(program: Program) -> list[str]:
     for statement in program.imports:
         if statement.module in alone or is_foreign(statement.module):
             try:
-                names.import_module(statement.module)
+                configurables.import_module(statement.module)
             except Unresolved as error:
                 problems += [f"{statement.place}: {error}"] if statement.module in alone else []
     return problems
@@ -168,7 +168,7 @@ def _unused(program: Program, ours: Reach) -> tuple[Reach, list[Binding]]:
     for binding in left:  # two spellings of one object are known as one when both modules are imported
         if binding.target:
             try:
-                names.find(binding.target, importing=True)
+                configurables.find(binding.target, importing=True)
             except Unresolved:
                 continue  # reported with the other problems of bindings
     every = Walk(final(everything), importing=False).run(roots)
@@ -193,7 +193,7 @@ def _binding_problems(binding: Binding, program: Program) -> list[str]:
     if not binding.target:
         return []
     try:
-        found = names.find(binding.target, importing=False)
+        found = configurables.find(binding.target, importing=False)
     except Unresolved as error:
         return [f"{binding.where}: {error}"]
     if found is None:
@@ -202,13 +202,13 @@ def _binding_problems(binding: Binding, program: Program) -> list[str]:
         whole = {
             f"{binding.selector}.{name}.{binding.parameter}"
             for name, inner in vars(found).items()
-            if callable(inner) and binding.parameter in names.parameters(inner).names
+            if callable(inner) and binding.parameter in configurables.parameters(inner).names
         }
         near = did_you_mean(binding.name, whole)
         return [f"{binding.where}: {binding.selector} is a module, not a class or function{near}"]
     if not callable(found):
         return [f"{binding.where}: {binding.selector} is not a class or function"]
-    accepted = names.parameters(found)
+    accepted = configurables.parameters(found)
     if accepted.takes_any or binding.parameter in accepted.names:
         return []
     near = did_you_mean(binding.parameter, accepted.names)
@@ -221,8 +221,8 @@ def _unused_message(binding: Binding, ours: Reach, every: Reach) -> str:
         near = did_you_mean(binding.name, [name for name in used if isinstance(name, str)])
         return f"{binding.place}: nothing uses the macro {binding.name}{near}"
     assert binding.target is not None
-    wanted = names.key(binding.target)
-    if binding.scope and wanted in {names.key(target) for target in ours.targets | every.targets}:
+    wanted = configurables.key(binding.target)
+    if binding.scope and wanted in {configurables.key(target) for target in ours.targets | every.targets}:
         near = did_you_mean(binding.scope, ours.opened | every.opened)
         why = f"no reference opens the scope {binding.scope!r}{near}"
         return f"{binding.where} has no effect: {why}"
@@ -243,4 +243,4 @@ def required_problems(reach: Reach) -> list[str]:
 def required_arguments(found: Any, bound: Iterable[str]) -> list[str]:
     """Returns the parameters of `found` that have no default and are not among `bound`."""
     given = set(bound)
-    return [name for name in names.parameters(found).required if name not in given]
+    return [name for name in configurables.parameters(found).required if name not in given]

@@ -9,8 +9,8 @@ from typing import Any
 
 from meshway.framework import terminal
 from meshway.launch.invocation import Invocation
+from meshway.launch.recipe import configurables
 from meshway.launch.recipe import files as recipe_files
-from meshway.launch.recipe import names as configurables
 from meshway.launch.recipe.checks import (
     Program,
     check,

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from meshway.framework.errors import did_you_mean
-from meshway.launch.recipe import names as configurables
-from meshway.launch.recipe.names import Unresolved
+from meshway.launch.recipe import configurables
+from meshway.launch.recipe.configurables import Unresolved
 from meshway.launch.recipe.text import REQUIRED, Binding, Macro, Place, Reference, Target, leaves
 
 Scope = tuple[str, ...]

@@ -19,7 +19,7 @@ from typing import Any
 import gin
 
 from meshway.framework.errors import UserError
-from meshway.launch.recipe import names as configurables
+from meshway.launch.recipe import configurables
 from meshway.launch.recipe.reachability import Scope
 from meshway.launch.recipe.text import Binding, Macro, Reference, Target, map_leaves
 

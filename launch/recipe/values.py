@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.files import local_path
-from meshway.launch.recipe import names as configurables
+from meshway.launch.recipe import configurables
 from meshway.launch.recipe.reachability import Reach, binding_key, final
 from meshway.launch.recipe.text import Binding, Macro, Reference
 

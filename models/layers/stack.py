@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from meshway.models.layers import pipeline as remat_lib
+from meshway.models.layers import pipeline as pipeline_lib
 from meshway.models.layers.norm import split_key
 from meshway.models.layers.pipeline import Pipeline
 from meshway.models.layers.side_outputs import Reports, capture, sow
@@ -55,8 +55,8 @@ class Stack(nnx.Module):
         """
         if num_layers < 1 or not blocks:
             raise ValueError(f"Stack: num_layers={num_layers} of {len(blocks)} blocks; there must be one of each")
-        if remat not in remat_lib.POLICIES:
-            raise ValueError(f"Stack.remat: unknown policy {remat!r}; known are {sorted(remat_lib.POLICIES)}")
+        if remat not in pipeline_lib.POLICIES:
+            raise ValueError(f"Stack.remat: unknown policy {remat!r}; known are {sorted(pipeline_lib.POLICIES)}")
         if scan not in (True, False, "auto"):
             raise ValueError(f"Stack.scan must be True, False or 'auto', not {scan!r}")
         self.pattern = min(len(blocks), num_layers)
@@ -97,7 +97,7 @@ class Stack(nnx.Module):
             return x, (None if caches is None else new, said)
 
         numbers = None if cache is None else jnp.arange(self.num_periods + bool(self.remainder))
-        layers, keep = (states, keys, numbers), remat_lib.POLICIES[self.remat]
+        layers, keep = (states, keys, numbers), pipeline_lib.POLICIES[self.remat]
 
         def cached(carry: tuple[jax.Array, list[Any]], layer: Any) -> tuple[Any, list[Reports]]:
             # The cache goes from layer to layer, so that each is written where it lies: as an output of the scan it
@@ -148,7 +148,7 @@ class Stack(nnx.Module):
         period: Callable[[Any, Any], tuple[Any, Any]],
         x: Any,
         layers: Any,
-        keep: remat_lib.Policy | None,
+        keep: pipeline_lib.Policy | None,
         decoding: bool = False,
     ) -> tuple[Any, Any]:
         """Runs `period(x, layer)` over consecutive periods, `layers` [periods, ...], under remat policy `keep`, and

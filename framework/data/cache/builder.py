@@ -18,7 +18,7 @@ from typing import Any
 from meshway.framework.data import seqio_adapter, seqio_steps
 from meshway.framework.data.cache import fingerprint as task_fingerprint
 from meshway.framework.data.cache import format as cache_format
-from meshway.framework.data.cache import shards as cache_summary
+from meshway.framework.data.cache import shards as cache_shards
 from meshway.framework.data.cache.directory import working
 from meshway.framework.data.cache.shards import Shard, failures_of, finished_shard, replace
 from meshway.framework.data.cache.workers import CacheProgress, Job, run_jobs
@@ -213,7 +213,7 @@ def _clear(directory: Path, overwrite: bool) -> None:
     """Removes a task's old cache if that is asked for; UserError where the folder is something else."""
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     # Vocabularies come before info.json: another builder is at it, or was killed between the two.
-    begun = [name for name in names if name == cache_summary.VOCABULARIES or name.startswith(".building-")]
+    begun = [name for name in names if name == cache_shards.VOCABULARIES or name.startswith(".building-")]
     if "info.json" not in names and len(begun) < len(names):
         raise UserError(f"{directory} is no cache of a task: it holds {sorted(names)[:5]} and no info.json")
     if overwrite and directory.exists():
@@ -259,7 +259,7 @@ def _plan(
             "parts": parts,
             "features": cache_format.features_to_json(seqio_steps.features(task, wanted)),
             "declared": cache_format.features_to_json(seqio_steps.declared(task)),
-            "vocabularies": cache_summary.save_vocabularies(task, directory, work),
+            "vocabularies": cache_shards.save_vocabularies(task, directory, work),
         }
         with failures_of(path):
             _write_first(path, info | reading, work)
@@ -377,11 +377,11 @@ def _finish(plan: _Plan, work: Path, max_bad: int, times: dict[tuple[str, str], 
         raise UserError(f"task {name!r} has no examples to cache in {', '.join(map(repr, plan.splits))}")
     built = []
     for split, shards in found.items():
-        cache_summary.write_index(directory / split, shards, plan.fingerprint, work)
+        cache_shards.write_index(directory / split, shards, plan.fingerprint, work)
         start, end = times.get((name, split), (0.0, 0.0))
-        tokens = cache_summary.tokens(shards, plan.features)
+        tokens = cache_shards.tokens(shards, plan.features)
         examples, size = sum(shard.examples for shard in shards), sum(shard.bytes for shard in shards)
         bad = [line for shard in shards for line in shard.bad]
         built.append(BuiltSplit(name, split, examples, tokens, size, bad, end - start))
-    cache_summary.write_stats(directory, plan.features, work)
+    cache_shards.write_stats(directory, plan.features, work)
     return built

@@ -22,12 +22,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from meshway.framework import terminal as stages
 from meshway.framework.data import seqio_adapter, seqio_steps
 from meshway.framework.data.cache.shards import write_shard
 from meshway.framework.data.objective import FeatureInfo
 from meshway.framework.errors import EnvironmentFailure, UserError
 from meshway.framework.telemetry.reporter import format_duration
+from meshway.framework.terminal import through
 
 
 class CacheProgress:
@@ -63,7 +63,7 @@ class CacheProgress:
         if terminal:
             console = Console(file=self._stream, force_terminal=True, highlight=False)
             self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
-            self._terminal.enter_context(stages.through(self.note))
+            self._terminal.enter_context(through(self.note))
             self._live.start()
 
     def update(self, job: int, examples: int) -> None:

@@ -16,13 +16,13 @@ from typing import Any, Self, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from meshway.framework import terminal as stages
 from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError
 from meshway.framework.inference.bulk.batches import Work, compute
 from meshway.framework.inference.bulk.inputs import Example, Reader, Record
 from meshway.framework.inference.bulk.store import ChunkStore
 from meshway.framework.telemetry.reporter import format_duration
+from meshway.framework.terminal import through
 
 
 class JobProgress:
@@ -62,7 +62,7 @@ class JobProgress:
 
     def __enter__(self) -> Self:
         if self._bar is not None:
-            self._terminal.enter_context(stages.through(self.note))
+            self._terminal.enter_context(through(self.note))
             self._bar.start()
         return self
 

@@ -8,7 +8,7 @@ from tiers import tiers
 
 from meshway.framework.data import seqio_adapter, seqio_steps
 from meshway.framework.data.objective import FeatureInfo, VocabularyInfo
-from meshway.framework.data.rows import examples as online_steps
+from meshway.framework.data.rows import examples as examples_lib
 from meshway.framework.errors import UserError
 
 TOKENS = FeatureInfo("int32", (None,), VocabularyInfo(269, 1, 10))
@@ -252,7 +252,7 @@ def test_numpy_twins_append_what_seqio_appends(tasks, lengths, after_trim):
     entries = seqio_steps.online_entries(task)
     assert entries == [{"step": step.__name__, "features": {"targets": 1}}] * 2
     cached = all_of(task, "train", 1)[0]
-    twins = online_steps.numpy_steps(entries, features)
+    twins = examples_lib.numpy_steps(entries, features)
     sizes = {name: np.array([len(example[name]) for example in cached]) for name in ("inputs", "targets")}
     found = cached
     for twin in twins:
@@ -266,13 +266,13 @@ def test_numpy_twins_append_what_seqio_appends(tasks, lengths, after_trim):
 
 def test_other_steps_have_no_twins(tasks, kept):
     assert seqio_steps.online_entries(kept("kept_plain")) == []
-    assert online_steps.numpy_steps([], {}) == []
-    assert seqio_steps.online_entries(kept("kept_noisy")) == online_steps.TENSORFLOW
-    assert online_steps.numpy_steps(online_steps.TENSORFLOW, {}) is None
+    assert examples_lib.numpy_steps([], {}) == []
+    assert seqio_steps.online_entries(kept("kept_noisy")) == examples_lib.TENSORFLOW
+    assert examples_lib.numpy_steps(examples_lib.TENSORFLOW, {}) is None
 
 
 def test_the_twin_appends_along_the_last_axis():
-    (twin,) = online_steps.numpy_steps(
+    (twin,) = examples_lib.numpy_steps(
         [{"step": "append_eos_after_trim", "features": {"x": 1, "absent": 1}}],
         {"x": FeatureInfo("int32", (None, None))},
     )

@@ -55,7 +55,7 @@ def test_whoever_imports_tensorflow_its_notes_are_dropped_and_other_words_kept(t
 
 
 def test_the_import_of_a_recipe_is_quiet(tmp_path):
-    out, err = said(tmp_path, "from meshway.launch.recipe.names import import_module; import_module('mylab')")
+    out, err = said(tmp_path, "from meshway.launch.recipe.configurables import import_module; import_module('mylab')")
     assert err == "mine\na warning that matters\n" and out == "hidden: GPU\nhidden: TPU\n"
 
 

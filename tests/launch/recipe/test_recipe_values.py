@@ -11,7 +11,7 @@ from meshway.launch import cli
 from meshway.launch.invocation import Invocation
 from meshway.launch.recipe import config
 
-GIN = Path(__file__).parent.parent.parent / "gin"
+GIN = Path(__file__).parent.parent.parent.parent / "gin"
 MORE = ("MODEL_DIR='run'", "MIXTURE_OR_TASK_NAME='a'", "TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 8}")
 IMPOSSIBLE = ["-3", "0.5", "1e400", "'four'", "[1]", "{'a': -1}", "(None,)", "True", "''", "b'4'", "-1e9"]
 
