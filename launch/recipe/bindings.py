@@ -20,7 +20,7 @@ MODULES: Mapping[str, str] = {
     "embedding": "meshway.models.layers.embedding",
     "encoder_decoder": "meshway.models.encoder_decoder",
     "grain_loader": "meshway.framework.data.grain_loader",
-    "lm": "meshway.models.lm",
+    "lm": "meshway.models.language.lm",
     "mapping": "meshway.framework.checkpoints.mapping",
     "mlp": "meshway.models.layers.mlp",
     "moe": "meshway.models.layers.moe",
@@ -29,7 +29,7 @@ MODULES: Mapping[str, str] = {
     "rotary": "meshway.models.layers.rotary",
     "routers": "meshway.models.layers.mixture.routers",
     "stack": "meshway.models.layers.stack",
-    "t5": "meshway.models.t5",
+    "t5": "meshway.models.language.t5",
     "train": "meshway.launch.train",
     "vocabularies": "meshway.framework.data.vocabularies",
 }

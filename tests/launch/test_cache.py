@@ -108,7 +108,7 @@ def test_bad_examples_and_empty_splits_are_reported(monkeypatch, capsys):
 
 def test_reading_a_recipe_to_cache_its_task_imports_no_jax():
     program = (
-        "import sys; from meshway.launch import cache, cli, config; "
+        "import sys; from meshway.launch import cache, cli; from meshway.launch.recipe import config; "
         "recipe = config.load(cli.parse(['cache', '--gin_file=t5.gin'])); "
         "assert recipe.build('cache.cache')['mixture_or_task_name'] == 'lab_halves'; "
         "print('heavy:', sorted({'jax', 'flax', 'tensorflow'} & set(sys.modules)))"

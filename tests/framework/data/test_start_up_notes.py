@@ -40,10 +40,10 @@ def said(folder, code):
 def test_whoever_imports_tensorflow_its_notes_are_dropped_and_other_words_kept(tmp_path, name):
     code = f"""if True:
         import importlib
-        from meshway.framework.data import start_up_notes
-        with start_up_notes.dropped():
+        from meshway.framework.data import seqio_adapter
+        with seqio_adapter.dropped():
             importlib.import_module({name!r})
-        assert not any("start_up_notes" in type(finder).__module__ for finder in sys.meta_path)
+        assert not any("seqio_adapter" in type(finder).__module__ for finder in sys.meta_path)
         import tensorflow
         importlib.reload(tensorflow)
     """
@@ -61,11 +61,11 @@ def test_the_import_of_a_recipe_is_quiet(tmp_path):
 
 def test_a_failure_to_load_keeps_every_line(tmp_path):
     code = """if True:
-        from meshway.framework.data import start_up_notes
+        from meshway.framework.data import seqio_adapter
         import pathlib
         pathlib.Path(sys.path[0], "tensorflow", "__init__.py").open("a").write("raise ImportError('no libcuda')")
         try:
-            with start_up_notes.dropped():
+            with seqio_adapter.dropped():
                 import tensorflow
         except ImportError as error:
             print(error)

@@ -135,7 +135,7 @@ def test_all_but_the_damaged_are_evaluated(saved, tmp_path, monkeypatch, bad):
     assert list(work.records.read("ids")) == [step for step in (1, 2, 3) if step not in bad]
 
 
-@pytest.mark.parametrize("bad", [[3], [2, 3], [1, 2, 3]])
+@pytest.mark.parametrize("bad", [[3], *(pytest.param(bad, marks=pytest.mark.slow) for bad in ([2, 3], [1, 2, 3]))])
 def test_the_latest_is_the_last_that_can_be_read(saved, tmp_path, bad):
     work = Work(saved, tmp_path, steps="latest")
     for step in bad:

@@ -30,7 +30,9 @@ class Devices:
 @pytest.fixture
 def devices(monkeypatch: pytest.MonkeyPatch) -> Devices:
     devices = Devices()
-    clock = SimpleNamespace(time=lambda: devices.now + 1e9, perf_counter=lambda: devices.now)
+    clock = SimpleNamespace(
+        time=lambda: devices.now + 1e9, perf_counter=lambda: devices.now, monotonic=lambda: devices.now
+    )
     for module in (reporter, timeline):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(reporter, "StepClock", lambda: devices)

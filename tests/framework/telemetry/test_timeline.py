@@ -152,7 +152,7 @@ def test_a_folder_in_its_place_is_a_user_error(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks the Linux kernel")
 def test_a_process_knows_when_it_began() -> None:
     program = (
-        "import time; time.sleep(0.5); from meshway.framework.training import timeline as t; print(t.process_began())"
+        "import time; time.sleep(0.5); from meshway.framework.telemetry import timeline as t; print(t.process_began())"
     )
     before = time.time()
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
