@@ -231,3 +231,23 @@ def _standard_error() -> TextIO:
 
 def _said(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
+def format_duration(seconds: float) -> str:
+    """Returns seconds as `m:ss`, from an hour on `h:mm:ss`, from a day on `Dd h:mm:ss`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    clock = f"{hours}:{minutes:02d}:{rest:02d}" if hours or days else f"{minutes}:{rest:02d}"
+    return f"{days}d {clock}" if days else clock
+
+
+def format_bytes(count: float) -> str:
+    """Returns 1,234 B, 5.6 KiB, 7.8 MiB or 9.0 GiB."""
+    if count < 1024:
+        return f"{count:,.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        count /= 1024
+        if count < 1024 or unit == "GiB":
+            return f"{count:,.1f} {unit}"
+    raise AssertionError

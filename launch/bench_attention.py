@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meshway.framework.partitioning.explain import format_bytes
 from meshway.framework.partitioning.partitioner import Layout, Partitioner
-from meshway.framework.terminal import format_columns
+from meshway.framework.terminal import format_bytes, format_columns
 from meshway.launch.rounds import require_at_least, time_in_turn
 
 

@@ -24,12 +24,11 @@ from meshway.framework.inference.engine import TokenSteps, prompt_batch
 from meshway.framework.inference.rows import RowFormat, doubling
 from meshway.framework.inference.sampling import DecodeState
 from meshway.framework.interfaces import Model, Params
-from meshway.framework.partitioning.explain import format_bytes
 from meshway.framework.partitioning.sharded_model import PlacedBatch, ShardedModel
 from meshway.framework.planning.flops import bytes_read, live_flops
 from meshway.framework.planning.hardware import StreamingRead, peak_flops
 from meshway.framework.telemetry.profiler import Compilations
-from meshway.framework.terminal import format_columns
+from meshway.framework.terminal import format_bytes, format_columns
 from meshway.launch.rounds import require_at_least, time_in_turn
 
 PARAM_DTYPES = ("float32", "bfloat16", "float16")

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from meshway.framework.errors import UserError
-from meshway.framework.partitioning.explain import format_bytes
 from meshway.framework.planning.collectives import Collective, read_collectives
 from meshway.framework.planning.communication import Setting
 from meshway.framework.planning.comparison import Line, compare, ratio
 from meshway.framework.planning.setting import setting_of
-from meshway.framework.terminal import format_columns
+from meshway.framework.terminal import format_bytes, format_columns
 from meshway.launch.recipe.files import GinFiles
 
 if TYPE_CHECKING:

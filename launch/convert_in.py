@@ -21,8 +21,7 @@ from meshway.framework.data.vocabulary import Framing
 from meshway.framework.errors import UserError
 from meshway.framework.files import local_path
 from meshway.framework.interfaces import Model
-from meshway.framework.partitioning.explain import format_bytes
-from meshway.framework.terminal import count_of, progress_of_bytes
+from meshway.framework.terminal import count_of, format_bytes, progress_of_bytes
 from meshway.framework.training.run_directory import RunDirectory
 from meshway.framework.trees import flatten
 from meshway.launch.recipe import bindings as recipe_bindings

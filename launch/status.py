@@ -15,7 +15,7 @@ from meshway.framework.errors import UserError
 from meshway.framework.evaluation.records import Records
 from meshway.framework.files import Holder, holder_of, local_path
 from meshway.framework.telemetry.goodput import Goodput, goodput, in_one_line, read_goodput
-from meshway.framework.telemetry.reporter import format_duration
+from meshway.framework.terminal import format_duration
 
 if TYPE_CHECKING:
     from meshway.launch.invocation import Invocation

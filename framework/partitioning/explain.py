@@ -9,7 +9,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from meshway.framework.partitioning.partitioner import Partitioner, path_name
-from meshway.framework.terminal import format_columns
+from meshway.framework.terminal import format_bytes, format_columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,17 +84,6 @@ def format_rows(rows: Iterable[Row]) -> str:
             )
         )
     return "\n".join(format_columns(cells))
-
-
-def format_bytes(count: float) -> str:
-    """Returns 1,234 B, 5.6 KiB, 7.8 MiB or 9.0 GiB."""
-    if count < 1024:
-        return f"{count:,.0f} B"
-    for unit in ("KiB", "MiB", "GiB"):
-        count /= 1024
-        if count < 1024 or unit == "GiB":
-            return f"{count:,.1f} {unit}"
-    raise AssertionError
 
 
 def _entry(entry: Any) -> str:

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 
 import jax
 
-from meshway.framework.partitioning.explain import format_bytes
 from meshway.framework.planning.collectives import Collective
 from meshway.framework.planning.communication import (
     ACTIVATIONS,
@@ -20,6 +19,7 @@ from meshway.framework.planning.communication import (
     minimum,
     unmerged,
 )
+from meshway.framework.terminal import format_bytes
 
 SCALARS, OPTIMIZER = "scalars", "optimizer"
 TOLERANCE = 0.005  # of a ratio: beyond, it is explained

@@ -14,7 +14,6 @@ import jax
 from jax.interpreters import partial_eval
 from jax.sharding import NamedSharding
 
-from meshway.framework.partitioning.explain import format_bytes
 from meshway.framework.planning.shard_sizes import (
     ELEMENTWISE,
     REDUCTIONS,
@@ -28,6 +27,7 @@ from meshway.framework.planning.shard_sizes import (
     spec_cuts,
     uncut,
 )
+from meshway.framework.terminal import format_bytes
 
 _ALIASES = frozenset(["copy", "expand_dims", "optimization_barrier", "reshape", "sharding_constraint", "squeeze"])
 _FUSED = ELEMENTWISE | _ALIASES | {"broadcast_in_dim", "iota", "random_bits", "threefry2x32", "transpose"}

@@ -4,11 +4,12 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from meshway.framework.partitioning.explain import Row, format_bytes
+from meshway.framework.partitioning.explain import Row
 from meshway.framework.partitioning.partitioner import Partitioner
 from meshway.framework.planning.collectives import Collective
 from meshway.framework.planning.communication import ACTIVATIONS, WEIGHTS, Setting, minimum
 from meshway.framework.planning.comparison import role_of
+from meshway.framework.terminal import format_bytes
 
 _WRITTEN = ("ppermute", "all_to_all", "psum", "all_gather", "reduce_scatter", "pmax", "ragged_all_to_all")
 

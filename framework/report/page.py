@@ -12,12 +12,10 @@ from typing import Any
 
 from meshway.framework.errors import UserError
 from meshway.framework.files import replace_file
-from meshway.framework.partitioning.explain import format_bytes
 from meshway.framework.report.plots import Points, bar_plot, escape, figure, folded, framed, legend, section, table
 from meshway.framework.report.run_files import Run, metrics_of, number, read_run
 from meshway.framework.telemetry.goodput import KINDS, Attempt
-from meshway.framework.telemetry.reporter import format_duration
-from meshway.framework.terminal import count_of
+from meshway.framework.terminal import count_of, format_bytes, format_duration
 
 
 def heading(run: Run) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from meshway.framework.errors import UserError
-from meshway.framework.telemetry.reporter import format_duration
 from meshway.framework.telemetry.timeline import parse_line
+from meshway.framework.terminal import format_duration
 
 # How time is spent, and how that is written. All of a run's time is one of these.
 KINDS = {

@@ -8,7 +8,7 @@ import jax
 
 from meshway.framework.errors import UserError
 from meshway.framework.files import local_path
-from meshway.framework.partitioning.explain import format_bytes
+from meshway.framework.terminal import format_bytes
 
 
 class Profile:

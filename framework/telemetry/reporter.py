@@ -20,7 +20,7 @@ from rich.text import Text
 from meshway.framework.interfaces import Metrics, Writer
 from meshway.framework.telemetry.profiler import memory_in_use
 from meshway.framework.telemetry.timeline import StepClock, Timeline
-from meshway.framework.terminal import through
+from meshway.framework.terminal import format_duration, through
 
 _STEPS_A_SUM = 10
 
@@ -250,15 +250,6 @@ class Progress:
             f"eta {self._eta()}",
         )
         return Group(bar, Text("  ".join(self._numbers()), no_wrap=True, overflow="ellipsis"))
-
-
-def format_duration(seconds: float) -> str:
-    """Returns seconds as `m:ss`, from an hour on `h:mm:ss`, from a day on `Dd h:mm:ss`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    clock = f"{hours}:{minutes:02d}:{rest:02d}" if hours or days else f"{minutes}:{rest:02d}"
-    return f"{days}d {clock}" if days else clock
 
 
 class Reporter:

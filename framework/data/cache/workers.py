@@ -26,8 +26,7 @@ from meshway.framework.data import seqio_adapter, seqio_steps
 from meshway.framework.data.cache.shards import write_shard
 from meshway.framework.data.objective import FeatureInfo
 from meshway.framework.errors import EnvironmentFailure, UserError
-from meshway.framework.telemetry.reporter import format_duration
-from meshway.framework.terminal import through
+from meshway.framework.terminal import format_duration, through
 
 
 class CacheProgress:

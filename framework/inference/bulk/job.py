@@ -21,8 +21,7 @@ from meshway.framework.errors import UserError
 from meshway.framework.inference.bulk.batches import Work, compute
 from meshway.framework.inference.bulk.inputs import Example, Reader, Record
 from meshway.framework.inference.bulk.store import ChunkStore
-from meshway.framework.telemetry.reporter import format_duration
-from meshway.framework.terminal import through
+from meshway.framework.terminal import format_duration, through
 
 
 class JobProgress:

@@ -3,7 +3,8 @@ import re
 
 import pytest
 
-from meshway.framework.telemetry.reporter import Progress, format_duration
+from meshway.framework.telemetry.reporter import Progress
+from meshway.framework.terminal import format_duration
 
 REPORT = {
     "loss": 5.2312,
