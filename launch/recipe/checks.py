@@ -45,7 +45,15 @@ class Program:
 def link(joined: Joined, files: GinFiles, invocation: Invocation, package: str) -> Program:
     """Links a joined recipe, and the defaults of the verbs it was not joined for."""
     table = ImportTable(joined.imports)
-    if _undefined_macros(joined.bindings, table):  # constants, perhaps, that modules give to gin when they are imported
+    others: list[Binding] = []
+    for verb, path in files.runs().items():
+        if verb != invocation.verb:
+            statements = files.read(path)
+            other = ImportTable(statement for statement in statements if isinstance(statement, Import))
+            others += [other.link(statement) for statement in statements if isinstance(statement, Binding)]
+    if _undefined_macros(
+        joined.bindings, others, table
+    ):  # constants, perhaps, that modules give to gin when they are imported
         for statement in joined.imports:
             with contextlib.suppress(Unresolved):  # said where something needs it
                 configurables.import_module(statement.module)
@@ -54,18 +62,12 @@ def link(joined: Joined, files: GinFiles, invocation: Invocation, package: str) 
     if invocation.dry_run and directories and directories[-1].value == Macro(REQUIRED):
         place = Place("--dry_run")
         bindings.append(Binding("", "", "MODEL_DIR", None, place, is_default=True))  # writes nothing: needs none
-    others: list[Binding] = []
-    for verb, path in files.runs().items():
-        if verb != invocation.verb:
-            statements = files.read(path)
-            other = ImportTable(statement for statement in statements if isinstance(statement, Import))
-            others += [other.link(statement) for statement in statements if isinstance(statement, Binding)]
     return Program(joined.imports, _linked(bindings), _linked(others), package, table.problems)
 
 
-def _undefined_macros(bindings: Sequence[Binding], table: ImportTable) -> set[str]:
-    """Returns the names after % that are neither a macro of the recipe nor in a module that it imports."""
-    defined = {binding.parameter for binding in bindings if binding.is_macro} | {REQUIRED}
+def _undefined_macros(bindings: Sequence[Binding], others: Sequence[Binding], table: ImportTable) -> set[str]:
+    """Returns the names after % that are neither a macro of any verb's nor in a module that it imports."""
+    defined = {binding.parameter for binding in [*bindings, *others] if binding.is_macro} | {REQUIRED}
     named = {leaf.name for binding in bindings for leaf in leaves(binding.value) if isinstance(leaf, Macro)}
     return {name for name in named - defined if name.partition(".")[0] not in table.words}
 
@@ -163,6 +165,8 @@ def _unused(program: Program, ours: Reach) -> tuple[Reach, list[Binding]]:
 
     every = Walk(final(everything), importing=False).run(roots)
     left = leftover(every)
+    if left and (packages := _hidden_packages(every, program)):
+        left = _visible(left, final(everything), packages)
     if not left:
         return every, []
     for binding in left:  # two spellings of one object are known as one when both modules are imported
@@ -178,6 +182,31 @@ def _unused(program: Program, ours: Reach) -> tuple[Reach, list[Binding]]:
         used = Walk(bindings, importing=False).run(roots).used
         left = [b for b in left if positions[id(b)] >= moment or binding_key(b) not in used]
     return every, _first(left, final(everything))
+
+
+def _hidden_packages(every: Reach, program: Program) -> set[str]:
+    """Returns the packages of what a recipe refers to and this verb does not import: Python's defaults there are not
+    known, and may refer to anything of the same package."""
+    ours = ("meshway.launch.", "meshway.framework.", f"{program.package}.")
+    found = [target for target in every.targets if not target.module.startswith(ours)]
+    return {target.module.partition(".")[0] for target in found if _is_hidden(target)}
+
+
+def _visible(unused: list[Binding], bindings: list[Binding], packages: set[str]) -> list[Binding]:
+    """Returns the unused bindings without those of `packages`, and without what only these use: the verb that imports
+    what the recipe refers to there judges them."""
+    hidden = [each for each in unused if each.target and each.target.module.partition(".")[0] in packages]
+    theirs = {binding_key(binding) for binding in hidden}
+    for binding in hidden:
+        theirs |= Walk(bindings, importing=False).follow(binding).used
+    return [binding for binding in unused if binding_key(binding) not in theirs]
+
+
+def _is_hidden(target: Target) -> bool:
+    try:
+        return configurables.find(target, importing=False) is None
+    except Unresolved:
+        return False
 
 
 def _first(unused: list[Binding], bindings: list[Binding]) -> list[Binding]:

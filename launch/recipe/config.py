@@ -23,7 +23,7 @@ from meshway.launch.recipe.checks import (
     unreferenced,
 )
 from meshway.launch.recipe.reachability import Walk, binding_key, final
-from meshway.launch.recipe.resolver import Resolver
+from meshway.launch.recipe.resolver import Factory, Resolver
 from meshway.launch.recipe.text import (
     DYNAMIC_REGISTRATION,
     Binding,
@@ -137,7 +137,7 @@ class Recipe:
             arguments = Resolver(bound).arguments(target, root)
         for value in arguments.values():
             # A data source may start processes, which need the tasks too.
-            if hasattr(value, "import_first") and not isinstance(value, type):
+            if hasattr(value, "import_first") and not isinstance(value, type | Factory):
                 value.import_first(self.registering)
         return arguments
 

@@ -105,7 +105,7 @@ def test_the_table_gives_shares_of_the_floor():
 def test_the_command_line_knows_it_and_numbers_have_a_range():
     asked = cli.parse(["bench", "decode", "--gin_file=bench_decode", "--new_tokens=5"])
     assert asked.subject == "decode" and asked.bindings == ("bench.decode.new_tokens=5",)
-    with pytest.raises(UserError, match="bench.decode.new_tokens must be at least 1, not 0"):
+    with pytest.raises(UserError, match="bench.decode.new_tokens = 0: it must be at least 1"):
         bench.decode(**arguments("bench_decode", "bench.decode.new_tokens=0"))
     with pytest.raises(UserError, match=r"attention.Attention.cache_dtype = 'int4': no such dtype"):
         arguments("bench_decode", "attention.Attention.cache_dtype='int4'")

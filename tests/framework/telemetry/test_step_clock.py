@@ -1,7 +1,7 @@
 import threading
 import time
 
-from meshway.framework.telemetry.timeline import StepClock
+from meshway.framework.telemetry.reporter import StepClock
 
 
 class Output:
