@@ -31,6 +31,12 @@ def final(bindings: Iterable[Binding]) -> list[Binding]:
     return list(last.values())
 
 
+def applying_in(bindings: Iterable[Binding], scope: Scope) -> list[Binding]:
+    """Returns those of one target's bindings that apply in a scope, that of the innermost scope last: it wins."""
+    prefixes = {"/".join(scope[:count]): count for count in range(len(scope) + 1)}
+    return sorted((each for each in bindings if each.scope in prefixes), key=lambda each: prefixes[each.scope])
+
+
 @dataclasses.dataclass
 class Reach:
     """What a walk found.
@@ -149,16 +155,11 @@ class Walk:
             self._visit_methods(target, scope, place)
 
     def _winners(self, target: Target, scope: Scope) -> dict[str, Binding]:
-        """Returns parameter -> binding in force in `scope`: that of the innermost scope."""
+        """Returns parameter -> binding in force in `scope`, and notes all that apply there as used."""
         wanted = configurables.key(target)
-        prefixes = {"/".join(scope[:count]): count for count in range(len(scope) + 1)}
-        applying = [
-            binding
-            for binding in self._bindings
-            if binding.scope in prefixes and binding.target and configurables.key(binding.target) == wanted
-        ]
+        of_target = [each for each in self._bindings if each.target and configurables.key(each.target) == wanted]
+        applying = applying_in(of_target, scope)
         self.reach.used.update(binding_key(binding) for binding in applying)
-        applying.sort(key=lambda binding: prefixes[binding.scope])
         return {binding.parameter: binding for binding in applying}
 
     def _visit_methods(self, target: Target, scope: Scope, place: Place) -> None:

@@ -20,7 +20,7 @@ import gin
 
 from meshway.framework.errors import UserError
 from meshway.launch.recipe import configurables
-from meshway.launch.recipe.reachability import Scope
+from meshway.launch.recipe.reachability import Scope, applying_in
 from meshway.launch.recipe.text import Binding, Macro, Reference, Target, map_leaves
 
 _SINGLETON = Target("gin", ("singleton",))
@@ -152,10 +152,9 @@ class Resolver:
                 raise ConstructionError(self._refusal(error, target, winners)) from error
 
     def _winners(self, target: Target, scope: Scope) -> dict[str, Binding]:
-        """Returns parameter -> binding in force in `scope`: that of the innermost scope."""
-        prefixes = {"/".join(scope[:count]): count for count in range(len(scope) + 1)}
-        applying = [each for each in self._bound.get(configurables.key(target), ()) if each.scope in prefixes]
-        return {each.parameter: each for each in sorted(applying, key=lambda each: prefixes[each.scope])}
+        """Returns parameter -> binding in force in `scope`."""
+        applying = applying_in(self._bound.get(configurables.key(target), ()), scope)
+        return {binding.parameter: binding for binding in applying}
 
     def _values(self, winners: Mapping[str, Binding], scope: Scope, given: Sequence[str] | set[str]) -> dict[str, Any]:
         return {name: self._resolve(each.value, scope, scope) for name, each in winners.items() if name not in given}
