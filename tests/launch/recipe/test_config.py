@@ -265,7 +265,12 @@ def test_a_factory_of_a_teacher_keeps_out_of_the_scopes_of_its_student(lab):
     )
     lab.write("lab/call.py", "FACTORY = []\ndef call():\n    return FACTORY[0]()\n")
     recipe = "include 'base'\nfrom lab import call\nmodel.Model.rate = @deep/call.call()\ndeep/layers.Block.heads = 9"
-    first = lab.load().build("train.train")["model"]
+    teacher = """
+        include 'base'
+        model.Model.blocks = [@layers.Block, @deep/layers.Block]
+        deep/layers.Block.heads = 5
+    """
+    first = lab.load(recipe=teacher).build("train.train")["model"]
     __import__("lab.call").call.FACTORY.append(first.block)
     assert lab.load(recipe=recipe).build("train.train")["model"].made.heads == 2
 
