@@ -13,7 +13,6 @@ from typing import Any
 import seqio
 
 from meshway.tasks import corpus, manuals
-from meshway.tasks.hugging_face import TrainedBytePairVocabulary
 from meshway.tasks.registry import cache_directory, cached_file
 
 EXTRA_IDS = 100  # sentinels, above the pieces, as T5 has them
@@ -147,12 +146,6 @@ def _pydocs_texts() -> list[str]:
 def pydocs(pieces: int = 4000, extra_ids: int = EXTRA_IDS) -> TrainedSentencePieceVocabulary:
     """Returns the SentencePiece vocabulary of the pydocs tasks; it is trained when it is first used."""
     return TrainedSentencePieceVocabulary("pydocs", _pydocs_texts, pieces, extra_ids)
-
-
-@functools.cache
-def pydocs_bpe(pieces: int = 4000, extra_ids: int = EXTRA_IDS) -> TrainedBytePairVocabulary:
-    """Returns a byte-level BPE vocabulary of the same text as `pydocs`; it is trained when it is first used."""
-    return TrainedBytePairVocabulary("pydocs", _pydocs_texts, pieces, extra_ids)
 
 
 def _prose_texts() -> list[str]:

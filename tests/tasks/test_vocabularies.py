@@ -86,19 +86,6 @@ def test_too_little_text_is_said_plainly(cache):
         _ = small(90_000).vocab_size
 
 
-@pytest.mark.slow
-def test_pydocs_in_bytes_pairs_reads_its_own_text_back(corpus_cache, monkeypatch):
-    from meshway.tasks import corpus
-
-    monkeypatch.setenv("MESHWAY_CACHE_DIR", str(corpus_cache))
-    vocabulary = vocabularies.pydocs_bpe()
-    assert (vocabulary.vocab_size, vocabulary.eos_id) == (4100, 1)
-    text = "\n".join(document.text for document in corpus.documents("validation"))
-    ids = vocabulary.encode(text)
-    assert vocabulary.decode(ids) == text
-    assert len(ids) < 0.35 * len(text)
-
-
 def test_bytes_are_byt5_s():
     assert vocabularies.byte().vocab_size == 359
     assert vocabularies.byte().encode("a") == [100]

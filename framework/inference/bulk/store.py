@@ -130,11 +130,6 @@ class ChunkStore:
         """Whether this very job has finished here, before or by `finish`."""
         return self._finished
 
-    @property
-    def summary_path(self) -> Path:
-        """Where the summary lies once the job has finished."""
-        return self._paths.summary
-
     def committed(self) -> dict[int, Committed]:
         """Returns the chunks that are done, by number, in order."""
         return {number: self._chunks[number].committed for number in sorted(self._chunks)}
