@@ -38,7 +38,7 @@ from meshway.launch.rounds import require_at_least
 
 if TYPE_CHECKING:
     from meshway.framework.data.grain_loader import CachedData
-    from meshway.framework.interfaces import DataSource
+    from meshway.framework.data.source import DataSource
     from meshway.framework.partitioning.partitioner import Layout
     from meshway.framework.partitioning.sharded_model import ShardedModel
     from meshway.launch.bench_attention import Forms as KernelForms

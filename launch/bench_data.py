@@ -25,8 +25,8 @@ from meshway.framework.data.grain_loader import CachedData
 from meshway.framework.data.objective import FeatureInfo, Objective, TaskInfo, VocabularyInfo
 from meshway.framework.data.prefetch import prefetch
 from meshway.framework.data.rows.examples import Examples, InMemory
+from meshway.framework.data.source import Dataset
 from meshway.framework.errors import UserError
-from meshway.framework.interfaces import Dataset
 from meshway.framework.terminal import format_columns
 from meshway.launch import bench_seqio
 from meshway.launch.data_stages import Loading, Packing, Planning, Reading, Sample, Seeking, Stage, log_normal

@@ -22,7 +22,7 @@ from meshway.framework.terminal import format_columns
 from meshway.launch.rounds import require_at_least
 
 if TYPE_CHECKING:
-    from meshway.framework.interfaces import DataSource
+    from meshway.framework.data.source import DataSource
     from meshway.framework.training.program import TrainProgram
     from meshway.framework.training.step import TrainState
     from meshway.launch.invocation import Invocation

@@ -16,7 +16,8 @@ from meshway.framework.data.rows.examples import Examples, InMemory
 from meshway.framework.data.rows.packing import best_fit
 from meshway.framework.data.rows.row_source import POOL_ITEMS
 from meshway.framework.data.rows.row_stream import RowStream
-from meshway.framework.interfaces import Batch, Dataset
+from meshway.framework.data.source import Dataset
+from meshway.framework.interfaces import Batch
 
 _READ_AT_ONCE = 256  # examples; about what the rows of a batch hold
 _TOKENS = ("encoder_input_tokens", "decoder_target_tokens")

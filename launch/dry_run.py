@@ -5,10 +5,10 @@ from typing import Any
 
 from meshway.framework.checkpoints.manager import Checkpoints, Keep
 from meshway.framework.checkpoints.mapping import Initial
+from meshway.framework.data.source import DataSource, SplitRead
 from meshway.framework.data.vocabulary import Vocabulary
 from meshway.framework.evaluation.evaluation import Evaluation, Evaluator
 from meshway.framework.files import holder_of, local_path
-from meshway.framework.interfaces import DataSource, SplitRead
 from meshway.framework.terminal import format_columns
 from meshway.framework.training.loop import Periods
 from meshway.framework.training.program import TrainProgram, open_data

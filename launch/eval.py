@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from meshway.framework import terminal
+from meshway.framework.data.source import DataSource, EvalTask
 from meshway.framework.data.vocabulary import source_framing
 from meshway.framework.distributed import processes
 from meshway.framework.distributed.processes import agree
@@ -23,7 +24,7 @@ from meshway.framework.evaluation.evaluation import Evaluation, Evaluator
 from meshway.framework.evaluation.job import EvaluationDisplay, EvaluationJob, is_done, record_name
 from meshway.framework.evaluation.records import ALL, LATEST, Claims, Records, StepQueue, Wanted, complete_steps
 from meshway.framework.files import local_path
-from meshway.framework.interfaces import DataSource, EvalTask, Model
+from meshway.framework.interfaces import Model
 from meshway.framework.partitioning.partitioner import Layout
 from meshway.framework.partitioning.sharded_model import ShardedModel
 from meshway.framework.training.program import check_vocabularies

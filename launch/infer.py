@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from meshway.framework.data.source import DataSource
 from meshway.framework.data.task_data import preprocess
 from meshway.framework.distributed import processes
 from meshway.framework.distributed.processes import agree
@@ -31,7 +32,7 @@ from meshway.framework.inference.decoding import Decoder
 from meshway.framework.inference.engine import Engine
 from meshway.framework.inference.predictor import RecipeModel, Session, open_session
 from meshway.framework.inference.rows import doubling
-from meshway.framework.interfaces import DataSource, Model
+from meshway.framework.interfaces import Model
 from meshway.framework.partitioning.partitioner import Layout
 from meshway.launch.eval import split_tasks
 from meshway.launch.infer_flags import by_flag, refuse_idle

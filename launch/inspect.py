@@ -25,7 +25,7 @@ from meshway.framework.errors import UserError
 from meshway.framework.files import local_path
 
 if TYPE_CHECKING:
-    from meshway.framework.interfaces import DataSource
+    from meshway.framework.data.source import DataSource
     from meshway.framework.training.program import TrainProgram
     from meshway.launch.recipe.config import Invocation
 

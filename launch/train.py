@@ -21,13 +21,13 @@ from meshway.framework import terminal
 from meshway.framework.checkpoints.manager import Checkpoints, DamagedCheckpoint, Keep
 from meshway.framework.checkpoints.mapping import Initial
 from meshway.framework.data.prefetch import prefetch
+from meshway.framework.data.source import DataSource, EvalTask
 from meshway.framework.data.vocabulary import Framing
 from meshway.framework.distributed import processes
 from meshway.framework.distributed.processes import agree
 from meshway.framework.evaluation.evaluation import Evaluation, Evaluator, Report
 from meshway.framework.evaluation.records import Records
 from meshway.framework.files import local_path
-from meshway.framework.interfaces import DataSource, EvalTask
 from meshway.framework.planning.hardware import peak_flops
 from meshway.framework.report.page import write_report
 from meshway.framework.telemetry.goodput import in_one_line, read_goodput

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import tasks_in_memory
 
+from meshway.framework.data.eval_task import TaskEvaluation
 from meshway.framework.data.features import PrefixLanguageModel
 from meshway.framework.data.rows.examples import InMemory
 from meshway.framework.errors import UserError
-from meshway.framework.evaluation.eval_task import TaskEvaluation
 from meshway.framework.interfaces import ArraySpec
 from meshway.framework.partitioning.mesh import MeshShape
 from meshway.framework.partitioning.partitioner import Layout

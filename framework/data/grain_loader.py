@@ -16,6 +16,7 @@ from meshway.framework.data import seqio_adapter, seqio_steps, task_data
 from meshway.framework.data.cache import builder as cache_builder
 from meshway.framework.data.cache.directory import cache_directory
 from meshway.framework.data.cache.format import CachedSplit, features_from_json, read_json
+from meshway.framework.data.eval_task import EVAL_SEED, TaskEvaluation
 from meshway.framework.data.objective import Converter, Objective, TaskInfo
 from meshway.framework.data.prefetch import WorkerStream
 from meshway.framework.data.rows.examples import Examples, First, InMemory, Stepped, numpy_steps
@@ -23,14 +24,13 @@ from meshway.framework.data.rows.mixing import Rates, periods
 from meshway.framework.data.rows.online_source import OnlineSource
 from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.data.rows.row_stream import RowStream, Source
+from meshway.framework.data.source import SplitRead
 from meshway.framework.data.task_data import check_arguments, framing_of, vocabularies_of, with_split
 from meshway.framework.data.vocabularies import check_named, load
 from meshway.framework.data.vocabulary import Framing, Vocabulary, vocabulary_sizes
 from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError, did_you_mean
-from meshway.framework.evaluation.eval_task import EVAL_SEED, TaskEvaluation
 from meshway.framework.files import io_errors, local_path, replace_file
-from meshway.framework.interfaces import SplitRead
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,8 @@ from absl import flags
 
 from meshway.framework.data.objective import Spec
 from meshway.framework.data.rows.row_stream import RowStream
-from meshway.framework.interfaces import Batch, Dataset
+from meshway.framework.data.source import Dataset
+from meshway.framework.interfaces import Batch
 
 _END = object()
 

@@ -15,17 +15,18 @@ from typing import Any
 import numpy as np
 
 from meshway.framework.data import seqio_adapter, seqio_steps
+from meshway.framework.data.eval_task import EVAL_SEED, TaskEvaluation
 from meshway.framework.data.objective import Converter, Objective, Spec, TaskInfo
 from meshway.framework.data.rows.examples import InMemory
 from meshway.framework.data.rows.mixing import key_of
 from meshway.framework.data.rows.online_source import StreamedSource
 from meshway.framework.data.rows.packing import Example
 from meshway.framework.data.rows.row_stream import RowStream
+from meshway.framework.data.source import SplitRead
 from meshway.framework.data.task_data import check_arguments, framing_of, vocabularies_of, with_split
 from meshway.framework.data.vocabulary import Framing, Vocabulary, vocabulary_sizes
 from meshway.framework.errors import UserError
-from meshway.framework.evaluation.eval_task import EVAL_SEED, TaskEvaluation
-from meshway.framework.interfaces import Batch, SplitRead
+from meshway.framework.interfaces import Batch
 
 _SLOW = 1000  # skipping this many batches is worth a line of progress
 _END = "meshway: end of a pass"  # no feature of anyone's

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from meshway.framework.data.source import EvalTask
 from meshway.framework.errors import first_line
 from meshway.framework.inference.decoding import Decoder, Stop, one_ahead
 from meshway.framework.inference.sampling import Sampling
-from meshway.framework.interfaces import ArraySpec, Batch, EvalTask, Metrics, Params
+from meshway.framework.interfaces import ArraySpec, Batch, Metrics, Params
 from meshway.framework.partitioning.sharded_model import ShardedModel
 
 # What one task's evaluation found, as it is written down: `metrics` by name; `counts` of what they are of; some

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from meshway.framework.data.source import Dataset, DataSource
 from meshway.framework.data.vocabulary import Framing, Vocabulary, source_framing
 from meshway.framework.errors import UserError
-from meshway.framework.interfaces import ArraySpec, Batch, Dataset, DataSource, Model
+from meshway.framework.interfaces import ArraySpec, Batch, Model
 from meshway.framework.optimizers.optimizers import BoundOptimizer, Optimizer
 from meshway.framework.partitioning.explain import Row, explain
 from meshway.framework.partitioning.partitioner import Layout

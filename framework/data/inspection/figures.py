@@ -27,9 +27,9 @@ from meshway.framework.data.objective import Spec
 from meshway.framework.data.rows.examples import Stepped
 from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.data.rows.row_stream import RowStream, Source
+from meshway.framework.data.source import Dataset, DataSource
 from meshway.framework.data.vocabulary import Vocabulary
 from meshway.framework.errors import UserError
-from meshway.framework.interfaces import Dataset, DataSource
 
 SIMULATED_ROWS = 100_000
 _BARS = 40  # of a histogram

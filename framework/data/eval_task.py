@@ -10,9 +10,10 @@ from meshway.framework.data.objective import Converter, Objective
 from meshway.framework.data.rows.examples import Examples, check_ids
 from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.data.rows.row_stream import RowStream
+from meshway.framework.data.source import Measured
 from meshway.framework.data.vocabulary import Vocabulary, before_stop, vocabulary_sizes
 from meshway.framework.errors import UserError, first_line
-from meshway.framework.interfaces import Batch, Measured
+from meshway.framework.interfaces import Batch
 
 EVAL_SEED = 42  # the same for every run, so that runs of different seeds are measured on the same examples
 

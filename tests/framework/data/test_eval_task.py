@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import tasks_in_memory
 
+from meshway.framework.data.eval_task import TaskEvaluation
 from meshway.framework.data.features import EncoderDecoder, LanguageModel
 from meshway.framework.data.rows.examples import InMemory
 from meshway.framework.data.vocabularies import Bytes
 from meshway.framework.errors import UserError
-from meshway.framework.evaluation.eval_task import TaskEvaluation
 
 LENGTHS = {"inputs": 4, "targets": 4}
 

@@ -1,0 +1,163 @@
+"""What data is to the rest of the framework: nothing here is inherited, all is met by shape."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from meshway.framework.data.vocabulary import Framing, Vocabulary
+from meshway.framework.interfaces import Batch
+
+
+class Dataset(Protocol):
+    """An endless stream of batches with a position instead of an iterator's hidden state."""
+
+    def __next__(self) -> Batch:
+        """Returns this process's rows of the next global batch, numpy."""
+        ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def state(self) -> dict[str, int]:
+        """Returns the position after the last batch returned: a few integers, the same on every process."""
+        ...
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Goes to a position that `state` returned, on any process count."""
+        ...
+
+    def spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Returns (global shape, dtype) of each feature."""
+        ...
+
+
+class SplitRead(NamedTuple):
+    """A split of a task that a run reads.
+
+    Attributes:
+      task, split: their names.
+      purpose: 'training' or 'evaluation'.
+      examples: how many it has; those of its source where it is not cached; None where nothing tells.
+      cached: whether it is; None for what is read uncached.
+    """
+
+    task: str
+    split: str
+    purpose: str
+    examples: int | None
+    cached: bool | None
+
+
+class DataSource(Protocol):
+    """What a recipe says of its data: light until opened.
+
+    A source whose methods write something, as caches, has `for_dry_run()`, which returns one that makes the same checks
+    and writes nothing; and one that reads splits of tasks may have `reads(evaluate: bool) -> list[SplitRead]`, for
+    people.
+    """
+
+    batch_size: int
+    lengths: Mapping[str, int]
+
+    def vocabularies(self) -> dict[str, Vocabulary]:
+        """Returns the vocabulary of each task feature that holds token ids; saved with the run."""
+        ...
+
+    def framing(self) -> Framing | None:
+        """Returns what decoders read before a text and what ends a prediction, as training has it; None without text. A
+        source may lack this: then the vocabulary of `targets` tells."""
+        ...
+
+    def train(self, rows: slice) -> Dataset:
+        """Opens the endless training stream; `rows` are this process's rows of each global batch."""
+        ...
+
+    def eval_tasks(self, split: str | None = None) -> Sequence["EvalTask"]:
+        """Opens a split of each (sub-)task, by default the recipe's validation split; a source without splits need
+        not take the argument."""
+        ...
+
+
+class Measured(NamedTuple):
+    """What metric functions found.
+
+    Attributes:
+      values: metrics by name.
+      failures: function -> what it raised.
+    """
+
+    values: dict[str, float]
+    failures: dict[str, str]
+
+
+class EvalTask(Protocol):
+    """One split of a task, read once, in a fixed order, and its metrics."""
+
+    name: str
+
+    @property
+    def num_examples(self) -> int:
+        """How many examples it has."""
+        ...
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows `batches` gives."""
+        ...
+
+    @property
+    def has_metrics(self) -> bool:
+        """Whether it has metrics of predictions."""
+        ...
+
+    @property
+    def has_score_metrics(self) -> bool:
+        """Whether it has metrics of the log-probabilities of targets."""
+        ...
+
+    @property
+    def stop_ids(self) -> Sequence[int]:
+        """The ids that end a prediction."""
+        ...
+
+    @property
+    def left_out(self) -> Sequence[str]:
+        """What of its metrics cannot be run, in words."""
+        ...
+
+    def batches(self) -> Iterator[tuple[Batch, int]]:
+        """Yields (global batch, number of real rows); rows past that number are padding of weight 0."""
+        ...
+
+    def score_batches(self) -> Iterator[tuple[Batch, np.ndarray]]:
+        """Yields (global batch, example index of each real row); an example may have several rows, or none."""
+        ...
+
+    def prompt_batches(self, batch_size: int | None = None) -> Iterator[tuple[Batch, np.ndarray]]:
+        """Yields (batch to predict from, example index of each real row); rows past those repeat the last one.
+
+        Raises UserError when the task's converter has nothing to predict from.
+        """
+        ...
+
+    def inputs_text(self, index: int) -> str:
+        """Returns example `index`'s input as text, for people to read ('' where a task has none)."""
+        ...
+
+    def postprocess(self, index: int, tokens: np.ndarray) -> Any:
+        """Turns the predicted token ids [length] of example `index` into what its metrics compare."""
+        ...
+
+    def target(self, index: int) -> Any:
+        """Returns the postprocessed target of example `index`."""
+        ...
+
+    def metrics(
+        self,
+        predictions: Sequence[Any] | None = None,
+        aux_values: Mapping[str, Sequence[Any]] | None = None,
+        scores: Mapping[int, float] | None = None,
+    ) -> Measured:
+        """Returns the task's metrics of postprocessed predictions, in example order (may be the first n examples), of
+        values that belong to them, and of scores by example index."""
+        ...
