@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from meshway.framework.data import seqio_adapter
-from meshway.framework.data.features import EncoderDecoderObjective, JoinedObjective, LanguageModelObjective
+from meshway.framework.data.features import EncoderDecoderRows, JoinedRows, LanguageModelRows
 from meshway.framework.data.objective import Objective
 from meshway.framework.data.rows.packing import Example
 from meshway.framework.data.windowed_text import WindowedText
@@ -20,9 +20,9 @@ from meshway.launch.data_stages import Sample, Stage, densities, timed_batches
 
 _SHUFFLE_BUFFER = 1000  # seqio's own
 _CONVERTERS: dict[type, str] = {
-    EncoderDecoderObjective: "EncDecFeatureConverter",
-    LanguageModelObjective: "LMFeatureConverter",
-    JoinedObjective: "PrefixLMFeatureConverter",
+    EncoderDecoderRows: "EncDecFeatureConverter",
+    LanguageModelRows: "LMFeatureConverter",
+    JoinedRows: "PrefixLMFeatureConverter",
 }
 
 
@@ -35,8 +35,9 @@ def twin(objective: Objective, sizes: Mapping[str, np.ndarray]) -> str | None:
         if not objective.has_inputs or not np.all(sizes["inputs"]):
             return None
         objective = objective.pairs
-    beyond = getattr(objective, "weighted", False) or not getattr(objective, "prefix", True)
-    return None if beyond else _CONVERTERS.get(type(objective))
+    rows = getattr(objective, "rows", None)
+    beyond = getattr(rows, "weighted", False) or not getattr(rows, "prefix", True)
+    return None if beyond else _CONVERTERS.get(type(rows))
 
 
 class SeqioPacking(Stage):

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from meshway.framework.data.noise import lowest, random_bits
-from meshway.framework.data.objective import Items, Sizes, Spec, TaskInfo, VocabularyInfo
+from meshway.framework.data.objective import Spec, TaskInfo, VocabularyInfo
 from meshway.framework.data.rows import packing
 from meshway.framework.data.rows.packing import Arrays, Example, Placement
-from meshway.framework.data.token_rows import Overlong, check_policy, check_tokens, token_spec
+from meshway.framework.data.token_rows import Overlong, TokenObjective, check_policy, check_tokens, token_spec
 from meshway.framework.errors import UserError
 
 _SPEC: Mapping[str, type] = {
@@ -54,7 +54,7 @@ class MaskedLanguageModel:
         """Returns name -> ((batch, length), dtype) of a batch, for task feature `lengths` in tokens."""
         return token_spec(_SPEC, batch_size, lengths["targets"])
 
-    def bind(self, task: TaskInfo, lengths: Mapping[str, int]) -> "MaskedLanguageModelObjective":
+    def bind(self, task: TaskInfo, lengths: Mapping[str, int]) -> TokenObjective:
         """Returns the objective of a task.
 
         Raises:
@@ -72,7 +72,8 @@ class MaskedLanguageModel:
         if vocabulary is None:
             raise UserError(f"task {task.name!r}: feature 'targets' has no vocabulary, which MaskedLanguageModel needs")
         overlong = Overlong(self.overlong, task.name, {"targets": lengths["targets"]})
-        return MaskedLanguageModelObjective(overlong, vocabulary, self.mask_rate, self._mask(task.name, vocabulary))
+        rows = MaskedRows(vocabulary, self.mask_rate, self._mask(task.name, vocabulary))
+        return TokenObjective(overlong, rows)
 
     def _mask(self, task_name: str, vocabulary: VocabularyInfo) -> int:
         mask_id = self.mask_id
@@ -92,34 +93,21 @@ class MaskedLanguageModel:
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedLanguageModelObjective:
-    """`MaskedLanguageModel` of one task."""
+class MaskedRows:
+    """Rows of `MaskedLanguageModel`."""
 
-    overlong: Overlong
     vocabulary: VocabularyInfo
     mask_rate: float
     mask_id: int
-    cycle = 1
 
-    @property
-    def row_lengths(self) -> Mapping[str, int]:
-        return self.overlong.limits
+    def lengths(self, limits: Mapping[str, int]) -> Mapping[str, int]:
+        return limits
 
-    @property
-    def trims(self) -> Mapping[str, int]:
-        return self.overlong.trims
+    def measure(self, sizes: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return sizes
 
-    def parts(self, sizes: Sizes) -> np.ndarray:
-        return self.overlong.parts(sizes)
-
-    def lost(self, sizes: Sizes) -> np.ndarray:
-        return self.overlong.lost(sizes)
-
-    def measure(self, sizes: Sizes, items: Items) -> dict[str, np.ndarray]:
-        return self.overlong.measure(sizes, items.part)
-
-    def convert(self, example: Example, index: int, part: int, epoch: int, seed: int) -> dict[str, np.ndarray]:
-        targets = self.overlong.cut(example, part)["targets"]
+    def item(self, tokens: dict[str, np.ndarray], example: Example, first: int, seed: int) -> dict[str, np.ndarray]:
+        targets = tokens["targets"]
         maskable = np.arange(len(targets))
         if self.vocabulary.eos_id is not None:
             maskable = (targets != self.vocabulary.eos_id).nonzero()[0]
@@ -135,8 +123,8 @@ class MaskedLanguageModelObjective:
         weights[chosen] = 1
         return {"targets": targets, "inputs": inputs, "weights": weights}
 
-    def lay(self, items: Sequence[Example], placement: Placement) -> Arrays:
-        length = self.row_lengths["targets"]
+    def lay(self, items: Sequence[Example], lengths: Mapping[str, int], placement: Placement) -> Arrays:
+        length = lengths["targets"]
         aligned = dataclasses.replace(placement, offsets=dict.fromkeys(_COLUMNS, placement.offsets["targets"]))
         laid = packing.lay_out(items, dict.fromkeys(_COLUMNS, length), aligned)
         return {
@@ -147,5 +135,5 @@ class MaskedLanguageModelObjective:
             "encoder_positions": laid["targets_positions"],
         }
 
-    def prompts(self, examples: Sequence[Example]) -> Arrays:
+    def prompts(self, examples: Sequence[dict[str, np.ndarray]], limits: Mapping[str, int]) -> Arrays:
         raise UserError("MaskedLanguageModel predicts nothing from a prompt; its tasks are evaluated by their loss")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from meshway.framework.data.objective import Items, Sizes, Spec, TaskInfo
+from meshway.framework.data.objective import Spec, TaskInfo
 from meshway.framework.data.rows import packing
 from meshway.framework.data.rows.packing import Arrays, Example, Placement
 from meshway.framework.data.token_rows import (
@@ -19,6 +19,7 @@ from meshway.framework.data.token_rows import (
     WHOLE,
     Overlong,
     Start,
+    TokenObjective,
     check_policy,
     check_tokens,
     decoder_arrays,
@@ -50,11 +51,11 @@ class EncoderDecoder:
         encoder = token_spec(ENCODER, batch_size, lengths["inputs"])
         return encoder | token_spec(DECODER, batch_size, lengths["targets"])
 
-    def bind(self, task: TaskInfo, lengths: Mapping[str, int]) -> "EncoderDecoderObjective":
+    def bind(self, task: TaskInfo, lengths: Mapping[str, int]) -> TokenObjective:
         """Returns the objective of a task; UserError when task, lengths and converter do not fit."""
         check_tokens("EncoderDecoder", task, lengths, self.task_features)
         start = start_of("EncoderDecoder", task, least=1)
-        return EncoderDecoderObjective(Overlong(self.overlong, task.name, dict(lengths)), start)
+        return TokenObjective(Overlong(self.overlong, task.name, dict(lengths)), EncoderDecoderRows(start))
 
 
 class LanguageModel:
@@ -80,7 +81,7 @@ class LanguageModel:
         """Returns name -> ((batch, length), dtype) of a batch, for task feature `lengths` in tokens."""
         return token_spec(DECODER, batch_size, sum(lengths[name] for name in self.task_features))
 
-    def bind(self, task: TaskInfo, lengths: Mapping[str, int]) -> "LanguageModelObjective | JoinedObjective":
+    def bind(self, task: TaskInfo, lengths: Mapping[str, int]) -> TokenObjective:
         """Returns the objective of a task; UserError as `EncoderDecoder.bind`, and for a task with unread inputs."""
         if "targets" not in task.features:  # the better cause, where there are inputs too
             raise UserError(task.lacks("targets", "LanguageModel"))
@@ -95,8 +96,8 @@ class LanguageModel:
             _check_weights(task)
         overlong = Overlong(self.overlong, task.name, {name: lengths[name] for name in self.task_features})
         if self.inputs:
-            return JoinedObjective(overlong, start, prefix=False, weighted=self.weights)
-        return LanguageModelObjective(overlong, start, self.weights)
+            return TokenObjective(overlong, JoinedRows(task.name, start, prefix=False, weighted=self.weights))
+        return TokenObjective(overlong, LanguageModelRows(start, task.name if self.weights else None))
 
 
 class PrefixLanguageModel:
@@ -125,149 +126,111 @@ class PrefixLanguageModel:
         dtypes = {**DECODER, "decoder_prefix_mask": np.int32}
         return token_spec(dtypes, batch_size, lengths["inputs"] + lengths["targets"])
 
-    def bind(self, task: TaskInfo, lengths: Mapping[str, int]) -> "JoinedObjective":
+    def bind(self, task: TaskInfo, lengths: Mapping[str, int]) -> TokenObjective:
         """Returns the objective of a task; UserError when task, lengths and converter do not fit."""
         check_tokens("PrefixLanguageModel", task, lengths, self.task_features)
         start = start_of("PrefixLanguageModel", task, least=0)
         overlong = Overlong(self.overlong, task.name, dict(lengths))
-        return JoinedObjective(overlong, start, loss_on_targets_only=self.loss_on_targets_only)
+        return TokenObjective(overlong, JoinedRows(task.name, start, self.loss_on_targets_only))
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderDecoderObjective:
-    """`EncoderDecoder` of one task."""
+class EncoderDecoderRows:
+    """Rows of `EncoderDecoder`: `inputs` beside `targets`."""
 
-    overlong: Overlong
     start: Start
-    cycle = 1
 
-    @property
-    def row_lengths(self) -> Mapping[str, int]:
-        return self.overlong.limits
+    def lengths(self, limits: Mapping[str, int]) -> Mapping[str, int]:
+        return limits
 
-    @property
-    def trims(self) -> Mapping[str, int]:
-        return self.overlong.trims
+    def measure(self, sizes: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return sizes
 
-    def parts(self, sizes: Sizes) -> np.ndarray:
-        return self.overlong.parts(sizes)
+    def item(self, tokens: dict[str, np.ndarray], example: Example, first: int, seed: int) -> dict[str, np.ndarray]:
+        return tokens
 
-    def lost(self, sizes: Sizes) -> np.ndarray:
-        return self.overlong.lost(sizes)
-
-    def measure(self, sizes: Sizes, items: Items) -> dict[str, np.ndarray]:
-        return self.overlong.measure(sizes, items.part)
-
-    def convert(self, example: Example, index: int, part: int, epoch: int, seed: int) -> dict[str, np.ndarray]:
-        return self.overlong.cut(example, part)
-
-    def lay(self, items: Sequence[Example], placement: Placement) -> Arrays:
-        laid = packing.lay_out(items, self.row_lengths, placement)
+    def lay(self, items: Sequence[Example], lengths: Mapping[str, int], placement: Placement) -> Arrays:
+        laid = packing.lay_out(items, lengths, placement)
         return encoder_arrays(laid) | decoder_arrays(laid, "targets", self.start)
 
-    def prompts(self, examples: Sequence[Example]) -> Arrays:
-        items = [self.overlong.cut(example, 0) for example in examples]
-        lengths = {"inputs": self.row_lengths["inputs"]}
-        arrays = encoder_arrays(packing.lay_out(items, lengths, packing.one_each(len(items), list(lengths))))
-        return arrays | {"decoder_input_tokens": np.full((len(items), 1), self.start.ids[0], np.int32)}
+    def prompts(self, examples: Sequence[dict[str, np.ndarray]], limits: Mapping[str, int]) -> Arrays:
+        lengths = {"inputs": limits["inputs"]}
+        arrays = encoder_arrays(packing.lay_out(examples, lengths, packing.one_each(len(examples), list(lengths))))
+        return arrays | {"decoder_input_tokens": np.full((len(examples), 1), self.start.ids[0], np.int32)}
 
 
 @dataclasses.dataclass(frozen=True)
-class LanguageModelObjective:
-    """`LanguageModel` of one task without inputs."""
+class LanguageModelRows:
+    """Rows of `LanguageModel` without inputs: `targets` alone.
 
-    overlong: Overlong
+    Attributes:
+      start: what the decoder reads first.
+      weighted: the task, where its `weights` weigh the loss; None where they do not.
+    """
+
     start: Start
-    weighted: bool
-    cycle = 1
+    weighted: str | None
 
-    @property
-    def row_lengths(self) -> Mapping[str, int]:
-        return self.overlong.limits
+    def lengths(self, limits: Mapping[str, int]) -> Mapping[str, int]:
+        return limits
 
-    @property
-    def trims(self) -> Mapping[str, int]:
-        return self.overlong.trims
+    def measure(self, sizes: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return sizes
 
-    def parts(self, sizes: Sizes) -> np.ndarray:
-        return self.overlong.parts(sizes)
+    def item(self, tokens: dict[str, np.ndarray], example: Example, first: int, seed: int) -> dict[str, np.ndarray]:
+        if self.weighted is None:
+            return tokens
+        return tokens | {"weights": _weights_of(example, self.weighted)[first : first + len(tokens["targets"])]}
 
-    def lost(self, sizes: Sizes) -> np.ndarray:
-        return self.overlong.lost(sizes)
-
-    def measure(self, sizes: Sizes, items: Items) -> dict[str, np.ndarray]:
-        return self.overlong.measure(sizes, items.part)
-
-    def convert(self, example: Example, index: int, part: int, epoch: int, seed: int) -> dict[str, np.ndarray]:
-        cut = self.overlong.cut(example, part)
-        if not self.weighted:
-            return cut
-        limit = self.overlong.limits["targets"]
-        weights = _weights_of(example, self.overlong.task_name)[part * limit : (part + 1) * limit]
-        return cut | {"weights": weights}
-
-    def lay(self, items: Sequence[Example], placement: Placement) -> Arrays:
-        laid = packing.lay_out(items, self.row_lengths, placement)
+    def lay(self, items: Sequence[Example], lengths: Mapping[str, int], placement: Placement) -> Arrays:
+        laid = packing.lay_out(items, lengths, placement)
         arrays = decoder_arrays(laid, "targets", self.start)
-        if self.weighted:
+        if self.weighted is not None:
             arrays["decoder_loss_weights"] *= _beside(items, "weights", "targets", laid, placement, self.start)
         return arrays
 
-    def prompts(self, examples: Sequence[Example]) -> Arrays:
+    def prompts(self, examples: Sequence[dict[str, np.ndarray]], limits: Mapping[str, int]) -> Arrays:
         raise UserError(
             "LanguageModel tasks have no inputs to predict from; set LanguageModel.inputs, or use PrefixLanguageModel"
         )
 
 
 @dataclasses.dataclass(frozen=True)
-class JoinedObjective:
-    """`PrefixLanguageModel`, or `LanguageModel` with inputs, of one task: a row's one feature is `sequence`, inputs and
+class JoinedRows:
+    """Rows of `PrefixLanguageModel`, or of `LanguageModel` with inputs: their one feature is `sequence`, inputs and
     targets joined.
 
     Attributes:
-      overlong: what becomes of long examples.
+      task_name: for messages.
       start: what the decoder reads first.
       loss_on_targets_only: whether inputs carry no loss.
       prefix: whether batches have `decoder_prefix_mask`.
       weighted: whether `weights` weigh the loss of targets.
     """
 
-    overlong: Overlong
+    task_name: str
     start: Start
     loss_on_targets_only: bool = True
     prefix: bool = True
     weighted: bool = False
-    cycle = 1
 
-    @property
-    def row_lengths(self) -> Mapping[str, int]:
-        return {"sequence": sum(self.overlong.limits.values())}
+    def lengths(self, limits: Mapping[str, int]) -> Mapping[str, int]:
+        return {"sequence": sum(limits.values())}
 
-    @property
-    def trims(self) -> Mapping[str, int]:
-        return self.overlong.trims
+    def measure(self, sizes: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"sequence": sizes["inputs"] + sizes["targets"]}
 
-    def parts(self, sizes: Sizes) -> np.ndarray:
-        return self.overlong.parts(sizes)
-
-    def lost(self, sizes: Sizes) -> np.ndarray:
-        return self.overlong.lost(sizes)
-
-    def measure(self, sizes: Sizes, items: Items) -> dict[str, np.ndarray]:
-        kept = self.overlong.measure(sizes, items.part)
-        return {"sequence": kept["inputs"] + kept["targets"]}
-
-    def convert(self, example: Example, index: int, part: int, epoch: int, seed: int) -> dict[str, np.ndarray]:
-        kept = self.overlong.cut(example, part)
-        sequence = np.concatenate([kept["inputs"], kept["targets"]])
-        item = {"sequence": sequence, "is_input": np.arange(len(sequence)) < len(kept["inputs"])}
+    def item(self, tokens: dict[str, np.ndarray], example: Example, first: int, seed: int) -> dict[str, np.ndarray]:
+        inputs, targets = tokens["inputs"], tokens["targets"]
+        sequence = np.concatenate([inputs, targets])
+        item = {"sequence": sequence, "is_input": np.arange(len(sequence)) < len(inputs)}
         if self.weighted:
-            weights = _weights_of(example, self.overlong.task_name)[: len(kept["targets"])]
-            item["weights"] = np.concatenate([np.zeros(len(kept["inputs"]), np.float32), weights])
+            weights = _weights_of(example, self.task_name)[: len(targets)]
+            item["weights"] = np.concatenate([np.zeros(len(inputs), np.float32), weights])
         return item
 
-    def lay(self, items: Sequence[Example], placement: Placement) -> Arrays:
-        laid = packing.lay_out(items, self.row_lengths, placement)
+    def lay(self, items: Sequence[Example], lengths: Mapping[str, int], placement: Placement) -> Arrays:
+        laid = packing.lay_out(items, lengths, placement)
         arrays = decoder_arrays(laid, "sequence", self.start)
         is_input = _beside(items, "is_input", "sequence", laid, placement, self.start)
         if self.loss_on_targets_only:
@@ -284,20 +247,19 @@ class JoinedObjective:
         is_input = _lay_beside(items, "is_input", "sequence", laid, placement).astype(np.int32)
         return self.start.prefix(is_input, laid, "sequence")
 
-    def prompts(self, examples: Sequence[Example]) -> Arrays:
+    def prompts(self, examples: Sequence[dict[str, np.ndarray]], limits: Mapping[str, int]) -> Arrays:
         """Returns [examples, start + inputs length] arrays: `decoder_input_tokens` is the start, then the inputs.
 
         Targets and weights are 0. With `loss_on_targets_only` off the prefix mask is 0, as it was in training.
         """
-        kept = [self.overlong.cut(example, 0)["inputs"] for example in examples]
         start, bos = np.array(self.start.ids, np.int32), self.start.bos
-        starts = [{"sequence": np.concatenate([start, after_start(inputs, bos)])} for inputs in kept]
+        starts = [{"sequence": np.concatenate([start, after_start(each["inputs"], bos)])} for each in examples]
         if not all(len(each["sequence"]) for each in starts):
             raise UserError(
-                f"task {self.overlong.task_name!r} has an example without inputs, and the decoder starts from nothing: "
+                f"task {self.task_name!r} has an example without inputs, and the decoder starts from nothing: "
                 "there is nothing to predict from"
             )
-        lengths = {"sequence": self.overlong.limits["inputs"] + len(start)}
+        lengths = {"sequence": limits["inputs"] + len(start)}
         laid = packing.lay_out(starts, lengths, packing.one_each(len(starts), list(lengths)))
         real = laid["sequence_segment_ids"]
         arrays = {

@@ -6,11 +6,12 @@ else is data.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
-from meshway.framework.data.objective import Sizes, Spec, TaskInfo
-from meshway.framework.data.rows.packing import Arrays, Example
+from meshway.framework.data.objective import Items, Sizes, Spec, TaskInfo
+from meshway.framework.data.rows.packing import Arrays, Example, Placement
 from meshway.framework.errors import UserError, did_you_mean
 
 POLICIES = ("truncate", "split", "skip", "error")
@@ -107,6 +108,78 @@ def check_policy(policy: str, converter: str, allowed: Sequence[str] = POLICIES)
         near = did_you_mean(str(policy), allowed)
         raise UserError(f"{converter}.overlong is {policy!r}, but may be one of {list(allowed)}{near}")
     return policy
+
+
+class Rows(Protocol):
+    """How examples of one task, once short enough, become rows: the part in which converters of text differ."""
+
+    def lengths(self, limits: Mapping[str, int]) -> Mapping[str, int]:
+        """Returns row feature -> tokens of a row, where items have up to `limits` tokens by task feature."""
+        ...
+
+    def measure(self, sizes: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns row feature -> tokens of each item [items], of its tokens by task feature [items]."""
+        ...
+
+    def item(self, tokens: dict[str, np.ndarray], example: Example, first: int, seed: int) -> dict[str, np.ndarray]:
+        """Returns one item's row features.
+
+        Args:
+          tokens: task feature -> the item's tokens.
+          example: the whole example.
+          first: the number of the item's first token in its example, 0 unless that was split.
+          seed: of this item in this epoch.
+        """
+        ...
+
+    def lay(self, items: Sequence[Example], lengths: Mapping[str, int], placement: Placement) -> Arrays:
+        """Returns the batch features of items, as `Objective.lay`; `lengths` are those of a row."""
+        ...
+
+    def prompts(self, examples: Sequence[dict[str, np.ndarray]], limits: Mapping[str, int]) -> Arrays:
+        """Returns what prediction reads of examples' tokens; UserError where there is nothing to predict."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenObjective:
+    """A converter of token ids bound to one task: the `Objective` of all that read text as their task made it.
+
+    Attributes:
+      overlong: what becomes of long examples.
+      rows: what is made of what remains.
+    """
+
+    overlong: Overlong
+    rows: Rows
+    cycle = 1
+
+    @property
+    def row_lengths(self) -> Mapping[str, int]:
+        return self.rows.lengths(self.overlong.limits)
+
+    @property
+    def trims(self) -> Mapping[str, int]:
+        return self.overlong.trims
+
+    def parts(self, sizes: Sizes) -> np.ndarray:
+        return self.overlong.parts(sizes)
+
+    def lost(self, sizes: Sizes) -> np.ndarray:
+        return self.overlong.lost(sizes)
+
+    def measure(self, sizes: Sizes, items: Items) -> dict[str, np.ndarray]:
+        return self.rows.measure(self.overlong.measure(sizes, items.part))
+
+    def convert(self, example: Example, index: int, part: int, epoch: int, seed: int) -> dict[str, np.ndarray]:
+        first = part * next(iter(self.overlong.limits.values()))  # an example that is split has one feature
+        return self.rows.item(self.overlong.cut(example, part), example, first, seed)
+
+    def lay(self, items: Sequence[Example], placement: Placement) -> Arrays:
+        return self.rows.lay(items, self.row_lengths, placement)
+
+    def prompts(self, examples: Sequence[Example]) -> Arrays:
+        return self.rows.prompts([self.overlong.cut(example, 0) for example in examples], self.overlong.limits)
 
 
 DECODER: Mapping[str, type] = {
