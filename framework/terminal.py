@@ -1,4 +1,7 @@
-"""What commands show on a terminal: tables, counts of things, the version, and what is being done right now."""
+"""What commands show on a terminal: tables, counts of things, the version, and what is being done right now.
+
+How far something is, is shown by `progress.py`.
+"""
 
 import contextlib
 import os
@@ -10,6 +13,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.live import Live
     from rich.text import Text
 
@@ -33,17 +37,16 @@ def format_columns(rows: Iterable[Sequence[str]], right: Container[int] = ()) ->
     ]
 
 
-@contextlib.contextmanager
-def progress_of_bytes(total_bytes: int, what: str) -> Iterator[Callable[[int], None]]:
-    """Yields what to tell the bytes that were written; shows a bar on a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+def is_terminal(stream: TextIO) -> bool:
+    """Returns whether lines at the foot of a stream can be redrawn."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
 
-    console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(what, total=total_bytes)
-        yield lambda size: bar.advance(task, size)
+
+def console_on(stream: TextIO) -> "Console":
+    """Returns what draws on a terminal, in its own colours."""
+    from rich.console import Console
+
+    return Console(file=stream, force_terminal=True, highlight=False)
 
 
 def count_of(number: int, noun: str, verb: str = "", plural: str = "") -> str:
@@ -93,9 +96,7 @@ class Stages:
         silent: bool = False,
     ) -> None:
         self._stream, self._period, self.silent = _standard_error() if stream is None else stream, period, silent
-        if terminal is None:
-            terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
-        self._terminal = terminal
+        self._terminal = is_terminal(self._stream) if terminal is None else terminal
         self._thread = threading.current_thread()
         self._open: list[tuple[str, float]] = []
         self._say: Callable[[str], None] | None = None
@@ -156,13 +157,11 @@ class Stages:
 
     def _resume(self) -> None:
         if self._terminal and self._say is None and self._live is None:
-            from rich.console import Console
             from rich.live import Live
 
-            console = Console(file=self._stream, force_terminal=True, highlight=False)
             self._live = Live(
                 get_renderable=self._line,
-                console=console,
+                console=console_on(self._stream),
                 refresh_per_second=4,
                 transient=True,
                 redirect_stdout=sys.stdout.isatty(),  # else results would end on the terminal

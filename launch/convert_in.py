@@ -21,7 +21,8 @@ from meshway.framework.data.vocabulary import Framing
 from meshway.framework.errors import UserError
 from meshway.framework.files import local_path
 from meshway.framework.interfaces import Model
-from meshway.framework.terminal import count_of, format_bytes, progress_of_bytes
+from meshway.framework.progress import progress_of_bytes
+from meshway.framework.terminal import count_of, format_bytes
 from meshway.framework.training.run_directory import RunDirectory
 from meshway.framework.trees import flatten
 from meshway.launch.recipe import bindings as recipe_bindings

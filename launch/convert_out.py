@@ -19,7 +19,8 @@ from meshway.framework.conversion.tensor_files import size_in_bytes, write_tenso
 from meshway.framework.data.vocabularies import load, read_framing
 from meshway.framework.errors import UserError
 from meshway.framework.files import local_path
-from meshway.framework.terminal import count_of, format_bytes, progress_of_bytes
+from meshway.framework.progress import progress_of_bytes
+from meshway.framework.terminal import count_of, format_bytes
 from meshway.launch.convert_in import NOTES, ORIGIN
 from meshway.launch.recipe import bindings as recipe_bindings
 

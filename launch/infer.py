@@ -166,7 +166,7 @@ def infer(
         "chunk size": str(policy.chunk_size),
     }
     agree(facts)
-    with JobProgress(source.total if processes.is_primary() else None, quiet=not processes.is_primary()) as progress:
+    with JobProgress(source.total if processes.is_primary() else None, silent=not processes.is_primary()) as progress:
         began = time.monotonic()
         counts = _run(source, reader, work, output, facts, policy, batch_size, progress)
         if not counts.get("finished_before"):

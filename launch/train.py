@@ -7,7 +7,6 @@ Run the same command again to go on where it stopped.
 
 import contextlib
 import functools
-import os
 import signal
 import sys
 import textwrap
@@ -251,8 +250,7 @@ def _say_start(initial: Initial | None, framing: Framing | None, say: Callable[[
 
 def _progress(periods: Periods, start: int, primary: bool) -> Progress:
     measured = jax.default_backend() == "cpu"
-    stream = None if primary else open(os.devnull, "w")  # noqa: SIM115 one process speaks, for as long as it lives
-    return Progress(periods.total, start, peak_name="of matmul peak" if measured else "mfu", stream=stream)
+    return Progress(periods.total, start, peak_name="of matmul peak" if measured else "mfu", silent=not primary)
 
 
 def _reporter(

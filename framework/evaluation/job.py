@@ -1,16 +1,11 @@
-"""Evaluates checkpoints of a run one after the other, and what a person sees of it."""
+"""Evaluates checkpoints of a run one after the other, and shows progress and results."""
 
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from types import TracebackType
-from typing import Any, TextIO
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from typing import Any, NamedTuple, Unpack
 
 from meshway.framework.checkpoints.manager import Checkpoints, DamagedCheckpoint
 from meshway.framework.distributed import processes
@@ -18,55 +13,49 @@ from meshway.framework.errors import UserError
 from meshway.framework.evaluation.evaluation import Evaluator
 from meshway.framework.evaluation.records import Record, Records, StepQueue, complete_steps
 from meshway.framework.interfaces import Params
+from meshway.framework.progress import Bar, Display, Screen, seconds_left
 from meshway.framework.report.page import is_of_router, write_report
 from meshway.framework.telemetry.writers import TensorBoardWriter
-from meshway.framework.terminal import stage, through
+from meshway.framework.terminal import stage
 from meshway.framework.training.run_directory import RunDirectory
 
 _MOST_METRICS = 10  # in a line
 
 
-class EvaluationDisplay:
-    """Shows what is evaluated and what was found; use as a context manager.
+class EvaluationDisplay(Display):
+    """Shows what is evaluated and what was found."""
 
-    Args:
-      silent: whether to show nothing: one process of a run speaks.
-      stream: where to write, standard output if None.
-      terminal: whether that is a terminal; found out if None.
-    """
-
-    def __init__(self, silent: bool = False, stream: TextIO | None = None, terminal: bool | None = None) -> None:
-        self._silent, self._stream = silent, sys.stdout if stream is None else stream
-        self._began = time.monotonic()
-        self._step = 0
-        self._bar: Progress | None = None
-        self._terminal = contextlib.ExitStack()  # held by this display
-        self._row: TaskID | None = None
-        self._shown = ("", "")
-        if terminal is None:
-            terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
-        if terminal and not silent:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            console = Console(file=self._stream, force_terminal=True, highlight=False)
-            self._bar = Progress(*columns, console=console, transient=True)
+    def __init__(self, **screen: Unpack[Screen]) -> None:
+        """`screen` says where to write, on standard output unless it says otherwise."""
+        self._step, self._began = 0, time.monotonic()
+        self._pass: _Pass | None = None
+        screen.setdefault("period", 60.0)
+        super().__init__(sys.stdout, **screen)
 
     def begin(self, step: int) -> None:
         """Says that the evaluation of a step begins."""
-        self._step, self._began, self._shown = step, time.monotonic(), ("", "")
+        self._step, self._began, self._pass = step, time.monotonic(), None
 
     def observe(self, task: str, what: str, done: int, total: int) -> None:
-        """Moves the bar of a terminal; an `Observer`."""
-        if self._bar is None:
-            return
-        if self._shown != (task, what):
-            self._shown = (task, what)
-            self._clear()
-            self._row = self._bar.add_task(f"step {self._step}  {task}  {what}", total=total)
-        if self._row is not None:
-            self._bar.update(self._row, completed=done)
+        """Moves the bar; an `Observer`."""
+        before, label = self._pass, f"at step {self._step}  {task}  {what}"
+        if before is None or before.label != label:
+            self._pass = _Pass(label, time.monotonic(), done, total)
+            self.redraw()
+        else:
+            self._pass = before._replace(done=done, total=total)
+        self.changed()
+
+    def bar(self) -> Bar | None:
+        at = self._pass
+        if at is None:
+            return None
+        label, began, done, total = at
+        left = seconds_left(time.monotonic() - began, done, total)
+        return Bar(f"{label}  {done:,}/{total:,}", done, total, left)
 
     def found(self, task: str, report: Mapping[str, Any]) -> None:
-        """Prints what one task gave, and how quickly."""
+        """Prints the metrics of one task, and its speed."""
         seconds, self._began = time.monotonic() - self._began, time.monotonic()
         counts = report["counts"]
         counted = next(each for each in ("predictions", "scores", "rows") if each in counts)
@@ -78,34 +67,18 @@ class EvaluationDisplay:
         self.say("  ".join([f"step {self._step}", task, *shown, *more, speed]))
 
     def say(self, line: str) -> None:
-        """Prints a line, above the bar where there is one."""
-        if self._silent:
-            return
-        if self._bar is None:
-            print(line, file=self._stream, flush=True)
-        else:
-            self._clear()
-            self._bar.console.print(line, soft_wrap=True, markup=False)
+        """Prints a line; the bar is taken away until there is something to count again."""
+        self._pass = None
+        self.note(line)
 
-    def __enter__(self) -> "EvaluationDisplay":
-        if self._bar is not None:
-            self._terminal.enter_context(through(self.say))
-            self._bar.start()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._clear()
-            self._bar.stop()
-        self._terminal.close()
+class _Pass(NamedTuple):
+    """One pass over the examples of a task: what it does, since when, and how far it is."""
 
-    def _clear(self) -> None:
-        if self._bar is not None and self._row is not None:
-            self._bar.remove_task(self._row)
-            self._bar.refresh()
-            self._row = None
+    label: str
+    began: float
+    done: int
+    total: int
 
 
 _REMOVAL = 10.0  # seconds that the removal of a checkpoint may take

@@ -2,27 +2,20 @@
 
 import contextlib
 import math
-import os
 import queue
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, Unpack
 
 import jax
 import numpy as np
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
 
 from meshway.framework.interfaces import Metrics, Writer
+from meshway.framework.progress import Bar, Display, Screen
 from meshway.framework.telemetry.profiler import memory_in_use
 from meshway.framework.telemetry.timeline import Timeline
-from meshway.framework.terminal import format_duration, through
 
 _STEPS_A_SUM = 10
 
@@ -129,22 +122,17 @@ def _mean(pairs: Sequence[tuple[jax.Array, jax.Array]]) -> float:
     return total / weight if weight else math.nan
 
 
-class Progress:
-    """Shows how far a run is, how it does and when it ends; use as a context manager, or call `close`.
+class Progress(Display):
+    """Shows how far a run is, how it does and when it ends.
 
-    On a terminal a bar stays on the last two lines, redrawn twice a second, and notes scroll above it.
-    Elsewhere (a file, a pipe) each report is one line. Both go to standard output, notes included, and both
-    are what a `Writer` is, so a `Progress` can stand in a list of writers.
+    A log has a line for each report. All goes to standard output, notes included, unless `screen` says otherwise. It
+    is what a `Writer` is, so that it can stand in a list of writers.
     """
 
+    stays = True
+
     def __init__(
-        self,
-        total_steps: int,
-        start_step: int = 0,
-        *,
-        peak_name: str = "mfu",
-        stream: TextIO | None = None,
-        terminal: bool | None = None,
+        self, total_steps: int, start_step: int = 0, *, peak_name: str = "mfu", **screen: Unpack[Screen]
     ) -> None:
         """Starts the display.
 
@@ -152,26 +140,15 @@ class Progress:
           total_steps: the step at which the run ends.
           start_step: the step it starts from, above 0 after a restart.
           peak_name: what the scalar `mfu` is a share of: "mfu", or "of matmul peak" where it was measured.
-          stream: where to write, standard output if None.
-          terminal: whether that is a terminal; found out if None.
+          screen: where to write.
         """
         self._total_steps, self._step, self._reported_step = total_steps, start_step, start_step
         self._peak_name = peak_name
-        self._stream = sys.stdout if stream is None else stream
         self._clock = time.monotonic()
         self._step_seconds: float | None = None
         self._scalars: Mapping[str, float] = {}
-        self._live: Live | None = None
-        self._terminal = contextlib.ExitStack()  # held by this display
-        if terminal is None:
-            terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
-        if terminal:
-            console = Console(file=self._stream, force_terminal=True, highlight=False)
-            self._live = Live(
-                get_renderable=self._render, console=console, refresh_per_second=2, vertical_overflow="crop"
-            )
-            self._terminal.enter_context(through(self.note))
-            self._live.start()
+        super().__init__(sys.stdout, **screen)
+        self.start()
 
     def advance(self, step: int) -> None:
         """Moves the bar of a terminal to `step`; costs next to nothing, so call it at every step."""
@@ -186,38 +163,19 @@ class Progress:
         elapsed = (now - self._clock) / max(step - self._reported_step, 1)
         self._step_seconds = scalars.get("step_seconds", elapsed)
         self._reported_step, self._clock, self._scalars = step, now, scalars
-        self._step = max(self._step, step)  # a report may come after later steps have been dispatched
-        if self._live is None:
-            parts = [f"step {step}/{self._total_steps}", *self._numbers(), f"eta {self._eta()}"]
-            self._print("  ".join(parts))
+        self._step = max(self._step, step)
+        self.print_line()
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """The same as `update`, under the name that a `Writer` has."""
         self.update(step, scalars)
 
-    def note(self, text: str) -> None:
-        """Prints a line or several: an evaluation's results, a checkpoint saved."""
-        if self._live is None:
-            self._print(text)
-        else:
-            self._live.console.print(Text(text), soft_wrap=True)
-
-    def close(self) -> None:
-        """Leaves the bar as it stands and gives the terminal back, cursor included. May be called twice."""
-        if self._live is not None and self._live.is_started:
-            self._live.stop()
-        self._terminal.close()
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _print(self, line: str) -> None:
-        print(line, file=self._stream, flush=True)
+    def bar(self) -> Bar:
+        # A report may come after later steps have been dispatched; a log names the step it is of.
+        step = self._reported_step if self.is_log else self._step
+        rest = max(self._total_steps - self._step, 0)
+        left = None if self._step_seconds is None else rest * self._step_seconds
+        return Bar(f"step {step}/{self._total_steps}", step, max(self._total_steps, 1), left, self._numbers())
 
     def _numbers(self) -> list[str]:
         """Returns the scalars worth a glance as short texts, in a fixed order."""
@@ -235,23 +193,6 @@ class Progress:
         if "data_wait_fraction" in scalars:
             shown.append(f"data wait {100 * scalars['data_wait_fraction']:.1f}%")
         return shown
-
-    def _eta(self) -> str:
-        if self._step_seconds is None:
-            return "-"
-        return format_duration(max(self._total_steps - self._step, 0) * self._step_seconds)
-
-    def _render(self) -> RenderableType:
-        bar = Table.grid(padding=(0, 2), expand=True)
-        bar.add_column(no_wrap=True)
-        bar.add_column(ratio=1)
-        bar.add_column(no_wrap=True)
-        bar.add_row(
-            f"step {self._step}/{self._total_steps}",
-            ProgressBar(total=max(self._total_steps, 1), completed=self._step),
-            f"eta {self._eta()}",
-        )
-        return Group(bar, Text("  ".join(self._numbers()), no_wrap=True, overflow="ellipsis"))
 
 
 class StepClock:

@@ -55,7 +55,7 @@ def run(folder, given, work=None, skip_bad=False, **options):
     store = ChunkStore(folder / "out.jsonl", {"job": "this"})
     store.open()
     try:
-        progress = JobProgress(len(given), quiet=True)
+        progress = JobProgress(len(given), silent=True)
         number = Job(given, reader(**options), work, store, Policy(4, skip_bad), 3, progress).run()
         counts = summary(store)
         store.finish(number, counts | {"left_out": len(counts["left_out"])})
