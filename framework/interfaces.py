@@ -26,7 +26,7 @@ class ArraySpec:
 
 
 class Model(Protocol):
-    """An objective with its network: all the framework ever asks of a model."""
+    """An objective with its network: all that training and evaluation ask of a model (see `Decodes`)."""
 
     def init(self, rng: jax.Array) -> Params:
         """Returns fresh parameters. Pure, so that it can be traced for shapes or jitted into shards."""
@@ -55,6 +55,10 @@ class Model(Protocol):
           ValueError: a name that the model does not know; says which it does.
         """
         ...
+
+
+class Decodes(Protocol):
+    """What a `Model` that produces tokens has beside: decoding, a token a row at a time, from a cache."""
 
     def prefill(self, params: Params, batch: Batch, max_length: int) -> tuple[jax.Array, jax.Array, Cache]:
         """Reads the inputs of a batch and returns what greedy search starts from.

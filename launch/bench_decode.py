@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from meshway.framework.errors import UserError
+from meshway.framework.inference.decoding import decoding_model
 from meshway.framework.inference.engine import TokenSteps, prompt_batch
 from meshway.framework.inference.rows import RowFormat, doubling
 from meshway.framework.inference.sampling import DecodeState
@@ -176,7 +177,7 @@ def measure(placed: ShardedModel, setting: Setting) -> Found:
         raise UserError(
             f"bench.decode.params_dtype must be None or one of {', '.join(PARAM_DTYPES)}, not {setting.params_dtype!r}"
         )
-    RowFormat.of(placed.model)  # says that a model predicts no text before anything is made
+    decoding_model(placed.model)  # says so of a model that predicts no text before anything is made
     params = _init_params(placed, setting.params_dtype)
     mesh, results, source = placed.partitioner.mesh, [], ""
     stream, longest = StreamingRead(mesh), None
@@ -232,10 +233,10 @@ def _count_compilations(
 def step_bytes(model: Model, params: Params, batch_size: int, length: int, new_tokens: int) -> tuple[float, float]:
     """Returns (bytes of parameters, bytes of the cache) that a step of decoding reads on one device, where the cache
     has room for prompts of `length` tokens and as many new ones as `new_tokens`."""
-    rows = RowFormat.of(model)
+    rows, decodes = RowFormat.of(model), decoding_model(model)
     batch = rows.prompts([()] * batch_size, length)
-    shapes = jax.eval_shape(lambda params, batch: model.prefill(params, batch, new_tokens), params, batch)
-    weights, _, _, cache = bytes_read(model.decode, params, *shapes)
+    shapes = jax.eval_shape(lambda params, batch: decodes.prefill(params, batch, new_tokens), params, batch)
+    weights, _, _, cache = bytes_read(decodes.decode, params, *shapes)
     return sum(jax.tree.leaves(weights)), sum(jax.tree.leaves(cache))
 
 
@@ -289,13 +290,13 @@ def _measure_one(decoding: _Decoding, batch_size: int, setting: Setting, stream:
     seconds = time_in_turn(passes, 1, setting.rounds)
     weights, cache = _held(placed, params, start)
     live = _live_share(placed.model, params, batch_size, length, count)
-    prompts = decoding.batch.abstract
+    prompts, model = decoding.batch.abstract, decoding_model(placed.model)
     return Result(
         batch_size=batch_size,
         step=seconds["stream"] / count,
         on_device=seconds["loop"] / count,
         prefill=seconds["prefill"],
-        prefill_flops=live_flops(lambda params, batch: placed.model.prefill(params, batch, count), params, prompts),
+        prefill_flops=live_flops(lambda params, batch: model.prefill(params, batch, count), params, prompts),
         weights=weights,
         live=cache * live,
         padded=cache,
@@ -310,7 +311,7 @@ def _held(placed: ShardedModel, params: Params, at: DecodeState) -> tuple[float,
     """Returns the bytes of parameters and of the cache that all devices together read in a step, of what each holds."""
     given = (params, at.tokens, at.start, at.cache)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), given)
-    read = bytes_read(placed.model.decode, *shapes)
+    read = bytes_read(decoding_model(placed.model).decode, *shapes)
 
     def total(read: Any, arrays: Any) -> float:
         copies = jax.tree.map(lambda x: x.sharding.num_devices * _shard_share(x), arrays)

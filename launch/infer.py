@@ -28,8 +28,8 @@ from meshway.framework.inference.bulk.inputs import Preprocess, Reader
 from meshway.framework.inference.bulk.job import Job, JobProgress, Policy, summary
 from meshway.framework.inference.bulk.sources import PromptSource, Source, TaskSource, open_source
 from meshway.framework.inference.bulk.store import ChunkStore
-from meshway.framework.inference.decoding import Decoder
-from meshway.framework.inference.engine import Engine
+from meshway.framework.inference.decoding import Decoder, decoding_model
+from meshway.framework.inference.engine import SCORE_INSTEAD, Engine
 from meshway.framework.inference.predictor import RecipeModel, Session, open_session
 from meshway.framework.inference.rows import doubling
 from meshway.framework.interfaces import Model
@@ -151,6 +151,8 @@ def infer(
         raise UserError("meshway infer needs --output=FILE.jsonl (or .parquet, .txt, or a folder of shards)")
     decoder = decoder if beams is None else BeamSearch(beams)
     source = _source(inputs, mode, data)
+    if mode != SCORE:
+        decoding_model(opened.model, SCORE_INSTEAD)
     session = open_session(opened.model, opened.layout, model_dir, step, inputs.append_eos, stop, _note)
     engine = session.engine(decoder, batch_size, seed)
     reader, work = _reader_and_work(

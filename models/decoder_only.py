@@ -1,21 +1,19 @@
-"""The decoder-only objective: each token from those before it. Meets `framework.interfaces.Model` by shape."""
+"""The decoder-only objective: each token from those before it. Meets `Model` and `Decodes` by shape."""
 
-from collections.abc import Collection, Mapping
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from meshway.models.layers.cache import take_copies
+from meshway.models.layers.cache import DecodingCache, take_copies
 from meshway.models.layers.masks import Mask, make_attention_mask, row_metadata, row_positions
-from meshway.models.layers.side_outputs import capture, capture_intermediates
-from meshway.models.losses import CrossEntropy, TokenSpec, constrain_like_logits, target_log_probs, token_spec
-from meshway.models.module import Network, NetworkFactory
-
-Batch = Mapping[str, jax.Array]
+from meshway.models.losses import CrossEntropy, TokenSpec, token_spec, token_targets
+from meshway.models.module import Batch, NetworkFactory, Objective
 
 
-class DecoderOnly:
+class DecoderOnly(Objective):
     """Maximum likelihood of a sequence, for a network like `lm.LanguageModel`.
 
     With `prefix` the batch marks inputs in `decoder_prefix_mask`: they see each other both ways (prefix LM).
@@ -24,17 +22,8 @@ class DecoderOnly:
     def __init__(
         self, network: NetworkFactory, z_loss: float = 0.0, label_smoothing: float = 0.0, prefix: bool = False
     ):
-        self._network = Network(network)
-        self._criterion = CrossEntropy(z_loss, label_smoothing)
+        super().__init__(network, CrossEntropy(z_loss, label_smoothing))
         self._prefix = prefix
-
-    def init(self, rng: jax.Array) -> dict[str, Any]:
-        """Returns fresh float32 parameters."""
-        return self._network.init(rng)
-
-    def axes(self) -> dict[str, Any]:
-        """Returns the logical axes of each parameter."""
-        return self._network.axes()
 
     def batch_spec(self, batch_size: int, lengths: Mapping[str, int]) -> dict[str, TokenSpec]:
         """Returns the features of a batch; `lengths` needs "targets", and for a prefix LM "inputs"; rows hold both."""
@@ -43,71 +32,49 @@ class DecoderOnly:
             return token_spec(batch_size, lengths["targets"] + lengths["inputs"], "decoder", [*names, "prefix_mask"])
         return token_spec(batch_size, lengths["targets"] + lengths.get("inputs", 0), "decoder", names)
 
-    def loss(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, jax.Array, dict]:
-        """Returns (summed loss, summed weight, metrics) over weighted tokens; `rng` None means no dropout."""
-        with capture() as reports:
-            logits = self.logits(params, batch, rng)
-        return self._criterion(
-            logits, *constrain_like_logits(batch["decoder_target_tokens"], batch["decoder_loss_weights"]), reports
-        )
+    def logits(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> jax.Array:
+        """Returns the logits of each target, float32 [batch, length, vocab]."""
+        network = self.bind(params)
+        logits, _ = network(batch["decoder_input_tokens"], batch["decoder_positions"], self._mask(batch), rng=rng)
+        return logits
 
-    def score(self, params: dict[str, Any], batch: Batch) -> jax.Array:
-        """Returns the log-probability of each target token, float32 [batch, length], 0 on padding."""
-        logits = self.logits(params, batch, None)
-        return target_log_probs(
-            logits, *constrain_like_logits(batch["decoder_target_tokens"], batch["decoder_loss_weights"])
-        )
+    def targets(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Returns (target tokens, weights), [batch, length] each."""
+        return token_targets(batch, "decoder")
 
-    def observe(self, params: dict[str, Any], batch: Batch, names: Collection[str]) -> dict[str, jax.Array]:
-        """Returns intermediate values of a teacher-forced pass by name, [batch, length, ...] (`observed`).
-
-        Raises:
-          ValueError: a name that the network does not know; says which it does.
-        """
-        with capture_intermediates(names) as found:
-            self.logits(params, batch, None)
-        return found
-
-    def prefill(self, params: dict[str, Any], batch: Batch, max_length: int) -> tuple[jax.Array, jax.Array, Any]:
+    def prefill(
+        self, params: dict[str, Any], batch: Batch, max_length: int
+    ) -> tuple[jax.Array, jax.Array, DecodingCache]:
         """Reads prompts of different lengths, left-aligned in `decoder_input_tokens` with segment 1.
 
         The last prompt token is fed again by the first `decode`, which only rewrites its own slot.
         """
         tokens, segments = batch["decoder_input_tokens"], batch["decoder_segment_ids"]
         rows, length = tokens.shape
-        network = self._network.bind(params)
+        network = self.bind(params)
         positions = jnp.broadcast_to(row_positions(length), (rows, length))
         mask = Mask(jnp.pad(self._mask(batch).dense, ((0, 0), (0, 0), (0, 0), (0, max_length))))
-        cache = network.empty_cache(rows, length + max_length)
-        _, cache = network(tokens, positions, mask, cache=cache, cache_index=positions)
+        layers = network.empty_cache(rows, length + max_length)
+        _, layers = network(tokens, positions, mask, cache=layers, cache_index=positions)
         last = jnp.sum(segments != 0, axis=1) - 1
-        return (
-            jnp.take_along_axis(tokens, last[:, None], axis=1),
-            last,
-            {"layers": cache, "slots": jnp.zeros(length + max_length)},
-        )
+        return jnp.take_along_axis(tokens, last[:, None], axis=1), last, DecodingCache(layers, length + max_length)
 
     def decode(
-        self, params: dict[str, Any], tokens: jax.Array, positions: jax.Array, cache: Any
-    ) -> tuple[jax.Array, Any]:
+        self, params: dict[str, Any], tokens: jax.Array, positions: jax.Array, cache: DecodingCache
+    ) -> tuple[jax.Array, DecodingCache]:
         """Feeds tokens [batch, 1] at positions [batch]; returns (logits [batch, vocab], cache)."""
-        network, length = self._network.bind(params), cache["slots"].shape[0]
-        logits, layers = network.decode_cached(tokens, positions[:, None], cache["layers"], length)
-        return logits[:, 0], cache | {"layers": layers}
+        logits, layers = self.bind(params).decode_cached(tokens, positions[:, None], cache.layers, cache.length)
+        return logits[:, 0], dataclasses.replace(cache, layers=layers)
 
-    def fork(self, cache: Any, times: int) -> Any:
+    def fork(self, cache: DecodingCache, times: int) -> DecodingCache:
         """Returns a cache of `times` copies of each row, one after the other."""
-        return cache | {"layers": jax.tree.map(lambda x: jnp.repeat(x, times, axis=1), cache["layers"])}
+        layers = jax.tree.map(lambda x: jnp.repeat(x, times, axis=1), cache.layers)
+        return dataclasses.replace(cache, layers=layers)
 
-    def reorder(self, cache: Any, chosen: jax.Array) -> Any:
+    def reorder(self, cache: DecodingCache, chosen: jax.Array) -> DecodingCache:
         """Returns a cache in which copy j of row i is the old one's copy `chosen[i, j]` of that row."""
-        return cache | {"layers": jax.tree.map(lambda x: take_copies(x, chosen), cache["layers"])}
-
-    def logits(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> jax.Array:
-        """Returns the logits of each target, float32 [batch, length, vocab]."""
-        network = self._network.bind(params)
-        logits, _ = network(batch["decoder_input_tokens"], batch["decoder_positions"], self._mask(batch), rng=rng)
-        return logits
+        layers = jax.tree.map(lambda x: take_copies(x, chosen), cache.layers)
+        return dataclasses.replace(cache, layers=layers)
 
     def _mask(self, batch: Batch) -> Mask:
         segments = batch["decoder_segment_ids"]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -79,18 +79,18 @@ class CrossEntropy:
         auxiliary, statistics = as_loss(reports or Reports(), weight)
         return jnp.sum(loss * weights) + auxiliary, weight, metrics | statistics
 
+    def score(self, logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        """Returns log p(target), float32 [batch, length], 0 where the weight is 0."""
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return jnp.where(weights > 0, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0)
 
-def constrain_like_logits(targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Lays targets and weights, both [batch, length], out as the logits of their tokens.
 
-    Batches may be cut along the length by axes that cut the vocabulary of logits (Megatron's sequence parallelism).
-    Left to itself XLA then moves the logits, and their gradient, to where targets lie.
+def token_targets(batch: Mapping[str, jax.Array], side: str) -> tuple[jax.Array, jax.Array]:
+    """Returns `side`_target_tokens and `side`_loss_weights, [batch, length], sharded as the logits of their tokens.
+
+    Batches may be sharded along the length by mesh axes that shard the vocabulary of logits (Megatron's sequence
+    parallelism). Left to itself XLA then moves the logits, and their gradient, to where targets lie.
     """
     names = ("batch", "length")
-    return constrain(targets, names, free_for="vocab"), constrain(weights, names, free_for="vocab")
-
-
-def target_log_probs(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-    """Returns log p(target) [batch, length], 0 where the weight is 0."""
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jnp.where(weights > 0, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0)
+    targets = constrain(batch[f"{side}_target_tokens"], names, free_for="vocab")
+    return targets, constrain(batch[f"{side}_loss_weights"], names, free_for="vocab")

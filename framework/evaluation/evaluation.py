@@ -1,6 +1,7 @@
 """Evaluation of parameters on tasks: teacher-forced losses, predictions and scores, on the mesh of the parameters."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,26 +12,33 @@ import numpy as np
 
 from meshway.framework.data.source import EvalTask
 from meshway.framework.errors import first_line
-from meshway.framework.inference.decoding import Decoder, Stop, one_ahead
+from meshway.framework.inference.decoding import Decoder, Stop, decoding_model, one_ahead
 from meshway.framework.inference.sampling import Sampling
-from meshway.framework.interfaces import ArraySpec, Batch, Metrics, Params
+from meshway.framework.interfaces import Batch, Metrics, Params
+from meshway.framework.partitioning.program_cache import ProgramCache
 from meshway.framework.partitioning.sharded_model import ShardedModel
 
-# What one task's evaluation found, as it is written down: `metrics` by name; `counts` of what they are of; some
-# `predictions` for people to read; `failed`, where there are any: function of the task -> what it raised.
+# The result of one task, as it is written to files: `metrics` by name; `counts` of the rows, tokens and examples behind
+# them; some `predictions` as text; `failed`, if any: function of the task -> what it raised.
 Report = dict[str, Any]
 
-# Told how far one task is: (task, what it does, done, of how many).
+# Called with the progress of one task: (task, what it does, done, of how many).
 Observer = Callable[[str, str, int, int], None]
+
+
+_NO_PREDICTIONS = "set Evaluation.max_predictions to 0 to leave out metrics of predictions and scores"
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What a recipe says of evaluation.
+    """The settings of evaluation in a recipe.
 
-    `max_batches` bounds the teacher-forced pass (None reads the whole split); of the tasks that have metrics of
-    predictions or scores `max_predictions` examples (None: all, 0: none) are decoded by `decoder`, greedily unless
-    another is bound, and scored; `num_samples` of them are kept as text. What ends a prediction is told by each task.
+    Attributes:
+      max_batches: of the teacher-forced pass; None reads the whole split.
+      max_predictions: examples that are decoded, or scored, for tasks with metrics of predictions or of scores; None
+        takes all, 0 none.
+      num_samples: predictions that are kept as text.
+      decoder: how predictions are made; each task says what ends them.
     """
 
     max_batches: int | None = None
@@ -40,7 +48,7 @@ class Evaluation:
 
 
 class TaskResult(NamedTuple):
-    """What one task gave: its report, and its summed loss and weight."""
+    """The result of one task: its report, and its summed loss and weight."""
 
     name: str
     report: Report
@@ -48,7 +56,7 @@ class TaskResult(NamedTuple):
 
 
 class Evaluator:
-    """Evaluates parameters on tasks; the programs are compiled once, by the first evaluation."""
+    """Evaluates parameters on tasks; programs are compiled by the first evaluation and kept."""
 
     def __init__(
         self,
@@ -58,13 +66,17 @@ class Evaluator:
         tasks: Sequence[EvalTask],
         settings: Evaluation,
     ):
-        """`batch_size` counts examples over all processes; `lengths` are tokens by task feature."""
+        """`batch_size` counts examples over all processes; `lengths` are tokens by task feature.
+
+        Raises:
+          UserError: the batch size is not divisible over the mesh; tasks have metrics of predictions, and the model
+            does not decode.
+        """
         self._placed, self._lengths, self._tasks, self._settings = placed, lengths, list(tasks), settings
-        self._batch = placed.batch(batch_size, lengths)
-        self._loss: Callable[..., Metrics] | None = None
-        self._score: Callable[..., jax.Array] | None = None
-        self._predict: dict[tuple, Callable[..., tuple[jax.Array, jax.Array]]] = {}
-        self._rows = placed.partitioner.process_rows(batch_size)
+        self._spec = placed.batch(batch_size, lengths).spec
+        self._programs = ProgramCache(placed, batch_size)
+        if settings.max_predictions != 0 and any(task.has_metrics for task in tasks):
+            decoding_model(placed.model, _NO_PREDICTIONS)  # now, not after the steps before the first evaluation
 
     @property
     def task_names(self) -> list[str]:
@@ -73,7 +85,7 @@ class Evaluator:
 
     @property
     def left_out(self) -> list[str]:
-        """What of the tasks' metrics cannot be run, in words."""
+        """Which of the tasks' metrics cannot be run, a line each."""
         return [f"{task.name}: evaluated without {what}" for task in self._tasks for what in task.left_out]
 
     def evaluate(self, params: Params) -> tuple[dict[str, float], dict[str, Report]]:
@@ -94,7 +106,7 @@ class Evaluator:
         return scalars, reports
 
     def results(self, params: Params, observe: Observer = lambda *_: None) -> Iterator[TaskResult]:
-        """Yields each task's result once it is there; every process must go through all of them."""
+        """Yields each task's result as soon as it is computed; every process must consume all of them."""
         for task in self._tasks:
             sums, rows = self._teacher_forced(params, task, observe)
             metrics = {name: float(total / max(weight, 1e-9)) for name, (total, weight) in sums.items()}
@@ -107,13 +119,18 @@ class Evaluator:
             yield TaskResult(task.name, report, sums["loss"])
 
     def _teacher_forced(self, params: Params, task: EvalTask, observe: Observer) -> tuple[dict[str, np.ndarray], int]:
-        """Returns (sum and weight of each metric, how many rows they are of)."""
-        if self._loss is None:
-            self._loss = self._compile_loss()
+        """Returns (sum and weight of each metric, how many rows were read)."""
+        model = self._placed.model
+
+        def loss(params: Params, batch: Batch) -> Metrics:
+            loss, weight, metrics = model.loss(params, batch, None)
+            return metrics | {"loss": (loss, weight)}
+
         sums: dict[str, np.ndarray] = {"loss": np.zeros(2)}
         rows = 0
         batches = itertools.islice(task.batches(), self._settings.max_batches)
-        started = ((real, self._loss(params, self._batch.put(self._mine(batch)))) for batch, real in batches)
+        run = functools.partial(self._programs.run, "loss", loss, params, spec=self._spec)
+        started = ((real, run(batch)) for batch, real in batches)
         for real, metrics in one_ahead(started):
             for name, pair in jax.device_get(metrics).items():
                 sums[name] = sums.get(name, np.zeros(2)) + np.array(pair, np.float64)
@@ -122,7 +139,7 @@ class Evaluator:
         return sums, rows
 
     def _add_metrics(self, report: Report, params: Params, task: EvalTask, observe: Observer) -> None:
-        """Adds what the task's own functions find in predictions and scores."""
+        """Adds the results of the task's own metric functions on predictions and scores."""
         limit = self._settings.max_predictions
         limit = task.num_examples if limit is None else min(limit, task.num_examples)
         predictions: list[Any] | None = None
@@ -156,7 +173,7 @@ class Evaluator:
             tokens, scores = map(np.asarray, decoded)
             for index, row, score in zip(indices.tolist(), tokens, scores.tolist(), strict=False):
                 if found.failed:
-                    break  # the others' programs go on, and so does this one's
+                    break  # but go on with the programs, which other processes are part of
                 try:
                     prediction = task.postprocess(index, row)
                     if len(found.samples) < self._settings.num_samples:
@@ -174,81 +191,44 @@ class Evaluator:
         self, params: Params, stop_ids: Sequence[int], batch: Batch, indices: np.ndarray
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the best prediction of each row, int32 [batch, length], and its score, float32 [batch]."""
-        key = (tuple(stop_ids), *sorted((name, x.shape, str(x.dtype)) for name, x in batch.items()))
-        partitioner = self._placed.partitioner
-        shardings = partitioner.batch_shardings(
-            {name: ArraySpec(x.shape, x.dtype, ("batch", *[None] * (x.ndim - 1))) for name, x in batch.items()}
-        )
+        model = decoding_model(self._placed.model, _NO_PREDICTIONS)
+        decoder, stop, length = self._settings.decoder, Stop(tuple(stop_ids)), self._lengths["targets"]
+
+        def predict(params: Params, batch: Batch, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+            decoded = decoder(model, params, batch, length, stop, ids, jax.random.key(0))
+            best = jnp.argmax(decoded.scores, axis=1)[:, None, None]
+            tokens = jnp.take_along_axis(decoded.tokens, best, axis=1)[:, 0]
+            return tokens, jnp.max(decoded.scores, axis=1)
+
         rows = next(iter(batch.values())).shape[0]
-        if key not in self._predict:
-            model, length = self._placed.model, self._lengths["targets"]
-            decoder, stop = self._settings.decoder, Stop(tuple(stop_ids))
-
-            def predict(params: Params, batch: Batch, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-                decoded = decoder(model, params, batch, length, stop, ids, jax.random.key(0))
-                best = jnp.argmax(decoded.scores, axis=1)[:, None, None]
-                tokens = jnp.take_along_axis(decoded.tokens, best, axis=1)[:, 0]
-                return tokens, jnp.max(decoded.scores, axis=1)
-
-            self._predict[key] = partitioner.compile(
-                predict,
-                self._placed.param_shapes,
-                {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()},
-                jax.ShapeDtypeStruct((rows,), np.int32),
-                in_shardings=(self._placed.param_shardings, shardings, partitioner.replicated),
-                out_shardings=partitioner.replicated,
-            )
-        ids = np.resize(indices, rows).astype(np.int32)  # rows past the examples repeat, and are not read
-        placed = partitioner.put_batch(self._mine(batch), shardings, self._batch.size)
-        return self._predict[key](params, placed, ids)
+        ids = np.resize(indices, rows).astype(np.int32)  # rows past the examples are repetitions, not read
+        found: tuple[jax.Array, jax.Array]
+        found = self._programs.run("predictions", predict, params, batch, ids, static=tuple(stop_ids))
+        return found
 
     def _scores(self, params: Params, task: EvalTask, limit: int, observe: Observer) -> dict[int, float]:
         """Returns example -> log-probability of its targets, of those of the first `limit` that have a row."""
-        if self._score is None:
-            self._score = self._compile_score()
+        model = self._placed.model
+
+        def summed(params: Params, batch: Batch) -> jax.Array:
+            scores = model.score(params, batch)
+            return jnp.sum(scores.reshape(scores.shape[0], -1), axis=1)
+
         scores: dict[int, float] = {}
         batches = _until(task.score_batches(), limit)
-        started = ((indices, self._score(params, self._batch.put(self._mine(batch)))) for batch, indices in batches)
+        started = (
+            (indices, self._programs.run("scores", summed, params, batch, spec=self._spec))
+            for batch, indices in batches
+        )
         for indices, found in one_ahead(started):
             for index, score in zip(indices.tolist(), np.asarray(found, np.float64).tolist(), strict=False):
                 scores[index] = scores.get(index, 0.0) + score
             observe(task.name, "scores", min(int(indices[-1]) + 1, limit), limit)
         return scores
 
-    def _compile_loss(self) -> Callable[..., Metrics]:
-        model = self._placed.model
-
-        def metrics(params: Params, batch: Batch) -> Metrics:
-            loss, weight, metrics = model.loss(params, batch, None)
-            return metrics | {"loss": (loss, weight)}
-
-        return self._compile(metrics)
-
-    def _compile_score(self) -> Callable[..., jax.Array]:
-        model = self._placed.model
-
-        def score(params: Params, batch: Batch) -> jax.Array:
-            scores = model.score(params, batch)
-            return jnp.sum(scores.reshape(scores.shape[0], -1), axis=1)
-
-        return self._compile(score)
-
-    def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Compiles a function of (parameters, batch) whose result all processes get."""
-        return self._placed.partitioner.compile(
-            function,
-            self._placed.param_shapes,
-            self._batch.abstract,
-            in_shardings=(self._placed.param_shardings, self._batch.shardings),
-            out_shardings=self._placed.partitioner.replicated,
-        )
-
-    def _mine(self, batch: Batch) -> Batch:
-        return {name: rows[self._rows] for name, rows in batch.items()}
-
 
 class _Predicted(NamedTuple):
-    """The postprocessed predictions of the first examples, their scores, some as text, and what failed."""
+    """Postprocessed predictions of the first examples, their scores, some as text, and which functions failed."""
 
     values: list[Any]
     scores: list[float]

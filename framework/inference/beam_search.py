@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from meshway.framework.inference.decoding import FREE, Decoded, LogitCallback, Progress, Stop, forced_tokens
 from meshway.framework.inference.sampling import largest
-from meshway.framework.interfaces import Batch, Model, Params
+from meshway.framework.interfaces import Batch, Decodes, Params
 
 NEVER = -1.0e7  # the score of what must not be chosen; finite, so that differences of scores are numbers
 
@@ -61,7 +61,7 @@ class BeamSearch:
 
     def __call__(
         self,
-        model: Model,
+        model: Decodes,
         params: Params,
         batch: Batch,
         max_length: int,
@@ -125,7 +125,7 @@ class _Search:
     """One call of `BeamSearch`: what no step changes; start, ids and forced are of rows, a beam each."""
 
     how: BeamSearch
-    model: Model
+    model: Decodes
     params: Params
     stop: Stop
     start: jax.Array

@@ -1,18 +1,19 @@
-"""What decoding is asked for and what it returns; `sampling` and `beam_search` do it.
-
-`(params, tokens, positions, cache) -> (logits, cache)`.
+"""The arguments and results of decoding, which `sampling` and `beam_search` implement over one function of a model:
+`decode(params, tokens, positions, cache) -> (logits, cache)`.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 
-from meshway.framework.interfaces import Batch, Model, Params
+from meshway.framework.errors import UserError
+from meshway.framework.inference.rows import RowFormat
+from meshway.framework.interfaces import Batch, Decodes, Model, Params
 
-FREE = -1  # in place of a token id: none is given
+FREE = -1  # in place of a token id: any token may be chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +25,8 @@ class Decoded:
       lengths: int32 [batch, decodes], how many tokens that is.
       log_probs: float32 [batch, decodes, length], of each token under the model, before penalties and filters; 0
         past the end.
-      scores: float32 [batch, decodes], by which decodes of an example are compared: their sum, or what beam search
-        made of it.
+      scores: float32 [batch, decodes], which rank the decodes of an example: the sum of their log-probabilities, under
+        beam search divided by its length penalty.
     """
 
     tokens: jax.Array
@@ -39,7 +40,7 @@ jax.tree_util.register_dataclass(Decoded, ["tokens", "lengths", "log_probs", "sc
 
 @dataclasses.dataclass(frozen=True)
 class Stop:
-    """What ends a prediction: a token of `tokens`, or that its last tokens are one of `sequences`."""
+    """What ends a prediction: one of `tokens`, or one of `sequences` of tokens."""
 
     tokens: Sequence[int] = ()
     sequences: Sequence[Sequence[int]] = ()
@@ -63,8 +64,24 @@ class Stop:
         return ended
 
 
+def decoding_model(model: Model, instead: str = "") -> Decodes:
+    """Returns `model`, which decodes.
+
+    Raises:
+      UserError: it does not; says what it lacks, and what to do `instead`, if that is given.
+    """
+    missing = [name for name in ("prefill", "decode", "fork", "reorder") if not hasattr(model, name)]
+    if missing:
+        RowFormat.of(model)  # says the better cause, that it has no decoder
+        raise UserError(
+            f"{type(model).__name__} does not decode, so nothing can be predicted with it: it has no method "
+            f"{' or '.join(missing)} (see Decodes in framework/interfaces.py){instead and '; '}{instead}"
+        )
+    return cast(Decodes, model)
+
+
 class Decoder(Protocol):
-    """A way to decode: `sampling.Sampling` says what all of them take and return."""
+    """A way to decode; `sampling.Sampling` documents the arguments and the result."""
 
     @property
     def num_decodes(self) -> int:
@@ -73,7 +90,7 @@ class Decoder(Protocol):
 
     def __call__(
         self,
-        model: Model,
+        model: Decodes,
         params: Params,
         batch: Batch,
         max_length: int,
@@ -86,12 +103,12 @@ class Decoder(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What a logit callback may look at.
+    """What a logit callback may read.
 
     Attributes:
-      made: int32 scalar, how many tokens each row has.
-      tokens: int32 [rows, length], those so far.
-      ids: int32 [rows], the example of each row.
+      made: int32 scalar, how many tokens each row has so far.
+      tokens: int32 [rows, length], these tokens.
+      ids: int32 [rows], the id of each row's example.
     """
 
     made: jax.Array
@@ -103,16 +120,16 @@ LogitCallback = Callable[[jax.Array, Progress], jax.Array]  # (logits [rows, voc
 
 
 def prompts(batch: Batch) -> jax.Array | None:
-    """Returns what each row's prediction goes on from, int32 [batch, length] with FREE elsewhere; None where
-    predictions start afresh, from an encoder's inputs."""
+    """Returns the prompt that each row's prediction continues, int32 [batch, length], FREE on padding; None where the
+    inputs go to an encoder."""
     if "encoder_input_tokens" in batch or "decoder_input_tokens" not in batch:
         return None
     return jnp.where(batch["decoder_segment_ids"] != 0, batch["decoder_input_tokens"], FREE)
 
 
 def forced_tokens(forced: jax.Array | None, max_length: int, decodes: int) -> jax.Array | None:
-    """Returns what each prediction must begin with, int32 [batch * decodes, max_length], FREE where it may be any, from
-    `forced` [batch, n] of any n; None of None."""
+    """Returns the tokens that predictions must begin with, int32 [batch * decodes, max_length], FREE where any may be
+    chosen, from `forced` [batch, n] for any n; None for None."""
     if forced is None:
         return None
     room = jnp.full((forced.shape[0], max_length), FREE, jnp.int32)
@@ -123,7 +140,7 @@ T = TypeVar("T")
 
 
 def one_ahead(started: Iterable[T]) -> Iterator[T]:
-    """Yields what has been started once the next is started too: devices work while the host reads and writes."""
+    """Yields one step late, so that the devices run item n + 1 while the host reads item n."""
     waiting: list[T] = []
     for each in started:
         waiting.append(each)

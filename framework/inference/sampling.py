@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import meshway.framework.inference.sampling as filters
 from meshway.framework.axes import placement
 from meshway.framework.inference.decoding import FREE, Decoded, LogitCallback, Progress, Stop, forced_tokens, prompts
-from meshway.framework.interfaces import Batch, Model, Params
+from meshway.framework.interfaces import Batch, Decodes, Params
 
 Setting = float | jax.Array
 
@@ -130,7 +130,7 @@ class Sampling:
 
     def __call__(
         self,
-        model: Model,
+        model: Decodes,
         params: Params,
         batch: Batch,
         max_length: int,
@@ -164,7 +164,7 @@ class Sampling:
 
     def begin(
         self,
-        model: Model,
+        model: Decodes,
         params: Params,
         batch: Batch,
         max_length: int,
@@ -200,7 +200,7 @@ class Sampling:
             generated,
         )
 
-    def step(self, model: Model, params: Params, stop: Stop, at: "DecodeState") -> "DecodeState":
+    def step(self, model: Decodes, params: Params, stop: Stop, at: "DecodeState") -> "DecodeState":
         """Adds a token to every row that is not done."""
         logits, cache = model.decode(params, at.tokens, at.start + at.made, at.cache)
         chosen = self._choose(logits, at)

@@ -1,7 +1,8 @@
 """What attention remembers of keys and values: how they are stored, where they lie, and how they are read again."""
 
+import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,24 @@ class Quantized(NamedTuple):
 
 Stored = jax.Array | Quantized
 Cache = tuple[Stored, Stored]  # of keys, and of values
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodingCache:
+    """What decoding of a batch remembers between two tokens.
+
+    Attributes:
+      layers: the caches of a network's layers: a pytree of [layers, rows, ...].
+      length: how many tokens a row has room for; static, so that `jit` compiles for each.
+      encoder_segments: int32 [batch, length], of the inputs; None without an encoder.
+    """
+
+    layers: Any
+    length: int
+    encoder_segments: jax.Array | None = None
+
+
+jax.tree_util.register_dataclass(DecodingCache, ["layers", "encoder_segments"], ["length"])
 
 
 def check_cache_dtype(dtype: str | None) -> None:

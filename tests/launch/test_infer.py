@@ -28,6 +28,7 @@ from meshway.framework.telemetry.profiler import Compilations
 from meshway.framework.training.run_directory import RunDirectory
 from meshway.launch import cli
 from meshway.launch.infer import open_recipe
+from meshway.models.decoder_only import DecoderOnly
 
 GOLDENS = Path(__file__).parents[1] / "goldens/hugging_face"
 TEXTS = ["one", "a text of some more words, which needs a longer bucket", "", "three", "four 4"]
@@ -335,6 +336,31 @@ def test_mistakes_are_named(name, run, questions, tmp_path, capsys):
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_model_without_a_decoder_is_refused_before_anything_is_compiled(questions, tmp_path, capsys):
+    encoder = save_run(tmp_path / "bert", "bert")
+    with Compilations() as compilations:
+        assert infer(f"--model_dir={encoder}", f"--input={questions}", f"--output={tmp_path / 'out.jsonl'}") == 2
+    assert compilations.count == 0
+    said = capsys.readouterr().err
+    assert "EncoderOnly has no decoder: it neither predicts nor scores text" in said and "Traceback" not in said
+
+
+def test_a_model_that_does_not_decode_scores_and_is_refused_where_it_should_predict(
+    decoder_only, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.delattr(DecoderOnly, "prefill")
+    monkeypatch.delattr(DecoderOnly, "fork")
+    pairs, output = tmp_path / "pairs.jsonl", tmp_path / "out.jsonl"
+    pairs.write_text(json.dumps({"inputs": "one", "targets": "two"}) + "\n")
+    with Compilations() as compilations:
+        assert infer(f"--model_dir={decoder_only}", f"--input={pairs}", f"--output={output}") == 2
+    assert compilations.count == 0
+    said = capsys.readouterr().err
+    assert "DecoderOnly does not decode" in said and "no method prefill or fork" in said and "--mode=score" in said
+    assert infer(f"--model_dir={decoder_only}", f"--input={pairs}", f"--output={output}", "--mode=score") == 0
+    assert len(rows_of(output)[0]["token_scores"]) > 1
 
 
 def test_earlier_results_are_an_input_of_which_nothing_is_lost(run, tmp_path):

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from tiny import program
 
+from meshway.framework.errors import UserError
+from meshway.framework.inference.decoding import decoding_model
+
 LENGTH = 8
 
 
@@ -87,15 +90,13 @@ def test_it_has_places_for_so_many_tokens_and_produces_none(bert):
     longer = {name: np.tile(x, 3) for name, x in batch.items()}
     with pytest.raises(ValueError, match="rows of 24 tokens are longer than the 16 positions"):
         model.logits(params, longer, None)
-    with pytest.raises(ValueError, match="EncoderOnly produces no tokens"):
-        model.prefill(params, batch, 4)
-    with pytest.raises(ValueError, match="EncoderOnly produces no tokens"):
-        model.decode(params, jnp.zeros((2, 1), jnp.int32), jnp.zeros(2, jnp.int32), None)
+    with pytest.raises(UserError, match="EncoderOnly has no decoder: it neither predicts nor scores text"):
+        decoding_model(model)
 
 
 def test_token_types_are_told_apart(bert):
     model, params, batch = bert
-    network = model._network.bind(params)
+    network = model.bind(params)
     mask = jnp.ones((1, 1, LENGTH, LENGTH), bool)
     from meshway.models.layers.masks import Mask
 

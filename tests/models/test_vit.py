@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from tiny import VISION
 
+from meshway.framework.errors import UserError
+from meshway.framework.inference.decoding import decoding_model
 from meshway.launch.invocation import Invocation
 from meshway.launch.recipe import config
 from meshway.models.classifier import Classifier
@@ -75,10 +77,8 @@ def test_the_loss_is_the_mean_of_the_scores(made, batch):
 
 def test_a_classifier_has_nothing_to_decode():
     model = Classifier(lambda *, rngs: None, (8, 8, 1))
-    with pytest.raises(ValueError, match="nothing to decode"):
-        model.prefill({}, {}, 4)
-    with pytest.raises(ValueError, match="nothing to decode"):
-        model.decode({}, jnp.zeros((1, 1)), jnp.zeros(1), None)
+    with pytest.raises(UserError, match="Classifier has no decoder: it neither predicts nor scores text"):
+        decoding_model(model)
 
 
 @pytest.mark.parametrize("family, layout", [("vit", "fsdp_model"), ("v_moe", "expert")])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from meshway.framework.data.features import LanguageModel, PrefixLanguageModel
+from meshway.framework.errors import UserError
 from meshway.framework.evaluation.evaluation import Evaluation, Evaluator, TaskResult
 from meshway.framework.inference.sampling import Sampling
 
@@ -205,3 +206,13 @@ def test_a_prediction_ends_at_any_stop_id_of_its_task(params, stop_ids):
             expected.append(last)
         expected = expected[: expected.index(1)] if 1 in expected else expected  # as the vocabulary decodes
         assert list(found) == expected
+
+
+def test_a_model_that_does_not_decode_is_told_so_at_once_where_tasks_have_metrics_of_predictions(params, monkeypatch):
+    monkeypatch.delattr(bigram_table.BigramTable, "prefill")
+    _, functions = recorders()
+    task = bigram_table.task(EXAMPLES, **functions)
+    with pytest.raises(UserError, match=r"BigramTable does not decode.* no method prefill .*max_predictions to 0"):
+        Evaluator(bigram_table.placed(), 4, bigram_table.LENGTHS, [task], Evaluation())
+    assert evaluate(params, task, max_predictions=0)[1]["ids"]["counts"]["rows"]
+    assert evaluate(params, bigram_table.task(EXAMPLES))[1]["ids"]["counts"]["rows"]

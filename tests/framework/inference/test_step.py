@@ -67,7 +67,7 @@ def test_a_step_needs_no_second_cache():
     """Layers write the cache where it lies: what a step needs beside it does not grow with their number."""
     made = program("lm", f"BATCH_SIZE={ROWS}", "NUM_LAYERS=12")
     steps = TokenSteps(made.placed, prompt_batch(made.placed, ROWS, LENGTH), 120)
-    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(steps.shapes.cache["layers"]))
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(steps.shapes.cache.layers))
     assert steps.memory().temp_size_in_bytes < 0.5 * whole
     assert steps.memory().alias_size_in_bytes >= whole
 

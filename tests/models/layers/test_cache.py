@@ -131,7 +131,7 @@ def test_the_cache_lies_as_the_layout_says_and_takes_its_bytes(family, dtype):
     length, new, batch, heads, size = 6, 3, 4, 2 if family == "lm" else 4, 16
     steps = TokenSteps(built.placed, prompt_batch(built.placed, batch, length), new)
     cache = steps.shapes.cache
-    held = jax.tree.leaves(jax.tree.map(lambda x, y: (x, y), cache["layers"], steps.shardings.cache["layers"]))
+    held = jax.tree.leaves(jax.tree.map(lambda x, y: (x, y), cache.layers, steps.shardings.cache.layers))
     shapes, lies = held[::2], held[1::2]
     places = [length + new] if family == "lm" else [length, new]
     entry = size * 2 if dtype == "bfloat16" else size + 4  # int8, and a float32 scale
