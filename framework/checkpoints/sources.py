@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from meshway.framework.axes import Names
+from meshway.framework.axes import Names, sharded_by
 from meshway.framework.partitioning.partitioner import path_name
 
 Schema = dict[str, list[Any]]  # path -> [shape as a list, dtype name]
@@ -149,13 +149,13 @@ class Source:
         """Returns what to read: the saved array, cut over the mesh as the parameter `leaf` is."""
         sharding = leaf.sharding
         if self.repeated and isinstance(sharding, NamedSharding):
-            spec = (*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec)))
-            kept = [target for dim, target in enumerate(spec) if dim not in self.repeated]
+            spec = sharded_by(sharding.spec, leaf.ndim)
+            kept = [axes or None for dim, axes in enumerate(spec) if dim not in self.repeated]
             sharding = NamedSharding(sharding.mesh, PartitionSpec(*kept))
         if self.resize and isinstance(sharding, NamedSharding):  # its size may not be one that the mesh divides
-            entries = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))]
-            entries[self.vocab] = None
-            sharding = NamedSharding(sharding.mesh, PartitionSpec(*entries))
+            spec = sharded_by(sharding.spec, leaf.ndim)
+            kept = [None if dim == self.vocab else axes or None for dim, axes in enumerate(spec)]
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*kept))
         return jax.ShapeDtypeStruct(self.shape, leaf.dtype, sharding=sharding)
 
     def put(self, value: jax.Array, leaf: jax.Array, may_keep: bool) -> jax.Array:
