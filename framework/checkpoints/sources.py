@@ -1,9 +1,7 @@
 """Which saved parameter another one comes from, and how shapes and names of a checkpoint are kept."""
 
 import dataclasses
-import difflib
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -40,11 +38,6 @@ def differences(saved: Schema, wanted: Schema, limit: int = 4) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def nearest_names(name: str, candidates: list[str], limit: int = 3) -> list[str]:
-    """Returns the candidates most like a parameter's path."""
-    return difflib.get_close_matches(name, candidates, n=limit, cutoff=0.3)
-
-
 def _shown(spec: list[Any]) -> str:
     return f"{spec[1]}[{','.join(map(str, spec[0]))}]"
 
@@ -59,35 +52,6 @@ def _listed(title: str, items: list[str], limit: int) -> str:
 Shape = tuple[int, ...]
 MEAN, FRESH, SHRINK = "mean", "fresh", "shrink"
 RESIZES = (MEAN, FRESH, SHRINK)
-_BLOCK = re.compile(r"((?:.*/)?)block_(\d+)/(.*)")
-
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """A parameter's place in a stack: `stack`block_`index`/`rest`."""
-
-    stack: str
-    index: int
-    rest: str
-
-    def at(self, index: int) -> str:
-        """Returns the name of this parameter in another block of the stack."""
-        return f"{self.stack}block_{index}/{self.rest}"
-
-
-def block_of(name: str) -> Block | None:
-    """Returns which block of a stack's pattern a parameter belongs to, if to any (see `models.layers.stack`)."""
-    match = _BLOCK.fullmatch(name)
-    return None if match is None else Block(match[1], int(match[2]), match[3])
-
-
-def pattern_lengths(names: Iterable[str]) -> dict[str, int]:
-    """Returns how many blocks the pattern of each stack has."""
-    lengths: dict[str, int] = {}
-    for name in names:
-        if block := block_of(name):
-            lengths[block.stack] = max(lengths.get(block.stack, 0), block.index + 1)
-    return lengths
 
 
 @dataclasses.dataclass(frozen=True)
