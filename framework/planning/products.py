@@ -6,7 +6,7 @@ leaves partial sums, one cut along an output axis leaves partial sums of its inp
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -301,8 +301,3 @@ def _reshaped(weight: Weight, out: Any) -> Weight | None:
         (*names, *(weight.names[dim] for dim in keep)),
         (*cuts, *(weight.cuts[dim] for dim in keep)),
     )
-
-
-def cut_into(cuts: Cuts, dims: Sequence[int], mesh: Mapping[str, int]) -> dict[str, int]:
-    """Returns mesh axis -> size of the axes that cut these dimensions into more than one part."""
-    return {axis: mesh[axis] for dim in dims for axis in cuts[dim] if mesh[axis] > 1}
