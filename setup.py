@@ -32,6 +32,7 @@ setup(
         "orbax-checkpoint>=0.12.8,<0.13",
         "tensorstore>=0.1.80,<0.2",
         "msgpack>=1.1,<2",
+        "einops>=0.8,<0.9",
         "safetensors>=0.8,<0.9",
         "gin-config>=0.5,<0.6",
         "seqio==0.0.20",

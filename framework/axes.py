@@ -6,9 +6,9 @@ name, if the layout maps it.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -149,10 +149,17 @@ def _ambient_layout(names: Names) -> Ambient | None:
     return layout
 
 
+def sharded_by(spec: Iterable[Any], rank: int = 0) -> tuple[tuple[str, ...], ...]:
+    """Returns the mesh axes that shard each dimension, as (('x',), (), ('y', 'z')) for P('x', None, ('y', 'z')).
+
+    A spec (or its entries) may be shorter than the array's rank: dimensions up to `rank` are sharded by nothing, and so
+    are those that it leaves to the compiler (PartitionSpec.UNCONSTRAINED).
+    """
+    named = [(entry,) if isinstance(entry, str) else entry if isinstance(entry, tuple) else () for entry in spec]
+    return (*named, *[()] * (rank - len(named)))
+
+
 def _without(sharding: NamedSharding, axes: tuple[str, ...]) -> NamedSharding:
-    """Returns a sharding in which `axes` cut nothing."""
-    kept = []
-    for entry in sharding.spec:
-        named = entry if isinstance(entry, tuple) else (entry,)
-        kept.append(tuple(axis for axis in named if axis is not None and axis not in axes) or None)
+    """Returns a sharding in which `axes` shard nothing."""
+    kept = [tuple(axis for axis in named if axis not in axes) or None for named in sharded_by(sharding.spec)]
     return NamedSharding(sharding.mesh, PartitionSpec(*kept))

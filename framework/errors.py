@@ -76,3 +76,8 @@ def did_you_mean(name: str, candidates: Iterable[str], limit: int = 3) -> str:
     if not near:
         return ""
     return "; did you mean " + " or ".join(repr(n) for n in near) + "?"
+
+
+def nearest_names(name: str, candidates: list[str], limit: int = 3) -> list[str]:
+    """Returns the candidates most like a parameter's path."""
+    return difflib.get_close_matches(name, candidates, n=limit, cutoff=0.3)

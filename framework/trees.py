@@ -1,54 +1,69 @@
 """Nested dicts of parameters, addressed by '/'-joined paths such as ``decoder/layers/mlp/wi/kernel``."""
 
-from collections.abc import Callable, Collection, Mapping
+import dataclasses
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
+
+from flax.traverse_util import flatten_dict, path_aware_map, unflatten_dict
 
 from meshway.framework.interfaces import Params
 
 
-def flatten(tree: Params, prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Params) -> dict[str, Any]:
     """Returns the leaves by path, in the tree's order. A leaf is all that is not a dict, tuples included."""
-    flat: dict[str, Any] = {}
-    for key, child in tree.items():
-        flat.update(flatten(child, f"{prefix}{key}/") if isinstance(child, dict) else {prefix + key: child})
+    flat: dict[str, Any] = flatten_dict(tree, sep="/")
     return flat
 
 
 def unflatten(flat: Mapping[str, Any]) -> Params:
     """Returns the nested dicts of leaves by path: the inverse of `flatten`."""
-    tree: Params = {}
-    for path, leaf in flat.items():
-        *parents, last = path.split("/")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = leaf
+    tree: Params = unflatten_dict(dict(flat), sep="/")
     return tree
 
 
-def map_paths(function: Callable[[str, Any], Any], tree: Params, prefix: str = "") -> Params:
+def map_paths(function: Callable[[str, Any], Any], tree: Params) -> Params:
     """Returns the tree of ``function(path, leaf)``."""
-    return {
-        key: map_paths(function, child, f"{prefix}{key}/") if isinstance(child, dict) else function(prefix + key, child)
-        for key, child in tree.items()
-    }
+    mapped: Any = path_aware_map(lambda path, leaf: function("/".join(map(str, path)), leaf), tree)
+    return dict(mapped)
 
 
-def select(tree: Params, paths: Collection[str], prefix: str = "") -> Params:
+def select(tree: Params, paths: Collection[str]) -> Params:
     """Returns the nested dicts with only the leaves at `paths`, and no empty dict."""
-    chosen: Params = {}
-    for key, child in tree.items():
-        if isinstance(child, dict):
-            if part := select(child, paths, f"{prefix}{key}/"):
-                chosen[key] = part
-        elif prefix + key in paths:
-            chosen[key] = child
-    return chosen
+    return unflatten({path: leaf for path, leaf in flatten(tree).items() if path in paths})
 
 
 def merge(tree: Params, part: Params) -> Params:
     """Returns `tree` with the leaves of `part`, which has some of its paths, in place of its own."""
-    return {
-        key: (merge(child, part[key]) if isinstance(child, dict) else part[key]) if key in part else child
-        for key, child in tree.items()
-    }
+    return unflatten(flatten_dict(tree, keep_empty_nodes=True, sep="/") | flatten(part))
+
+
+_BLOCK = re.compile(r"((?:.*/)?)block_(\d+)/(.*)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A parameter's place in a stack: `stack`block_`index`/`rest`."""
+
+    stack: str
+    index: int
+    rest: str
+
+    def at(self, index: int) -> str:
+        """Returns the name of this parameter in another block of the stack."""
+        return f"{self.stack}block_{index}/{self.rest}"
+
+
+def block_of(name: str) -> Block | None:
+    """Returns which block of a stack's pattern a parameter belongs to, if to any (see `models.layers.stack`)."""
+    match = _BLOCK.fullmatch(name)
+    return None if match is None else Block(match[1], int(match[2]), match[3])
+
+
+def pattern_lengths(names: Iterable[str]) -> dict[str, int]:
+    """Returns how many blocks the pattern of each stack has."""
+    lengths: dict[str, int] = {}
+    for name in names:
+        if block := block_of(name):
+            lengths[block.stack] = max(lengths.get(block.stack, 0), block.index + 1)
+    return lengths

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from meshway.framework.checkpoints.stored import write_checkpoint
 from meshway.framework.conversion import tokenizer_files
 from meshway.framework.conversion.hugging_face import HuggingFaceModel, open_model
 from meshway.framework.conversion.rules import Shape
 from meshway.framework.conversion.settings import Bindings, Reference
-from meshway.framework.conversion.stored import write_checkpoint
 from meshway.framework.conversion.t5x import network_of
 from meshway.framework.conversion.t5x_files import T5XFiles
 from meshway.framework.conversion.values import Tensors, Values

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from meshway.framework.checkpoints.manager import Checkpoints, find_checkpoint
+from meshway.framework.checkpoints.stored import StoredParams
 from meshway.framework.conversion import tokenizer_files
 from meshway.framework.conversion.families import registry
 from meshway.framework.conversion.family import Family, read_config
 from meshway.framework.conversion.rules import pieces_of
 from meshway.framework.conversion.settings import Reference
-from meshway.framework.conversion.stored import StoredParams
 from meshway.framework.conversion.tensor_files import size_in_bytes, write_tensors
 from meshway.framework.data.vocabularies import load, read_framing
 from meshway.framework.errors import UserError

@@ -226,7 +226,7 @@ def layout(
     if capacity:
         parts[-1] += f"\n{memory.fits(name, capacity)}"
     found = waste.state_waste(rows, program.partitioner.mesh.shape, replicated_state)
-    found += waste.activation_waste(program.partitioner, replicated_activations)
+    found += waste.activation_waste(program.trace_loss(), replicated_activations)
     if compile:
         from meshway.launch.bench_parallel import compared, compiled_step, format_result
 

@@ -18,16 +18,13 @@ from meshway.framework.checkpoints.sources import (
     Shape,
     Source,
     VocabularyChange,
-    block_of,
-    nearest_names,
-    pattern_lengths,
     vocabulary_change,
 )
 from meshway.framework.distributed import processes
-from meshway.framework.errors import UserError, did_you_mean
+from meshway.framework.errors import UserError, did_you_mean, nearest_names
 from meshway.framework.files import local_path
 from meshway.framework.interfaces import Axes, Params
-from meshway.framework.trees import flatten, map_paths, unflatten
+from meshway.framework.trees import block_of, flatten, map_paths, pattern_lengths, unflatten
 
 if TYPE_CHECKING:
     from meshway.framework.conversion.values import Values

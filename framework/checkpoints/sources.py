@@ -1,16 +1,14 @@
 """Which saved parameter another one comes from, and how shapes and names of a checkpoint are kept."""
 
 import dataclasses
-import difflib
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from meshway.framework.axes import Names
+from meshway.framework.axes import Names, sharded_by
 from meshway.framework.partitioning.partitioner import path_name
 
 Schema = dict[str, list[Any]]  # path -> [shape as a list, dtype name]
@@ -40,11 +38,6 @@ def differences(saved: Schema, wanted: Schema, limit: int = 4) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def nearest_names(name: str, candidates: list[str], limit: int = 3) -> list[str]:
-    """Returns the candidates most like a parameter's path."""
-    return difflib.get_close_matches(name, candidates, n=limit, cutoff=0.3)
-
-
 def _shown(spec: list[Any]) -> str:
     return f"{spec[1]}[{','.join(map(str, spec[0]))}]"
 
@@ -59,35 +52,6 @@ def _listed(title: str, items: list[str], limit: int) -> str:
 Shape = tuple[int, ...]
 MEAN, FRESH, SHRINK = "mean", "fresh", "shrink"
 RESIZES = (MEAN, FRESH, SHRINK)
-_BLOCK = re.compile(r"((?:.*/)?)block_(\d+)/(.*)")
-
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """A parameter's place in a stack: `stack`block_`index`/`rest`."""
-
-    stack: str
-    index: int
-    rest: str
-
-    def at(self, index: int) -> str:
-        """Returns the name of this parameter in another block of the stack."""
-        return f"{self.stack}block_{index}/{self.rest}"
-
-
-def block_of(name: str) -> Block | None:
-    """Returns which block of a stack's pattern a parameter belongs to, if to any (see `models.layers.stack`)."""
-    match = _BLOCK.fullmatch(name)
-    return None if match is None else Block(match[1], int(match[2]), match[3])
-
-
-def pattern_lengths(names: Iterable[str]) -> dict[str, int]:
-    """Returns how many blocks the pattern of each stack has."""
-    lengths: dict[str, int] = {}
-    for name in names:
-        if block := block_of(name):
-            lengths[block.stack] = max(lengths.get(block.stack, 0), block.index + 1)
-    return lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,13 +113,13 @@ class Source:
         """Returns what to read: the saved array, cut over the mesh as the parameter `leaf` is."""
         sharding = leaf.sharding
         if self.repeated and isinstance(sharding, NamedSharding):
-            spec = (*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec)))
-            kept = [target for dim, target in enumerate(spec) if dim not in self.repeated]
+            spec = sharded_by(sharding.spec, leaf.ndim)
+            kept = [axes or None for dim, axes in enumerate(spec) if dim not in self.repeated]
             sharding = NamedSharding(sharding.mesh, PartitionSpec(*kept))
         if self.resize and isinstance(sharding, NamedSharding):  # its size may not be one that the mesh divides
-            entries = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))]
-            entries[self.vocab] = None
-            sharding = NamedSharding(sharding.mesh, PartitionSpec(*entries))
+            spec = sharded_by(sharding.spec, leaf.ndim)
+            kept = [None if dim == self.vocab else axes or None for dim, axes in enumerate(spec)]
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*kept))
         return jax.ShapeDtypeStruct(self.shape, leaf.dtype, sharding=sharding)
 
     def put(self, value: jax.Array, leaf: jax.Array, may_keep: bool) -> jax.Array:

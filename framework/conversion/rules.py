@@ -7,11 +7,12 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
+import einops
 import numpy as np
 
-from meshway.framework.checkpoints.sources import block_of, nearest_names, pattern_lengths
-from meshway.framework.errors import UserError
+from meshway.framework.errors import UserError, nearest_names
 from meshway.framework.terminal import count_of
+from meshway.framework.trees import block_of, pattern_lengths
 
 Sizes = Mapping[str, int]
 Group = tuple[str, ...]
@@ -19,8 +20,8 @@ Group = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """`theirs -> ours`, as '(heads head_dim) embed -> embed heads head_dim': names in brackets lie in one dimension,
-    the first varying slowest. Values are only moved, so one way undoes the other, bit for bit.
+    """`theirs -> ours`, a pattern of einops such as '(heads head_dim) embed -> embed heads head_dim': names in brackets
+    lie in one dimension, the first varying slowest. Values are only moved, so one way undoes the other, bit for bit.
 
     A name `part` that begins the right side counts parameters that lie in one tensor (GPT-2's queries, keys, values).
     """
@@ -38,12 +39,8 @@ class Form:
         return tuple(name for group in _groups(self.text.partition("->")[2]) for name in group)
 
     def __post_init__(self) -> None:
-        if sorted(self._flat) != sorted(self.ours):
+        if sorted(name for group in self.theirs for name in group) != sorted(self.ours):
             raise ValueError(f"{self.text!r} does not have the same names on both sides")
-
-    @property
-    def _flat(self) -> Group:
-        return tuple(name for group in self.theirs for name in group)
 
     @property
     def has_parts(self) -> bool:
@@ -63,14 +60,16 @@ class Form:
 
     def to_ours(self, value: np.ndarray, sizes: Sizes) -> np.ndarray:
         """Returns the tensor [their_shape] as the parameter, parts first where it has some."""
-        names = self._flat
-        spread = value.reshape([sizes[name] for name in names])
-        return spread.transpose([names.index(name) for name in self.ours])
+        return einops.rearrange(value, self.text, **self._own(sizes))
 
     def to_theirs(self, value: np.ndarray, sizes: Sizes) -> np.ndarray:
         """Returns the parameter, parts first where it has some, as the tensor [their_shape]."""
-        turned = value.transpose([self.ours.index(name) for name in self._flat])
-        return turned.reshape(self.their_shape(sizes))
+        theirs, ours = self.text.split("->")
+        return einops.rearrange(value, f"{ours} -> {theirs}", **self._own(sizes))
+
+    def _own(self, sizes: Sizes) -> dict[str, int]:
+        """Returns the sizes of the pattern's names alone; einops refuses others."""
+        return {name: sizes[name] for name in self.ours}
 
     def box(self, wanted: Mapping[str, slice], sizes: Sizes) -> tuple[tuple[slice, ...], dict[str, slice], Sizes]:
         """Returns what to read of a tensor to have a part of the parameter.

@@ -185,6 +185,7 @@ class BoundOptimizer:
         main = select(grads, self.normed)
         norm = _norm(main)
         if self.max_grad_norm is not None:
+            # optax.clip_by_global_norm rounds otherwise (it divides each gradient), and says no norm.
             scale = jnp.minimum(1.0, self.max_grad_norm / norm)
             grads = merge(grads, jax.tree.map(lambda grad: (grad * scale).astype(grad.dtype), main))
         if self.trainable != self.normed:  # the step judges by this norm whether an update may be made
@@ -225,5 +226,5 @@ def _schedule(rate: float | Schedule) -> Schedule:
 
 
 def _norm(grads: Params) -> jax.Array:
-    squares = [jnp.sum(jnp.square(grad.astype(jnp.float32))) for grad in jax.tree.leaves(grads)]
-    return jnp.sqrt(sum(squares))
+    """Returns the global norm, float32 []; optax sums squares in the gradients' own dtype, so they are cast first."""
+    return optax.tree.norm(jax.tree.map(lambda grad: grad.astype(jnp.float32), grads))

@@ -244,6 +244,8 @@ def by_pattern(learning_rate: float | Schedule, patterns: Sequence[tuple[str, Fa
 
 def grouped(groups: Sequence[tuple[frozenset[str], optax.GradientTransformation]]) -> optax.GradientTransformation:
     """Returns the transformation that gives each group of paths to its own; its state is a tuple, one state a group."""
+    # Not optax.partition: it hands out the whole tree with MaskedNodes in it, which transformations that are bound to
+    # axes cannot walk beside these, and its state, whose paths are in checkpoints, lies otherwise.
 
     def init(params: Params) -> tuple[Any, ...]:
         return tuple(transformation.init(select(params, members)) for members, transformation in groups)

@@ -8,7 +8,9 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
+from meshway.framework.axes import sharded_by
 from meshway.framework.partitioning.partitioner import Partitioner, path_name
+from meshway.framework.partitioning.rules import Resolution
 from meshway.framework.terminal import format_bytes, format_columns
 
 
@@ -30,16 +32,14 @@ class Row:
 def explain(partitioner: Partitioner, names: Any, shapes: Any, what: str) -> list[Row]:
     """Returns a row a tensor, for a tree of axis names beside a tree of shapes with dtypes."""
     rows: list[Row] = []
-    rules = partitioner.rules_of(what)
 
-    def add(path: Any, leaf: Any, leaf_names: tuple[str | None, ...]) -> None:
+    def add(path: Any, leaf: Any, leaf_names: tuple[str | None, ...], resolved: Resolution) -> None:
         name = f"{what}/{path_name(path)}" if path_name(path) else what
-        resolved = rules.resolve(leaf_names, leaf.shape, name)
         sharding = NamedSharding(partitioner.mesh, resolved.spec)
         itemsize = jax.numpy.dtype(leaf.dtype).itemsize
         own, total = math.prod(sharding.shard_shape(leaf.shape)) * itemsize, math.prod(leaf.shape) * itemsize
         copies = partitioner.mesh.size * own // total if total else 1
-        spec = "(" + ", ".join(_entry(entry) for entry in resolved.spec) + ")"
+        spec = "(" + ", ".join("+".join(axes) or "None" for axes in sharded_by(resolved.spec)) + ")"
         rows.append(
             Row(
                 name,
@@ -54,7 +54,7 @@ def explain(partitioner: Partitioner, names: Any, shapes: Any, what: str) -> lis
             )
         )
 
-    jax.tree_util.tree_map_with_path(add, shapes, names)
+    jax.tree_util.tree_map_with_path(add, shapes, names, partitioner.resolve(names, shapes, what))
     return rows
 
 
@@ -84,7 +84,3 @@ def format_rows(rows: Iterable[Row]) -> str:
             )
         )
     return "\n".join(format_columns(cells))
-
-
-def _entry(entry: Any) -> str:
-    return "+".join(entry) if isinstance(entry, tuple) else str(entry)

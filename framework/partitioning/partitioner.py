@@ -1,8 +1,7 @@
 """The partitioner: a mesh, the rules over it, and shardings for everything a step touches."""
 
 import contextlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,8 +12,9 @@ from meshway.framework import axes as axes_lib
 from meshway.framework.axes import Names
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import ArraySpec
+from meshway.framework.partitioning.activations import Activations
 from meshway.framework.partitioning.mesh import MeshShape
-from meshway.framework.partitioning.rules import Rules, Target
+from meshway.framework.partitioning.rules import Resolution, Rules, Target
 
 
 class Layout:
@@ -58,32 +58,42 @@ class Partitioner:
         self.activation_rules = Rules(layout.activations, sizes, "Layout.activations", ("length", "kv_length"))
         self._compiler_options = _options_of(layout.compiler_options, self.mesh.devices.flat[0].platform)
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
-        # What models asked for while traced: (axes, shape, spec) -> how often. `planning.waste` reads it.
-        self.placed: Counter[tuple[Names, tuple[int, ...], PartitionSpec]] = Counter()
 
     @contextlib.contextmanager
-    def activate(self) -> Iterator[None]:
-        """Makes mesh and rules ambient: trace, lower and call model code inside."""
-        with jax.set_mesh(self.mesh), axes_lib.under(self):
-            yield
+    def activate(self) -> Iterator[Activations]:
+        """Makes mesh and rules ambient: trace, lower and call model code inside.
+
+        Yields:
+          a record of what is asked for inside, empty at first.
+        """
+        asked = Activations(self.mesh, self.activation_rules, self.parameter_rules)
+        with jax.set_mesh(self.mesh), axes_lib.under(asked):
+            yield asked
 
     def rules_of(self, what: str) -> Rules:
         """Returns the table that places `what`: "batch", "opt_state", or anything else of the state."""
         return {"batch": self.activation_rules, "opt_state": self.optimizer_rules}.get(what, self.parameter_rules)
 
-    def state_shardings(self, names: Any, shapes: Any, what: str = "parameter") -> Any:
-        """Returns a tree of shardings for a tree of axis names beside a tree of shapes.
+    def resolve(self, names: Any, shapes: Any, what: str = "parameter") -> Any:
+        """Returns a tree of `Resolution`s, with the rules that fired, for a tree of axis names beside one of shapes.
 
         Raises:
           UserError: see `Rules.resolve`; the message names the tensor.
         """
         rules = self.rules_of(what)
 
-        def of(path: Any, shape: Any, leaf_names: Names) -> NamedSharding:
-            name = f"{what}/{path_name(path)}".rstrip("/")
-            return NamedSharding(self.mesh, rules.resolve(leaf_names, shape.shape, name).spec)
+        def of(path: Any, shape: Any, leaf_names: Names) -> Resolution:
+            return rules.resolve(leaf_names, shape.shape, f"{what}/{path_name(path)}".rstrip("/"))
 
         return jax.tree_util.tree_map_with_path(of, shapes, names)
+
+    def shardings(self, resolved: Any) -> Any:
+        """Returns a tree of shardings for a tree of `Resolution`s."""
+        return jax.tree.map(lambda leaf: NamedSharding(self.mesh, leaf.spec), resolved)
+
+    def state_shardings(self, names: Any, shapes: Any, what: str = "parameter") -> Any:
+        """Returns a tree of shardings for a tree of axis names beside a tree of shapes; raises as `resolve`."""
+        return self.shardings(self.resolve(names, shapes, what))
 
     def batch_shardings(self, spec: Mapping[str, ArraySpec]) -> dict[str, NamedSharding]:
         """Returns the sharding of each feature of a batch."""
@@ -152,63 +162,28 @@ class Partitioner:
                     f"{self._compiler_options}); mend or remove it in the layout file"
                 ) from error
 
-    def check_rules_matched(self) -> None:
-        """Call once a step was traced.
+    def check_rules_matched(self, fired: Mapping[str, Collection[str]]) -> None:
+        """Compares the rules with those that a program used.
+
+        Args:
+          fired: the logical names whose rules fired, by what was placed, as `rules_of` takes it: "batch" for batches
+            and activations, "opt_state", "params" and so on.
 
         Raises:
           UserError: a rule that matched no tensor: a misspelt name shards nothing, silently.
         """
-        tables = (self.parameter_rules, self.optimizer_rules, self.activation_rules)
-        unmatched = dict.fromkeys(rule for table in tables for rule in table.unmatched())
+        used: dict[Rules, set[str]] = {
+            rules: set() for rules in (self.parameter_rules, self.optimizer_rules, self.activation_rules)
+        }
+        for what, names in fired.items():
+            used[self.rules_of(what)].update(names)
+        unmatched = dict.fromkeys(rule for rules, names in used.items() for rule in rules.unmatched(names))
         if unmatched:
             raise UserError("rules that match no axis of this model: " + "; ".join(unmatched))
 
     def sharding(self, names: Names, shape: tuple[int, ...]) -> NamedSharding:
-        """Returns where an activation with logical axes `names` lies; UserError as `Rules.resolve`."""
-        spec = self.activation_rules.resolve(names, shape, "an activation").spec
-        self.placed[names, shape, spec] += 1
-        return NamedSharding(self.mesh, spec)
-
-    def lookup(
-        self, names: Names, shape: tuple[int, ...], table_names: Names, table_shape: tuple[int, ...]
-    ) -> list[NamedSharding]:
-        """Returns where entries taken from a parameter are found, and the way from there to where `names` say.
-
-        At first their axes that are the parameter's lie as it is stored, the others as activations, without the mesh
-        axes that cut the parameter. Then these go over to the others, the innermost first: the compiler knows how to
-        exchange two dimensions over one mesh axis.
-
-        Raises:
-          UserError: see `Rules.resolve`.
-        """
-        stored = self.parameter_rules.resolve(table_names, table_shape, "a table").spec
-        wanted = [_axes_of(entry) for entry in self.activation_rules.resolve(names, shape, "an activation").spec]
-        cut = [_axes_of(stored[table_names.index(name)]) if name in table_names else None for name in names]
-        held = [axis for entry in stored for axis in _axes_of(entry)]  # not yet given back
-        steps = []
-        while True:
-            entries = [
-                tuple(axis for axis in (there if mine is None else mine) if (axis in held) == (mine is not None))
-                for there, mine in zip(wanted, cut, strict=True)
-            ]
-            steps.append(NamedSharding(self.mesh, PartitionSpec(*[entry or None for entry in entries])))
-            moving = [axis for mine in cut for axis in mine or () if axis in held]
-            if not any(axis in there for axis in moving for there, mine in zip(wanted, cut) if mine is None):
-                return steps
-            held.remove(moving[-1])
-
-    def mesh_axes(self, name: str) -> tuple[str, ...]:
-        """Returns the mesh axes, of more than one device, that cut logical axis `name` of activations.
-
-        Raises:
-          UserError: no rule maps `name`.
-        """
-        return tuple(axis for axis in self.activation_rules.axes_of(name) if self.mesh.shape[axis] > 1)
-
-
-def _axes_of(entry: Any) -> tuple[str, ...]:
-    """Returns the mesh axes of one entry of a PartitionSpec."""
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+        """Returns the sharding of an activation with logical axes `names`; UserError as `Rules.resolve`."""
+        return NamedSharding(self.mesh, self.activation_rules.resolve(names, shape, "an activation").spec)
 
 
 def _options_of(options: Mapping[str, Mapping[str, Any]], platform: str) -> dict[str, Any]:

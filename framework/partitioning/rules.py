@@ -16,10 +16,17 @@ Axes = tuple[str, ...]  # mesh axes that cut one dimension together; () leaves i
 
 @dataclasses.dataclass(frozen=True)
 class Resolution:
-    """Where an array lies: its spec, and for each dimension the rule that fired as text."""
+    """Where an array lies.
+
+    Attributes:
+      spec: its sharding.
+      rules: for each dimension the rule that fired, as text.
+      fired: the logical names whose rules fired.
+    """
 
     spec: PartitionSpec
     rules: tuple[str, ...]
+    fired: frozenset[str]
 
 
 class Rules:
@@ -47,7 +54,6 @@ class Rules:
           UserError: a rule is no pair, a name has two rules, or a target is no axis of the mesh.
         """
         self.title = title
-        self.used: set[str] = set()
         self._sizes = dict(mesh_sizes)
         self._whole_when_single = frozenset(whole_when_single)
         self._targets: dict[str, tuple[Axes, ...]] = {}
@@ -89,20 +95,21 @@ class Rules:
                 )
             entries[place] = axes
         spec = PartitionSpec(*[axes[0] if len(axes) == 1 else (axes or None) for axes in entries])
-        fired = [f"{name}->{'+'.join(axes) if axes else 'None'}" for name, axes in zip(names, entries, strict=True)]
-        return Resolution(spec, tuple(fired))
+        rules = [f"{name}->{'+'.join(axes) if axes else 'None'}" for name, axes in zip(names, entries, strict=True)]
+        return Resolution(spec, tuple(rules), frozenset(name for name in names if name is not None))
 
     def axes_of(self, name: str, what: str = "an activation") -> Axes:
         """Returns the mesh axes that cut `name`, the first alternative where there are several; UserError when no
         rule maps it."""
         return self._targets_of(name, what)[0]
 
-    def unmatched(self) -> list[str]:
-        """Returns the rules nothing used: those that cut a dimension, and names outside the vocabulary."""
+    def unmatched(self, fired: Collection[str]) -> list[str]:
+        """Returns the rules that are an error where only those of the names `fired` were ever used: of the others,
+        those that shard a dimension, and those of names outside the vocabulary."""
         return [
-            f"{self.title}: ({name!r}, {_text(targets)}){did_you_mean(name, (VOCABULARY.keys() | self.used) - {name})}"
+            f"{self.title}: ({name!r}, {_text(targets)}){did_you_mean(name, (VOCABULARY.keys() | fired) - {name})}"
             for name, targets in self._targets.items()
-            if name not in self.used and name != OTHERS and (any(targets) or name not in VOCABULARY)
+            if name not in fired and name != OTHERS and (any(targets) or name not in VOCABULARY)
         ]
 
     def _alternatives(self, name: str, target: Target) -> tuple[Axes, ...]:
@@ -146,7 +153,6 @@ class Rules:
         return math.prod(self._sizes[axis] for axis in axes)
 
     def _targets_of(self, name: str, what: str) -> tuple[Axes, ...]:
-        self.used.add(name)
         if name not in self._targets and OTHERS in self._targets and name in VOCABULARY:
             return self._targets[OTHERS]
         if name not in self._targets:

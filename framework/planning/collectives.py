@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -179,14 +179,6 @@ def read_collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
     """
     module = hlo.parse(text)
     return list(_Reader(module, mesh).read(module.entry, 1, ""))
-
-
-def sent_by_axes(rows: Iterable[Collective]) -> dict[tuple[str, ...], float]:
-    """Returns mesh axes -> bytes a device sends over them in one run of the program."""
-    totals: dict[tuple[str, ...], float] = {}
-    for row in rows:
-        totals[row.axes] = totals.get(row.axes, 0.0) + row.sent
-    return totals
 
 
 class _Reader:

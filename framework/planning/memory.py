@@ -14,6 +14,7 @@ import jax
 from jax.interpreters import partial_eval
 from jax.sharding import NamedSharding
 
+from meshway.framework.axes import sharded_by
 from meshway.framework.planning.shard_sizes import (
     ELEMENTWISE,
     REDUCTIONS,
@@ -24,7 +25,6 @@ from meshway.framework.planning.shard_sizes import (
     Propagation,
     local_bytes,
     made_whole,
-    spec_cuts,
     uncut,
 )
 from meshway.framework.terminal import format_bytes
@@ -116,7 +116,7 @@ def step_memory(program: Program) -> Memory:
 
 def _cuts_of(shapes: Any, shardings: Any) -> list[Cuts]:
     pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
-    return [spec_cuts(sharding.spec, len(leaf.shape)) for leaf, sharding in pairs]
+    return [sharded_by(sharding.spec, len(leaf.shape)) for leaf, sharding in pairs]
 
 
 def _bytes_of(shapes: Any, shardings: Any) -> int:

@@ -6,11 +6,12 @@ leaves partial sums, one cut along an output axis leaves partial sums of its inp
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
+from meshway.framework.axes import sharded_by
 from meshway.framework.planning.collectives import Kernel, kernel_of
 
 Cuts = tuple[tuple[str, ...], ...]  # the mesh axes that cut each dimension
@@ -264,10 +265,10 @@ def _cut_states(body: Any, shapes: set[tuple[int, ...]]) -> set[tuple[tuple[str,
     for equation in body.eqns:
         if equation.primitive.name == "sharding_constraint" and equation.outvars[0].aval.shape in shapes:
             sharding, value = equation.params["sharding"], equation.outvars[0].aval
-            first = (*sharding.spec, None)[0]
+            first = sharded_by(sharding.spec, 1)[0]
             if first:
                 shard = math.prod(sharding.shard_shape(value.shape)) * jax.numpy.dtype(value.dtype).itemsize
-                found.add(((first,) if isinstance(first, str) else tuple(first), shard))
+                found.add((first, shard))
     return found
 
 
@@ -300,8 +301,3 @@ def _reshaped(weight: Weight, out: Any) -> Weight | None:
         (*names, *(weight.names[dim] for dim in keep)),
         (*cuts, *(weight.cuts[dim] for dim in keep)),
     )
-
-
-def cut_into(cuts: Cuts, dims: Sequence[int], mesh: Mapping[str, int]) -> dict[str, int]:
-    """Returns mesh axis -> size of the axes that cut these dimensions into more than one part."""
-    return {axis: mesh[axis] for dim in dims for axis in cuts[dim] if mesh[axis] > 1}

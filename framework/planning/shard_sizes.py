@@ -7,6 +7,8 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
+from meshway.framework.axes import sharded_by
+
 _NOT_CALLS = frozenset(["scan", "while", "cond", "shard_map", "pallas_call"])
 
 
@@ -111,12 +113,6 @@ REDUCTIONS = frozenset(f"reduce_{name}" for name in ("and", "max", "min", "or", 
 _SAME = ELEMENTWISE | {"cumsum", "cummax", "cummin", "cumprod", "cumlogsumexp", "rev", "sort", "dynamic_update_slice"}
 
 
-def spec_cuts(spec: Iterable[Any], rank: int) -> Cuts:
-    """Returns the mesh axes that cut each dimension under a spec."""
-    entries = [*spec, *([None] * rank)][:rank]
-    return tuple((each,) if isinstance(each, str) else tuple(each or ()) for each in entries)
-
-
 def uncut(array: Array) -> Cuts:
     """Returns the cuts of what every device holds whole."""
     return ((),) * len(array.shape)
@@ -168,7 +164,7 @@ class Propagation:
             return [_merged(made.shape, each) for made, *each in zip(operation.makes, *branches, strict=True)]
         if name == "shard_map":
             specs = operation.params["out_specs"]
-            return [self._real(spec_cuts(s, len(m.shape))) for s, m in zip(specs, operation.makes, strict=True)]
+            return [self._real(sharded_by(s, len(m.shape))) for s, m in zip(specs, operation.makes, strict=True)]
         return [self._one(operation, operands, made) for made in operation.makes]
 
     def body_inputs(self, operation: Operation, operands: Sequence[Cuts]) -> list[Cuts]:
@@ -210,9 +206,9 @@ class Propagation:
     def _one(self, operation: Operation, operands: Sequence[Cuts], made: Array) -> Cuts:
         name, params, rank = operation.name, operation.params, len(made.shape)
         if name == "sharding_constraint":
-            spec = [*params["sharding"].spec, *([None] * rank)][:rank]
+            spec = params["sharding"].spec
             asked = [own if each is PartitionSpec.UNCONSTRAINED else each for each, own in zip(spec, operands[0])]
-            return self._real(spec_cuts(asked, rank))
+            return self._real(sharded_by(asked, rank))
         if name == "broadcast_in_dim":
             places = dict(zip(params["broadcast_dimensions"], zip(operation.reads[0].shape, operands[0])))
             return tuple(

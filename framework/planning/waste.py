@@ -4,8 +4,9 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from meshway.framework.axes import sharded_by
+from meshway.framework.partitioning.activations import Activations
 from meshway.framework.partitioning.explain import Row
-from meshway.framework.partitioning.partitioner import Partitioner
 from meshway.framework.planning.collectives import Collective
 from meshway.framework.planning.communication import ACTIVATIONS, WEIGHTS, Setting, minimum
 from meshway.framework.planning.comparison import role_of
@@ -59,19 +60,19 @@ def state_waste(rows: Iterable[Row], mesh: Mapping[str, int], limit: float) -> l
     return found
 
 
-def activation_waste(partitioner: Partitioner, limit: float) -> list[Waste]:
+def activation_waste(asked: Activations, limit: float) -> list[Waste]:
     """Returns a warning for each mesh axis along which too much of the activations is the same.
 
-    Call it once the loss was traced. What counts are the activations that models constrain, each as often as it was
-    traced (a scanned layer once), in elements on a device.
+    What counts are the activations that the model constrained, as a trace of its loss recorded them, each as often as
+    it was traced (a scanned layer once), in elements on a device.
     """
-    mesh = dict(partitioner.mesh.shape)
+    mesh = dict(asked.mesh.shape)
     found = []
     for axis, size in mesh.items():
         total = same = 0.0
         kinds: dict[str, float] = {}
-        for (names, shape, spec), count in partitioner.placed.items():
-            axes = {each for entry in spec if entry for each in ((entry,) if isinstance(entry, str) else entry)}
+        for (names, shape, spec), count in asked.constrained.items():
+            axes = {axis for axes in sharded_by(spec) for axis in axes}
             own = count * math.prod(shape) / math.prod(mesh[each] for each in axes)
             total += own
             if axis not in axes:

@@ -13,6 +13,7 @@ from meshway.framework.data.vocabulary import Framing, Vocabulary, source_framin
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import ArraySpec, Batch, Model
 from meshway.framework.optimizers.optimizers import BoundOptimizer, Optimizer
+from meshway.framework.partitioning.activations import Activations
 from meshway.framework.partitioning.explain import Row, explain
 from meshway.framework.partitioning.partitioner import Layout
 from meshway.framework.partitioning.sharded_model import ShardedModel
@@ -69,13 +70,18 @@ class TrainProgram:
         return jax.eval_shape(lambda key: init_state(self.model, self.optimizer, key), jax.random.key(self.seed))
 
     @functools.cached_property
-    def state_shardings(self) -> TrainState:
-        """A sharding for every leaf of the state."""
+    def resolved_state(self) -> TrainState:
+        """For every leaf of the state a `Resolution`: where the rules put it, and which of them said so."""
         axes, shapes = state_axes(self.model, self.optimizer), self.state_shapes
         names = [field.name for field in dataclasses.fields(TrainState)]
         return TrainState(
-            *[self.partitioner.state_shardings(getattr(axes, name), getattr(shapes, name), name) for name in names]
+            *[self.partitioner.resolve(getattr(axes, name), getattr(shapes, name), name) for name in names]
         )
+
+    @functools.cached_property
+    def state_shardings(self) -> TrainState:
+        """A sharding for every leaf of the state."""
+        return self.partitioner.shardings(self.resolved_state)
 
     @property
     def abstract_state(self) -> TrainState:
@@ -126,23 +132,34 @@ class TrainProgram:
             donate=(0,),
         )
 
-    def trace_loss(self) -> None:
+    def trace_loss(self) -> Activations:
         """Traces the loss of a microbatch without compiling, so that every axis meets its rule.
+
+        Returns:
+          what the loss asked of the layout; traced once for a program.
 
         Raises:
           UserError: one does not, a rule matched nothing, or the model refuses the sizes it is given (ValueError).
         """
-        _ = self.state_shardings
+        return self._traced_loss
+
+    @functools.cached_property
+    def _traced_loss(self) -> Activations:
+        fired = {
+            field.name: _fired(getattr(self.resolved_state, field.name)) for field in dataclasses.fields(TrainState)
+        }
+        fired["batch"] = frozenset(name for spec in self.batch_spec.values() for name in spec.axes if name is not None)
         micro = {
             name: jax.ShapeDtypeStruct((leaf.shape[0] // self.num_microbatches, *leaf.shape[1:]), leaf.dtype)
             for name, leaf in self.abstract_batch.items()
         }
         try:
-            with self.partitioner.activate():
+            with self.partitioner.activate() as asked:
                 jax.eval_shape(lambda params, batch: self.model.loss(params, batch, None), self.param_shapes, micro)
         except ValueError as error:
             raise UserError(f"{type(self.model).__name__}: {error}") from error
-        self.partitioner.check_rules_matched()
+        self.partitioner.check_rules_matched(fired | {"batch": fired["batch"] | asked.names})
+        return asked
 
     def trace_gradients(self) -> Any:
         """Returns the jaxpr of a step's gradients: parameters, batch and number of the step to gradients and metrics.
@@ -236,6 +253,11 @@ def check_vocabularies(program: TrainProgram | ShardedModel, vocabularies: Mappi
                 f"feature {feature!r} has a vocabulary of {size:,} tokens, and the model has {min(entries):,} entries: "
                 f"set VOCAB_SIZE to at least {size} (a multiple of 128 cuts well over a mesh)"
             )
+
+
+def _fired(resolved: Any) -> frozenset[str]:
+    """Returns the names whose rules fired for a tree of `Resolution`s."""
+    return frozenset(name for leaf in jax.tree.leaves(resolved) for name in leaf.fired)
 
 
 def _name(factory: Any) -> str:

@@ -177,7 +177,7 @@ class Pipeline:
         """
         stages, rows = self.num_stages(), x.shape[0]
         self._check(jax.tree.leaves(layers)[0].shape[0], rows, stages)
-        walk = circular(stages, self.num_microbatches, self.num_repeats).walk()
+        walk = circular(stages, self.num_microbatches, self.num_repeats)
         cut = _has_rows(context, rows)
         layers = jax.tree.map(lambda leaf: self._by_stage(leaf, stages), layers)
         context = jax.tree.map(lambda leaf, cut: self._on_each_stage(leaf, cut, stages), context, cut)

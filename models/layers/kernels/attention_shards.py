@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from meshway.framework.axes import placement
+from meshway.framework.axes import placement, sharded_by
 from meshway.models.layers.kernels.blockwise import Gradients
 from meshway.models.layers.kernels.scores import ByHead, Keys, Queries, Terms
 from meshway.models.layers.masks import Mask
@@ -120,8 +120,10 @@ def cut_of(query: jax.Array, key: jax.Array) -> Cut | None:
     mesh = found.mesh
     assert isinstance(mesh, Mesh)
     sizes = dict(mesh.shape)
-    dims = (found.spec, 2), (found.spec, 1), (key_spec.spec, 1), (found.spec, 3)
-    return Cut(mesh, sizes, *(tuple(axis for axis in _axes(*dim) if sizes[axis] > 1) for dim in dims))
+    _, length, heads, head_dim = sharded_by(found.spec, 4)
+    _, kv_length = sharded_by(key_spec.spec, 2)
+    parts = heads, length, kv_length, head_dim
+    return Cut(mesh, sizes, *(tuple(axis for axis in axes if sizes[axis] > 1) for axes in parts))
 
 
 def checked(kernel: str, cut: Cut | None, query: jax.Array, key: jax.Array, gathers: bool = False) -> Cut | None:
@@ -201,7 +203,7 @@ class _Shards:
     @property
     def axes(self) -> tuple[str, ...]:
         """The mesh axes, of more than one device, that cut anything."""
-        axes = (axis for spec in self.specs for i in range(len(spec)) for axis in _axes(spec, i))
+        axes = (axis for spec in self.specs for axes in sharded_by(spec) for axis in axes)
         return tuple(dict.fromkeys(axis for axis in axes if self.mesh.shape[axis] > 1))
 
 
@@ -273,9 +275,3 @@ def _specs(given: Operands, by_head: tuple[str, ...]) -> Any:
         ),
         jax.tree.map(lambda _: PartitionSpec(by_head or None), given.by_head),
     )
-
-
-def _axes(spec: PartitionSpec, dimension: int) -> tuple[str, ...]:
-    """Returns the mesh axes that cut a dimension."""
-    entry = spec[dimension] if dimension < len(spec) else None
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

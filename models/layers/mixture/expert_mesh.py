@@ -7,7 +7,7 @@ import math
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from meshway.framework.axes import placement
+from meshway.framework.axes import placement, sharded_by
 
 Axes = tuple[str, ...]
 
@@ -155,6 +155,5 @@ def expert_mesh(x: tuple[int, ...], wi: tuple[int, ...]) -> ExpertMesh | None:
 
 
 def _axes(spec: PartitionSpec, dimension: int, mesh: Mesh) -> Axes:
-    entry = spec[dimension] if dimension < len(spec) else None
-    axes = entry if isinstance(entry, tuple) else (entry,) if entry is not None else ()
-    return tuple(axis for axis in axes if mesh.shape[axis] > 1)
+    """Returns the mesh axes, of more than one device, that shard a dimension."""
+    return tuple(axis for axis in sharded_by(spec, dimension + 1)[dimension] if mesh.shape[axis] > 1)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from meshway.framework.axes import constrain
+from meshway.framework.axes import constrain, mesh_axes, sharded_by
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import ArraySpec
 from meshway.framework.partitioning.mesh import MeshShape
@@ -63,8 +63,7 @@ def test_bad_tables_are_refused(table, word):
 
 def test_a_rule_that_matches_nothing_is_told():
     rules = Rules([*TABLE, ("emebd", None), ("vocab", "model"), ("expert", None)], SIZES, "Layout.parameters")
-    rules.resolve(("embed", "mlp"), (4, 8), "x")
-    told = " ".join(rules.unmatched())
+    told = " ".join(rules.unmatched(rules.resolve(("embed", "mlp"), (4, 8), "x").fired))
     assert "'emebd'" in told and "did you mean 'embed'" in told  # outside the vocabulary: misspelt
     assert "'vocab'" in told  # would cut something, and cuts nothing
     assert "'expert'" not in told  # replication of a known name that this model lacks
@@ -73,15 +72,15 @@ def test_a_rule_that_matches_nothing_is_told():
 
 def test_the_other_names_are_replicated_where_that_is_written_down():
     rules = Rules([("embed", "data"), ("*", None)], SIZES, "Layout.parameters")
-    assert rules.resolve(("embed", "mlp"), (4, 8), "x").spec == PartitionSpec("data", None)
-    assert rules.axes_of("heads") == () and rules.unmatched() == []
+    found = rules.resolve(("embed", "mlp"), (4, 8), "x")
+    assert found.spec == PartitionSpec("data", None)
+    assert rules.axes_of("heads") == () and rules.unmatched(found.fired) == []
     with pytest.raises(UserError, match="'haeds', which no rule of Layout.parameters maps.*did you mean 'heads'"):
         rules.resolve(("haeds",), (4,), "x")
     with pytest.raises(UserError, match=r"Layout.parameters: \('\*', 'data'\): the other names can only be replicated"):
         Rules([("*", "data")], SIZES, "Layout.parameters")
     rules = Rules([("vocab", "model"), ("*", None)], SIZES, "Layout.parameters")
-    rules.resolve(("embed",), (4,), "x")
-    assert "'vocab'" in " ".join(rules.unmatched())
+    assert "'vocab'" in " ".join(rules.unmatched(rules.resolve(("embed",), (4,), "x").fired))
 
 
 def test_mesh_sizes():
@@ -202,3 +201,25 @@ def test_batches_are_placed_and_indivisible_ones_refused():
     assert part.process_rows(4) == slice(0, 4)
     with pytest.raises(UserError, match="set BATCH_SIZE to a multiple of 2"):
         part.process_rows(5)
+
+
+def test_what_a_model_asks_for_is_returned_and_kept_nowhere_else():
+    part, x = partitioner(), jax.ShapeDtypeStruct((4, 8), np.float32)
+    with part.activate() as first:
+        jax.eval_shape(lambda x: constrain(constrain(x, ("batch", None)), ("batch", "embed")), x)
+        assert mesh_axes("embed") == ("model",)
+    with part.activate() as second:
+        assert mesh_axes("batch") == ("data",)
+    assert first.names == {"batch", "embed"} and second.names == {"batch"}
+    assert {tuple(spec) for _, _, spec in first.constrained} == {("data", "model"), ("data", None)}
+    assert not second.constrained
+    part.check_rules_matched({"batch": first.names})
+    with pytest.raises(UserError, match=r"match no axis of this model: Layout.activations: \('embed', 'model'"):
+        part.check_rules_matched({"batch": second.names})
+
+
+def test_a_spec_is_read_dimension_by_dimension():
+    spec = PartitionSpec("data", None, ("fsdp", "model"), PartitionSpec.UNCONSTRAINED)
+    assert sharded_by(spec) == (("data",), (), ("fsdp", "model"), ())
+    assert sharded_by(PartitionSpec("data"), 3) == (("data",), (), ())
+    assert sharded_by(PartitionSpec()) == ()

@@ -119,8 +119,9 @@ def test_lookups_are_found_where_the_table_lies_and_go_to_the_batch_one_mesh_axi
     axes, shape = ("batch", "length", "embed"), (16, 16, 64)
 
     def way(layout: str) -> list[tuple]:
-        partitioner = tiny.program("lm", layout=layout).partitioner
-        return [tuple(step.spec) for step in partitioner.lookup(axes, shape, ("vocab", "embed"), (256, 64))]
+        with tiny.program("lm", layout=layout).partitioner.activate() as layout_of_activations:
+            steps = layout_of_activations.lookup(axes, shape, ("vocab", "embed"), (256, 64))
+        return [tuple(step.spec) for step in steps]
 
     assert way("data") == [("data", None, None)]
     assert way("replica_fsdp") == [("replica", None, "fsdp"), (("replica", "fsdp"), None, None)]

@@ -6,10 +6,11 @@ import pytest
 from jax.sharding import PartitionSpec
 from tiny import program
 
+from meshway.framework.axes import sharded_by
 from meshway.framework.errors import UserError
 from meshway.framework.planning.hardware import CHIPS, chip_named
 from meshway.framework.planning.memory import TOLERANCE, Memory, step_memory
-from meshway.framework.planning.shard_sizes import Propagation, read_function, spec_cuts
+from meshway.framework.planning.shard_sizes import Propagation, read_function
 from meshway.launch import cli
 
 SMALL = ("SCAN=True", "BATCH_SIZE=32", "D_MODEL=32", "D_FF=64", "NUM_HEADS=2", "HEAD_DIM=16")
@@ -68,9 +69,9 @@ def test_a_mesh_cuts_results_as_it_cuts_what_they_are_made_of(function, expected
     """x [8, 8] is cut by 'a' along its first dimension, y by 'b' and 'c'."""
     spec = jax.ShapeDtypeStruct((8, 8), jnp.float32)
     found = read_function(jax.make_jaxpr(function)(spec, spec))
-    cuts = [spec_cuts(PartitionSpec("a", None), 2), spec_cuts(PartitionSpec("b", "c"), 2)]
+    cuts = [sharded_by(PartitionSpec("a", None), 2), sharded_by(PartitionSpec("b", "c"), 2)]
     made = Propagation({"a": 2, "b": 2, "c": 2}).cuts(found, cuts)[found.gives[0]]
-    assert made == spec_cuts(expected, len(found.gives[0].shape))
+    assert made == sharded_by(expected, len(found.gives[0].shape))
 
 
 def test_room_is_told_by_the_chip_s_name(capsys):

@@ -43,16 +43,14 @@ def test_state_that_an_axis_could_cut_is_reported_once_an_axis_above_the_limit()
 )
 def test_activations_that_are_the_same_along_an_axis_are_reported(layout, expected):
     program = tiny.program("lm", layout=layout)
-    program.trace_loss()
-    found = activation_waste(program.partitioner, 0.5)
+    found = activation_waste(program.trace_loss(), 0.5)
     assert [(each.what, each.where) for each in found] == expected
     assert all("(batch, length, embed)" in each.how_much for each in found)
 
 
 def test_an_axis_that_cuts_no_activation_is_idle():
     program = tiny.program("lm", "mesh.MeshShape.ici={'data': 4, 'spare': 2}", layout="data")
-    program.trace_loss()
-    (found,) = activation_waste(program.partitioner, 0.5)
+    (found,) = activation_waste(program.trace_loss(), 0.5)
     assert (found.what, found.where) == ("idle mesh axis", "mesh axis spare=2")
     assert found.how_much.startswith("100 %")
 
