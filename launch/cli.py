@@ -19,7 +19,7 @@ from meshway.framework.errors import EnvironmentFailure, UserError, did_you_mean
 from meshway.framework.terminal import installed_version
 from meshway.launch.cluster.job import END_WITH_STARTER
 from meshway.launch.invocation import MACROS, Invocation, Parser, help_formatter, non_negative_int, one_of, positive_int
-from meshway.launch.verbs import USAGE, VERBS, Flag, Verb
+from meshway.launch.verbs import USAGE, VERBS, Flag, Verb, module_of
 
 _FILES = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)  # what holds text back until it is flushed
 
@@ -56,11 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(invocation: Invocation) -> int:
     """Runs a command, and shows what it is doing from before its imports, which take seconds, on."""
     verb = VERBS[invocation.verb]
+    name = module_of(invocation.verb, invocation.subject)
     if not verb.slow:
-        return importlib.import_module(verb.module).run(invocation) or 0
+        return importlib.import_module(name).run(invocation) or 0
     with terminal.shown(terminal.Stages(silent=bool(invocation.process_id))):
         with terminal.stage(f"meshway {invocation.verb}: importing what it needs"):
-            module = importlib.import_module(verb.module)
+            module = importlib.import_module(name)
         return module.run(invocation) or 0
 
 
@@ -142,7 +143,7 @@ def _need_a_recipe(verb: str, bindings: Sequence[str]) -> None:
 
 def _refuse_elsewhere(verb: str, switch: Flag, subject: str | None) -> None:
     """Raises UserError for a flag that binds an argument of another subject."""
-    owner = next((name for name in VERBS[verb].subjects if switch.binding.startswith(f"{verb}.{name}.")), subject)
+    owner = next((name for name in VERBS[verb].subjects if switch.binding.split(".")[1:2] == [name]), subject)
     if owner != subject:
         raise UserError(f"{switch.flag} is a flag of `meshway {verb} {owner}`, not of `meshway {verb} {subject}`")
 

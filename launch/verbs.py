@@ -45,6 +45,7 @@ class Verb:
     module: str
     help: str
     subjects: tuple[str, ...] = ()  # what the word after the verb may be
+    is_room: bool = False  # whether `module` is a folder, with a module for each subject
     default: str = ""  # the subject where that word is left out
     dry_run: bool = False
     switches: tuple[Flag, ...] = ()
@@ -58,28 +59,52 @@ class Verb:
 _BENCH = (
     Flag(
         "--interleave",
-        "bench.train.interleave=True",
+        "bench.train.measure.interleave=True",
         "train: speak the burst protocol on a pipe, to be timed in turn with other programs",
     ),
-    Flag("--seconds", "bench.data.seconds", "data: how long to time (default: 45)", "N", number=True),
-    Flag("--batches", "bench.data.batches", "data: over how many batches memory is watched", "N", number=True),
-    Flag("--workers", "bench.data.workers", "data: processes (default: one a core, 4 at most)", "N", number=True),
-    Flag("--json", "bench.data.as_json=True", "data: print the results as JSON too"),
-    Flag("--layouts", "bench.parallel.layouts", "parallel: which (fsdp,model_1d; default: all shipped)", "LAYOUTS"),
-    Flag("--steps", "bench.parallel.steps", "parallel: steps to time too (default: none)", "N", number=True),
-    Flag("--seeds", "bench.routing.seeds", "routing: how many seeds to train from (default: 4)", "N", number=True),
-    Flag("--prompt_length", "bench.decode.prompt_length", "decode: tokens a prompt (default: 128)", "N", number=True),
-    Flag("--new_tokens", "bench.decode.new_tokens", "decode: new tokens in a turn (default: 16)", "N", number=True),
+    Flag("--seconds", "bench.data.measure.seconds", "data: how long to time (default: 45)", "N", number=True),
+    Flag("--batches", "bench.data.measure.batches", "data: over how many batches memory is watched", "N", number=True),
+    Flag(
+        "--workers", "bench.data.measure.workers", "data: processes (default: one a core, 4 at most)", "N", number=True
+    ),
+    Flag("--json", "bench.data.measure.as_json=True", "data: print the results as JSON too"),
+    Flag(
+        "--layouts",
+        "bench.parallel.measure.layouts",
+        "parallel: which (fsdp,model_1d; default: all shipped)",
+        "LAYOUTS",
+    ),
+    Flag("--steps", "bench.parallel.measure.steps", "parallel: steps to time too (default: none)", "N", number=True),
+    Flag(
+        "--seeds", "bench.routing.Routing.seeds", "routing: how many seeds to train from (default: 4)", "N", number=True
+    ),
+    Flag(
+        "--prompt_length",
+        "bench.decode.Setting.prompt_length",
+        "decode: tokens a prompt (default: 128)",
+        "N",
+        number=True,
+    ),
+    Flag(
+        "--new_tokens",
+        "bench.decode.Setting.new_tokens",
+        "decode: new tokens in a turn (default: 16)",
+        "N",
+        number=True,
+    ),
 )
 
 _INSPECT = (
     Flag(
-        "--hardware", "inspect.layout.hardware", "layout: say whether a step fits this chip (v5p, 'H100 NVL')", "CHIP"
+        "--hardware",
+        "inspection.layout.hardware",
+        "layout: say whether a step fits this chip (v5p, 'H100 NVL')",
+        "CHIP",
     ),
-    Flag("--compile", "inspect.layout.compile=True", "layout: compile the step, say what it sends over which axes"),
-    Flag("--batches", "inspect.data.batches", "data: batches drawn for figures (default: 20)", "N", number=True),
-    Flag("--rows", "inspect.data.rows", "data: rows to show of each source (default: 3)", "N", True, least=0),
-    Flag("--html", "inspect.data.html", "data: the page (default: data.html in MODEL_DIR, or here)", "PATH"),
+    Flag("--compile", "inspection.layout.compile=True", "layout: compile the step, say what it sends over which axes"),
+    Flag("--batches", "inspection.data.batches", "data: batches drawn for figures (default: 20)", "N", number=True),
+    Flag("--rows", "inspection.data.rows", "data: rows to show of each source (default: 3)", "N", True, least=0),
+    Flag("--html", "inspection.data.html", "data: the page (default: data.html in MODEL_DIR, or here)", "PATH"),
 )
 
 _CACHE = (
@@ -119,28 +144,30 @@ _CONVERT = (
 
 _EVAL = (
     Flag("--model_dir", "MODEL_DIR", "the run to evaluate; its own recipe serves without --gin_file", "DIR"),
-    Flag("--steps", "eval.evaluate.steps", "latest (default), all (default with --watch), 100 or 100,200", "STEPS"),
-    Flag("--watch", "eval.evaluate.watch=True", "evaluate each checkpoint as it appears, until the run has finished"),
+    Flag("--steps", "evaluate.evaluate.steps", "latest (default), all (default with --watch), 100 or 100,200", "STEPS"),
+    Flag(
+        "--watch", "evaluate.evaluate.watch=True", "evaluate each checkpoint as it appears, until the run has finished"
+    ),
     Flag(
         "--idle_timeout",
-        "eval.evaluate.idle_timeout",
+        "evaluate.evaluate.idle_timeout",
         "with --watch: end when so many seconds brought no new checkpoint",
         "SECONDS",
         number=True,
     ),
     Flag("--task", "MIXTURE_OR_TASK_NAME", "the registered task or mixture, if not the recipe's", "NAME"),
     Flag("--module", "MIXTURE_OR_TASK_MODULE", "the Python module that registers it (mylab.tasks)", "MODULE"),
-    Flag("--split", "eval.evaluate.split", "which split (default: the recipe's validation split)", "SPLIT"),
+    Flag("--split", "evaluate.evaluate.split", "which split (default: the recipe's validation split)", "SPLIT"),
     Flag(
         "--max_predictions",
-        "eval.evaluate.max_predictions",
+        "evaluate.evaluate.max_predictions",
         "examples of each task to predict and to score for its metric functions (default: all)",
         "N",
         number=True,
         least=0,
     ),
-    Flag("--finished", "eval.evaluate.finished=True", "refuse (exit 2) a run that has not saved its last step"),
-    Flag("--again", "eval.evaluate.again=True", "evaluate what has been evaluated, too"),
+    Flag("--finished", "evaluate.evaluate.finished=True", "refuse (exit 2) a run that has not saved its last step"),
+    Flag("--again", "evaluate.evaluate.again=True", "evaluate what has been evaluated, too"),
 )
 
 _INFER = (
@@ -236,7 +263,7 @@ _STATUS = (
 VERBS = {
     "train": Verb("meshway.launch.train", "train a recipe, or go on from its last checkpoint", dry_run=True),
     "eval": Verb(
-        "meshway.launch.eval",
+        "meshway.launch.evaluate",
         "evaluate checkpoints of a run: one, several, or each as it appears",
         switches=_EVAL,
         instead="--model_dir",
@@ -260,7 +287,7 @@ VERBS = {
         macros=(),
     ),
     "inspect": Verb(
-        "meshway.launch.inspect",
+        "meshway.launch.inspection",
         "print every tensor: axes, sharding, bytes a device, and the rule; or what the data is like",
         subjects=("layout", "data"),
         default="layout",
@@ -287,6 +314,7 @@ VERBS = {
         "meshway.launch.bench",
         "time a recipe's step on synthetic data, or its data path; or count what layouts make devices send",
         subjects=("train", "data", "parallel", "routing", "moe", "attention", "decode"),
+        is_room=True,
         switches=_BENCH,
     ),
     "launch": Verb(
@@ -296,6 +324,13 @@ VERBS = {
         slow=False,
     ),
 }
+
+
+def module_of(verb: str, subject: str | None) -> str:
+    """Returns the name of the module whose `run` does a command's work."""
+    entry = VERBS[verb]
+    return f"{entry.module}.{subject}" if entry.is_room else entry.module
+
 
 USAGE = """examples:
   meshway train --gin_file=recipes/quickstart.gin --gin.MODEL_DIR=runs/quickstart

@@ -55,7 +55,7 @@ def test_a_subject_follows_its_verb():
 
 def test_a_switch_is_a_binding():
     words = ["bench", "train", "--interleave", "--gin_file=a", "--gin.SEED=1"]
-    assert cli.parse(words).bindings == ("SEED=1", "bench.train.interleave=True")
+    assert cli.parse(words).bindings == ("SEED=1", "bench.train.measure.interleave=True")
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,10 @@ def verbs_untouched(monkeypatch):
         (["cache", "--task=a", "--module=math", "--gin.cache.cache.workers=0"], "--gin.cache.cache.workers"),
         (["cache", "--task=a", "--module=math", "--gin.cache.cache.num_shards=0"], "--gin.cache.cache.num_shards"),
         (["cache", "--task=a", "--gin.cache.cache.max_bad_examples=-1"], "--gin.cache.cache.max_bad_examples"),
-        (["bench", "data", "--gin_file=quickstart", "--gin.bench.data.batches=0"], "--gin.bench.data.batches"),
+        (
+            ["bench", "data", "--gin_file=quickstart", "--gin.bench.data.measure.batches=0"],
+            "--gin.bench.data.measure.batches",
+        ),
         (["inspect", "--gin_file=bench_t5", "--hardware=abacus"], "--hardware"),
     ],
 )
