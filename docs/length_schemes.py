@@ -106,7 +106,7 @@ def losses(scheme: Scheme, runs: Path, rows: np.ndarray) -> np.ndarray:
         gin_files=(str(HERE / "length_schemes.gin"), *([scheme.gin_file] if scheme.gin_file else [])),
         bindings=(*MODELS[scheme.model], *scheme.bound(rows.shape[1] // TRAINED)),
     )
-    program = config.load(invocation, import_unreferenced=False).build("bench.train")["program"]
+    program = config.load(invocation, import_unreferenced=False).build("bench.train.measure")["program"]
     checkpoints = Checkpoints(runs / scheme.model / "checkpoints", read_only=True)
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = jax.tree.map(

@@ -7,19 +7,19 @@ import gc
 import importlib
 import io
 import os
-import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from meshway.framework import terminal
 from meshway.framework.errors import EnvironmentFailure, UserError, did_you_mean, mute, report
 from meshway.framework.terminal import installed_version
 from meshway.launch.cluster.job import END_WITH_STARTER
-from meshway.launch.invocation import MACROS, Invocation, Parser, help_formatter, non_negative_int, one_of, positive_int
-from meshway.launch.verbs import USAGE, VERBS, Flag, Verb
+from meshway.launch.flags import Flag, Parser, add_flags, flags_of, given, refuse_unknown, sentence
+from meshway.launch.invocation import MACROS, Invocation
+from meshway.launch.verbs import USAGE, VERBS, Processes, Recipe, module_of
 
 _FILES = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)  # what holds text back until it is flushed
 
@@ -56,11 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(invocation: Invocation) -> int:
     """Runs a command, and shows what it is doing from before its imports, which take seconds, on."""
     verb = VERBS[invocation.verb]
+    name = module_of(invocation.verb, invocation.subject)
     if not verb.slow:
-        return importlib.import_module(verb.module).run(invocation) or 0
+        return importlib.import_module(name).run(invocation) or 0
     with terminal.shown(terminal.Stages(silent=bool(invocation.process_id))):
         with terminal.stage(f"meshway {invocation.verb}: importing what it needs"):
-            module = importlib.import_module(verb.module)
+            module = importlib.import_module(name)
         return module.run(invocation) or 0
 
 
@@ -98,178 +99,190 @@ def parse(argv: Sequence[str]) -> Invocation | None:
         return parse_launch(words, parse, [name for name, entry in VERBS.items() if entry.on_devices])
     if verb == "status" and words and not words[0].startswith("-"):
         words[0] = f"--model_dir={words[0]}"
+    bindings = _gin_bindings(verb, words)
+    words = _subject_first(verb, [word for word in words if not word.startswith("--gin.")])
+    parser, children = parsers(verb)
+    if "-h" in words or "--help" in words:
+        children.get(words[0], parser).print_help()
+        return None
+    entry = VERBS[verb]
+    if entry.default and words[:1] not in [[subject] for subject in entry.subjects]:
+        words.insert(0, entry.default)
+    options, unknown = parser.parse_known_args(words)
+    subject = getattr(options, "subject", None)
+    command = _command(verb, subject)
+    if unknown:
+        _refuse(verb, subject, unknown[0])
+    own = flags_of(entry.flags_for(subject))
+    values = given(own, options, command)
+    bound = [flag for flag in own if flag.binding and flag.field in values]
+    bindings += [flag.bound(values[flag.field]) for flag in bound]
+    recipe = Recipe(**given(flags_of(Recipe), options, command))
+    if entry.recipe and not recipe.gin_file:
+        _need_a_recipe(verb, bindings)
+    return Invocation(
+        verb,
+        subject,
+        recipe.gin_file,
+        tuple(bindings),
+        {flag.binding: flag.name for flag in bound},
+        tuple(path for each in recipe.gin_search_paths for path in each.split(",") if path),
+        dry_run=values.get("dry_run", False),
+        options=entry.flags_for(subject)(**values),
+        **given(flags_of(Processes), options, command),
+    )
+
+
+def _command(verb: str, subject: str | None) -> str:
+    return " ".join(["meshway", verb, *([subject] if subject else [])])
+
+
+def _gin_bindings(verb: str, words: Sequence[str]) -> list[str]:
+    """Returns what stands after each `--gin.`.
+
+    Raises:
+      UserError: the verb takes no recipe, or one has no value.
+    """
     bindings = [word.removeprefix("--gin.") for word in words if word.startswith("--gin.")]
     if bindings and not VERBS[verb].recipe:
         raise UserError(f"meshway {verb} takes no recipe: leave out --gin.{bindings[0]}")
     for binding in bindings:
         if "=" not in binding:
             raise UserError(f"--gin.{binding} has no value: write --gin.{binding}=VALUE, without spaces")
-    parser = _parser(verb)
-    words = [word for word in words if not word.startswith("--gin.")]
-    if "-h" in words or "--help" in words:
-        parser.print_help()
-        return None
+    return bindings
+
+
+def _subject_first(verb: str, words: list[str]) -> list[str]:
+    """Returns the words with the subject before all flags, for a verb that must have one: it may stand anywhere."""
     entry = VERBS[verb]
-    if entry.default and words[:1] not in [[subject] for subject in entry.subjects]:
-        words.insert(0, entry.default)
-    options, unknown = parser.parse_known_args(words)
-    _refuse_unknown(verb, unknown, parser)
-    given = vars(options)
-    flags = {}
-    for switch in entry.switches:
-        if switch.flag.lstrip("-") in given:
-            _refuse_elsewhere(verb, switch, given.get("subject"))
-            bindings.append(switch.bound(given.pop(switch.flag.lstrip("-"))))
-            flags[switch.binding.partition("=")[0]] = switch.flag
-    files, listed = given.pop("gin_files", ()), given.pop("search_paths", ())
-    if not files:
-        _need_a_recipe(verb, bindings)
-    paths = tuple(path for each in listed for path in each.split(",") if path)
-    fields = {**given, "gin_files": tuple(files), "search_paths": paths}
-    return Invocation(verb=verb, bindings=tuple(bindings), flags=flags, **fields)
+    with_value = {flag.name for name in entry.subjects for flag in _flags(verb, name) if flag.value}
+    for place, word in enumerate(words if entry.subjects and not entry.default else ()):
+        if not word.startswith("-") and (place == 0 or words[place - 1] not in with_value):
+            return [word, *words[:place], *words[place + 1 :]]
+    return words
+
+
+def _flags(verb: str, subject: str | None) -> list[Flag]:
+    """Returns all flags of a command, in the order of its help."""
+    entry = VERBS[verb]
+    return [
+        *flags_of(entry.flags_for(subject)),
+        *(flags_of(Recipe) if entry.recipe else ()),
+        *(flags_of(Processes) if entry.on_devices else ()),
+    ]
 
 
 def _need_a_recipe(verb: str, bindings: Sequence[str]) -> None:
     """Raises UserError unless the bindings have what serves this verb instead of a recipe."""
-    needed = "a recipe: --gin_file=FILE, as --gin_file=recipes/quickstart.gin"
-    instead = next((switch for switch in VERBS[verb].switches if switch.flag == VERBS[verb].instead), None)
+    instead = next((flag for flag in _flags(verb, None) if flag.name == VERBS[verb].instead), None)
     if instead and any(binding.startswith(f"{instead.binding}=") for binding in bindings):
         return
-    if instead and not VERBS[verb].recipe:
-        raise UserError(f"meshway {verb} needs {instead.flag}={instead.value}: {instead.help}")
-    raise UserError(f"meshway {verb} needs {needed}" + (f"; or {instead.flag}={instead.value}" if instead else ""))
+    needed = "a recipe: --gin_file=FILE, as --gin_file=recipes/quickstart.gin"
+    raise UserError(f"meshway {verb} needs {needed}" + (f"; or {instead.usage}" if instead else ""))
 
 
-def _refuse_elsewhere(verb: str, switch: Flag, subject: str | None) -> None:
-    """Raises UserError for a flag that binds an argument of another subject."""
-    owner = next((name for name in VERBS[verb].subjects if switch.binding.startswith(f"{verb}.{name}.")), subject)
-    if owner != subject:
-        raise UserError(f"{switch.flag} is a flag of `meshway {verb} {owner}`, not of `meshway {verb} {subject}`")
-
-
-def _refuse_unknown(verb: str, unknown: list[str], parser: argparse.ArgumentParser) -> None:
-    if not unknown:
-        return
-    word = unknown[0]
+def _refuse(verb: str, subject: str | None, word: str) -> None:
+    """Raises UserError for a word that a command does not take."""
+    entry = VERBS[verb]
     if not word.startswith("-"):
-        entry = VERBS[verb]
         hint = f"; a recipe is given as --gin_file={word}" if entry.default or not entry.subjects else ""
         if near := did_you_mean(word, entry.subjects, limit=1):
             hint = near if word not in entry.subjects else f" there: write `meshway {verb} {word} ...`"
         raise UserError(f"meshway {verb} takes no argument {word!r}{hint}")
-    flag = word.partition("=")[0]
-    if flag.lstrip("-").upper() in MACROS:
-        raise UserError(f"unknown flag {flag}; did you mean --gin.{flag.lstrip('-').upper()}=...?")
-    flags = dict.fromkeys(re.findall(r"--[a-z_]+(?![\w.])", parser.format_help()))
-    raise UserError(f"meshway {verb}: unknown flag {flag}{did_you_mean(flag, flags)}")
+    name = word.partition("=")[0]
+    others = {_command(verb, other): _flags(verb, other) for other in entry.subjects if other != subject}
+    if (macro := name.lstrip("-").upper()) in MACROS:
+        raise UserError(f"unknown flag {name}; did you mean --gin.{macro}=...?")
+    refuse_unknown(name, _command(verb, subject), _flags(verb, subject), others)
 
 
 def _help() -> str:
+    """Returns the help of `meshway` itself."""
     lines = [
         "usage: meshway VERB [options]",
         "       meshway --version",
         "",
         "Trains, evaluates and serves sequence models on meshes.",
         "",
+        "verbs:",
     ]
-    lines += ["verbs:", *(f"  {' '.join([n, *_subjects(v)]):24}{v.help}" for n, v in VERBS.items()), ""]
-    return "\n".join(lines) + "\n" + USAGE
+    for name, entry in VERBS.items():
+        lines.append(f"  {name:14}{entry.help}")
+        lines += [f"    {subject:12}{each.help}" for subject, each in entry.subjects.items()]
+    return "\n".join(lines) + "\n\n" + USAGE
 
 
-def _subjects(verb: Verb) -> list[str]:
-    listed = "|".join(verb.subjects)
-    return [f"[{listed}]" if verb.default else listed] if listed else []
-
-
-def _parser(verb: str) -> argparse.ArgumentParser:
-    """Returns the parser of one verb's options; `--gin.NAME=VALUE` is read before it."""
+def parsers(verb: str) -> tuple[Parser, dict[str, Parser]]:
+    """Returns the parser of one verb, and those of its subjects by name; `--gin.NAME=VALUE` is read before them."""
     entry = VERBS[verb]
-    command = " ".join([verb, *_subjects(entry)])
     given = f"(--gin_file=FILE | {entry.instead}=...)" if entry.instead else "--gin_file=FILE"
     others = {"convert": "--from=... --to=...", "status": "MODEL_DIR"}
     given = f"{given} [--gin.NAME=VALUE ...]" if entry.recipe else others[verb]
+    subjects = "|".join(entry.subjects)
+    shown = [f"[{subjects}]" if entry.default else subjects] if subjects else []
+    usage = " ".join(["meshway", verb, *shown, given, "[options]"])
+    if not entry.subjects:
+        parser = Parser(prog=f"meshway {verb}", usage=usage, **_texts(verb, None))
+        _add_options(parser, verb, None)
+        return parser, {}
+    parser = Parser(prog=f"meshway {verb}", usage=usage, description=sentence(entry.help), epilog=_overview(verb))
+    listed = parser.add_subparsers(
+        prog=f"meshway {verb}", dest="subject", required=True, title="subjects", parser_class=Parser
+    )
+    children: dict[str, Parser] = {}
+    for name, subject in entry.subjects.items():
+        default = " (the default)" if name == entry.default else ""
+        usage = f"meshway {verb} {name} {given} [options]"
+        child = listed.add_parser(name, help=subject.help + default, usage=usage, **_texts(verb, name))
+        _add_options(child, verb, name)
+        children[name] = child
+    return parser, children
+
+
+def _texts(verb: str, subject: str | None) -> dict[str, Any]:
+    """Returns what stands before and after the options in the help of a command."""
+    entry = VERBS[verb]
     macros = "\n".join(f"  {name:24}{MACROS[name]}" for name in entry.macros)
     macros = f"macros that recipes honour (--gin.MACRO=VALUE):\n{macros}\n\n" if macros else ""
-    parser = Parser(
-        prog=f"meshway {verb}",
-        usage=f"meshway {command} {given} [options]",
-        description=f"{entry.help[0].upper()}{entry.help[1:]}.",
-        epilog=f"{macros}{_examples(verb)}",
-        formatter_class=help_formatter,
-        allow_abbrev=False,
-    )
-    if entry.subjects:
-        default = f" (default: {entry.default})" if entry.default else ""
-        parser.add_argument("subject", choices=entry.subjects, help=f"what to {verb}{default}")
+    help = entry.subjects[subject].help if subject else entry.help
+    return {"description": sentence(help), "epilog": f"{macros}{_examples(verb, subject)}"}
+
+
+def _overview(verb: str) -> str:
+    """Returns the flags of each subject, and the examples of all, for the end of a verb's help."""
+    entry = VERBS[verb]
+    lines = [f"flags of the subjects, which `meshway {verb} SUBJECT --help` explains:"]
+    for name, subject in entry.subjects.items():
+        lines.append(f"  {name:12}{' '.join(flag.usage for flag in flags_of(subject.flags)) or '(none of its own)'}")
+    of_all = [flag.name for flag in _flags(verb, None)]
+    return "\n".join([*lines, f"  {'all':12}{' '.join(of_all)}", "", _examples(verb, None)])
+
+
+def _add_options(parser: Parser, verb: str, subject: str | None) -> None:
+    entry = VERBS[verb]
     if entry.recipe:
-        _add_recipe_options(parser, entry.dry_run)
-    for switch in entry.switches:
-        takes: dict[str, Any] = {"action": "store_true"}
-        if switch.value:
-            takes = {"metavar": switch.value, "type": _type_of(switch)}
-        if switch.repeats:
-            takes["action"] = "append"
-        parser.add_argument(switch.flag, default=argparse.SUPPRESS, help=switch.help, **takes)
-    if entry.on_devices:
-        _add_process_options(parser)
-    return parser
-
-
-def _type_of(switch: Flag) -> Callable[[str], Any]:
-    if switch.number:
-        return positive_int if switch.least else non_negative_int
-    if switch.choices:
-        return one_of(switch.choices)
-    return switch.real or str
-
-
-def _add_recipe_options(parser: argparse.ArgumentParser, dry_run: bool) -> None:
-    recipe = parser.add_argument_group("recipe")
-    recipe.add_argument(
-        "--gin_file",
-        action="append",
-        default=[],
-        dest="gin_files",
-        metavar="FILE",
-        help="a recipe, by path or by name among the shipped ones; repeat to add files, later ones win",
-    )
-    recipe.add_argument(
-        "--gin.NAME=VALUE",
-        action="append",
-        default=argparse.SUPPRESS,
-        metavar="",
-        help="set a macro or a binding, spelled as in files (--gin.attention.Attention.num_heads=8); the "
-        "value is a Python literal, @reference or %%MACRO; a bare word or path is text",
-    )
-    recipe.add_argument(
-        "--gin_search_paths",
-        action="append",
-        default=[],
-        dest="search_paths",
-        metavar="DIR,DIR",
-        help="folders to look for gin files in, before the shipped ones",
-    )
-    if dry_run:
+        recipe = parser.add_argument_group("recipe")
+        add_flags(recipe, flags_of(Recipe))
         recipe.add_argument(
-            "--dry_run",
-            action="store_true",
-            help="check and print all that a run resolves before its first step; write nothing",
+            "--gin.NAME=VALUE",
+            action="append",
+            default=argparse.SUPPRESS,
+            metavar="",
+            help="set a macro or a binding, spelled as in files (--gin.attention.Attention.num_heads=8); the "
+            "value is a Python literal, @reference or %%MACRO; a bare word or path is text",
         )
+    add_flags(parser, flags_of(entry.flags_for(subject)))
+    if entry.on_devices:
+        add_flags(parser.add_argument_group("devices and processes"), flags_of(Processes))
 
 
-def _add_process_options(parser: argparse.ArgumentParser) -> None:
-    processes = parser.add_argument_group("devices and processes")
-    processes.add_argument(
-        "--simulated_devices", type=positive_int, metavar="N", help="simulate N CPU devices in this process"
-    )
-    processes.add_argument("--coordinator_address", metavar="HOST:PORT", help="where process 0 of several listens")
-    processes.add_argument("--num_processes", type=positive_int, metavar="N", help="how many processes run together")
-    processes.add_argument("--process_id", type=non_negative_int, metavar="I", help="which of them this is, from 0")
-
-
-def _examples(verb: str) -> str:
+def _examples(verb: str, subject: str | None) -> str:
+    """Returns the examples of a verb, of one subject if one is given."""
     lines = [line for line in USAGE.splitlines() if f" meshway {verb} " in line]
-    return "\n".join(["examples:", *lines])
+    own = [line for line in lines if f" meshway {verb} {subject} " in line]
+    if subject is not None and subject == VERBS[verb].default:
+        own = [line for line in lines if f" meshway {verb} --" in line]
+    return "\n".join(["examples:", *(own if subject else lines)])
 
 
 def _end_with_starter() -> None:

@@ -13,7 +13,7 @@ from meshway.framework.terminal import format_columns
 from meshway.framework.training.loop import Periods
 from meshway.framework.training.program import TrainProgram, open_data
 from meshway.framework.training.run_directory import RunDirectory
-from meshway.launch.inspect import layout
+from meshway.launch.inspection import layout
 
 
 def dry_run(

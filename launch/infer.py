@@ -34,7 +34,7 @@ from meshway.framework.inference.predictor import RecipeModel, Session, open_ses
 from meshway.framework.inference.rows import doubling
 from meshway.framework.interfaces import Model
 from meshway.framework.partitioning.partitioner import Layout
-from meshway.launch.eval import split_tasks
+from meshway.launch.evaluate import split_tasks
 from meshway.launch.infer_flags import by_flag, refuse_idle
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from meshway.framework.errors import UserError
-from meshway.launch.verbs import VERBS
+from meshway.launch.flags import flags_of
+from meshway.launch.verbs import Infer
 
 _DRAWN = ("--temperature", "--top_k", "--top_p", "--num_decodes", "--seed")
 _PREDICTED = (*_DRAWN, "--beams", "--stop", "--begin_field")
@@ -32,7 +33,7 @@ def refuse_idle(bindings: Sequence[str], arguments: Mapping[str, Any]) -> None:
       UserError: a flag was given that has no effect; one is named, with the reason.
     """
     names = {binding.partition("=")[0].strip() for binding in bindings}
-    given = {switch.flag for switch in VERBS["infer"].switches if switch.binding.partition("=")[0] in names}
+    given = {flag.name for flag in flags_of(Infer) if flag.binding in names}
     for rule in _rules(given, arguments):
         for flag in rule.flags if rule.when else ():
             if flag in given:
@@ -42,14 +43,13 @@ def refuse_idle(bindings: Sequence[str], arguments: Mapping[str, Any]) -> None:
 def by_flag(settings: Mapping[str, str]) -> dict[str, str]:
     """Returns a recipe's settings by the flags that would change them: `--beams`, or `--gin.NAME` for what has none."""
 
-    def flag(name: str) -> str:
-        for switch in VERBS["infer"].switches:
-            binding = switch.binding.partition("=")[0]
-            if name == binding or (name.endswith(f".{binding}") and "/" not in name):
-                return switch.flag
+    def written(name: str) -> str:
+        for flag in flags_of(Infer):
+            if name == flag.binding or (name.endswith(f".{flag.binding}") and "/" not in name):
+                return flag.name
         return f"--gin.{name}"
 
-    return {flag(name.removeprefix("/")): value for name, value in settings.items()}
+    return {written(name.removeprefix("/")): value for name, value in settings.items()}
 
 
 def _rules(given: Collection[str], arguments: Mapping[str, Any]) -> list[_Rule]:

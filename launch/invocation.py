@@ -1,12 +1,9 @@
-"""What the command line said, before any file is read. No gin and no JAX here: `--help` must be quick."""
+"""What the command line asks for, before any file is read. No gin and no JAX here: `--help` must be quick."""
 
-import argparse
 import dataclasses
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn
+from collections.abc import Mapping
+from typing import Any
 
-from meshway.framework.errors import UserError, did_you_mean
 from meshway.launch.cluster.job import Job, Renderer, Runner
 
 # Macro -> what it is. Every shipped recipe honours these; the same words serve the help and the errors.
@@ -35,7 +32,7 @@ class Invocation:
       verb: as `train`.
       subject: what the verb acts on, where it takes one (`train` in `meshway bench train`).
       gin_files: recipe files in order, as given: paths, or names among the shipped ones.
-      bindings: `NAME=VALUE` in order, as written after `--gin.` or said by a flag.
+      bindings: `NAME=VALUE` in order, as written after `--gin.` or given by a flag.
       flags: the flag by which a name of these was given, `--task` of MIXTURE_OR_TASK_NAME, for messages.
       search_paths: folders to look for gin files in, before the shipped ones.
       dry_run: build everything and print it, run nothing, write nothing.
@@ -43,9 +40,10 @@ class Invocation:
       num_processes: processes in the run, None to let the cluster say.
       process_id: this process's rank, None to let the cluster say.
       simulated_devices: CPU devices to simulate in this process, None for the real ones.
+      options: the verb's own flags, of its dataclass in `verbs.py`.
       command: `launch`: the command after `--`, as its verb reads it.
       job: `launch`: what is launched, the command after `--` in it.
-      place: `launch`: where, of the class that the subject names (`launchers/`).
+      place: `launch`: where, of the class that the subject names (`cluster/`).
       output: `launch`: the job file to write, None to print it.
     """
 
@@ -60,6 +58,7 @@ class Invocation:
     num_processes: int | None = None
     process_id: int | None = None
     simulated_devices: int | None = None
+    options: Any = None
     command: "Invocation | None" = None
     job: Job | None = None
     place: Runner | Renderer | None = None
@@ -69,61 +68,3 @@ class Invocation:
     def processes(self) -> tuple[str | None, int | None, int | None, int | None]:
         """The arguments of `processes.joined`."""
         return self.coordinator_address, self.num_processes, self.process_id, self.simulated_devices
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are a user's errors."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
-def help_formatter(prog: str) -> argparse.HelpFormatter:
-    """Returns the formatter of every help."""
-    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=100)
-
-
-def positive_int(text: str) -> int:
-    """Returns a whole number of at least 1, as the type of an argument."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def non_negative_int(text: str) -> int:
-    """Returns a whole number of at least 0, as the type of an argument."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
-    return int(text)
-
-
-def one_of(choices: Sequence[str]) -> Callable[[str], str]:
-    """Returns what reads one of several words, as the type of an argument."""
-
-    def read(text: str) -> str:
-        if text not in choices:
-            near = did_you_mean(text, choices)
-            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(choices)}{near}")
-        return text
-
-    return read
-
-
-def not_negative(text: str) -> float:
-    """Returns a finite number of at least 0, as the type of an argument."""
-    return _number(text, lambda value: value >= 0, "a number of at least 0")
-
-
-def share(text: str) -> float:
-    """Returns a number above 0, at most 1, as the type of an argument."""
-    return _number(text, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
-
-
-def _number(text: str, holds: Callable[[float], bool], words: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and holds(value)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
-    return value

@@ -3,7 +3,6 @@
 meshway status runs/mine
 """
 
-import ast
 import dataclasses
 import json
 import re
@@ -143,9 +142,8 @@ def _total(config: Path) -> int | None:
 
 def run(invocation: "Invocation") -> None:
     """Runs the verb from the command line."""
-    given = dict(binding.split("=", 1) for binding in invocation.bindings)
-    status = read_status(local_path(ast.literal_eval(given["MODEL_DIR"])))
-    print(json.dumps(status.as_json()) if "status.as_json" in given else text_of(status))
+    status = read_status(local_path(invocation.options.model_dir))
+    print(json.dumps(status.as_json()) if invocation.options.json else text_of(status))
 
 
 if __name__ == "__main__":

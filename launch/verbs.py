@@ -1,41 +1,243 @@
-"""The verbs of the command line, their flags, and examples of them. Light: `--help` must be quick."""
+"""The verbs of the command line, their flags, and examples of them. Light: `--help` must be quick.
+
+A flag of a verb is short for a binding of its recipe; see `launch/flags.py`.
+"""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
+from typing import Literal
 
-from meshway.launch.invocation import MACROS, not_negative, share
+from meshway.launch.flags import binds, flag, not_negative, share
+from meshway.launch.invocation import MACROS
 
 
 @dataclasses.dataclass(frozen=True)
-class Flag:
-    """A flag: a short word for a binding.
+class NoFlags:
+    """Of a verb that has none of its own."""
 
-    Attributes:
-      flag: as `--task`.
-      binding: `NAME=VALUE` for a flag without a value, `NAME` for one that takes it.
-      help: what it is for.
-      value: what the help calls the value; "" for none.
-      number: whether the value is a whole number.
-      real: what reads a value that is another number; neither means text.
-      choices: what a text may be; () for anything.
-      least: the least whole number that means something.
-      repeats: whether it may be given several times; the binding is the list of all values.
-    """
 
-    flag: str
-    binding: str
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Where a recipe is; `--gin.NAME=VALUE` is read apart."""
+
+    gin_file: tuple[str, ...] = flag(
+        "a recipe, by path or by name among the shipped ones; repeat to add files, later ones win", "FILE", ()
+    )
+    gin_search_paths: tuple[str, ...] = flag("folders to look for gin files in, before the shipped ones", "DIR,DIR", ())
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """Devices and processes of a verb that computes."""
+
+    simulated_devices: int | None = flag("simulate N CPU devices in this process", "N", None)
+    coordinator_address: str | None = flag("where process 0 of several listens", "HOST:PORT", None)
+    num_processes: int | None = flag("how many processes run together", "N", None)
+    process_id: int | None = flag("which of them this is, from 0", "I", None, least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    dry_run: bool = flag("check and print all that a run resolves before its first step; write nothing", default=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    model_dir: str | None = binds("MODEL_DIR", "the run to evaluate; its own recipe serves without --gin_file", "DIR")
+    steps: str | None = binds(
+        "evaluate.evaluate.steps", "latest (default), all (default with --watch), 100 or 100,200", "STEPS"
+    )
+    watch: bool = binds("evaluate.evaluate.watch", "evaluate each checkpoint as it appears, until the run has finished")
+    idle_timeout: int | None = binds(
+        "evaluate.evaluate.idle_timeout", "with --watch: end when so many seconds brought no new checkpoint", "SECONDS"
+    )
+    task: str | None = binds("MIXTURE_OR_TASK_NAME", "the registered task or mixture, if not the recipe's", "NAME")
+    module: str | None = binds("MIXTURE_OR_TASK_MODULE", "the Python module that registers it (mylab.tasks)", "MODULE")
+    split: str | None = binds(
+        "evaluate.evaluate.split", "which split (default: the recipe's validation split)", "SPLIT"
+    )
+    max_predictions: int | None = binds(
+        "evaluate.evaluate.max_predictions",
+        "examples of each task to predict and to score for its metric functions (default: all)",
+        "N",
+        least=0,
+    )
+    finished: bool = binds("evaluate.evaluate.finished", "refuse (exit 2) a run that has not saved its last step")
+    again: bool = binds("evaluate.evaluate.again", "evaluate what has been evaluated, too")
+
+
+@dataclasses.dataclass(frozen=True)
+class Infer:
+    model_dir: str | None = binds(
+        "MODEL_DIR", "the run, or one of its checkpoints; its own recipe serves without --gin_file", "DIR"
+    )
+    input: str | None = binds(
+        "infer.Inputs.where", "a .jsonl, .tsv, .txt or .parquet file, a quoted glob, or - for stdin", "FILE"
+    )
+    prompt: tuple[str, ...] | None = binds(
+        "infer.Inputs.prompts",
+        "a text to answer, on the terminal unless --output is given; repeat for more",
+        "TEXT",
+    )
+    split: str | None = binds("infer.Inputs.split", "read this split of the recipe's task (or --task) instead", "SPLIT")
+    output: str | None = binds(
+        "infer.Output.where", "a .jsonl, .parquet or .txt file to make, or a folder of shards", "FILE"
+    )
+    mode: Literal["predict", "score", "predict_with_aux"] | None = binds(
+        "infer.infer.mode", "predict (default), score (given targets), predict_with_aux", "MODE"
+    )
+    aux: str | None = binds(
+        "infer.infer.aux", "predict_with_aux: intermediate values by name, as decoder_output", "NAMES"
+    )
+    step: int | None = binds("infer.infer.step", "which checkpoint (default: the latest)", "N", least=0)
+    batch_size: int | None = binds("infer.infer.batch_size", "examples in a batch (default: 32)", "N")
+    max_input_length: int | None = binds("infer.infer.max_input_length", "tokens of the longest prompt", "N")
+    max_new_tokens: int | None = binds("infer.infer.max_new_tokens", "most tokens of a prediction", "N")
+    truncate: bool = binds("infer.Inputs.truncate", "cut prompts that are longer, instead of refusing them")
+    temperature: float | None = binds(
+        "sampling.Sampling.temperature", "0 (default) takes the likeliest token", "X", reads=not_negative
+    )
+    top_k: int | None = binds("sampling.Sampling.top_k", "draw from the k likeliest tokens", "K")
+    top_p: float | None = binds(
+        "sampling.Sampling.top_p", "draw from the likeliest that together reach p", "P", reads=share
+    )
+    num_decodes: int | None = binds("sampling.Sampling.num_decodes", "predictions of each example", "N")
+    beams: int | None = binds("infer.infer.beams", "beam search with so many beams", "N")
+    seed: int | None = binds("infer.infer.seed", "of sampling (default: 0)", "N", least=0)
+    stop: tuple[str, ...] | None = binds(
+        "infer.infer.stop", "a text that ends a prediction, which it is part of; repeat for more", "TEXT"
+    )
+    format: Literal["jsonl", "tsv", "text", "parquet"] | None = binds(
+        "infer.Inputs.format", "jsonl, tsv, text or parquet, where the file's name does not tell", "FORMAT"
+    )
+    columns: str | None = binds(
+        "infer.Inputs.columns", "names of TSV columns without a header (inputs,targets)", "NAMES"
+    )
+    inputs_field: str | None = binds("infer.Inputs.inputs_field", "the field of a prompt (default: inputs)", "NAME")
+    begin_field: str | None = binds(
+        "infer.Inputs.begin_field", "the field with what a prediction must begin with", "NAME"
+    )
+    targets_field: str | None = binds("infer.Inputs.targets_field", "the field of a target (default: targets)", "NAME")
+    on_bad: Literal["fail", "skip"] | None = binds(
+        "infer.Inputs.on_bad", "a record that cannot be used: fail (default) or skip", "POLICY"
+    )
+    task: str | None = binds("MIXTURE_OR_TASK_NAME", "with --split: the task or mixture, if not the recipe's", "NAME")
+    preprocess: str | None = binds(
+        "infer.Inputs.preprocess", "a task whose preprocessors make the inputs of a record", "TASK"
+    )
+    module: str | None = binds("MIXTURE_OR_TASK_MODULE", "the Python module that registers it (mylab.tasks)", "MODULE")
+    chunk_size: int | None = binds("infer.Output.chunk_size", "records committed at a time (default: 16 batches)", "N")
+    output_format: Literal["jsonl", "parquet"] | None = binds(
+        "infer.Output.format", "jsonl (default) or parquet, of a folder's shards", "FORMAT"
+    )
+    overwrite: bool = binds("infer.Output.overwrite", "remove what an earlier job left there")
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    model_dir: str = flag("the run directory", "DIR")
+    json: bool = flag("print it as JSON", default=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectLayout:
+    hardware: str | None = binds(
+        "inspection.layout.hardware", "say whether a step fits this chip (v5p, 'H100 NVL')", "CHIP"
+    )
+    compile: bool = binds("inspection.layout.compile", "compile the step, say what it sends over which axes")
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectData:
+    batches: int | None = binds("inspection.data.batches", "batches drawn for figures (default: 20)", "N")
+    rows: int | None = binds("inspection.data.rows", "rows to show of each source (default: 3)", "N", least=0)
+    html: str | None = binds("inspection.data.html", "the page (default: data.html in MODEL_DIR, or here)", "PATH")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    task: str | None = binds("MIXTURE_OR_TASK_NAME", "the registered task or mixture, if not the recipe's", "NAME")
+    module: str | None = binds("MIXTURE_OR_TASK_MODULE", "the Python module that registers it (mylab.tasks)", "MODULE")
+    directory: str | None = binds("CACHE_DIR", "where to keep it (default: meshway/tasks in the user's cache)", "DIR")
+    splits: str | None = binds("cache.cache.splits", "which splits (train,validation; default: all)", "SPLITS")
+    num_shards: int | None = binds("cache.cache.num_shards", "files of each split (default: 8)", "N")
+    workers: int | None = binds("cache.cache.workers", "processes (default: one a core)", "N")
+    overwrite: bool = binds("cache.cache.overwrite", "remove what is cached of the task first, all splits of it")
+    max_bad_examples: int | None = binds(
+        "cache.cache.max_bad_examples",
+        "examples of a split that may fail in a preprocessor; they are left out and reported (default: 0)",
+        "N",
+        least=0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    source: str = binds(
+        "convert.convert.source",
+        "a Hugging Face directory, T5X checkpoints, or a run to write out",
+        "DIR",
+        name="--from",
+        required=True,
+    )
+    to: str | None = binds(
+        "convert.convert.target", "the directory to make: a run directory, or a Hugging Face one", "DIR"
+    )
+    family: str | None = binds("convert.convert.family", "what the model is (default: what config.json says)", "FAMILY")
+    dtype: Literal["float32", "bfloat16", "float16", "keep"] | None = binds(
+        "convert.convert.dtype", "float32, bfloat16, float16 or keep (default: keep)", "DTYPE"
+    )
+    step: int | None = binds("convert.convert.step", "which checkpoint of a run (default: the latest)", "N", least=0)
+    max_shard_size: str | None = binds("convert.convert.max_shard_size", "of a safetensors file (default: 5GB)", "SIZE")
+    vocabulary: str | None = binds(
+        "convert.convert.vocabulary", "the SentencePiece model of a T5X checkpoint's task", "FILE"
+    )
+    ignore_fields: str | None = binds(
+        "convert.convert.ignore_fields", "of config.json, that change nothing (a,b)", "FIELDS"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchTrain:
+    interleave: bool = binds(
+        "bench.train.measure.interleave",
+        "speak the burst protocol on a pipe, to be timed in turn with other programs",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchData:
+    seconds: int | None = binds("bench.data.measure.seconds", "how long to time (default: 45)", "N")
+    batches: int | None = binds("bench.data.measure.batches", "over how many batches memory is watched", "N")
+    workers: int | None = binds("bench.data.measure.workers", "processes (default: one a core, 4 at most)", "N")
+    json: bool = binds("bench.data.measure.as_json", "print the results as JSON too")
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchParallel:
+    layouts: str | None = binds(
+        "bench.parallel.measure.layouts", "which (fsdp,model_1d; default: all shipped)", "LAYOUTS"
+    )
+    steps: int | None = binds("bench.parallel.measure.steps", "steps to time too (default: none)", "N")
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchRouting:
+    seeds: int | None = binds("bench.routing.Routing.seeds", "how many seeds to train from (default: 4)", "N")
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchDecode:
+    prompt_length: int | None = binds("bench.decode.Setting.prompt_length", "tokens a prompt (default: 128)", "N")
+    new_tokens: int | None = binds("bench.decode.Setting.new_tokens", "new tokens in a turn (default: 16)", "N")
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What a verb may act on, as `data` in `meshway bench data`."""
+
     help: str
-    value: str = ""
-    number: bool = False
-    real: Callable[[str], float] | None = None
-    choices: tuple[str, ...] = ()
-    least: int = 1
-    repeats: bool = False
-
-    def bound(self, value: Any) -> str:
-        """Returns the binding for a value read from the command line."""
-        return f"{self.binding}={value!r}" if self.value else self.binding
+    flags: type = NoFlags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,232 +246,61 @@ class Verb:
 
     module: str
     help: str
-    subjects: tuple[str, ...] = ()  # what the word after the verb may be
-    default: str = ""  # the subject where that word is left out
-    dry_run: bool = False
-    switches: tuple[Flag, ...] = ()
+    flags: type = NoFlags
+    subjects: Mapping[str, Subject] = dataclasses.field(default_factory=dict)
+    default: str = ""  # the subject where none is given
+    is_room: bool = False  # whether `module` is a folder, with a module for each subject
     instead: str = ""  # the flag that serves where no recipe is given
     recipe: bool = True  # whether it takes one at all
     on_devices: bool = True
     slow: bool = True  # whether it takes seconds to start, and says what it is doing
     macros: tuple[str, ...] = tuple(MACROS)  # those that the help lists
 
+    def flags_for(self, subject: str | None) -> type:
+        """Returns the dataclass of the flags that this verb has with a subject."""
+        return self.subjects[subject].flags if subject and self.subjects else self.flags
 
-_BENCH = (
-    Flag(
-        "--interleave",
-        "bench.train.interleave=True",
-        "train: speak the burst protocol on a pipe, to be timed in turn with other programs",
-    ),
-    Flag("--seconds", "bench.data.seconds", "data: how long to time (default: 45)", "N", number=True),
-    Flag("--batches", "bench.data.batches", "data: over how many batches memory is watched", "N", number=True),
-    Flag("--workers", "bench.data.workers", "data: processes (default: one a core, 4 at most)", "N", number=True),
-    Flag("--json", "bench.data.as_json=True", "data: print the results as JSON too"),
-    Flag("--layouts", "bench.parallel.layouts", "parallel: which (fsdp,model_1d; default: all shipped)", "LAYOUTS"),
-    Flag("--steps", "bench.parallel.steps", "parallel: steps to time too (default: none)", "N", number=True),
-    Flag("--seeds", "bench.routing.seeds", "routing: how many seeds to train from (default: 4)", "N", number=True),
-    Flag("--prompt_length", "bench.decode.prompt_length", "decode: tokens a prompt (default: 128)", "N", number=True),
-    Flag("--new_tokens", "bench.decode.new_tokens", "decode: new tokens in a turn (default: 16)", "N", number=True),
-)
-
-_INSPECT = (
-    Flag(
-        "--hardware", "inspect.layout.hardware", "layout: say whether a step fits this chip (v5p, 'H100 NVL')", "CHIP"
-    ),
-    Flag("--compile", "inspect.layout.compile=True", "layout: compile the step, say what it sends over which axes"),
-    Flag("--batches", "inspect.data.batches", "data: batches drawn for figures (default: 20)", "N", number=True),
-    Flag("--rows", "inspect.data.rows", "data: rows to show of each source (default: 3)", "N", True, least=0),
-    Flag("--html", "inspect.data.html", "data: the page (default: data.html in MODEL_DIR, or here)", "PATH"),
-)
-
-_CACHE = (
-    Flag("--task", "MIXTURE_OR_TASK_NAME", "the registered task or mixture, if not the recipe's", "NAME"),
-    Flag("--module", "MIXTURE_OR_TASK_MODULE", "the Python module that registers it (mylab.tasks)", "MODULE"),
-    Flag("--directory", "CACHE_DIR", "where to keep it (default: meshway/tasks in the user's cache)", "DIR"),
-    Flag("--splits", "cache.cache.splits", "which splits (train,validation; default: all)", "SPLITS"),
-    Flag("--num_shards", "cache.cache.num_shards", "files of each split (default: 8)", "N", number=True),
-    Flag("--workers", "cache.cache.workers", "processes (default: one a core)", "N", number=True),
-    Flag("--overwrite", "cache.cache.overwrite=True", "remove what is cached of the task first, all splits of it"),
-    Flag(
-        "--max_bad_examples",
-        "cache.cache.max_bad_examples",
-        "examples of a split that may fail in a preprocessor; they are left out and reported (default: 0)",
-        "N",
-        number=True,
-        least=0,
-    ),
-)
-
-_CONVERT = (
-    Flag("--from", "convert.convert.source", "a Hugging Face directory, T5X checkpoints, or a run to write out", "DIR"),
-    Flag("--to", "convert.convert.target", "the directory to make: a run directory, or a Hugging Face one", "DIR"),
-    Flag("--family", "convert.convert.family", "what the model is (default: what config.json says)", "FAMILY"),
-    Flag(
-        "--dtype",
-        "convert.convert.dtype",
-        "float32, bfloat16, float16 or keep (default: keep)",
-        "DTYPE",
-        choices=("float32", "bfloat16", "float16", "keep"),
-    ),
-    Flag("--step", "convert.convert.step", "which checkpoint of a run (default: the latest)", "N", True, least=0),
-    Flag("--max_shard_size", "convert.convert.max_shard_size", "of a safetensors file (default: 5GB)", "SIZE"),
-    Flag("--vocabulary", "convert.convert.vocabulary", "the SentencePiece model of a T5X checkpoint's task", "FILE"),
-    Flag("--ignore_fields", "convert.convert.ignore_fields", "of config.json, that change nothing (a,b)", "FIELDS"),
-)
-
-_EVAL = (
-    Flag("--model_dir", "MODEL_DIR", "the run to evaluate; its own recipe serves without --gin_file", "DIR"),
-    Flag("--steps", "eval.evaluate.steps", "latest (default), all (default with --watch), 100 or 100,200", "STEPS"),
-    Flag("--watch", "eval.evaluate.watch=True", "evaluate each checkpoint as it appears, until the run has finished"),
-    Flag(
-        "--idle_timeout",
-        "eval.evaluate.idle_timeout",
-        "with --watch: end when so many seconds brought no new checkpoint",
-        "SECONDS",
-        number=True,
-    ),
-    Flag("--task", "MIXTURE_OR_TASK_NAME", "the registered task or mixture, if not the recipe's", "NAME"),
-    Flag("--module", "MIXTURE_OR_TASK_MODULE", "the Python module that registers it (mylab.tasks)", "MODULE"),
-    Flag("--split", "eval.evaluate.split", "which split (default: the recipe's validation split)", "SPLIT"),
-    Flag(
-        "--max_predictions",
-        "eval.evaluate.max_predictions",
-        "examples of each task to predict and to score for its metric functions (default: all)",
-        "N",
-        number=True,
-        least=0,
-    ),
-    Flag("--finished", "eval.evaluate.finished=True", "refuse (exit 2) a run that has not saved its last step"),
-    Flag("--again", "eval.evaluate.again=True", "evaluate what has been evaluated, too"),
-)
-
-_INFER = (
-    Flag(
-        "--model_dir",
-        "MODEL_DIR",
-        "the run, or one of its checkpoints; its own recipe serves without --gin_file",
-        "DIR",
-    ),
-    Flag(
-        "--input", "infer.Inputs.where", "a .jsonl, .tsv, .txt or .parquet file, a quoted glob, or - for stdin", "FILE"
-    ),
-    Flag(
-        "--prompt",
-        "infer.Inputs.prompts",
-        "a text to answer, on the terminal unless --output is given; repeat for more",
-        "TEXT",
-        repeats=True,
-    ),
-    Flag("--split", "infer.Inputs.split", "read this split of the recipe's task (or --task) instead", "SPLIT"),
-    Flag("--output", "infer.Output.where", "a .jsonl, .parquet or .txt file to make, or a folder of shards", "FILE"),
-    Flag(
-        "--mode",
-        "infer.infer.mode",
-        "predict (default), score (given targets), predict_with_aux",
-        "MODE",
-        choices=("predict", "score", "predict_with_aux"),
-    ),
-    Flag("--aux", "infer.infer.aux", "predict_with_aux: intermediate values by name, as decoder_output", "NAMES"),
-    Flag("--step", "infer.infer.step", "which checkpoint (default: the latest)", "N", True, least=0),
-    Flag("--batch_size", "infer.infer.batch_size", "examples in a batch (default: 32)", "N", number=True),
-    Flag("--max_input_length", "infer.infer.max_input_length", "tokens of the longest prompt", "N", number=True),
-    Flag("--max_new_tokens", "infer.infer.max_new_tokens", "most tokens of a prediction", "N", number=True),
-    Flag("--truncate", "infer.Inputs.truncate=True", "cut prompts that are longer, instead of refusing them"),
-    Flag(
-        "--temperature",
-        "sampling.Sampling.temperature",
-        "0 (default) takes the likeliest token",
-        "X",
-        real=not_negative,
-    ),
-    Flag("--top_k", "sampling.Sampling.top_k", "draw from the k likeliest tokens", "K", number=True),
-    Flag("--top_p", "sampling.Sampling.top_p", "draw from the likeliest that together reach p", "P", real=share),
-    Flag("--num_decodes", "sampling.Sampling.num_decodes", "predictions of each example", "N", number=True),
-    Flag("--beams", "infer.infer.beams", "beam search with so many beams", "N", number=True),
-    Flag("--seed", "infer.infer.seed", "of sampling (default: 0)", "N", True, least=0),
-    Flag(
-        "--stop",
-        "infer.infer.stop",
-        "a text that ends a prediction, which it is part of; repeat for more",
-        "TEXT",
-        repeats=True,
-    ),
-    Flag(
-        "--format",
-        "infer.Inputs.format",
-        "jsonl, tsv, text or parquet, where the file's name does not tell",
-        "FORMAT",
-        choices=("jsonl", "tsv", "text", "parquet"),
-    ),
-    Flag("--columns", "infer.Inputs.columns", "names of TSV columns without a header (inputs,targets)", "NAMES"),
-    Flag("--inputs_field", "infer.Inputs.inputs_field", "the field of a prompt (default: inputs)", "NAME"),
-    Flag("--begin_field", "infer.Inputs.begin_field", "the field with what a prediction must begin with", "NAME"),
-    Flag("--targets_field", "infer.Inputs.targets_field", "the field of a target (default: targets)", "NAME"),
-    Flag(
-        "--on_bad",
-        "infer.Inputs.on_bad",
-        "a record that cannot be used: fail (default) or skip",
-        "POLICY",
-        choices=("fail", "skip"),
-    ),
-    Flag("--task", "MIXTURE_OR_TASK_NAME", "with --split: the task or mixture, if not the recipe's", "NAME"),
-    Flag("--preprocess", "infer.Inputs.preprocess", "a task whose preprocessors make the inputs of a record", "TASK"),
-    Flag("--module", "MIXTURE_OR_TASK_MODULE", "the Python module that registers it (mylab.tasks)", "MODULE"),
-    Flag(
-        "--chunk_size", "infer.Output.chunk_size", "records committed at a time (default: 16 batches)", "N", number=True
-    ),
-    Flag(
-        "--output_format",
-        "infer.Output.format",
-        "jsonl (default) or parquet, of a folder's shards",
-        "FORMAT",
-        choices=("jsonl", "parquet"),
-    ),
-    Flag("--overwrite", "infer.Output.overwrite=True", "remove what an earlier job left there"),
-)
-
-_STATUS = (
-    Flag("--model_dir", "MODEL_DIR", "the run directory", "DIR"),
-    Flag("--json", "status.as_json=True", "print it as JSON"),
-)
 
 VERBS = {
-    "train": Verb("meshway.launch.train", "train a recipe, or go on from its last checkpoint", dry_run=True),
+    "train": Verb("meshway.launch.train", "train a recipe, or go on from its last checkpoint", flags=Train),
     "eval": Verb(
-        "meshway.launch.eval",
+        "meshway.launch.evaluate",
         "evaluate checkpoints of a run: one, several, or each as it appears",
-        switches=_EVAL,
+        flags=Eval,
         instead="--model_dir",
         macros=("MODEL_DIR", "MIXTURE_OR_TASK_NAME", "TASK_FEATURE_LENGTHS", "BATCH_SIZE", "CACHE_DIR", "LAYOUT"),
     ),
     "infer": Verb(
         "meshway.launch.infer",
         "predict or score an input with a run's checkpoint; killed and run again, it goes on",
-        switches=_INFER,
+        flags=Infer,
         instead="--model_dir",
         macros=("MODEL_DIR", "MIXTURE_OR_TASK_NAME", "TASK_FEATURE_LENGTHS", "CACHE_DIR", "LAYOUT"),
     ),
     "status": Verb(
         "meshway.launch.status",
         "say how a run stands: who runs it, its steps reported and saved, rate and end, last evaluation",
-        switches=_STATUS,
-        instead="--model_dir",
+        flags=Status,
         recipe=False,
         on_devices=False,
         slow=False,
         macros=(),
     ),
     "inspect": Verb(
-        "meshway.launch.inspect",
+        "meshway.launch.inspection",
         "print every tensor: axes, sharding, bytes a device, and the rule; or what the data is like",
-        subjects=("layout", "data"),
+        subjects={
+            "layout": Subject("print every tensor: axes, sharding, bytes a device, and the rule", InspectLayout),
+            "data": Subject(
+                "show examples as the model sees them, their lengths, density and mixture shares", InspectData
+            ),
+        },
         default="layout",
-        switches=_INSPECT,
     ),
     "cache": Verb(
         "meshway.launch.cache",
         "prepare the tasks of a recipe, or --task, once and keep them",
-        switches=_CACHE,
+        flags=Cache,
         instead="--task",
         on_devices=False,
         macros=("MIXTURE_OR_TASK_NAME", "MIXTURE_OR_TASK_MODULE", "CACHE_DIR"),
@@ -277,8 +308,7 @@ VERBS = {
     "convert": Verb(
         "meshway.launch.convert",
         "take a Hugging Face or T5X model in, with its recipe, or write a Hugging Face one",
-        switches=_CONVERT,
-        instead="--from",
+        flags=Convert,
         recipe=False,
         on_devices=False,
         macros=(),
@@ -286,8 +316,16 @@ VERBS = {
     "bench": Verb(
         "meshway.launch.bench",
         "time a recipe's step on synthetic data, or its data path; or count what layouts make devices send",
-        subjects=("train", "data", "parallel", "routing", "moe", "attention", "decode"),
-        switches=_BENCH,
+        subjects={
+            "train": Subject("time a recipe's step on synthetic data, beside the machine's matmul peak", BenchTrain),
+            "data": Subject("time how examples become batches, stage by stage, beside seqio", BenchData),
+            "parallel": Subject("count what each layout makes devices send, beside the least", BenchParallel),
+            "routing": Subject("compare who gets the experts' room, by accuracy", BenchRouting),
+            "moe": Subject("time a mixture of experts in each form of dispatch, in turn"),
+            "attention": Subject("time attention by each of several kernels, at several lengths, in turn"),
+            "decode": Subject("time what a token costs, beside how fast memory is read", BenchDecode),
+        },
+        is_room=True,
     ),
     "launch": Verb(
         "meshway.launch.cluster.launch",
@@ -296,6 +334,13 @@ VERBS = {
         slow=False,
     ),
 }
+
+
+def module_of(verb: str, subject: str | None) -> str:
+    """Returns the name of the module whose `run` does a command's work."""
+    entry = VERBS[verb]
+    return f"{entry.module}.{subject}" if entry.is_room else entry.module
+
 
 USAGE = """examples:
   meshway train --gin_file=recipes/quickstart.gin --gin.MODEL_DIR=runs/quickstart

@@ -16,7 +16,7 @@ DOORS = {
     "framework/data/seqio_adapter.py",
     "framework/data/seqio_loader.py",
     "framework/data/seqio_steps.py",
-    "launch/bench_seqio.py",  # runs seqio beside us, to time both
+    "launch/bench/stages.py",  # runs seqio beside us, to time both
 }  # may import seqio and TensorFlow, inside functions only
 LONG = {("framework/training/loop.py", 120), ("launch/train.py", 120)}  # the loop, and what sets it up
 
@@ -132,7 +132,7 @@ def test_framework_models_and_bench_train_without_tensorflow(tmp_path):
         for package in (meshway.framework, meshway.models):
             for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
                 importlib.import_module(module.name)
-        import meshway.launch.bench
+        import meshway.launch.bench.train
         from tiny import losses, program
         print("losses", losses(program("t5_1_1"), 2)[0])
     """

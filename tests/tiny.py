@@ -58,7 +58,7 @@ def program(family: str = "t5_1_1", *bindings: str, layout: str = "single", opti
             *bindings,
         ),
     )
-    return config.load(invocation, import_unreferenced=False).build("bench.train")["program"]
+    return config.load(invocation, import_unreferenced=False).build("bench.train.measure")["program"]
 
 
 def losses(program: TrainProgram, steps: int, state=None, first: int = 0) -> tuple[list[float], object]:

@@ -6,7 +6,8 @@ import re
 from typing import Any, ClassVar
 
 from meshway.framework.errors import UserError
-from meshway.launch.cluster.job import PORT, Job, flag, quoted, yaml_text
+from meshway.launch.cluster.job import PORT, Job, quoted, yaml_text
+from meshway.launch.flags import flag
 
 _WORKERS = "workers"
 _CLAIM = re.compile(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?")

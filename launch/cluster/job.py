@@ -1,4 +1,4 @@
-"""What is launched, wherever it is launched; how a field of a launcher becomes a flag, and a job's file text."""
+"""What is launched, wherever it is launched, and text of job files."""
 
 import dataclasses
 import re
@@ -8,23 +8,12 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from meshway.framework.errors import UserError
+from meshway.launch.flags import flag
 
 END_WITH_STARTER = "--end_with_starter"  # the first word of such a command
 PORT = 8476  # where process 0 listens, where the place itself names no port
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-
-
-def flag(help: str, value: str = "", default: Any = dataclasses.MISSING, least: int = 1) -> Any:
-    """Returns a dataclass field that is also a flag of the command line.
-
-    Args:
-      help: what it is for.
-      value: what the help calls the value; "" for a flag without one.
-      default: the value where the flag is left out; a field without a default must be given.
-      least: the smallest whole number taken, where the field is a number.
-    """
-    return dataclasses.field(default=default, metadata={"help": help, "value": value, "least": least})
 
 
 def quoted(word: str) -> str:

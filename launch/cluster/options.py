@@ -5,20 +5,20 @@ import dataclasses
 import os
 import re
 import textwrap
-import typing
 from collections.abc import Callable, Collection, Sequence
 from pathlib import PurePosixPath
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.files import local_path
 from meshway.launch.cluster.gke import Gke, Xpk
-from meshway.launch.cluster.job import Job, flag
+from meshway.launch.cluster.job import Job
 from meshway.launch.cluster.ray_cluster import RayCluster
 from meshway.launch.cluster.skypilot import SkyPilot
 from meshway.launch.cluster.slurm import Slurm
 from meshway.launch.cluster.tpu_vm import TpuVm
-from meshway.launch.invocation import Invocation, Parser, help_formatter, non_negative_int, positive_int
+from meshway.launch.flags import Flag, Parser, add_flags, flag, flags_of, given, refuse_unknown, sentence
+from meshway.launch.invocation import Invocation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,13 @@ class Worker:
 
 
 @dataclasses.dataclass(frozen=True)
+class JobFile:
+    """Where a job file goes."""
+
+    output: str | None = flag("write the file, do not print it", "FILE", None)
+
+
+@dataclasses.dataclass(frozen=True)
 class Kind:
     """A place to launch on: its class, whose fields are its flags, and how it is described."""
 
@@ -68,6 +75,12 @@ class Kind:
     def renders(self) -> bool:
         """Whether it writes a file for the place's own client, instead of running the job."""
         return hasattr(self.place, "render")
+
+    @property
+    def flags(self) -> list[Flag]:
+        """Those of the place, those of every job that it honours, and where a job file goes."""
+        common = [each for each in flags_of(Job) if each.field in self.place.common]
+        return [*flags_of(self.place), *common, *(flags_of(JobFile) if self.renders else ())]
 
 
 KINDS = {
@@ -151,32 +164,26 @@ def parse_launch(
       UserError: the command line, or the one after `--`, is wrong.
     """
     own, inner = _split(words)
+    parser, children = parsers()
     if not own or own[0] in ("-h", "--help"):
-        print(_help(), end="")
+        parser.print_help()
         return None
-    name = own.pop(0)
+    name = own[0]
     if name not in KINDS:
         near = did_you_mean(name, KINDS) or f"; they are {', '.join(KINDS)}"
         raise UserError(f"meshway launch: there is no kind {name!r}{near}")
-    kind, parser = KINDS[name], _parser(name)
     if "-h" in own or "--help" in own:
-        parser.print_help()
+        children[name].print_help()
         return None
     options, unknown = parser.parse_known_args(own)
     if unknown:
         _refuse(name, unknown[0], inner is not None)
+    kind, command = KINDS[name], f"meshway launch {name}"
     if not inner:
-        raise UserError(f"meshway launch {name} needs the command to run after --, as: {kind.examples[0]}")
-    given: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in vars(options).items()
-    }
-    output = given.pop("output", None)
-    for field in dataclasses.fields(kind.place):
-        if field.default is dataclasses.MISSING and field.name not in given:
-            raise UserError(f"meshway launch {name} needs {_usage(field)}: {field.metadata['help']}")
-    mine = {field.name for field in dataclasses.fields(kind.place)}
-    place = kind.place(**{key: value for key, value in given.items() if key in mine})
-    job = Job(tuple(inner), **{key: value for key, value in given.items() if key not in mine})
+        raise UserError(f"{command} needs the command to run after --, as: {kind.examples[0]}")
+    place = kind.place(**given(flags_of(kind.place), options, command))
+    job = Job(tuple(inner), **given([each for each in kind.flags if each in flags_of(Job)], options, command))
+    output = JobFile(**given(flags_of(JobFile), options, command)).output
     parsed = _check(name, place, job, parse, runnable)
     if parsed is None:
         return None
@@ -243,7 +250,7 @@ def check_model_dir(value: str, place: Any) -> None:
         )
 
 
-def _refuse(name: str, word: str, separated: bool) -> None:
+def _refuse(name: str, word: str, separated: bool) -> NoReturn:
     """Raises UserError for a word that this kind does not take."""
     if not word.startswith("-"):
         hint = "" if separated else "; the command to run comes after --"
@@ -251,63 +258,30 @@ def _refuse(name: str, word: str, separated: bool) -> None:
     key = word.partition("=")[0]
     if key.startswith(("--gin.", "--gin_")):
         raise UserError(f"{key} belongs to the command to run, after --: meshway launch {name} ... -- train {word}")
-    owners = [other for other in KINDS if key in _flags(other)]
-    if owners:
-        listed = " and ".join(f"`meshway launch {other}`" for other in owners)
-        raise UserError(f"{key} is a flag of {listed}, not of `meshway launch {name}`")
-    raise UserError(f"meshway launch {name}: unknown flag {key}{did_you_mean(key, _flags(name), limit=1)}")
+    others = {f"meshway launch {other}": kind.flags for other, kind in KINDS.items() if other != name}
+    refuse_unknown(key, f"meshway launch {name}", KINDS[name].flags, others)
 
 
-def _fields(name: str) -> list[dataclasses.Field]:
-    """Returns the fields that are flags of a kind: its own, then those of every job that it honours."""
-    place = KINDS[name].place
-    return [
-        *dataclasses.fields(place),
-        *(field for field in dataclasses.fields(Job) if field.name in place.common),
-    ]
-
-
-def _flags(name: str) -> list[str]:
-    return [f"--{field.name}" for field in _fields(name)] + (["--output"] if KINDS[name].renders else [])
-
-
-def _usage(field: dataclasses.Field) -> str:
-    value = field.metadata["value"]
-    return f"--{field.name}={value}" if value else f"--{field.name}"
-
-
-def _parser(name: str) -> Parser:
-    """Returns the parser of one kind's flags."""
-    kind = KINDS[name]
-    needed = [_usage(field) for field in _fields(name) if field.default is dataclasses.MISSING]
+def parsers() -> tuple[Parser, dict[str, Parser]]:
+    """Returns the parser of what stands before `--`, and those of the kinds by name."""
     parser = Parser(
-        prog=f"meshway launch {name}",
-        usage=" ".join(["meshway launch", name, *needed, "[options] -- VERB ..."]),
-        description=f"{kind.help[0].upper()}{kind.help[1:]}.\nThe command after -- is checked before anything starts.",
-        epilog="\n".join(["examples:", *(f"  {_folded(example)}" for example in kind.examples)]),
-        formatter_class=help_formatter,
-        allow_abbrev=False,
+        prog="meshway launch",
+        usage="meshway launch KIND [options] -- VERB ...",
+        description="Runs a command on many processes.",
+        epilog=_overview(),
     )
-    types = typing.get_type_hints(kind.place) | typing.get_type_hints(Job)
-    for field in _fields(name):
-        parser.add_argument(f"--{field.name}", help=field.metadata["help"], **_takes(types[field.name], field))
-    if kind.renders:
-        parser.add_argument(
-            "--output", metavar="FILE", default=argparse.SUPPRESS, help="write the file, do not print it"
+    listed = parser.add_subparsers(prog="meshway launch", help=argparse.SUPPRESS, parser_class=Parser)
+    children: dict[str, Parser] = {}
+    for name, kind in KINDS.items():
+        needed = [each.usage for each in kind.flags if each.is_required]
+        children[name] = listed.add_parser(
+            name,
+            usage=" ".join(["meshway launch", name, *needed, "[options] -- VERB ..."]),
+            description=f"{sentence(kind.help)}\nThe command after -- is checked before anything starts.",
+            epilog="\n".join(["examples:", *(f"  {_folded(example)}" for example in kind.examples)]),
         )
-    return parser
-
-
-def _takes(kind: Any, field: dataclasses.Field) -> dict[str, Any]:
-    """Returns how argparse reads a field of this type."""
-    takes: dict[str, Any] = {"default": argparse.SUPPRESS}
-    if kind is bool:
-        return takes | {"action": "store_true"}
-    takes["metavar"] = field.metadata["value"]
-    kinds = typing.get_args(kind) or (kind,)
-    if int in kinds:
-        return takes | {"type": positive_int if field.metadata["least"] else non_negative_int}
-    return takes | ({"action": "append"} if typing.get_origin(kind) is tuple else {})
+        add_flags(children[name], kind.flags)
+    return parser, children
 
 
 def _folded(example: str) -> str:
@@ -315,11 +289,12 @@ def _folded(example: str) -> str:
     return " \\\n".join(lines)
 
 
-def _help() -> str:
-    lines = ["usage: meshway launch KIND [options] -- VERB ...", "", "Runs a command on many processes.", ""]
+def _overview() -> str:
+    """Returns the kinds and an example of each, for the help of `meshway launch`."""
+    lines = []
     for heading, renders in (("kinds that run it", False), ("kinds that write a job file", True)):
         lines += [f"{heading}:", *(f"  {name:10}{k.help}" for name, k in KINDS.items() if k.renders == renders), ""]
     lines += ["examples:", *(f"  {_folded(kind.examples[0])}" for kind in KINDS.values()), ""]
     lines += ["The command after -- is checked here, so that a typing error costs no place in a queue."]
     lines += ["`meshway launch KIND --help` lists a kind's options."]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 
 from meshway.framework.errors import EnvironmentFailure, UserError
 from meshway.launch.cluster import job as jobs
-from meshway.launch.cluster.job import Job, flag
+from meshway.launch.cluster.job import Job
+from meshway.launch.flags import flag
 
 _USER_ERROR = 2  # the exit code of a wrong command or recipe: another try would end the same
 _LAST_WORDS_SECONDS = 5.0  # how long the others may still say why they end, after the first

@@ -4,7 +4,8 @@ import dataclasses
 from typing import ClassVar
 
 from meshway.framework.errors import UserError
-from meshway.launch.cluster.job import PORT, Job, flag, quoted, yaml_text
+from meshway.launch.cluster.job import PORT, Job, quoted, yaml_text
+from meshway.launch.flags import flag
 
 # Hosts of a TPU slice count too, whatever num_nodes says: all of them are in the list of addresses.
 _PEERS = (

@@ -5,7 +5,8 @@ import re
 from typing import ClassVar
 
 from meshway.framework.errors import UserError
-from meshway.launch.cluster.job import Job, flag, quoted, variable
+from meshway.launch.cluster.job import Job, quoted, variable
+from meshway.launch.flags import flag
 
 _TIME = re.compile(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}")
 

@@ -5,7 +5,8 @@ import shlex
 from typing import ClassVar
 
 from meshway.framework.errors import UserError
-from meshway.launch.cluster.job import Job, flag, quoted, variable
+from meshway.launch.cluster.job import Job, quoted, variable
+from meshway.launch.flags import flag
 
 _HEAD = """\
 #!/usr/bin/env bash

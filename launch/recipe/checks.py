@@ -14,6 +14,7 @@ from meshway.launch.recipe.configurables import ImportTable, Unresolved
 from meshway.launch.recipe.files import GinFiles, Joined
 from meshway.launch.recipe.reachability import Reach, Walk, binding_key, final, moments
 from meshway.launch.recipe.text import REQUIRED, Binding, Import, Macro, Place, Reference, Target, leaves
+from meshway.launch.verbs import VERBS, module_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +34,18 @@ class Program:
     package: str
     problems: list[str]
 
-    def roots(self, verb: str | None = None) -> list[Target]:
-        """Returns what the modules of one verb, or of all, hold and some binding names."""
-        everything = [*self.others, *self.bindings]
-        targets = dict.fromkeys(binding.target for binding in everything if binding.target)
-        if verb is None:
-            return [target for target in targets if target.module.startswith(f"{self.package}.")]
-        return [target for target in targets if target.module == f"{self.package}.{verb}"]
+    def roots(self) -> list[Target]:
+        """Returns what the modules of all verbs hold and some binding names."""
+        targets = dict.fromkeys(binding.target for binding in [*self.others, *self.bindings] if binding.target)
+        return [target for target in targets if target.module.startswith(f"{self.package}.")]
+
+    def roots_of(self, invocation: Invocation) -> list[Target]:
+        """Returns those of one command: of its subject's module, or the function that its subject names."""
+        verb, subject = VERBS[invocation.verb], invocation.subject
+        module = module_of(invocation.verb, subject).replace("meshway.launch", self.package, 1)
+        if subject and not verb.is_room:
+            return [Target(module, (subject,))]
+        return [target for target in self.roots() if target.module == module]
 
 
 def link(joined: Joined, files: GinFiles, invocation: Invocation, package: str) -> Program:
@@ -85,11 +91,7 @@ def check(program: Program, invocation: Invocation, import_unreferenced: bool) -
     problems = list(program.problems)
     if import_unreferenced:
         problems += _import_in_order(program)
-    roots = program.roots(invocation.verb)
-    subject = Target(f"{program.package}.{invocation.verb}", (invocation.subject or "",))
-    if invocation.subject:
-        roots = [subject]
-    ours = Walk(final(program.bindings), importing=True).run(roots)
+    ours = Walk(final(program.bindings), importing=True).run(program.roots_of(invocation))
     every, unused = _unused(program, ours)
     places = {binding.place for binding in program.bindings}
     undefined = [text for text, place in {**every.undefined, **ours.undefined}.items() if place in places]

@@ -111,7 +111,7 @@ class Recipe:
         """Builds the keyword arguments of a verb's function; the verb calls it itself.
 
         Args:
-          root: `module.function` inside the package of verbs, as `train.train`.
+          root: `module.function` inside the package of verbs, as `train.train` or `bench.moe.measure`.
           given: names of the arguments that the caller passes itself.
 
         Returns:
@@ -120,7 +120,7 @@ class Recipe:
         Raises:
           UserError: an argument is missing, or a constructor refuses its values (TypeError, ValueError).
         """
-        module, _, name = root.partition(".")
+        module, _, name = root.rpartition(".")
         target = Target(f"{self._program.package}.{module}", (name,))
         function = configurables.find(target, importing=True)
         bindings = final(self._program.bindings)
@@ -151,10 +151,10 @@ class Recipe:
         """Returns the bindings that a verb's function hangs on, as text: SCOPE/NAME to its value.
 
         Args:
-          root: `module.function` inside the package of verbs, as `eval.evaluate`.
+          root: `module.function` inside the package of verbs, as `evaluate.evaluate`.
           without: arguments of it that do not matter. MODEL_DIR never does.
         """
-        module, _, name = root.partition(".")
+        module, _, name = root.rpartition(".")
         target = Target(f"{self._program.package}.{module}", (name,))
         own = configurables.key(target)
         bindings = [

@@ -67,7 +67,9 @@ class ImportTable:
             if not path:
                 near = did_you_mean(selector, self.words)
                 raise Unresolved(f"{selector!r} is not imported; write its module and name, as module.{selector}{near}")
-            raise Unresolved(f"{word!r} of {selector!r} is not imported{did_you_mean(word, self.words)}")
+            renamed = _RENAMED.get(f"meshway.launch.{word}")
+            near = f"; it is now {renamed}" if renamed else did_you_mean(word, self.words)
+            raise Unresolved(f"{word!r} of {selector!r} is not imported{near}")
         module = self.words[word].bound_module
         while path and f"{module}.{path[0]}" in self._prefixes():
             module = f"{module}.{path.pop(0)}"
@@ -147,13 +149,36 @@ def require_module(module: str) -> None:
     raise Unresolved(f"there is no module {module}{within}{_moved(module) or near}")
 
 
+# Modules that have another name today, not only another folder.
+_RENAMED = {
+    "meshway.launch.eval": "meshway.launch.evaluate",
+    "meshway.launch.inspect": "meshway.launch.inspection",
+    "meshway.launch.data_stages": "meshway.launch.bench.stages",
+    "meshway.launch.bench_seqio": "meshway.launch.bench.stages",
+}
+_RENAMED |= {
+    f"meshway.launch.bench_{subject}": f"meshway.launch.bench.{subject}"
+    for subject in ("attention", "data", "decode", "moe", "parallel", "routing")
+}
+
+
 def _moved(module: str) -> str:
-    """Returns where a module of ours lies today, for a recipe of an older run; "" where none of its name does."""
-    root, name = Path(__file__).parents[2], module.rpartition(".")[2]
-    paths = [path for folder in ("framework", "models", "launch") for path in (root / folder).rglob(f"{name}.py")]
-    if not module.startswith("meshway.") or len(paths) != 1:
+    """Returns where a module of ours is today, for a recipe of an older run; "" where that cannot be told by its name.
+
+    A file of its name in its own top folder is preferred to those in others.
+    """
+    root, folders = Path(__file__).parents[2], ("framework", "models", "launch")
+    package, _, rest = module.partition(".")
+    own, name = rest.partition(".")[0], module.rpartition(".")[2]
+    if package != "meshway":
         return ""
-    return f"; it is now {'.'.join(['meshway', *paths[0].relative_to(root).with_suffix('').parts])}"
+    if module in _RENAMED:
+        return f"; it is now {_RENAMED[module]}"
+    for among in ([own], folders):
+        paths = [path for folder in among for path in (root / folder).rglob(f"{name}.py")]
+        if len(paths) == 1:
+            return f"; it is now {'.'.join(['meshway', *paths[0].relative_to(root).with_suffix('').parts])}"
+    return ""
 
 
 def import_module(module: str) -> Any:

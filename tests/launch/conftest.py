@@ -60,10 +60,10 @@ RUNS_TRAIN = """
 
 RUNS_INSPECT = """
     from __gin__ import dynamic_registration
-    from lab.verbs import inspect
+    from lab.verbs import inspection
 
     MODEL = %gin.REQUIRED
-    inspect.inspect.model = %MODEL
+    inspection.inspect.model = %MODEL
 """
 
 LAYOUT = """
@@ -94,7 +94,7 @@ FILES = {
     "lab/mesh.py": "class MeshShape:\n    def __init__(self, ici):\n        self.ici = ici\n",
     "lab/heavy.py": "LOADED = True\n",
     "lab/verbs/train.py": TRAIN,
-    "lab/verbs/inspect.py": "def inspect(model):\n    return model\n",
+    "lab/verbs/inspection.py": "def inspect(model):\n    return model\n",
     "gin/runs/train.gin": RUNS_TRAIN,
     "gin/runs/inspect.gin": RUNS_INSPECT,
     "gin/layouts/single.gin": LAYOUT.format(ici="{'data': 1}"),

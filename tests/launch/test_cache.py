@@ -155,7 +155,7 @@ def imports(tmp_path, monkeypatch, request):
 
 
 def source_of(recipe):
-    return config.load(Invocation("inspect", "data", (str(recipe),))).build("inspect.data")["source"]
+    return config.load(Invocation("inspect", "data", (str(recipe),))).build("inspection.data")["source"]
 
 
 def test_processes_that_write_caches_are_told_what_the_recipe_imports(imports, monkeypatch):

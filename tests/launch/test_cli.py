@@ -1,6 +1,7 @@
 """The command line: what it understands, what it refuses, and how it ends."""
 
 import dataclasses
+import functools
 import os
 import re
 import subprocess
@@ -15,7 +16,8 @@ from meshway.framework.errors import EnvironmentFailure, UserError
 from meshway.framework.telemetry.profiler import Profile
 from meshway.launch import cli
 from meshway.launch.cluster import options
-from meshway.launch.invocation import MACROS, non_negative_int, not_negative, positive_int, share
+from meshway.launch.flags import non_negative_int, not_negative, positive_int, share
+from meshway.launch.invocation import MACROS
 
 
 @pytest.fixture
@@ -25,7 +27,7 @@ def verb(monkeypatch):
     module.seen = []
     module.run = module.seen.append
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(cli.VERBS, "train", cli.Verb(module.__name__, "train", dry_run=True))
+    monkeypatch.setitem(cli.VERBS, "train", dataclasses.replace(cli.VERBS["train"], module=module.__name__))
     return module
 
 
@@ -55,7 +57,7 @@ def test_a_subject_follows_its_verb():
 
 def test_a_switch_is_a_binding():
     words = ["bench", "train", "--interleave", "--gin_file=a", "--gin.SEED=1"]
-    assert cli.parse(words).bindings == ("SEED=1", "bench.train.interleave=True")
+    assert cli.parse(words).bindings == ("SEED=1", "bench.train.measure.interleave=True")
 
 
 @pytest.mark.parametrize(
@@ -101,22 +103,19 @@ NEEDED = {"convert": ["--from=a", "--to=b"], "status": ["a"]}  # what a verb nee
 
 def impossible():
     """Every flag of every verb and kind of launch that takes a number or one of several words -> what it cannot be."""
-    for name, entry in cli.VERBS.items():
-        needed = NEEDED.get(name, ["--gin_file=quickstart"])
-        for switch in entry.switches:
-            subject = [each for each in entry.subjects if switch.binding.startswith(f"{name}.{each}.")][:1]
-            kind = cli._type_of(switch)
-            if switch.value and (kind in NUMBERS or switch.choices):
-                yield [name, *subject, *needed], switch.flag, NUMBERS.get(kind, ["x", "", "JSONL"])
-        if entry.on_devices:
-            subject = [] if entry.default else list(entry.subjects[:1])
-            yield [name, *subject, *needed], "--simulated_devices", NUMBERS[positive_int]
-            yield [name, *subject, *needed], "--num_processes", NUMBERS[positive_int]
-            yield [name, *subject, *needed], "--process_id", NUMBERS[non_negative_int]
-    for name in options.KINDS:
-        for action in options._parser(name)._actions:
-            if action.type in NUMBERS:
-                yield ["launch", name], action.option_strings[0], NUMBERS[action.type]
+    for name in cli.VERBS.keys() - {"launch"}:
+        parser, children = cli.parsers(name)
+        for subject, each in (children or {"": parser}).items():
+            words = [word for word in (name, subject) if word] + NEEDED.get(name, ["--gin_file=quickstart"])
+            yield from impossible_of(each, words)
+    for name, parser in options.parsers()[1].items():
+        yield from impossible_of(parser, ["launch", name])
+
+
+def impossible_of(parser, words):
+    for action in parser._actions:
+        if action.type in NUMBERS or isinstance(action.type, functools.partial):
+            yield words, action.option_strings[0], NUMBERS.get(action.type, ["x", "", "JSONL"])
 
 
 @pytest.mark.parametrize(
@@ -157,7 +156,10 @@ def verbs_untouched(monkeypatch):
         (["cache", "--task=a", "--module=math", "--gin.cache.cache.workers=0"], "--gin.cache.cache.workers"),
         (["cache", "--task=a", "--module=math", "--gin.cache.cache.num_shards=0"], "--gin.cache.cache.num_shards"),
         (["cache", "--task=a", "--gin.cache.cache.max_bad_examples=-1"], "--gin.cache.cache.max_bad_examples"),
-        (["bench", "data", "--gin_file=quickstart", "--gin.bench.data.batches=0"], "--gin.bench.data.batches"),
+        (
+            ["bench", "data", "--gin_file=quickstart", "--gin.bench.data.measure.batches=0"],
+            "--gin.bench.data.measure.batches",
+        ),
         (["inspect", "--gin_file=bench_t5", "--hardware=abacus"], "--hardware"),
     ],
 )

@@ -115,7 +115,7 @@ def test_numbers_that_count_are_counts(words, capsys):
         ("infer --input=a --output=b --temperature=-1", "argument --temperature: '-1' is not a number of at least 0"),
         ("infer --input=a --output=b --on_bad=ignore", "argument --on_bad: 'ignore' is not one of fail, skip"),
         ("infer --input=a --output=b --gin.infer.Inputs.on_bad=x", "(bound: on_bad at --gin.infer.Inputs.on_bad)"),
-        ("eval --gin.eval.evaluate.watch=often", "--gin.eval.evaluate.watch: eval.evaluate.watch = 'often': True or"),
+        ("eval --gin.evaluate.evaluate.watch=often", ".evaluate.watch: evaluate.evaluate.watch = 'often': True or"),
         ("cache --task=a --directory=s3://b/c", "error: --directory=s3://b/c: it is no path"),
     ],
 )  # fmt: skip

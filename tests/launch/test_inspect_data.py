@@ -15,8 +15,8 @@ from meshway.framework.data.passthrough import PassThrough
 from meshway.framework.data.vocabularies import Bytes
 from meshway.framework.errors import UserError
 from meshway.launch import cli
-from meshway.launch import inspect as inspect_data
-from meshway.launch import inspect as verb
+from meshway.launch import inspection as inspect_data
+from meshway.launch import inspection as verb
 
 GOLDEN = """\
     mix
@@ -155,7 +155,7 @@ def test_the_page_goes_where_it_is_asked_to(tiny, tmp_path, monkeypatch, capsys)
 )
 def test_the_subject_may_be_left_out(words, subject, bindings):
     invocation = cli.parse([*words, "--gin_file=a"])
-    assert (invocation.subject, invocation.bindings) == (subject, tuple(f"inspect.data.{b}" for b in bindings))
+    assert (invocation.subject, invocation.bindings) == (subject, tuple(f"inspection.data.{b}" for b in bindings))
 
 
 @pytest.mark.parametrize(

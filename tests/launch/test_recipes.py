@@ -106,7 +106,9 @@ def test_bench_prints_the_share_of_the_peak(capsys):
         "VOCAB_SIZE=256",
         "BATCH_SIZE=2",
     ]
-    words = [f"--gin.{binding}" for binding in (*bindings, "bench.train.steps=1", "bench.train.rounds=1")]
+    words = [
+        f"--gin.{binding}" for binding in (*bindings, "bench.train.measure.steps=1", "bench.train.measure.rounds=1")
+    ]
     assert cli.main(["bench", "train", "--gin_file=bench_t5", *words]) == 0
     said = capsys.readouterr().out
     assert "share of the peak" in said and "TensorFlow imported" in said and "command to first finished step" in said

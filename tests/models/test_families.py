@@ -147,9 +147,9 @@ def test_a_scheme_for_long_rows_changes_scores_and_no_parameter(name):
         verb="bench",
         subject="train",
         gin_files=("models/lm/tiny.gin", "optimizers/sgd.gin", f"lengths/{name}.gin"),
-        bindings=(*LENGTHS[name], "bench.train.program=%MODEL", "VOCAB_SIZE=256"),
+        bindings=(*LENGTHS[name], "bench.train.measure.program=%MODEL", "VOCAB_SIZE=256"),
     )
-    model = config.load(invocation, import_unreferenced=False).build("bench.train")["program"]
+    model = config.load(invocation, import_unreferenced=False).build("bench.train.measure")["program"]
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     model.axes()  # builds it, while the process has its recipe
     plain, params, batch = made("lm", "NUM_LAYERS=2")

@@ -18,7 +18,7 @@ def test_the_active_parameters_of_mixtral_are_the_published_ones():
         gin_files=("models/mixtral/8x7b.gin", "optimizers/adafactor.gin"),
         bindings=("TASK_FEATURE_LENGTHS={'targets': 8}", "LAYOUT='single'"),
     )
-    made = config.load(invocation, import_unreferenced=False).build("bench.train")["program"]
+    made = config.load(invocation, import_unreferenced=False).build("bench.train.measure")["program"]
     sizes = {path: int(np.prod(leaf.shape)) for path, leaf in flatten(made.param_shapes).items()}
     active = sum(size // 4 if "/experts/" in path else size for path, size in sizes.items())
     assert active == 12_879_925_248  # 12.9 billion (Jiang et al. 2024, section 2): two of eight experts

@@ -26,7 +26,7 @@ def model_of(family, size, *bindings):
         gin_files=(f"models/{family}/{size}.gin", "optimizers/adafactor.gin"),
         bindings=("TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 8}", "LAYOUT='single'", *bindings),
     )
-    return config.load(invocation, import_unreferenced=False).build("bench.train")["program"]
+    return config.load(invocation, import_unreferenced=False).build("bench.train.measure")["program"]
 
 
 @pytest.mark.slow

@@ -97,9 +97,9 @@ def parameters(model):
         verb="bench",
         subject="train",
         gin_files=(f"models/{model}.gin", "optimizers/sgd.gin"),
-        bindings=("bench.train.program=%MODEL",),  # nothing but the model
+        bindings=("bench.train.measure.program=%MODEL",),  # nothing but the model
     )
-    made = config.load(invocation, import_unreferenced=False).build("bench.train")["program"]
+    made = config.load(invocation, import_unreferenced=False).build("bench.train.measure")["program"]
     found = {}
     jax.tree_util.tree_map_with_path(
         lambda path, leaf, names: found.update({path_name(path): {"shape": list(leaf.shape), "axes": list(names)}}),

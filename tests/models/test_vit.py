@@ -21,7 +21,7 @@ def program(family, *bindings, layout="single"):
         gin_files=(f"models/{family}/tiny.gin", "optimizers/adamw.gin"),
         bindings=("BATCH_SIZE=16", "NUM_LAYERS=2", "D_FF=32", f"LAYOUT='{layout}'", *bindings),
     )
-    return config.load(invocation, import_unreferenced=False).build("bench.train")["program"]
+    return config.load(invocation, import_unreferenced=False).build("bench.train.measure")["program"]
 
 
 @pytest.fixture(scope="module")

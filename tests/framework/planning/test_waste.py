@@ -9,7 +9,7 @@ from meshway.framework.planning.communication import Setting
 from meshway.framework.planning.hlo import Array
 from meshway.framework.planning.products import Uses
 from meshway.framework.planning.waste import activation_waste, resharding_waste, state_waste
-from meshway.launch import inspect
+from meshway.launch import inspection
 
 MESH = {"data": 4, "model": 2}
 
@@ -84,10 +84,10 @@ def test_resharding_is_what_no_kernel_wrote_and_no_rule_asks_for():
 
 def test_inspect_warns_without_compiling_and_compiled_says_what_is_sent():
     program = tiny.program("lm", layout="model_1d")
-    plain = inspect.layout(program)
+    plain = inspection.layout(program)
     assert "warning: replicated state, mesh axis data=4" in plain and "sent by" not in plain
-    assert "warning" not in inspect.layout(program, replicated_state=1.0, replicated_activations=1.0)
-    compiled = inspect.layout(program, compile=True)
+    assert "warning" not in inspection.layout(program, replicated_state=1.0, replicated_activations=1.0)
+    compiled = inspection.layout(program, compile=True)
     assert "sent by the compiled step (data=4, model=2):" in compiled
     assert [line.split()[:2] for line in compiled.splitlines() if line.startswith("  model  activations")]
     assert compiled.endswith(plain.partition("warning:")[2])

@@ -102,11 +102,26 @@ MISTAKES = {
 }
 
 
-def test_a_module_of_ours_that_moved_is_named_with_its_new_place(lab):
-    text = message(lab, recipe=f"{INCLUDE}from meshway.framework.training import optimizers\n")
-    assert text.endswith(
-        "(no 'optimizers' in meshway.framework.training); it is now meshway.framework.optimizers.optimizers"
-    )
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ("framework.training.optimizers", "framework.optimizers.optimizers"),
+        ("launch.eval", "launch.evaluate"),
+        ("launch.inspect", "launch.inspection"),
+        ("launch.bench_moe", "launch.bench.moe"),
+        ("launch.data_stages", "launch.bench.stages"),
+        ("launch.rounds", "launch.bench.rounds"),
+        ("models.moe", "models.layers.moe"),  # launch/bench/moe.py is of another folder
+    ],
+)
+def test_a_module_of_ours_that_moved_is_named_with_its_new_place(lab, before, now):
+    parent, _, name = f"meshway.{before}".rpartition(".")
+    text = message(lab, recipe=f"{INCLUDE}from {parent} import {name}\n")
+    assert text.endswith(f"there is no module meshway.{before} (no {name!r} in {parent}); it is now meshway.{now}")
+
+
+def test_a_binding_by_the_name_before_says_what_it_is_now(lab):
+    assert message(lab, "eval.evaluate.watch=True").endswith("is not imported; it is now meshway.launch.evaluate")
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -206,7 +221,7 @@ def test_any_other_name_is_taken_where_the_code_takes_any(lab):
 
 
 def test_bindings_for_other_verbs_are_no_problem(lab):
-    recipe = f"{INCLUDE}from lab.verbs import inspect\ninspect.inspect.model = 3\n"
+    recipe = f"{INCLUDE}from lab.verbs import inspection\ninspection.inspect.model = 3\n"
     lab.load(recipe=recipe)
     lab.load("MODEL_DIR=/tmp/run", "TRAIN_STEPS=3", verb="inspect", recipe=INCLUDE)
 

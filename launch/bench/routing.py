@@ -1,7 +1,7 @@
 """meshway bench routing: what it costs a mixture of experts to have room for few tokens, by who gets it.
 
     meshway bench routing --gin_file=v_moe_digits
-    meshway bench routing --gin_file=v_moe_digits --seeds=8 --gin.bench.routing.ratios='(0.5, 0.1)'
+    meshway bench routing --gin_file=v_moe_digits --seeds=8 --gin.bench.routing.Routing.ratios='(0.5, 0.1)'
 
 A recipe with the macros PRIORITY and EVAL_CAPACITY_FACTOR is trained from several seeds with each priority, and each
 result is evaluated with both: tokens in order, and Batch Priority Routing (Riquelme et al. 2021, section 4). Seeds are
@@ -19,7 +19,7 @@ from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError
 from meshway.framework.evaluation.evaluation import Evaluation, Evaluator
 from meshway.framework.terminal import format_columns
-from meshway.launch.rounds import require_at_least
+from meshway.launch.bench.rounds import require_at_least
 
 if TYPE_CHECKING:
     from meshway.framework.data.source import DataSource
@@ -32,7 +32,7 @@ PRIORITIES = {"order": "in order", "score": "by priority"}
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """What a recipe says of the comparison.
+    """What is compared; a recipe binds it.
 
     Attributes:
       program: model, optimizer and layout, of one variant.
@@ -51,10 +51,12 @@ class Routing:
     trained: Sequence[str] = tuple(PRIORITIES)
 
     def __post_init__(self) -> None:
-        require_at_least(1, "bench.routing", steps=self.steps, seeds=self.seeds)
+        require_at_least(1, "bench.routing.Routing", steps=self.steps, seeds=self.seeds)
         unknown = [name for name in self.trained if name not in PRIORITIES]
         if unknown or not self.trained or not self.ratios:
-            raise UserError(f"bench.routing needs ratios, and in `trained` some of {list(PRIORITIES)}; not {unknown}")
+            raise UserError(
+                f"bench.routing.Routing needs ratios, and in `trained` some of {list(PRIORITIES)}; not {unknown}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,18 +71,12 @@ class Variant:
 Accuracies = dict[Variant, list[float]]  # in per cent, one a seed
 
 
-def run(invocation: "Invocation") -> Accuracies:
+def compare(invocation: "Invocation") -> Accuracies:
     """Trains, evaluates and prints the table.
 
     Raises:
       UserError: the recipe is wrong, or its tasks have no accuracy.
     """
-    with processes.joined(*invocation.processes):
-        return compare(invocation)
-
-
-def compare(invocation: "Invocation") -> Accuracies:
-    """Does what `run` does, in processes that have joined."""
     settings = _settings(invocation)
     evaluators = {}
     for priority in PRIORITIES:
@@ -125,7 +121,7 @@ def _settings(invocation: "Invocation", **macros: Any) -> Routing:
     from meshway.launch.recipe import config
 
     bindings = (*invocation.bindings, *[f"{name}={value!r}" for name, value in macros.items()])
-    return Routing(**config.load(dataclasses.replace(invocation, bindings=bindings)).build("bench.routing"))
+    return Routing(**config.load(dataclasses.replace(invocation, bindings=bindings)).build("bench.routing.Routing"))
 
 
 def _train(settings: Routing, step: Any, seed: int) -> "TrainState":
@@ -150,3 +146,9 @@ def _accuracy(evaluator: Evaluator, params: Any) -> float:
     if not names or not set(names) <= set(scalars):
         raise UserError("bench routing compares accuracies, and this recipe's tasks have none on a validation split")
     return 100 * statistics.mean(scalars[name] for name in names)
+
+
+def run(invocation: "Invocation") -> None:
+    """Runs `meshway bench routing`."""
+    with processes.joined(*invocation.processes):
+        compare(invocation)

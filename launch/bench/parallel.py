@@ -9,18 +9,19 @@ forms beside them, and their sources, are in `framework/planning/communication.p
 
 import dataclasses
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 
+from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError
 from meshway.framework.planning.collectives import Collective, read_collectives
 from meshway.framework.planning.communication import Setting
 from meshway.framework.planning.comparison import Line, compare, ratio
 from meshway.framework.planning.setting import setting_of
 from meshway.framework.terminal import format_bytes, format_columns
+from meshway.launch.bench.rounds import seconds_of
 from meshway.launch.recipe.files import GinFiles
 
 if TYPE_CHECKING:
@@ -74,11 +75,12 @@ def compared(setting: Setting, rows: Sequence[Collective], microbatches: int) ->
     return Result(mesh=dict(setting.mesh), lines=tuple(compare(setting, rows, microbatches)), notes=tuple(notes))
 
 
-def measure(program: "TrainProgram", steps: int = 0) -> Result:
-    """Compiles a program's step and compares what it sends with the closed forms.
+def measure(program: "TrainProgram", layouts: str = "", steps: int = 0) -> Result:
+    """Compiles a program's step and compares what it sends with the closed forms; `compare_layouts` calls it for each.
 
     Args:
       program: the recipe under one layout.
+      layouts: names or files of layouts, with commas between; "" for all shipped ones.
       steps: how many steps to time after a first one; 0 runs none.
 
     Raises:
@@ -88,12 +90,14 @@ def measure(program: "TrainProgram", steps: int = 0) -> Result:
     result = compared(setting, rows, program.num_microbatches)
     if not steps:
         return result
-    state, batch, times = program.init(), program.put(program.synthetic_batch()), []
-    for _ in range(steps + 1):
-        begin = time.perf_counter()
+    state, batch = program.init(), program.put(program.synthetic_batch())
+
+    def once() -> object:
+        nonlocal state
         state, metrics = step(state, batch)
-        jax.block_until_ready((state, metrics))
-        times.append(time.perf_counter() - begin)
+        return state, metrics
+
+    times = [seconds_of(once) for _ in range(steps + 1)]
     return dataclasses.replace(result, seconds=statistics.median(times[1:]))
 
 
@@ -129,12 +133,8 @@ def format_summary(results: Sequence[Result]) -> str:
     return "\n".join(format_columns(cells))
 
 
-def run(invocation: "Invocation", measure_one: Callable[..., Result]) -> list[Result]:
+def compare_layouts(invocation: "Invocation") -> list[Result]:
     """Measures the layouts that the command names, else all shipped ones, and prints each as it is done.
-
-    Args:
-      invocation: the command.
-      measure_one: `bench.parallel`, whose arguments a recipe binds.
 
     Raises:
       UserError: the recipe is wrong, or no layout that was named fits it.
@@ -143,13 +143,13 @@ def run(invocation: "Invocation", measure_one: Callable[..., Result]) -> list[Re
 
     def arguments(layout: str) -> dict[str, Any]:
         chosen = dataclasses.replace(invocation, bindings=(*invocation.bindings, f"LAYOUT={layout!r}"))
-        return config.load(chosen, import_unreferenced=False).build("bench.parallel")
+        return config.load(chosen, import_unreferenced=False).build("bench.parallel.measure")
 
     named, shipped = _names(invocation, arguments("single").get("layouts", ""))
     results = []
     for name in named:
         try:
-            result = dataclasses.replace(measure_one(**arguments(name)), layout=name)
+            result = dataclasses.replace(measure(**arguments(name)), layout=name)
         except (UserError, ValueError) as error:
             result = Result(name, misfit=str(error).splitlines()[0])
         results.append(result)
@@ -169,3 +169,9 @@ def _names(invocation: "Invocation", listed: str) -> tuple[list[str], bool]:
         return [given[-1].strip("'\"")], False
     shipped = GinFiles(invocation.search_paths).shipped_names("layouts")
     return [name.removeprefix("layouts/") for name in shipped], True
+
+
+def run(invocation: "Invocation") -> None:
+    """Runs `meshway bench parallel`."""
+    with processes.joined(*invocation.processes):
+        compare_layouts(invocation)

@@ -10,15 +10,19 @@ that what else the machine does falls on all alike; memory is what the compiler 
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from meshway.framework.distributed import processes
 from meshway.framework.partitioning.partitioner import Layout, Partitioner
 from meshway.framework.terminal import format_bytes, format_columns
-from meshway.launch.rounds import require_at_least, time_in_turn
+from meshway.launch.bench.rounds import format_mesh, require_at_least, time_in_turn
+
+if TYPE_CHECKING:
+    from meshway.launch.invocation import Invocation
 
 
 class Forms(Protocol):
@@ -79,24 +83,34 @@ class _Form:
 def measure(
     forms: Forms,
     layout: Layout,
-    batch_size: int,
-    lengths: Sequence[int],
-    steps: int,
-    rounds: int,
-    dtype: str,
-    backward: bool,
-    most_bytes: int,
-) -> tuple[list[Result], dict[str, int]]:
-    """Times the kernels under a layout, on normally distributed queries, keys and values.
+    batch_size: int = 1,
+    lengths: Sequence[int] = (1024, 2048, 4096, 8192, 16384),
+    steps: int = 1,
+    rounds: int = 5,
+    dtype: str = "float32",
+    backward: bool = True,
+    most_bytes: int = 4 * 2**30,
+) -> list[Result]:
+    """Times one attention by each of several kernels, on normally distributed queries, keys and values, and prints what
+    it found.
+
+    Args:
+      forms: the kernels, and what they compute.
+      layout: of the mesh they are timed on.
+      batch_size, lengths: rows, and tokens of each, one length after the other.
+      steps: passes a turn, whose median counts; `rounds` turns for each kernel, one after the other.
+      dtype: of queries, keys and values.
+      backward: whether a pass goes forward and backward, not only forward.
+      most_bytes: a kernel that needs more temporary memory a device is not run; its memory is printed all the same.
 
     Returns:
-      (what was found, by length and kernel, the mesh's axes and sizes).
+      what was found, by length and kernel.
 
     Raises:
       UserError, ValueError: a number is out of range, or a kernel refuses the attention or the layout.
     """
     least = min(lengths, default=0)
-    require_at_least(1, "bench.attention", batch_size=batch_size, steps=steps, rounds=rounds, lengths=least)
+    require_at_least(1, "bench.attention.measure", batch_size=batch_size, steps=steps, rounds=rounds, lengths=least)
     partitioner, random, results = Partitioner(layout), np.random.default_rng(0), []
     for length in lengths:
         operands = [
@@ -109,7 +123,9 @@ def measure(
         flops = forms.flops(batch_size, length, backward)
         for form in compiled:
             results.append(Result(form.name, length, seconds.get(form.name), form.temporary, flops))
-    return results, dict(partitioner.mesh.shape)
+    what = f"{batch_size} x length, {dtype}, forward{' and backward' if backward else ''}"
+    print(format_table(results, what, dict(partitioner.mesh.shape)))
+    return results
 
 
 def format_table(results: list[Result], what: str, mesh: dict[str, int]) -> str:
@@ -123,5 +139,12 @@ def format_table(results: list[Result], what: str, mesh: dict[str, int]) -> str:
             time, speed = f"{each.seconds * 1e3:,.1f} ms", f"{each.flops / each.seconds / 1e9:,.1f}"
             ratio = f"x{each.seconds / first.seconds:.2f}" if first.seconds else ""
         lines.append((f"{each.length:,}", each.name, time, ratio, speed, format_bytes(each.temporary)))
-    where = " x ".join(f"{axis}={size}" for axis, size in mesh.items())
-    return "\n".join([f"{what}, on {where}", *format_columns(lines)])
+    return "\n".join([f"{what}, on {format_mesh(mesh)}", *format_columns(lines)])
+
+
+def run(invocation: "Invocation") -> None:
+    """Runs `meshway bench attention`."""
+    from meshway.launch.recipe import config
+
+    with processes.joined(*invocation.processes):
+        measure(**config.load(invocation, import_unreferenced=False).build("bench.attention.measure"))

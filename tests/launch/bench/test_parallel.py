@@ -3,7 +3,8 @@
 import pytest
 
 from meshway.framework.errors import UserError
-from meshway.launch import bench, bench_parallel, cli
+from meshway.launch import cli
+from meshway.launch.bench import parallel
 
 
 def invocation(*words: str):
@@ -15,7 +16,7 @@ def invocation(*words: str):
 
 
 def test_layouts_are_measured_one_by_one_and_those_that_do_not_fit_say_why(capsys):
-    data, misfit = bench_parallel.run(invocation("--layouts=data, nolayout", "--steps=2"), bench.parallel)
+    data, misfit = parallel.compare_layouts(invocation("--layouts=data, nolayout", "--steps=2"))
     out = capsys.readouterr().out
     assert (data.layout, data.mesh, data.measured / data.minimum) == ("data", {"data": 8}, pytest.approx(1, rel=1e-3))
     assert data.seconds > 0 and not data.misfit
@@ -29,15 +30,15 @@ def test_layouts_are_measured_one_by_one_and_those_that_do_not_fit_say_why(capsy
 
 def test_when_no_named_layout_fits_the_command_fails():
     with pytest.raises(UserError, match="none of these layouts fits: nolayout"):
-        bench_parallel.run(invocation("--gin.LAYOUT=nolayout"), bench.parallel)
+        parallel.compare_layouts(invocation("--gin.LAYOUT=nolayout"))
 
 
 def test_by_default_all_shipped_layouts_are_measured():
-    names, shipped = bench_parallel._names(invocation(), "")
+    names, shipped = parallel._names(invocation(), "")
     assert shipped and {"data", "fsdp", "model_2d"} <= set(names)
 
 
 def test_one_device_sends_nothing():
-    (single,) = bench_parallel.run(invocation("--layouts=single"), bench.parallel)
+    (single,) = parallel.compare_layouts(invocation("--layouts=single"))
     assert not single.lines
-    assert bench_parallel.format_result(single) == "single (data=1): nothing is sent"
+    assert parallel.format_result(single) == "single (data=1): nothing is sent"

@@ -228,7 +228,7 @@ def layout(
     found = waste.state_waste(rows, program.partitioner.mesh.shape, replicated_state)
     found += waste.activation_waste(program.trace_loss(), replicated_activations)
     if compile:
-        from meshway.launch.bench_parallel import compared, compiled_step, format_result
+        from meshway.launch.bench.parallel import compared, compiled_step, format_result
 
         setting, collectives, _ = compiled_step(program)
         result = compared(setting, collectives, program.num_microbatches)
@@ -293,12 +293,12 @@ def run(invocation: "Invocation") -> None:
         if any(value is not None for value in invocation.processes):
             raise UserError("meshway inspect data runs in one process and needs no devices: leave their flags out")
         jax.config.update("jax_platforms", "cpu")  # a run that trains meanwhile keeps its accelerators
-        data(**config.load(invocation).build("inspect.data"))
+        data(**config.load(invocation).build("inspection.data"))
         return
     from meshway.framework.distributed import processes
 
     with processes.joined(*invocation.processes):
-        text = layout(**config.load(invocation, import_unreferenced=False).build("inspect.layout"))
+        text = layout(**config.load(invocation, import_unreferenced=False).build("inspection.layout"))
         if processes.is_primary():
             print(text)
 

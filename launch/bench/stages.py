@@ -1,26 +1,38 @@
-"""The stages of `meshway bench data` on meshway's side, each timed a slice at a time, so that they can be interleaved.
+"""The stages of `meshway bench data`, each timed a slice at a time, so that they can be interleaved.
 
-Where seqio does the same work, its stage is in `bench_seqio.py`.
+First meshway's; then seqio's, which do the same work as a user of seqio would have it done. Only these import seqio and
+TensorFlow, inside functions.
 """
 
 import abc
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from meshway.framework.data import seqio_adapter
+from meshway.framework.data.features import EncoderDecoderRows, JoinedRows, LanguageModelRows
 from meshway.framework.data.objective import Items, Objective
 from meshway.framework.data.prefetch import Prefetcher, prefetch
 from meshway.framework.data.rows.examples import Examples, InMemory
-from meshway.framework.data.rows.packing import best_fit
+from meshway.framework.data.rows.packing import Example, best_fit
 from meshway.framework.data.rows.row_source import POOL_ITEMS
 from meshway.framework.data.rows.row_stream import RowStream
 from meshway.framework.data.source import Dataset
+from meshway.framework.data.windowed_text import WindowedText
 from meshway.framework.interfaces import Batch
 
 _READ_AT_ONCE = 256  # examples; about what the rows of a batch hold
 _TOKENS = ("encoder_input_tokens", "decoder_target_tokens")
+_SHUFFLE_BUFFER = 1000  # seqio's own
+_CONVERTERS: dict[type, str] = {
+    EncoderDecoderRows: "EncDecFeatureConverter",
+    LanguageModelRows: "LMFeatureConverter",
+    JoinedRows: "PrefixLMFeatureConverter",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,3 +260,135 @@ def log_normal(lengths: Mapping[str, int], count: int) -> InMemory:
         sizes = np.clip(random.lognormal(5 - 2 * place, 0.8, count), 1, length).astype(int)
         columns[name] = np.split(random.integers(1, 1000, sizes.sum(), dtype=np.int32), np.cumsum(sizes)[:-1])
     return InMemory([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
+
+
+def twin(objective: Objective, sizes: Mapping[str, np.ndarray]) -> str | None:
+    """Returns the name of the seqio feature converter that does the same with these examples; None if none does.
+
+    An objective that corrupts text as it is read has no twin, but passes examples with inputs on as they are.
+    """
+    if isinstance(objective, WindowedText):
+        if not objective.has_inputs or not np.all(sizes["inputs"]):
+            return None
+        objective = objective.pairs
+    rows = getattr(objective, "rows", None)
+    beyond = getattr(rows, "weighted", False) or not getattr(rows, "prefix", True)
+    return None if beyond else _CONVERTERS.get(type(rows))
+
+
+class SeqioPacking(Stage):
+    """`seqio.utils.trim_and_pack_dataset` over items held in memory, its rows handed to numpy in batches.
+
+    Args:
+      name: what the table calls it.
+      items: row features of each item.
+      lengths: tokens of a row, by row feature.
+      batch_size: rows handed over at a time.
+    """
+
+    share = 2.0
+
+    def __init__(self, name: str, items: Sequence[Example], lengths: Mapping[str, int], batch_size: int) -> None:
+        self.name = name
+        self._lengths = dict(lengths)
+        self._count = len(items)
+        seqio = seqio_adapter.import_seqio()
+        with seqio_adapter.task_errors(name, "packing"):
+            dataset = seqio.utils.trim_and_pack_dataset(_in_memory(items, self._lengths), self._lengths, False)
+            self._dataset = dataset.batch(batch_size)
+
+    def once(self, seconds: float) -> Sample:
+        """Packs all items once; a pass takes as long as it takes."""
+        with seqio_adapter.task_errors(self.name, "packing"):
+            begin = time.perf_counter()
+            batches = list(self._dataset.as_numpy_iterator())
+            passed = time.perf_counter() - begin
+        tokens = {name: sum(int(np.count_nonzero(batch[name])) for batch in batches) for name in self._lengths}
+        rows = sum(len(next(iter(batch.values()))) for batch in batches)
+        counts = {"examples": self._count, "tokens": sum(tokens.values())}
+        return Sample(passed, counts, densities(tokens, self._lengths, rows))
+
+
+class SeqioLoading(Stage):
+    """A seqio pipeline to numpy batches. Each slice starts it anew, lets it settle, and then times it.
+
+    Kept between slices, it would fill its buffers while other stages are timed.
+
+    Args:
+      name: what the table calls it.
+      dataset: of batches, without end.
+    """
+
+    share = 3.0
+
+    def __init__(self, name: str, dataset: Any) -> None:
+        self.name = name
+        self._dataset = dataset
+
+    def once(self, seconds: float) -> Sample:
+        with seqio_adapter.task_errors(self.name, "reading"):
+            batches: Iterator[Batch] = self._dataset.as_numpy_iterator()
+            next(batches)
+            timed_batches(batches, seconds / 3)  # it comes in bursts, and begins with one
+            return timed_batches(batches, seconds)
+
+
+def pipeline(
+    name: str, split: str, lengths: Mapping[str, int], converter: str, pack: bool, batch_size: int, seed: int
+) -> Any:
+    """Returns the batches that seqio makes of a registered task or mixture, read from its own source, shuffled.
+
+    Raises:
+      UserError: seqio cannot.
+    """
+    seqio = seqio_adapter.import_seqio()
+    with seqio_adapter.task_errors(name, "seqio's pipeline"), seqio_adapter.seqio_lock, _quiet():
+        dataset = seqio.get_mixture_or_task(name).get_dataset(
+            dict(lengths),
+            split,
+            shuffle=True,
+            num_epochs=None,
+            seed=seed,
+            try_in_mem_cache=False,  # a slice ends before such a cache is full
+        )
+        return getattr(seqio, converter)(pack=pack)(dataset, dict(lengths)).batch(batch_size, drop_remainder=True)
+
+
+def pipeline_from_memory(
+    examples: Sequence[Example], lengths: Mapping[str, int], converter: str, pack: bool, batch_size: int, seed: int
+) -> Any:
+    """Returns the batches that seqio makes of prepared examples held in memory, shuffled in a buffer as seqio does.
+
+    Raises:
+      UserError: seqio cannot.
+    """
+    seqio = seqio_adapter.import_seqio()
+    with seqio_adapter.task_errors("in memory", "seqio's pipeline"), _quiet():
+        dataset = _in_memory(examples, lengths).repeat().shuffle(_SHUFFLE_BUFFER, seed=seed)
+        dataset = seqio.utils.trim_dataset(dataset, dict(lengths), dict(lengths))
+        return getattr(seqio, converter)(pack=pack)(dataset, dict(lengths)).batch(batch_size, drop_remainder=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Holds back what seqio says of uncached sources and of features that are left out."""
+    from absl import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _in_memory(examples: Sequence[Example], features: Mapping[str, Any]) -> Any:
+    """Returns a dataset of some features of examples, kept in TensorFlow's memory from the first pass on."""
+    import tensorflow as tf
+
+    spec = {name: tf.TensorSpec([None], tf.int32) for name in features}
+    rows = [{name: np.asarray(example[name], np.int32) for name in features} for example in examples]
+    dataset = tf.data.Dataset.from_generator(lambda: iter(rows), output_signature=spec).cache()
+    for _ in dataset:
+        pass
+    return dataset

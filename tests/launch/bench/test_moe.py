@@ -3,22 +3,29 @@
 import pytest
 
 from meshway.framework.errors import UserError
-from meshway.launch import bench, cli
-from meshway.launch.bench_moe import Result, format_table
+from meshway.launch import cli
+from meshway.launch.bench import moe
+from meshway.launch.bench.moe import Result, format_table
 from meshway.launch.invocation import Invocation
 from meshway.launch.recipe import config
 
-SMALL = ("D_MODEL=4", "moe.MoeMlp.d_ff=4", "bench.moe.batch_size=8", "bench.moe.length=16", "bench.moe.rounds=1")
+SMALL = (
+    "D_MODEL=4",
+    "moe.MoeMlp.d_ff=4",
+    "bench.moe.measure.batch_size=8",
+    "bench.moe.measure.length=16",
+    "bench.moe.measure.rounds=1",
+)
 
 
 def arguments(*bindings):
-    invocation = Invocation("bench", "moe", ("bench_moe",), (*SMALL, "bench.moe.steps=1", *bindings))
-    return config.load(invocation, import_unreferenced=False).build("bench.moe")
+    invocation = Invocation("bench", "moe", ("bench_moe",), (*SMALL, "bench.moe.measure.steps=1", *bindings))
+    return config.load(invocation, import_unreferenced=False).build("bench.moe.measure")
 
 
 def test_a_form_is_timed_under_the_layout_and_its_drops_are_counted(capsys):
     names = "forms.DispatchForms.names=('all_to_all',)"
-    (found,) = bench.moe(**arguments("LAYOUT='expert'", "moe.MoeMlp.capacity_factor=0.25", names))
+    (found,) = moe.measure(**arguments("LAYOUT='expert'", "moe.MoeMlp.capacity_factor=0.25", names))
     assert found.name == "all_to_all" and found.seconds > 0 and found.temporary > 0 and found.sent > 0
     assert found.collectives["all-to-all"] == 4  # there and back, forward and backward
     assert found.dropped > 0.5
@@ -34,5 +41,5 @@ def test_times_are_compared_with_the_first_form():
 
 def test_the_command_line_knows_it_and_numbers_have_a_range():
     assert cli.parse(["bench", "moe", "--gin_file=bench_moe"]).subject == "moe"
-    with pytest.raises(UserError, match="bench.moe.rounds must be at least 1, not 0"):
-        bench.moe(**arguments("bench.moe.rounds=0"))
+    with pytest.raises(UserError, match="bench.moe.measure.rounds must be at least 1, not 0"):
+        moe.measure(**arguments("bench.moe.measure.rounds=0"))

@@ -13,12 +13,13 @@ import dataclasses
 import functools
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError
 from meshway.framework.inference.decoding import decoding_model
 from meshway.framework.inference.engine import TokenSteps, prompt_batch
@@ -30,7 +31,10 @@ from meshway.framework.planning.flops import bytes_read, live_flops
 from meshway.framework.planning.hardware import StreamingRead, peak_flops
 from meshway.framework.telemetry.profiler import Compilations
 from meshway.framework.terminal import format_bytes, format_columns
-from meshway.launch.rounds import require_at_least, time_in_turn
+from meshway.launch.bench.rounds import format_mesh, peak_dtype, require_at_least, time_in_turn
+
+if TYPE_CHECKING:
+    from meshway.launch.invocation import Invocation
 
 PARAM_DTYPES = ("float32", "bfloat16", "float16")
 TOKENS = (3, 64)  # what prompts are drawn from: any vocabulary has these
@@ -38,14 +42,35 @@ TOKENS = (3, 64)  # what prompts are drawn from: any vocabulary has these
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is asked for; `bench.decode` says what each means."""
+    """What is timed; a recipe binds it.
 
-    batch_sizes: Sequence[int]
-    prompt_length: int
-    new_tokens: int
-    rounds: int
-    mixed_batches: int
-    params_dtype: str | None
+    Attributes:
+      batch_sizes: rows, one size after the other.
+      prompt_length: tokens of each prompt, of the encoder's inputs where there is one; 2 at least.
+      new_tokens: what is predicted of each row in a turn.
+      rounds: turns of each pass, whose median counts.
+      mixed_batches: of the job of mixed lengths that must compile nothing.
+      params_dtype: what parameters are kept in ("bfloat16"); None for float32, as in training.
+
+    Raises:
+      UserError: a number is out of range, or the dtype is unknown.
+    """
+
+    batch_sizes: Sequence[int] = (1, 8)
+    prompt_length: int = 128
+    new_tokens: int = 16
+    rounds: int = 5
+    mixed_batches: int = 8
+    params_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        where, smallest = "bench.decode.Setting", min(self.batch_sizes, default=0)
+        counts = {"new_tokens": self.new_tokens, "rounds": self.rounds, "mixed_batches": self.mixed_batches}
+        require_at_least(1, where, batch_sizes=smallest, **counts)
+        require_at_least(2, where, prompt_length=self.prompt_length)
+        if self.params_dtype not in (None, *PARAM_DTYPES):
+            known = ", ".join(PARAM_DTYPES)
+            raise UserError(f"{where}.params_dtype must be None or one of {known}, not {self.params_dtype!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,38 +183,34 @@ class _Decoding:
         return before == after and all(leaf.is_deleted() for leaf in given)
 
 
-def measure(placed: ShardedModel, setting: Setting) -> Found:
-    """Times prefill and steps of a model on its mesh.
+def measure(placed: ShardedModel, setting: Setting = Setting()) -> Found:
+    """Times prefill and steps of a model with random parameters and prompts, and prints what it found.
+
+    Args:
+      placed: what decodes, on the mesh it is timed on.
+      setting: what is timed.
+
+    Returns:
+      what was found.
 
     Raises:
-      UserError: a number is out of range, the model predicts no text, or it does not fit the layout.
+      UserError: the model predicts no text, or it does not fit the layout.
     """
-    require_at_least(
-        1,
-        "bench.decode",
-        batch_sizes=min(setting.batch_sizes, default=0),
-        new_tokens=setting.new_tokens,
-        rounds=setting.rounds,
-        mixed_batches=setting.mixed_batches,
-    )
-    require_at_least(2, "bench.decode", prompt_length=setting.prompt_length)
-    if setting.params_dtype not in (None, *PARAM_DTYPES):
-        raise UserError(
-            f"bench.decode.params_dtype must be None or one of {', '.join(PARAM_DTYPES)}, not {setting.params_dtype!r}"
-        )
     decoding_model(placed.model)  # says so of a model that predicts no text before anything is made
     params = _init_params(placed, setting.params_dtype)
     mesh, results, source = placed.partitioner.mesh, [], ""
     stream, longest = StreamingRead(mesh), None
     for batch_size in setting.batch_sizes:
         # What activations are computed in is the model's own affair; accelerators are held against bfloat16's peak.
-        peak, source = peak_flops(mesh.devices.flatten().tolist(), _peak_dtype(mesh))
+        peak, source = peak_flops(mesh.devices.flatten().tolist(), peak_dtype(mesh.devices.flat[0].platform))
         decoding = _Decoding(placed, params, batch_size, setting.prompt_length, setting.new_tokens)
         longest = decoding if longest is None else longest
         results.append(_measure_one(decoding, batch_size, setting, stream, peak))
     assert longest is not None
     lengths, compiled = _count_compilations(placed, params, longest, setting)
-    return Found(results, compiled, lengths, dict(mesh.shape), source)
+    found = Found(results, compiled, lengths, dict(mesh.shape), source)
+    print(format_table(found, setting))
+    return found
 
 
 def _init_params(placed: ShardedModel, dtype: str | None) -> Params:
@@ -258,7 +279,6 @@ def format_table(found: Found, setting: Setting) -> str:
                 format_bytes(each.padded),
             )
         )
-    where = " x ".join(f"{axis}={size}" for axis, size in found.mesh.items())
     first = found.results[0]
     bandwidth = statistics.median(each.bandwidth for each in found.results)
     peak = statistics.median(each.peak for each in found.results)
@@ -272,7 +292,9 @@ def format_table(found: Found, setting: Setting) -> str:
         "compiled after warm-up": f"{found.compilations} programs, over {setting.mixed_batches} batches of mixed "
         f"lengths padded to {', '.join(map(str, found.mixed_lengths))}",
     }
-    title = f"prompts of {setting.prompt_length} tokens, then {setting.new_tokens} new ones, on {where}"
+    title = (
+        f"prompts of {setting.prompt_length} tokens, then {setting.new_tokens} new ones, on {format_mesh(found.mesh)}"
+    )
     return "\n".join([title, *format_columns(lines), *format_columns(facts.items())])
 
 
@@ -341,5 +363,9 @@ def _pointers(x: jax.Array) -> list[int]:
     return [shard.data.unsafe_buffer_pointer() for shard in x.addressable_shards]
 
 
-def _peak_dtype(mesh: Any) -> str:
-    return "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+def run(invocation: "Invocation") -> None:
+    """Runs `meshway bench decode`."""
+    from meshway.launch.recipe import config
+
+    with processes.joined(*invocation.processes):
+        measure(**config.load(invocation, import_unreferenced=False).build("bench.decode.measure"))

@@ -170,8 +170,8 @@ def run(invocation: "Invocation") -> None:
             # jax has made SIGTERM a question that training asks after each step; here nobody asks.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         recipe = config.load(of_run(invocation))
-        arguments = recipe.build("eval.evaluate", given=["fingerprint"])
-        evaluate(**arguments, fingerprint=recipe.fingerprint("eval.evaluate", without=_HOW))
+        arguments = recipe.build("evaluate.evaluate", given=["fingerprint"])
+        evaluate(**arguments, fingerprint=recipe.fingerprint("evaluate.evaluate", without=_HOW))
 
 
 if __name__ == "__main__":

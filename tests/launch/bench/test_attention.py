@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from meshway.framework.errors import UserError
-from meshway.launch import bench, cli
-from meshway.launch.bench_attention import Result, format_table
+from meshway.launch import cli
+from meshway.launch.bench import attention
+from meshway.launch.bench.attention import Result, format_table
 from meshway.launch.invocation import Invocation
 from meshway.launch.recipe import config
 from meshway.models.layers.forms import KernelForms
@@ -13,20 +14,20 @@ from meshway.models.layers.kernels.reference import dot_product_attention
 
 HEADS = ("num_heads=2", "num_kv_heads=1", "head_dim=4")
 SMALL = (
-    "bench.attention.lengths=(32, 64)",
-    "bench.attention.rounds=1",
+    "bench.attention.measure.lengths=(32, 64)",
+    "bench.attention.measure.rounds=1",
     *(f"forms.KernelForms.{h}" for h in HEADS),
 )
 
 
 def arguments(*bindings):
     invocation = Invocation("bench", "attention", ("bench_attention",), (*SMALL, *bindings))
-    return config.load(invocation, import_unreferenced=False).build("bench.attention")
+    return config.load(invocation, import_unreferenced=False).build("bench.attention.measure")
 
 
 def test_kernels_are_timed_at_each_length_unless_they_need_too_much(capsys):
     options = ("chunked.ChunkedAttention.query_block=16", "chunked.ChunkedAttention.kv_block=16")
-    found = bench.attention(**arguments(*options, "bench.attention.most_bytes=60_000"))
+    found = attention.measure(**arguments(*options, "bench.attention.measure.most_bytes=60_000"))
     assert [(each.name, each.length) for each in found] == [
         (name, length) for length in (32, 64) for name in ("reference", "chunked")
     ]
@@ -56,5 +57,5 @@ def test_times_are_compared_with_the_first_kernel_of_a_length():
 
 def test_the_command_line_knows_it_and_numbers_have_a_range():
     assert cli.parse(["bench", "attention", "--gin_file=bench_attention"]).subject == "attention"
-    with pytest.raises(UserError, match="bench.attention.lengths must be at least 1, not 0"):
-        bench.attention(**arguments("bench.attention.lengths=()"))
+    with pytest.raises(UserError, match="bench.attention.measure.lengths must be at least 1, not 0"):
+        attention.measure(**arguments("bench.attention.measure.lengths=()"))

@@ -5,8 +5,8 @@ import statistics
 import pytest
 
 from meshway.framework.errors import UserError
-from meshway.launch import bench_routing
-from meshway.launch.bench_routing import Routing, Variant
+from meshway.launch.bench import routing
+from meshway.launch.bench.routing import Routing, Variant
 from meshway.launch.invocation import Invocation
 
 RATIOS = (0.25, 0.15)
@@ -19,7 +19,7 @@ def test_the_table_has_a_line_a_ratio_and_way_of_training():
         for evaluated in ("order", "score")
         for ratio in RATIOS
     }
-    lines = bench_routing.format_table(found).splitlines()
+    lines = routing.format_table(found).splitlines()
     assert len(lines) == 2 + 4 and "mean of 2 seeds" in lines[0]
     assert lines[2].split() == ["in", "order", "0.25", "81.1", "%", "86.1", "%", "+5.0", "+0.0"]
     assert lines[5].startswith("by priority  0.15")
@@ -28,7 +28,7 @@ def test_the_table_has_a_line_a_ratio_and_way_of_training():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"seeds": 0}, "bench.routing.seeds must be at least 1, not 0"),
+        ({"seeds": 0}, "bench.routing.Routing.seeds must be at least 1, not 0"),
         ({"trained": ("scores",)}, r"some of \['order', 'score'\]; not \['scores'\]"),
         ({"ratios": ()}, "needs ratios"),
     ],
@@ -48,12 +48,12 @@ def test_batch_priority_routing_beats_vanilla_where_room_is_short(tmp_path, caps
         bindings=(
             "LAYOUT='single'",
             f"CACHE_DIR='{tmp_path}'",
-            "bench.routing.seeds=3",
-            f"bench.routing.ratios={RATIOS}",
-            "bench.routing.trained=('score',)",
+            "bench.routing.Routing.seeds=3",
+            f"bench.routing.Routing.ratios={RATIOS}",
+            "bench.routing.Routing.trained=('score',)",
         ),
     )
-    found = bench_routing.compare(invocation)
+    found = routing.compare(invocation)
     for ratio in RATIOS:
         vanilla, priority = (statistics.mean(found[Variant("score", name, ratio)]) for name in ("order", "score"))
         assert priority > 80 and priority - vanilla > 1.8, (ratio, vanilla, priority)

@@ -2,7 +2,7 @@
 
     meshway bench moe --gin_file=recipes/bench_moe.gin
     meshway bench moe --gin_file=recipes/bench_moe.gin --gin.LAYOUT=expert --simulated_devices=8
-    meshway bench moe --gin_file=mixtral/tiny --gin.bench.moe.length=1024    # the layer of another model
+    meshway bench moe --gin_file=mixtral/tiny --gin.bench.moe.measure.length=1024    # the layer of another model
 
 All forms get the same parameters and tokens. Times are medians of rounds in which every form has its turn, so that what
 else the machine does falls on all alike.
@@ -11,16 +11,20 @@ else the machine does falls on all alike.
 import dataclasses
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from meshway.framework.distributed import processes
 from meshway.framework.partitioning.partitioner import Layout, Partitioner
 from meshway.framework.planning.collectives import read_collectives
 from meshway.framework.terminal import format_bytes, format_columns
-from meshway.launch.rounds import require_at_least, time_in_turn
+from meshway.launch.bench.rounds import format_mesh, require_at_least, time_in_turn
+
+if TYPE_CHECKING:
+    from meshway.launch.invocation import Invocation
 
 
 class Forms(Protocol):
@@ -95,17 +99,31 @@ class _Form:
 
 
 def measure(
-    forms: Forms, layout: Layout, batch_size: int, length: int, steps: int, rounds: int, dtype: str
-) -> tuple[list[Result], dict[str, int]]:
-    """Times the forms under a layout, on normally distributed tokens [batch_size, length, d_model].
+    forms: Forms,
+    layout: Layout,
+    batch_size: int = 8,
+    length: int = 512,
+    steps: int = 3,
+    rounds: int = 7,
+    dtype: str = "float32",
+) -> list[Result]:
+    """Times a mixture of experts in each form of dispatch, forward and backward, on normally distributed tokens
+    [batch_size, length, d_model], and prints what it found.
+
+    Args:
+      forms: the layer of the recipe in each of its forms.
+      layout: of the mesh it is timed on.
+      batch_size, length: rows and tokens of each.
+      steps: passes a turn, whose median counts; `rounds` turns for each form, one after the other.
+      dtype: of activations.
 
     Returns:
-      (what was found of each form, the mesh's axes and sizes).
+      what was found of each form, in their order.
 
     Raises:
       UserError, ValueError: a number is out of range, or the layer does not fit the layout.
     """
-    require_at_least(1, "bench.moe", batch_size=batch_size, length=length, steps=steps, rounds=rounds)
+    require_at_least(1, "bench.moe.measure", batch_size=batch_size, length=length, steps=steps, rounds=rounds)
     partitioner = Partitioner(layout)
     shape = (batch_size, length, forms.d_model)
     tokens = partitioner.sharding(("batch", "length", "embed"), shape)
@@ -116,7 +134,9 @@ def measure(
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
     compiled = [_Form(forms, name, partitioner, params, stored, jax.device_put(x, tokens)) for name in forms.names]
     seconds = time_in_turn({form: form.once for form in compiled}, steps, rounds)
-    return [form.result(seconds[form]) for form in compiled], dict(partitioner.mesh.shape)
+    results = [form.result(seconds[form]) for form in compiled]
+    print(format_table(results, batch_size * length, dict(partitioner.mesh.shape)))
+    return results
 
 
 def format_table(results: list[Result], tokens: int, mesh: dict[str, int]) -> str:
@@ -136,10 +156,17 @@ def format_table(results: list[Result], tokens: int, mesh: dict[str, int]) -> st
                 kinds,
             )
         )
-    where = " x ".join(f"{axis}={size}" for axis, size in mesh.items())
-    return "\n".join([f"{tokens:,} tokens, forward and backward, on {where}", *format_columns(lines)])
+    return "\n".join([f"{tokens:,} tokens, forward and backward, on {format_mesh(mesh)}", *format_columns(lines)])
 
 
 def _shapes(partitioner: Partitioner, function: Callable[..., Any], *arguments: Any) -> Any:
     with partitioner.activate():
         return jax.eval_shape(function, *arguments)
+
+
+def run(invocation: "Invocation") -> None:
+    """Runs `meshway bench moe`."""
+    from meshway.launch.recipe import config
+
+    with processes.joined(*invocation.processes):
+        measure(**config.load(invocation, import_unreferenced=False).build("bench.moe.measure"))

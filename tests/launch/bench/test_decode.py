@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from meshway.framework.errors import UserError
-from meshway.launch import bench, bench_decode, cli
-from meshway.launch.bench_decode import Found, Result, Setting, format_table
+from meshway.launch import cli
+from meshway.launch.bench import decode
+from meshway.launch.bench.decode import Found, Result, Setting, format_table
 from meshway.launch.invocation import Invocation
 from meshway.launch.recipe import config
 
@@ -16,16 +17,16 @@ SMALL = (
     "NUM_HEADS=4",
     "HEAD_DIM=2",
     "VOCAB_SIZE=128",
-    "bench.decode.rounds=1",
-    "bench.decode.prompt_length=4",
-    "bench.decode.new_tokens=4",
-    "bench.decode.mixed_batches=4",
+    "bench.decode.Setting.rounds=1",
+    "bench.decode.Setting.prompt_length=4",
+    "bench.decode.Setting.new_tokens=4",
+    "bench.decode.Setting.mixed_batches=4",
 )
 
 
 def arguments(recipe, *bindings):
     invocation = Invocation("bench", "decode", (recipe,), (*SMALL, "LAYOUT='single'", *bindings))
-    return config.load(invocation, import_unreferenced=False).build("bench.decode")
+    return config.load(invocation, import_unreferenced=False).build("bench.decode.measure")
 
 
 def built(recipe, *bindings):
@@ -35,10 +36,10 @@ def built(recipe, *bindings):
 
 @pytest.mark.slow
 def test_a_language_model_is_measured(capsys, monkeypatch):
-    monkeypatch.setattr(bench_decode, "StreamingRead", lambda mesh: bench_decode_read(mesh))
-    monkeypatch.setattr(bench_decode, "peak_flops", lambda devices, dtype: (1e9, f"given, {dtype}"))
-    options = ("NUM_LAYERS=1", "attention.Attention.num_kv_heads=2", "bench.decode.batch_sizes=(2,)")
-    found = bench.decode(**arguments("bench_decode", *options, "attention.Attention.cache_dtype='int8'"))
+    monkeypatch.setattr(decode, "StreamingRead", lambda mesh: bench_decode_read(mesh))
+    monkeypatch.setattr(decode, "peak_flops", lambda devices, dtype: (1e9, f"given, {dtype}"))
+    options = ("NUM_LAYERS=1", "attention.Attention.num_kv_heads=2", "bench.decode.Setting.batch_sizes=(2,)")
+    found = decode.measure(**arguments("bench_decode", *options, "attention.Attention.cache_dtype='int8'"))
     assert found.compilations == 0 and found.mixed_lengths == [2, 4] and found.mesh == {"data": 1}
     (each,) = found.results
     assert each.donated and min(each.step, each.on_device, each.prefill, each.bandwidth) > 0
@@ -64,7 +65,7 @@ def bench_decode_read(mesh):
 
 def test_an_encoder_decoder_reads_its_decoder_and_the_encoded_keys():
     model, params = built("t5_1_1/tiny", "NUM_ENCODER_LAYERS=3", "NUM_DECODER_LAYERS=2")
-    weights, cache = bench_decode.step_bytes(model, params, batch_size=3, length=5, new_tokens=4)
+    weights, cache = decode.step_bytes(model, params, batch_size=3, length=5, new_tokens=4)
     attention, kv_slot = 4 * 8 * 8, 2 * 8
     layer = attention + attention // 2 + 3 * 8 * 12 + 3 * 8  # of cross-attention, query and output alone
     bias = 32 * 4  # at 3 rows of 4 slots all of it may be read
@@ -76,12 +77,17 @@ def test_an_encoder_decoder_reads_its_decoder_and_the_encoded_keys():
 
 @pytest.mark.slow
 def test_a_layout_is_counted_by_what_each_device_holds(monkeypatch):
-    monkeypatch.setattr(bench_decode, "StreamingRead", lambda mesh: bench_decode_read(mesh))
-    monkeypatch.setattr(bench_decode, "peak_flops", lambda devices, dtype: (1e9, "given"))
-    options = ("NUM_LAYERS=1", "LAYOUT='model_1d'", "bench.decode.batch_sizes=(4,)", "bench.decode.mixed_batches=1")
-    given = arguments("bench_decode", *options, "bench.decode.params_dtype='bfloat16'")
+    monkeypatch.setattr(decode, "StreamingRead", lambda mesh: bench_decode_read(mesh))
+    monkeypatch.setattr(decode, "peak_flops", lambda devices, dtype: (1e9, "given"))
+    options = (
+        "NUM_LAYERS=1",
+        "LAYOUT='model_1d'",
+        "bench.decode.Setting.batch_sizes=(4,)",
+        "bench.decode.Setting.mixed_batches=1",
+    )
+    given = arguments("bench_decode", *options, "bench.decode.Setting.params_dtype='bfloat16'")
     setting = Setting((4,), 8, 4, 1, 1, "bfloat16")
-    found = bench_decode.measure(given["placed"], setting)
+    found = decode.measure(given["placed"], setting)
     (each,) = found.results
     assert found.mesh == {"data": 4, "model": 2} and each.donated and found.compilations == 0
     # Cut over `model` once, the rest four times: norms lie on all eight, and embeddings are cut by `model` too.
@@ -104,16 +110,16 @@ def test_the_table_gives_shares_of_the_floor():
 
 def test_the_command_line_knows_it_and_numbers_have_a_range():
     asked = cli.parse(["bench", "decode", "--gin_file=bench_decode", "--new_tokens=5"])
-    assert asked.subject == "decode" and asked.bindings == ("bench.decode.new_tokens=5",)
-    with pytest.raises(UserError, match="bench.decode.new_tokens = 0: it must be at least 1"):
-        bench.decode(**arguments("bench_decode", "bench.decode.new_tokens=0"))
+    assert asked.subject == "decode" and asked.bindings == ("bench.decode.Setting.new_tokens=5",)
+    with pytest.raises(UserError, match="bench.decode.Setting.new_tokens = 0: it must be at least 1"):
+        decode.measure(**arguments("bench_decode", "bench.decode.Setting.new_tokens=0"))
     with pytest.raises(UserError, match=r"attention.Attention.cache_dtype = 'int4': no such dtype"):
         arguments("bench_decode", "attention.Attention.cache_dtype='int4'")
     with pytest.raises(UserError, match="params_dtype must be None or one of float32, bfloat16, float16, not 'int8'"):
-        bench.decode(**arguments("bench_decode", "bench.decode.params_dtype='int8'"))
+        decode.measure(**arguments("bench_decode", "bench.decode.Setting.params_dtype='int8'"))
     with pytest.raises(UserError, match="EncoderOnly has no decoder: it neither predicts nor scores text"):
-        bench.decode(**arguments("bert/tiny"))
-    with pytest.raises(UserError, match="bench.decode.prompt_length must be at least 2, not 1"):
-        bench.decode(**arguments("bench_decode", "bench.decode.prompt_length=1"))
-    with pytest.raises(UserError, match="bench.decode.batch_sizes must be at least 1, not 0"):
-        bench.decode(**arguments("bench_decode", "bench.decode.batch_sizes=()"))
+        decode.measure(**arguments("bert/tiny"))
+    with pytest.raises(UserError, match="bench.decode.Setting.prompt_length must be at least 2, not 1"):
+        decode.measure(**arguments("bench_decode", "bench.decode.Setting.prompt_length=1"))
+    with pytest.raises(UserError, match="bench.decode.Setting.batch_sizes must be at least 1, not 0"):
+        decode.measure(**arguments("bench_decode", "bench.decode.Setting.batch_sizes=()"))

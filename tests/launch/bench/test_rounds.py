@@ -5,8 +5,8 @@ import itertools
 import pytest
 
 from meshway.framework.errors import UserError
-from meshway.launch import rounds
-from meshway.launch.rounds import require_at_least, time_in_turn
+from meshway.launch.bench import rounds
+from meshway.launch.bench.rounds import require_at_least, time_in_turn
 
 
 def test_passes_take_turns_and_medians_of_turns_count(monkeypatch):

@@ -13,8 +13,8 @@ from meshway.framework.data.features import EncoderDecoder, LanguageModel, Prefi
 from meshway.framework.data.grain_loader import CachedData
 from meshway.framework.data.rows.examples import InMemory
 from meshway.framework.errors import UserError
-from meshway.launch import bench, bench_data, bench_seqio
-from meshway.launch.data_stages import Packing, Sample, Stage, batch_counts, log_normal
+from meshway.launch.bench import data, stages
+from meshway.launch.bench.stages import Packing, Sample, Stage, batch_counts, log_normal
 from meshway.launch.invocation import Invocation
 from meshway.launch.recipe import config
 
@@ -29,14 +29,14 @@ def caches(tmp_path_factory):
 @pytest.fixture
 def make_data(caches, monkeypatch):
     """The recipe's `CachedData`, to be called; synthetic examples are as short as its own."""
-    monkeypatch.setattr(bench_data, "_MIXES", (LENGTHS,))
+    monkeypatch.setattr(data, "_MIXES", (LENGTHS,))
     known = {"mixture_or_task_name": "kept_plain", "lengths": LENGTHS, "batch_size": 2, "module": "cached_tasks"}
     return functools.partial(CachedData, **known, converter=EncoderDecoder(), cache_dir=caches)
 
 
 @pytest.mark.slow
 def test_a_run_measures_every_stage_and_prints_it(make_data, capsys):
-    found = bench.data(make_data, seconds=1, batches=30, workers=0, as_json=True)
+    found = data.measure(make_data, seconds=1, batches=30, workers=0, as_json=True)
     ours = {"cache", "read", "seek", "load kept_plain: thread"}
     tasks = ("kept_plain", "log-normal 32/16")
     ours |= {f"{stage} {name}" for name in tasks for stage in ("plan", "pack")}
@@ -58,14 +58,14 @@ def test_a_run_measures_every_stage_and_prints_it(make_data, capsys):
 
 @pytest.mark.slow
 def test_worker_processes_are_timed_and_stopped(make_data):
-    found = bench.data(make_data, seconds=1, batches=2, workers=1)
+    found = data.measure(make_data, seconds=1, batches=2, workers=1)
     assert found["stages"]["load kept_plain: 1 process"]["batches/s"] > 0
     assert not multiprocessing.active_children()
 
 
 def test_without_a_twin_a_recipe_stands_alone(make_data, monkeypatch):
-    monkeypatch.setattr(bench_seqio, "twin", lambda objective, sizes: None)
-    made = bench_data.Bench(make_data, 1, 0, 1)
+    monkeypatch.setattr(stages, "twin", lambda objective, sizes: None)
+    made = data.Bench(make_data, 1, 0, 1)
     made.add_stages()
     assert not [stage.name for stage in made.stages if "seqio" in stage.name] and not made.pairs
     assert any("stands alone" in note for note in made.notes)
@@ -85,7 +85,7 @@ def test_without_a_twin_a_recipe_stands_alone(make_data, monkeypatch):
 def test_seqio_has_a_twin_where_examples_pass_through(converter, features, twin):
     lengths = LENGTHS if len(converter.task_features) == 2 else {"targets": 16}
     sizes = {name: np.array([3, 5]) for name in features}
-    assert bench_seqio.twin(converter.bind(task(*features), lengths), sizes) == twin
+    assert stages.twin(converter.bind(task(*features), lengths), sizes) == twin
 
 
 def test_both_sides_pack_the_same_tokens_but_those_that_seqio_loses():
@@ -93,7 +93,7 @@ def test_both_sides_pack_the_same_tokens_but_those_that_seqio_loses():
     examples = [{n: v + i % 2 for n, v in e.items()} for i, e in enumerate(examples)]  # half of them without zeros
     objective = EncoderDecoder().bind(task("inputs", "targets"), LENGTHS)
     ours = Packing("ours", objective, InMemory(examples))
-    theirs = bench_seqio.SeqioPacking("theirs", ours.converted, LENGTHS, 4)
+    theirs = stages.SeqioPacking("theirs", ours.converted, LENGTHS, 4)
     items = [e[n][:length] for e in examples for n, length in LENGTHS.items()]
     assert ours.once(0).counts["tokens"] == sum(map(len, items))
     kept = [np.count_nonzero(item[: np.count_nonzero(item)]) for item in items]  # as if zeros came last
@@ -119,9 +119,9 @@ def test_stages_take_turns_and_figures_are_medians():
             turns.append(self.name)
             return Sample(1.0, {"tokens": len(turns)}, {"inputs": 0.5})
 
-    samples = bench_data.interleaved([Fake("a"), Fake("b")], 0.005)
+    samples = data.interleaved([Fake("a"), Fake("b")], 0.005)
     assert turns[:6] == ["a", "b", "b", "a", "a", "b"] and len(samples["a"]) == len(samples["b"])
-    assert bench_data.summary([Sample(2.0, {"tokens": n}) for n in (2, 8, 4)]) == {"seconds": 2.0, "tokens/s": 2.0}
+    assert data.summary([Sample(2.0, {"tokens": n}) for n in (2, 8, 4)]) == {"seconds": 2.0, "tokens/s": 2.0}
 
 
 def test_synthetic_examples_are_log_normal_without_zeros():
@@ -132,13 +132,13 @@ def test_synthetic_examples_are_log_normal_without_zeros():
 
 
 def test_a_recipe_names_its_data_and_the_bench_may_ask_for_it_in_other_ways():
-    recipe = config.load(Invocation("bench", "data", ("quickstart",), ("bench.data.seconds=5",)))
-    arguments = recipe.build("bench.data")
+    recipe = config.load(Invocation("bench", "data", ("quickstart",), ("bench.data.measure.seconds=5",)))
+    arguments = recipe.build("bench.data.measure")
     assert arguments["seconds"] == 5
     data = arguments["data"](mixture_or_task_name="pydocs_text", num_workers=0)
     assert (data.name, data.lengths, data.batch_size) == ("pydocs_text", {"inputs": 128, "targets": 64}, 16)
 
 
 def test_an_argument_out_of_range_is_refused():
-    with pytest.raises(UserError, match="bench.data.batches must be at least 1, not 0"):
-        bench.data(None, batches=0)
+    with pytest.raises(UserError, match="bench.data.measure.batches must be at least 1, not 0"):
+        data.measure(None, batches=0)

@@ -1,4 +1,7 @@
-"""The measurement behind `meshway bench data`: the stages of a recipe's data path, in turn with seqio's, and a table.
+"""meshway bench data: how fast a recipe's examples become batches, stage by stage, beside seqio doing the same work.
+
+    meshway bench data --gin_file=recipes/quickstart.gin
+    meshway bench data --batches=100000 --gin_file=...    # and how much memory that takes
 
 Every stage gets a slice of each round, and the order is turned round from one round to the next, so that what
 slows the machine down for a while slows both sides. Figures are medians over rounds, ratios are of medians.
@@ -6,15 +9,16 @@ slows the machine down for a while slows both sides. Figures are medians over ro
 
 import contextlib
 import dataclasses
+import functools
 import itertools
+import json
 import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,11 +29,14 @@ from meshway.framework.data.grain_loader import CachedData
 from meshway.framework.data.objective import FeatureInfo, Objective, TaskInfo, VocabularyInfo
 from meshway.framework.data.prefetch import prefetch
 from meshway.framework.data.rows.examples import Examples, InMemory
-from meshway.framework.data.source import Dataset
 from meshway.framework.errors import UserError
 from meshway.framework.terminal import format_columns
-from meshway.launch import bench_seqio
-from meshway.launch.data_stages import Loading, Packing, Planning, Reading, Sample, Seeking, Stage, log_normal
+from meshway.launch.bench import stages
+from meshway.launch.bench.rounds import STATUS, require_at_least, resident_mib
+from meshway.launch.bench.stages import Loading, Packing, Planning, Reading, Sample, Seeking, Stage, log_normal
+
+if TYPE_CHECKING:
+    from meshway.launch.invocation import Invocation
 
 _ROUNDS = 5  # as many as the stages' shares of the time are for
 _MEMORY_SHARE = 0.15  # of the time, where the number of batches is not given
@@ -37,8 +44,6 @@ _SEEK = 1_000_000
 _PACKED = 34  # examples packed from memory in a round, by second of the whole: what seqio manages in its slice
 _MOST_IN_MEMORY = 8192
 _MIXES: tuple[dict[str, int], ...] = ({"inputs": 512, "targets": 114}, {"targets": 2048})
-
-_STATUS = Path("/proc/self/status")
 
 MakeData = Callable[..., CachedData]
 
@@ -106,13 +111,8 @@ class Bench:
         """Builds the training splits of all tasks once more, in a temporary directory."""
         with tempfile.TemporaryDirectory(prefix="meshway-bench-") as directory:
             begin = time.perf_counter()
-            built = cache_builder.build(
-                [self.data.name],
-                self.data.modules,
-                directory,
-                splits=[self.data.train_split],
-                progress=False,
-            )
+            splits = [self.data.train_split]
+            built = cache_builder.build([self.data.name], self.data.modules, directory, splits=splits, progress=False)
             passed = time.perf_counter() - begin
         counts = {
             "examples": sum(one.examples for one in built),
@@ -124,10 +124,10 @@ class Bench:
     def measure_memory(self, batches: int | None) -> dict[str, float]:
         """Reads batches as training does; returns how many, and MiB resident at the start and along the way.
 
-        Returns {}, with a note, where the system does not tell (it is no Linux).
+        Returns {}, with a note, where the system does not tell: on Linux it does.
         """
-        if not _STATUS.is_file():
-            self.notes.append(f"memory is not measured: there is no {_STATUS}")
+        if not STATUS.is_file():
+            self.notes.append(f"memory is not measured: there is no {STATUS}")
             return {}
         start = resident_mib()
         limit = self.seconds * _MEMORY_SHARE
@@ -150,7 +150,7 @@ class Bench:
 
     def _leaf(self, task: Any) -> Leaf:
         objective, examples, online = self.data.open_task(task, self.data.train_split)
-        twin = None if online else bench_seqio.twin(objective, examples.sizes)
+        twin = None if online else stages.twin(objective, examples.sizes)
         return Leaf(task.name, objective, examples, online, twin)
 
     def _stream(self, name: str, workers: int) -> Any:
@@ -173,14 +173,14 @@ class Bench:
             lengths = leaf.objective.row_lengths
             self._add_twin(
                 ours.name,
-                lambda: bench_seqio.SeqioPacking(name, ours.converted, lengths, self.data.batch_size),
+                lambda: stages.SeqioPacking(name, ours.converted, lengths, self.data.batch_size),
             )
 
     def _add_loaders(self) -> None:
         name = self.data.name
         counts = [0] if any(leaf.online for leaf in self._leaves) else range(self._workers + 1)
         for workers in counts:
-            self.stages.append(Loading(_loader(name, workers), _opener(self._stream, name, workers), workers))
+            self.stages.append(Loading(_loader(name, workers), functools.partial(self._stream, name, workers), workers))
         if not self._with_seqio:
             return
         leaf = next((leaf for leaf in self._leaves if leaf.twin), None)
@@ -195,7 +195,7 @@ class Bench:
                 "alone, whose examples pass through as they are"
             )
             name = leaf.name
-            self.stages.append(Loading(_loader(name, 0), _opener(self._stream, name, 0), 0))
+            self.stages.append(Loading(_loader(name, 0), functools.partial(self._stream, name, 0), 0))
         self._add_pipelines(leaf, name)
 
     def _add_pipelines(self, leaf: Leaf, name: str) -> None:
@@ -206,17 +206,13 @@ class Bench:
         title = f"load {name}: seqio"
         self._add_twin(
             ours,
-            lambda: bench_seqio.SeqioLoading(
-                f"{title}, its source", bench_seqio.pipeline(name, data.train_split, *arguments)
-            ),
+            lambda: stages.SeqioLoading(f"{title}, its source", stages.pipeline(name, data.train_split, *arguments)),
         )
         if len(self._leaves) == 1 or name != data.name:
             examples = leaf.examples.read(np.arange(min(len(leaf.examples), _MOST_IN_MEMORY)))
             self._add_twin(
                 ours,
-                lambda: bench_seqio.SeqioLoading(
-                    f"{title}, from memory", bench_seqio.pipeline_from_memory(examples, *arguments)
-                ),
+                lambda: stages.SeqioLoading(f"{title}, from memory", stages.pipeline_from_memory(examples, *arguments)),
             )
 
     def _add_twin(self, ours: str, make: Callable[[], Stage]) -> None:
@@ -234,7 +230,7 @@ class Bench:
             try:
                 stage.once(seconds / len(self.stages))
             except UserError as error:
-                if not isinstance(stage, (bench_seqio.SeqioPacking, bench_seqio.SeqioLoading)):
+                if not isinstance(stage, (stages.SeqioPacking, stages.SeqioLoading)):
                     raise
                 self.stages.remove(stage)
                 self.pairs = [pair for pair in self.pairs if pair[1] != stage.name]
@@ -242,53 +238,85 @@ class Bench:
 
 
 def measure(
-    make_data: MakeData, seconds: float, batches: int | None, workers: int | None, imported: Sequence[str]
+    data: MakeData,
+    seconds: float = 45,
+    batches: int | None = None,
+    workers: int | None = None,
+    as_json: bool = False,
+    imported: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Measures everything; returns it as JSON can hold it, for `format_table`."""
+    """Times what becomes of a recipe's examples and prints what it found.
+
+    Args:
+      data: the recipe's `CachedData`, called with other arguments than the recipe's.
+      seconds: for all that is timed in turn. Starting it and building a cache come on top, and `batches` where that
+        is given.
+      batches: over how many batches memory is watched; None for as many as fit the time.
+      workers: the loader is timed with 1, 2, ... so many processes; None for one a core, 4 at most.
+      as_json: print everything as JSON too, on one line that begins with RESULT.
+      imported: modules that the recipe itself imports, which may register tasks.
+
+    Returns:
+      what was printed, as JSON holds it.
+
+    Raises:
+      UserError: an argument is out of range, or the recipe's data cannot be read.
+    """
+    require_at_least(1, "bench.data.measure", seconds=seconds, batches=batches)
+    require_at_least(0, "bench.data.measure", workers=workers)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     def make(**given: Any) -> CachedData:
-        data = make_data(**given)
-        data.import_first(imported)
-        return data
+        made = data(**given)
+        made.import_first(imported)
+        return made
 
     bench = Bench(make, seconds, min(cores, 4) if workers is None else workers, cores)
     _say(f"watching memory while {bench.data.name} is read")
     memory = bench.measure_memory(batches)
-    stages: dict[str, dict[str, Any]] = {}
+    cached: dict[str, dict[str, Any]] = {}
     if seqio_adapter.installed():
         _say("building the cache once more, in a temporary directory")
-        stages["cache"] = summary([bench.build_cache()])
-    with contextlib.ExitStack() as stack:
-        bench.add_stages()
-        for stage in bench.stages:
-            if isinstance(stage, Loading):
-                stack.callback(stage.close)
-        _say(f"starting {len(bench.stages)} stages, to be timed in turn for {seconds:.0f} s")
-        bench.warm_up(seconds / _ROUNDS / 4)
-        samples = interleaved(bench.stages, seconds * (1 - _MEMORY_SHARE))
-    stages |= {name: summary(taken) for name, taken in samples.items()}
-    ratios = [{"ours": ours, "seqio": theirs, "ratio": _ratio(stages, ours, theirs)} for ours, theirs in bench.pairs]
-    return {
+        cached["cache"] = summary([bench.build_cache()])
+    samples = _timed(bench)
+    timed = cached | {name: summary(taken) for name, taken in samples.items()}
+    ratios = [{"ours": ours, "seqio": theirs, "ratio": _ratio(timed, ours, theirs)} for ours, theirs in bench.pairs]
+    found = {
         "name": bench.data.name,
         "lengths": bench.data.lengths,
         "batch_size": bench.data.batch_size,
         "cores": cores,
         "rounds": len(next(iter(samples.values()))),
-        "stages": stages,
+        "stages": timed,
         "ratios": ratios,
         "memory": memory,
         "notes": bench.notes,
     }
+    print(format_table(found))
+    if as_json:
+        print(f"\nRESULT {json.dumps(found)}", flush=True)
+    return found
 
 
-def interleaved(stages: Sequence[Stage], seconds: float) -> dict[str, list[Sample]]:
+def _timed(bench: Bench) -> dict[str, list[Sample]]:
+    """Times all stages of a bench in turn; returns their samples by name."""
+    with contextlib.ExitStack() as stack:
+        bench.add_stages()
+        for stage in bench.stages:
+            if isinstance(stage, Loading):
+                stack.callback(stage.close)
+        _say(f"starting {len(bench.stages)} stages, to be timed in turn for {bench.seconds:.0f} s")
+        bench.warm_up(bench.seconds / _ROUNDS / 4)
+        return interleaved(bench.stages, bench.seconds * (1 - _MEMORY_SHARE))
+
+
+def interleaved(timed: Sequence[Stage], seconds: float) -> dict[str, list[Sample]]:
     """Times stages in turn until the time is over, at least once each; returns the samples of each, by name."""
-    whole = sum(stage.share for stage in stages) * _ROUNDS
-    samples: dict[str, list[Sample]] = {stage.name: [] for stage in stages}
+    whole = sum(stage.share for stage in timed) * _ROUNDS
+    samples: dict[str, list[Sample]] = {stage.name: [] for stage in timed}
     begin = time.perf_counter()
     for number in itertools.count(1):
-        for stage in stages if number % 2 else reversed(stages):
+        for stage in timed if number % 2 else reversed(timed):
             samples[stage.name].append(stage.once(seconds * stage.share / whole))
         passed = time.perf_counter() - begin
         if passed + passed / number / 2 > seconds:
@@ -311,9 +339,9 @@ def _say(text: str) -> None:
     print(f"bench: {text}", file=sys.stderr, flush=True)
 
 
-def _ratio(stages: Mapping[str, Mapping[str, float]], ours: str, theirs: str) -> float:
-    unit = "tokens/s" if stages[theirs]["tokens/s"] else "examples/s"
-    return stages[ours][unit] / stages[theirs][unit]
+def _ratio(timed: Mapping[str, Mapping[str, float]], ours: str, theirs: str) -> float:
+    unit = "tokens/s" if timed[theirs]["tokens/s"] else "examples/s"
+    return timed[ours][unit] / timed[theirs][unit]
 
 
 def _mix(lengths: dict[str, int]) -> Leaf:
@@ -323,21 +351,11 @@ def _mix(lengths: dict[str, int]) -> Leaf:
     objective = converter.bind(TaskInfo("log-normal", dict.fromkeys(lengths, feature)), lengths)
     examples = log_normal(lengths, 16384)
     name = f"log-normal {'/'.join(map(str, lengths.values()))}"
-    return Leaf(name, objective, examples, False, bench_seqio.twin(objective, examples.sizes))
+    return Leaf(name, objective, examples, False, stages.twin(objective, examples.sizes))
 
 
 def _loader(name: str, workers: int) -> str:
     return f"load {name}: {f'{workers} processes' if workers > 1 else '1 process' if workers else 'thread'}"
-
-
-def _opener(stream: Callable[[str, int], Dataset], name: str, workers: int) -> Callable[[], Dataset]:
-    return lambda: stream(name, workers)
-
-
-def resident_mib() -> float:
-    """Returns the memory resident of this process, in MiB, as Linux tells it."""
-    lines = _STATUS.read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) / 1024
 
 
 def format_table(found: Mapping[str, Any]) -> str:
@@ -370,3 +388,11 @@ def format_table(found: Mapping[str, Any]) -> str:
         f"{found['rounds']} rounds in turn"
     )
     return "\n".join([*lines, *found["notes"]])
+
+
+def run(invocation: "Invocation") -> None:
+    """Runs `meshway bench data`."""
+    from meshway.launch.recipe import config
+
+    recipe = config.load(invocation)
+    measure(**recipe.build("bench.data.measure"), imported=recipe.registering)
