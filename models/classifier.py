@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from meshway.models.losses import CrossEntropy, TokenSpec
-from meshway.models.module import Batch, NetworkFactory, Objective
+from meshway.models.module import NetworkFactory
+from meshway.models.objective import Batch, Objective, OutputLayer
 
 
 class Classifier(Objective):
@@ -30,9 +31,9 @@ class Classifier(Objective):
             "loss_weights": TokenSpec((batch_size,), np.dtype("float32"), ("batch",)),
         }
 
-    def logits(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> jax.Array:
-        """Returns the logits of each class, float32 [batch, classes]."""
-        return self.bind(params)(batch["image"], batch["loss_weights"] > 0, rng=rng)
+    def hidden(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, OutputLayer]:
+        """Returns the logits of each class, float32 [batch, classes]: nothing is gained by computing them later."""
+        return self.bind(params)(batch["image"], batch["loss_weights"] > 0, rng=rng), lambda logits: logits
 
     def targets(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Returns (labels, weights), [batch] each."""

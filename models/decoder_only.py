@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from meshway.models.layers.cache import DecodingCache, take_copies
 from meshway.models.layers.masks import Mask, make_attention_mask, row_metadata, row_positions
 from meshway.models.losses import CrossEntropy, TokenSpec, token_spec, token_targets
-from meshway.models.module import Batch, NetworkFactory, Objective
+from meshway.models.module import NetworkFactory
+from meshway.models.objective import Batch, Objective, OutputLayer
 
 
 class DecoderOnly(Objective):
@@ -20,9 +21,15 @@ class DecoderOnly(Objective):
     """
 
     def __init__(
-        self, network: NetworkFactory, z_loss: float = 0.0, label_smoothing: float = 0.0, prefix: bool = False
+        self,
+        network: NetworkFactory,
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
+        prefix: bool = False,
+        num_loss_chunks: int = 1,
     ):
-        super().__init__(network, CrossEntropy(z_loss, label_smoothing))
+        """`num_loss_chunks` bounds the memory that logits take: see `losses.CrossEntropy`."""
+        super().__init__(network, CrossEntropy(z_loss, label_smoothing, num_loss_chunks))
         self._prefix = prefix
 
     def batch_spec(self, batch_size: int, lengths: Mapping[str, int]) -> dict[str, TokenSpec]:
@@ -32,11 +39,11 @@ class DecoderOnly(Objective):
             return token_spec(batch_size, lengths["targets"] + lengths["inputs"], "decoder", [*names, "prefix_mask"])
         return token_spec(batch_size, lengths["targets"] + lengths.get("inputs", 0), "decoder", names)
 
-    def logits(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> jax.Array:
-        """Returns the logits of each target, float32 [batch, length, vocab]."""
+    def hidden(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, OutputLayer]:
+        """Returns what the output layer reads of each target, [batch, length, d_model], and that layer."""
         network = self.bind(params)
-        logits, _ = network(batch["decoder_input_tokens"], batch["decoder_positions"], self._mask(batch), rng=rng)
-        return logits
+        x, _ = network.hidden(batch["decoder_input_tokens"], batch["decoder_positions"], self._mask(batch), rng=rng)
+        return x, network.score
 
     def targets(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Returns (target tokens, weights), [batch, length] each."""

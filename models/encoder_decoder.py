@@ -9,14 +9,18 @@ import jax.numpy as jnp
 
 from meshway.models.layers.cache import DecodingCache, take_copies
 from meshway.models.losses import CrossEntropy, TokenSpec, token_spec, token_targets
-from meshway.models.module import Batch, NetworkFactory, Objective
+from meshway.models.module import NetworkFactory
+from meshway.models.objective import Batch, Objective, OutputLayer
 
 
 class EncoderDecoder(Objective):
     """Maximum likelihood of targets given inputs, for a network with `encode` and `decode` (see `t5.T5`)."""
 
-    def __init__(self, network: NetworkFactory, z_loss: float = 0.0, label_smoothing: float = 0.0):
-        super().__init__(network, CrossEntropy(z_loss, label_smoothing))
+    def __init__(
+        self, network: NetworkFactory, z_loss: float = 0.0, label_smoothing: float = 0.0, num_loss_chunks: int = 1
+    ):
+        """`num_loss_chunks` bounds the memory that logits take: see `losses.CrossEntropy`."""
+        super().__init__(network, CrossEntropy(z_loss, label_smoothing, num_loss_chunks))
 
     def batch_spec(self, batch_size: int, lengths: Mapping[str, int]) -> dict[str, TokenSpec]:
         """Returns the features of a batch; `lengths` needs "inputs" and "targets"."""
@@ -24,15 +28,16 @@ class EncoderDecoder(Objective):
         names = ["input_tokens", "target_tokens", "loss_weights", "segment_ids", "positions"]
         return encoder | token_spec(batch_size, lengths["targets"], "decoder", names)
 
-    def logits(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> jax.Array:
-        """Returns the logits of each target, float32 [batch, length, vocab]."""
+    def hidden(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, OutputLayer]:
+        """Returns what the output layer reads of each target, [batch, length, d_model], and that layer."""
         network = self.bind(params)
         encoder_key, decoder_key = (None, None) if rng is None else jax.random.split(rng)
         segments = batch["encoder_segment_ids"]
         encoded = network.encode(batch["encoder_input_tokens"], segments, encoder_key)
-        return network.decode(
+        x = network.decode_hidden(
             batch["decoder_input_tokens"], batch["decoder_segment_ids"], encoded, segments, decoder_key
         )
+        return x, network.score
 
     def targets(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Returns (target tokens, weights), [batch, length] each."""

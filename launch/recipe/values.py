@@ -48,7 +48,7 @@ _NAMES = (
         "steps group_rows groups_per_row original_length lengths image_shape max_skipped_in_a_row num_repeats "
         "latest every best max_batches eval_k block query_block kv_block ns_steps min_dim_size_to_factor total_steps "
         "num_steps beams batches workers num_shards seconds seeds prompt_length new_tokens chunk_size max_input_length "
-        "max_new_tokens idle_timeout",
+        "max_new_tokens idle_timeout num_loss_chunks",
     ),
     (
         _AT_LEAST_0,

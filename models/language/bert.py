@@ -73,7 +73,19 @@ class Bert(nnx.Module):
         token_types: jax.Array | None = None,
         rng: jax.Array | None = None,
     ) -> jax.Array:
-        """Scores every place.
+        """Scores every position: `score` of `hidden`, which takes the same; logits float32 [batch, length, vocab]."""
+        return self.score(self.hidden(tokens, positions, mask, token_types=token_types, rng=rng))
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        mask: Mask,
+        *,
+        token_types: jax.Array | None = None,
+        rng: jax.Array | None = None,
+    ) -> jax.Array:
+        """Computes what the output layer reads.
 
         Args:
           tokens: int32 [batch, length].
@@ -83,7 +95,7 @@ class Bert(nnx.Module):
           rng: dropout key.
 
         Returns:
-          logits float32 [batch, length, vocab].
+          hidden states [batch, length, d_model].
 
         Raises:
           ValueError: rows are longer than what positions there are.
@@ -97,7 +109,10 @@ class Bert(nnx.Module):
             x, _ = self.encoder(x, positions=positions, mask=mask, rng=keys[1])
         sow(reports, "encoder/")
         x = constrain(sow_intermediate("encoder_output", x), ("batch", "length", "embed"), free_for="mlp")
-        x = self.head_norm(constrain(self.activation(self.head(x)), ("batch", "length", "embed")))
+        return self.head_norm(constrain(self.activation(self.head(x)), ("batch", "length", "embed")))
+
+    def score(self, x: jax.Array) -> jax.Array:
+        """Hidden states [batch, length, d_model] -> logits, float32 [batch, length, vocab]."""
         x = constrain(x, ("batch", "length", "embed"), free_for="vocab")
         logits = self.logits(self.token_embedding.logits(x, scale=False))
         return sow_intermediate("logits", constrain(logits.astype(jnp.float32), ("batch", "length", "vocab")))

@@ -87,7 +87,25 @@ class LanguageModel(nnx.Module):
         cache_index: jax.Array | None = None,
         rng: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
-        """Scores what follows each token.
+        """Scores what follows each token: `score` of `hidden`, which takes the same.
+
+        Returns:
+          (logits float32 [batch, length, vocab], the updated cache or None).
+        """
+        x, cache = self.hidden(tokens, positions, mask, cache=cache, cache_index=cache_index, rng=rng)
+        return self.score(x), cache
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        mask: Mask,
+        *,
+        cache: Any = None,
+        cache_index: jax.Array | None = None,
+        rng: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """Computes what the output layer reads.
 
         Args:
           tokens: int32 [batch, length].
@@ -97,7 +115,7 @@ class LanguageModel(nnx.Module):
           rng: dropout key.
 
         Returns:
-          (logits float32 [batch, length, vocab], the updated cache or None).
+          (hidden states [batch, length, d_model], the updated cache or None).
 
         Raises:
           ValueError: rows, or the cache's, are longer than what learned positions there are.
@@ -117,8 +135,20 @@ class LanguageModel(nnx.Module):
         sow(reports, "decoder/")
         if self.decoder_norm is not None:
             x = self.decoder_norm(x)
-        x = sow_intermediate("decoder_output", dropout(x, self.dropout_rate, keys[2]))
-        return sow_intermediate("logits", self._score(x)), cache
+        return sow_intermediate("decoder_output", dropout(x, self.dropout_rate, keys[2])), cache
+
+    def score(self, x: jax.Array) -> jax.Array:
+        """Hidden states [batch, length, d_model] -> logits, float32 [batch, length, vocab]."""
+        x = constrain(x, ("batch", "length", "embed"), free_for="vocab")
+        if self.tied_logits:
+            logits = self.token_embedding.logits(x, self.scale_tied_logits)
+            logits = logits if self.logits is None else self.logits(logits)
+        else:
+            logits = self.logits(x)
+        logits = constrain(logits.astype(jnp.float32), ("batch", "length", "vocab"))
+        if self.logits_soft_cap is not None:
+            logits = self.logits_soft_cap * jnp.tanh(logits / self.logits_soft_cap)
+        return sow_intermediate("logits", logits)
 
     def empty_cache(self, batch: int, length: int) -> Any:
         """Returns room for the keys and values of `length` positions."""
@@ -137,19 +167,6 @@ class LanguageModel(nnx.Module):
         if self.position_embedding is not None:
             x = self.position_embedding(x, positions, length)
         return x if self.embedding_norm is None else self.embedding_norm(x)
-
-    def _score(self, x: jax.Array) -> jax.Array:
-        """Returns logits, float32 [batch, length, vocab]."""
-        x = constrain(x, ("batch", "length", "embed"), free_for="vocab")
-        if self.tied_logits:
-            logits = self.token_embedding.logits(x, self.scale_tied_logits)
-            logits = logits if self.logits is None else self.logits(logits)
-        else:
-            logits = self.logits(x)
-        logits = constrain(logits.astype(jnp.float32), ("batch", "length", "vocab"))
-        if self.logits_soft_cap is not None:
-            logits = self.logits_soft_cap * jnp.tanh(logits / self.logits_soft_cap)
-        return logits
 
 
 def _if_any(factory: Callable[..., Any] | None, **arguments: Any) -> Any:

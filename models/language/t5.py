@@ -90,9 +90,20 @@ class T5(nnx.Module):
         rng: jax.Array | None = None,
     ) -> jax.Array:
         """Teacher-forced: tokens [batch, length] against encoded [batch, kv_length, d_model] ->
-        logits [batch, length, vocab]."""
+        logits [batch, length, vocab]: `score` of `decode_hidden`."""
+        return self.score(self.decode_hidden(tokens, segments, encoded, encoded_segments, rng))
+
+    def decode_hidden(
+        self,
+        tokens: jax.Array,
+        segments: jax.Array,
+        encoded: jax.Array,
+        encoded_segments: jax.Array,
+        rng: jax.Array | None = None,
+    ) -> jax.Array:
+        """As `decode`, but what the output layer reads, [batch, length, d_model]."""
         own = row_metadata(tokens.shape[1], segments)
-        logits, _ = self._decode(
+        x, _ = self._decode(
             tokens,
             rng=rng,
             encoded=encoded,
@@ -100,7 +111,13 @@ class T5(nnx.Module):
             mask=make_attention_mask(own, own, causal=True),
             cross_mask=make_attention_mask(AttentionMetadata(segments), AttentionMetadata(encoded_segments)),
         )
-        return logits
+        return x
+
+    def score(self, x: jax.Array) -> jax.Array:
+        """Hidden states [batch, length, d_model] -> logits, float32 [batch, length, vocab]."""
+        x = constrain(x, ("batch", "length", "embed"), free_for="vocab")
+        logits = self.token_embedding.logits(x, self.scale_tied_logits) if self.logits is None else self.logits(x)
+        return sow_intermediate("logits", constrain(logits.astype(jnp.float32), ("batch", "length", "vocab")))
 
     def empty_cache(self, encoded: jax.Array, length: int) -> Any:
         """Returns the decoder's cache for `length` positions; it holds what the decoder needs of `encoded`."""
@@ -113,7 +130,7 @@ class T5(nnx.Module):
         multiple of the batch that was encoded, those of an example one after the other."""
         slots = row_positions(length)
         asking = jnp.ones((encoded_segments.shape[0], tokens.size // encoded_segments.shape[0]), jnp.int32)
-        return self._decode(
+        x, cache = self._decode(
             tokens,
             cache=cache,
             cache_index=positions,
@@ -121,6 +138,7 @@ class T5(nnx.Module):
             mask=Mask(causal_mask(positions, slots)),
             cross_mask=Mask(segment_mask(asking, encoded_segments)),
         )
+        return self.score(x), cache
 
     def _decode(self, tokens: jax.Array, rng: jax.Array | None = None, **context: Any) -> tuple[jax.Array, Any]:
         keys = split_key(rng, 3)
@@ -128,7 +146,4 @@ class T5(nnx.Module):
         with capture() as reports:
             x, cache = self.decoder(x, rng=keys[1], **context)
         sow(reports, "decoder/")
-        x = sow_intermediate("decoder_output", dropout(self.decoder_norm(x), self.dropout_rate, keys[2]))
-        x = constrain(x, ("batch", "length", "embed"), free_for="vocab")
-        logits = self.token_embedding.logits(x, self.scale_tied_logits) if self.logits is None else self.logits(x)
-        return sow_intermediate("logits", constrain(logits.astype(jnp.float32), ("batch", "length", "vocab"))), cache
+        return sow_intermediate("decoder_output", dropout(self.decoder_norm(x), self.dropout_rate, keys[2])), cache

@@ -10,8 +10,6 @@ import pytest
 from tiny import FAMILIES, greedy, program
 
 from meshway.models.layers import attention, positions, rotary
-from meshway.models.layers.side_outputs import Reports
-from meshway.models.losses import CrossEntropy
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
 
@@ -195,37 +193,6 @@ def test_relative_buckets_against_their_definition(bidirectional):
         else:
             choices = {distance}
         assert bucket - offset in choices, position
-
-
-def test_cross_entropy_against_numpy():
-    random = np.random.default_rng(0)
-    logits = random.standard_normal((2, 3, 7)).astype(np.float32) * 3
-    targets, weights = random.integers(0, 7, (2, 3)), np.array([[1, 1, 0], [1, 0.5, 0]], np.float32)
-    smoothing, z_loss = 0.1, 0.01
-    log_z = np.log(np.exp(logits).sum(-1))
-    log_probs = logits - log_z[..., None]
-    soft = np.full((2, 3, 7), smoothing / 6)
-    np.put_along_axis(soft, targets[..., None], 1 - smoothing, -1)
-    expected = (-(soft * log_probs).sum(-1) + (soft * np.log(soft)).sum(-1) + z_loss * log_z**2) * weights
-    loss, weight, metrics = CrossEntropy(z_loss, smoothing)(logits, targets, weights)
-    np.testing.assert_allclose(loss, expected.sum(), rtol=1e-5)
-    assert float(weight) == 3.5
-    plain = -np.take_along_axis(log_probs, targets[..., None], -1)[..., 0]
-    np.testing.assert_allclose(metrics["cross_entropy"][0], (plain * weights).sum(), rtol=1e-5)
-    np.testing.assert_allclose(metrics["accuracy"][0], ((logits.argmax(-1) == targets) * weights).sum())
-
-
-def test_losses_of_layers_are_added_for_each_token():
-    logits, targets, weights = (
-        np.zeros((1, 4, 7), np.float32),
-        np.zeros((1, 4), int),
-        np.array([[1, 1, 1, 0]], np.float32),
-    )
-    plain, _, _ = CrossEntropy()(logits, targets, weights)
-    said = Reports(losses={"router": jnp.array([0.5, 0.25])})
-    loss, weight, metrics = CrossEntropy()(logits, targets, weights, said)
-    np.testing.assert_allclose(loss, plain + 3 * 0.75, rtol=1e-6)
-    assert [float(x) for x in metrics["router"]] == [2.25, 3.0] and float(weight) == 3
 
 
 def test_bfloat16_compute_keeps_float32_parameters():
