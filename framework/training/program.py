@@ -18,6 +18,7 @@ from meshway.framework.partitioning.explain import Row, explain
 from meshway.framework.partitioning.partitioner import Layout
 from meshway.framework.partitioning.sharded_model import ShardedModel
 from meshway.framework.planning.flops import train_flops
+from meshway.framework.training.loss_normalization import LossNormalizingFactor, check_factor
 from meshway.framework.training.step import (
     GradientRule,
     TrainState,
@@ -43,13 +44,19 @@ class TrainProgram:
         seed: int = 0,
         num_microbatches: int = 1,
         gradient_rule: GradientRule = plain_gradient,
+        loss_normalizing_factor: LossNormalizingFactor = "NUM_REAL_TARGET_TOKENS",
     ):
         """`batch_size` counts examples over all processes; `lengths` are tokens by task feature.
 
+        `loss_normalizing_factor` is T5X's: by default gradients are those of the mean over weighted target tokens of
+        the global batch; None is those of the sum, as T5X's recipes have it.
+
         Raises:
-          UserError: the layout does not fit the devices, the batch does not divide, or a length is missing.
+          UserError: the layout does not fit the devices, the batch does not divide, a length is missing, or the
+            factor is a number that is not positive.
         """
         check_microbatches(batch_size, num_microbatches)
+        check_factor(loss_normalizing_factor)
         self.model, self.seed, self.batch_size, self.lengths = model, seed, batch_size, dict(lengths)
         self.num_microbatches = num_microbatches
         self.placed = ShardedModel(model, layout)
@@ -62,7 +69,7 @@ class TrainProgram:
         self.batch_spec, self.batch_shardings = self.batch.spec, self.batch.shardings
         self.optimizer_name = _name(optimizer.transform)
         self.optimizer: BoundOptimizer = optimizer.bind(self.axes, self.param_shapes)
-        self._step = TrainStep(model, self.optimizer, seed, num_microbatches, gradient_rule)
+        self._step = TrainStep(model, self.optimizer, seed, num_microbatches, gradient_rule, loss_normalizing_factor)
 
     @functools.cached_property
     def state_shapes(self) -> TrainState:

@@ -12,6 +12,7 @@ from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Metrics, Model, Params
 from meshway.framework.optimizers.optimizers import BoundOptimizer
 from meshway.framework.partitioning.partitioner import Partitioner
+from meshway.framework.training.loss_normalization import LossNormalizingFactor, divisor, reweighted
 
 
 @jax.tree_util.register_dataclass
@@ -55,7 +56,7 @@ def init_sharded(
 
 
 Gradients = Any  # like Params
-# Mean gradients and metrics of this step's batch at the given parameters.
+# Normalised gradients and metrics of this step's batch at the given parameters.
 GradientAt = Callable[[Params], tuple[Gradients, Metrics]]
 # Which gradient the optimizer gets: may call `gradient_at` more than once (sharpness-aware methods do).
 GradientRule = Callable[[GradientAt, Params], tuple[Gradients, Metrics]]
@@ -70,9 +71,9 @@ def plain_gradient(gradient_at: GradientAt, params: Params) -> tuple[Gradients, 
 class TrainStep:
     """`step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
-    Losses come as sums and weights, are added over microbatches in float32, and are divided once: how a batch was
-    cut cannot change the result. A step whose loss or gradient is not finite leaves parameters and optimizer as
-    they were and is counted.
+    Losses come as sums and weights, are added over microbatches in float32, and are divided once, by the summed weight
+    unless `loss_normalizing_factor` says otherwise (`loss_normalization`): how a batch was sharded cannot change the
+    result. A step whose loss or gradient is not finite leaves parameters and optimizer as they were and is counted.
     """
 
     model: Model
@@ -80,6 +81,7 @@ class TrainStep:
     seed: int
     num_microbatches: int = 1
     gradient_rule: GradientRule = plain_gradient
+    loss_normalizing_factor: LossNormalizingFactor = "NUM_REAL_TARGET_TOKENS"
 
     def __call__(self, state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
         gradients, metrics = self.gradients(state.params, batch, state.step)
@@ -104,18 +106,19 @@ class TrainStep:
         rng = jax.random.fold_in(jax.random.key(self.seed), step)
 
         def gradient_at(params: Params) -> tuple[Gradients, Metrics]:
-            return self._mean_gradients(params, batch, rng)
+            return self._normalized_gradients(params, batch, rng)
 
         return self.gradient_rule(gradient_at, params)
 
-    def _mean_gradients(
+    def _normalized_gradients(
         self, params: Params, batch: Mapping[str, jax.Array], rng: jax.Array
     ) -> tuple[Gradients, Metrics]:
+        batch = reweighted(self.loss_normalizing_factor, batch)
         if self.num_microbatches == 1:
             gradients, metrics = self._summed_gradients(params, batch, rng)
         else:
             gradients, metrics = self._accumulated_gradients(params, batch, rng)
-        scale = 1.0 / jnp.maximum(metrics["loss"][1], 1e-9)
+        scale = 1.0 / divisor(self.loss_normalizing_factor, batch, metrics["loss"][1])
         return jax.tree.map(lambda gradient: gradient * scale, gradients), metrics
 
     def _summed_gradients(
