@@ -1,4 +1,4 @@
-"""Losses of next-token prediction: sums and weights, never means; and what they ask of a batch."""
+"""Cross entropy over tokens or classes, as sums and weights, never means; and the specs of a batch's features."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from meshway.models.layers.side_outputs import Reports, as_loss
 
 @dataclasses.dataclass(frozen=True)
 class TokenSpec:
-    """Shape, dtype and logical axes of one feature (meets `framework.interfaces.ArraySpec` by shape)."""
+    """Shape, dtype and logical axes of one feature (a `framework.interfaces.ArraySpec`)."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -36,7 +36,7 @@ class CrossEntropy:
 
     z_loss * log(Z)^2 keeps the softmax normaliser Z near one (Mesh-TensorFlow; PaLM section 5). With
     label_smoothing e the target distribution is 1 - e on the target and e / (vocab - 1) elsewhere (Szegedy et al.
-    2016, section 7), and its entropy is taken off, so that a perfect prediction still scores zero (as T5X does).
+    2016, section 7), and its entropy is subtracted, so that a perfect prediction still scores zero (as T5X does).
     """
 
     z_loss: float = 0.0
@@ -51,7 +51,7 @@ class CrossEntropy:
           logits: float32 [batch, length, vocab].
           targets: int32 [batch, length].
           weights: float32 [batch, length], 0 on padding.
-          reports: what the network's layers said: auxiliary losses, which are added, and statistics.
+          reports: what the network's layers reported: auxiliary losses, which are added, and statistics.
 
         Returns:
           (summed loss, summed weight, metrics as (sum, weight): cross_entropy, z_loss if any, accuracy, and those of
