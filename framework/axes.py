@@ -1,8 +1,8 @@
-"""Logical axis names, and how a model meets the mesh: `constrain` an activation, or ask where one lies.
+"""Logical axis names, and how models use them: `constrain` shards an activation, `placement` returns its sharding.
 
-A model names the axes of its arrays; a layout file (`gin/layouts/`) maps names to mesh axes. This file is
-the vocabulary both sides share, so it imports only jax. It is no closed list: a user's model may use a new
-name, if the layout maps it.
+A model names the axes of its arrays; a layout file (`gin/layouts/`) maps names to mesh axes. This file is the
+vocabulary that both sides share, so it imports only jax. The list is open: a user's model may use a new name, if the
+layout maps it.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-# Axis name -> what lies along it. A layout may map any of these to None although a model lacks them.
+# Axis name -> its elements. A layout may map any of these to None although a model lacks them.
 VOCABULARY = {
     "batch": "examples of a batch",
     "length": "positions of a sequence (queries, in attention)",
@@ -25,7 +25,7 @@ VOCABULARY = {
     "head_dim": "features of one attention head",
     "vocab": "entries of a vocabulary",
     "relpos_buckets": "buckets of T5's relative position bias",
-    "positions": "places in a segment that have a learned vector",
+    "positions": "positions in a segment that have a learned vector",
     "layers": "layers stacked into one array",
     "expert": "experts of a mixture",
     "stage": "stages of a pipeline",
@@ -38,18 +38,18 @@ class Ambient(Protocol):
     """The layout a model runs under, for activations."""
 
     def sharding(self, names: Names, shape: tuple[int, ...]) -> NamedSharding:
-        """Returns where an activation of these axes lies; raises on unknown names and sizes that do not divide."""
+        """Returns the sharding of an activation; raises on unknown names and sizes that are not divisible."""
         ...
 
     def mesh_axes(self, name: str) -> tuple[str, ...]:
-        """Returns the mesh axes, of more than one device, that cut a logical axis; raises on an unknown name."""
+        """Returns the mesh axes of more than one device that shard a logical axis; raises on an unknown name."""
         ...
 
     def lookup(
         self, names: Names, shape: tuple[int, ...], table_names: Names, table_shape: tuple[int, ...]
     ) -> list[NamedSharding]:
-        """Returns where entries taken from a parameter are found, and the way from there to where `sharding` puts them,
-        one mesh axis at a time; raises as `sharding`."""
+        """Returns the shardings of entries looked up in a parameter: first as they are found, then step by step, one
+        mesh axis at a time, towards that of `sharding`; raises as `sharding` does."""
         ...
 
 
@@ -58,7 +58,7 @@ _ambient: ContextVar[Ambient | None] = ContextVar("meshway_ambient_layout", defa
 
 @contextlib.contextmanager
 def under(layout: Ambient) -> Iterator[None]:
-    """Makes `layout` the one that a model's activations follow, for the length of a `with` block."""
+    """Makes `layout` the ambient layout of a model's activations inside the `with` block."""
     token = _ambient.set(layout)
     try:
         yield
@@ -71,17 +71,17 @@ def constrain(x: jax.Array, names: Names, free_for: str | None = None) -> jax.Ar
 
     Args:
       x: an array of rank ``len(names)``.
-      names: one logical name a dimension; None leaves that dimension to no mesh axis.
-      free_for: an axis of the product x goes into: the mesh axes that cut it cut nothing of x. Where they cut the
-        residual stream (Megatron's sequence parallelism, 2D layouts) x is gathered once here; left to itself XLA
-        gathers weights, or moves the product's output about.
+      names: one logical name for each dimension; None for a dimension that is not sharded.
+      free_for: an axis of the product that x is an operand of: the mesh axes that shard it do not shard x. Where they
+        shard the residual stream (Megatron's sequence parallelism, 2D layouts), x is gathered once here; left to
+        itself, XLA gathers weights or reshards the product's output.
 
     Returns:
       x, constrained under the ambient layout; x itself outside any mesh (a plain, unpartitioned call).
 
     Raises:
-      ValueError: the rank differs from the number of names, or a mesh is set without a layout. (flax's own
-        helper is silent in such cases; a lost constraint shows up as memory, never as an error.)
+      ValueError: the rank differs from the number of names, or a mesh is set without a layout. (flax's own helper
+        ignores both; a missing constraint costs memory and raises no error.)
     """
     sharding = placement(names, x.shape)
     if sharding is None or sharding.mesh.size == 1:
@@ -92,16 +92,17 @@ def constrain(x: jax.Array, names: Names, free_for: str | None = None) -> jax.Ar
 
 
 def constrain_lookup(x: jax.Array, names: Names, table: jax.Array, table_names: Names) -> jax.Array:
-    """Constrains what was looked up in a parameter: first to where it is found, then on its way to where `names` say.
+    """Constrains the result of a look-up in a parameter: first as it is found, then in steps to the sharding of
+    `names`.
 
-    Where mesh axes cut both the batch and the entries of the table (fsdp), each device looks its part up for the tokens
-    of all devices along these axes, and what was found is exchanged. Without the steps in between XLA finds no such way
-    where several axes cut the batch, and gathers the gradient of every token on every device.
+    Where mesh axes shard both the batch and the entries of the table (fsdp), each device looks up its part for the
+    tokens of all devices along these axes, and the results are exchanged. Without the steps in between, XLA gathers the
+    gradient of every token on every device if several axes shard the batch.
 
     Args:
-      x: what was looked up, of rank ``len(names)``.
+      x: the result of the look-up, of rank ``len(names)``.
       names: its logical axes.
-      table: the parameter, with the logical axes `table_names`; those in both are its entries'.
+      table: the parameter, with the logical axes `table_names`; axes in both are those of an entry.
 
     Returns:
       x, constrained; x itself outside any mesh.
@@ -114,10 +115,10 @@ def constrain_lookup(x: jax.Array, names: Names, table: jax.Array, table_names: 
 
 
 def placement(names: Names, shape: tuple[int, ...]) -> NamedSharding | None:
-    """Returns where the ambient layout puts an activation: what a kernel gives `shard_map` as mesh and specs.
+    """Returns the sharding of an activation under the ambient layout: the mesh and specs for a kernel's `shard_map`.
 
     Args:
-      names: one logical name a dimension, or None.
+      names: one logical name for each dimension, or None.
       shape: its global shape.
 
     Returns:
@@ -133,7 +134,7 @@ def placement(names: Names, shape: tuple[int, ...]) -> NamedSharding | None:
 
 
 def mesh_axes(name: str) -> tuple[str, ...]:
-    """Returns the mesh axes, of more than one device, that cut logical axis `name` of activations; () without a mesh.
+    """Returns the mesh axes of more than one device that shard logical axis `name` of activations; () without a mesh.
 
     Raises:
       ValueError: a mesh is set without a layout.

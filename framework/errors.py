@@ -1,4 +1,4 @@
-"""The two ways a run may end badly, and how a wrong name is answered."""
+"""The two kinds of errors of a run, how they are reported, and suggestions for wrong names."""
 
 import contextlib
 import difflib
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
-    """What the user wrote or gave is wrong: one message (what, where, the nearest right thing), exit code 2."""
+    """A mistake in the user's input: one message (what, where, the nearest right value), exit code 2."""
 
 
 class EnvironmentFailure(Exception):
@@ -19,16 +19,16 @@ class EnvironmentFailure(Exception):
 
 
 def report(error: BaseException) -> int:
-    """Prints what ended a command to standard error, and returns its exit code.
+    """Prints the error that ended a command to standard error, and returns the exit code.
 
-    A user's mistake (2), a failure of the machine (1) and an interruption (130) get one line; an error of our own (1)
-    its traceback, as all do with MESHWAY_TRACEBACK=1. Where the reader of our output has gone (141, as `cat` has it),
-    nothing is said, nor any more.
+    A user's mistake (2), a failure of the machine (1) and an interruption (130) get one line; any other error (1) its
+    traceback, as do all with MESHWAY_TRACEBACK=1. If the reader of our output is gone (141, as for `cat`), nothing is
+    printed.
     """
     if isinstance(error, BrokenPipeError) and mute():
         return 128 + signal.SIGPIPE
     expected = isinstance(error, (UserError, EnvironmentFailure))
-    with contextlib.suppress(BrokenPipeError):  # nobody reads what goes wrong, and the exit code still tells
+    with contextlib.suppress(BrokenPipeError):  # standard error has no reader: the exit code remains
         if isinstance(error, KeyboardInterrupt):
             print("meshway: interrupted", file=sys.stderr, flush=True)
         elif not expected or os.environ.get("MESHWAY_TRACEBACK") == "1":
@@ -41,8 +41,10 @@ def report(error: BaseException) -> int:
 
 
 def mute() -> bool:
-    """Sends to nowhere what would go to a reader that has gone, as in `meshway ... | head -1`; returns whether any
-    has. Python would complain about what it still holds back."""
+    """Redirects output to os.devnull if its reader is gone, as in `meshway ... | head -1`; returns whether it was.
+
+    Otherwise Python reports an error when it flushes its buffers at exit.
+    """
     streams = select.poll()
     for number in (1, 2):
         streams.register(number, 0)
@@ -56,7 +58,7 @@ def mute() -> bool:
 
 
 def nearest_steps(step: int, steps: Sequence[int], limit: int = 6) -> str:
-    """Returns the steps nearest to one that is not among them, in words; `steps` are ascending, and some."""
+    """Returns in words the steps nearest to one that is not among `steps`, which are ascending and not empty."""
     near = sorted(sorted(steps, key=lambda other: abs(other - step))[:limit])
     if len(near) == len(steps):
         return f"there are {near}"
@@ -64,9 +66,9 @@ def nearest_steps(step: int, steps: Sequence[int], limit: int = 6) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns what another library's error says, in one line of at most 300 characters."""
+    """Returns the message of another library's error, in one line of at most 300 characters."""
     text = str(error).strip() or type(error).__name__
-    # TensorStore ends its messages with all of what it was asked to open.
+    # TensorStore appends the whole spec that it was asked to open.
     return text.splitlines()[0].partition(" [tensorstore_spec=")[0][:300]
 
 

@@ -1,4 +1,4 @@
-"""The door to files: which paths are ones, writing that a crash cannot halve, and locks that die with their holder."""
+"""Local paths, atomic and durable writes, and file locks that end with their process."""
 
 import contextlib
 import dataclasses
@@ -15,48 +15,48 @@ from typing import BinaryIO
 
 from meshway.framework.errors import EnvironmentFailure, UserError
 
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_RETRY_SECONDS = 0.001
+
 
 def local_path(path: str | Path) -> Path:
-    """Returns a path of this machine, `~` resolved. Every setting that is a path goes through here.
+    """Returns a local path, `~` expanded. Every setting that is a path is passed through here.
 
     Raises:
-      UserError: it is the address of a bucket or of a server (`gs://...`), where nothing is read or written yet.
+      UserError: it is the address of a bucket or of a server (`gs://...`), which is not supported yet.
     """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(path)):  # Path has made one slash of two
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(path)):  # one slash: Path removes the second
         raise UserError(
-            f"{path} is no path of this machine: buckets and servers are not read or written yet; mount or copy it, "
-            "and give that folder or file"
+            f"{path} is not a local path: buckets and servers are not read or written yet; mount or copy it, and give "
+            "that folder or file"
         )
     return Path(path).expanduser()
 
 
-_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-
-
 @contextlib.contextmanager
 def io_errors(path: Path) -> Iterator[None]:
-    """Turns a disk's refusal inside into an error that names `path`: an EnvironmentFailure where the disk is full or
-    broken, so that a supervisor may try again, else a UserError."""
+    """Turns an OSError inside into an error that names `path`: an EnvironmentFailure if the disk is full or broken, so
+    that a supervisor may retry, else a UserError."""
     try:
         yield
     except OSError as error:
-        if error.errno in _DISK_TROUBLE:
+        if error.errno in _DISK_ERRORS:
             raise EnvironmentFailure(f"cannot write {path}: {error.strerror}") from error
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def replace_file(path: Path, content: bytes | Callable[[BinaryIO], object], temporary: Path | None = None) -> None:
-    """Writes a whole file so that a reader, or a crash at any moment, finds the old content or the new. It returns once
-    the new one would survive a power cut.
+    """Writes a file atomically and durably: a reader, or a crash at any moment, finds the old content or the new, and
+    the new one is on disk when this returns.
 
     Args:
       path: the file.
-      content: its bytes, or what writes them to a file open in binary mode.
-      temporary: where it is written first, on the same file system; None for a name of its own beside `path`. A killed
-        process leaves it there.
+      content: its bytes, or a function that writes them to a file open in binary mode.
+      temporary: the file that is written first, on the same file system; None for a new name beside `path`. A killed
+        process leaves it behind.
 
     Raises:
-      OSError: the file system refuses.
+      OSError: the file cannot be written.
     """
     temporary = temporary or path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -70,13 +70,13 @@ def replace_file(path: Path, content: bytes | Callable[[BinaryIO], object], temp
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(temporary)  # a full disk needs its room
+            os.unlink(temporary)  # the disk may be full
         raise
     sync(path.parent)
 
 
 def sync(path: Path) -> None:
-    """Puts on disk what a file holds, or which names a folder holds."""
+    """Flushes a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -84,12 +84,9 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-_LOOK_SECONDS = 0.001
-
-
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """Who holds a lock: process `pid` of `host`, `since` so many seconds since 1970."""
+    """The holder of a lock: process `pid` on `host`, `since` a time in seconds since 1970."""
 
     host: str
     pid: int
@@ -101,13 +98,13 @@ class Holder:
 
 
 def try_lock(path: Path) -> int | None:
-    """Returns the descriptor of a locked file, made where it is missing; None where another process holds the lock.
+    """Locks a file, created if it does not exist; returns its descriptor, or None if another process holds the lock.
 
-    Closing the descriptor, or the end of the process however it comes, gives the lock back. Who removes the file must
-    hold the lock: another process that has opened it meanwhile sees, once it has the lock, that the file is gone.
+    Closing the descriptor, or any end of the process, releases the lock. Only the holder may remove the file: a process
+    that has opened it meanwhile detects, once it has the lock, that the file is gone.
 
     Raises:
-      OSError: the file system refuses.
+      OSError: the file cannot be opened or locked.
     """
     while True:
         lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
@@ -121,8 +118,8 @@ def try_lock(path: Path) -> int | None:
             if not _lets_others_read(lock):
                 os.close(lock)
                 return None
-            time.sleep(_LOOK_SECONDS)  # nobody holds it: `holder_of` has a look
-        except FileNotFoundError:  # its last holder has removed it
+            time.sleep(_RETRY_SECONDS)  # only a `holder_of` has it, for a moment
+        except FileNotFoundError:  # removed by its last holder
             pass
         except BaseException:
             os.close(lock)
@@ -130,17 +127,8 @@ def try_lock(path: Path) -> int | None:
         os.close(lock)
 
 
-def _lets_others_read(lock: int) -> bool:
-    """Says whether a file is locked by those alone who share it, or by nobody any more."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def holder_of(path: Path) -> Holder | None:
-    """Returns who holds the lock on a file; None where nobody does, or the file does not tell.
+    """Returns the holder of the lock on a file; None if there is none, or it is not written in the file.
 
     Raises:
       OSError: the file cannot be read.
@@ -162,10 +150,10 @@ def holder_of(path: Path) -> Holder | None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[bool]:
-    """Holds the lock on a file for the time of a `with` block, which is told whether it is held; removes it after.
+    """Holds the lock on a file during a `with` block, and removes the file after; yields whether the lock was taken.
 
     Raises:
-      OSError: the file system refuses.
+      OSError: the file cannot be opened or locked.
     """
     lock = try_lock(path)
     if lock is None:
@@ -176,6 +164,15 @@ def locked(path: Path) -> Iterator[bool]:
     finally:
         path.unlink(missing_ok=True)
         os.close(lock)
+
+
+def _lets_others_read(lock: int) -> bool:
+    """Whether a file has no exclusive lock, only shared ones or none."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _this_process() -> Holder:

@@ -1,4 +1,4 @@
-"""Losses of next-token prediction: sums and weights, never means; and what they ask of a batch."""
+"""Cross entropy over tokens or classes, as sums and weights, never means; and the specs of a batch's features."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from meshway.models.objective import Metrics, OutputLayer
 
 @dataclasses.dataclass(frozen=True)
 class TokenSpec:
-    """Shape, dtype and logical axes of one feature (meets `framework.interfaces.ArraySpec` by shape)."""
+    """Shape, dtype and logical axes of one feature (a `framework.interfaces.ArraySpec`)."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -37,7 +37,7 @@ class CrossEntropy:
 
     z_loss * log(Z)^2 keeps the softmax normaliser Z near one (Mesh-TensorFlow; PaLM section 5). With
     label_smoothing e the target distribution is 1 - e on the target and e / (vocab - 1) elsewhere (Szegedy et al.
-    2016, section 7), and its entropy is taken off, so that a perfect prediction still scores zero (as T5X does).
+    2016, section 7), and its entropy is subtracted, so that a perfect prediction still scores zero (as T5X does).
 
     With num_chunks n, logits of length / n tokens of each row are held at a time, never those of [batch, length,
     vocab]; the backward pass computes them again, which costs one more product with the output layer. Where n does not

@@ -1,4 +1,4 @@
-"""The one file that knows how flax.nnx stores parameters: a module factory becomes functions on plain dicts.
+"""The only file that depends on how flax.nnx stores parameters: a module factory becomes functions on plain dicts.
 
 nnx objects never cross a `jit` boundary: the framework sees nested dicts of arrays beside a tree of axis
 names, and `Network.bind` rebuilds the module inside the trace, where it costs nothing at run time.
@@ -12,17 +12,17 @@ from flax import nnx
 
 
 class NetworkFactory(Protocol):
-    """A gin-configured module class: everything but the random streams is already bound."""
+    """A module class with every argument but the random streams bound, as gin makes it."""
 
     def __call__(self, *, rngs: nnx.Rngs) -> nnx.Module: ...
 
 
 class Param(nnx.Param):
-    """A parameter; metadata `axes` holds one logical axis name a dimension, or None."""
+    """A parameter; its metadata `axes` is a logical axis name, or None, for each dimension."""
 
 
 def param(value: jax.Array, axes: tuple[str | None, ...]) -> Param:
-    """Declares a parameter with its logical axes, None for a dimension that is never cut.
+    """Declares a parameter with its logical axes, None for a dimension that is never sharded.
 
     Raises:
       ValueError: the number of names differs from the rank.
@@ -43,7 +43,7 @@ class Network:
         return nnx.to_pure_dict(nnx.state(self._factory(rngs=nnx.Rngs(params=rng)), nnx.Param))
 
     def axes(self) -> dict[str, Any]:
-        """Returns the logical axes of each parameter, in the tree of `init`.
+        """Returns the logical axes of each parameter, a tree of the structure of `init`.
 
         Raises:
           ValueError: a parameter was declared without axes (use `module.param`).

@@ -30,8 +30,8 @@ class DamagedCheckpoint(EnvironmentFailure):
 
 @dataclasses.dataclass(frozen=True)
 class Keep:
-    """Which checkpoints stay: the last `latest` (None keeps all), those whose step is a multiple of `every`, and the
-    `best` ones by evaluation metric `metric` (e.g. "validation/pydocs_summary/loss"), lowest unless `highest`."""
+    """Which checkpoints are kept: the last `latest` (None keeps all), those whose step is a multiple of `every`, and
+    the `best` ones by evaluation metric `metric` (e.g. "validation/pydocs_summary/loss"), lowest unless `highest`."""
 
     latest: int | None = 3
     every: int | None = None
@@ -40,7 +40,7 @@ class Keep:
     highest: bool = False
 
     def policy(self) -> policies.PreservationPolicy:
-        """Returns the union of the three as Orbax understands it.
+        """Returns the union of the three as an Orbax policy.
 
         Raises:
           UserError: `best` without `metric`.
@@ -77,14 +77,14 @@ class Checkpoints:
         """Opens the folder.
 
         Args:
-          folder: made where it is missing.
-          keep: which checkpoints stay.
-          recipe: the resolved gin text that goes into every checkpoint.
+          folder: created if it does not exist, unless `read_only`.
+          keep: which checkpoints are kept.
+          recipe: the resolved gin text that is saved in every checkpoint.
           read_only: write nothing.
-          handler: what writes and reads states, None for Orbax's own; it must keep to the same format.
+          handler: writes and reads states in the format of Orbax's own, which None is.
 
         Raises:
-          UserError: the folder cannot be made.
+          UserError: the folder cannot be created.
         """
         _quiet_orbax()
         self.folder, self._recipe, self._read_only = Path(folder).absolute(), recipe, read_only
@@ -105,27 +105,27 @@ class Checkpoints:
                     preservation_policy=keep.policy(),
                     read_only=read_only,
                     cleanup_tmp_directories=not read_only,
-                    # Saved aside, a checkpoint must be complete in 20 minutes; one that is streamed may take longer.
+                    # Orbax limits asynchronous saves to 20 minutes; one that is streamed may take longer.
                     enable_async_checkpointing=handler is None,
                 ),
             )
         except OSError as error:
-            raise UserError(f"cannot make the checkpoint folder {self.folder}: {error.strerror or error}") from error
+            raise UserError(f"cannot create the checkpoint folder {self.folder}: {error.strerror or error}") from error
 
     def steps(self) -> list[int]:
         """Returns the steps of complete checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, step: int, position: Mapping[str, int], metrics: Mapping[str, float]) -> None:
-        """Starts saving; the state may be donated to the next step at once.
+        """Starts saving; when it returns, the state may be donated to the next step.
 
         Raises:
-          EnvironmentFailure: this save, or the one still running, failed (disk full, folder unwritable).
+          EnvironmentFailure: this save, or the one still running, failed (disk full, folder not writable).
         """
         self._save(_as_tree(state), step, position, metrics)
 
     def save_params(self, params: Params, step: int) -> None:
-        """Saves parameters alone, as a converted model's: `restore_params` and `Initial` read them."""
+        """Saves parameters alone, such as a converted model's: `restore_params` and `Initial` read them."""
         self._save({"params": params}, step, {}, {})
 
     def _save(self, tree: dict[str, Any], step: int, position: Mapping[str, int], metrics: Mapping[str, float]) -> None:
@@ -138,7 +138,7 @@ class Checkpoints:
         self._guard(lambda: self._manager.save(step, args=arguments, metrics=dict(metrics), force=True), step)
 
     def wait(self) -> None:
-        """Returns once the last save is complete; raises EnvironmentFailure where it failed."""
+        """Returns once the last save is complete; raises EnvironmentFailure if it failed."""
         self._guard(self._manager.wait_until_finished, None)
 
     def close(self) -> None:
@@ -147,17 +147,17 @@ class Checkpoints:
         self._manager.close()
 
     def recipe(self, step: int) -> dict[str, Any]:
-        """Returns {"gin", "version", "schema"} of a checkpoint; raises DamagedCheckpoint where it is damaged."""
+        """Returns {"gin", "version", "schema"} of a checkpoint; raises DamagedCheckpoint if it cannot be read."""
         return self._read(step, recipe=ocp.args.JsonRestore())["recipe"]
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, int]]:
-        """Restores a checkpoint onto the shardings of `abstract` (ShapeDtypeStructs), whatever mesh wrote it.
+        """Restores a checkpoint, saved on any mesh, with the shardings of `abstract` (ShapeDtypeStructs).
 
         Returns:
           (state, data position).
 
         Raises:
-          UserError: it holds another model or optimizer (the differences are listed).
+          UserError: it is of another model or optimizer (lists the differences).
           DamagedCheckpoint: it cannot be read.
         """
         self.check(step, abstract)
@@ -167,13 +167,13 @@ class Checkpoints:
         return TrainState(**items["state"]), dict(items["data"])
 
     def check(self, step: int, abstract: TrainState) -> None:
-        """Compares a checkpoint's state with `abstract`, by what it says of itself; UserError as `restore` raises."""
+        """Compares a checkpoint's schema with `abstract`, without reading its state; raises as `restore` does."""
         wanted = schema_of(_as_tree(abstract))
         if found := differences(self.recipe(step)["schema"], wanted):
             raise UserError(self._mismatch(step, found, wanted))
 
     def _mismatch(self, step: int, found: str, wanted: Mapping[str, Any]) -> str:
-        """Returns the message that a checkpoint holds another state, and what to do about it."""
+        """Returns the message that a checkpoint is of another model or optimizer, and what to do about it."""
         saved = self.recipe(step)["schema"]
         params = [{name: spec for name, spec in each.items() if name.startswith("params/")} for each in (saved, wanted)]
         if params[0] != params[1]:
@@ -182,20 +182,21 @@ class Checkpoints:
                 "Give another MODEL_DIR, or the recipe of that run (config.gin beside its checkpoints)"
             )
         return (
-            f"checkpoint {self.folder / str(step)} holds this model with another optimizer's state: {found}. To go "
-            "on with the run's optimizer, give its recipe (config.gin beside its checkpoints). To train its parameters "
-            "with the new one, give another MODEL_DIR and start from them: train.train.initial = @mapping.Initial(), "
+            f"checkpoint {self.folder / str(step)} holds this model with another optimizer's state: {found}. To "
+            "continue with the run's optimizer, give its recipe (config.gin beside its checkpoints). To train its "
+            "parameters with the new one, give another MODEL_DIR and start from them: "
+            "train.train.initial = @mapping.Initial(), "
             f"mapping.Initial.path = {str(self.folder.parent)!r}"
         )
 
     def set_aside(self, step: int) -> Path:
-        """Renames the folder of a checkpoint that cannot be read, so that nobody takes it for one.
+        """Renames the folder of a checkpoint that cannot be read, so that it no longer counts as one.
 
         Returns:
           its new path.
 
         Raises:
-          UserError: the disk refuses.
+          UserError: it cannot be renamed.
         """
         source = self.folder / str(step)
         target = next(
@@ -211,14 +212,14 @@ class Checkpoints:
         return target
 
     def reload(self) -> None:
-        """Looks at the folder again, in which another process has set a checkpoint aside."""
+        """Reads the folder's list of checkpoints again, after another process has renamed one."""
         self._manager.reload()
 
     def load_params(self, step: int, abstract: Params) -> Params:
-        """Restores all parameters of a checkpoint onto the shardings and dtypes of `abstract`, and nothing else of it.
+        """Restores only the parameters of a checkpoint, all of them, with the shardings and dtypes of `abstract`.
 
         Raises:
-          UserError: it holds another model (the differences are listed).
+          UserError: it is of another model (lists the differences).
           DamagedCheckpoint: it cannot be read.
         """
         wanted = schema_of({"params": abstract})
@@ -247,7 +248,7 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
             others = [other for other in self.steps() if other != step]
-            advice = f"Remove that folder to go on from step {others[-1]}" if others else "There is no other one"
+            advice = f"Remove that folder to continue from step {others[-1]}" if others else "There is no other one"
             if self._read_only and others:
                 advice = f"Step {others[-1]} is there too"
             raise DamagedCheckpoint(
@@ -268,15 +269,15 @@ class Checkpoints:
 
 
 def find_checkpoint(path: Path, step: int | None, given_by: str) -> tuple[Path, int] | None:
-    """Returns the folder of checkpoints, and which of them a path means.
+    """Returns the folder of checkpoints and the step that a path refers to.
 
     Args:
       path: a run directory, its folder `checkpoints`, or the folder of one checkpoint.
-      step: which one, None for the latest; not looked at where `path` is one itself.
+      step: which one, None for the latest; ignored if `path` is one checkpoint.
       given_by: the setting that gave the path, for messages.
 
     Returns:
-      (folder, step); None where the path is none of the three.
+      (folder, step); None if the path is none of the three.
 
     Raises:
       UserError: there is no complete checkpoint, or none of `step`.
@@ -298,19 +299,19 @@ def find_checkpoint(path: Path, step: int | None, given_by: str) -> tuple[Path, 
 def read_last(
     checkpoints: Checkpoints, last: int, read: Callable[[int], Any], say: Callable[[str], object]
 ) -> tuple[int, Any]:
-    """Reads the last checkpoint up to step `last` that can be read, on all processes the same one.
+    """Reads the latest checkpoint up to step `last` that all processes can read.
 
     Args:
       checkpoints: of a run.
       last: the step to begin with.
-      read: reads that of a step; raises DamagedCheckpoint.
-      say: is told of each that cannot be read. It stays as it is.
+      read: reads the checkpoint of a step; raises DamagedCheckpoint.
+      say: called with a message about each that cannot be read; its files are not changed.
 
     Returns:
       (step, what `read` returned).
 
     Raises:
-      DamagedCheckpoint: none can be read; the message is of the first that was tried.
+      DamagedCheckpoint: none can be read; the message is about the first that was tried.
     """
     steps, first = [step for step in checkpoints.steps() if step <= last], ""
     while steps:
@@ -319,10 +320,10 @@ def read_last(
             found = read(step)
         except DamagedCheckpoint as error:
             problem = str(error)
-        told = processes.barrier(f"reading checkpoint {step}", None, problem)
-        if not any(told.values()):
+        problems = processes.barrier(f"reading checkpoint {step}", None, problem)
+        if not any(problems.values()):
             return step, found
-        problem = next(each for each in told.values() if each)
+        problem = next(each for each in problems.values() if each)
         first = first or problem
         if steps:
             say(f"{problem}; taking step {steps[-1]}")
@@ -330,15 +331,15 @@ def read_last(
 
 
 def _innermost(error: BaseException) -> BaseException:
-    """Returns what Orbax's own error hides: it tells an index, and its cause the file or the array."""
+    """Returns the first cause of an Orbax error: it names the file or the array, the error itself only an index."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def _quiet_orbax() -> None:
-    """Orbax narrates every save and every file that it cannot parse; and where a save fails, asyncio shows a traceback
-    for each array on top of the error that `_guard` reports."""
+    """Turns off logs: Orbax logs every save and every file that it cannot parse, and after a failed save asyncio logs a
+    traceback for each array, in addition to the error that `_guard` reports."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
@@ -347,8 +348,8 @@ def _quiet_orbax() -> None:
 
 @functools.cache
 def _quiet_closed_loops() -> None:
-    """Where a read fails, Orbax closes its event loop, and each array that is read to its end after that gives another
-    traceback: these say nothing, and are dropped."""
+    """Drops the tracebacks after a failed read: Orbax closes its event loop, and each array whose read ends after that
+    raises another error."""
     before = sys.unraisablehook
 
     def hook(found: Any) -> None:

@@ -1,5 +1,5 @@
-"""Starting from another run's parameters: ordered renames, a written list of what is left at its initial value, and
-layers and experts that lie otherwise than they were saved."""
+"""Starting from another run's parameters: ordered renames, an explicit list of parameters left at their initial value,
+layers in another pattern, and experts made of dense layers."""
 
 import dataclasses
 import re
@@ -32,24 +32,24 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Initial:
-    """Where a fresh run takes its parameters from; a run that has a checkpoint of its own never looks here.
+    """The source of a fresh run's parameters; a run that has a checkpoint of its own does not use it.
 
     `path` is a run directory or one of its checkpoints; `step` None means the latest. Or it is a Hugging Face
-    directory or a checkpoint of T5X, read straight into the shards: the recipe must be that model's, as
+    directory or a checkpoint of T5X, read directly into the shards: the recipe must be that model's, as
     `meshway convert` writes it.
 
     `renames` are ordered (pattern, replacement): a parameter's name is looked up in the checkpoint under the
-    replacement of the first pattern that matches it whole, else under its own name. `left_at_init` are patterns of
-    parameters that keep their fresh values; any other parameter must be found, with its shape.
+    replacement of the first pattern that matches it in full, else under its own name. `left_at_init` are patterns of
+    parameters that keep their initial values; any other parameter must be found, with its shape.
 
-    `resize` lets a vocabulary have another size than the checkpoint's: embeddings, logits and whatever else has the
-    axis 'vocab' keep the entries they have, bit for bit, and new ones are the 'mean' of those or stay 'fresh'. 'shrink'
-    drops those beyond the model's vocabulary. With None another size is an error.
+    `resize` lets a vocabulary have another size than the checkpoint's: parameters with the axis 'vocab' (embeddings,
+    logits ...) keep the entries that they have, bit for bit, and new ones are the 'mean' of those or stay 'fresh'.
+    'shrink' drops those beyond the model's vocabulary. With None another size is an error.
 
     Two more let a mixture of experts start from a dense model (sparse upcycling, Komatsuzaki et al. 2022, section 2):
 
-    - `by_depth`: a stack whose pattern of blocks is n times as long as the checkpoint's takes layers in their order:
-      block j of the pattern gets layers j, n + j, 2n + j, ..., whichever block the renamed name says.
+    - `by_depth`: a stack whose pattern of blocks is n times as long as the checkpoint's takes layers by depth: block j
+      of the pattern gets layers j, n + j, 2n + j, ..., whatever block index the renamed name has.
     - `repeat_along`: axes that a parameter of the checkpoint may lack, such as 'expert': its values are repeated.
     """
 
@@ -62,13 +62,13 @@ class Initial:
     resize: str | None = None
 
     def __post_init__(self) -> None:
-        local_path(self.path)  # now, not when parameters are first read, after the step was compiled
+        local_path(self.path)  # checked now: parameters are first read after the step was compiled
         if self.resize is not None and self.resize not in RESIZES:
             near = did_you_mean(str(self.resize), RESIZES) or f"; it is None or one of {', '.join(RESIZES)}"
-            raise UserError(f"Initial.resize = {self.resize!r} is no way to resize a vocabulary{near}")
+            raise UserError(f"Initial.resize = {self.resize!r} is not a way to resize a vocabulary{near}")
 
     def start(self) -> tuple[int, ...] | None:
-        """Returns the ids that the decoder of that model starts from; None where its directory does not tell."""
+        """Returns the ids that the decoder of that model starts from; None if its directory does not tell."""
         from meshway.framework.conversion import hugging_face, tokenizer_files
         from meshway.framework.data.vocabularies import read_framing
 
@@ -81,21 +81,21 @@ class Initial:
                 if vocabulary is None:
                     return None
                 return tokenizer_files.read_framing(directory, model.config, has_encoder, vocabulary).start
-            place = find_checkpoint(directory, self.step, "Initial.path")
-            return None if place is None else read_framing(place[0].parent).start
-        except UserError:  # whose weights may be of use all the same
+            found = find_checkpoint(directory, self.step, "Initial.path")
+            return None if found is None else read_framing(found[0].parent).start
+        except UserError:  # its weights may be usable nevertheless
             return None
 
     def restore(self, params: Params, axes: Axes) -> Params:
-        """Returns `params` (a tree of sharded arrays) with the checkpoint's values put in, in the same shards.
+        """Returns `params` (a tree of sharded arrays) with the checkpoint's values, sharded in the same way.
 
         Args:
           params: fresh parameters.
           axes: the logical axis names of each.
 
         Raises:
-          UserError: no checkpoint there; a parameter without a source or with another shape; a pattern that
-            matches nothing, or a `resize` that has nothing to do.
+          UserError: there is no checkpoint; a parameter has no source or another shape; a pattern matches nothing, or
+            `resize` applies to nothing.
         """
         opened = self._open()
         if isinstance(opened, _Tensors):
@@ -104,24 +104,24 @@ class Initial:
         leaves = flatten(params)
         sources = self.sources(_shapes(leaves), flatten(axes), checkpoints.recipe(step)["schema"])
         wanted: dict[str, Any] = {}
-        # Those read as they are come last, so that a source read for several is read into their shards.
+        # Sources used unchanged last, so that one that several parameters share is read with their sharding.
         for name, source in sorted(sources.items(), key=lambda item: item[1].is_whole):
             _insert(wanted, source.name, source.abstract(leaves[name]))
         found = flatten(checkpoints.restore_params(step, wanted))
-        given: set[str] = set()
+        used: set[str] = set()
 
         def value(name: str, leaf: jax.Array) -> jax.Array:
             if name not in sources:
                 return leaf
             source = sources[name]
-            first = source.name not in given
-            given.add(source.name)
+            first = source.name not in used
+            used.add(source.name)
             return source.put(found[source.name], leaf, first)
 
         return map_paths(value, params)
 
     def check(self, params: Params, axes: Axes) -> None:
-        """Finds where each parameter comes from, and reads none; `params` may be shapes. Raises as `restore` does."""
+        """Finds the source of each parameter without reading any; `params` may be shapes. Raises as `restore` does."""
         opened, shapes = self._open(), _shapes(flatten(params))
         if isinstance(opened, _Tensors):
             sources = self._tensor_sources(opened, shapes, flatten(axes))
@@ -131,7 +131,7 @@ class Initial:
             self.sources(shapes, flatten(axes), checkpoints.recipe(step)["schema"])
 
     def _open(self) -> "_Tensors | tuple[Checkpoints, int]":
-        """Returns what lies at `path`: another system's tensors, or checkpoints of ours and which of them."""
+        """Returns what is at `path`: another system's tensors, or (checkpoints of ours, step)."""
         from meshway.framework.conversion import (
             hugging_face,  # training itself reads no other formats
             t5x_files,
@@ -140,9 +140,9 @@ class Initial:
         directory = local_path(self.path)
         if hugging_face.is_model(directory):
             return self._hugging_face(directory)
-        place = find_checkpoint(directory, self.step, "Initial.path")
-        if place is not None:
-            return Checkpoints(place[0], read_only=True), place[1]
+        found = find_checkpoint(directory, self.step, "Initial.path")
+        if found is not None:
+            return Checkpoints(found[0], read_only=True), found[1]
         if t5x_files.is_run(directory):
             return self._t5x(directory)
         raise UserError(
@@ -151,7 +151,7 @@ class Initial:
         )
 
     def sources(self, shapes: Mapping[str, Shape], axes: Mapping[str, Names], schema: Schema) -> dict[str, Source]:
-        """Returns where each parameter comes from, without those left at init; raises as `restore` does."""
+        """Returns the source of each parameter but those left at init; raises as `restore` does."""
         saved = {
             name.removeprefix("params/"): tuple(spec[0]) for name, spec in schema.items() if name.startswith("params/")
         }
@@ -205,7 +205,7 @@ class Initial:
         return _Tensors(network.bindings["VOCAB_SIZE"], lambda shapes: network.values(files, shapes))
 
     def _check_alone(self, what: str, others: Sequence[str]) -> None:
-        """Raises UserError where settings are given that are only for checkpoints of meshway."""
+        """Raises UserError for settings that apply only to checkpoints of meshway."""
         fine = {"path", "resize", *others}
         given = [
             field.name
@@ -214,7 +214,7 @@ class Initial:
         ]
         if given:
             raise UserError(
-                f"Initial.path={self.path!r} is a {what}, whose tensors are taken as they are: leave out "
+                f"Initial.path={self.path!r} is a {what}, whose tensors are used unchanged: leave out "
                 f"Initial.{given[0]}, or convert it first (meshway convert)"
             )
 
@@ -246,7 +246,7 @@ class Initial:
         return sources
 
     def _unresized(self, name: str, wanted: str, change: VocabularyChange) -> str:
-        """Returns what is wrong with a vocabulary of another size, and what to set."""
+        """Returns the message about a vocabulary of another size, and what to set."""
         asked = f", and Initial.resize is {self.resize!r}" if self.resize else ""
         remedy = (
             "for a vocabulary that grew set Initial.resize = 'mean' (new entries are the mean of the old) or 'fresh'"
@@ -256,7 +256,7 @@ class Initial:
         return f"{name} has a vocabulary of {change.wanted} and {wanted!r} one of {change.saved}{asked}: {remedy}"
 
     def _check_vocabularies(self, problems: Sequence[str], sources: Mapping[str, Source]) -> None:
-        """Raises UserError where a vocabulary of another size may not be resized, or `resize` has nothing to do."""
+        """Raises UserError if a vocabulary of another size may not be resized, or `resize` applies to nothing."""
         if problems:
             raise UserError(f"Initial.path={self.path!r}: " + "; ".join(problems))
         if self.resize and not any(source.resize for source in sources.values()):
@@ -268,11 +268,11 @@ class Initial:
         pattern = _first_match(name, [pattern for pattern, _ in self.renames], used)
         if pattern is None:
             return name
-        # Grouped, or of 'x|xy' the first alternative would rename a beginning of the name.
+        # Grouped, since of 'x|xy' the first alternative would rename a prefix of the name.
         return re.sub(f"^(?:{pattern})$", dict(self.renames)[pattern], name)
 
     def _check(self, problems: list[str], used: set[str], repeated: set[str]) -> None:
-        """Raises UserError with all that does not fit."""
+        """Raises UserError with all problems, unused patterns and unused `repeat_along`."""
         unused = [p for p in (*[pattern for pattern, _ in self.renames], *self.left_at_init) if p not in used]
         problems += [f"pattern {pattern!r} matches no parameter of the model" for pattern in unused]
         if not problems:  # else the parameters meant may be among those that do not fit
@@ -287,7 +287,7 @@ class Initial:
 
 @dataclasses.dataclass(frozen=True)
 class _Tensors:
-    """Another system's parameters: the size of their vocabulary, and those of given shapes to be read."""
+    """Another system's parameters: the size of their vocabulary, and a function from shapes to lazily read values."""
 
     vocab_size: int
     values: Callable[[Mapping[str, Shape]], Mapping[str, "Values"]]

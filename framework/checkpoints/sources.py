@@ -21,8 +21,8 @@ def schema_of(tree: Any) -> Schema:
 
 
 def differences(saved: Schema, wanted: Schema, limit: int = 4) -> str:
-    """Returns what differs in words, the first `limit` of each kind; '' where nothing does."""
-    wanted = dict(sorted(wanted.items(), key=lambda item: not item[0].startswith("params/")))  # what people know
+    """Returns the differences in words, the first `limit` of each kind; '' if there are none."""
+    wanted = dict(sorted(wanted.items(), key=lambda item: not item[0].startswith("params/")))  # parameters first
     shapes = [
         f"{name} is {_shown(saved[name])} there and {_shown(spec)} here"
         for name, spec in wanted.items()
@@ -62,10 +62,10 @@ class Source:
       name: the array's path in the checkpoint.
       shape: its shape.
       first, stride: which of its layers are taken.
-      layers: its dimension that holds layers; read where `stride` is above 1.
+      layers: its dimension of layers; used if `stride` is above 1.
       repeated: dimensions that the parameter has and the array lacks.
-      resize: what new entries of a vocabulary are, one of `RESIZES`; '' where the size is the parameter's.
-      vocab: the dimension that holds them.
+      resize: how its vocabulary is resized, one of `RESIZES`; '' if it has the parameter's size.
+      vocab: the dimension of the vocabulary.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Source:
         repeat_along: Sequence[str],
         resize: str | None = None,
     ) -> "Source | None":
-        """Returns the source of a parameter [shape] with `axes` in an array [saved]; None where it does not fit."""
+        """Returns the source of a parameter [shape] with `axes` in an array [saved]; None if it does not fit."""
         change = vocabulary_change(saved, shape, axes)
         if change is not None and (resize == SHRINK if change.fewer else resize in (MEAN, FRESH)):
             return cls(name, saved, resize=resize or "", vocab=change.dim)
@@ -123,12 +123,12 @@ class Source:
         return jax.ShapeDtypeStruct(self.shape, leaf.dtype, sharding=sharding)
 
     def put(self, value: jax.Array, leaf: jax.Array, may_keep: bool) -> jax.Array:
-        """Returns the parameter in the shards of `leaf`, computed where they lie.
+        """Returns the parameter, computed with the sharding of `leaf`.
 
         Args:
-          value: what was read.
+          value: the array that was read.
           leaf: the fresh parameter.
-          may_keep: whether `value` itself may be returned; two parameters of one buffer cannot be donated.
+          may_keep: whether `value` itself may be returned; two parameters that share a buffer cannot be donated.
         """
         if self.is_whole and value.sharding == leaf.sharding:
             return value if may_keep else jnp.copy(value)
@@ -157,7 +157,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class VocabularyChange:
-    """That an array and a parameter differ in nothing but the size of a vocabulary.
+    """An array and a parameter that differ only in the size of a vocabulary.
 
     Attributes:
       dim: the dimension of the vocabulary.
@@ -170,12 +170,13 @@ class VocabularyChange:
 
     @property
     def fewer(self) -> bool:
-        """Whether entries of the array have no place in the parameter."""
+        """Whether the parameter has fewer entries than the array."""
         return self.wanted < self.saved
 
 
 def vocabulary_change(saved: Shape, shape: Shape, axes: Names) -> VocabularyChange | None:
-    """Returns how an array [saved] and a parameter [shape] with `axes` differ, None where not in a vocabulary alone."""
+    """Returns the change if an array [saved] and a parameter [shape] with `axes` differ only in a vocabulary, else
+    None."""
     if len(saved) != len(shape):
         return None
     found = [dim for dim, (old, new) in enumerate(zip(saved, shape, strict=True)) if old != new]

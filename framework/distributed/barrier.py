@@ -1,4 +1,4 @@
-"""Points that every process must reach, and how long processes wait for each other."""
+"""Barriers that every process must reach, and how long processes wait for each other."""
 
 import collections
 import dataclasses
@@ -14,13 +14,13 @@ from meshway.framework.errors import EnvironmentFailure, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Deadlines:
-    """All in seconds.
+    """How long processes wait, all in seconds.
 
     Attributes:
-      start: for every process to have come to process 0 (MESHWAY_START_SECONDS).
-      heartbeat: of silence after which a process is missing, and the others stop (MESHWAY_HEARTBEAT_SECONDS).
-      agreement: for every process to have said what its recipe is (MESHWAY_AGREEMENT_SECONDS).
-      hang: without a step, evaluations and checkpoints apart, after which a run gives up (MESHWAY_HANG_SECONDS).
+      start: until every process has connected to process 0 (MESHWAY_START_SECONDS).
+      heartbeat: without a heartbeat until a process counts as missing and the others stop (MESHWAY_HEARTBEAT_SECONDS).
+      agreement: until every process has sent its recipe for comparison (MESHWAY_AGREEMENT_SECONDS).
+      hang: for one step, without evaluations and checkpoints, until the run is stopped (MESHWAY_HANG_SECONDS).
     """
 
     start: float = 300.0
@@ -30,12 +30,16 @@ class Deadlines:
 
     @property
     def survivors(self) -> float:
-        """Within which every survivor of a process that is killed, stopped or cut off has ended."""
+        """The time in which all other processes end once one is killed, stopped or cut off from the network."""
         return 1.5 * self.heartbeat + 5.0
 
     @classmethod
     def of(cls, environment: Mapping[str, str] = os.environ) -> "Deadlines":
-        """Reads what the environment sets; raises UserError for what is no number above 0."""
+        """Returns the defaults, replaced by the variables of the environment.
+
+        Raises:
+          UserError: a variable is not a number above 0.
+        """
         given: dict[str, float] = {}
         for field in dataclasses.fields(cls):
             variable = f"MESHWAY_{field.name.upper()}_SECONDS"
@@ -50,8 +54,8 @@ class Deadlines:
         return cls(**given)
 
 
-_SAY_SECONDS = 30.0
-_uses: collections.Counter[str] = collections.Counter()  # a name may come again: each use has keys of its own
+_WAIT_SECONDS = 30.0  # between calls of `waiting`
+_uses: collections.Counter[str] = collections.Counter()  # a name may be used again: each use has its own keys
 
 
 def barrier(
@@ -65,21 +69,21 @@ def barrier(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> dict[int, str]:
-    """Waits until all processes have come to `name`, and returns what each has brought, by process.
+    """Waits until all processes have reached `name`; returns the value of each, by process.
 
-    Process 0 counts and tells the others. All of them must come to barriers of one name in the same order.
+    Process 0 counts and tells the others. All of them must reach barriers of one name in the same order.
 
     Args:
-      store: what they have in common.
-      process_id, num_processes: which this one is, and of how many.
+      store: shared by the processes.
+      process_id, num_processes: this process's number, and the number of processes.
       name: what is waited for, for messages.
-      seconds: how long; None: until the heartbeats' watch ends the wait.
-      value: what this process brings.
+      seconds: how long; None: until `watch.Watch` ends the process because another one is missing.
+      value: this process's value.
       waiting: called now and then meanwhile, except in process 0.
       clock, sleep: for tests.
 
     Raises:
-      EnvironmentFailure: some did not come in time; it names them.
+      EnvironmentFailure: some did not reach it in time; names them.
     """
     _uses[name] += 1
     folder = f"barrier/{name}/{_uses[name]}"
@@ -88,37 +92,40 @@ def barrier(
     end = None if seconds is None else clock() + seconds
     if process_id == 0:
         pause = 0.02
-        while (missing := set(range(num_processes)) - _come(store.list(folder))) and (end is None or clock() < end):
+        while (missing := set(range(num_processes)) - _arrived(store.list(folder))) and (end is None or clock() < end):
             sleep(pause)
             pause = min(2 * pause, 1.0)
         store.set(done, json.dumps(sorted(missing)))
     else:
-        missing = _await_word(store, done, seconds, waiting, clock)
+        missing = _await_result(store, done, seconds, waiting, clock)
     if missing:
         raise EnvironmentFailure(
-            f"{named(missing, num_processes)} did not come to {name!r} within {seconds:g} s of process 0"
+            f"{named(missing, num_processes)} did not reach {name!r} within {seconds:g} s of process 0"
         )
-    return {int(process): brought for process, brought in store.list(folder).items()}
+    return {int(process): value for process, value in store.list(folder).items()}
 
 
-def _await_word(
+def _await_result(
     store: Store, key: str, seconds: float | None, waiting: Callable[[], None], clock: Callable[[], float]
 ) -> set[int]:
-    """Returns whom process 0 missed: itself, if it does not say. It may come last, and then waits for the others."""
+    """Returns the processes that process 0 did not see, {0} if it sends no result.
+
+    Process 0 may arrive last and then wait for the others: hence twice the time.
+    """
     end = math.inf if seconds is None else clock() + 2 * seconds
     while (left := end - clock()) > 0:
-        if (said := store.wait(key, min(left, _SAY_SECONDS))) is not None:
-            return set(json.loads(said))
+        if (result := store.wait(key, min(left, _WAIT_SECONDS))) is not None:
+            return set(json.loads(result))
         waiting()
     return {0}
 
 
 def named(processes: Iterable[int], num_processes: int) -> str:
-    """Returns `process 2 of 4` or `processes 2, 3 of 4`; no more than eight are listed."""
+    """Returns `process 2 of 4` or `processes 2, 3 of 4`; lists at most eight."""
     listed = sorted(processes)
     words = ", ".join(map(str, listed[:8])) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
     return f"process{'es' if len(listed) > 1 else ''} {words} of {num_processes}"
 
 
-def _come(keys: Iterable[str]) -> set[int]:
+def _arrived(keys: Iterable[str]) -> set[int]:
     return {int(key) for key in keys}

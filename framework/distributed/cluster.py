@@ -1,4 +1,4 @@
-"""Recognises how this process was started, from its environment alone: no network is asked."""
+"""Recognises how this process was started, from its environment alone, without using the network."""
 
 import dataclasses
 import re
@@ -7,20 +7,21 @@ from collections.abc import Callable, Mapping
 from meshway.framework.errors import UserError
 
 _KINDS = ("none", "tpu", "gke", "slurm", "openmpi", "kubernetes")
-_PORT = 8476  # where process 0 listens if nothing says otherwise
+_PORT = 8476  # of process 0, by default
 
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """Where this process stands among those of its run.
+    """This process's place among those of its run.
 
     Attributes:
-      kind: what it was recognised by, for people.
+      kind: what it was recognised by, for messages.
       coordinator: host:port of process 0.
-      num_processes: how many there are.
-      process_id: which of them this one is.
-      local_device: the one accelerator of its host that is this process's; None: all of them.
-      detection: the method of `jax.distributed.initialize` that finds out the three above; they are None then.
+      num_processes: number of processes.
+      process_id: number of this process, from 0.
+      local_device: the one accelerator of its host that this process uses; None: all of them.
+      detection: the `cluster_detection_method` of `jax.distributed.initialize` that finds the above, which are then
+        None.
     """
 
     kind: str
@@ -32,13 +33,13 @@ class Cluster:
 
     def __str__(self) -> str:
         if self.detection:
-            return f"{self.kind}, found out by jax (method {self.detection!r})"
+            return f"{self.kind}, detected by jax (method {self.detection!r})"
         return f"{self.kind}: process {self.process_id} of {self.num_processes}, process 0 at {self.coordinator}"
 
 
 @dataclasses.dataclass(frozen=True)
 class ProcessArguments:
-    """What the command line says of the three; None where it says nothing."""
+    """The flags of the command line; None for one that is not given."""
 
     coordinator_address: str | None = None
     num_processes: int | None = None
@@ -49,11 +50,12 @@ def recognise(environment: Mapping[str, str], given: ProcessArguments = ProcessA
     """Returns this process's place, or None for a run of one process.
 
     In order: flags; MESHWAY_COORDINATOR_ADDRESS, MESHWAY_NUM_PROCESSES and MESHWAY_PROCESS_ID; Slurm; Open MPI; GKE's
-    TPU variables (one slice or several); a Cloud TPU VM; an indexed Kubernetes Job. What comes first fills in what it
-    knows, a cluster the rest. MESHWAY_CLUSTER (none, tpu, gke, slurm, openmpi, kubernetes) names the cluster instead.
+    TPU variables (one slice or several); a Cloud TPU VM; an indexed Kubernetes Job. Values that come first take
+    precedence, and a cluster supplies the others. MESHWAY_CLUSTER (none, tpu, gke, slurm, openmpi, kubernetes) sets the
+    cluster.
 
     Raises:
-      UserError: what was given is incomplete or out of range, or contradicts a cluster of several processes.
+      UserError: the flags or variables are incomplete or out of range, or contradict a cluster of several processes.
     """
     given = _with_variables(environment, given)
     cluster = _cluster(environment)
@@ -102,18 +104,18 @@ def _cluster(environment: Mapping[str, str]) -> Cluster | None:
     kind = environment.get("MESHWAY_CLUSTER", "")
     if kind:
         if kind not in _KINDS:
-            raise UserError(f"MESHWAY_CLUSTER={kind!r} is none of {', '.join(_KINDS)}")
+            raise UserError(f"MESHWAY_CLUSTER={kind!r} must be one of {', '.join(_KINDS)}")
         if kind == "none":
             return None
         found = _RECOGNISERS[kind](environment, True)
         if found is None:
-            raise UserError(f"MESHWAY_CLUSTER={kind}, but this process's environment is not that of one")
+            raise UserError(f"MESHWAY_CLUSTER={kind}, but the environment of this process lacks its variables")
         return found
     return next((found for each in _RECOGNISERS.values() if (found := each(environment, False))), None)
 
 
 def _slurm(environment: Mapping[str, str], named: bool) -> Cluster | None:
-    """A task of an `srun` step; a batch script or `salloc` shell around it has no step."""
+    """A task of an `srun` step; the batch script or `salloc` shell around it has no step."""
     if "SLURM_STEP_NODELIST" not in environment or "SLURM_PROCID" not in environment:
         return None
     count = _number(environment, "SLURM_STEP_NUM_TASKS") or _number(environment, "SLURM_NTASKS")
@@ -147,13 +149,13 @@ def _openmpi(environment: Mapping[str, str], named: bool) -> Cluster | None:
     local = _number(environment, "OMPI_COMM_WORLD_LOCAL_RANK") if on_host > 1 else None
     match = re.search(r"(\d+)\..*?tcp6?://\[?([^,\]]+?)(?:[,\]]|:\d+$)", environment.get("OMPI_MCA_orte_hnp_uri", ""))
     address = None
-    if match:  # `mpirun` of Open MPI 4 says where it runs; job numbers are multiples of 4096
+    if match:  # `mpirun` of Open MPI 4 sets its address; job numbers are multiples of 4096
         address = f"{match[2]}:{_port(environment, 61440 + int(match[1]) // 4096 % 4096)}"
     elif on_host == count:
         address = f"127.0.0.1:{_port(environment, _PORT)}"
     elif not environment.get("MESHWAY_COORDINATOR_ADDRESS"):
         raise UserError(
-            f"Open MPI started {count} processes on several hosts, and this version does not say which host is the "
+            f"Open MPI started {count} processes on several hosts, and this version does not tell which host is the "
             f"first: mpirun -x MESHWAY_COORDINATOR_ADDRESS=HOST:{_PORT} ..., HOST being that of rank 0"
         )
     return Cluster("Open MPI", address, count, index, None if _one_visible(environment) else local)
@@ -174,7 +176,7 @@ def _gke(environment: Mapping[str, str], named: bool) -> Cluster | None:
 
 
 def _tpu(environment: Mapping[str, str], named: bool) -> Cluster | None:
-    """A Cloud TPU VM. `import jax` sets TPU_ML_PLATFORM where libtpu and chips are; the rest is in its metadata."""
+    """A Cloud TPU VM. `import jax` sets TPU_ML_PLATFORM if there are libtpu and chips; the rest is in its metadata."""
     present = environment.get("TPU_ML_PLATFORM") == "JAX" and "TPU_SKIP_MDS_QUERY" not in environment
     return Cluster("Cloud TPU VM", detection="gcetpu") if named or present else None
 
@@ -199,7 +201,7 @@ def _refuse_contradiction(given: ProcessArguments, cluster: Cluster) -> None:
         if flag is not None and flag != found:
             raise UserError(
                 f"--{name}={flag} (or its MESHWAY_ variable) contradicts {cluster.kind}, where it is {found}; leave it "
-                "out, or set MESHWAY_CLUSTER=none to leave the cluster's word out"
+                "out, or set MESHWAY_CLUSTER=none to ignore the cluster"
             )
 
 

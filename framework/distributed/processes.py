@@ -1,4 +1,4 @@
-"""The processes of a run: joining them, agreeing on what must be the same, and leaving together."""
+"""The processes of a run: joining them, comparing what must be the same in all, and ending together."""
 
 import collections
 import contextlib
@@ -28,6 +28,7 @@ from meshway.framework.errors import EnvironmentFailure, UserError, report
 from meshway.framework.terminal import installed_version
 
 _watch: Watch | None = None
+_python_handler: list[object] = []  # of SIGTERM, at the time that jax installed its own
 
 
 @contextlib.contextmanager
@@ -37,21 +38,21 @@ def joined(
     process_id: int | None = None,
     simulated_devices: int | None = None,
 ) -> Iterator[None]:
-    """Joins the processes of a run for the time of a `with` block; enter before anything else touches a device.
+    """Joins the processes of a run for a `with` block; enter it before anything else uses a device.
 
-    What is not given is taken from the environment (`cluster.recognise`); a run of one process does nothing here.
-    With several, each watches the others from here on. When the block ends well, all wait for each other. When it
-    raises, the error is reported here, the others are told, and the program ends with the error's exit code: Python's
-    own end would wait for them.
+    Arguments that are None are taken from the environment (`cluster.recognise`); in a run of one process this does
+    nothing. With several, each watches the others inside the block. At its end all wait for each other. If it raises,
+    the error is reported here, the others are told, and the program ends with the error's exit code: Python's own exit
+    would wait for them.
 
     Args:
       coordinator_address: host:port of process 0.
-      num_processes, process_id: how many there are, and which this one is.
+      num_processes, process_id: the number of processes, and this process's number.
       simulated_devices: number of CPU devices to simulate in this process.
 
     Raises:
-      UserError: the numbers are incomplete, out of range, or not those of the other processes.
-      EnvironmentFailure: not all processes came within `Deadlines.start`.
+      UserError: the numbers are incomplete, out of range, or contradict those of the other processes.
+      EnvironmentFailure: not all processes connected within `Deadlines.start`.
     """
     if simulated_devices is not None:
         if simulated_devices < 1:
@@ -74,116 +75,33 @@ def joined(
 
 
 def is_primary() -> bool:
-    """Whether this process writes files and speaks for the run."""
+    """Whether this process writes the files and prints the messages of the run."""
     return jax.process_index() == 0
 
 
 def watch() -> Watch | None:
-    """Returns what watches the other processes; None in a run of one."""
+    """Returns the watch of the other processes; None in a run of one."""
     return _watch
 
 
 def barrier(
     name: str, seconds: float | None, value: str = "", waiting: Callable[[], None] = lambda: None
 ) -> dict[int, str]:
-    """Waits until every process has come to `name`; see `barrier.barrier`. A run of one does not wait."""
+    """Waits until every process has reached `name`; see `barrier.barrier`. A run of one does not wait."""
     if jax.process_count() == 1:
         return {0: value}
     return wait_at_barrier(CoordinationStore(), jax.process_index(), jax.process_count(), name, seconds, value, waiting)
-
-
-def _join(cluster: Cluster, deadlines: Deadlines) -> None:
-    global _watch
-    if cluster.kind != "flags":
-        print(f"meshway: {cluster}", file=sys.stderr, flush=True)
-    arguments: dict[str, Any] = {"cluster_detection_method": cluster.detection}
-    if cluster.detection is None:
-        assert cluster.coordinator and cluster.num_processes is not None and cluster.process_id is not None
-        card = rendezvous.Card(cluster.process_id, cluster.num_processes, socket.gethostname(), installed_version())
-        rendezvous.meet(cluster.coordinator, card, deadlines.start)
-        host, port = split_address(cluster.coordinator)
-        loopback = host in ("localhost", "127.0.0.1")
-        arguments = {
-            "coordinator_address": cluster.coordinator,
-            "coordinator_bind_address": f"127.0.0.1:{port}" if loopback else None,
-            "num_processes": cluster.num_processes,
-            "process_id": cluster.process_id,
-            "local_device_ids": cluster.local_device,
-            "cluster_detection_method": "deactivate",
-        }
-    _limit_collectives(deadlines.hang)
-    try:
-        jax.distributed.initialize(
-            **arguments,
-            initialization_timeout=round(deadlines.start) + 1,
-            heartbeat_timeout_seconds=round(3 * deadlines.heartbeat) + 1,  # the watch speaks first
-            shutdown_timeout_seconds=round(deadlines.heartbeat) + 1,
-        )
-    except Exception as error:
-        raise EnvironmentFailure(f"{cluster}: the processes could not be joined: {error}") from error
-    process_id, num_processes = place()
-    if num_processes == 1:
-        return
-    note_handler()
-    faulthandler.enable()
-    watch_lib.install()
-    _watch = Watch(CoordinationStore(), process_id, num_processes, cluster.coordinator, deadlines.heartbeat)
-    _watch.start()
-
-
-def _limit_collectives(seconds: float) -> None:
-    """Between CPUs a collective waits for ever for a process that hangs, unless it is told not to."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_cpu_collective_timeout_seconds" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_collective_timeout_seconds={round(seconds)}".strip()
-
-
-def _finish(watch: Watch) -> None:
-    """Ends a run that went well: nobody leaves before all have come so far."""
-    global _watch
-    barrier("the end of the run", None)
-    watch.close()
-    _watch = None
-    watch_lib.uninstall()
-    jax.distributed.shutdown()
-
-
-def _leave(watch: Watch, error: BaseException) -> NoReturn:
-    """Ends this process and tells the others why."""
-    if isinstance(error, SystemExit):
-        code, message = error.code if isinstance(error.code, int) else int(error.code is not None), "it left"
-    elif _is_own(error):
-        code, message = report(error), str(error) or "interrupted"
-    else:
-        # A peer's end shows up as errors of all kinds; if one is missing, the watch says so, and ends this process.
-        message = f"{type(error).__name__}: {str(error).strip()}"
-        silent = watch.silent()
-        code = report(error)
-        if silent:
-            code, message = LOST_A_PEER, f"{named(silent, jax.process_count())} silent; {message}"
-    if code:
-        watch.alarms.sound(code, message)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _is_own(error: BaseException) -> bool:
-    """Whether an error surely comes from this process alone: what failed collectives and saves cause has a cause."""
-    if isinstance(error, KeyboardInterrupt):
-        return True
-    return isinstance(error, (UserError, EnvironmentFailure)) and not (error.__cause__ or error.__context__)
 
 
 def agree(facts: Mapping[str, str]) -> None:
     """Compares `facts` (name -> text) with those of the other processes.
 
     Raises:
-      UserError: one differs, the same message in every process; it names the odd ones out.
-      EnvironmentFailure: a process did not get so far within `Deadlines.agreement`.
+      UserError: one differs, the same message in every process; names the processes in the minority.
+      EnvironmentFailure: a process did not reach this within `Deadlines.agreement`.
     """
-    brought = barrier("the comparison of recipes", Deadlines.of().agreement, json.dumps(shortened(facts)))
-    if found := differences({process: json.loads(text) for process, text in brought.items()}):
+    values = barrier("the comparison of recipes", Deadlines.of().agreement, json.dumps(shortened(facts)))
+    if found := differences({process: json.loads(text) for process, text in values.items()}):
         raise UserError(f"the processes of this run do not agree: {found}. Start all with the same command and files")
 
 
@@ -196,7 +114,7 @@ def shortened(facts: Mapping[str, str]) -> dict[str, str]:
 
 
 def differences(facts: Mapping[int, Mapping[str, str]]) -> str:
-    """Returns which facts differ between processes, and in whom; "" where none does."""
+    """Returns which facts differ between processes, and in which; "" if none does."""
     found = []
     for name in sorted({name for each in facts.values() for name in each}):
         groups = collections.defaultdict(list)
@@ -204,28 +122,25 @@ def differences(facts: Mapping[int, Mapping[str, str]]) -> str:
             groups[each.get(name, "none")].append(process)
         if len(groups) == 1:
             continue
-        usual = max(groups, key=lambda value: len(groups[value]))  # of equals the one of process 0
+        usual = max(groups, key=lambda value: len(groups[value]))  # of equally frequent ones that of process 0
         others = [f"{named(who, len(facts))}: {value!r}" for value, who in groups.items() if value != usual]
         found.append(f"{name}: {'; '.join(others)}; {named(groups[usual], len(facts))}: {usual!r}")
     return ". ".join(found)
 
 
-_python_handler: list[object] = []  # of SIGTERM, when jax's own was installed
-
-
 def note_handler() -> None:
-    """Remembers Python's handler of SIGTERM; call when jax's preemption service takes the signal over."""
+    """Stores Python's handler of SIGTERM; call when jax's preemption service takes over the signal."""
     _python_handler[:] = [signal.getsignal(signal.SIGTERM)]
 
 
 class StopSignal:
-    """SIGTERM (and Ctrl-C) as a question asked after every step: `requested(step)`.
+    """Turns SIGTERM (and Ctrl-C) into a flag to be checked after every step: `requested(step)`.
 
-    In one process the first signal is remembered and a second one ends the program at once. With several, jax's
-    preemption service agrees on one step for all of them; a Python handler would silently disable it.
+    In one process the first signal sets the flag and a second one ends the program at once. With several, jax's
+    preemption service chooses one step for all of them; a Python handler would silently disable it.
 
     Attributes:
-      number: the signal that came, if one did, and was heard here.
+      number: the signal received by the handler of a run of one process, if any.
     """
 
     def __init__(self) -> None:
@@ -260,3 +175,89 @@ class StopSignal:
         name = signal.Signals(number).name
         sys.stderr.write(f"\n{name}: saving after this step, then stopping; once more stops at once\n")
         sys.stderr.flush()
+
+
+def _join(cluster: Cluster, deadlines: Deadlines) -> None:
+    global _watch
+    if cluster.kind != "flags":
+        print(f"meshway: {cluster}", file=sys.stderr, flush=True)
+    arguments: dict[str, Any] = {"cluster_detection_method": cluster.detection}
+    if cluster.detection is None:
+        assert cluster.coordinator and cluster.num_processes is not None and cluster.process_id is not None
+        info = rendezvous.ProcessInfo(
+            cluster.process_id, cluster.num_processes, socket.gethostname(), installed_version()
+        )
+        rendezvous.meet(cluster.coordinator, info, deadlines.start)
+        host, port = split_address(cluster.coordinator)
+        loopback = host in ("localhost", "127.0.0.1")
+        arguments = {
+            "coordinator_address": cluster.coordinator,
+            "coordinator_bind_address": f"127.0.0.1:{port}" if loopback else None,
+            "num_processes": cluster.num_processes,
+            "process_id": cluster.process_id,
+            "local_device_ids": cluster.local_device,
+            "cluster_detection_method": "deactivate",
+        }
+    _limit_collectives(deadlines.hang)
+    try:
+        jax.distributed.initialize(
+            **arguments,
+            initialization_timeout=round(deadlines.start) + 1,
+            heartbeat_timeout_seconds=round(3 * deadlines.heartbeat) + 1,  # later than the watch
+            shutdown_timeout_seconds=round(deadlines.heartbeat) + 1,
+        )
+    except Exception as error:
+        raise EnvironmentFailure(f"{cluster}: the processes could not be joined: {error}") from error
+    process_id, num_processes = place()
+    if num_processes == 1:
+        return
+    note_handler()
+    faulthandler.enable()
+    watch_lib.install()
+    _watch = Watch(CoordinationStore(), process_id, num_processes, cluster.coordinator, deadlines.heartbeat)
+    _watch.start()
+
+
+def _limit_collectives(seconds: float) -> None:
+    """Sets a timeout for collectives between CPUs, which otherwise wait forever for a process that hangs."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_cpu_collective_timeout_seconds" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_collective_timeout_seconds={round(seconds)}".strip()
+
+
+def _finish(watch: Watch) -> None:
+    """Ends a run without an error: waits for all processes, then disconnects."""
+    global _watch
+    barrier("the end of the run", None)
+    watch.close()
+    _watch = None
+    watch_lib.uninstall()
+    jax.distributed.shutdown()
+
+
+def _leave(watch: Watch, error: BaseException) -> NoReturn:
+    """Ends this process and tells the others why."""
+    if isinstance(error, SystemExit):
+        code, message = error.code if isinstance(error.code, int) else int(error.code is not None), "it exited"
+    elif _is_own(error):
+        code, message = report(error), str(error) or "interrupted"
+    else:
+        # The end of another process causes errors of all kinds; if one is missing, the watch ends this process.
+        message = f"{type(error).__name__}: {str(error).strip()}"
+        silent = watch.silent()
+        code = report(error)
+        if silent:
+            code, message = LOST_A_PEER, f"no heartbeat of {named(silent, jax.process_count())}; {message}"
+    if code:
+        watch.alarms.sound(code, message)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _is_own(error: BaseException) -> bool:
+    """Whether an error certainly comes from this process alone: errors after failed collectives and saves have a
+    cause."""
+    if isinstance(error, KeyboardInterrupt):
+        return True
+    return isinstance(error, (UserError, EnvironmentFailure)) and not (error.__cause__ or error.__context__)

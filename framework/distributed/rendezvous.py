@@ -1,7 +1,8 @@
-"""The first meeting of a run's processes, before jax joins them.
+"""A check of a run's processes before jax joins them.
 
-jax aborts the program when process 0 does not answer, when a process is counted twice or not at all. Here each comes to
-process 0 with a card of who it is, on the port that jax's coordinator takes afterwards, and all get the same answer.
+jax aborts the program if process 0 does not answer, or if a process is missing or started twice. Here each process
+first connects to process 0 and sends its `ProcessInfo`, on the port that jax's coordinator uses afterwards, and all get
+the same answer.
 """
 
 import dataclasses
@@ -16,15 +17,15 @@ from meshway.framework.distributed.cluster import split_address
 from meshway.framework.errors import EnvironmentFailure, UserError
 
 _MAGIC = "meshway 1"
-_ANSWER_SECONDS = 2.0  # for one line over a connection that is there
+_ANSWER_SECONDS = 2.0  # for one line over an open connection
 _RETRY_SECONDS = 0.3
 _LATE_SECONDS = 5.0
-_SAY_SECONDS = 20.0  # between lines that say who is awaited
+_NOTE_SECONDS = 20.0  # between messages about missing processes
 
 
 @dataclasses.dataclass(frozen=True)
-class Card:
-    """What a process says of itself."""
+class ProcessInfo:
+    """What a process sends about itself."""
 
     process_id: int
     num_processes: int
@@ -36,34 +37,34 @@ class Card:
         return (json.dumps({"magic": _MAGIC, **dataclasses.asdict(self)}) + "\n").encode()
 
 
-def meet(address: str, card: Card, seconds: float) -> None:
-    """Returns once all processes have come to process 0 and agree on who they are.
+def meet(address: str, info: ProcessInfo, seconds: float) -> None:
+    """Returns once all processes have connected to process 0 and their numbers and versions agree.
 
     Args:
-      address: host:port of process 0, where it listens for the time of the call.
-      card: this process.
+      address: host:port of process 0, where it listens during the call.
+      info: this process.
       seconds: how long to wait.
 
     Raises:
-      UserError: two processes are the same one, their counts differ, or their versions of meshway.
-      EnvironmentFailure: processes did not come in time, process 0 does not answer, or the port is taken.
+      UserError: two processes have the same number, or the processes' counts or versions of meshway differ.
+      EnvironmentFailure: processes did not connect in time, process 0 does not answer, or the port is taken.
     """
-    if card.process_id == 0:
-        _Host(address, card, seconds).gather()
+    if info.process_id == 0:
+        _Host(address, info, seconds).gather()
     else:
-        _visit(address, card, seconds)
+        _visit(address, info, seconds)
 
 
 class _Host:
-    """Process 0's side."""
+    """The side of process 0."""
 
-    def __init__(self, address: str, card: Card, seconds: float) -> None:
-        self._card, self._seconds, self._address = card, seconds, address
+    def __init__(self, address: str, info: ProcessInfo, seconds: float) -> None:
+        self._info, self._seconds, self._address = info, seconds, address
         self._server = _listen(address)
-        self._visitors: dict[int, tuple[Card, socket.socket]] = {}
+        self._visitors: dict[int, tuple[ProcessInfo, socket.socket]] = {}
 
     def gather(self) -> None:
-        """Waits for all, answers all, and leaves the port."""
+        """Waits for all, answers all, and closes the port."""
         kind, problem = "environment", ""
         try:
             kind, problem = self._await_all()
@@ -72,104 +73,103 @@ class _Host:
             for _, connection in self._visitors.values():
                 _send_and_close(connection, answer)
             if kind == "user":
-                self._tell_late_comers(answer)
+                self._answer_late(answer)
             self._server.close()
         if problem:
             _fail(kind, problem)
 
-    def _tell_late_comers(self, answer: bytes) -> None:
-        """Those that come a little later would else look for process 0 until their deadline."""
+    def _answer_late(self, answer: bytes) -> None:
+        """Answers processes that connect a little later, which would otherwise retry until their deadline."""
         end = time.monotonic() + _LATE_SECONDS
-        awaited = self._card.num_processes - 1 - len(self._visitors)
+        awaited = self._info.num_processes - 1 - len(self._visitors)
         while awaited > 0 and time.monotonic() < end:
             try:
                 connection, _ = self._server.accept()
             except TimeoutError:
                 continue
-            awaited -= _read_card(connection) is not None
+            awaited -= _read_info(connection) is not None
             _send_and_close(connection, answer)
 
     def _await_all(self) -> tuple[str, str]:
-        """Returns the kind of problem and its message; an empty message when all have come."""
-        begin = time.monotonic()
-        said = begin
-        while len(self._visitors) < self._card.num_processes - 1 or self._forget_the_ended():
+        """Returns the kind of problem and its message; an empty message when all have connected."""
+        begin = noted = time.monotonic()
+        while len(self._visitors) < self._info.num_processes - 1 or self._drop_ended():
             now = time.monotonic()
-            missing = set(range(1, self._card.num_processes)) - self._visitors.keys()
-            awaited = named(missing, self._card.num_processes)
+            missing = set(range(1, self._info.num_processes)) - self._visitors.keys()
+            awaited = named(missing, self._info.num_processes)
             if now - begin > self._seconds:
-                return "environment", f"{awaited} did not come to process 0 at {self._address} in {self._seconds:g} s"
-            if now - said > _SAY_SECONDS:
+                return "environment", f"{awaited} did not reach process 0 at {self._address} in {self._seconds:g} s"
+            if now - noted > _NOTE_SECONDS:
                 print(f"meshway: waiting for {awaited} at {self._address}", file=sys.stderr, flush=True)
-                said = now
+                noted = now
             if problem := self._receive():
                 return "user", problem
         return "", ""
 
-    def _forget_the_ended(self) -> bool:
-        """Leaves out the visitors that have gone again; returns whether there were any."""
+    def _drop_ended(self) -> bool:
+        """Removes the processes that have closed their connection; returns whether there were any."""
         ended = [process for process, (_, connection) in self._visitors.items() if not _is_open(connection)]
         for process in ended:
             self._visitors.pop(process)[1].close()
         return bool(ended)
 
     def _receive(self) -> str:
-        """Takes one visitor, if one comes; returns what is wrong with it."""
+        """Accepts one process, if one connects; returns what is wrong with it, "" for nothing."""
         self._server.settimeout(_RETRY_SECONDS)
         try:
             connection, _ = self._server.accept()
         except TimeoutError:
             return ""
-        card = _read_card(connection)
-        if card is None:
+        info = _read_info(connection)
+        if info is None:
             connection.close()
             return ""
-        before = self._visitors.get(card.process_id)
-        self._visitors[card.process_id] = (card, connection)
+        before = self._visitors.get(info.process_id)
+        self._visitors[info.process_id] = (info, connection)
         if before is not None:
-            before_card, before_connection = before
+            before_info, before_connection = before
             if _is_open(before_connection):
-                self._visitors[-1] = before  # it gets the answer as well
+                self._visitors[-1] = before  # to be answered as well
                 return (
-                    f"two processes were started as --process_id={card.process_id}, on {before_card.host} and on "
-                    f"{card.host}; give each a number of its own"
+                    f"two processes were started as --process_id={info.process_id}, on {before_info.host} and on "
+                    f"{info.host}; give each a number of its own"
                 )
-            before_connection.close()  # it was ended, and started again meanwhile
-        return self._differences(card)
+            before_connection.close()  # it ended and was started again meanwhile
+        return self._differences(info)
 
-    def _differences(self, card: Card) -> str:
-        who = f"process {card.process_id} (on {card.host})"
-        if card.num_processes != self._card.num_processes:
+    def _differences(self, info: ProcessInfo) -> str:
+        who = f"process {info.process_id} (on {info.host})"
+        if info.num_processes != self._info.num_processes:
             return (
-                f"{who} was started with --num_processes={card.num_processes}, process 0 (on {self._card.host}) with "
-                f"--num_processes={self._card.num_processes}; give all the same"
+                f"{who} was started with --num_processes={info.num_processes}, process 0 (on {self._info.host}) with "
+                f"--num_processes={self._info.num_processes}; give all the same"
             )
-        if card.version != self._card.version:
-            return f"{who} has meshway {card.version}, process 0 {self._card.version}; install one version everywhere"
+        if info.version != self._info.version:
+            return f"{who} has meshway {info.version}, process 0 {self._info.version}; install one version everywhere"
         return ""
 
 
-def _visit(address: str, card: Card, seconds: float) -> None:
-    """The others' side: tries until process 0 is there, then waits for its answer."""
+def _visit(address: str, info: ProcessInfo, seconds: float) -> None:
+    """The side of the other processes: tries until process 0 listens, then waits for its answer."""
     host, port = split_address(address)
     end = time.monotonic() + seconds
-    last = "nothing was tried"
+    last = "no attempt was made"
     while (left := end - time.monotonic()) > 0:
         try:
             with socket.create_connection((host, port), timeout=min(left, 10.0)) as connection:
-                connection.sendall(card.line())
-                connection.settimeout(end - time.monotonic() + 2 * _ANSWER_SECONDS)  # process 0 says who is late
+                connection.sendall(info.line())
+                connection.settimeout(end - time.monotonic() + 2 * _ANSWER_SECONDS)  # process 0 may wait that long
                 answer = _read_line(connection)
             if answer is not None and answer.get("magic") == _MAGIC:
                 if answer["problem"]:
                     _fail(answer["kind"], answer["problem"])
                 return
-            last = "what answers there is no meshway process 0 that waits for others"
+            last = "a program that is not a waiting meshway process 0 answers there"
         except OSError as error:
             last = error.strerror or str(error)
         time.sleep(_RETRY_SECONDS)
     raise EnvironmentFailure(
-        f"process {card.process_id} of {card.num_processes}: process 0 does not answer at {address} in {seconds:g} s "
+        f"process {info.process_id} of {info.num_processes}: process 0 does not answer at {address} in {seconds:g} s "
         f"({last}); is it running, and is that its address?"
     )
 
@@ -192,27 +192,27 @@ def _listen(address: str) -> socket.socket:
         ) from error
 
 
-def _read_card(connection: socket.socket) -> Card | None:
-    """Returns the card; None for what is none, such as a port scanner."""
+def _read_info(connection: socket.socket) -> ProcessInfo | None:
+    """Returns what a process sent; None for anything else, such as a port scanner."""
     connection.settimeout(_ANSWER_SECONDS)
-    said = _read_line(connection)
-    fields = {field.name for field in dataclasses.fields(Card)}
-    if said is None or said.get("magic") != _MAGIC or not fields <= said.keys():
+    line = _read_line(connection)
+    fields = {field.name for field in dataclasses.fields(ProcessInfo)}
+    if line is None or line.get("magic") != _MAGIC or not fields <= line.keys():
         return None
-    return Card(**{name: said[name] for name in fields})
+    return ProcessInfo(**{name: line[name] for name in fields})
 
 
 def _read_line(connection: socket.socket) -> dict | None:
     try:
         with connection.makefile("rb") as lines:
-            said = json.loads(lines.readline(4096))
+            line = json.loads(lines.readline(4096))
     except (OSError, ValueError):
         return None
-    return said if isinstance(said, dict) else None
+    return line if isinstance(line, dict) else None
 
 
 def _is_open(connection: socket.socket) -> bool:
-    """Whether the other end still waits."""
+    """Whether the other end is still connected."""
     connection.settimeout(0.05)
     try:
         return connection.recv(1) != b""
@@ -227,5 +227,5 @@ def _send_and_close(connection: socket.socket, answer: bytes) -> None:
         connection.settimeout(_ANSWER_SECONDS)
         connection.sendall(answer)
     except OSError:
-        pass  # that process has ended: jax's own start will miss it
+        pass  # that process has ended: `jax.distributed.initialize` will report it
     connection.close()

@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other by: the key-value store of jax's coordination service, in process 0."""
+"""The key-value store by which the processes of a run communicate: that of jax's coordination service, in process 0."""
 
 from typing import Any, Protocol
 
@@ -9,31 +9,32 @@ _PREFIX = "meshway/"
 
 
 class Store(Protocol):
-    """Short texts by key, the same for every process. Each call may raise, or hang, when process 0 is gone."""
+    """Short texts by key, shared by all processes. Any call may raise, or hang, when process 0 is gone."""
 
     def set(self, key: str, value: str) -> None:
-        """Writes, over what was there."""
+        """Writes a value, replacing the one before."""
         ...
 
     def claim(self, key: str, value: str) -> bool:
-        """Writes if nobody has; returns whether this call did."""
+        """Writes a value if the key has none; returns whether it did."""
         ...
 
     def get(self, key: str) -> str | None:
-        """Returns the value, None where there is none."""
+        """Returns the value, None if there is none."""
         ...
 
     def list(self, folder: str) -> dict[str, str]:
-        """Returns what lies under `folder`/, by the rest of its key."""
+        """Returns the values under `folder`/, by the rest of their keys."""
         ...
 
     def wait(self, key: str, seconds: float) -> str | None:
-        """Returns the value as soon as there is one; None after so many seconds."""
+        """Returns the value as soon as there is one; None if there is none in time."""
         ...
 
 
 def place() -> tuple[int, int]:
-    """Returns (process id, number of processes) once joined; `jax.process_index` would wait for all to have devices."""
+    """Returns (process id, number of processes) once joined; `jax.process_index` would wait for all processes'
+    devices."""
     return jax_distributed.global_state.process_id, jax_distributed.global_state.num_processes
 
 

@@ -1,8 +1,8 @@
 """Adafactor, factored by the names of a parameter's axes.
 
 Shazeer & Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", ICML 2018, arXiv:1804.04235.
-Unlike `optax.adafactor`, which sees a stack of layers as one tensor and heads as a dimension of their own,
-this one sees each layer as the matrix that it is.
+Unlike `optax.adafactor`, which treats a stack of layers as one tensor and heads as a dimension of their own,
+this one treats each layer as a matrix.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from meshway.framework.interfaces import Axes, Params
 
 # Axes along which independent tensors are stacked: nothing is ever averaged over them.
 BATCH_AXES = ("layers", "expert", "stage")
-# Neighbouring axes that are one dimension of a matrix, written as two.
+# Adjacent axes that together are one dimension of a matrix.
 JOINED_AXES = (("heads", "head_dim"), ("kv_heads", "head_dim"))
 
 
@@ -37,7 +37,7 @@ class AdafactorState(NamedTuple):
 
 
 def matrix_dims(names: Names) -> list[tuple[int, ...]]:
-    """Returns the dimensions of the tensor(s) stacked in an array: batch axes left out, joined axes as one.
+    """Returns the dimensions of the tensor(s) stacked in an array, without batch axes and with joined axes as one.
 
     ``('layers', 'embed', 'heads', 'head_dim')`` gives ``[(1,), (2, 3)]``: a stack of matrices.
     """
@@ -55,10 +55,10 @@ def matrix_dims(names: Names) -> list[tuple[int, ...]]:
 def factored_dims(
     names: Names, shape: Sequence[int], min_dim_size: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Returns the (row, column) dimensions to factor over, or None for a parameter that keeps all of `v`.
+    """Returns the (row, column) dimensions to factor over, or None for a parameter that is not factored.
 
-    They are the two largest of `matrix_dims`, rows first in the parameter's order; both must have at least
-    `min_dim_size` entries. A tensor of three or more such dimensions keeps the others apart, as optax does.
+    They are the two largest of `matrix_dims`, in the parameter's order; both must have at least `min_dim_size` entries.
+    A tensor of three or more such dimensions is not averaged over the others, as in optax.
     """
     sizes = {dims: math.prod(shape[dim] for dim in dims) for dims in matrix_dims(names)}
     largest = sorted(sizes, key=lambda dims: sizes[dims])[-2:]
@@ -99,8 +99,8 @@ def scale_by_adafactor(
     (section 6) and multiplied by max(epsilon2, RMS(X)) (section 8).
 
     Args:
-      axes: the logical axis names of each parameter. `BATCH_AXES` are kept apart everywhere (factoring, both
-        RMS), and each of `JOINED_AXES` counts as one dimension.
+      axes: the logical axis names of each parameter. Tensors along `BATCH_AXES` are independent (in factoring and both
+        RMS), and each pair of `JOINED_AXES` counts as one dimension.
       decay_rate: exponent of the second moment's decay.
       step_offset: the update at which t starts again, for fine-tuning.
       clipping_threshold: largest RMS of an update before the parameter's scale; None does not clip.
@@ -111,7 +111,7 @@ def scale_by_adafactor(
       factored: False keeps all second moments of every parameter.
 
     Raises:
-      ValueError: from `update`, when the parameters are not given but their scale is needed.
+      ValueError: from `update`, if the parameters are not given but their scale is needed.
     """
     adafactor = _Adafactor(
         axes=axes,
@@ -171,7 +171,7 @@ class _Adafactor:
             shapes = unused, unused, shape
         else:
             shapes = without_dims(shape, dims[1]), without_dims(shape, dims[0]), unused
-        # An array each, never shared: the train step donates its state, and no buffer can be donated twice.
+        # Separate arrays: the train step donates its state, and a buffer cannot be donated twice.
         v_row, v_col, v = (jnp.zeros(slot, jnp.float32) for slot in shapes)
         return v_row, v_col, v
 
@@ -195,12 +195,12 @@ class _Adafactor:
             rows, columns = dims
             v_row = beta2 * v_row + (1.0 - beta2) * jnp.mean(square, axis=columns)
             v_col = beta2 * v_col + (1.0 - beta2) * jnp.mean(square, axis=rows)
-            # sqrt(mean(R)) / sqrt(R) rather than 1 / sqrt(R / mean(R)): beside rows of large gradients, the
+            # sqrt(mean(R)) / sqrt(R) rather than 1 / sqrt(R / mean(R)): if other rows have large gradients, the
             # quotient of a row without any (R = epsilon1) would underflow, and 0 / 0 is NaN.
             row = jnp.expand_dims(v_row, columns)
             row = jnp.sqrt(jnp.mean(row, axis=rows, keepdims=True)) * jax.lax.rsqrt(row)
             update = grad * row * jnp.expand_dims(jax.lax.rsqrt(v_col), rows)
-        # One number a tensor, so that the update itself is multiplied only once.
+        # One number for each tensor, so that the update itself is multiplied only once.
         scale = jnp.ones((), jnp.float32)
         tensor = tuple(index for index, name in enumerate(names) if name not in BATCH_AXES)
         if self.clipping_threshold is not None:
@@ -215,7 +215,7 @@ def _rms(x: jax.Array, dims: tuple[int, ...]) -> jax.Array:
 
 
 def without_dims(items: tuple[Any, ...], dims: tuple[int, ...]) -> tuple[Any, ...]:
-    """Returns a shape, or axis names, less the given dimensions."""
+    """Returns a shape, or axis names, without the given dimensions."""
     return tuple(item for index, item in enumerate(items) if index not in dims)
 
 

@@ -1,7 +1,7 @@
-"""The logical axes of an optimizer's state, for any optax transformation: by these it is laid out on a mesh.
+"""The logical axes of an optimizer's state, for any optax transformation: they determine its sharding.
 
-optax states are made of scalars and of trees like the parameters'. A state array is known by the parameter
-whose path ends its own, and by its shape.
+optax states consist of scalars and of trees like the parameters'. A state array belongs to the parameter whose path is
+the end of its own path, and whose shape it has.
 """
 
 from collections.abc import Callable, Container
@@ -20,21 +20,21 @@ from meshway.framework.trees import flatten
 
 Slots = dict[str, tuple[tuple[int, ...], Names]]  # attribute of a state -> (shape, axes) for one parameter
 
-# State that belongs to no parameter and has more than one entry, by attribute name: kept whole everywhere.
+# State that belongs to no parameter and has more than one entry, by attribute name: replicated.
 REPLICATED_STATE = {
     "ns_coeffs": "coefficients of Muon's Newton-Schulz iteration",
-    "rng_key": "raw random key of optax.add_noise and its kin",
+    "rng_key": "raw random key of optax.add_noise and similar transformations",
 }
 
 
 def transformation_axes(state: Any, axes: Axes, shapes: Params) -> Any:
-    """Returns the logical axes of each array of an optax state, in the state's tree.
+    """Returns the logical axes of each array of an optax state, as a tree of its structure.
 
     Each leaf is a tuple of names, () for a scalar and (None,) for a placeholder [1].
 
     Args:
       state: the state, or its shapes.
-      axes: the logical axis names of each parameter that the state is of.
+      axes: the logical axis names of each parameter that the state belongs to.
       shapes: the same tree of arrays, or of ShapeDtypeStructs.
 
     Raises:
@@ -81,7 +81,7 @@ def _leaf_axes(
 
 
 def _parameter_of(path: tuple[Any, ...], parameters: Container[str]) -> str | None:
-    """Returns the parameter (of the longest path) whose path ends that of a state leaf."""
+    """Returns the parameter with the longest path that is the end of a state leaf's path."""
     keys: list[str] = []
     for key in reversed(path):
         if not isinstance(key, DictKey):

@@ -1,7 +1,7 @@
 """Optimizers: any optax transformation, bound to a model's parameters and their logical axes.
 
-A recipe binds an `Optimizer`; the trainer calls `bind` once and gets pure functions for its jitted step. What
-`Optimizer.transform` may be is in `transforms` and `groups`, and goes by this module's name in recipes.
+A recipe binds an `Optimizer`; the trainer calls `bind` once and gets pure functions for its jitted step. Values for
+`Optimizer.transform` are in `transforms`; recipes name them by this module (`optimizers.adamw`).
 """
 
 import dataclasses
@@ -61,19 +61,19 @@ class OptimizerState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """How parameters are trained, as a recipe says it; `bind` makes it work on a model.
+    """How parameters are trained, as a recipe configures it; `bind` applies it to a model.
 
     Attributes:
       transform: a factory, called as ``transform(learning_rate=schedule)``: one of this file or of optax.
       learning_rate: a number, or a schedule (see `schedules`): update s = 0, 1, ... uses ``schedule(s)``.
       max_grad_norm: largest global norm of the gradients that `transform` gets; None does not clip.
-      frozen: regexes over '/'-joined parameter paths (the whole path must match): parameters left untouched,
-        without optimizer state and outside of the norm.
-      overrides: (regex, factory, learning rate or schedule): parameters trained by another factory, outside of
-        the norm and never clipped, as ``('.*router/bias', @optimizers.sign_sgd, 0.001)``.
+      frozen: regexes over '/'-joined parameter paths (the whole path must match): parameters that are not trained, have
+        no optimizer state and are not in the norm.
+      overrides: (regex, factory, learning rate or schedule): parameters trained by another factory, not in the norm and
+        never clipped, such as ``('.*router/bias', @optimizers.sign_sgd, 0.001)``.
 
     Raises:
-      UserError: an attribute that cannot be meant.
+      UserError: an attribute of a wrong type or out of range.
     """
 
     transform: Factory
@@ -94,7 +94,7 @@ class Optimizer:
             if not sound or not _is_rate(override[2]):
                 raise UserError(
                     f"Optimizer.overrides holds {override!r:.100}, not (regex, factory, learning rate or schedule), "
-                    "as ('.*router/bias', @optimizers.sign_sgd, 0.001)"
+                    "such as ('.*router/bias', @optimizers.sign_sgd, 0.001)"
                 )
 
     def bind(self, axes: Axes, shapes: Params) -> "BoundOptimizer":
@@ -105,9 +105,8 @@ class Optimizer:
           shapes: the same tree of arrays, or of ShapeDtypeStructs.
 
         Raises:
-          UserError: axes that do not fit the shapes, a pattern that matches no parameter, a parameter that
-            several of `frozen` and `overrides` claim, nothing left to train, or a transform that is no optimizer's
-            factory.
+          UserError: axes that do not fit the shapes, a pattern that matches no parameter, a parameter that several of
+            `frozen` and `overrides` match, nothing left to train, or a transform that is not a factory of an optimizer.
         """
         names, arrays = flatten(axes), flatten(shapes)
         _check_axes(names, {path: tuple(array.shape) for path, array in arrays.items()})
@@ -133,7 +132,7 @@ class Optimizer:
         return BoundOptimizer(transformation, schedule, self.max_grad_norm, trainable, main, axes, shapes)
 
     def _overridden(self, names: dict[str, Names], frozen: set[str]) -> list[frozenset[str]]:
-        """Returns the paths that each override claims."""
+        """Returns the paths that each override matches."""
         owners = dict.fromkeys(frozen, "Optimizer.frozen")
         claimed = []
         for pattern, _, _ in self.overrides:
@@ -148,13 +147,13 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class BoundOptimizer:
-    """Pure functions that train one model's parameters, to be called inside of jit; see `Optimizer.bind`."""
+    """Pure functions that train one model's parameters, to be called inside jit; see `Optimizer.bind`."""
 
     transformation: optax.GradientTransformation
     schedule: Schedule
     max_grad_norm: float | None
     trainable: frozenset[str]  # paths
-    normed: frozenset[str]  # those that `max_grad_norm` is about: all but overrides'
+    normed: frozenset[str]  # those in the global norm: all but overrides'
     axes: Axes  # of the trainable parameters, as are the shapes
     shapes: Params
 
@@ -173,13 +172,13 @@ class BoundOptimizer:
         """Applies one update.
 
         Args:
-          grads: mean gradients, in the tree of `params` (those of frozen parameters are not read).
+          grads: mean gradients, a tree like `params` (those of frozen parameters are ignored).
           state: what `init` or the last `update` returned.
           params: all parameters.
 
         Returns:
           (new parameters, new state, statistics): `grad_norm`, the global norm before clipping (without overridden
-          parameters, yet not finite where a gradient of theirs is not), and `learning_rate`, both float32 [].
+          parameters, but NaN if a gradient of theirs is not finite), and `learning_rate`, both float32 [].
         """
         grads, active = select(grads, self.trainable), select(params, self.trainable)
         main = select(grads, self.normed)
@@ -188,7 +187,7 @@ class BoundOptimizer:
             # optax.clip_by_global_norm rounds otherwise (it divides each gradient), and says no norm.
             scale = jnp.minimum(1.0, self.max_grad_norm / norm)
             grads = merge(grads, jax.tree.map(lambda grad: (grad * scale).astype(grad.dtype), main))
-        if self.trainable != self.normed:  # the step judges by this norm whether an update may be made
+        if self.trainable != self.normed:  # the step skips updates whose norm is not finite
             norm = jnp.where(jnp.isfinite(_norm(select(grads, self.trainable - self.normed))), norm, jnp.nan)
         updates, inner = self.transformation.update(grads, state.inner, active)
         stats = {"grad_norm": norm, "learning_rate": self.learning_rate(state.step)}
@@ -196,10 +195,10 @@ class BoundOptimizer:
         return merge(params, optax.apply_updates(active, updates)), new_state, stats
 
     def state_axes(self) -> OptimizerState:
-        """Returns the logical axes of each array of the state, in the tree of ``eval_shape(init, params)``.
+        """Returns the logical axes of each array of the state, a tree like ``eval_shape(init, params)``.
 
-        Each leaf is a tuple of names, () for a scalar. The state holds tuples of its own, so map over the
-        shapes first: ``jax.tree.map(f, jax.eval_shape(bound.init, params), bound.state_axes())``.
+        Each leaf is a tuple of names, () for a scalar. States contain other tuples too, so map over the shapes first:
+        ``jax.tree.map(f, jax.eval_shape(bound.init, params), bound.state_axes())``.
 
         Raises:
           UserError: an array whose axes are unknown; see `optimizer_state.transformation_axes`.

@@ -1,6 +1,6 @@
 """Learning-rate schedules: functions from the step (0 for the first update) to the learning rate.
 
-optax's own schedules have the same form and are bound in gin as they are, for example
+optax's own schedules have the same signature and can be bound in gin directly, for example
 ``Optimizer.learning_rate = @optax.linear_schedule()``.
 """
 
@@ -76,8 +76,8 @@ def t5_factors(
     cosine_decay            (1 + cos(pi * (max(0, (s - w) / steps_per_cycle) mod 1))) / 2
     ======================  ==========================================================================
 
-    `linear_decay` holds the base rate and the warm-up already; its `decay_factor` is the share of the base
-    rate lost at each step after the warm-up (1 / number of decaying steps reaches zero).
+    `linear_decay` includes the base rate and the warm-up; its `decay_factor` is the share of the base rate subtracted
+    at each step after the warm-up (1 / number of decaying steps reaches zero).
 
     Args:
       factors: names from the table, joined by ``*``.
@@ -86,7 +86,7 @@ def t5_factors(
       decay_factor: see `linear_decay` and `decay_every`.
       steps_per_decay: see `decay_every`.
       steps_per_cycle: see `cosine_decay`.
-      step_offset: the step that counts as 0 (for a fine-tuning run that goes on with its step count).
+      step_offset: the step that counts as 0 (for a fine-tuning run that continues the step count).
       min_learning_rate: the floor of the product.
 
     Raises:

@@ -1,8 +1,8 @@
-"""What `Optimizer.transform` may be: factories of optax transformations, and groups of parameters chosen by pattern.
+"""Values for `Optimizer.transform`: factories of optax transformations, also for groups of parameters by pattern.
 
-Layers of a stack are one array on a leading 'layers' axis, yet each layer is a tensor of its own: the
-factories here keep `adafactor.BATCH_AXES` apart. optax's own factories work as they are; those that treat
-each array as one tensor (optax.adafactor, lamb, lars) see a stack of layers as a single tensor.
+The layers of a stack are one array with a leading 'layers' axis, but independent tensors: the factories here treat
+tensors along `adafactor.BATCH_AXES` as independent. optax's own factories can be used too; those that treat each array
+as one tensor (optax.adafactor, lamb, lars) treat a stack of layers as a single tensor.
 """
 
 import dataclasses
@@ -22,13 +22,13 @@ from meshway.framework.optimizers.adafactor import matrix_dims, scale_by_adafact
 from meshway.framework.optimizers.schedules import Schedule
 from meshway.framework.trees import flatten, map_paths, merge, select
 
-# Axes of tables, whose rows are looked up rather than multiplied: no linear map for Muon to orthogonalise.
+# Axes of tables, whose rows are looked up: they are not linear maps, which Muon orthogonalises.
 TABLE_AXES = ("vocab", "relpos_buckets", "length", "positions")
 
 
 @dataclasses.dataclass(frozen=True)
 class AxesAware:
-    """An optimizer that needs the parameters' logical axes: what a transform factory may return."""
+    """An optimizer that needs the parameters' logical axes; a transform factory may return one."""
 
     build: Callable[[Axes], optax.GradientTransformation]
 
@@ -49,12 +49,12 @@ def adafactor(
     epsilon2: float = 1e-3,
     factored: bool = True,
 ) -> AxesAware:
-    """Adafactor as T5X runs it; see `adafactor.scale_by_adafactor` for the arguments not named here.
+    """Adafactor as in T5X; `adafactor.scale_by_adafactor` documents the arguments not named here.
 
     Args:
       learning_rate: relative to each parameter's scale, unless `multiply_by_parameter_scale` is off.
-      beta1: decay of the momentum, an average (without bias correction) of steps that hold the learning rate.
-      weight_decay_rate: share of each matrix lost at each update, whatever the learning rate.
+      beta1: decay of the momentum, an average (without bias correction) of updates times the learning rate.
+      weight_decay_rate: share of each matrix subtracted at each update, independent of the learning rate.
     """
 
     def build(axes: Axes) -> optax.GradientTransformation:
@@ -111,12 +111,12 @@ def lion(
 def sgd(
     learning_rate: float | Schedule, momentum: float | None = None, nesterov: bool = False
 ) -> optax.GradientTransformation:
-    """optax.sgd, under the name that the other optimizers of this file have."""
+    """optax.sgd, under a name of this module."""
     return optax.sgd(learning_rate, momentum, nesterov)
 
 
 def sign_sgd(learning_rate: float | Schedule) -> optax.GradientTransformation:
-    """Steps of one size, the learning rate, against the sign of each gradient; where that is 0, none.
+    """optax.sign_sgd: subtracts the learning rate times the sign of each gradient.
 
     With a router's load as its bias's gradient this is DeepSeek-V3's balancing (arXiv:2412.19437, section 2.1.2);
     bind it in `Optimizer.overrides`.
@@ -136,19 +136,19 @@ def muon(
     adam_learning_rate: float | Schedule | None = None,
     adam_axes: Sequence[str] = TABLE_AXES,
 ) -> AxesAware:
-    """optax.contrib.muon; axis names say what a matrix is: inputs are its first dimension, outputs its last.
+    """optax.contrib.muon, with matrices determined by axis names: inputs are the first dimension, outputs the last.
 
     Adam trains vectors (norm scales, biases) and every parameter that has one of `adam_axes`: embeddings and
-    output logits. Of a stack, each layer's and each expert's matrix is orthogonalised by itself.
+    output logits. In a stack, each layer's and each expert's matrix is orthogonalised separately.
 
     Args:
-      learning_rate: of the matrices; of the others too unless `adam_learning_rate` is given.
+      learning_rate: of the matrices; of the other parameters too unless `adam_learning_rate` is given.
       consistent_rms: scales updates by ``sqrt(max(inputs, outputs)) * consistent_rms``, so that one learning
         rate suits both (arXiv:2502.16982); None scales by ``sqrt(max(1, outputs / inputs))``.
-      adam_weight_decay: applies to all that Adam trains, vectors included.
+      adam_weight_decay: applies to all parameters that Adam trains, vectors included.
 
     Raises:
-      UserError: from `Optimizer.bind`, for a parameter of three or more dimensions that are no stack.
+      UserError: from `Optimizer.bind`, for a parameter of three or more dimensions without batch axes.
     """
 
     def build(axes: Axes) -> optax.GradientTransformation:
@@ -169,11 +169,10 @@ def muon(
 
 
 def decay_mask(axes: Axes) -> Any:
-    """Returns the tree of which parameters weight decay acts on: tensors of two or more dimensions.
+    """Returns a tree of booleans, True for parameters that weight decay applies to: tensors of two or more dimensions.
 
-    Batch axes do not count and joined axes count as one (see `adafactor.matrix_dims`), so norm scales and
-    biases are not decayed, stacked or not. Embeddings are decayed, as other matrices are; `by_pattern`
-    exempts them where that is not wanted.
+    Batch axes do not count and joined axes count as one (see `adafactor.matrix_dims`), so norm scales and biases are
+    not decayed, stacked or not. Embeddings are decayed like other matrices; `by_pattern` can exempt them.
     """
     return jax.tree.map(lambda names: len(matrix_dims(names)) >= 2, axes, is_leaf=lambda node: isinstance(node, tuple))
 
@@ -186,7 +185,7 @@ def _muon_dimensions(axes: Axes, adam_axes: Sequence[str]) -> Any:
         if len(dims) == 2:
             return contrib.MuonDimensionNumbers(*dims)
         raise UserError(
-            f"muon: parameter {path!r} {names} is no matrix but has {len(dims)} dimensions; name one of its "
+            f"muon: parameter {path!r} {names} is not a matrix, it has {len(dims)} dimensions; name one of its "
             "axes in muon.adam_axes, or give it another optimizer with by_pattern"
         )
 
@@ -194,13 +193,13 @@ def _muon_dimensions(axes: Axes, adam_axes: Sequence[str]) -> Any:
 
 
 def made_by(factory: Factory, learning_rate: float | Schedule, axes: Axes, where: str) -> optax.GradientTransformation:
-    """Calls a transform factory and gives it the axes if it asks for them.
+    """Returns the transformation of a factory, built with the axes if it is `AxesAware`.
 
     Raises:
-      UserError: `factory`, which the recipe names at `where`, is none.
+      UserError: `factory`, which the recipe names at `where`, is not a factory of an optimizer.
     """
     if isinstance(factory, (optax.GradientTransformation, AxesAware)) or not callable(factory):
-        raise UserError(f"{where}: {factory!r:.60} is no factory; write it without parentheses (@optax.adamw)")
+        raise UserError(f"{where}: {factory!r:.60} is not a factory; write it without parentheses (@optax.adamw)")
     try:
         inspect.signature(factory).bind_partial(learning_rate=learning_rate)
     except TypeError:
@@ -209,7 +208,7 @@ def made_by(factory: Factory, learning_rate: float | Schedule, axes: Axes, where
     if isinstance(made, AxesAware):
         made = made.build(axes)
     if not isinstance(made, optax.GradientTransformation):
-        raise UserError(f"{where}: {factory!r:.60} returned {made!r:.60}, no optax transformation")
+        raise UserError(f"{where}: {factory!r:.60} returned {made!r:.60}, not an optax transformation")
     return made
 
 
@@ -221,8 +220,7 @@ def by_pattern(learning_rate: float | Schedule, patterns: Sequence[tuple[str, Fa
       patterns: (regex over the whole '/'-joined parameter path, factory) in order: the first match decides.
 
     Raises:
-      UserError: from `Optimizer.bind`, for a pattern without a parameter of its own, or a parameter that
-        matches none.
+      UserError: from `Optimizer.bind`, for a pattern that decides for no parameter, or a parameter that matches none.
     """
 
     def build(axes: Axes) -> optax.GradientTransformation:
@@ -243,9 +241,9 @@ def by_pattern(learning_rate: float | Schedule, patterns: Sequence[tuple[str, Fa
 
 
 def grouped(groups: Sequence[tuple[frozenset[str], optax.GradientTransformation]]) -> optax.GradientTransformation:
-    """Returns the transformation that gives each group of paths to its own; its state is a tuple, one state a group."""
+    """Returns a transformation that applies to each group of paths its own; its state is a tuple with that of each."""
     # Not optax.partition: it hands out the whole tree with MaskedNodes in it, which transformations that are bound to
-    # axes cannot walk beside these, and its state, whose paths are in checkpoints, lies otherwise.
+    # axes cannot walk beside these, and its state, whose paths are in checkpoints, is laid out otherwise.
 
     def init(params: Params) -> tuple[Any, ...]:
         return tuple(transformation.init(select(params, members)) for members, transformation in groups)
@@ -262,15 +260,15 @@ def grouped(groups: Sequence[tuple[frozenset[str], optax.GradientTransformation]
 
 
 def matching(pattern: str, paths: Iterable[str], where: str) -> list[str]:
-    """Returns the paths that a regex, which the recipe gives at `where`, matches whole.
+    """Returns the paths that a regex, which the recipe gives at `where`, matches in full.
 
     Raises:
-      UserError: it matches none, or is no regex.
+      UserError: it matches none, or is not a regex.
     """
     try:
         matched = [path for path in paths if re.fullmatch(pattern, path)]
     except re.error as error:
-        raise UserError(f"{where}: {pattern!r} is no regular expression: {error}") from None
+        raise UserError(f"{where}: {pattern!r} is not a regular expression: {error}") from None
     if not matched:
         hint = did_you_mean(pattern, paths) or f"; parameters left are {', '.join(sorted(paths)[:5])}, ..."
         raise UserError(f"{where}: {pattern!r} matches no (remaining) parameter{hint}")

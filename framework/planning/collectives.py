@@ -1,4 +1,5 @@
-"""The collectives of a compiled program, and those that kernels write themselves: what travels, where, how often."""
+"""The collectives of a compiled program, and those that kernels issue themselves: what is sent, over which mesh axes,
+and how often."""
 
 import dataclasses
 import math
@@ -26,15 +27,15 @@ _KINDS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Written:
-    """One collective of a kernel.
+class KernelCollective:
+    """One collective of a `shard_map` kernel.
 
     Attributes:
-      kind: as HLO calls it.
+      kind: the HLO opcode.
       axes: its mesh axes.
-      bytes: of its payload on a device (see `collectives.Collective.array`), for all its times in a forward pass.
-      trained: whether it moves floating-point numbers, which have gradients; else ids and places.
-      ring: of a permute, whether it sends to the next device round a ring.
+      bytes: of its payload on a device (see `Collective.array`), for all its executions in a forward pass.
+      trained: whether it moves floating-point numbers, which have gradients; else segment ids and positions.
+      ring: of a permute, whether it sends to the next device of a ring.
     """
 
     kind: str
@@ -45,28 +46,28 @@ class Written:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
-    """A body of `shard_map`.
+class ShardMapKernel:
+    """The body of a `shard_map`.
 
     Attributes:
       written: its collectives.
-      keys_values: bytes on a device of the last two arrays [batch, length, heads, head_dim] that it is given, for all
-        its times: keys and values, if it is attention.
+      keys_values: bytes on a device of its last two arguments of shape [batch, length, heads, head_dim], for all its
+        executions: keys and values, if it is attention.
     """
 
-    written: tuple[Written, ...]
+    written: tuple[KernelCollective, ...]
     keys_values: float
 
 
-def kernel_of(equation: Any, times: int) -> Kernel:
+def kernel_of(equation: Any, times: int) -> ShardMapKernel:
     """Reads a `shard_map` equation that runs `times` times in a forward pass; a loop of unknown length counts once."""
     body = getattr(equation.params["jaxpr"], "jaxpr", equation.params["jaxpr"])
     given = [var.aval for var in body.invars if len(var.aval.shape) == 4 and _is_float(var.aval)]
     found = tuple(_inside(body, times, dict(equation.params["mesh"].shape)))
-    return Kernel(found, times * sum(_bytes(aval) for aval in given[-2:]))
+    return ShardMapKernel(found, times * sum(_bytes(aval) for aval in given[-2:]))
 
 
-def _inside(jaxpr: Any, times: int, sizes: dict[str, int]) -> Iterator[Written]:
+def _inside(jaxpr: Any, times: int, sizes: dict[str, int]) -> Iterator[KernelCollective]:
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, params = equation.primitive.name, equation.params
         if name in _KINDS:
@@ -82,7 +83,7 @@ def _inside(jaxpr: Any, times: int, sizes: dict[str, int]) -> Iterator[Written]:
                         yield from _inside(item, inner_times, sizes)
 
 
-def _collective(equation: Any, times: int, sizes: dict[str, int]) -> Iterator[Written]:
+def _collective(equation: Any, times: int, sizes: dict[str, int]) -> Iterator[KernelCollective]:
     params, kind = equation.params, _KINDS[equation.primitive.name]
     named = params.get("axes", params.get("axis_name", ()))
     axes = tuple(axis for axis in ((named,) if isinstance(named, str) else named) if sizes.get(axis, 1) > 1)
@@ -92,7 +93,7 @@ def _collective(equation: Any, times: int, sizes: dict[str, int]) -> Iterator[Wr
     if kind == "collective-permute" and all(source == target for source, target in params["perm"]):
         return
     for array in equation.outvars if kind == "all-gather" else equation.invars:
-        yield Written(kind, axes, _bytes(array.aval) * times, _is_float(array.aval), ring)
+        yield KernelCollective(kind, axes, _bytes(array.aval) * times, _is_float(array.aval), ring)
 
 
 def _bytes(aval: Any) -> int:
@@ -108,38 +109,38 @@ def _is_ring(pairs: Sequence[tuple[int, int]], size: int) -> bool:
 
 
 # Bytes that one device of a ring of n sends, as a multiple of the payload (Thakur, Rabenseifner and Gropp 2005,
-# sections 4.1 to 4.5; Patarasuk and Yuan 2009 for the all-reduce). They are lower bounds for any algorithm that
-# uses no multicast. What is the payload of each kind: see `Collective`.
+# sections 4.1 to 4.5; Patarasuk and Yuan 2009 for the all-reduce). They are lower bounds for any algorithm without
+# multicast. `Collective` defines the payload of each kind.
 SENT = {
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "all-gather": lambda n: (n - 1) / n,
     "reduce-scatter": lambda n: (n - 1) / n,
     "all-to-all": lambda n: (n - 1) / n,
-    "ragged-all-to-all": lambda n: (n - 1) / n,  # of the buffers: how full they are is not known before the run
+    "ragged-all-to-all": lambda n: (n - 1) / n,  # of whole buffers: how full they are is unknown before the run
     "collective-permute": lambda n: 1.0,
     "collective-broadcast": lambda n: 1.0,
 }
 _UNEVEN = "inside a loop of unknown length, counted once"
-_CHOICE = "inside a conditional, of which the dearest branch is counted"
+_CHOICE = "inside a conditional, of which the most expensive branch is counted"
 # XLA:TPU writes a reduce-scatter as a fusion of an all-reduce and a slice, whose computation has this name.
 _FUSED_SCATTER = "all-reduce-scatter"
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One array that a collective moves; an instruction that moves several is as many rows.
+    """One array that a collective moves; an instruction that moves several arrays is several of these.
 
     Attributes:
-      kind: the opcode, as `all-reduce`; asynchronous pairs are one.
-      axes: the mesh axes it spans. Devices that agree on all other axes take part together.
-      group: devices that take part together; fewer than the axes' product where it spans a part of an axis.
-      count: times a step, the trips of enclosing loops included.
+      kind: the opcode, such as `all-reduce`; the start and done of an asynchronous one count as one.
+      axes: the mesh axes it spans. Devices that differ only along these form a group.
+      group: devices of a group; fewer than the product of the axes' sizes if it spans a part of an axis.
+      count: executions in a step, with the trip counts of enclosing loops.
       array: dtype and shape of the payload on one device: the whole array of an all-reduce, the result of an
         all-gather, the operand of a reduce-scatter, all-to-all or permute.
-      origin: the program's name of the operation, as jax wrote it into the metadata.
-      instruction: its name in the HLO; rows of one instruction travel together.
-      sources: the arguments of the program that the payload depends on (see `provenance`).
-      note: why `count` may be off, if it may.
+      origin: the operation's name in the program, as jax wrote it into the metadata.
+      instruction: its name in the HLO; arrays of one instruction are sent together.
+      sources: the arguments of the program that the payload depends on (see `hlo.sources_of_operands`).
+      note: why `count` may be wrong, "" if it is exact.
     """
 
     kind: str
@@ -154,28 +155,28 @@ class Collective:
 
     @property
     def payload(self) -> int:
-        """Bytes of `array`, for all `count` times."""
+        """Bytes of `array` times `count`."""
         return self.array.bytes * self.count
 
     @property
     def sent(self) -> float:
-        """Bytes a device sends for all `count` times, by `SENT`."""
+        """Bytes that a device sends in a step, by `SENT`."""
         return SENT[self.kind](self.group) * self.payload
 
 
 def read_collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
-    """Returns a row for each array that a compiled program moves between devices.
+    """Returns a `Collective` for each array that a compiled program moves between devices.
 
-    Loops are counted with their trips: those that XLA knows, else the constant their condition compares with, else
-    once, with a note. Of a conditional the branch that sends most counts. Groups of one device are left out.
+    A loop is counted by its trip count: XLA's if known, else the constant that its condition compares with, else 1,
+    with a note. Of a conditional, the branch that sends most is counted. Groups of one device are left out.
 
     Args:
       text: HLO of one SPMD program (`compiled.as_text()`).
-      mesh: sizes of the mesh's axes in order. XLA numbers devices by their position in the mesh, row-major,
-        whatever their ids are.
+      mesh: sizes of the mesh's axes in order. XLA numbers devices by their position in the mesh, row-major, regardless
+        of their ids.
 
     Raises:
-      UserError: the text is no HLO.
+      UserError: the text is not HLO.
     """
     module = hlo.parse(text)
     return list(_Reader(module, mesh).read(module.entry, 1, ""))
@@ -235,7 +236,7 @@ class _Reader:
             yield Collective(kind, axes, size, times, array, instruction.op_name, instruction.name, sources, note)
 
     def _result(self, instruction: hlo.Instruction) -> hlo.Instruction:
-        """Returns the instruction whose result is the collective's: that of the pair's end, where it is a pair."""
+        """Returns the instruction with the collective's result: the `-done` of an asynchronous one, else itself."""
         if not instruction.opcode.endswith("-start"):
             return instruction
         ends = [
@@ -253,7 +254,7 @@ def _kind(opcode: str) -> str:
 
 
 def _groups(instruction: hlo.Instruction, num_devices: int) -> np.ndarray:
-    """Returns the devices' positions that take part together, int [groups, size]; for a permute its pairs."""
+    """Returns the positions of each group's devices, int [groups, size]; for a permute its (source, target) pairs."""
     pairs = instruction.attribute("source_target_pairs")
     if pairs:
         return np.array([[int(source), int(target)] for source, target in re.findall(r"\{(\d+),(\d+)\}", pairs)])
@@ -269,22 +270,22 @@ def _groups(instruction: hlo.Instruction, num_devices: int) -> np.ndarray:
 
 
 def _iota(text: str) -> np.ndarray:
-    """`[2,4]<=[4,2]T(1,0)`: counting numbers in shape [4, 2], transposed, then cut into [2, 4]."""
+    """`[2,4]<=[4,2]T(1,0)`: 0, 1, 2 ... in shape [4, 2], transposed, then reshaped to [2, 4]."""
     shape, _, source = text.partition("<=")
     return _counted(source).reshape(_integers(shape))
 
 
 def _counted(text: str) -> np.ndarray:
-    """`[4,2]T(1,0)`: counting numbers in shape [4, 2], transposed."""
+    """`[4,2]T(1,0)`: 0, 1, 2 ... in shape [4, 2], transposed."""
     sizes, _, order = text.partition("T")
     numbers = np.arange(math.prod(_integers(sizes))).reshape(_integers(sizes))
     return numbers.transpose(_integers(order)) if order else numbers
 
 
 def _mesh_groups(text: str, num_devices: int) -> np.ndarray:
-    """`mesh['a'=4,'b'=2], device_ids=(ORDER) {'a'}`: groups along named axes of a mesh of XLA's own.
+    """`mesh['a'=4,'b'=2], device_ids=(ORDER) {'a'}`: groups along named axes of XLA's own mesh.
 
-    `'a':(2)2` is a part of axis a: of size 2, with 2 parts before it.
+    `'a':(2)2` is a sub-axis of a: of size 2, with 2 before it.
     """
     found = re.match(r"replica_groups=mesh\[([^\]]*)\](?:,?\s*device_ids=\((.*?)\))?\s*\{([^}]*)\}", text)
     if not found:
@@ -299,9 +300,9 @@ def _mesh_groups(text: str, num_devices: int) -> np.ndarray:
     chosen: list[int] = []
     spans = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", found.group(3))
     for name, size in sizes.items():
-        cuts = [(int(before or 1), int(part or size)) for span, before, part in spans if span == name]
+        sub_axes = [(int(before or 1), int(part or size)) for span, before, part in spans if span == name]
         done = 1
-        for before, part in sorted(cuts):
+        for before, part in sorted(sub_axes):
             dims += [before // done, part]
             chosen.append(len(dims) - 1)
             done = before * part

@@ -1,22 +1,22 @@
-"""What a layout must send: closed forms of a train step's communication, before anything is compiled.
+"""The minimum that a layout must send: closed forms of a train step's communication, before anything is compiled.
 
 All counts are bytes that one device sends in one step, by the ring formulas of `collectives.SENT`. Sources:
 
 - data parallelism and ZeRO: Rajbhandari et al. 2020 (arXiv:1910.02054), section 7: a gradient of P bytes costs
-  2 P (n-1)/n where parameters are whole (an all-reduce), and P (n-1)/n (a reduce-scatter) where they are cut, plus
-  P (n-1)/n each time the weights are gathered;
+  2 P (n-1)/n where parameters are replicated (an all-reduce), and P (n-1)/n (a reduce-scatter) where they are sharded,
+  plus P (n-1)/n each time the weights are gathered;
 - tensor parallelism: Shoeybi et al. 2019 (arXiv:1909.08053), section 3: one all-reduce of [batch, length, d_model] for
-  each row-cut product forward, and one for each input that column-cut products read backward. With sequence
+  each row-parallel product forward, and one for each input of column-parallel products backward. With sequence
   parallelism (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2) each becomes a reduce-scatter and an
-  all-gather, which send the same; so does a residual stream cut in d_model (Pope et al. 2022, arXiv:2211.05102,
-  section 3.2.1, appendix A.1 for the costs);
-- a vocabulary in parts: Shoeybi et al. 2019, section 3: sums of [batch, length] instead of logits;
-- ring attention over n devices (Liu et al. 2023, arXiv:2310.01889, section 3): a device's keys and values travel n-1
-  times forward and n-1 times backward, their gradients n times, the last to come home;
+  all-gather, which send the same; so does a residual stream sharded along d_model (Pope et al. 2022,
+  arXiv:2211.05102, section 3.2.1, appendix A.1 for the costs);
+- a sharded vocabulary: Shoeybi et al. 2019, section 3: sums of [batch, length] instead of logits;
+- ring attention over n devices (Liu et al. 2023, arXiv:2310.01889, section 3): a device's keys and values are sent n-1
+  times forward and n-1 times backward, their gradients n times, the last time back to their own device;
 - all-to-all attention (Jacobs et al. 2023, arXiv:2309.14509, section 3.2) and experts (Lepikhin et al. 2020,
   arXiv:2006.16668, section 3.2): each exchange of the forward pass has one in the backward pass;
-- pipelines in one program (Xu et al. 2021, arXiv:2105.04663, section 3.3): each stage hands its activations on at each
-  time step, and their gradients back.
+- pipelines in one program (Xu et al. 2021, arXiv:2105.04663, section 3.3): each stage sends its activations to the next
+  at each time step, and their gradients back.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ GRADIENTS, WEIGHTS, ACTIVATIONS, INPUTS, UPDATES = "gradients", "weights", "acti
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """One reason to send: bytes a device sends over the mesh axes `axes` in a step."""
+    """One reason to send: the bytes that a device sends over mesh axes `axes` in a step."""
 
     axes: tuple[str, ...]
     role: str
@@ -45,19 +45,21 @@ class Term:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What closed forms are taken over.
+    """What the closed forms are computed from: a train step and how a layout shards it.
 
     Attributes:
       mesh: sizes of the mesh's axes.
-      tokens: the axes that cut tokens (batch, or length inside the layers): devices along them see other tokens.
-      parameters: every parameter, whole, with the axes that cut it.
-      optimizer: parameter -> the axes that cut its optimizer state, where there is any.
-      uses: what the loss does with them.
-      stream: the axes that cut the residual stream between layers: its d_model, or a length that is whole inside.
-      stages: the axes that cut stages of a pipeline.
-      experts: the axes that cut experts.
-      keys: (axes, bytes on a device for all times) of keys and values that are whole where queries are cut by `axes`.
-      platform: what compiles it, as jax names it.
+      tokens: the axes that shard tokens (batch, or length inside the layers): devices along them have other tokens.
+      parameters: every parameter, with its global shape and the axes that shard it.
+      optimizer: parameter -> the axes that shard its optimizer state, if it has any.
+      uses: how the loss uses the parameters.
+      stream: the axes that shard the residual stream between layers: along d_model, or along a length that is not
+        sharded inside the layers.
+      stages: the axes that shard stages of a pipeline.
+      experts: the axes that shard experts.
+      keys: (axes, bytes on a device for all executions) of keys and values that are replicated over `axes`, which shard
+        the queries.
+      platform: the platform it is compiled for, as jax names it.
     """
 
     mesh: Mapping[str, int]
@@ -95,7 +97,7 @@ class Setting:
 
 
 def minimum(setting: Setting) -> list[Term]:
-    """Returns what must be sent if nothing is sent twice, or wider than it is used."""
+    """Returns what must be sent if nothing is sent twice, or in a wider type than it is used in."""
     exchanged = {path for path in {lookup.weight.path for lookup in setting.uses.lookups} if _exchange(setting, path)}
     terms = [*_parameter_terms(setting, exchanged), *_product_terms(setting), *_lookup_terms(setting, exchanged)]
     terms += [*_kernel_terms(setting), *_key_terms(setting), *_stage_terms(setting)]
@@ -103,17 +105,17 @@ def minimum(setting: Setting) -> list[Term]:
 
 
 def unmerged(setting: Setting) -> float:
-    """Returns what the gradients of products' inputs cost more when each product's is summed by itself.
+    """Returns the additional bytes for products' input gradients if each product's is summed over the mesh by itself.
 
-    The minimum sums the gradients of one input first, and over the mesh once. XLA's pass that moves a sum over the
-    mesh behind an addition is not part of every backend's pipeline.
+    The minimum first adds the gradients of one input, then sums them over the mesh once. XLA's pass that moves a sum
+    over the mesh behind an addition is not part of every backend's pipeline.
     """
-    apart = sum(term.bytes * count for term, count in _input_gradients(setting, merged=False))
-    return apart - sum(term.bytes * count for term, count in _input_gradients(setting, merged=True))
+    separate = sum(term.bytes * count for term, count in _input_gradients(setting, merged=False))
+    return separate - sum(term.bytes * count for term, count in _input_gradients(setting, merged=True))
 
 
 def gradient_bytes(setting: Setting, path: str, axes: tuple[str, ...]) -> float:
-    """Returns what summing one parameter's gradient over `axes` costs."""
+    """Returns the bytes that summing one parameter's gradient over `axes` sends."""
     alone = dataclasses.replace(setting, parameters=[weight for weight in setting.parameters if weight.path == path])
     terms = _parameter_terms(alone, set())
     return sum(term.bytes for term in terms if (term.axes, term.role) == (axes, GRADIENTS))
@@ -133,7 +135,7 @@ def _parameter_terms(setting: Setting, exchanged: set[str]) -> list[Term]:
         if weight.path not in exchanged:
             scale = SENT["all-gather"](parts)
             terms.append(Term(gathered, WEIGHTS, scale * used, "gathered for the forward pass (ZeRO-3)"))
-            terms.append(Term(gathered, GRADIENTS, scale * used, "reduce-scattered to where weights lie (ZeRO-3)"))
+            terms.append(Term(gathered, GRADIENTS, scale * used, "reduce-scattered to the weights' shards (ZeRO-3)"))
         terms += _sum_terms(setting, weight, summed, used / parts, stored / parts)
     return terms
 
@@ -141,14 +143,14 @@ def _parameter_terms(setting: Setting, exchanged: set[str]) -> list[Term]:
 def _sum_terms(
     setting: Setting, weight: Weight, summed: tuple[str, ...], gradient: float, elements: float
 ) -> list[Term]:
-    """The gradient's sum over axes that do not cut the parameter; its optimizer state may lie in parts there."""
+    """The gradient's sum over axes that do not shard the parameter, but may shard its optimizer state."""
     apart = setting.order(setting.optimizer.get(weight.path, frozenset()) & set(summed))
     whole = tuple(axis for axis in summed if axis not in apart)
     parts = setting.size(apart)
     updated = elements * jax.numpy.dtype(weight.dtype).itemsize
     scatter, gather = SENT["reduce-scatter"](parts), SENT["all-gather"](parts)
     return [
-        Term(apart, GRADIENTS, scatter * gradient, "reduce-scattered to where the optimizer's state lies (ZeRO-1)"),
+        Term(apart, GRADIENTS, scatter * gradient, "reduce-scattered to the shards of the optimizer's state (ZeRO-1)"),
         Term(apart, UPDATES, gather * updated, "gathered after the update (ZeRO-1)"),
         Term(whole, GRADIENTS, SENT["all-reduce"](setting.size(whole)) * gradient / parts, "all-reduced"),
     ]
@@ -160,7 +162,7 @@ def _product_terms(setting: Setting) -> list[Term]:
         inner = _foreign(setting, product.weight.cuts, product.contracted)
         if inner:
             sent = SENT["all-reduce"](setting.size(inner)) * _local(setting, product, "output") * product.times
-            terms.append(Term(inner, ACTIVATIONS, sent, "sums of row-cut products, forward"))
+            terms.append(Term(inner, ACTIVATIONS, sent, "sums of row-parallel products, forward"))
         terms += _vocabulary_terms(setting, product)
     return terms + [
         Term(term.axes, term.role, term.bytes * count, term.reason)
@@ -169,21 +171,21 @@ def _product_terms(setting: Setting) -> list[Term]:
 
 
 def _input_gradients(setting: Setting, merged: bool) -> list[tuple[Term, int]]:
-    """Returns (what one input's gradient costs, how often), an entry for each input or for each product."""
+    """Returns (term of one input's gradient, executions), one for each input if `merged`, else for each product."""
     found: dict[tuple[int, tuple[str, ...]], tuple[Term, int]] = {}
     for index, product in enumerate(setting.uses.products):
         outer = _foreign(setting, product.weight.cuts, product.kept)
         if not outer or not product.value.trained:
             continue
         sent = SENT["all-reduce"](setting.size(outer)) * _local(setting, product, "value")
-        term = Term(outer, ACTIVATIONS, sent, "gradients of what column-cut products read, backward")
+        term = Term(outer, ACTIVATIONS, sent, "gradients of column-parallel products' inputs, backward")
         key = (id(product.value) if merged else index, outer)
         found[key] = (term, product.value.times if merged else product.times)
     return list(found.values())
 
 
 def _vocabulary_terms(setting: Setting, product: Product) -> list[Term]:
-    """Logits cut along the vocabulary: the largest, the sum of exponentials and the target's, of each token."""
+    """Logits sharded along the vocabulary: each token's maximum, sum of exponentials and target logit are reduced."""
     weight = product.weight
     axes = _foreign(setting, weight.cuts, [dim for dim in product.kept if weight.names[dim] == "vocab"])
     if not axes:
@@ -191,12 +193,12 @@ def _vocabulary_terms(setting: Setting, product: Product) -> list[Term]:
     entries = math.prod(weight.shape[dim] for dim in product.kept)
     rows = math.prod(product.output.shape) / entries / setting.size(setting.tokens)
     sent = 3 * SENT["all-reduce"](setting.size(axes)) * rows * np.dtype(np.float32).itemsize * product.times
-    return [Term(axes, ACTIVATIONS, sent, "softmax over a vocabulary in parts")]
+    return [Term(axes, ACTIVATIONS, sent, "softmax over a sharded vocabulary")]
 
 
 def balancing(setting: Setting) -> float:
-    """Returns what permutes of ring attention send that keys and values do not need: halves that change places, so that
-    each device has as much of a causal mask as the others. Backward about as much is sent as forward."""
+    """Returns what the permutes of ring attention send beyond keys and values: the exchange of halves that balances a
+    causal mask over the devices. Backward sends about as much as forward."""
     sent = 0.0
     for kernel in setting.uses.kernels:
         permutes = [call for call in kernel.written if call.kind == "collective-permute" and call.trained]
@@ -212,14 +214,14 @@ def _kernel_terms(setting: Setting) -> list[Term]:
         for axes in rings:
             parts = setting.size(axes)
             sent = (2 * (parts - 1) + parts) * kernel.keys_values
-            terms.append(Term(axes, ACTIVATIONS, sent, "keys and values round the ring, and their gradients"))
+            terms.append(Term(axes, ACTIVATIONS, sent, "keys and values around the ring, and their gradients"))
         for call in kernel.written:
             axes = setting.order(call.axes)
             sent = SENT[call.kind](setting.size(axes)) * call.bytes
             if not call.trained:
-                terms.append(Term(axes, INPUTS, sent, "what kernels send of ids and places"))
+                terms.append(Term(axes, INPUTS, sent, "segment ids and positions, sent by kernels"))
             elif call.kind == "all-reduce":
-                terms.append(Term(axes, ACTIVATIONS, sent, "sums that kernels take"))
+                terms.append(Term(axes, ACTIVATIONS, sent, "sums in kernels"))
             elif call.kind != "collective-permute":
                 terms.append(Term(axes, ACTIVATIONS, 2 * sent, f"{call.kind} of kernels, forward and backward"))
     return terms
@@ -234,7 +236,7 @@ def _key_terms(setting: Setting) -> list[Term]:
 
 def _stage_terms(setting: Setting) -> list[Term]:
     return [
-        Term(setting.order(axes), ACTIVATIONS, 2 * size * times, "handed on from stage to stage at each time step")
+        Term(setting.order(axes), ACTIVATIONS, 2 * size * times, "sent from stage to stage at each time step")
         for axes, size, times in setting.uses.carried
         if set(axes) <= setting.stages and setting.order(axes)
     ]
@@ -253,16 +255,17 @@ def _lookup_terms(setting: Setting, exchanged: set[str]) -> list[Term]:
             whole = math.prod(table.shape) * jax.numpy.dtype(table.dtype).itemsize / setting.size(left)
             gathered = SENT["all-gather"](setting.size(axes)) * whole
             if sent <= gathered:
-                terms.append(Term(axes, ACTIVATIONS, sent, "sums of lookups in a table in parts, forward"))
+                terms.append(Term(axes, ACTIVATIONS, sent, "sums of lookups in a sharded table, forward"))
             else:
-                terms.append(Term(axes, WEIGHTS, gathered, "a table in parts, gathered for its lookups"))
+                terms.append(Term(axes, WEIGHTS, gathered, "a sharded table, gathered for its lookups"))
         if path in exchanged:
             terms += [term for lookup in lookups for term in _exchange_terms(setting, lookup)]
     return terms
 
 
 def _exchange_terms(setting: Setting, lookup: Lookup) -> list[Term]:
-    """A table cut along what is looked up, by axes that cut tokens: each device looks its part up for all tokens."""
+    """A table whose features are sharded by axes that shard tokens: each device looks up its features for all
+    tokens."""
     axes = _token_cuts(setting, lookup)
     parts = setting.size(axes)
     rows = _rows(setting, lookup) * lookup.times
@@ -270,13 +273,13 @@ def _exchange_terms(setting: Setting, lookup: Lookup) -> list[Term]:
     indices = rows / jax.numpy.dtype(lookup.weight.dtype).itemsize / entry * np.dtype(np.int32).itemsize
     both = 2 * SENT["all-to-all"](parts) * rows
     return [
-        Term(axes, INPUTS, (parts - 1) * indices, "token ids, gathered for lookups in a table in parts"),
-        Term(axes, ACTIVATIONS, both, "lookups in a table in parts, exchanged, forward and backward"),
+        Term(axes, INPUTS, (parts - 1) * indices, "token ids, gathered for lookups in a sharded table"),
+        Term(axes, ACTIVATIONS, both, "lookups in a sharded table, exchanged, forward and backward"),
     ]
 
 
 def _exchange(setting: Setting, path: str) -> bool:
-    """Says whether exchanging a table's lookups sends less than gathering it and scattering its gradient."""
+    """Whether exchanging a table's lookups sends less than gathering the table and scattering its gradient."""
     lookups = [lookup for lookup in setting.uses.lookups if lookup.weight.path == path]
     if any(product.weight.path == path for product in setting.uses.products):
         return False  # it is gathered anyway
@@ -296,14 +299,14 @@ def _token_cuts(setting: Setting, lookup: Lookup) -> tuple[str, ...]:
 
 
 def _rows(setting: Setting, lookup: Lookup) -> float:
-    """Bytes of what a device's own tokens look up, once."""
+    """Bytes that a device's own tokens look up, in one execution."""
     kept = [dim for dim in range(len(lookup.weight.shape)) if dim not in lookup.indexed]
     parts = setting.size(_foreign(setting, lookup.weight.cuts, kept))
     return lookup.output.bytes / setting.size(setting.tokens) / parts
 
 
 def _local(setting: Setting, product: Product, which: str) -> float:
-    """Bytes of a product's value or output on a device, as partial sums."""
+    """Bytes of a product's input or output on a device, as partial sums."""
     dims = (*product.batched, *(product.kept if which == "output" else product.contracted))
     parts = setting.size(_foreign(setting, product.weight.cuts, dims))
     value = product.output if which == "output" else product.value
@@ -311,5 +314,5 @@ def _local(setting: Setting, product: Product, which: str) -> float:
 
 
 def _foreign(setting: Setting, cuts: Cuts, dims: Sequence[int]) -> tuple[str, ...]:
-    """Returns the axes that cut these dimensions of a weight and do not cut tokens: those along which it stays cut."""
+    """Returns the axes that shard these dimensions of a weight and not tokens: it stays sharded along them."""
     return setting.order({axis for dim in dims for axis in cuts[dim]} - setting.tokens)

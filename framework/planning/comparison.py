@@ -1,4 +1,4 @@
-"""A compiled step's communication beside its closed-form minimum, and where it exceeds that, why."""
+"""Compares a compiled step's communication with its closed-form minimum, and explains the excess."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -22,19 +22,19 @@ from meshway.framework.planning.communication import (
 from meshway.framework.terminal import format_bytes
 
 SCALARS, OPTIMIZER = "scalars", "optimizer"
-TOLERANCE = 0.005  # of a ratio: beyond, it is explained
+TOLERANCE = 0.005  # relative: larger differences are explained
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One role of one set of mesh axes: bytes a device sends in a step, as compiled and at least.
+    """The bytes that a device sends in a step for one role over one set of mesh axes, as compiled and at least.
 
     Attributes:
       axes: the mesh axes, in the mesh's order.
-      role: what travels.
-      calls: as `12 all-reduce`.
+      role: what is sent.
+      calls: such as `12 all-reduce`.
       measured, minimum: bytes.
-      why: what the difference comes from; empty where there is none.
+      why: reasons for the difference; empty if there is none.
     """
 
     axes: tuple[str, ...]
@@ -46,13 +46,13 @@ class Line:
 
 
 def compare(setting: Setting, rows: Sequence[Collective], microbatches: int = 1) -> list[Line]:
-    """Returns a line for each role on each set of axes, those that send most first."""
+    """Returns a line for each role and set of axes, for each set those that send most first."""
     terms = minimum(setting)
     found: dict[tuple[tuple[str, ...], str], list[Collective]] = {}
     sums = {term.axes for term in terms if term.role == GRADIENTS}
     for row in rows:
         role = role_of(row, setting)
-        # A sum over two axes may be taken over one after the other: both are parts of it.
+        # A sum over two axes may be computed over one after the other: both are parts of it.
         wider = (
             [axes for axes in sums if set(row.axes) < set(axes)] if role == GRADIENTS and row.axes not in sums else []
         )
@@ -69,7 +69,7 @@ def compare(setting: Setting, rows: Sequence[Collective], microbatches: int = 1)
 
 
 def role_of(row: Collective, setting: Setting) -> str:
-    """Says what a collective moves, from what its payload was computed from, its axes and its origin."""
+    """Returns the role of a collective, from the sources of its payload, its axes and its origin."""
     if row.array.size == 1:
         return SCALARS
     if any(source.startswith("state.opt_state") for source in row.sources):
@@ -80,10 +80,10 @@ def role_of(row: Collective, setting: Setting) -> str:
         return INPUTS
     if row.origin and "jvp" not in row.origin:
         return OPTIMIZER
-    if row.origin.rsplit("/", 1)[-1].startswith("reduce_scatter"):  # written by a kernel; XLA's own keep other names
+    if row.origin.rsplit("/", 1)[-1].startswith("reduce_scatter"):  # of a kernel; XLA's own have other names
         return ACTIVATIONS
     if row.kind in ("all-reduce", "reduce-scatter") and set(row.axes) <= setting.tokens:
-        # What no parameter's shape has and is still apart by tokens is an activation.
+        # A payload that has no parameter's size and spans only some of the token axes is an activation.
         return GRADIENTS if row.array.size in setting.gradient_sizes or set(row.axes) == setting.tokens else ACTIVATIONS
     return ACTIVATIONS
 
@@ -95,7 +95,8 @@ def _why(setting: Setting, role: str, rows: Sequence[Collective], due: Sequence[
     if measured < least:
         reasons = ", ".join(dict.fromkeys(term.reason for term in due))
         return [
-            f"{format_bytes(least - measured)} less than the form ({reasons}): done another way, see the other lines"
+            f"{format_bytes(least - measured)} less than the formula ({reasons}): done in another way, see the other "
+            "lines"
         ]
     why: list[str] = []
     narrow = _narrow(setting, rows)
@@ -143,12 +144,12 @@ def _why_gradients(setting: Setting, rows: Sequence[Collective], due: Sequence[T
         excess -= sum(row.sent for row in strange)
     slack = TOLERANCE * sum(row.sent for row in rows)
     for path in dict.fromkeys(lookup.weight.path for lookup in setting.uses.lookups):
-        places = _places(setting, path)
-        again = min(excess, (places - 1) * gradient_bytes(setting, path, rows[0].axes))
+        num_uses = _num_uses(setting, path)
+        again = min(excess, (num_uses - 1) * gradient_bytes(setting, path, rows[0].axes))
         if again > slack:
             before = ", as XLA:CPU does" if setting.platform == "cpu" else ""
             why.append(
-                f"{format_bytes(again)} for {path}, used in {places} places: the gradient of each is summed over the "
+                f"{format_bytes(again)} for {path}, used in {num_uses} places: the gradient of each is summed over the "
                 f"mesh before they are added{before}"
             )
             excess -= again
@@ -161,7 +162,7 @@ def _why_weights(setting: Setting, rows: Sequence[Collective], due: Sequence[Ter
     if not due and all(set(row.axes) <= setting.stages | setting.experts for row in rows):
         return [f"weights moved along the axes of stages or experts: {_largest(rows)}"]
     if not due:
-        return [f"no product needs a weight whole over these axes, which cut no tokens: {_largest(rows)}"]
+        return [f"no product needs a weight gathered over these axes, which shard no tokens: {_largest(rows)}"]
     least = sum(term.bytes for term in due)
     parts = {
         "forward": [row for row in rows if "transpose(" not in row.origin],
@@ -173,7 +174,7 @@ def _why_weights(setting: Setting, rows: Sequence[Collective], due: Sequence[Ter
         if sum(row.sent for row in part) / least / microbatches >= 0.005
     ]
     each = f" in each of {microbatches} microbatches" if microbatches > 1 else ""
-    return [f"gathered {' and '.join(times)}{each}; once a step if what was gathered were kept"]
+    return [f"gathered {' and '.join(times)}{each}; once a step if the gathered weights were kept"]
 
 
 def _why_activations(setting: Setting, rows: Sequence[Collective], due: Sequence[Term]) -> list[str]:
@@ -182,15 +183,15 @@ def _why_activations(setting: Setting, rows: Sequence[Collective], due: Sequence
     again = [row for row in rows if "rematted_computation" in row.origin]
     if again:
         sent = sum(row.sent for row in again)
-        why.append(f"{format_bytes(sent)} for layers computed again in the backward pass (remat)")
+        why.append(f"{format_bytes(sent)} for layers recomputed in the backward pass (remat)")
         excess -= sent
     if any("ring" in term.reason for term in due) and (halves := min(excess, balancing(setting))) > 0:
         why.append(
-            f"{format_bytes(halves)} for halves that change places, so that each device has as much of a causal "
-            "mask as the others"
+            f"{format_bytes(halves)} for halves that change places, so that the causal mask is balanced over the "
+            "devices"
         )
         excess -= halves
-    apart = unmerged(setting) if any("column-cut" in term.reason for term in due) else 0.0
+    separate = unmerged(setting) if any("column-parallel" in term.reason for term in due) else 0.0
     reduced = [row for row in rows if row.kind == "all-reduce" and set(row.axes) <= setting.stream]
     if reduced:
         half = sum(row.sent for row in reduced) / 2
@@ -198,26 +199,26 @@ def _why_activations(setting: Setting, rows: Sequence[Collective], due: Sequence
         why.append(
             f"{format_bytes(half)} for {_number(reduced)} all-reduced where a reduce-scatter would do{forms_none}"
         )
-        excess, apart = excess - half, apart / 2
-    if apart:
+        excess, separate = excess - half, separate / 2
+    if separate:
         before = ", as XLA:CPU does" if setting.platform == "cpu" else ""
         why.append(
-            f"{format_bytes(apart)} where several products read one input: the gradient of each is summed over the "
+            f"{format_bytes(separate)} where several products read one input: the gradient of each is summed over the "
             f"mesh before they are added{before}, instead of after"
         )
-        excess -= apart
+        excess -= separate
     if not due:
         why.append(f"no rule asks for it: {_largest(rows)}")
     elif excess > TOLERANCE * sum(row.sent for row in rows):
         reasons = " ".join(term.reason for term in due)
-        told = [row for row in rows if _told(row, reasons)]
-        rest = [row for row in rows if row not in told] or rows
+        expected = [row for row in rows if _is_expected(row, reasons)]
+        rest = [row for row in rows if row not in expected] or rows
         why.append(f"{format_bytes(excess)} more, of {_largest(rest)}")
     return why
 
 
-def _told(row: Collective, reasons: str) -> bool:
-    """Says whether a row is what the closed forms' reasons are about."""
+def _is_expected(row: Collective, reasons: str) -> bool:
+    """Whether the closed forms' reasons explain a collective."""
     if row.kind == "collective-permute":
         return "ring" in reasons or "stage" in reasons
     if row.kind == "all-reduce":
@@ -225,14 +226,14 @@ def _told(row: Collective, reasons: str) -> bool:
     return row.kind in reasons
 
 
-def _places(setting: Setting, path: str) -> int:
-    """Returns in how many places of the loss a parameter is looked up or multiplied with."""
+def _num_uses(setting: Setting, path: str) -> int:
+    """Returns how many lookups and products of the loss use a parameter."""
     weights = [use.weight for use in setting.uses.lookups] + [use.weight for use in setting.uses.products]
     return sum(weight.path == path for weight in weights)
 
 
 def _narrow(setting: Setting, rows: Sequence[Collective]) -> str:
-    """Returns the type the step computes in, as HLO writes it, where it is narrower than what all rows send."""
+    """Returns the HLO name of the type the step computes in, if all rows send float32 and it is narrower; else ""."""
     used = {jax.numpy.dtype(dtype) for dtype in setting.uses.dtypes.values()}
     narrow = [dtype for dtype in used if dtype.itemsize < 4]
     if not narrow or any(row.array.dtype != "f32" for row in rows):
@@ -252,7 +253,7 @@ def _number(rows: Iterable[Collective]) -> str:
 
 
 def _largest(rows: Sequence[Collective], limit: int = 2) -> str:
-    """Names what sends most, rows that look the same taken together."""
+    """Returns a description of the collectives that send most, similar ones together."""
     groups: dict[tuple[str, str, str], list[Collective]] = {}
     for row in rows:
         shape = f"{row.array.dtype}[{','.join(map(str, row.array.shape))}]"
@@ -270,7 +271,7 @@ def _largest(rows: Sequence[Collective], limit: int = 2) -> str:
 
 
 def ratio(measured: float, least: float) -> str:
-    """Returns measured / least for people."""
+    """Returns measured / least as text, "-" if nothing need be sent."""
     if not least:
         return "-"
     return f"{measured / least:.2f}"

@@ -1,4 +1,4 @@
-"""Matmul FLOPs of a function, and the bytes that it reads at least, from its jaxpr: nothing is run or compiled."""
+"""Matmul FLOPs of a function, and the fewest bytes it reads, from its jaxpr: nothing is run or compiled."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -12,11 +12,11 @@ from jax.interpreters import partial_eval
 def count_flops(fn: Callable[..., Any], *abstract_args: Any) -> float:
     """Returns the matmul FLOPs of one call of `fn` (a multiply and an add count as two).
 
-    Matrix products, grouped (ragged) products and convolutions are counted, everything else is not: that is
-    what "model FLOPs" means. A scan counts its body times its length, a `cond` its dearest branch, a
-    `shard_map` its body times the shards, a Pallas kernel its body times its grid. Attention is counted in
-    full although a causal mask discards half of it. A `while` has no length to read, so its body counts ONCE:
-    multiply by the trips yourself. A kernel without a jaxpr (a foreign call) counts nothing.
+    Matrix products, grouped (ragged) products and convolutions are counted, and nothing else, as is usual for "model
+    FLOPs". A scan counts its body times its length, a `cond` its most expensive branch, a `shard_map` its body times
+    the shards, a Pallas kernel its body times its grid. Attention is counted in full although a causal mask discards
+    half of it. The body of a `while`, whose trip count is unknown, counts ONCE. A kernel without a jaxpr (a foreign
+    call) counts nothing.
 
     Args:
       fn: a traceable function of arrays.
@@ -26,8 +26,8 @@ def count_flops(fn: Callable[..., Any], *abstract_args: Any) -> float:
 
 
 def live_flops(fn: Callable[..., Any], *abstract_args: Any) -> float:
-    """Returns `count_flops` without what no result depends on, which a compiler leaves out: the logits of a prompt
-    whose keys and values alone are wanted."""
+    """Returns `count_flops` without dead code, which a compiler removes, such as the logits of a prompt of which only
+    keys and values are used."""
     closed = jax.make_jaxpr(fn)(*abstract_args)
     live, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
     return _count(live)
@@ -37,7 +37,7 @@ def train_flops(loss_fn: Callable[..., Any], *abstract_args: Any) -> float:
     """Returns the model FLOPs of one gradient step on `loss_fn`: three times its forward pass.
 
     The usual convention (PaLM, arXiv:2204.02311, appendix B): the backward pass is two products for each one
-    of the forward pass. What rematerialisation computes again is not counted.
+    of the forward pass. Recomputation (remat) is not counted.
     """
     return 3.0 * count_flops(loss_fn, *abstract_args)
 
@@ -102,7 +102,7 @@ _MATMULS: dict[str, Callable[[Any], float]] = {
 }
 
 
-# What passes an array on: an element that is not read of the result is not read of the array.
+# Operations that read an element of their operand only if that element of the result is read.
 _VIEWS = {
     "convert_element_type",
     "copy",
@@ -114,16 +114,16 @@ _VIEWS = {
     "squeeze",
     "transpose",
 }
-_PARTS = {"dynamic_slice", "gather", "slice"}  # what takes some elements of its first argument
+_PARTS = {"dynamic_slice", "gather", "slice"}  # operations that read some elements of their first operand
 _CALLS = {"checkpoint", "closed_call", "custom_jvp_call", "custom_vjp_call", "jit", "pjit", "remat2", "scan"}
 
 
 def bytes_read(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Returns how many bytes of each argument one call reads at least, as trees like the arguments.
+    """Returns the fewest bytes that one call reads of each argument, as trees like the arguments.
 
-    An array counts once however often it is used, and only where results depend on it; of one that is only looked up
-    (an embedding's table) count the entries that are taken. What passes through unread, such as what decoding does not
-    need of an encoder, counts 0.
+    An array counts once however often it is used, and only if results depend on it; of one that is only looked up (an
+    embedding's table) only the entries taken count. Unused arguments, such as an encoder's parameters while decoding,
+    count 0.
 
     Args:
       function: a traceable function of arrays.
@@ -165,12 +165,12 @@ def _read_by(equation: Any, wanted: Sequence[float]) -> list[float]:
     if name not in _CALLS or inner is None or len(inner.invars) != len(operands):
         return whole
     found = _read(inner)
-    # A scan may take another part each time, or the same one again: whatever it is counts once (`add`).
+    # A scan may read another part each time or the same one again: `add` limits the sum to the array's size.
     return [amount * equation.params["length"] for amount in found] if name == "scan" else found
 
 
 def _size(variable: Any) -> float:
-    """Returns the bytes of an array; of a key, say, 0."""
+    """Returns the bytes of an array; 0 for other types, such as keys."""
     aval = variable.aval
     try:
         return float(math.prod(aval.shape) * np.dtype(aval.dtype).itemsize)

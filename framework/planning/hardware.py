@@ -1,4 +1,4 @@
-"""What accelerators can do at best: published peaks and memory, measured ones for the rest."""
+"""Peak performance and memory of devices: published figures of accelerators, measured ones for others."""
 
 import dataclasses
 import time
@@ -17,13 +17,13 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Published figures of what JAX calls one device.
+    """Published figures of one JAX device.
 
     Attributes:
       bfloat16: dense matmul peak in FLOP/s, inputs in bfloat16 (vendors' "with sparsity" figures are halved).
       float32: the same for float32 inputs at JAX's default precision: TPUs make one bfloat16 pass, NVIDIA
         GPUs use TensorFloat-32.
-      memory_bytes: device memory; a running program sees a little less.
+      memory_bytes: device memory; slightly less is available to a program.
       source: where the figures come from.
     """
 
@@ -66,10 +66,10 @@ CHIPS: dict[str, Chip] = {
 
 
 def chip_named(name: str) -> tuple[str, Chip]:
-    """Returns (kind, figures) of the accelerator that people call `name`: a device's kind, or a part of just one.
+    """Returns (kind, figures) of the accelerator `name`: a device kind, or a part of exactly one.
 
     Raises:
-      UserError: it is no part of a known one's, or of several.
+      UserError: it is part of no known device kind, or of several.
     """
     wanted = name.lower().strip()
     parts = [kind for kind in CHIPS if wanted and wanted in kind.lower()]
@@ -82,7 +82,7 @@ def chip_named(name: str) -> tuple[str, Chip]:
 
 
 def memory_of(device: jax.Device) -> int | None:
-    """Returns the bytes of a device's memory; None where nothing tells, as of a CPU."""
+    """Returns the bytes of a device's memory; None if unknown, as for a CPU."""
     if chip := CHIPS.get(device.device_kind):
         return chip.memory_bytes
     if device.platform == "cpu":
@@ -94,12 +94,12 @@ def peak_flops(devices: Sequence[jax.Device], dtype: Any) -> tuple[float, str]:
     """Returns (peak matmul FLOP/s of all `devices` together, where the figure comes from).
 
     Known accelerators are looked up; CPUs and unknown accelerators are measured, which takes about half a
-    second. CPU devices share their machine, so their peak is this machine's whatever their number; with
+    second. CPU devices share their machine, so their peak is this machine's for any number of devices; with
     processes on several CPU machines it is still that of this one.
 
     Args:
-      devices: what the computation runs on, of one kind; they may belong to other processes.
-      dtype: what matmuls compute in. Types narrower than bfloat16 are held against bfloat16's peak.
+      devices: those the computation runs on, of one kind; they may belong to other processes.
+      dtype: of matmuls. Types narrower than bfloat16 are compared with bfloat16's peak.
 
     Raises:
       ValueError: no device, or devices of several kinds.
@@ -112,7 +112,7 @@ def peak_flops(devices: Sequence[jax.Device], dtype: Any) -> tuple[float, str]:
     if chip := CHIPS.get(kind):
         return getattr(chip, name) * len(devices), f"{len(devices)} x {kind}, {name}: {chip.source}"
     if devices[0].platform == "cpu":
-        # XLA's bfloat16 is slower than float32 on some CPUs: the better one is what the machine can do.
+        # XLA's bfloat16 is slower than float32 on some CPUs: the faster one is the machine's peak.
         tried = ["float32"] if name == "float32" else ["float32", "bfloat16"]
         peak, best = max((measure_matmul_peak(dtype, 0.5 / len(tried)), dtype) for dtype in tried)
         return peak, f"measured: this machine's best {best} matmul"
@@ -123,12 +123,12 @@ def peak_flops(devices: Sequence[jax.Device], dtype: Any) -> tuple[float, str]:
 def measure_matmul_peak(dtype: Any = "float32", seconds: float = 0.5) -> float:
     """Returns the FLOP/s of the best of several square matmuls on this process's first device.
 
-    Sizes double from 512 to 2,048 (to 8,192 on accelerators) while the next should fit into `seconds`,
-    the wall-clock budget; what compilation takes beyond it comes on top.
+    Sizes double from 512 to 2,048 (8,192 on accelerators) while the next should fit into the wall-clock budget
+    `seconds`, without compilation.
     """
     device = jax.local_devices()[0]
     largest = 2048 if device.platform == "cpu" else 8192
-    # A mesh of this one device, since under the caller's mesh JAX refuses a computation on one device.
+    # A mesh of this one device: under the caller's mesh JAX refuses a computation on one device.
     with jax.set_mesh(Mesh([device], ("device",), axis_types=(AxisType.Auto,))):
         return _best_matmul(dtype, largest, seconds)
 
@@ -167,8 +167,8 @@ class StreamingRead:
     """An array on each device of a mesh, too large for its caches, that is read from end to end.
 
     Attributes:
-      bytes: what one pass reads, on all devices together.
-      ways: names of the programs that read it; which is the fastest depends on platform and compiler, and it counts.
+      bytes: read by one pass, on all devices together.
+      ways: names of the programs that read it; the fastest, which depends on platform and compiler, is the peak.
     """
 
     ways = ("sum", "product")
@@ -181,23 +181,23 @@ class StreamingRead:
             on_cpu = mesh.devices.flat[0].platform == "cpu"
             device_bytes = -(-4 * last_level_cache() // devices) if on_cpu else 2**30
         rows = max(1, device_bytes // (4 * _WIDTH))
-        where, whole = (NamedSharding(mesh, PartitionSpec(*cut)) for cut in ([mesh.axis_names], []))
+        sharded, replicated = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in ([mesh.axis_names], []))
         with jax.set_mesh(mesh):
-            self._array = jax.jit(lambda: jnp.ones((devices, rows, _WIDTH)), out_shardings=where)()
-            self._vector = jax.jit(lambda: jnp.ones(_WIDTH), out_shardings=whole)()
+            self._array = jax.jit(lambda: jnp.ones((devices, rows, _WIDTH)), out_shardings=sharded)()
+            self._vector = jax.jit(lambda: jnp.ones(_WIDTH), out_shardings=replicated)()
             programs = (lambda x, _: jnp.sum(x, axis=-1), lambda x, vector: x @ vector)
             self._read = {
-                way: jax.jit(program, out_shardings=where).lower(self._array, self._vector).compile()
+                way: jax.jit(program, out_shardings=sharded).lower(self._array, self._vector).compile()
                 for way, program in zip(self.ways, programs, strict=True)
             }
         self.bytes = self._array.nbytes
 
     def once(self, way: str) -> jax.Array:
-        """Reads everything once and returns the sum of each row, [devices, rows], not waited for."""
+        """Starts reading everything once; returns the sum of each row, [devices, rows], which may not be ready yet."""
         return self._read[way](self._array, self._vector)
 
 
 def last_level_cache() -> int:
-    """Returns the bytes of the processor's largest cache, 64 MiB where the system does not say (it is no Linux)."""
+    """Returns the bytes of the processor's largest cache, 64 MiB if the system does not tell (other than Linux)."""
     sizes = [path.read_text().strip() for path in _CACHES.glob("index*/size")]
     return max((_UNITS[size[-1]] * int(size[:-1]) for size in sizes if size[-1:] in _UNITS), default=_UNKNOWN_CACHE)

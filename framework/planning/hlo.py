@@ -1,4 +1,4 @@
-"""HLO text as data: computations, their instructions, and from which arguments of a program a value comes."""
+"""HLO text as data: computations, their instructions, and the program arguments that each value depends on."""
 
 import dataclasses
 import math
@@ -43,11 +43,11 @@ class Instruction:
 
     Attributes:
       name: without the leading %.
-      opcode: as `all-reduce`.
-      arrays: the arrays of the result, those of nested tuples one after the other.
-      operands: the names of the operands, or what stands in the parentheses of a constant or parameter.
+      opcode: such as `all-reduce`.
+      arrays: the arrays of the result, nested tuples flattened.
+      operands: the names of the operands, or the text in the parentheses of a constant or parameter.
       attributes: the text after the operands.
-      computation: the name of the computation it stands in.
+      computation: the name of its computation.
     """
 
     name: str
@@ -59,12 +59,12 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """The metadata's `op_name`: which operation of the program it comes from; "" where there is none."""
+        """The metadata's `op_name`: the operation of the program that it comes from; "" if there is none."""
         found = _OP_NAME.search(self.attributes)
         return re.sub(r"\\(.)", r"\1", found.group(1)) if found else ""
 
     def attribute(self, name: str) -> str:
-        """Returns the text after `name=` up to the next blank outside of brackets; "" where there is none."""
+        """Returns the text after `name=` up to the next comma outside of brackets; "" if there is none."""
         found = re.search(rf"(?:^|[\s,]){re.escape(name)}=", self.attributes)
         if not found:
             return ""
@@ -109,7 +109,7 @@ def parse(text: str) -> Module:
     """Reads HLO text, as `jax.stages.Compiled.as_text()` returns it.
 
     Raises:
-      UserError: there is no entry computation in it: it is no HLO text.
+      UserError: the text has no entry computation, so it is not HLO.
     """
     computations: dict[str, Computation] = {}
     entry, name, root = "", "", ""
@@ -127,7 +127,7 @@ def parse(text: str) -> Module:
                 instructions[instruction.name] = instruction
                 root = instruction.name if found.group(1) else root
     if not entry:
-        raise UserError("the compiled program's text has no ENTRY computation: it is no HLO, as XLA prints it")
+        raise UserError("the compiled program's text has no ENTRY computation: it is not HLO as XLA prints it")
     return Module(computations, entry)
 
 
@@ -150,7 +150,7 @@ def _instruction(name: str, rest: str, computation: str) -> Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """Returns where the parenthesis that opens at `start` closes; the end of the text if it does not."""
+    """Returns the index of the parenthesis that closes the one at `start`; the text's length if there is none."""
     depth = 0
     for found in re.compile(r"[()]").finditer(text, start):
         depth += 1 if found.group() == "(" else -1
@@ -168,24 +168,24 @@ def _bits(dtype: str) -> int:
 
 
 Sources = frozenset[str]
-Value = Sources | tuple["Value", ...]  # a tuple where the HLO value is one
+Value = Sources | tuple["Value", ...]  # a tuple if the HLO value is a tuple
 _NOTHING: Sources = frozenset()
 
 
 def sources_of_operands(module: Module) -> dict[tuple[str, str], Sources]:
     """Returns (computation, instruction) -> the entry arguments that its operands depend on.
 
-    An argument is named by what stands before the first bracket of its label in the program: `state.params` for
-    `state.params['decoder']['scale']`. A value that depends on `state.params` alone is a weight, moved or cast;
-    one that depends on constants alone depends on nothing. Fusions and kernels are taken as one operation.
+    An argument is named by the part of its label before the first bracket: `state.params` for
+    `state.params['decoder']['scale']`. A value that depends on `state.params` alone is a weight, moved or cast; one
+    that depends only on constants has no sources. Fusions and kernels count as one operation.
     """
-    walk = _Walk(module)
+    tracer = _SourceTracer(module)
     entry = module.computations[module.entry]
-    walk.run(entry, [frozenset({_label(each)}) for each in _parameters(entry)])
-    return walk.found
+    tracer.run(entry, [frozenset({_label(each)}) for each in _parameters(entry)])
+    return tracer.found
 
 
-class _Walk:
+class _SourceTracer:
     def __init__(self, module: Module):
         self._module = module
         self.found: dict[tuple[str, str], Sources] = {}

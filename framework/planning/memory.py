@@ -1,8 +1,8 @@
-"""What a training step needs of a device's memory: counted from its trace under the layout, without compiling it.
+"""The device memory that a training step needs: estimated from its trace under the layout, without compiling it.
 
-Arrays come and go in the order in which the step was traced, each cut as the mesh cuts it. As in what a compiler makes,
-results of operations on single numbers are made where they are read (fused), or take the place of an operand that
-nothing reads again. What a compiler schedules otherwise, pads or keeps for communication is not seen.
+Arrays are allocated and freed in the order in which the step was traced, each sharded as the layout shards it. As in a
+compiled program, results of elementwise operations are computed where they are read (fused), or reuse the buffer of an
+operand that is not read again. Other scheduling, padding and communication buffers of a compiler are not modelled.
 """
 
 import dataclasses
@@ -34,11 +34,11 @@ _FUSED = ELEMENTWISE | _ALIASES | {"broadcast_in_dim", "iota", "random_bits", "t
 _IN_PLACE = _FUSED | {"dynamic_update_slice", "scatter", "scatter-add", "scatter_add", "scan", "while"}
 _PINNING = (_IN_PLACE | {"transpose", "pad"}) - {"broadcast_in_dim", "iota", "while"}
 _FOREVER = 2**60
-TOLERANCE = 2  # XLA's buffers were seen to take between half and twice of what is counted
+TOLERANCE = 2  # XLA's buffers were observed to take between half and twice the estimate
 
 
 class Program(Protocol):
-    """What is asked of a `training.program.TrainProgram`."""
+    """The attributes of a `training.program.TrainProgram` that are used here."""
 
     @property
     def state_shapes(self) -> Any: ...
@@ -57,13 +57,13 @@ class Program(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one device at the height of a step.
+    """Bytes on one device at the peak of a step.
 
     Attributes:
-      parameters, optimizer, batch: what a step is given.
+      parameters, optimizer, batch: the arguments of a step.
       gradients: of all parameters, as the optimizer gets them.
-      activations: what else is there when most is: what the backward pass reads again, sums of microbatches, and what
-        is under way.
+      activations: everything else at the peak: activations saved for the backward pass, sums of microbatches, and
+        temporary arrays.
     """
 
     parameters: int
@@ -78,17 +78,17 @@ class Memory:
         return sum(dataclasses.astuple(self))
 
     def fits(self, name: str, capacity: int) -> str:
-        """Says whether a device `name` of `capacity` bytes has room for it."""
+        """Returns a sentence on whether it fits into a device `name` of `capacity` bytes."""
         share = f"{format_bytes(self.total)}, {100 * self.total / capacity:.0f} % of {name}'s {format_bytes(capacity)}"
         if self.total > capacity:
             return f"does not fit: {share}"
         if self.total + (TOLERANCE - 1) * self.activations > capacity:
-            return f"may or may not fit: {share}, and what is compiled may need {TOLERANCE} times the activations"
+            return f"may or may not fit: {share}, and the compiled step may need {TOLERANCE} times the activations"
         return f"fits: {share}"
 
 
 def step_memory(program: Program) -> Memory:
-    """Counts a program's step, with its remat policy and microbatches.
+    """Estimates the memory of a program's step, with its remat policy and microbatches.
 
     Raises:
       UserError: the model does not fit the layout.
@@ -101,9 +101,9 @@ def step_memory(program: Program) -> Memory:
     # Results are the gradients, as many and in the order of the parameters, then metrics.
     used = [number < len(params) for number in range(len(closed.jaxpr.outvars))]
     live, _ = partial_eval.dce_jaxpr(closed.jaxpr, used, instantiate=True)
-    walk = _Walk(mesh)
-    function = walk.propagation.function(live)
-    peak = walk.peak(function, [*cuts, *batch, ()], cuts)
+    liveness = _Liveness(mesh)
+    function = liveness.propagation.function(live)
+    peak = liveness.peak(function, [*cuts, *batch, ()], cuts)
     gradients = sum(local_bytes(array, each, mesh) for array, each in zip(function.gives, cuts, strict=True))
     return Memory(
         _bytes_of(shapes.params, shardings.params),
@@ -124,8 +124,8 @@ def _bytes_of(shapes: Any, shardings: Any) -> int:
     return sum(math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, sharding in pairs)
 
 
-class _Walk:
-    """Follows a function's arrays.
+class _Liveness:
+    """Computes the peak memory of functions from the lifetimes of their arrays.
 
     Args:
       mesh: sizes of the mesh's axes.
@@ -142,18 +142,18 @@ class _Walk:
         wanted: Sequence[Cuts | None],
         slices: Sequence[Array] = (),
     ) -> int:
-        """Returns the most bytes there are at a time, arguments apart.
+        """Returns the most bytes allocated at a time, without arguments.
 
         Args:
-          function: what runs.
-          given: the cuts of its arguments.
-          wanted: those of its results, None for as they come.
-          slices: arguments that are parts of arrays outside, and arrays once they are read.
+          function: the function.
+          given: the mesh axes that shard each of its arguments.
+          wanted: those of its results, None for as they are computed.
+          slices: arguments that are slices of arrays outside, and take memory only once they are read.
         """
         cuts = self.propagation.cuts(function, given)
         cuts |= {array: each for array, each in zip(function.takes, given, strict=True)}
         pins = self._pins(function, cuts, wanted)
-        lives = _Lives(function, slices, lambda array: self._bytes(array, cuts, pins))
+        lives = _Lifetimes(function, slices, lambda array: self._bytes(array, cuts, pins))
         live = peak = 0
         for number, operation in enumerate(function.operations):
             made = [array for array in (*operation.makes, *lives.sliced.get(number, ())) if array in lives.held]
@@ -171,11 +171,11 @@ class _Walk:
         return local_bytes(array, pins.get(array, cuts.get(array, uncut(array))), self._mesh)
 
     def _under_way(self, operation: Operation, cuts: Mapping[Array, Cuts], pins: Mapping[Array, Cuts]) -> int:
-        """Returns the bytes that are there only while an operation runs."""
+        """Returns the bytes that are allocated only while an operation runs."""
         operands = [cuts.get(array, uncut(array)) for array in operation.reads]
         name, params = operation.name, operation.params
         if name == "dot_general":
-            # Before its parts are summed over the mesh, a product that is cut more in the end is there in one piece.
+            # A product whose result is reduce-scattered is first allocated as partial sums, sharded less.
             made = operation.makes[0]
             more = local_bytes(made, cuts[made], self._mesh) if pins.get(made, cuts[made]) != cuts[made] else 0
             for number, axes in made_whole(operation, operands, cuts[operation.makes[0]]):
@@ -192,9 +192,8 @@ class _Walk:
                 each or own for each, own in zip(wanted, given[fixed : fixed + carried], strict=False)
             ]
             inside = self.peak(body, given, wanted, body.takes[fixed + carried :])
-            once = (
-                operation.makes[carried:] if params["length"] == 1 else ()
-            )  # no loop then: its results are the body's
+            # A scan of length 1 is not a loop: its results are the body's.
+            once = operation.makes[carried:] if params["length"] == 1 else ()
             return max(0, inside - sum(self._bytes(array, cuts, pins) for array in once))
         if name == "while":
             given = operands[params["cond_nconsts"] :]
@@ -207,11 +206,12 @@ class _Walk:
             return max(self.peak(each, operands[1:], [None] * len(each.gives)) for each in branches)
         if name == "shard_map":
             body = self.propagation.function(params["jaxpr"])
-            return _Walk({}).peak(body, [uncut(array) for array in body.takes], [None] * len(body.gives))
+            return _Liveness({}).peak(body, [uncut(array) for array in body.takes], [None] * len(body.gives))
         return 0
 
     def _pins(self, function: Function, cuts: Mapping[Array, Cuts], wanted: Sequence[Cuts | None]) -> dict[Array, Cuts]:
-        """Returns the cuts of values that results, and the state of loops, ask to be cut finer than they come."""
+        """Returns the mesh axes of values that results or the state of loops require to be sharded further than they
+        are computed."""
         pins: dict[Array, Cuts] = {}
 
         def pin(array: Array, asked: Cuts | None) -> None:
@@ -231,7 +231,7 @@ class _Walk:
             if operation.name not in _PINNING:
                 continue
             made = operation.makes[0]
-            asked = pins.get(made, cuts[made])  # operands of one shape go by the one that is cut finest
+            asked = pins.get(made, cuts[made])  # operands of one shape are sharded as the one that is sharded most
             if operation.name == "transpose":
                 inverse = sorted(range(len(asked)), key=operation.params["permutation"].__getitem__)
                 pin(operation.reads[0], tuple(asked[dim] for dim in inverse))
@@ -244,12 +244,12 @@ class _Walk:
         return pins
 
 
-class _Lives:
+class _Lifetimes:
     """Which of a function's values are arrays in memory, and until when.
 
     Attributes:
-      held: those that are; the others are made where they are read.
-      ending: number of an operation -> the arrays that none after it reads.
+      held: values in memory; the others are computed where they are read.
+      ending: number of an operation -> the arrays that no later one reads.
       sliced: number of an operation -> the slices that it is the first to read.
     """
 
@@ -265,7 +265,7 @@ class _Lives:
                     redone = len(roots) <= 1 and sum(map(size, roots)) <= size(array)
                     if operation.name in _ALIASES or redone or len(readers.get(array, [])) <= 1:
                         behind[array] = roots
-                    else:  # read several times: not made again each time
+                    else:  # read several times: not recomputed each time
                         self.held.add(array)
         last: dict[Array, int] = {}
         self.sliced: dict[int, list[Array]] = {}
@@ -287,12 +287,12 @@ class _Lives:
             self.ending.setdefault(number, []).append(array)
 
     def _roots(self, array: Array, behind: Mapping[Array, frozenset[Array]]) -> frozenset[Array]:
-        """Returns the arrays in memory that a value is made of."""
+        """Returns the arrays in memory that a value is computed from."""
         return frozenset([array]) if array in self.held else behind.get(array, frozenset())
 
 
 def _readers(function: Function) -> dict[Array, list[Operation | None]]:
-    """Returns who reads each value, through aliases; None is the function's result."""
+    """Returns the operations that read each value, through aliases; None stands for the function's result."""
     readers: dict[Array, list[Operation | None]] = {}
     for array in function.gives:
         readers.setdefault(array, []).append(None)
@@ -305,17 +305,18 @@ def _readers(function: Function) -> dict[Array, list[Operation | None]]:
 
 
 def _is_held(array: Array, maker: Operation | None, readers: Iterable[Operation | None]) -> bool:
-    """Says whether a value must be an array: made or read by an operation that works on arrays, or a result."""
+    """Whether a value must be in memory: the result or operand of an operation that cannot be fused, or a result of
+    the function."""
     if maker is not None and maker.name in _ALIASES:
         return False
     if maker is not None and maker.name not in _FUSED:
         return True
-    filled = maker is not None and not any(each.shape for each in maker.reads)  # one number, again and again
-    return any(not _takes_in(each, array, filled) for each in readers)
+    filled = maker is not None and not any(each.shape for each in maker.reads)  # with one number
+    return any(not _can_fuse(each, array, filled) for each in readers)
 
 
-def _takes_in(reader: Operation | None, array: Array, filled: bool) -> bool:
-    """Says whether who reads a value can make it on the way."""
+def _can_fuse(reader: Operation | None, array: Array, filled: bool) -> bool:
+    """Whether an operation that reads a value can compute it on the fly."""
     if reader is None:
         return False
     if reader.name == "scan" and filled:  # within the loop, unless it is its state
@@ -324,7 +325,7 @@ def _takes_in(reader: Operation | None, array: Array, filled: bool) -> bool:
 
 
 def _reused(sizes: Sequence[int], ends: Sequence[int]) -> int:
-    """Returns the bytes of results that take the place of operands which are not read again."""
+    """Returns the bytes of results that reuse the buffers of operands which are not read again."""
     free, total = sorted(ends), 0
     for size in sorted(sizes, reverse=True):
         if size in free:

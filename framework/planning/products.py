@@ -1,7 +1,7 @@
-"""What a traced loss does with its parameters: products, lookups, and what each reads. Nothing is compiled.
+"""How a traced loss uses its parameters: products, lookups, and the inputs of each. Nothing is compiled.
 
-Which sums over a mesh the layout calls for follows from these: a product whose weight is cut along a contracted axis
-leaves partial sums, one cut along an output axis leaves partial sums of its input's gradient.
+The sums over a mesh that a layout requires follow from these: a product whose weight is sharded along a contracted axis
+yields partial sums, one sharded along an output axis yields partial sums of its input's gradient.
 """
 
 import dataclasses
@@ -12,18 +12,18 @@ from typing import Any
 import jax
 
 from meshway.framework.axes import sharded_by
-from meshway.framework.planning.collectives import Kernel, kernel_of
+from meshway.framework.planning.collectives import ShardMapKernel, kernel_of
 
-Cuts = tuple[tuple[str, ...], ...]  # the mesh axes that cut each dimension
+Cuts = tuple[tuple[str, ...], ...]  # the mesh axes that shard each dimension
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Value:
-    """An array that no parameter alone determines; compared by identity.
+    """An array that is not just a parameter; compared by identity.
 
     Attributes:
-      times: how often loops make a new one in a step.
-      trained: whether a parameter had a part in it, so that the loss has a gradient for it.
+      times: how often loops compute a new one in a step.
+      trained: whether it depends on a parameter, so that the loss has a gradient for it.
     """
 
     shape: tuple[int, ...]
@@ -39,12 +39,12 @@ class Value:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Weight:
-    """A parameter, or a part of one: moved, cast or sliced, and nothing else.
+    """A parameter, or a part of one, only moved, cast or sliced.
 
     Attributes:
       path: its name.
-      names: the logical axis of each dimension; None where reshaping blurred it.
-      cuts: the mesh axes that cut each dimension as it is stored.
+      names: the logical axis of each dimension; None where a reshape joined or split axes.
+      cuts: the mesh axes that shard each dimension as it is stored.
     """
 
     path: str
@@ -54,7 +54,7 @@ class Weight:
     cuts: Cuts
 
     def keep(self, dims: Sequence[int], shape: Sequence[int], dtype: Any) -> "Weight":
-        """Returns what is left of it with the dimensions `dims`, in that order."""
+        """Returns the weight with only the dimensions `dims`, in that order."""
         names, cuts = tuple(self.names[dim] for dim in dims), tuple(self.cuts[dim] for dim in dims)
         return Weight(self.path, tuple(shape), dtype, names, cuts)
 
@@ -65,8 +65,8 @@ class Product:
 
     Attributes:
       weight, value, output: the factors and the result.
-      contracted, batched, kept: the weight's dimensions that are summed over, shared with the value, and new.
-      times: how often it is taken in a step, loops included.
+      contracted, batched, kept: the weight's contracted, batch, and remaining dimensions.
+      times: how often it is computed in a step, loops included.
     """
 
     weight: Weight
@@ -80,7 +80,7 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class Lookup:
-    """Rows taken from a weight: `indexed` are its dimensions that indices choose from."""
+    """Rows taken from a weight; indices select along its dimensions `indexed`."""
 
     weight: Weight
     output: Value
@@ -90,39 +90,39 @@ class Lookup:
 
 @dataclasses.dataclass
 class Uses:
-    """Everything found in a trace.
+    """How a trace uses its parameters.
 
     Attributes:
-      kernels: what runs under `shard_map`.
-      carried: (mesh axes of the first dimension, bytes on a device, times) of what loops carry while the mesh cuts
-        its first dimension: stages of a pipeline hand it on.
-      laid_out: (shape, spec) -> bytes of an element times how often an array is laid out so.
-      dtypes: parameter -> the type it is used in, the narrowest where there are several.
+      kernels: the bodies of `shard_map`s.
+      carried: (mesh axes of the first dimension, bytes on a device, times) of arrays that loops carry with a sharded
+        first dimension: those that stages of a pipeline send on.
+      laid_out: (shape, spec) -> bytes of an element times how often an array is constrained so.
+      dtypes: parameter -> the type it is used in, the narrowest if there are several.
     """
 
     products: list[Product] = dataclasses.field(default_factory=list)
     lookups: list[Lookup] = dataclasses.field(default_factory=list)
-    kernels: list[Kernel] = dataclasses.field(default_factory=list)
+    kernels: list[ShardMapKernel] = dataclasses.field(default_factory=list)
     carried: list[tuple[tuple[str, ...], float, int]] = dataclasses.field(default_factory=list)
     laid_out: dict[tuple[tuple[int, ...], Any], int] = dataclasses.field(default_factory=dict)
     dtypes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def find_uses(closed: Any, weights: Sequence[Weight]) -> Uses:
-    """Reads a loss.
+    """Finds the uses of parameters in a loss.
 
     Args:
       closed: the closed jaxpr of a function whose first arguments, flattened, are the parameters.
       weights: those parameters, in order.
 
     Returns:
-      the products and lookups of the loss itself; what its gradient does follows from them. Kernels under
-      `shard_map` are entered only for the collectives that they write.
+      the products and lookups of the loss itself; those of its gradient follow from them. Of `shard_map` bodies only
+      the collectives are read.
     """
-    walk = _Walk()
+    finder = _UseFinder()
     rest = [Value(var.aval.shape, var.aval.dtype, 1) for var in closed.jaxpr.invars[len(weights) :]]
-    walk.run(closed.jaxpr, [*weights, *rest], 1)
-    return walk.uses
+    finder.run(closed.jaxpr, [*weights, *rest], 1)
+    return finder.uses
 
 
 _SAME_DIMS = (
@@ -136,12 +136,12 @@ _SAME_DIMS = (
 _INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
-class _Walk:
+class _UseFinder:
     def __init__(self) -> None:
         self.uses = Uses()
 
     def run(self, jaxpr: Any, inputs: Sequence[Value | Weight], times: int) -> list[Value | Weight]:
-        """Returns what the outputs are."""
+        """Adds the uses in a jaxpr that runs `times` times; returns its outputs."""
         known: dict[Any, Value | Weight] = dict(zip(jaxpr.invars, inputs, strict=True))
         for var in jaxpr.constvars:
             known[var] = Value(var.aval.shape, var.aval.dtype, times)
@@ -174,7 +174,7 @@ class _Walk:
             if name == "sharding_constraint":
                 layout = (operands[0].shape, equation.params["sharding"].spec)
                 self.uses.laid_out[layout] = self.uses.laid_out.get(layout, 0) + times * operands[0].dtype.itemsize
-            return [operands[0]]  # the same array, laid out: products that read it share its gradient
+            return [operands[0]]  # the same array, resharded: products that read it share its gradient
         moved = self._moved(name, equation, operands)
         if moved is not None:
             return [moved]
@@ -186,7 +186,7 @@ class _Walk:
 
     def _scan(self, equation: Any, operands: list[Any], times: int) -> list[Value | Weight]:
         body, repeated = _body(equation.params["jaxpr"]), times * equation.params["length"]
-        # Told apart by their ranks: what is scanned over, in and out, has one dimension more outside.
+        # Distinguished by rank: arrays that are scanned over have one more dimension outside.
         carried = _same_rank(equation.outvars, body.outvars)
         fixed = _same_rank(equation.invars, body.invars) - carried
         inputs: list[Value | Weight] = list(operands[:fixed])
@@ -209,7 +209,7 @@ class _Walk:
         return list(_values(equation.outvars, times, operands))
 
     def _moved(self, name: str, equation: Any, operands: list[Any]) -> Weight | None:
-        """Returns the weight that comes out where a weight is only moved; None for everything else."""
+        """Returns the resulting weight if an equation only moves a weight; else None."""
         weight = operands[0] if operands and isinstance(operands[0], Weight) else None
         if weight is None:
             return None
@@ -249,7 +249,7 @@ class _Walk:
 
 
 def _body(jaxpr: Any) -> Any:
-    """Returns a jaxpr without its constants; jax says now the one, now the other."""
+    """Returns the jaxpr of a closed one; parameters of equations may be closed or not."""
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
@@ -278,7 +278,7 @@ def _values(variables: Sequence[Any], times: int, causes: Sequence[Value | Weigh
 
 
 def _reshaped(weight: Weight, out: Any) -> Weight | None:
-    """Follows a reshape that adds or drops dimensions of size 1, or cuts or joins leading dimensions."""
+    """Returns the weight after a reshape that adds or drops dimensions of size 1, or splits or joins leading ones."""
     old, new = list(weight.shape), list(out.shape)
     tail = 0
     while tail < min(len(old), len(new)) and old[-1 - tail] == new[-1 - tail]:
@@ -291,7 +291,7 @@ def _reshaped(weight: Weight, out: Any) -> Weight | None:
     if axes and not lead:
         return None
     if lead:
-        # A cut of the joined dimension falls on the first of the parts it is split into.
+        # The mesh axes of a joined dimension shard the first of those that it is split into.
         names[0], cuts[0] = (weight.names[head[0]] if head else None), axes
     keep = range(len(old) - tail, len(old))
     return Weight(

@@ -1,4 +1,5 @@
-"""The setting of a layout's closed forms, from a program: its mesh, its parameters and what its loss does."""
+"""Makes the `Setting` of a layout's closed forms from a program: its mesh, its parameters and how its loss uses
+them."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -18,7 +19,7 @@ _INSIDE_LAYERS = ("heads", "kv_heads", "mlp")
 
 
 class Program(Protocol):
-    """What is asked of a `training.program.TrainProgram`."""
+    """The attributes of a `training.program.TrainProgram` that are used here."""
 
     model: Model
     partitioner: Partitioner
@@ -38,7 +39,7 @@ class Program(Protocol):
 
 
 def setting_of(program: Program) -> Setting:
-    """Returns the setting of a program; it traces the loss, and compiles nothing.
+    """Returns the setting of a program; traces its loss and compiles nothing.
 
     Raises:
       UserError: the model does not fit the layout.
@@ -53,7 +54,7 @@ def setting_of(program: Program) -> Setting:
         for (path, leaf), name, sharding in zip(paths, names, jax.tree.leaves(shardings), strict=True)
     ]
     with partitioner.activate() as asked:
-        # With a key, as a training step has it: without one, experts have the room of evaluation.
+        # With a key, as in a training step: without one, experts have the capacity of evaluation.
         closed = jax.make_jaxpr(lambda params, batch, key: program.model.loss(params, batch, key)[0])(
             program.param_shapes, program.abstract_batch, jax.random.key(0)
         )
@@ -96,7 +97,7 @@ def cutting(asked: Activations, names: Collection[str], beside: str = "") -> fro
 
 
 def _gathered_keys(asked: Activations, uses: Uses) -> list[tuple[tuple[str, ...], float]]:
-    """Returns (axes, bytes on a device) of keys and values laid out whole along axes that cut the length of queries."""
+    """Returns (axes, bytes on a device) of keys and values replicated over axes that shard the length of queries."""
     axes = cutting(asked, ("length",), beside="heads") - cutting(asked, ("kv_length",))
     order = tuple(axis for axis in asked.mesh.shape if axis in axes)
     shapes = {(shape, spec) for names, shape, spec in asked.constrained if "kv_length" in names and len(shape) == 4}
@@ -118,7 +119,7 @@ def _expert_axes(weights: list[Weight], mesh: Mapping[str, int]) -> frozenset[st
 
 
 def _optimizer_axes(program: Program, weights: list[Weight]) -> dict[str, frozenset[str]]:
-    """Returns parameter -> the axes that cut its state: that of leaves of its shape whose path ends as its own."""
+    """Returns parameter -> the axes that shard its optimizer state: leaves of its shape whose path ends in its own."""
     shapes = jax.tree_util.tree_flatten_with_path(program.state_shapes.opt_state)[0]
     shardings = jax.tree.leaves(program.state_shardings.opt_state)
     found: dict[str, frozenset[str]] = {}

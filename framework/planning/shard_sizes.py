@@ -1,4 +1,4 @@
-"""How large each device's part of a program's values is, operation by operation, from its jaxpr."""
+"""The size of each device's shard of a program's values, propagated operation by operation through its jaxpr."""
 
 import dataclasses
 import math
@@ -47,7 +47,7 @@ class Function:
     """Operations in the order in which they were traced.
 
     Attributes:
-      takes, gives: arguments and results.
+      takes, gives: its arguments and results.
     """
 
     takes: tuple[Array, ...]
@@ -100,7 +100,7 @@ def _of(atom: Any, known: dict[Any, Array]) -> Array:
     return known[atom]
 
 
-Cuts = tuple[tuple[str, ...], ...]  # for each dimension the mesh axes that cut it
+Cuts = tuple[tuple[str, ...], ...]  # the mesh axes that shard each dimension
 
 _NAMES = """
     abs add add_any and atan2 cbrt ceil clamp convert_element_type copy cos cosh div eq erf erf_inv erfc exp exp2 expm1
@@ -114,7 +114,7 @@ _SAME = ELEMENTWISE | {"cumsum", "cummax", "cummin", "cumprod", "cumlogsumexp", 
 
 
 def uncut(array: Array) -> Cuts:
-    """Returns the cuts of what every device holds whole."""
+    """Returns the `Cuts` of a replicated value."""
     return ((),) * len(array.shape)
 
 
@@ -125,10 +125,10 @@ def local_bytes(array: Array, cuts: Cuts, mesh: Mapping[str, int]) -> int:
 
 
 class Propagation:
-    """Finds the cuts of a function's values from those of its arguments.
+    """Propagates shardings from a function's arguments to all its values.
 
     Args:
-      mesh: sizes of the mesh's axes; those of size 1 cut nothing.
+      mesh: sizes of the mesh's axes; those of size 1 shard nothing.
     """
 
     def __init__(self, mesh: Mapping[str, int]) -> None:
@@ -137,13 +137,13 @@ class Propagation:
         self._found: dict[tuple[int, tuple[Cuts, ...]], list[Cuts]] = {}
 
     def function(self, jaxpr: Any) -> Function:
-        """Returns the operations of a jaxpr inside another, read once."""
+        """Returns the operations of a jaxpr inside another; each is read only once."""
         if id(jaxpr) not in self._functions:
-            self._functions[id(jaxpr)] = (jaxpr, read_function(jaxpr))  # the jaxpr is kept, so that its id is
+            self._functions[id(jaxpr)] = (jaxpr, read_function(jaxpr))  # keeping the jaxpr keeps its id
         return self._functions[id(jaxpr)][1]
 
     def cuts(self, function: Function, given: Sequence[Cuts]) -> dict[Array, Cuts]:
-        """Returns the cuts of every value."""
+        """Returns the mesh axes that shard each value."""
         found: dict[Array, Cuts] = dict(zip(function.takes, given, strict=True))
         for operation in function.operations:
             operands = [found.get(array, uncut(array)) for array in operation.reads]
@@ -151,7 +151,7 @@ class Propagation:
         return found
 
     def of(self, operation: Operation, operands: Sequence[Cuts]) -> list[Cuts]:
-        """Returns the cuts of an operation's results."""
+        """Returns the mesh axes that shard an operation's results."""
         name = operation.name
         if name == "scan":
             return self._scan(operation, operands)
@@ -168,7 +168,7 @@ class Propagation:
         return [self._one(operation, operands, made) for made in operation.makes]
 
     def body_inputs(self, operation: Operation, operands: Sequence[Cuts]) -> list[Cuts]:
-        """Returns the cuts of what one turn of a scan is given."""
+        """Returns the mesh axes that shard the arguments of a scan's body."""
         fixed, carried = operation.params["num_consts"], operation.params["num_carry"]
         slices = [cuts[1:] for cuts in operands[fixed + carried :]]
         body = self.function(operation.params["jaxpr"])
@@ -177,7 +177,7 @@ class Propagation:
     def loop(
         self, body: Function, given: Sequence[Cuts], fixed: int, carried: int | None = None
     ) -> tuple[list[Cuts], list[Cuts]]:
-        """Returns the cuts of what a loop's body takes and gives once its state has settled."""
+        """Returns the mesh axes that shard a loop body's arguments and results, once those of its state agree."""
         given = list(given)
         count = len(body.gives) if carried is None else carried
         for _ in range(3):
@@ -210,9 +210,9 @@ class Propagation:
             asked = [own if each is PartitionSpec.UNCONSTRAINED else each for each, own in zip(spec, operands[0])]
             return self._real(sharded_by(asked, rank))
         if name == "broadcast_in_dim":
-            places = dict(zip(params["broadcast_dimensions"], zip(operation.reads[0].shape, operands[0])))
+            sources = dict(zip(params["broadcast_dimensions"], zip(operation.reads[0].shape, operands[0])))
             return tuple(
-                places[dim][1] if dim in places and places[dim][0] == size else ()
+                sources[dim][1] if dim in sources and sources[dim][0] == size else ()
                 for dim, size in enumerate(made.shape)
             )
         if name == "transpose":
@@ -226,7 +226,7 @@ class Propagation:
         if name == "gather":
             return self._gathered(operation, operands, made)
         alike = [cuts for array, cuts in zip(operation.reads, operands) if len(array.shape) == rank]
-        if name not in _SAME:  # slices, pads, joins: a dimension keeps its cut where it keeps its size
+        if name not in _SAME:  # slices, pads, concatenations: a dimension stays sharded if it keeps its size
             shapes = [array.shape for array in operation.reads if len(array.shape) == rank]
             alike = [
                 tuple(axes if size == new else () for axes, size, new in zip(cuts, shape, made.shape))
@@ -238,7 +238,8 @@ class Propagation:
         return tuple(tuple(axis for axis in axes if self.mesh.get(axis, 1) > 1) for axes in cuts)
 
     def reshaped(self, old: Sequence[int], cuts: Cuts, new: Sequence[int]) -> Cuts:
-        """Follows a reshape: of dimensions that are joined or split, the cut of the first goes to the first."""
+        """Returns the mesh axes after a reshape: of joined or split dimensions, those of the first pass to the
+        first."""
         result: list[tuple[str, ...]] = [()] * len(new)
         if 0 in old:
             return tuple(result)
@@ -273,19 +274,20 @@ class Propagation:
         kept = [dim for dim in range(len(operands[0])) if dim not in gone]
         sizes, table = operation.params["slice_sizes"], operation.reads[0].shape
         offsets = dict(zip(numbers.offset_dims, kept))
-        places = iter(operands[1][:-1])
+        of_indices = iter(operands[1][:-1])
         entries = []
         for dim in range(len(made.shape)):
             if dim in offsets:
                 of = offsets[dim]
                 entries.append(operands[0][of] if sizes[of] == table[of] else ())
             else:
-                entries.append(next(places, ()))
+                entries.append(next(of_indices, ()))
         return _without_repeats(entries)
 
 
 def made_whole(operation: Operation, operands: Sequence[Cuts], made: Cuts) -> list[tuple[int, tuple[str, ...]]]:
-    """Returns (operand, mesh axes) of what a product needs whole along axes that cut it, which cut its result too."""
+    """Returns (operand, mesh axes) of operands that a product gathers: contracted dimensions sharded over mesh axes
+    that shard its result too."""
     (left_c, right_c), _ = operation.params["dimension_numbers"]
     used = {axis for axes in made for axis in axes}
     found = []
@@ -303,13 +305,13 @@ def made_whole(operation: Operation, operands: Sequence[Cuts], made: Cuts) -> li
 
 
 def _merged(shape: Sequence[int], several: Iterable[Cuts]) -> Cuts:
-    """Returns the cuts of what is made of several values of one shape: of each dimension the finest."""
+    """Returns the mesh axes of a result of several values of one shape: for each dimension, the most."""
     several = [cuts for cuts in several if len(cuts) == len(shape)]
     return _without_repeats([max((cuts[dim] for cuts in several), key=len, default=()) for dim in range(len(shape))])
 
 
 def _without_repeats(entries: Iterable[tuple[str, ...]]) -> Cuts:
-    """Leaves out mesh axes that an earlier dimension has."""
+    """Removes mesh axes that an earlier dimension has."""
     used: set[str] = set()
     result = []
     for axes in entries:

@@ -1,4 +1,4 @@
-"""What a layout wastes without an error: state held many times, activations cut by nothing, needless resharding."""
+"""Warnings about a layout: replicated state, replicated activations, needless resharding."""
 
 import dataclasses
 import math
@@ -29,12 +29,12 @@ class Waste:
 
 
 def state_waste(rows: Iterable[Row], mesh: Mapping[str, int], limit: float) -> list[Waste]:
-    """Returns a warning for each mesh axis along which too much of the state is the same and could be cut.
+    """Returns a warning for each mesh axis along which too much of the state is replicated and could be sharded.
 
-    An axis could cut a tensor if it cuts no dimension of it yet and divides what is left of one.
+    An axis could shard a tensor if it shards no dimension of it yet and divides one.
 
     Args:
-      rows: the tensors of the state (`explain`); those of the batch are left out.
+      rows: the tensors of the state (`explain`); those of the batch are ignored.
       mesh: sizes of the mesh's axes.
       limit: the share of a device's bytes above which to warn, between 0 and 1.
     """
@@ -61,7 +61,7 @@ def state_waste(rows: Iterable[Row], mesh: Mapping[str, int], limit: float) -> l
 
 
 def activation_waste(asked: Activations, limit: float) -> list[Waste]:
-    """Returns a warning for each mesh axis along which too much of the activations is the same.
+    """Returns a warning for each mesh axis along which too many of the activations are replicated.
 
     What counts are the activations that the model constrained, as a trace of its loss recorded them, each as often as
     it was traced (a scanned layer once), in elements on a device.
@@ -99,17 +99,17 @@ def activation_waste(asked: Activations, limit: float) -> list[Waste]:
 
 
 def resharding_waste(setting: Setting, rows: Sequence[Collective], limit: float) -> list[Waste]:
-    """Returns warnings about collectives of a compiled step that the layout does not call for.
+    """Returns warnings about collectives of a compiled step that the layout does not require.
 
-    These are: activations exchanged, permuted or gathered by the compiler although no kernel wrote that and no rule
-    lays them out so, and weights gathered along axes that cut no tokens. The compiler's own message about that,
-    "involuntary full rematerialization", is not read: it is printed for one of its ways to reshard only, and not at
-    all when the compilation cache has the program. What it warns of is an all-gather in the program and found here.
+    These are: activations exchanged, permuted or gathered by the compiler although no kernel does so and no rule
+    requires it, and weights gathered along axes that shard no tokens. The compiler's own message about that,
+    "involuntary full rematerialization", is not read: it is printed for only one way to reshard, and not at all if the
+    program is in the compilation cache. The all-gather that it warns of is in the program and found here.
 
     Args:
       setting: of the program (`setting.setting_of`).
       rows: its collectives.
-      limit: the share of all bytes sent above which to warn, taken for each kind on each set of axes.
+      limit: the share of all bytes sent above which to warn, for each kind and set of axes.
     """
     total = sum(row.sent for row in rows)
     groups: dict[tuple[str, tuple[str, ...], str], list[Collective]] = {}
@@ -122,7 +122,7 @@ def resharding_waste(setting: Setting, rows: Sequence[Collective], limit: float)
         stray = role == WEIGHTS and not set(row.axes) & setting.tokens
         if unasked or stray:
             groups.setdefault((role, row.axes, row.kind), []).append(row)
-    exchanged: dict[tuple[tuple[str, ...], str], float] = {}  # lookups for which that is the cheapest way
+    exchanged: dict[tuple[tuple[str, ...], str], float] = {}  # lookups that are cheapest exchanged
     for term in minimum(setting):
         if "exchanged" in term.reason:
             exchanged[term.axes, term.role] = exchanged.get((term.axes, term.role), 0.0) + term.bytes
@@ -139,7 +139,7 @@ def resharding_waste(setting: Setting, rows: Sequence[Collective], limit: float)
                 f"mesh {' x '.join(f'{axis}={setting.mesh[axis]}' for axis in axes)}",
                 f"{kind} of {format_bytes(sent)} a device and step ({_percent(sent, total)} of what is sent), the "
                 f"largest {shape} at {largest.origin or largest.instruction}",
-                "constrain what is computed there to where it is needed, or change the rules of its axes",
+                "constrain the result there to the sharding of its use, or change the rules of its axes",
             )
         )
     return found

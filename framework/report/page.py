@@ -1,4 +1,4 @@
-"""`report.html`: a run on one page, made from the files of its run directory and from nothing else."""
+"""`report.html`: a run on one page, made from the files of its run directory alone."""
 
 import math
 import re
@@ -16,6 +16,31 @@ from meshway.framework.report.plots import Points, bar_plot, escape, figure, fol
 from meshway.framework.report.run_files import Run, metrics_of, number, read_run
 from meshway.framework.telemetry.goodput import KINDS, Attempt
 from meshway.framework.terminal import count_of, format_bytes, format_duration
+
+
+def write_report(model_dir: str | Path) -> Path:
+    """Writes `report.html` in a run directory and returns its path.
+
+    Reads `metrics.jsonl`, `timeline.jsonl`, `eval/<task>.jsonl`, `layout.json`, `model_info.txt` and `config.gin`.
+    For a file that is missing or unreadable the page has a sentence instead, so it can be made at any time, also after
+    a crash. The page needs no other file, runs no script, and is the same bytes for the same files.
+
+    Raises:
+      UserError: no such folder, or the page cannot be written.
+    """
+    folder = Path(model_dir)
+    if not folder.is_dir():
+        raise UserError(f"no run directory {folder}: a report is made from the files of a run")
+    run = read_run(folder)
+    sections = (heading, training, experts, evaluation, samples, time_spent, layout, _recipe)
+    template = string.Template((Path(__file__).with_name("page.html")).read_text(encoding="utf-8"))
+    page = template.substitute(title=escape(run.name), body="\n".join(section(run) for section in sections))
+    path = folder / "report.html"
+    try:
+        replace_file(path, page.encode("utf-8", "replace"))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    return path
 
 
 def heading(run: Run) -> str:
@@ -47,7 +72,7 @@ def _summary(run: Run) -> Iterable[tuple[str, str]]:
 
 
 def _memory(run: Run) -> str:
-    """Returns the highest peak and the limit, as far as they were counted."""
+    """Returns the highest peak and the limit of device memory, as far as they were reported."""
     peaks = [value for _, value in run.curve("device_peak_bytes_in_use") if math.isfinite(value)]
     limits = [value for _, value in run.curve("device_bytes_limit") if math.isfinite(value)]
     return " of ".join(format_bytes(max(each)) for each in (peaks, limits) if each) if peaks else ""
@@ -70,7 +95,7 @@ _MEMORY = {"in use": "device_bytes_in_use", "peak": "device_peak_bytes_in_use", 
 
 
 def training(run: Run) -> str:
-    """Returns the curves of what every run reports."""
+    """Returns the curves of the metrics that every run reports."""
     losses = {"train": run.curve("loss")}
     if validation := run.curve("validation/loss"):
         losses["validation"] = validation
@@ -94,18 +119,18 @@ def training(run: Run) -> str:
 
 
 def _memory_curve(run: Run) -> dict[str, Points]:
-    """Returns the memory of the fullest device; nothing where no backend counted it."""
+    """Returns the memory of the fullest device; nothing if no backend reported it."""
     curves = {name: [(step, value / 2**30) for step, value in run.curve(key)] for name, key in _MEMORY.items()}
     return {name: points for name, points in curves.items() if points}
 
 
-_MAX_SAMPLES = 12  # predictions shown a task
+_MAX_SAMPLES = 12  # predictions shown for each task
 _MAX_TEXT = 4000  # characters shown of a prediction's texts
 _MAX_STEPS = 40  # rows of a task's table
 
 
 def evaluation(run: Run) -> str:
-    """Returns the curves of the tasks' metrics, one plot a metric, and a table of them for each task."""
+    """Returns the curves of the tasks' metrics, one plot for each metric, and a table for each task."""
     names: dict[str, None] = {}
     for lines in run.evaluations.values():
         for line in lines:
@@ -113,7 +138,7 @@ def evaluation(run: Run) -> str:
     plots = [
         figure(name.replace("_", " "), {task: run.metric(task, name) for task in run.evaluations})
         for name in sorted(names)
-        if not is_of_router(name)  # a plot for each layer of a stack would bury the others
+        if not is_of_router(name)  # one plot for each layer of a stack would be too many
     ]
     tables = [_table(task, lines) for task, lines in run.evaluations.items() if lines]
     return "\n".join([section("Evaluation", plots, "No evaluation has been written yet."), *tables])
@@ -133,7 +158,7 @@ def samples(run: Run) -> str:
 
 
 def _table(task: str, lines: Sequence[Mapping[str, Any]]) -> str:
-    """Returns a task's metrics over steps, what of its own code failed last, and nothing for none."""
+    """Returns a task's metrics over steps, and which of its metric functions failed last."""
     names = list(dict.fromkeys(name for line in lines for name in metrics_of(line) if not is_of_router(name)))
     shown = lines[-_MAX_STEPS:]
     rows = [[f"{line['step']:,}", *(_value(metrics_of(line).get(name)) for name in names)] for line in shown]
@@ -160,8 +185,8 @@ def _sample(prediction: Mapping[str, Any]) -> str:
     cells = []
     for name in ("input", "target", "prediction"):
         text = str(prediction.get(name, ""))
-        cut = text if len(text) <= _MAX_TEXT else text[:_MAX_TEXT] + " ..."
-        cells.append(f"<div><b>{name}</b><pre>{escape(cut)}</pre></div>")
+        shown = text if len(text) <= _MAX_TEXT else text[:_MAX_TEXT] + " ..."
+        cells.append(f"<div><b>{name}</b><pre>{escape(shown)}</pre></div>")
     return f'<div class="sample">{"".join(cells)}</div>'
 
 
@@ -170,7 +195,8 @@ _TENSOR_COLUMNS = ("name", "axes", "shape", "spec", "bytes a device", "rule")
 
 
 def layout(run: Run) -> str:
-    """Returns the tensors by group: `params`, the optimizer's state, the batch, as their names begin."""
+    """Returns a table of tensors for each group, the first part of their names: `params`, the optimizer's state, the
+    batch."""
     if not run.layout:
         if not run.model_info.strip():
             return ""
@@ -211,7 +237,7 @@ def _bytes(count: float) -> str:
 
 # The scalars of one layer's router: `decoder/router/load_max/layer_03`.
 _ROUTER = re.compile(r"(?P<stack>\w+)/router/(?P<statistic>\w+)/layer_(?P<layer>\d+)")
-# Of each statistic: its title, and whether it is a share.
+# Statistic -> (title, whether it is a share).
 _STATISTICS = {
     "load_max": ("busiest expert (1 is even)", False),
     "load_min": ("idlest expert (1 is even)", False),
@@ -226,14 +252,16 @@ _LOSSES = {
 
 
 def is_of_router(name: str) -> bool:
-    """Whether a metric is one of those that the section on experts shows."""
+    """Whether a metric is shown in the section on experts."""
     return name in _LOSSES or _ROUTER.fullmatch(name) is not None
 
 
 def experts(run: Run) -> str:
-    """Returns a plot a stack and statistic with a line a layer, and the router's losses; nothing for a dense model."""
+    """Returns a plot for each stack and statistic with a line for each layer, and the router's losses; nothing for a
+    dense model."""
     plots = [
-        _layers(stack, statistic, layers) for (stack, statistic), layers in sorted(_curves(run).items(), key=_place)
+        _layers(stack, statistic, layers)
+        for (stack, statistic), layers in sorted(_curves(run).items(), key=_plot_order)
     ]
     plots += [figure(title, {name: run.curve(name)}, from_zero=True) for name, title in _LOSSES.items()]
     return section("Experts", plots, "") if any(plots) else ""
@@ -249,8 +277,8 @@ def _curves(run: Run) -> dict[tuple[str, str], dict[int, Points]]:
     return found
 
 
-def _place(item: tuple[tuple[str, str], object]) -> tuple[str, int, str]:
-    """Sorts by stack, then statistics in the order above, then those that are not there."""
+def _plot_order(item: tuple[tuple[str, str], object]) -> tuple[str, int, str]:
+    """Sorts by stack, then statistics in the order of `_STATISTICS`, then others by name."""
     stack, statistic = item[0]
     known = list(_STATISTICS)
     return stack, known.index(statistic) if statistic in known else len(known), statistic
@@ -266,7 +294,7 @@ def _layers(stack: str, statistic: str, layers: Mapping[int, Points]) -> str:
 _MAX_BARS = 24  # the table has all of them
 _MAX_OUTCOME = 80  # characters; the file has all of them
 _OPEN_ATTEMPTS = 40  # a longer table is folded away
-_COLOURS = {  # what counts, what must be, what should not
+_COLOURS = {
     "productive": 2,
     "compile": 4,
     "startup": 6,
@@ -276,7 +304,7 @@ _COLOURS = {  # what counts, what must be, what should not
     "lost": 5,
     "restart": 7,
 }
-_ATTEMPT_COLUMNS = [  # (title, whether it holds numbers), before those of the kinds
+_ATTEMPT_COLUMNS = [  # (title, whether it holds numbers), before those of `KINDS`
     ("attempt", False),
     ("began (UTC)", False),
     ("steps", False),
@@ -287,7 +315,7 @@ _ATTEMPT_COLUMNS = [  # (title, whether it holds numbers), before those of the k
 
 
 def time_spent(run: Run) -> str:
-    """Returns the bars and the table; nothing where no attempt wrote down how it went."""
+    """Returns the bars and the table of attempts; nothing if there is no timeline."""
     found = run.goodput
     if not found.wall:
         return ""
@@ -310,12 +338,12 @@ def time_spent(run: Run) -> str:
 def _sentence(run: Run) -> str:
     attempts = count_of(len(run.goodput.attempts), "attempt")
     share = f"{run.goodput.shares['productive']:.1%}"
-    lost = ". Lost are steps that a later attempt did again" if run.goodput.seconds["lost"] else ""
+    lost = ". Lost are steps that a later attempt repeated" if run.goodput.seconds["lost"] else ""
     return f"{share} of {format_seconds(run.goodput.wall)} in {attempts} went into steps that count{lost}."
 
 
 def _order(kinds: Iterable[str]) -> list[str]:
-    """Returns kinds in the order in which they come about in an attempt, as far as that can be said."""
+    """Returns kinds in the order in which they usually occur in an attempt."""
     return sorted(kinds, key=["restart", "startup", "compile", *KINDS].index)
 
 
@@ -337,33 +365,8 @@ def _row(index: str, attempt: Attempt, last: bool) -> list[str]:
 
 
 def format_seconds(seconds: float) -> str:
-    """Returns `12.3 s`, from 100 seconds on `m:ss`."""
+    """Returns `12.3 s` below 100 seconds, else `m:ss`."""
     return f"{seconds:.1f} s" if seconds < 99.95 else format_duration(seconds)
-
-
-def write_report(model_dir: str | Path) -> Path:
-    """Makes `report.html` in a run directory and returns its path.
-
-    Reads `metrics.jsonl`, `timeline.jsonl`, `eval/<task>.jsonl`, `layout.json`, `model_info.txt` and `config.gin`.
-    What is missing or unreadable is left out with a sentence, so a page can be made at any time, also after a crash.
-    The page needs no other file, runs no script, and is the same bytes for the same files.
-
-    Raises:
-      UserError: no such folder, or the page cannot be written.
-    """
-    folder = Path(model_dir)
-    if not folder.is_dir():
-        raise UserError(f"no run directory {folder}: a report is made from the files of a run")
-    run = read_run(folder)
-    sections = (heading, training, experts, evaluation, samples, time_spent, layout, _recipe)
-    template = string.Template((Path(__file__).with_name("page.html")).read_text(encoding="utf-8"))
-    page = template.substitute(title=escape(run.name), body="\n".join(section(run) for section in sections))
-    path = folder / "report.html"
-    try:
-        replace_file(path, page.encode("utf-8", "replace"))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    return path
 
 
 def _recipe(run: Run) -> str:

@@ -12,7 +12,7 @@ Points = Sequence[tuple[int, float]]  # (step, value), steps ascending; a value 
 NUM_COLOURS = 8  # the page's style sheet defines --c0 to --c7
 _NUM_SHADES = 33  # between --c0 and --c4
 _MAX_POINTS = 1000
-# Matplotlib writes colours as hexadecimal numbers; these stand for what the style sheet decides.
+# Matplotlib writes colours as hexadecimal numbers; these are placeholders for variables of the style sheet.
 _INK, _GRID = "#010101", "#020202"
 _SERIES = [f"#0300{i:02x}" for i in range(NUM_COLOURS)]
 _SHADES = [f"#0400{i:02x}" for i in range(_NUM_SHADES)]
@@ -24,7 +24,7 @@ _CSS = (
         for i, colour in enumerate(_SHADES)
     }
 )
-_STYLE: Any = {  # matplotlib types each of its names
+_STYLE: Any = {  # Any: matplotlib's stubs type each name
     "svg.fonttype": "none",
     "svg.hashsalt": "meshway",
     "font.size": 8.5,
@@ -41,15 +41,15 @@ def line_plot(
       series: number of a colour -> points of a line: number i is the page's colour `--c<i modulo 8>`.
       percent: values are shares, shown in per cent.
       from_zero: the vertical axis starts at 0.
-      shaded: colours are steps on a scale from the least to the greatest number instead.
+      shaded: colours are instead on a scale from the lowest to the highest number.
     """
-    import matplotlib  # half a second and more, which only the making of a report pays
+    import matplotlib  # lazy: half a second and more, needed only for reports
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(4.4, 2.5))
-        figure.subplots_adjust(left=0.14, right=0.96, bottom=0.17, top=0.97)  # alike in every plot
+        figure.subplots_adjust(left=0.14, right=0.96, bottom=0.17, top=0.97)  # the same in every plot
         axes = figure.add_subplot()
         for number, points in series.items():
             colour = _shade(number, series) if shaded else _SERIES[number % NUM_COLOURS]
@@ -63,12 +63,12 @@ def line_plot(
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(FuncFormatter(_short))
         axes.yaxis.set_major_formatter(FuncFormatter(_percent if percent else _short))
-        _dress(axes, "y")
+        _style_axes(axes, "y")
         return _inline(figure)
 
 
 def bar_plot(bars: Mapping[str, Sequence[tuple[int, float]]]) -> str:
-    """Returns an `<svg>` element with a bar a row, from top to bottom, each put together from lengths of time.
+    """Returns an `<svg>` element with horizontal stacked bars of durations, from top to bottom.
 
     Args:
       bars: a bar's name -> (number of a colour as for `line_plot`, seconds) of its parts, from left to right.
@@ -95,7 +95,7 @@ def bar_plot(bars: Mapping[str, Sequence[tuple[int, float]]]) -> str:
         axes.set_xlabel(unit, color=_INK)
         axes.xaxis.set_major_locator(MaxNLocator(8))
         axes.xaxis.set_major_formatter(FuncFormatter(_short))
-        _dress(axes, "x")
+        _style_axes(axes, "x")
         return _inline(figure)
 
 
@@ -103,12 +103,12 @@ _UNITS = (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1
 
 
 def _shade(number: int, series: Mapping[int, Points]) -> str:
-    place = (number - min(series)) / max(1, max(series) - min(series))
-    return _SHADES[round(place * (_NUM_SHADES - 1))]
+    fraction = (number - min(series)) / max(1, max(series) - min(series))
+    return _SHADES[round(fraction * (_NUM_SHADES - 1))]
 
 
-def _dress(axes: Any, grid: str) -> None:
-    """Gives a plot the looks that all of them have."""
+def _style_axes(axes: Any, grid: str) -> None:
+    """Applies the common style of all plots."""
     axes.tick_params(colors=_INK, length=0, pad=5)
     axes.grid(axis=grid, color=_GRID, linewidth=0.7)
     axes.set_axisbelow(True)
@@ -129,20 +129,20 @@ def _percent(share: float, _: int) -> str:
 
 
 def _thinned(points: Points) -> Points:
-    """Returns about a thousand points at most: the lowest and highest of each stretch, so spikes stay."""
+    """Returns about a thousand points at most: the lowest and highest of each interval, so that spikes remain."""
     if len(points) <= _MAX_POINTS:
         return points
     length = math.ceil(len(points) / (_MAX_POINTS / 2))
     kept: list[tuple[int, float]] = []
     for start in range(0, len(points), length):
-        stretch = [point for point in points[start : start + length] if math.isfinite(point[1])]
-        if stretch:
-            kept += sorted({min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])})
+        interval = [point for point in points[start : start + length] if math.isfinite(point[1])]
+        if interval:
+            kept += sorted({min(interval, key=lambda p: p[1]), max(interval, key=lambda p: p[1])})
     return kept
 
 
 def _inline(figure: Any) -> str:
-    """Draws a figure as an element of a page: no prologue, no size of its own, the page's colours."""
+    """Returns a figure as an `<svg>` element: without prologue and fixed size, in the page's colours."""
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True)
     svg = text.getvalue()
@@ -150,7 +150,7 @@ def _inline(figure: Any) -> str:
     svg = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # the same names in every plot of the page
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # ids would be the same in every plot of the page
     svg = svg.replace("<svg", '<svg role="img"', 1)
     for colour, css in _CSS.items():
         svg = svg.replace(colour, css)
@@ -163,17 +163,17 @@ def escape(value: Any) -> str:
 
 
 def section(title: str, plots: Sequence[str], nothing: str) -> str:
-    """Returns a section of plots side by side, those that are not "", or with the sentence `nothing`."""
+    """Returns a section with those plots that are not "" side by side, or with the sentence `nothing`."""
     shown = "\n".join(plot for plot in plots if plot)
     body = f'<div class="plots">\n{shown}\n</div>' if shown else f'<p class="muted">{nothing}</p>'
     return f"<h2>{title}</h2>\n{body}"
 
 
 def figure(title: str, series: Mapping[str, Points], *, shaded: bool = False, **style: bool) -> str:
-    """Returns a line plot with its title; nothing where there is no number.
+    """Returns a line plot with its title; "" if there are no finite values.
 
-    Where a plot may have several lines they are named, and each keeps its colour from plot to plot. More lines than
-    there are colours, where `shaded`, go along a scale of colours from the first to the last.
+    If `series` has several lines there is a legend, and each keeps its colour from plot to plot. With `shaded`, more
+    lines than there are colours get a scale of colours from the first to the last.
     """
     drawn = {
         colour: (name, points)
@@ -195,7 +195,7 @@ def framed(title: str, keys: str, plot: str) -> str:
 
 
 def legend(names: Mapping[int, str]) -> str:
-    """Returns the names of a plot's colours, by number of the colour; nothing where there are none."""
+    """Returns the legend of a plot, for names by number of their colour; "" if there are none."""
     keys = [
         f'<span style="--c: var(--c{colour % NUM_COLOURS})">{escape(name)}</span>' for colour, name in names.items()
     ]
@@ -203,7 +203,7 @@ def legend(names: Mapping[int, str]) -> str:
 
 
 def _scale(names: Sequence[str]) -> str:
-    """Returns the ends of a scale of colours, between their names."""
+    """Returns the legend of a scale of colours, between the first and the last name."""
     scale = '<span class="scale" style="--c: linear-gradient(in oklab to right, var(--c0), var(--c4))"></span>'
     return f'<span class="keys">{escape(names[0])}{scale}{escape(names[-1])}</span>'
 
@@ -220,5 +220,5 @@ def table(columns: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str]]) ->
 
 
 def folded(name: str, text: str) -> str:
-    """Returns a text that is shown on demand."""
+    """Returns a text that is shown on a click."""
     return f"<details><summary>{name}</summary><pre>{escape(text)}</pre></details>"

@@ -1,4 +1,4 @@
-"""What the files of a run directory say, however a crash left them."""
+"""Reads the files of a run directory, also as a crash left them."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from meshway.framework.telemetry.timeline import parse_line
 
 @dataclasses.dataclass
 class Run:
-    """What the files say; `missing` holds a sentence for each thing that they do not."""
+    """The contents of the files; `missing` has a sentence for each file that is missing or unreadable."""
 
     name: str
     reports: list[dict[str, Any]]
@@ -26,7 +26,7 @@ class Run:
     missing: list[str]
 
     def curve(self, name: str) -> Points:
-        """Returns the values of a scalar by step, NaN where a report has something else than a number."""
+        """Returns the values of a scalar by step, NaN where it is not a number."""
         return [(line["step"], number(line[name])) for line in self.reports if name in line]
 
     def metric(self, task: str, name: str) -> Points:
@@ -36,7 +36,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Reads all that a report is made from. What is missing or unreadable is left out and said in `missing`."""
+    """Reads everything that a report is made from. What is missing or unreadable is listed in `missing`."""
     missing: list[str] = []
     reports = _read_lines(folder / "metrics.jsonl", folder, missing)
     evaluations = {}
@@ -55,7 +55,7 @@ def read_run(folder: Path) -> Run:
 
 
 def number(value: Any) -> float:
-    """Returns a finite float, or NaN for everything else that a file may hold (null stands for NaN)."""
+    """Returns a finite float, or NaN for any other value of a file (null stands for NaN)."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300:
         return float(value)
     return math.nan
@@ -78,26 +78,26 @@ def _read_text(path: Path, folder: Path, missing: list[str]) -> str:
 
 
 def _read_lines(path: Path, folder: Path, missing: list[str]) -> list[dict[str, Any]]:
-    """Returns the objects of a JSON-lines file in order of `step`, the last of each step."""
+    """Returns the objects of a JSON-lines file in order of `step`; of several with one step, the last."""
     by_step, unreadable = {}, 0
-    for line in _read_text(path, folder, missing).split("\n"):  # no other line breaks: JSON keeps U+2028 as it is
+    for line in _read_text(path, folder, missing).split("\n"):  # not splitlines: JSON may contain U+2028
         value = _parse(line)
         step = value.get("step") if isinstance(value, dict) else None
         if type(step) is int and 0 <= step < 2**53:
             by_step[step] = value
         elif line.strip():
             unreadable += 1
-    _say_unreadable(unreadable, path.relative_to(folder), missing)
+    _note_unreadable(unreadable, path.relative_to(folder), missing)
     return [by_step[step] for step in sorted(by_step)]
 
 
 def _read_timeline(path: Path, missing: list[str]) -> Goodput:
-    """Returns the goodput of a run, without attempts for one of a time before there were timelines."""
+    """Returns the goodput of a run; without attempts if it has no timeline."""
     if not path.exists():
         return Goodput([])
     texts = [text for text in _read_text(path, path.parent, missing).split("\n") if text.strip()]
     lines = [line for line in map(parse_line, texts) if line]
-    _say_unreadable(len(texts) - len(lines), Path(path.name), missing)
+    _note_unreadable(len(texts) - len(lines), Path(path.name), missing)
     return goodput(lines)
 
 
@@ -112,7 +112,7 @@ def _read_layout(path: Path, missing: list[str]) -> list[dict[str, Any]]:
     return []
 
 
-def _say_unreadable(count: int, path: Path, missing: list[str]) -> None:
+def _note_unreadable(count: int, path: Path, missing: list[str]) -> None:
     if count:
         lines = "1 line" if count == 1 else f"{count} lines"
         missing.append(f"{lines} of {path} could not be read.")

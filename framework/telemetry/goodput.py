@@ -1,6 +1,6 @@
-"""Goodput: which share of a run's time trained the model that it ended with, and where the rest went.
+"""Goodput: the share of a run's time spent on steps that count towards its final model, and where the rest went.
 
-The arithmetic is a function of the lines of `timeline.jsonl` alone, over all attempts of the run.
+It is computed from `timeline.jsonl` alone, over all attempts of the run.
 """
 
 import bisect
@@ -14,29 +14,29 @@ from meshway.framework.errors import UserError
 from meshway.framework.telemetry.timeline import parse_line
 from meshway.framework.terminal import format_duration
 
-# How time is spent, and how that is written. All of a run's time is one of these.
+# Key -> title of each way time is spent; they add up to all of a run's time.
 KINDS = {
     "productive": "productive",  # steps that count
-    "lost": "lost",  # steps that a later attempt did again
-    "restart": "restart",  # no attempt was running, or none lived to tell
-    "startup": "start-up",  # from the start of the process on, until the first step; and the very end
+    "lost": "lost",  # steps that a later attempt repeated
+    "restart": "restart",  # between attempts: no process was running, or none that wrote a line
+    "startup": "start-up",  # from the start of the process to the first step, and after the last one
     "compile": "compile",  # the train step; evaluation compiles its own programs within "evaluation"
-    "data_wait": "data wait",  # the devices had nothing to do because there was no batch
-    "checkpoint": "checkpoint",  # restoring, and as far as saving held up training
+    "data_wait": "data wait",  # the devices were idle because there was no batch
+    "checkpoint": "checkpoint",  # restoring, and the part of saving that blocked training
     "evaluation": "evaluation",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """One process (or group of processes) at work on the run.
+    """One start of the run, by a process or a group of processes.
 
     Attributes:
       began: seconds since 1970.
-      start_step: the step it went on from.
+      start_step: the step it resumed from.
       last_step: the last step it is known to have started.
-      devices: of its mesh; None where it did not come so far.
-      outcome: "done", "stopped", "failed: ..."; None where it wrote no end: it was killed, or still runs.
+      devices: number of devices of its mesh; None if it ended before it built one.
+      outcome: "done", "stopped", "failed: ..."; None if it wrote no end: it was killed, or is still running.
       seconds: by kind, all of `KINDS`; "restart" is the time between the attempt before it and this one.
     """
 
@@ -49,13 +49,13 @@ class Attempt:
 
     @property
     def ended(self) -> float:
-        """Its last sign of life, in seconds since 1970."""
+        """The time of its last line, in seconds since 1970."""
         return self.began + sum(self.seconds.values()) - self.seconds["restart"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Goodput:
-    """Where the time of a run went."""
+    """The attempts of a run and how their time was spent."""
 
     attempts: Sequence[Attempt]
 
@@ -77,12 +77,12 @@ class Goodput:
 
 
 def goodput(lines: Iterable[Mapping[str, Any]]) -> Goodput:
-    """Adds up the lines of a timeline, in the order of the file.
+    """Sums the lines of a timeline, in the order of the file.
 
-    An attempt's steps after the one that a later attempt went on from are lost; they are valued at what they took:
-    the attempt's own training time between the two lines around that step, by proportion.
+    An attempt's steps after the one that a later attempt resumed from are lost. Their time is interpolated linearly
+    between the attempt's two lines around that step.
 
-    Where clocks disagree (an attempt begins before the one ahead of it ended) there is no time between the two.
+    Where clocks disagree (an attempt begins before the previous one ended), "restart" between the two is 0.
 
     Args:
       lines: what `timeline.parse_line` returned.
@@ -91,17 +91,17 @@ def goodput(lines: Iterable[Mapping[str, Any]]) -> Goodput:
     for line in lines:
         by_attempt.setdefault(line["began"], []).append(line)
     groups = list(by_attempt.values())
-    # Of each attempt, the least step that any later one went on from.
+    # For each attempt, the lowest step that any later one resumed from.
     starts = [lines[-1]["start_step"] for lines in groups]
-    cuts = [min(starts[index + 1 :], default=None) for index in range(len(groups))]
+    resumed_from = [min(starts[index + 1 :], default=None) for index in range(len(groups))]
     attempts: list[Attempt] = []
-    for lines, cut in zip(groups, cuts, strict=True):
-        attempts.append(_attempt(lines, cut, attempts[-1].ended if attempts else None))
+    for lines, step in zip(groups, resumed_from, strict=True):
+        attempts.append(_attempt(lines, step, attempts[-1].ended if attempts else None))
     return Goodput(attempts)
 
 
 def read_goodput(path: Path) -> Goodput:
-    """Reads a timeline; lines that are none, such as one that kill -9 cut, are left out.
+    """Reads a timeline; invalid lines, such as one cut short by kill -9, are ignored.
 
     Raises:
       UserError: the file cannot be read.
@@ -114,7 +114,7 @@ def read_goodput(path: Path) -> Goodput:
 
 
 def in_one_line(found: Goodput) -> str:
-    """Returns it for a terminal: `goodput 83 % of 12:34: compile 9 %, evaluation 5 %, start-up 3 %`."""
+    """Returns a line for a terminal: `goodput 83 % of 12:34: compile 9 %, evaluation 5 %, start-up 3 %`."""
     shares = found.shares
     productive = shares.pop("productive")
     rest = sorted(shares.items(), key=lambda item: -item[1])
@@ -124,11 +124,15 @@ def in_one_line(found: Goodput) -> str:
     return f"{head}: {', '.join(parts)}" if parts else head
 
 
-def _attempt(lines: Sequence[Mapping[str, Any]], cut: int | None, before: float | None) -> Attempt:
+def _attempt(lines: Sequence[Mapping[str, Any]], resumed_from: int | None, before: float | None) -> Attempt:
+    """Returns an attempt whose steps after `resumed_from` are lost (None: none is); `before` is the end of the one
+    before."""
     last = lines[-1]
     training = last["seconds"]["training"]
     last_step = max(line["step"] for line in lines)
-    productive = training if cut is None or cut >= last_step else min(training, _training_until(lines, cut))
+    productive = training
+    if resumed_from is not None and resumed_from < last_step:
+        productive = min(training, _training_until(lines, resumed_from))
     seconds = dict.fromkeys(KINDS, 0.0) | {kind: last["seconds"][kind] for kind in KINDS if kind in last["seconds"]}
     seconds["productive"], seconds["lost"] = productive, training - productive
     seconds["restart"] = 0.0 if before is None else max(0.0, last["began"] - before)

@@ -1,4 +1,4 @@
-"""What is measured of programs and devices: a profile of a few steps, programs compiled, memory in use."""
+"""Measurements of programs and devices: a profile of a few steps, the number of compilations, device memory."""
 
 import os
 from collections.abc import Sequence
@@ -10,16 +10,22 @@ from meshway.framework.errors import UserError
 from meshway.framework.files import local_path
 from meshway.framework.terminal import format_bytes
 
+_COMPILED = (
+    "/jax/core/compile/backend_compile_duration"  # emitted for each program, also if it is in the persistent cache
+)
+_PREFIX = "device_"
+_COUNTED = ("bytes_in_use", "peak_bytes_in_use", "bytes_limit")
+
 
 class Profile:
     """Captures a `jax.profiler` trace of steps `start_step + 1` to `start_step + num_steps` of a run.
 
-    Open the folder with XProf or TensorBoard's profile plugin, or the `.trace.json.gz` in Perfetto. Keep to a
+    Open the folder with XProf or TensorBoard's profile plugin, or the `.trace.json.gz` in Perfetto. Trace only a
     few steps, after the first ones, which compile. A run that resumes after `start_step` captures nothing.
     """
 
     def __init__(self, model_dir: str | os.PathLike[str], start_step: int = 10, num_steps: int = 3) -> None:
-        """Prepares a trace into `model_dir`/profile. Raises UserError for steps that cannot be."""
+        """Prepares a trace into `model_dir`/profile. Raises UserError for steps below 1."""
         if start_step < 1 or num_steps < 1:
             raise UserError(f"Profile: start_step and num_steps must be at least 1, got {start_step}, {num_steps}")
         self._folder = local_path(os.fspath(model_dir)) / "profile"
@@ -27,7 +33,7 @@ class Profile:
         self._tracing = False
 
     def after_step(self, step: int) -> None:
-        """Starts or stops the trace when `step` has been dispatched; waits for the devices at both ends."""
+        """Call when `step` has been dispatched: starts or stops the trace, after waiting for the devices."""
         if step == self._start_step:
             _wait_for_devices()
             jax.profiler.start_trace(self._folder)
@@ -48,42 +54,34 @@ def _wait_for_devices() -> None:
     jax.block_until_ready(jax.live_arrays())
 
 
-_EVENT = "/jax/core/compile/backend_compile_duration"  # of each program, found in the persistent cache or not
-
-
 class Compilations:
     """Counts programs that this process compiles, in any thread, inside a `with` block.
 
     Attributes:
-      count: so far.
+      count: programs compiled so far.
     """
 
     def __init__(self) -> None:
         self.count = 0
 
     def __enter__(self) -> "Compilations":
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
         return self
 
     def __exit__(self, *_: object) -> None:
-        jax.monitoring.unregister_event_duration_listener(self._heard)
+        jax.monitoring.unregister_event_duration_listener(self._on_event)
 
-    def _heard(self, event: str, duration_secs: float, **_: Any) -> None:
+    def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
         del duration_secs
-        self.count += event == _EVENT
-
-
-_PREFIX = "device_"
-_COUNTED = ("bytes_in_use", "peak_bytes_in_use", "bytes_limit")
+        self.count += event == _COMPILED
 
 
 def memory_in_use(devices: Sequence[Any]) -> dict[str, float]:
-    """Returns what the backend counts of this process's devices, in bytes: for each of `device_bytes_in_use`,
-    `device_peak_bytes_in_use` and `device_bytes_limit` that of the device with the highest peak. What is not counted
-    is left out: all of it for CPUs.
+    """Returns `device_bytes_in_use`, `device_peak_bytes_in_use` and `device_bytes_limit` of the device with the highest
+    peak. What the backend does not report is left out: on CPUs, everything.
 
     Args:
-      devices: of this process; `jax.Device`s, or what has their `memory_stats`.
+      devices: `jax.Device`s of this process, or objects with their `memory_stats`.
     """
     found = [stats for stats in map(_stats, devices) if stats]
     fullest = max(found, key=lambda stats: stats.get("peak_bytes_in_use", stats.get("bytes_in_use", 0)), default={})
@@ -91,7 +89,7 @@ def memory_in_use(devices: Sequence[Any]) -> dict[str, float]:
 
 
 def planned(compiled: Any) -> str:
-    """Returns what XLA plans that a compiled step needs of each device, in words; '' where it does not say."""
+    """Returns XLA's memory analysis of a compiled step, for each device, in words; '' if the backend has none."""
     try:
         memory = compiled.memory_analysis()
         kept, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -105,7 +103,7 @@ def planned(compiled: Any) -> str:
 
 
 def _stats(device: Any) -> dict[str, int]:
-    """Returns those of `_COUNTED` that a device's backend counts."""
+    """Returns those of `_COUNTED` that a device's backend reports."""
     try:
         stats = device.memory_stats() or {}
     except (AttributeError, NotImplementedError, RuntimeError):

@@ -1,4 +1,4 @@
-"""What a run says while it runs: metrics fetched late, without waiting, rates, and a bar at the foot of a terminal."""
+"""Reports of a running training: metrics fetched late, without blocking, rates, and the progress display."""
 
 import contextlib
 import math
@@ -17,14 +17,14 @@ from meshway.framework.progress import Bar, Display, Screen
 from meshway.framework.telemetry.profiler import memory_in_use
 from meshway.framework.telemetry.timeline import Timeline
 
-_STEPS_A_SUM = 10
+_STEPS_PER_SUM = 10
 
 
 class MetricBuffer:
     """Keeps the metrics of each step on the device until a report asks for their means.
 
-    The loop adds after each step, takes at a report's step, and asks the `Pending` for its values after it
-    has dispatched one step more, so that the device always has work:
+    The loop adds after each step, takes at a report's step, and reads the `Pending` after it has dispatched one more
+    step, so that the device always has work:
 
         pending = None
         for step in ...:
@@ -33,11 +33,11 @@ class MetricBuffer:
             buffer.add(step, metrics)
             pending = buffer.take() if step % report_period == 0 else None
 
-    Every ten steps' pairs are summed on the device by one small jitted call, and the last few stay as they
-    are: a period of any length compiles one program and leaves few arrays to fetch. Measured for 8 metrics
-    and a period of 100 on 1 and on 8 simulated CPU devices, host time a step: 0.09 and 0.28 ms; with an
-    addition at each step 0.10 and 0.70 ms; with nothing summed on the device 0.50 and 0.64 ms. Each process
-    of a run must add and take at the same steps, since the sum is a program of all of them.
+    The pairs of every ten steps are summed on the device by one small jitted call, and the last few are kept as they
+    are: a period of any length compiles one program and leaves few arrays to fetch. Host time per step, measured for 8
+    metrics and a period of 100 on 1 and on 8 simulated CPU devices: 0.09 and 0.28 ms; with an addition at each step
+    0.10 and 0.70 ms; with nothing summed on the device 0.50 and 0.64 ms. All processes of a run must add and take at
+    the same steps, since the sum is a program of all of them.
     """
 
     def __init__(self) -> None:
@@ -49,12 +49,12 @@ class MetricBuffer:
         """Keeps `metrics` of `step`, the same names each time: replicated scalars. Never blocks."""
         self._steps.append(step)
         self._recent.append(metrics)
-        if len(self._recent) == _STEPS_A_SUM:
+        if len(self._recent) == _STEPS_PER_SUM:
             self._sums.append(_sum(self._recent))
             self._recent = []
 
     def take(self) -> "Pending":
-        """Starts copying everything added since the last take to the host, and forgets it here. Never blocks.
+        """Starts copying everything added since the last take to the host, and empties the buffer. Never blocks.
 
         Raises:
           ValueError: nothing was added since the last take.
@@ -66,7 +66,7 @@ class MetricBuffer:
         return pending
 
     def reduce(self) -> dict[str, float]:
-        """Returns the means of everything added since the last take, waiting for the last step if need be."""
+        """Returns the means of everything added since the last take, after waiting for the last step."""
         return self.take().result()
 
     def __len__(self) -> int:
@@ -74,7 +74,7 @@ class MetricBuffer:
 
 
 class Pending:
-    """The means over some steps, perhaps still being computed or copied.
+    """The means over some steps, which may still be being computed or copied.
 
     Attributes:
       first_step, last_step: the steps they are over, both included.
@@ -108,7 +108,7 @@ def _sum(metrics: list[Metrics]) -> Metrics:
 
 
 def _local_copy(array: jax.Array) -> jax.Array:
-    """Returns this process's copy of a replicated scalar, on one device, its transfer to the host begun."""
+    """Starts copying a replicated scalar to the host; returns this process's copy of it on one device."""
     if not isinstance(array, jax.Array):
         raise TypeError(f"a metric is a (sum, weight) pair of arrays, got {type(array).__name__}")
     local = array.addressable_data(0)
@@ -196,10 +196,10 @@ class Progress(Display):
 
 
 class StepClock:
-    """Follows the steps of this process's devices in a thread of its own.
+    """Tracks, in its own thread, when the steps of this process's devices finish.
 
     Waiting for data costs nothing while a step still runs: a loop whose batches take 1.1 times a step waits nearly all
-    the time, and its devices are idle for a tenth of it. Only who knows when a step finished can tell the two apart.
+    the time, and its devices are idle for a tenth of it. Telling the two apart takes the time at which a step finished.
     """
 
     def __init__(self) -> None:
@@ -209,28 +209,28 @@ class StepClock:
         self._thread.start()
 
     def started(self, output: jax.Array) -> None:
-        """Takes an output of a step that has just been given to the devices, on one of them, never to be donated."""
+        """Call when a step has been dispatched, with one of its outputs on one device, which is never donated."""
         self._started += 1
         self._queue.put(output)
 
     def idle_since(self) -> float | None:
-        """Returns when the last step finished, by `time.perf_counter`; None while there is one that has not."""
+        """Returns when the last step finished, by `time.perf_counter`; None while a step is unfinished."""
         return self._time if self._finished == self._started else None
 
     def close(self) -> None:
-        """Ends the thread once the steps that were given to it are done, without waiting for that."""
+        """Lets the thread end once the steps given to it are done; does not wait for that."""
         self._queue.put(None)
 
     def _run(self) -> None:
         while (output := self._queue.get()) is not None:
-            with contextlib.suppress(Exception):  # of a step that failed: whoever reads its metrics is told
+            with contextlib.suppress(Exception):  # of a failed step: reading its metrics raises it
                 output.block_until_ready()
             self._time = time.perf_counter()
             self._finished += 1
 
 
 class Reporter:
-    """Collects metrics and times; writes one report a period, one step late so that the device never waits."""
+    """Collects metrics and times; writes one report per period, one step late so that the device never waits."""
 
     def __init__(
         self,
@@ -241,8 +241,8 @@ class Reporter:
         peak_flops: float,
         devices: Sequence[Any] = (),
     ):
-        """`peak_flops` is the matmul peak of all devices together, in FLOP/s: `mfu` is the share of it in use. What
-        memory is in use is asked of `devices`, this process's."""
+        """`flops_per_step` over `peak_flops`, the matmul peak of all devices together in FLOP/s, gives `mfu`;
+        `devices`, those of this process, are asked for their memory."""
         self._writer, self._progress, self._timeline = writer, progress, timeline
         self._flops, self._peak, self._devices = flops_per_step, peak_flops, devices
         self._buffer = MetricBuffer()
@@ -251,7 +251,7 @@ class Reporter:
         self._clock = StepClock()
 
     def add(self, step: int, metrics: Metrics) -> None:
-        """Takes a step's metrics, and writes the report before it if one is due. Never waits for this step."""
+        """Takes a step's metrics, after writing a report that is due. Never waits for this step."""
         self.flush()
         self._clock.started(next(iter(metrics.values()))[0].addressable_data(0))
         self._buffer.add(step, metrics)
@@ -259,7 +259,7 @@ class Reporter:
         self._timeline.reached(step)
 
     def report(self, step: int, extra: Mapping[str, float] = {}) -> None:
-        """Makes a report of the steps since the last one; it is written once the next step is under way."""
+        """Makes a report of the steps since the last one; it is written once the next step has been dispatched."""
         self.flush()
         pending = self._buffer.take() if len(self._buffer) else None
         self._pending = (step, pending, dict(extra))
@@ -276,13 +276,13 @@ class Reporter:
         self._progress.note(f"step {step}  validation: {text}")
 
     def flush(self) -> None:
-        """Writes the report that is due, waiting for its last step if need be."""
+        """Writes the report that is due, if one is, after waiting for its last step."""
         if self._pending is None:
             return
         (step, pending, scalars), self._pending = self._pending, None
         if pending is not None:
             means = pending.result()
-            # Read once the last of the steps has run: what is in flight belongs to the next report.
+            # Read once the last of the steps has run: steps in flight belong to the next report.
             before, self._before = self._before, self._timeline.seconds()
             waited = self._before["data_wait"] - before["data_wait"]
             elapsed = self._before["training"] - before["training"] + waited
@@ -302,12 +302,12 @@ class Reporter:
         self._writer.write(step, scalars)
 
     def training(self) -> contextlib.AbstractContextManager[None]:
-        """Counts the time inside as training, but for what the two below take out of it."""
+        """Counts the time inside as training, except what `waiting` and `pause` count otherwise."""
         return self._timeline.phase("training")
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts the time inside in which the devices have no step to do as waiting for data."""
+        """Counts as waiting for data the time inside in which the devices are idle."""
         begin = time.perf_counter()
         try:
             yield
@@ -318,14 +318,15 @@ class Reporter:
 
     @contextlib.contextmanager
     def pause(self, phase: str, ready: jax.Array) -> Iterator[None]:
-        """Counts the time inside for `phase` ("evaluation", "checkpoint"), once `ready`, of the last step, is there."""
+        """Waits for `ready`, an output of the last step, then counts the time inside for `phase` ("evaluation",
+        "checkpoint")."""
         ready.block_until_ready()
         with self._timeline.phase(phase):
             yield
         self._timeline.mark(phase)
 
     def close(self) -> None:
-        """Writes what is due and closes the writers and the progress display."""
+        """Writes a report that is due and closes the writers and the progress display."""
         self._clock.close()
         try:
             self.flush()

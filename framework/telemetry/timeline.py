@@ -1,4 +1,4 @@
-"""`timeline.jsonl`: where the time of a run goes."""
+"""`timeline.jsonl`: how the time of a run is spent, by phase."""
 
 import contextlib
 import json
@@ -11,17 +11,17 @@ from typing import Any
 
 from meshway.framework.files import io_errors
 
-# Whatever the process does counts as one of these.
+# All of a process's time is counted for one of these.
 PHASES = ("startup", "compile", "training", "data_wait", "checkpoint", "evaluation")
 
-_ALIVE_SECONDS = 60.0  # between lines while reports are rarer than that
+_ALIVE_SECONDS = 60.0  # at most between lines
 _IMPORTED = time.time()
 
 
 def process_began() -> float:
     """Returns when the kernel started this process, in seconds since 1970 (Linux); elsewhere, when this was imported.
 
-    Python comes to its first line some time later, and the imports of a training run take seconds.
+    Python starts some time later, and the imports of a training run take seconds.
     """
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
@@ -32,36 +32,36 @@ def process_began() -> float:
 
 
 class Timeline:
-    """A stopwatch that always counts for one phase, and a file that gets a line at every report and once a minute.
+    """A stopwatch that always counts for one phase, and a file with a line at every report and at least every minute.
 
-    Use it as a context manager: leaving it writes how this attempt ended. Each line stands for itself, such as
+    Use it as a context manager: leaving it writes how this attempt ended. Each line is complete in itself:
 
         {"began": 1795377761.25, "time": 1795377803.5, "event": "report", "start_step": 100, "step": 200,
          "seconds": {"startup": 5.25, "compile": 9.5, "training": 27.5, ...}}
 
-    with the seconds of each phase from `began`, by which an attempt is known, to `time`: their sum is `time - began`.
-    So a line that kill -9 cut, or that was never written, costs nothing but what happened after the line before it.
-    Lines are only ever appended, by one process of a run, each in one write.
+    It has the seconds of each phase from `began`, which identifies the attempt, to `time`: their sum is `time - began`.
+    So a line that is lost to kill -9 loses only the time since the line before it. Lines are only appended, by one
+    process of a run, each in one write.
 
     Attributes:
       step: the last step that was started.
-      outcome: what is written at the end of an attempt without an error: "done" or "stopped".
+      outcome: "done" or "stopped": written at the end of an attempt without an error.
     """
 
     def __init__(self, path: Path | None, start_step: int = 0, began: float | None = None) -> None:
         """Starts the stopwatch in the phase "startup".
 
         Args:
-          path: `MODEL_DIR/timeline.jsonl`; None counts without writing, on the processes that do not speak.
-          start_step: the step that this attempt goes on from.
-          began: when the attempt began, in seconds since 1970; None means now. One that would begin before the
-            file's last line (two runs in one process) begins there.
+          path: `MODEL_DIR/timeline.jsonl`; None counts without writing, on all processes but the first.
+          start_step: the step that this attempt resumes from.
+          began: when the attempt began, in seconds since 1970; None means now. If that is before the file's last line
+            (two runs in one process), the time of that line is taken instead.
 
         Raises:
           UserError: the file cannot be written.
         """
         now = time.time()
-        self._offset = now - time.perf_counter()  # from here on no change of the wall clock matters
+        self._offset = now - time.perf_counter()  # later changes of the wall clock do not matter
         self._path, self._file = path, None
         began = now if began is None else began
         if path is not None:
@@ -91,12 +91,12 @@ class Timeline:
             self._enter(before)
 
     def move(self, seconds: float, phase: str) -> None:
-        """Counts seconds that have gone by in the present phase for another one."""
+        """Moves seconds from the current phase to another one."""
         self._seconds[self._phase] -= seconds
         self._seconds[phase] += seconds
 
     def reached(self, step: int) -> None:
-        """Notes that a step was started. Costs next to nothing, so call it at every one."""
+        """Notes that a step was started; cheap enough to call at every step."""
         self.step = step
         if self._now() - self._written > _ALIVE_SECONDS:
             self.mark("alive")
@@ -105,7 +105,7 @@ class Timeline:
         """Writes a line: `event` has just happened, at `step` (the last that was started, if None).
 
         Raises:
-          UserError: the disk refuses.
+          UserError: the file cannot be written.
         """
         seconds = self.seconds()
         self._written = self._since
@@ -156,7 +156,7 @@ class Timeline:
 
 
 def parse_line(text: str) -> dict[str, Any] | None:
-    """Returns a line of the file, its numbers checked; None for anything else, such as half a line."""
+    """Returns the object of a valid line of the file; None for any other text, such as half a line."""
     try:
         line = json.loads(text)
     except (ValueError, RecursionError):
@@ -185,6 +185,6 @@ def _open(path: Path) -> tuple[Any, float]:
     file.seek(0)
     text = file.read()
     if text and not text.endswith(b"\n"):
-        file.write(b"\n")  # what kill -9 cut stays a line of its own
+        file.write(b"\n")  # an incomplete last line stays a line of its own
     lines: list[Mapping[str, Any] | None] = [parse_line(line) for line in text.decode("utf-8", "replace").split("\n")]
     return file, max((line["time"] for line in lines if line), default=0.0)

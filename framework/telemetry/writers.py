@@ -1,4 +1,4 @@
-"""Where the reports of a run go: JSON lines, TensorBoard, several at once. One process of a run writes."""
+"""Writers of a run's reports: JSON lines, TensorBoard, several at once. Only one process of a run writes."""
 
 import contextlib
 import json
@@ -17,25 +17,25 @@ if TYPE_CHECKING:
 
 
 class JsonlWriter:
-    """One JSON object a line and a step: `step` first, then the other keys sorted.
+    """A line with a JSON object for each step: `step` first, then the other keys sorted.
 
-    Strict JSON: a NaN or an infinity becomes null, and the line's key `nonfinite` tells which it was, by the
-    path of the value (`{"loss": null, "nonfinite": {"loss": "nan"}}`).
+    Strict JSON: a NaN or an infinity becomes null, and the line's key `nonfinite` has the original, by the path of the
+    value (`{"loss": null, "nonfinite": {"loss": "nan"}}`).
 
-    Each line reaches the operating system in one write, so kill -9 leaves at most one half-written line, the
-    last. A run that resumes at `start_step` removes that line and all of later steps, in one go, and
-    writes them anew: each step appears once.
+    Each line reaches the operating system in one write, so kill -9 leaves at most one incomplete line, the last. A run
+    that resumes at `start_step` first removes that line and all of later steps, in one atomic replacement, so that each
+    step appears once.
 
     Attributes:
       last_step: the step of the last line, None while there is none.
     """
 
     def __init__(self, path: str | os.PathLike[str], start_step: int = 0) -> None:
-        """Opens `path`, made with its folder where it is missing.
+        """Opens `path`; creates it and its folder if they do not exist.
 
         Args:
           path: the file, such as `MODEL_DIR/metrics.jsonl`.
-          start_step: the step of the checkpoint this run resumes from: lines up to it stay. 0, a fresh run,
+          start_step: the step of the checkpoint this run resumes from: lines up to it are kept. 0, a fresh run,
             keeps none.
 
         Raises:
@@ -45,11 +45,16 @@ class JsonlWriter:
         with io_errors(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self.last_step = _keep_up_to(self._path, start_step)
-            # Unbuffered: what a failed write left in a buffer would be written again at close.
+            # Unbuffered: after a failed write, a buffer would be written again at close.
             self._file = self._path.open("ab", buffering=0)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes one report. Raises UserError if the disk refuses, ValueError unless `step` is later."""
+        """Writes one report.
+
+        Raises:
+          UserError: the file cannot be written.
+          ValueError: `step` is not later than the last.
+        """
         self.write_record(step, {name: _number(value) for name, value in scalars.items()})
 
     def write_record(self, step: int, record: Mapping[str, Any]) -> None:
@@ -68,42 +73,42 @@ class JsonlWriter:
 
 
 class TensorBoardWriter:
-    """Event files for TensorBoard, written without TensorFlow; a restart disowns the steps it runs again.
+    """Event files for TensorBoard, written without TensorFlow; a restart marks repeated steps, which TensorBoard drops.
 
-    Events are written and flushed at once, in the caller's thread: the library's usual writer queues them for
-    a thread of its own, so kill -9 loses half a minute of them, and a full disk ends in a caller that hangs.
+    Events are written and flushed at once, in the caller's thread: the library's usual writer queues them for its own
+    thread, so that kill -9 loses half a minute of them, and a full disk makes the caller hang.
     """
 
     def __init__(self, folder: str | os.PathLike[str], start_step: int | None = 0) -> None:
         """Opens a new event file in `folder`. Raises UserError.
 
         Args:
-          folder: made where it is missing.
-          start_step: as for `JsonlWriter`; None disowns nothing, for points that come in any order.
+          folder: created if it does not exist.
+          start_step: as for `JsonlWriter`; None marks nothing, for points in any order.
         """
-        from tensorboardX.event_file_writer import EventsWriter  # not paid by processes that write nothing
+        from tensorboardX.event_file_writer import EventsWriter  # lazy: only one process of a run writes
         from tensorboardX.proto.event_pb2 import SessionLog
 
         self._folder = Path(folder)
         with io_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-            # Its own file, also for a second run within the second that names the file.
+            # A file of its own, also for a second run within the same second, of which files are named.
             self._writer = EventsWriter(str(self._folder / "events"), filename_suffix=f".{time.time_ns()}")
         if start_step is not None:
             self._add(start_step + 1 if start_step else 0, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Adds one point a scalar. Raises UserError if the disk refuses."""
+        """Adds one point for each scalar. Raises UserError if the file cannot be written."""
         from tensorboardX.proto.summary_pb2 import Summary
 
         values = [Summary.Value(tag=name, simple_value=float(scalars[name])) for name in sorted(scalars)]
         self._add(step, summary=Summary(value=values))
 
     def text(self, name: str, text: str, step: int = 0) -> None:
-        """Adds a text as it is, such as the recipe. Raises UserError if the disk refuses."""
+        """Adds a text, such as the recipe, shown verbatim. Raises UserError if the file cannot be written."""
         from tensorboardX import summary
 
-        indented = "\n".join("    " + line for line in text.splitlines())  # Markdown for "as it is"
+        indented = "\n".join("    " + line for line in text.splitlines())  # Markdown for verbatim text
         self._add(step, summary=summary.text(name, indented))
 
     def close(self) -> None:
@@ -129,16 +134,16 @@ class Writers:
             writer.write(step, scalars)
 
     def close(self) -> None:
-        """Closes every writer, also when one of them fails, and raises what failed."""
+        """Closes every writer, even if one of them fails, and then raises its error."""
         with contextlib.ExitStack() as stack:
             for writer in reversed(self._writers):
                 stack.callback(writer.close)
 
 
 def json_line(step: int, record: Mapping[str, Any]) -> bytes:
-    """Returns a record as a line of a file that `JsonlWriter` describes, with its newline.
+    """Returns a record as a line of `JsonlWriter`'s format, with its newline.
 
-    Of a record read from such a file it gives the same line again.
+    A record read from such a line gives the same line again.
     """
     nonfinite: dict[str, str] = dict(record.get("nonfinite", {}))
     values = {name: _strict(record[name], name, nonfinite) for name in sorted({*record} - {"nonfinite"})}
@@ -149,20 +154,20 @@ def json_line(step: int, record: Mapping[str, Any]) -> bytes:
 
 
 def _keep_up_to(path: Path, start_step: int) -> int | None:
-    """Removes from the file what a run resuming at `start_step` writes anew; returns the last step kept."""
+    """Removes from the file what a run resuming at `start_step` writes again; returns the last step kept."""
     if not path.exists():
         return None
     before = path.read_bytes()
     lines = before.split(b"\n")
     steps = [_step_of(line) for line in lines]
-    while steps and steps[-1] is None:  # the empty piece after the last newline, or a half-written line
+    while steps and steps[-1] is None:  # the empty piece after the last newline, or an incomplete line
         steps.pop()
     last, kept = None, 0
     for number, step in enumerate(steps, 1):
         if step is None or (last is not None and step <= last):
             raise UserError(
                 f"{path}, line {number}: not a report of a later step than the line before. Only meshway "
-                "writes this file: mend the line, or move the file away to go on without the earlier reports"
+                "writes this file: repair the line, or move the file away to continue without the earlier reports"
             )
         if start_step and step <= start_step:
             last, kept = step, number
@@ -184,7 +189,7 @@ def _number(value: Any) -> float | int:
 
 
 def _strict(value: Any, path: str, nonfinite: dict[str, str]) -> Any:
-    """Returns `value` as strict JSON can hold it, noting each float that it cannot under its path."""
+    """Returns `value` as strict JSON can hold it; adds each float that it cannot to `nonfinite`, by its path."""
     if isinstance(value, Mapping):
         return {str(key): _strict(item, f"{path}.{key}", nonfinite) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""BERT: an encoder that scores every place of a text seen both ways (Devlin et al. 2019)."""
+"""BERT: a bidirectional encoder with logits for every token (Devlin et al. 2019)."""
 
 from collections.abc import Callable
 
@@ -19,7 +19,7 @@ from meshway.models.layers.stack import Stack
 
 
 class Bert(nnx.Module):
-    """The network: tokens in, logits of the token at each place out."""
+    """The network: tokens in, logits of every token out."""
 
     def __init__(
         self,
@@ -38,15 +38,15 @@ class Bert(nnx.Module):
     ):
         """Args:
           vocab_size, d_model: entries of the vocabulary, width of the residual stream.
-          encoder: the stack of layers, whose blocks normalise what they return (norms="post").
-          position_embedding: a learned vector a place (`embedding.PositionEmbedding`).
+          encoder: the stack of layers, whose blocks normalise their output (norms="post").
+          position_embedding: a learned vector for each position (`embedding.PositionEmbedding`).
           rngs: for the initial parameters.
           embedding: of tokens; it is the output layer as well, not scaled.
-          num_token_types: kinds of tokens (BERT: 2, a text and what follows it), each with a vector that is added.
+          num_token_types: number of token types (BERT: 2, the first and the second text), each with a learned vector.
           norm: of the embeddings and of the head.
           head_activation: between the head's layer and its norm, a name of `mlp.ACTIVATIONS`.
           dropout_rate: of embeddings.
-          dtype: what activations are computed in; parameters are float32.
+          dtype: of activations; parameters are float32.
 
         Raises:
           ValueError: an unknown activation.
@@ -89,8 +89,8 @@ class Bert(nnx.Module):
 
         Args:
           tokens: int32 [batch, length].
-          positions: int32 [batch, length], where each token stands in its segment.
-          mask: which tokens each sees.
+          positions: int32 [batch, length], the position of each token in its segment.
+          mask: which tokens each token attends to.
           token_types: int32 [batch, length], None for all of type 0.
           rng: dropout key.
 
@@ -98,7 +98,7 @@ class Bert(nnx.Module):
           hidden states [batch, length, d_model].
 
         Raises:
-          ValueError: rows are longer than what positions there are.
+          ValueError: rows are longer than the learned positions.
         """
         keys = split_key(rng, 2)
         x = self.position_embedding(self.token_embedding(tokens), positions, tokens.shape[1])

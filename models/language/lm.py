@@ -47,15 +47,16 @@ class LanguageModel(nnx.Module):
           rngs: for the initial parameters.
           embedding: of tokens.
           scale_embedding: multiply embeddings by sqrt(d_model), rounded to `dtype` first, as Gemma does.
-          position_embedding: a learned vector a place, added to the embeddings (`embedding.PositionEmbedding`).
-          embedding_norm: normalises what enters the stack (BLOOM).
-          position_bias: a bias on the scores of all layers (`positions.RelativePositionBias`).
-          norm: normalises what leaves the stack; None where blocks do (norms="post").
+          position_embedding: a learned vector for each position, added to the embeddings
+            (`embedding.PositionEmbedding`).
+          embedding_norm: normalises the input of the stack (BLOOM).
+          position_bias: a bias on the attention scores of all layers (`positions.RelativePositionBias`).
+          norm: normalises the output of the stack; None where blocks normalise theirs (norms="post").
           tied_logits: reuse the token embedding as the output layer, `scale_tied_logits` times 1/sqrt(d_model).
           logits_bias: add a bias to the logits.
           logits_soft_cap: bound the logits, cap * tanh(logits / cap).
-          dropout_rate: of embeddings and of what leaves the stack.
-          dtype: what activations are computed in; parameters are float32.
+          dropout_rate: of embeddings and of the stack's output.
+          dtype: of activations; parameters are float32.
 
         Raises:
           ValueError: a soft cap that is not positive.
@@ -87,7 +88,7 @@ class LanguageModel(nnx.Module):
         cache_index: jax.Array | None = None,
         rng: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
-        """Scores what follows each token: `score` of `hidden`, which takes the same.
+        """Returns the logits of the token after each token: `score` of `hidden`, which takes the same.
 
         Returns:
           (logits float32 [batch, length, vocab], the updated cache or None).
@@ -109,8 +110,8 @@ class LanguageModel(nnx.Module):
 
         Args:
           tokens: int32 [batch, length].
-          positions: int32 [batch, length], where each token stands in its segment.
-          mask: which tokens each sees; which slots of the cache, where there is a cache.
+          positions: int32 [batch, length], the position of each token in its segment.
+          mask: which tokens each token attends to; with a cache, which slots of it.
           cache, cache_index: see `Attention`.
           rng: dropout key.
 
@@ -118,7 +119,7 @@ class LanguageModel(nnx.Module):
           (hidden states [batch, length, d_model], the updated cache or None).
 
         Raises:
-          ValueError: rows, or the cache's, are longer than what learned positions there are.
+          ValueError: rows, or those of the cache, are longer than the learned positions.
         """
         keys = split_key(rng, 3)
         kv_length = mask.dense.shape[-1]
@@ -151,7 +152,7 @@ class LanguageModel(nnx.Module):
         return sow_intermediate("logits", logits)
 
     def empty_cache(self, batch: int, length: int) -> Any:
-        """Returns room for the keys and values of `length` positions."""
+        """Returns an empty cache for the keys and values of `length` positions."""
         return self.decoder.empty_cache(batch=batch, length=length, dtype=jnp.dtype(self.token_embedding.dtype))
 
     def decode_cached(self, tokens: jax.Array, positions: jax.Array, cache: Any, length: int) -> tuple[jax.Array, Any]:
@@ -160,7 +161,7 @@ class LanguageModel(nnx.Module):
         return self(tokens, positions, mask, cache=cache, cache_index=positions)
 
     def _embed(self, tokens: jax.Array, positions: jax.Array, length: int) -> jax.Array:
-        """Returns what enters the stack, [batch, queries, d_model], of rows of `length` tokens."""
+        """Returns the input of the stack, [batch, queries, d_model], for rows of `length` tokens."""
         x = self.token_embedding(tokens)
         if self.embedding_scale is not None:
             x = x * jnp.asarray(self.embedding_scale, x.dtype)
@@ -170,5 +171,5 @@ class LanguageModel(nnx.Module):
 
 
 def _if_any(factory: Callable[..., Any] | None, **arguments: Any) -> Any:
-    """Returns what a recipe's optional part makes of its arguments, None without it."""
+    """Returns factory(**arguments), None if there is no factory."""
     return None if factory is None else factory(**arguments)

@@ -1,4 +1,4 @@
-"""T5: an encoder and a decoder with relative position biases (Raffel et al. 2020, and its 1.1 release)."""
+"""T5: an encoder and a decoder with relative position biases (Raffel et al. 2020, section 2.1, and its 1.1 release)."""
 
 from typing import Any, Protocol
 
@@ -37,7 +37,7 @@ class BiasFactory(Protocol):
 
 
 class T5(nnx.Module):
-    """The network: `encode` the inputs, `decode` targets against them."""
+    """The network: `encode` the inputs, `decode` targets that attend to them."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class T5(nnx.Module):
         scale_tied_logits: bool = True,
         dtype: str = "float32",
     ):
-        """`dtype` is what activations are computed in; parameters are float32. `tied_logits` (T5 1.0) reuses the
+        """`dtype` is that of activations; parameters are float32. `tied_logits` (T5 1.0) reuses the
         token embedding as the output layer, `scale_tied_logits` times 1/sqrt(d_model)."""
         self.token_embedding = embedding(vocab_size=vocab_size, d_model=d_model, rngs=rngs, dtype=dtype)
         self.encoder_position_bias = position_bias(bidirectional=True, rngs=rngs)
@@ -120,14 +120,14 @@ class T5(nnx.Module):
         return sow_intermediate("logits", constrain(logits.astype(jnp.float32), ("batch", "length", "vocab")))
 
     def empty_cache(self, encoded: jax.Array, length: int) -> Any:
-        """Returns the decoder's cache for `length` positions; it holds what the decoder needs of `encoded`."""
+        """Returns the decoder's cache for `length` positions, with the keys and values of `encoded`."""
         return self.decoder.empty_cache(encoded=encoded, length=length)
 
     def decode_cached(
         self, tokens: jax.Array, positions: jax.Array, cache: Any, encoded_segments: jax.Array, length: int
     ) -> tuple[jax.Array, Any]:
         """One step of decoding: tokens [rows, 1] at positions [rows, 1] -> (logits [rows, 1, vocab], cache); rows are a
-        multiple of the batch that was encoded, those of an example one after the other."""
+        multiple of the encoded batch, those of an example adjacent."""
         slots = row_positions(length)
         asking = jnp.ones((encoded_segments.shape[0], tokens.size // encoded_segments.shape[0]), jnp.int32)
         x, cache = self._decode(

@@ -11,7 +11,7 @@ from meshway.framework.axes import constrain
 from meshway.models.layers import cache as cache_lib
 from meshway.models.layers.cache import Cache, KeysValues
 from meshway.models.layers.kernels.auto import AutoAttention
-from meshway.models.layers.kernels.reference import Kernel, dot_product_attention
+from meshway.models.layers.kernels.reference import AttentionKernel, dot_product_attention
 from meshway.models.layers.linear import Linear, fan_in_init
 from meshway.models.layers.masks import AttentionMetadata, Mask, local_window, row_metadata, row_positions
 from meshway.models.layers.positions import PositionBias, with_alibi
@@ -22,12 +22,12 @@ PARTS = ("query", "key", "value", "out")
 
 @runtime_checkable
 class ScoreTerm(Protocol):
-    """What adds to the scores of queries with keys by what both are and where they stand: it needs all scores at once,
-    so that attention is then computed by `dot_product_attention`."""
+    """A term added to attention scores that depends on queries, keys and their row positions. It needs all scores at
+    once: attention is then computed by `dot_product_attention`."""
 
-    def scores(self, query: jax.Array, key: jax.Array, places: jax.Array, kv_places: jax.Array) -> jax.Array:
-        """Returns float32 [batch, heads, length, kv_length] for queries and keys as they meet, whose places in the row
-        are [rows, length] and [rows, kv_length]."""
+    def scores(self, query: jax.Array, key: jax.Array, positions: jax.Array, kv_positions: jax.Array) -> jax.Array:
+        """Returns float32 [batch, heads, length, kv_length] for queries and keys as they are multiplied, at row
+        positions [rows, length] and [rows, kv_length]."""
         ...
 
 
@@ -53,34 +53,34 @@ class Attention(nnx.Module):
         soft_cap: float | None = None,
         sinks: bool = False,
         dropout_rate: float = 0.0,
-        kernel: Kernel = AutoAttention(),
+        kernel: AttentionKernel = AutoAttention(),
         cache_dtype: str | None = None,
     ):
         """Builds the projections.
 
         Args:
-          num_kv_heads: below `num_heads` it is GQA, 1 is MQA; None for as many.
+          num_kv_heads: fewer than `num_heads` is GQA (Ainslie et al. 2023), 1 is MQA (Shazeer 2019); None for as many.
           biases: which of "query", "key", "value" and "out" add a bias to their projection.
           qk_norm: normalisation of each head's queries and keys, called with d_model=head_dim, axis="head_dim", rngs.
           scale_logits: False leaves out 1/sqrt(head_dim) and starts the query kernel that much smaller, as T5 does.
           query_scale: what queries are multiplied by instead of 1/sqrt(head_dim).
-          rotary: turns (x [batch, length, heads, head_dim], positions [batch, length]) for queries and keys; one
+          rotary: rotates x [batch, length, heads, head_dim] by positions [batch, length], for queries and keys; one
             that is a `ScoreTerm` (`rotary.ReRoPE`) corrects their scores too.
-          relative: called with d_model, num_heads, head_dim and rngs for a `ScoreTerm` (`relative.RelativeScores`).
-          alibi: takes a fixed slope a head off scores for each place between query and key (`positions.with_alibi`).
-          window: a query sees its own place and the window-1 before it, and where the mask is not causal as many after;
-            places are those in the row, whatever is packed in it.
+          relative: called with d_model, num_heads, head_dim and rngs for a `ScoreTerm` (`positions.RelativeScores`).
+          alibi: subtracts a fixed slope of each head times the distance of query and key (`positions.with_alibi`).
+          window: a query sees its own position and the window-1 before it, and where the mask is not causal as many
+            after; positions are those in the row, whatever is packed in it.
           soft_cap: scores become soft_cap * tanh(scores / soft_cap), before the mask.
-          sinks: one learned score a head that takes part in the softmax and has no value.
-          kernel: computes attention, except over a cache and with a `ScoreTerm`, which `dot_product_attention` does;
-            the default chooses one by platform, shapes and what is asked for. Layouts that cut the length bind one that
-            can.
-          cache_dtype: how keys and values are kept while decoding: "float32", "bfloat16", or "int8" with a scale for
-            each head at each place (`cache.Quantized`); None for the dtype that is computed in. They are rounded as
-            they are written, those of an encoder's output too, and attended to in the dtype of the queries.
+          sinks: one learned score for each head that takes part in the softmax and has no value.
+          kernel: computes attention, except over a cache or with a `ScoreTerm`, where `dot_product_attention` does;
+            the default chooses a kernel by platform, shapes and options. Layouts that shard the length bind one that
+            supports it.
+          cache_dtype: how keys and values are stored while decoding: "float32", "bfloat16", or "int8" with a scale for
+            each head and position (`cache.Quantized`); None for the dtype of activations. They are rounded as they are
+            written, those of an encoder's output too, and attended to in the dtype of the queries.
 
         Raises:
-          ValueError: `num_heads` is no multiple of `num_kv_heads`, or an option is out of its range.
+          ValueError: `num_heads` is not a multiple of `num_kv_heads`, or an option is out of its range.
         """
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         _check(num_heads, num_kv_heads, biases, scale_logits, query_scale, window, soft_cap)
@@ -108,7 +108,7 @@ class Attention(nnx.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
 
     def keys_values(self, source: jax.Array, positions: jax.Array | None = None) -> KeysValues:
-        """Projects what is attended to: source [batch, kv_length, d_model]."""
+        """Projects source [batch, kv_length, d_model] to keys and values [batch, kv_length, kv_heads, head_dim]."""
         source = constrain(source, ("batch", "length", "embed"), free_for="kv_heads")
         key, value = self.key(source), self.value(source)
         if self.key_norm is not None:
@@ -119,12 +119,12 @@ class Attention(nnx.Module):
         return constrain(key, names), constrain(value, names)
 
     def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Cache:
-        """Returns room for the keys and values of `length` positions; `dtype` is what is computed in."""
+        """Returns an empty cache for the keys and values of `length` positions; `dtype` is that of activations."""
         shape = (batch, length, self.num_kv_heads, self.head_dim)
         return cache_lib.empty_cache(shape, self._cache_dtype(dtype))
 
     def full_cache(self, source: jax.Array) -> Cache:
-        """Returns what is remembered of a source [batch, kv_length, d_model] that all steps attend to."""
+        """Returns a cache with the keys and values of a source [batch, kv_length, d_model] that all steps attend to."""
         return cache_lib.store_all(self.keys_values(source), self._cache_dtype(source.dtype))
 
     def __call__(
@@ -144,12 +144,12 @@ class Attention(nnx.Module):
 
         Args:
           attended: projected keys and values (cross-attention); None attends to x itself.
-          positions: [batch, length] of x in its segment, for rotary embeddings.
+          positions: [batch, length], those of x in its segment, for rotary embeddings.
           bias, mask: over the cache's length where there is a cache.
-          cache: keys and values seen so far; x's own are written in at `cache_index` before attending.
-          cache_index: int32 [batch, length], the slot of each position of x: its place in the row.
-          queries: the logical axis along x's second dimension; None if no layout cuts it, as where it counts the
-            predictions of an example.
+          cache: keys and values seen so far; those of x are written at `cache_index` before attending.
+          cache_index: int32 [batch, length], the slot of each position of x: its position in the row.
+          queries: the logical axis of x's second dimension; None where no layout shards it, as where it holds the
+            predictions of one example.
           rng: dropout key.
 
         Returns:
@@ -157,7 +157,7 @@ class Attention(nnx.Module):
 
         Raises:
           ValueError: rotary embeddings without positions, or a window or ALiBi in cross-attention, where queries and
-            keys have no places in common.
+            keys are of different rows.
         """
         x = constrain(x, ("batch", queries, "embed"), free_for="heads")
         query = self.query(x)
@@ -171,26 +171,26 @@ class Attention(nnx.Module):
                     raise ValueError("Attention with rotary embeddings needs the positions of its tokens")
                 query = self.rotary(query, positions)
             attended = self.keys_values(x, positions)
-            places = row_positions(x.shape[1])
+            in_row = row_positions(x.shape[1])
             if cache is not None:
                 assert cache_index is not None
-                places, cache = cache_index, cache_lib.write(cache, attended, cache_index)
+                in_row, cache = cache_index, cache_lib.write(cache, attended, cache_index)
                 attended = cache_lib.read(cache, x.dtype)
-            kv_places = row_positions(attended[0].shape[1])
+            kv_in_row = row_positions(attended[0].shape[1])
             if self.window is not None:
-                here = AttentionMetadata(places=places, ordered=cache is None)
-                mask = local_window(mask, self.window, here, row_metadata(attended[0].shape[1]))
+                metadata = AttentionMetadata(row_positions=in_row, ordered=cache is None)
+                mask = local_window(mask, self.window, metadata, row_metadata(attended[0].shape[1]))
             if self.alibi:
-                bias = with_alibi(bias, self.num_heads, places, kv_places)
+                bias = with_alibi(bias, self.num_heads, in_row, kv_in_row)
             for term in terms:
-                bias = _added(bias, term.scores(query, attended[0], places, kv_places), places, kv_places)
+                bias = _added(bias, term.scores(query, attended[0], in_row, kv_in_row), in_row, kv_in_row)
         elif self.window is not None or self.alibi or self.relative is not None:
             raise ValueError(
-                "Attention.window, alibi and relative are of self-attention: the places of keys from elsewhere are "
-                "none of the queries' row; give cross-attention an Attention of its own, by a gin scope"
+                "Attention.window, alibi and relative are for self-attention: in cross-attention keys have no position "
+                "in the queries' row; give cross-attention an Attention of its own, by a gin scope"
             )
         query = constrain(query, ("batch", queries, "heads", "head_dim"))
-        # A cache's mask, and what score terms add, are known in full only.
+        # The mask of a cache and the scores of terms are dense arrays only.
         blocks = (mask is None or mask.queries is not None) and not terms
         attend = self.kernel if blocks else dot_product_attention
         sinks = None if self.sinks is None else jnp.asarray(self.sinks[...])
@@ -214,9 +214,9 @@ class Attention(nnx.Module):
         return [term for term in (self.rotary, self.relative) if isinstance(term, ScoreTerm)]
 
 
-def _added(bias: PositionBias | None, scores: jax.Array, places: jax.Array, kv_places: jax.Array) -> PositionBias:
-    """Returns a bias and what a score term adds as one, for kernels that hold all scores."""
-    return PositionBias(scores if bias is None else scores + bias.dense, None, places, kv_places, None)
+def _added(bias: PositionBias | None, scores: jax.Array, positions: jax.Array, kv_positions: jax.Array) -> PositionBias:
+    """Returns the sum of a bias and a term's scores, dense only."""
+    return PositionBias(scores if bias is None else scores + bias.dense, None, positions, kv_positions, None)
 
 
 def _check(
@@ -229,12 +229,14 @@ def _check(
     soft_cap: float | None,
 ) -> None:
     if num_heads % num_kv_heads:
-        raise ValueError(f"Attention: num_heads={num_heads} is no multiple of num_kv_heads={num_kv_heads}")
+        raise ValueError(f"Attention: num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}")
     if isinstance(biases, str) or not set(biases) <= set(PARTS):
         raise ValueError(f"Attention.biases must be a list of some of {list(PARTS)}, not {biases!r}")
     if query_scale is not None and not scale_logits:
-        raise ValueError(f"Attention: query_scale={query_scale} says how to scale, and scale_logits=False not to")
+        raise ValueError(
+            f"Attention: query_scale={query_scale} scales queries, and scale_logits=False does not: bind one of them"
+        )
     if window is not None and window < 1:
-        raise ValueError(f"Attention.window must be at least 1 (a query's own place), not {window}")
+        raise ValueError(f"Attention.window must be at least 1 (a query's own position), not {window}")
     if soft_cap is not None and soft_cap <= 0:
         raise ValueError(f"Attention.soft_cap must be above 0, not {soft_cap}; None leaves scores as they are")

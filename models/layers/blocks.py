@@ -1,4 +1,4 @@
-"""Transformer layers: attention and feed-forward parts around a residual stream, and where they are normalised."""
+"""Transformer blocks: attention and feed-forward layers around a residual stream, and where they are normalised."""
 
 from typing import Any, Literal, Protocol
 
@@ -36,9 +36,9 @@ class SelfAttentionBlock(nnx.Module):
         parallel: bool = False,
         dropout_rate: float = 0.0,
     ):
-        """`norms` says where each part f is normalised: "pre" x + f(norm(x)), "post" norm(x + f(x)) as in the first
-        Transformers and BERT, "both" x + post_norm(f(norm(x))) as in Gemma 2. `parallel` adds both parts to x at once,
-        x + attention(norm(x)) + mlp(norm(x)), with one norm for both (GPT-J, PaLM).
+        """`norms` is where each layer f is normalised: "pre" x + f(norm(x)), "post" norm(x + f(x)) as in Vaswani et al.
+        2017 and BERT, "both" x + post_norm(f(norm(x))) as in Gemma 2. `parallel` adds both layers to x at once,
+        x + attention(norm(x)) + mlp(norm(x)), with one norm for both (GPT-J; PaLM, section 2).
 
         Raises:
           ValueError: an unknown order, or a parallel block whose norms are not "pre".
@@ -95,7 +95,7 @@ class SelfAttentionBlock(nnx.Module):
         return (self.mlp_norm(x) if post else x), cache
 
     def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Any:
-        """Returns room for `length` positions of self-attention."""
+        """Returns an empty self-attention cache for `length` positions."""
         return self.attention.empty_cache(batch, length, dtype)
 
 
@@ -134,7 +134,7 @@ class CrossAttentionBlock(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """x [batch, length, d_model]; `encoded` [batch, kv_length, d_model] unless the cache holds its projections.
 
-        With a cache x may have several rows, one after the other, for each of these; `cross_mask` is then
+        With a cache x may have several adjacent rows for each row of the encoder; `cross_mask` is then
         [batch, 1, rows of each * length, kv_length].
         """
         keys = split_key(rng, 6)
@@ -148,10 +148,10 @@ class CrossAttentionBlock(nnx.Module):
         )
         x = x + dropout(y, self.dropout_rate, keys[1])
         attended = self.cross_attention.keys_values(encoded) if cache is None else read(cache["encoded"], x.dtype)
-        # Several predictions of one example ask together: its keys are stored, and read, once.
-        asking = self.cross_attention_norm(x).reshape(attended[0].shape[0], -1, x.shape[-1])
+        # Several predictions of one example are queries of one row: its keys are stored, and read, once.
+        grouped = self.cross_attention_norm(x).reshape(attended[0].shape[0], -1, x.shape[-1])
         queries = "length" if cache is None else None
-        y, _ = self.cross_attention(asking, attended=attended, mask=cross_mask, queries=queries, rng=keys[2])
+        y, _ = self.cross_attention(grouped, attended=attended, mask=cross_mask, queries=queries, rng=keys[2])
         x = x + dropout(y.reshape(x.shape), self.dropout_rate, keys[3])
         with with_padding_mask(mask):
             y = self.mlp(self.mlp_norm(x), rng=keys[4])
@@ -159,7 +159,7 @@ class CrossAttentionBlock(nnx.Module):
         return x + dropout(y, self.dropout_rate, keys[5]), cache
 
     def empty_cache(self, encoded: jax.Array, length: int) -> Any:
-        """Returns room for `length` positions, and the encoder's output projected once for all steps."""
+        """Returns an empty self-attention cache for `length` positions, and the encoder's keys and values."""
         return {
             "own": self.attention.empty_cache(encoded.shape[0], length, encoded.dtype),
             "encoded": self.cross_attention.full_cache(encoded),

@@ -1,4 +1,4 @@
-"""What attention remembers of keys and values: how they are stored, where they lie, and how they are read again."""
+"""The key-value cache of attention: how it is stored, sharded, written and read."""
 
 import dataclasses
 import math
@@ -11,12 +11,12 @@ from meshway.framework.axes import constrain, mesh_axes
 
 KeysValues = tuple[jax.Array, jax.Array]  # each [batch, kv_length, kv_heads, head_dim]
 DTYPES = ("float32", "bfloat16", "int8")
-LARGEST = 127  # of int8, on both sides
+LARGEST = 127  # of int8, symmetric
 
 
 class Quantized(NamedTuple):
-    """Numbers as int8 `values` [batch, kv_length, kv_heads, head_dim] times a float32 `scale` [batch, kv_length,
-    kv_heads] of each head at each place: off by half a scale at most, which is 1/254 of the head's largest entry."""
+    """int8 `values` [batch, kv_length, kv_heads, head_dim] times a float32 `scale` [batch, kv_length, kv_heads] of each
+    position and head. The error is half a scale at most, 1/254 of the head's largest entry."""
 
     values: jax.Array
     scale: jax.Array
@@ -45,49 +45,49 @@ jax.tree_util.register_dataclass(DecodingCache, ["layers", "encoder_segments"], 
 
 
 def check_cache_dtype(dtype: str | None) -> None:
-    """Raises ValueError unless a cache may be of this dtype; None leaves it to what is computed in."""
+    """Raises ValueError unless a cache may have this dtype; None is the dtype of activations."""
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"Attention.cache_dtype must be None or one of {', '.join(map(repr, DTYPES))}, not {dtype!r}")
 
 
 def empty_cache(shape: tuple[int, ...], dtype: str | jnp.dtype) -> Cache:
-    """Returns room for keys and values of `shape` [batch, kv_length, kv_heads, head_dim]."""
+    """Returns an empty cache for keys and values of `shape` [batch, kv_length, kv_heads, head_dim]."""
     x = jnp.zeros(shape, jnp.float32)
-    keys, values = (_placed(store(x, dtype)) for _ in range(2))
+    keys, values = (_constrained(store(x, dtype)) for _ in range(2))
     return keys, values
 
 
 def store(x: jax.Array, dtype: str | jnp.dtype) -> Stored:
-    """Returns x [batch, kv_length, kv_heads, head_dim] in the dtype of a cache."""
+    """Returns x [batch, kv_length, kv_heads, head_dim] as a cache of this dtype stores it."""
     if jnp.dtype(dtype) != jnp.int8:
         return x.astype(dtype)
     x = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), axis=-1) / LARGEST
-    # A head of zeros has no scale: it stays zeros.
+    # A head of zeros has scale 0: it stays zeros.
     steps = jnp.round(x / jnp.where(scale > 0, scale, 1.0)[..., None])
     return Quantized(jnp.clip(steps, -LARGEST, LARGEST).astype(jnp.int8), scale)
 
 
 def store_all(both: KeysValues, dtype: str | jnp.dtype) -> Cache:
-    """Returns keys and values as a cache that holds nothing else."""
-    keys, values = (_placed(store(x, dtype)) for x in both)
+    """Returns a cache filled with keys and values."""
+    keys, values = (_constrained(store(x, dtype)) for x in both)
     return keys, values
 
 
 def write(cache: Cache, new: KeysValues, index: jax.Array) -> Cache:
-    """Returns the cache with new keys and values, of `length` places, in its slots `index` [batch, length]."""
-    # Row by row: an index that tells the row too would have XLA gather what the batch's devices write.
+    """Returns the cache with new keys and values, of `length` positions, in its slots `index` [batch, length]."""
+    # Row by row: with an index that includes the row, XLA would gather the new entries of all of the batch's devices.
     by_row = jax.vmap(lambda old, new, index: old.at[index].set(new))
 
     def written(old: Stored, x: jax.Array) -> Stored:
         entries = store(x, jnp.int8 if isinstance(old, Quantized) else old.dtype)
-        return _placed(jax.tree.map(lambda old, new: by_row(old, new, index), old, entries))
+        return _constrained(jax.tree.map(lambda old, new: by_row(old, new, index), old, entries))
 
     return written(cache[0], new[0]), written(cache[1], new[1])
 
 
 def read(cache: Cache, dtype: jnp.dtype) -> KeysValues:
-    """Returns what a cache holds in the dtype that attention computes in, [batch, kv_length, kv_heads, head_dim]."""
+    """Returns the keys and values of a cache in `dtype`, [batch, kv_length, kv_heads, head_dim] each."""
 
     def one(stored: Stored) -> jax.Array:
         if not isinstance(stored, Quantized):
@@ -100,16 +100,15 @@ def read(cache: Cache, dtype: jnp.dtype) -> KeysValues:
 def take_copies(x: jax.Array, chosen: jax.Array) -> jax.Array:
     """Returns x [layers, batch * copies, ...] with copy `chosen[i, j]` of each row i in place of its copy j.
 
-    A row's copies lie beside it, so that devices which the batch is cut over exchange nothing.
+    The copies of a row are adjacent, so that the devices that shard the batch exchange nothing.
     """
     index = chosen.reshape(1, *chosen.shape, *[1] * (x.ndim - 2))
     copies = x.reshape(x.shape[0], *chosen.shape, *x.shape[2:])
     return jnp.take_along_axis(copies, index, axis=2).reshape(x.shape)
 
 
-def _placed(stored: Stored) -> Stored:
-    """Puts a cache where the layout has keys and values; a length that the layout would cut in unequal parts stays
-    whole."""
+def _constrained(stored: Stored) -> Stored:
+    """Shards a cache as the layout shards keys and values; a length that its mesh axes do not divide is replicated."""
 
     def one(x: jax.Array) -> jax.Array:
         sizes = jax.sharding.get_abstract_mesh().shape

@@ -11,7 +11,7 @@ from meshway.models.module import param
 
 
 class Embedding(nnx.Module):
-    """A table [vocab, d_model]; its dtype is the dtype the whole network computes in."""
+    """A table [vocab, d_model]; its dtype is that of the network's activations."""
 
     def __init__(
         self,
@@ -23,7 +23,7 @@ class Embedding(nnx.Module):
         dtype: str = "float32",
         one_hot: bool = False,
     ):
-        """`one_hot` looks up by a matmul with one-hot rows: dearer by far on CPU (19 % of a T5X step), it may pay
+        """`one_hot` looks up by a matmul with one-hot rows: much slower on CPU (19 % of a T5X step), it may be faster
         on TPU where `vocab` is sharded."""
         table = stddev * jax.random.normal(rngs.params(), (vocab_size, d_model), jnp.float32)
         self.embedding = param(table, ("vocab", "embed"))
@@ -39,7 +39,8 @@ class Embedding(nnx.Module):
         return constrain_lookup(table[tokens], names, table, ("vocab", "embed"))
 
     def logits(self, x: jax.Array, scale: bool = True) -> jax.Array:
-        """Scores x [batch, length, d_model] against the table (tied output); `scale` by 1/sqrt(d_model) as T5 does."""
+        """x [batch, length, d_model] -> logits [batch, length, vocab] by the table (tied output); `scale` multiplies by
+        1/sqrt(d_model), as T5 does."""
         table = self.embedding[...].astype(x.dtype)
         return jnp.einsum("bld,vd->blv", x * table.shape[1] ** -0.5 if scale else x, table)
 
@@ -51,7 +52,7 @@ class EmbeddingFactory(Protocol):
 
 
 class OutputBias(nnx.Module):
-    """A bias [vocab] on logits that have no layer of their own."""
+    """A bias [vocab] on logits that come from the embedding table."""
 
     def __init__(self, vocab_size: int):
         self.bias = param(jnp.zeros((vocab_size,)), ("vocab",))
@@ -62,17 +63,17 @@ class OutputBias(nnx.Module):
 
 
 class PositionEmbedding(nnx.Module):
-    """A learned vector for each place in a segment (GPT-2, BERT): a table [positions, d_model]."""
+    """A learned vector for each position in a segment (GPT-2, BERT): a table [positions, d_model]."""
 
     def __init__(self, d_model: int, num_positions: int, *, rngs: nnx.Rngs, stddev: float = 0.02):
         table = stddev * jax.random.normal(rngs.params(), (num_positions, d_model), jnp.float32)
         self.embedding = param(table, ("positions", "embed"))
 
     def __call__(self, x: jax.Array, positions: jax.Array, length: int) -> jax.Array:
-        """Adds to x [batch, queries, d_model] what stands for `positions` [batch, queries] of rows of `length` tokens.
+        """Adds to x [batch, queries, d_model] the vectors of `positions` [batch, queries], of rows of `length` tokens.
 
         Raises:
-          ValueError: rows are longer than the table, in which a look-up would find its last entry instead.
+          ValueError: rows are longer than the table, where a look-up would return its last entry.
         """
         table = self.embedding[...].astype(x.dtype)
         if length > table.shape[0]:
@@ -85,7 +86,7 @@ class PositionEmbedding(nnx.Module):
 
 
 class TypeEmbedding(nnx.Module):
-    """A learned vector for each kind of token (BERT): a table [types, d_model], which no mesh axis cuts by type."""
+    """A learned vector for each token type (BERT): a table [types, d_model], never sharded by type."""
 
     def __init__(self, d_model: int, num_types: int, *, rngs: nnx.Rngs, stddev: float = 0.02):
         table = stddev * jax.random.normal(rngs.params(), (num_types, d_model), jnp.float32)

@@ -1,4 +1,4 @@
-"""One layer in each of its forms, as pure functions: what `meshway bench attention` and `bench moe` compare."""
+"""Variants of one layer as pure functions: what `meshway bench attention` and `bench moe` compare."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meshway.models.layers.kernels.reference import Kernel
+from meshway.models.layers.kernels.reference import AttentionKernel
 from meshway.models.layers.masks import Mask, local_window, make_attention_mask, row_metadata, row_positions
 from meshway.models.layers.positions import with_alibi
 from meshway.models.layers.side_outputs import capture
@@ -18,11 +18,11 @@ NAMES = ("batch", "length", "heads", "head_dim"), ("batch", "kv_length", "kv_hea
 
 
 class KernelForms:
-    """Self-attention of heads alone, without projections, by each of `kernels`."""
+    """Self-attention without projections, by each of `kernels`."""
 
     def __init__(
         self,
-        kernels: Mapping[str, Kernel],
+        kernels: Mapping[str, AttentionKernel],
         num_heads: int = 8,
         head_dim: int = 64,
         num_kv_heads: int | None = None,
@@ -33,8 +33,8 @@ class KernelForms:
         sinks: bool = False,
         alibi: bool = False,
     ):
-        """`kernels` have names, of which the first is what the others are compared with; `segments` examples of one
-        length share a row; the rest is as `attention.Attention` has it.
+        """`kernels` are named, and the others are compared with the first; `segments` examples of equal length share a
+        row; the other arguments are those of `attention.Attention`.
 
         Raises:
           ValueError: there are no kernels, or too few segments.
@@ -57,12 +57,12 @@ class KernelForms:
 
     def loss(self, name: str, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         """Returns a scalar that depends on every output of a kernel."""
-        places = row_positions(query.shape[1])
+        positions = row_positions(query.shape[1])
         out = self._kernels[name](
             query * jnp.asarray(self._head_dim**-0.5, query.dtype),
             key,
             value,
-            bias=with_alibi(None, self._heads[0], places, places) if self._alibi else None,
+            bias=with_alibi(None, self._heads[0], positions, positions) if self._alibi else None,
             mask=self._mask(query.shape[1]),
             soft_cap=self._soft_cap,
             sinks=jnp.zeros(self._heads[0]) if self._sinks else None,
@@ -70,14 +70,14 @@ class KernelForms:
         return jnp.mean(jnp.square(out.astype(jnp.float32)))
 
     def flops(self, batch_size: int, length: int, backward: bool) -> float:
-        """Returns the operations that what is seen needs: two products forward and four more backward for each pair of
-        a query and a key that it sees (what a kernel computes again, or in vain, does not count)."""
-        place = np.arange(length)
-        first = place - place % -(-length // self._segments)
+        """Returns the FLOPs of the pairs of a query and a key that the mask shows: two products forward and four more
+        backward (what a kernel recomputes, or computes of hidden pairs, does not count)."""
+        query = np.arange(length)
+        first = query - query % -(-length // self._segments)
         last = np.minimum(first + -(-length // self._segments), length) - 1
         reach = length if self._window is None else self._window - 1
-        last = place if self._causal else np.minimum(last, place + reach)
-        pairs = int(np.sum(last - np.maximum(first, place - reach) + 1))
+        last = query if self._causal else np.minimum(last, query + reach)
+        pairs = int(np.sum(last - np.maximum(first, query - reach) + 1))
         return (6.0 if backward else 2.0) * 2 * batch_size * self._heads[0] * self._head_dim * pairs
 
     def _mask(self, length: int) -> Mask | None:
@@ -95,14 +95,14 @@ class DispatchForms:
     def __init__(
         self, layer: Callable[..., Any], d_model: int, names: Sequence[str] = ("all_to_all", "einsum", "dropless")
     ):
-        """`names` are the values of `dispatch`, of which the first is what the others are compared with."""
+        """`names` are the values of `dispatch`; the others are compared with the first."""
         if not names:
             raise ValueError("DispatchForms.names: nothing to compare")
         self.names, self.d_model = tuple(names), d_model
         self._networks = {name: Network(functools.partial(layer, d_model=d_model, dispatch=name)) for name in names}
 
     def init(self, rng: jax.Array) -> dict[str, Any]:
-        """Returns fresh parameters, good for all forms."""
+        """Returns fresh parameters, the same for all values of `dispatch`."""
         return self._networks[self.names[0]].init(rng)
 
     def axes(self) -> dict[str, Any]:

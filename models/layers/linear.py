@@ -35,7 +35,8 @@ def project(x: jax.Array, kernel: jax.Array, num_inputs: int) -> jax.Array:
     """Contracts the last `num_inputs` dims of x with the first ones of `kernel`.
 
     The gradient of the kernel is x^T g with x on the left. jax would put g there, and XLA:CPU transposes the left
-    factor: x is smaller, and one transposed x serves all kernels that read it (query, key, value; the MLP's two).
+    factor: x is smaller, and one transposed x is shared by all kernels applied to it (query, key, value; the MLP's
+      two).
     """
     batch = x.ndim - num_inputs
     dims = (tuple(range(batch, x.ndim)), tuple(range(num_inputs)))
@@ -60,7 +61,7 @@ project.defvjp(_project_forward, _project_backward)
 class Linear(nnx.Module):
     """y[..., outputs] = sum over inputs of x[..., inputs] kernel[inputs, outputs] (+ bias).
 
-    The product is taken in the dtype of x: parameters stay float32 and are cast where they are used.
+    It is computed in the dtype of x: parameters stay float32 and are cast where they are used.
     """
 
     def __init__(

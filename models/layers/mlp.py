@@ -23,7 +23,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Mlp(nnx.Module):
-    """out(product over activations a_i of a_i(wi_i(x))): one activation is plain, two are gated (Shazeer 2020)."""
+    """wo(product over i of a_i(wi_i(x))) for activations a_i: one is a plain MLP, two are gated (Shazeer 2020, eq.
+    5-6)."""
 
     def __init__(
         self,

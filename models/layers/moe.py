@@ -1,4 +1,4 @@
-"""A feed-forward layer of experts, of which each token passes through a few."""
+"""A mixture-of-experts feed-forward layer: each token passes through a few of many experts."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -28,15 +28,15 @@ SLOTLESS = ("dropless", "ragged")
 
 
 class MoeMlp(nnx.Module):
-    """A mixture of experts, in the place of `mlp.Mlp` in a block (Shazeer et al. 2017; Fedus et al. 2022).
+    """A mixture of experts, which replaces `mlp.Mlp` in a block (Shazeer et al. 2017; Fedus et al. 2022).
 
     Parameters: router/kernel [embed, expert]; experts/wi_0, wi_1 .. [expert, embed, mlp] and experts/wo [expert, mlp,
-    embed]; shared/.. as of an `Mlp` of num_shared_experts * d_ff hidden units, which every token passes through with a
-    weight of 1 (DeepSeek-V3).
+    embed]; shared/.. those of an `Mlp` of num_shared_experts * d_ff hidden units, which every token passes through with
+    a weight of 1 (DeepSeek-V3).
 
     It reports "router/load_max" and "router/load_min" (the largest and smallest expert's share of the choices, 1 is
-    even), "router/entropy" (nats, mean over tokens) and "router/drop_rate" (the share of choices that found no slot;
-    where experts choose, of tokens no expert took), all over real tokens.
+    even), "router/entropy" (nats, mean over tokens) and "router/drop_rate" (the share of choices dropped for lack of a
+    slot; where experts choose, of tokens that no expert took), all over real tokens.
     """
 
     def __init__(
@@ -62,18 +62,18 @@ class MoeMlp(nnx.Module):
           rngs: for the initial parameters.
           router: one of `routers`.
           dispatch: "all_to_all" moves tokens to slots; "einsum" does the same by one-hot products; "dropless" has no
-            slots, drops nothing and reads no capacity: where experts are cut it gathers tokens; "ragged" sends them
-            instead, by an instruction that TPUs and GPUs have (on CPU it is made of a gather, for tests).
+            slots, drops nothing and ignores the capacity factors: where experts are sharded it gathers tokens; "ragged"
+            sends them instead, by a ragged all-to-all (TPUs and GPUs; on CPU emulated by a gather, for tests).
           activations: names of `mlp.ACTIVATIONS`.
           num_shared_experts: experts that take every token.
           capacity_factor: an expert's slots in a group over its even share of the choices; `eval_capacity_factor` at
             inference, None for the same.
-          group_rows: how many rows of the batch share slots. With 1, what becomes of a row depends on no other row.
-          groups_per_row: into how many groups a row is cut instead, for layouts that cut the length.
+          group_rows: how many rows of the batch share slots. With 1, the result of a row depends on no other row.
+          groups_per_row: into how many groups a row is split instead, for layouts that shard the length.
           dropout_rate: of hidden units; tokens of a group share a mask, as those of a row do in an `Mlp`.
 
         Raises:
-          ValueError: an unknown option, a number out of range, or what the router finds wrong.
+          ValueError: an unknown option, a number out of range, or an argument that the router refuses.
         """
         if dispatch not in DISPATCHES:
             raise ValueError(f"MoeMlp.dispatch must be one of {sorted(DISPATCHES)}, not {dispatch!r}")
@@ -81,7 +81,8 @@ class MoeMlp(nnx.Module):
         _check_positive(capacity_factor=capacity_factor, eval_capacity_factor=eval_capacity_factor)
         if group_rows > 1 and groups_per_row > 1:
             raise ValueError(
-                f"MoeMlp: group_rows={group_rows} joins rows, groups_per_row={groups_per_row} cuts them; one must be 1"
+                f"MoeMlp: group_rows={group_rows} joins rows, groups_per_row={groups_per_row} splits them; "
+                "one must be 1"
             )
         self.router = router(d_model=d_model, num_experts=num_experts, rngs=rngs)
         self.experts = Experts(d_model, d_ff, num_experts, activations, rngs=rngs)
@@ -101,26 +102,27 @@ class MoeMlp(nnx.Module):
         """x [batch, length, d_model] -> the same shape; `rng` None means inference.
 
         Raises:
-          ValueError: groups do not divide the batch, or devices cut them; "expert" is mapped in two ways at once.
+          ValueError: groups do not divide the batch, or are split across devices; "expert" is mapped to mesh axes of
+            which only some shard the tokens.
         """
         keys = split_key(rng, 3)
         x = constrain(x, ("batch", "length", "embed"), free_for="mlp")
         real = padding_mask(x)
         weights = self.experts.weights(x.dtype)
-        cut = expert_mesh(x.shape, weights.inputs[0].shape)
+        mesh = expert_mesh(x.shape, weights.inputs[0].shape)
         choices = self.router(x, real=real, rng=keys[0])
-        rows, parts = self._units(x.shape, cut)
+        rows, parts = self._num_groups(x.shape, mesh)
         groups = self._groups(x.shape[0] * x.shape[1] // (rows * parts), choices, inference=rng is None)
         masks = None
         if keys[1] is not None and self.dropout_rate:
             masks = dropout(jnp.ones((rows, parts, self.d_ff), x.dtype), self.dropout_rate, keys[1], shared_axis=None)
-        y, kept = DISPATCHES[self.dispatch](x, choices, real, weights, masks, groups, cut)
-        _say_drops(kept, choices, real)
+        y, kept = DISPATCHES[self.dispatch](x, choices, real, weights, masks, groups, mesh)
+        _report_drops(kept, choices, real)
         if self.shared is not None:
             y = y + self.shared(x, rng=keys[2])
         return constrain(y, ("batch", "length", "embed"))
 
-    def _units(self, shape: tuple[int, ...], cut: ExpertMesh | None) -> tuple[int, int]:
+    def _num_groups(self, shape: tuple[int, ...], mesh: ExpertMesh | None) -> tuple[int, int]:
         """Returns (groups along the batch, groups along each row)."""
         batch, length = shape[:2]
         if self.dispatch in SLOTLESS:
@@ -128,18 +130,18 @@ class MoeMlp(nnx.Module):
         rows, parts = self.group_rows, 1 if length == 1 else self.groups_per_row
         if batch % rows or length % parts:
             raise ValueError(
-                f"MoeMlp: a batch of {batch} rows of {length} tokens does not divide in groups of {rows} rows or in "
-                f"{parts} groups a row; change group_rows or groups_per_row, or bind dispatch = 'dropless'"
+                f"MoeMlp: a batch of {batch} rows of {length} tokens is not divisible into groups of {rows} rows or "
+                f"into {parts} groups a row; change group_rows or groups_per_row, or bind dispatch = 'dropless'"
             )
-        by_batch, by_length = (1, 1) if cut is None else (cut.size(cut.batch), cut.size(cut.length))
+        by_batch, by_length = (1, 1) if mesh is None else (mesh.size(mesh.batch), mesh.size(mesh.length))
         if batch // rows % by_batch:
             raise ValueError(
                 f"MoeMlp: {batch} rows in groups of {rows} give {batch // rows} groups, which the {by_batch} devices "
-                "that cut the batch cannot share evenly; lower MoeMlp.group_rows"
+                "that shard the batch cannot share evenly; lower MoeMlp.group_rows"
             )
         if parts % by_length:
             raise ValueError(
-                f"MoeMlp: the layout cuts the length in {by_length}, across groups that share slots; bind "
+                f"MoeMlp: the layout shards the length {by_length} ways, across groups that share slots; bind "
                 f"moe.MoeMlp.groups_per_row to a multiple of {by_length}, or dispatch = 'dropless'"
             )
         return batch // rows, parts
@@ -150,7 +152,7 @@ class MoeMlp(nnx.Module):
         return Groups(tokens, capacity_of(tokens, per_token, self.num_experts, factor))
 
 
-def _say_drops(kept: jax.Array, choices: Choices, real: jax.Array) -> None:
+def _report_drops(kept: jax.Array, choices: Choices, real: jax.Array) -> None:
     wanted = choices.experts.shape[-1] if isinstance(choices, TokenChoices) else 1
     found = jnp.minimum(kept, wanted) * real
     add_metric("router/drop_rate", 1.0 - jnp.sum(found) / (wanted * jnp.maximum(jnp.sum(real), 1.0)))

@@ -19,7 +19,7 @@ class RMSNorm(nnx.Module):
         unit_offset: bool = False,
         axis: str = "embed",
     ):
-        """`unit_offset` stores the scale less one, as Gemma does; `axis` names the axis that is normalised."""
+        """`unit_offset` stores scale - 1, as Gemma does; `axis` is the logical axis that is normalised."""
         del rngs  # the scale starts at one
         self.scale = param(jnp.zeros((d_model,)) if unit_offset else jnp.ones((d_model,)), (axis,))
         self.epsilon, self.unit_offset = epsilon, unit_offset
@@ -44,7 +44,7 @@ class LayerNorm(nnx.Module):
         use_bias: bool = True,
         axis: str = "embed",
     ):
-        """`axis` names the axis that is normalised."""
+        """`axis` is the logical axis that is normalised."""
         del rngs  # the scale starts at one, the bias at zero
         self.scale = param(jnp.ones((d_model,)), (axis,))
         self.bias = param(jnp.zeros((d_model,)), (axis,)) if use_bias else None
@@ -59,12 +59,12 @@ class LayerNorm(nnx.Module):
 
 
 def split_key(rng: jax.Array | None, num: int) -> list[jax.Array | None]:
-    """Splits a dropout key in `num`, or passes its absence on."""
+    """Splits a dropout key into `num` keys; None into `num` times None."""
     return [None] * num if rng is None else list(jax.random.split(rng, num))
 
 
 def dropout(x: jax.Array, rate: float, rng: jax.Array | None, shared_axis: int | None = -2) -> jax.Array:
-    """Zeroes a share `rate` of the features and scales the rest by 1 / (1 - rate).
+    """Zeroes features with probability `rate` and scales the rest by 1 / (1 - rate).
 
     Args:
       x: any array.

@@ -1,9 +1,8 @@
-"""A stack of layers run as a pipeline of microbatches, and what a layer keeps for its backward pass.
+"""A stack of layers run as a pipeline of microbatches, and the rematerialisation policies of layers.
 
-Everything happens in one jitted program. All stages compute at once, as one `vmap` over an axis that the mesh cuts;
-between time steps what they made is rolled on by one stage, which compiles to a collective-permute (GPipe in GSPMD,
-Xu et al. 2021, section 3.3). A scan over time walks the schedule's arrays, and its derivative is the backward
-pipeline.
+Everything happens in one jitted program. All stages compute at once, as one `vmap` over an axis that the mesh shards;
+between time steps their outputs move on by one stage, which compiles to a collective-permute (GPipe in GSPMD, Xu et al.
+2021, section 3.3). A scan over time reads the schedule's arrays, and its derivative is the backward pipeline.
 """
 
 import dataclasses
@@ -20,9 +19,9 @@ from meshway.framework.axes import Names, constrain, mesh_axes, placement
 from meshway.models.layers.positions import PositionBias
 from meshway.models.layers.schedule import Walk, circular
 
-Policy = Callable[..., bool]  # asked of each operation: (primitive, *arrays, **params) -> whether its result is kept
+Policy = Callable[..., bool]  # (primitive, *arrays, **params) -> whether the operation's result is saved
 
-# What only moves numbers: cheap to do again.
+# Primitives that only move numbers: cheap to recompute.
 MOVES = frozenset(
     [
         "broadcast_in_dim",
@@ -40,8 +39,8 @@ MOVES = frozenset(
 
 
 def _through_calls(policy: Policy) -> Policy:
-    """Returns a policy that looks into functions with a derivative of their own, such as `linear.project`: jax asks of
-    them as a whole, and a policy about products would keep none."""
+    """Returns a policy that looks into functions with a custom derivative, such as `linear.project`: jax asks about the
+    call as a whole, for which a policy about products would save nothing."""
 
     def keeps(primitive: Any, *arrays: Any, **params: Any) -> bool:
         inner = params.get("call_jaxpr")
@@ -63,13 +62,13 @@ POLICIES: dict[str, Policy | None] = {
 
 
 def all_but_moves(primitive: Any, *_: Any, **__: Any) -> bool:
-    """The policy that computes MOVES again, and nothing else."""
+    """The policy that recomputes MOVES, and nothing else."""
     return primitive.name not in MOVES
 
 
 def of_one_stage(policy: Policy) -> Policy:
-    """Returns a policy for all stages of a pipeline at once that decides as `policy` does for one: where stages are an
-    axis of a `vmap`, each product has a batch axis more."""
+    """Returns a policy for all stages of a pipeline at once that decides as `policy` does for one: under the `vmap`
+    over stages each product has one more batch axis."""
 
     def decides(primitive: Any, *arrays: Any, **params: Any) -> bool:
         if primitive is jax.lax.dot_general_p:
@@ -80,18 +79,18 @@ def of_one_stage(policy: Policy) -> Policy:
     return _through_calls(decides)
 
 
-Layer = Any  # (states, dropout key, no cache) of one period of the stack; of many of them, with a leading axis
+Layer = Any  # (states, dropout key, None for a cache) of one period of the stack; with a leading axis, of many
 Period = Callable[[jax.Array, Layer, dict[str, Any]], tuple[jax.Array, Any]]  # (x, layer, context) -> (x, reports)
 ACTIVATIONS = ("batch", "length", "embed")
 
 
-class Now(NamedTuple):
-    """A time step, of a scan over all of them.
+class TimeStep(NamedTuple):
+    """A time step of the schedule, or with a leading axis all of them.
 
     Attributes:
       microbatch, repeat: what each stage works on, [stages].
-      entering, enters: the microbatch of the first stage, and whether it is new: scalars, as an entry of `microbatch`,
-        which lies on many devices, would have to be sent to all.
+      entering, enters: the microbatch of the first stage, and whether it is new: scalars, since an entry of
+        `microbatch`, which is sharded over stages, would have to be broadcast.
       leaving, leaves: the microbatch of the last stage, and whether it has passed all layers.
     """
 
@@ -103,7 +102,7 @@ class Now(NamedTuple):
     leaves: jax.Array
 
     @classmethod
-    def of(cls, walk: Walk, num_repeats: int) -> "Now":
+    def of(cls, walk: Walk, num_repeats: int) -> "TimeStep":
         """Returns all time steps, [time, ...]."""
         leaves = walk.active[:, -1] & (walk.repeat[:, -1] == num_repeats - 1)
         first, last = walk.microbatch[:, 0], walk.microbatch[:, -1]
@@ -111,7 +110,7 @@ class Now(NamedTuple):
 
 
 class RunLayers(Protocol):
-    """Runs `period(x, layer)` over consecutive layers, under remat policy `keep`; (x, what the periods returned)."""
+    """Runs `period(x, layer)` over consecutive layers, under remat policy `keep`; returns (x, the periods' outputs)."""
 
     def __call__(
         self,
@@ -124,17 +123,18 @@ class RunLayers(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """How a stack is run where the layout cuts "stage": bind it in a layout file, `Stack.pipeline = @Pipeline()`.
+    """How a stack is run where the layout shards "stage": bind it in a layout file, `Stack.pipeline = @Pipeline()`.
 
     Attributes:
-      num_microbatches: M, into which each batch is cut (each microbatch of the step, where it accumulates gradients).
-      num_repeats: V, how often a microbatch goes around the stages. The idle share is (S - 1) / (M V + S - 1).
+      num_microbatches: M, into which each batch is split (each microbatch of the step, where it accumulates gradients).
+      num_repeats: V, how often a microbatch goes around the S stages. The idle share is (S - 1) / (M V + S - 1)
+        (Narayanan et al. 2021, section 2.2).
 
-    Parameters stay the stack's own, [layers, ...], a run of layers a stage. With V > 1 a stage works on V shorter
-    runs instead: once a step the weights move between stages, and their gradients move back.
+    Parameters stay the stack's own, [layers, ...], with consecutive layers on each stage. With V > 1 a stage works on V
+    shorter runs of layers instead: once a step the weights move between stages, and their gradients move back.
 
-    A dropout key belongs to a layer and a microbatch, so masks are not those of the stack run whole. Auxiliary losses
-    and statistics that layers report are means over microbatches, as where gradients are accumulated.
+    A dropout key belongs to a layer and a microbatch, so dropout masks differ from those without a pipeline. Auxiliary
+    losses and statistics that layers report are means over microbatches, as where gradients are accumulated.
     """
 
     num_microbatches: int
@@ -146,7 +146,7 @@ class Pipeline:
                 raise ValueError(f"Pipeline.{name} must be at least 1, not {getattr(self, name)}")
 
     def num_stages(self) -> int:
-        """Returns over how many stages the ambient layout cuts a network; 1 outside any mesh."""
+        """Returns into how many stages the ambient layout splits a network; 1 outside any mesh."""
         return _parts("stage")
 
     def __call__(
@@ -169,39 +169,39 @@ class Pipeline:
           keep: the remat policy, None for all.
 
         Returns:
-          (x after all layers, what the periods reported, [periods] each, a mean over microbatches).
+          (x after all layers, the periods' reports, [periods] each, means over microbatches).
 
         Raises:
-          ValueError: periods, batch and microbatches do not divide, or a leaf of the context has
-            another number of rows.
+          ValueError: periods or batch are not divisible, or a leaf of the context has another number of rows.
         """
         stages, rows = self.num_stages(), x.shape[0]
         self._check(jax.tree.leaves(layers)[0].shape[0], rows, stages)
         walk = circular(stages, self.num_microbatches, self.num_repeats)
-        cut = _has_rows(context, rows)
+        has_rows = _has_rows(context, rows)
         layers = jax.tree.map(lambda leaf: self._by_stage(leaf, stages), layers)
-        context = jax.tree.map(lambda leaf, cut: self._on_each_stage(leaf, cut, stages), context, cut)
-        work = self._work_of_stages(run, period, cut, keep)
+        context = jax.tree.map(lambda leaf, split: self._on_each_stage(leaf, split, stages), context, has_rows)
+        run_stages = self._run_stages(run, period, has_rows, keep)
         first, last = (np.arange(stages)[:, None, None, None] == stage for stage in (0, stages - 1))
-        # Of each microbatch the input, and once the last stage is done with it the result. Each stage has a copy, of
-        # which the last one's is read in the end, so that nothing but what is rolled crosses stages at a time step.
-        kept = constrain(_broadcast(self._cut(x), 1, stages), (None, "stage", *ACTIVATIONS))
+        # The input of each microbatch, replaced by its result after the last stage. Each stage has a copy, of which the
+        # last stage's is read in the end, so that at a time step only the rolled outputs cross stages.
+        kept = constrain(_broadcast(self._split(x), 1, stages), (None, "stage", *ACTIVATIONS))
 
-        def step(carry: tuple[jax.Array, jax.Array], now: Now) -> tuple[tuple[jax.Array, jax.Array], Any]:
-            made, kept = carry
-            taken = jnp.where(first & now.enters, _at(kept, now.entering), _roll(made))
-            made, said = work(layers, context, constrain(taken, ("stage", *ACTIVATIONS)), now.microbatch, now.repeat)
-            made = constrain(made, ("stage", *ACTIVATIONS))
-            result = jnp.where(now.leaves, made, _at(kept, now.leaving))
-            return (made, jax.lax.dynamic_update_index_in_dim(kept, result, now.leaving, 0)), said
+        def step(carry: tuple[jax.Array, jax.Array], now: TimeStep) -> tuple[tuple[jax.Array, jax.Array], Any]:
+            outputs, kept = carry
+            inputs = jnp.where(first & now.enters, _at(kept, now.entering), _roll(outputs))
+            inputs = constrain(inputs, ("stage", *ACTIVATIONS))
+            outputs, reports = run_stages(layers, context, inputs, now.microbatch, now.repeat)
+            outputs = constrain(outputs, ("stage", *ACTIVATIONS))
+            result = jnp.where(now.leaves, outputs, _at(kept, now.leaving))
+            return (outputs, jax.lax.dynamic_update_index_in_dim(kept, result, now.leaving, 0)), reports
 
-        (_, kept), said = jax.lax.scan(step, (kept[0], kept), Now.of(walk, self.num_repeats))
+        (_, kept), reports = jax.lax.scan(step, (kept[0], kept), TimeStep.of(walk, self.num_repeats))
         # One sum over stages; an index would take a permute as well, and one more for the gradient.
         x = constrain(self._join(jnp.sum(jnp.where(last, kept, 0), axis=1)), ACTIVATIONS)
-        return x, jax.tree.map(lambda leaf: self._mean(leaf, walk), said)
+        return x, jax.tree.map(lambda leaf: self._mean(leaf, walk), reports)
 
     def _check(self, num_periods: int, rows: int, num_stages: int) -> None:
-        """Raises ValueError, with the nearest right number, where periods or a batch of `rows` do not divide."""
+        """Raises ValueError, with the nearest right number, where periods or a batch of `rows` are not divisible."""
         repeats, parts, shards = self.num_repeats, num_stages * self.num_repeats, _parts("batch")
         if repeats % num_stages and num_stages % repeats:
             raise ValueError(
@@ -211,23 +211,23 @@ class Pipeline:
             )
         if num_periods % parts:
             raise ValueError(
-                f"a stack of {num_periods} periods of its pattern of blocks does not cut into {num_stages} stages x "
-                f"num_repeats={self.num_repeats}: {_nearest(num_periods, parts)} periods would"
+                f"a stack of {num_periods} periods of its pattern of blocks cannot be split into {num_stages} stages x "
+                f"num_repeats={self.num_repeats}: {_nearest(num_periods, parts)} periods could"
             )
         if rows % (self.num_microbatches * shards):
             numbers = _divisors_near(rows // shards, self.num_microbatches) if rows % shards == 0 else ""
             raise ValueError(
-                f"Pipeline.num_microbatches={self.num_microbatches} does not cut {rows} rows (BATCH_SIZE over the "
-                f"step's NUM_MICROBATCHES) into microbatches that the {shards} parts of the mesh's batch share evenly: "
+                f"Pipeline.num_microbatches={self.num_microbatches} does not split {rows} rows (BATCH_SIZE over the "
+                f"step's NUM_MICROBATCHES) into microbatches that the {shards} shards of the batch share evenly: "
                 f"{_nearest(rows, self.num_microbatches * shards)} rows would do"
                 f"{numbers and f', or num_microbatches={numbers}'}"
             )
 
-    def _work_of_stages(
-        self, run: RunLayers, period: Period, cut: Any, keep: Policy | None
+    def _run_stages(
+        self, run: RunLayers, period: Period, has_rows: Any, keep: Policy | None
     ) -> Callable[..., tuple[jax.Array, Any]]:
-        """Returns one time step's work: (layers, context, x, microbatch, repeat) -> (x, reports), all of them with axis
-        "stage" in front."""
+        """Returns the function of one time step: (layers, context, x, microbatch, repeat) -> (x, reports), each with a
+        leading axis "stage"."""
         if keep is not None:
             keep = of_one_stage(keep)
         elif self.num_repeats > 1:
@@ -237,23 +237,23 @@ class Pipeline:
             layers: Layer, context: Any, x: jax.Array, microbatch: jax.Array, repeat: jax.Array
         ) -> tuple[jax.Array, Any]:
             def one(x: jax.Array, layer: Layer) -> tuple[jax.Array, Any]:
-                # Picked in here, where remat reaches: what was picked is then not kept for every time step.
+                # Indexed inside the rematerialised function, so that the slices are not saved for every time step.
                 states, key, cache = jax.tree.map(lambda leaf: _at(leaf, repeat), layer)
                 key = None if key is None else jax.random.fold_in(key, microbatch)
-                mine = jax.tree.map(lambda leaf, cut: _at(leaf, microbatch) if cut else leaf, context, cut)
-                return period(x, (states, key, cache), mine)
+                own = jax.tree.map(lambda leaf, split: _at(leaf, microbatch) if split else leaf, context, has_rows)
+                return period(x, (states, key, cache), own)
 
             return run(one, x, layers, keep)
 
         return jax.vmap(stage, spmd_axis_name=mesh_axes("stage"))
 
-    def _cut(self, x: jax.Array) -> jax.Array:
-        """[rows, ...] -> [microbatches, rows of each, ...]. Microbatch i takes rows i, i + M, ...: each lies on all
-        devices that hold the batch."""
+    def _split(self, x: jax.Array) -> jax.Array:
+        """[rows, ...] -> [microbatches, rows of each, ...]. Microbatch i takes rows i, i + M, ...: each is sharded over
+        all devices of the batch."""
         return jnp.swapaxes(x.reshape(-1, self.num_microbatches, *x.shape[1:]), 0, 1)
 
     def _join(self, x: jax.Array) -> jax.Array:
-        """The inverse of `_cut`."""
+        """The inverse of `_split`."""
         return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
 
     def _by_stage(self, leaf: jax.Array, stages: int) -> jax.Array:
@@ -261,23 +261,23 @@ class Pipeline:
         leaf = leaf.reshape(self.num_repeats, stages, -1, *leaf.shape[1:])
         return _constrain_leading(jnp.moveaxis(leaf, 0, 2), ("stage", None, None))
 
-    def _on_each_stage(self, leaf: jax.Array, cut: bool, stages: int) -> jax.Array:
-        """[rows, ...] -> [stages, microbatches, rows of each, ...] if `cut`, else [...] -> [stages, ...]: one copy a
-        stage, whose gradients are summed over stages once, at the end, and not at every time step."""
-        if cut:
-            return _constrain_leading(_broadcast(self._cut(leaf), 0, stages), ("stage", None, "batch"))
+    def _on_each_stage(self, leaf: jax.Array, split: bool, stages: int) -> jax.Array:
+        """[rows, ...] -> [stages, microbatches, rows of each, ...] if `split`, else [...] -> [stages, ...]: one copy on
+        each stage, whose gradients are summed over stages once, at the end, and not at every time step."""
+        if split:
+            return _constrain_leading(_broadcast(self._split(leaf), 0, stages), ("stage", None, "batch"))
         return _constrain_leading(_broadcast(leaf, 0, stages), ("stage",))
 
-    def _mean(self, said: jax.Array, walk: Walk) -> jax.Array:
-        """Averages over microbatches what periods said: [time, stages, periods of one repeat, ...] -> [periods, ...] in
-        the order of layers. What idle stages said is left out, not multiplied by zero: it may be anything."""
-        real = walk.active & (walk.repeat == jnp.arange(self.num_repeats)[:, None, None])
-        real = real.reshape(*real.shape, *[1] * (said.ndim - 2))
-        return jnp.sum(jnp.where(real, said, 0), axis=1).reshape(-1, *said.shape[3:]) / self.num_microbatches
+    def _mean(self, values: jax.Array, walk: Walk) -> jax.Array:
+        """Averages a report over microbatches: [time, stages, periods of one repeat, ...] -> [periods, ...] in the
+        order of layers. Values of idle stages are masked, not multiplied by zero: they may be NaN."""
+        active = walk.active & (walk.repeat == jnp.arange(self.num_repeats)[:, None, None])
+        active = active.reshape(*active.shape, *[1] * (values.ndim - 2))
+        return jnp.sum(jnp.where(active, values, 0), axis=1).reshape(-1, *values.shape[3:]) / self.num_microbatches
 
 
 def _parts(name: str) -> int:
-    """Returns into how many parts the ambient layout cuts a logical axis."""
+    """Returns into how many shards the ambient layout splits a logical axis."""
     return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in mesh_axes(name))
 
 
@@ -291,13 +291,13 @@ def _has_rows(context: Any, rows: int) -> Any:
     def leaf_has(leaf: jax.Array) -> bool:
         if leaf.ndim and leaf.shape[0] not in (1, rows):
             raise ValueError(
-                f"a pipeline cuts what its layers get into microbatches, and an array of shape {leaf.shape} has "
-                f"neither the batch's {rows} rows nor 1"
+                f"a pipeline splits the arguments of its layers into microbatches, and an array of shape {leaf.shape} "
+                f"has neither the batch's {rows} rows nor 1"
             )
         return bool(leaf.ndim) and leaf.shape[0] == rows
 
     def node_has(node: Any) -> Any:
-        if isinstance(node, PositionBias):  # its table belongs to no row
+        if isinstance(node, PositionBias):  # its table has no axis of rows
             return dataclasses.replace(jax.tree.map(leaf_has, dataclasses.replace(node, table=node.dense)), table=False)
         return leaf_has(node)
 
@@ -305,7 +305,7 @@ def _has_rows(context: Any, rows: int) -> Any:
 
 
 def _constrain_leading(x: jax.Array, names: Names) -> jax.Array:
-    """Constrains the first axes of x; along the others it may lie as it does."""
+    """Constrains the first axes of x and leaves the others unconstrained."""
     where = placement(names, x.shape[: len(names)])
     if where is None:
         return x
@@ -315,7 +315,7 @@ def _constrain_leading(x: jax.Array, names: Names) -> jax.Array:
 
 @jax.custom_vjp
 def _roll(x: jax.Array) -> jax.Array:
-    """Hands what each stage made to the next, and the last one's to the first: one collective-permute, as is its
+    """Passes the output of each stage to the next, and the last one's to the first: one collective-permute, as is its
     gradient, for which jax would take two."""
     return jnp.roll(x, 1, axis=0)
 
@@ -329,7 +329,7 @@ def _broadcast(x: jax.Array, axis: int, size: int) -> jax.Array:
 
 
 def _at(x: jax.Array, index: jax.Array) -> jax.Array:
-    """x[index]."""
+    """x[index], or x[0] where that is all."""
     return x[0] if x.shape[0] == 1 else jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False)
 
 

@@ -1,4 +1,4 @@
-"""How attention learns where tokens stand: biases, ALiBi, and Transformer-XL's relative scores."""
+"""Positions in attention scores: T5's relative bias, ALiBi, and Transformer-XL's relative scores."""
 
 import dataclasses
 import functools
@@ -41,15 +41,15 @@ def relative_position_bucket(
 
 @dataclasses.dataclass(frozen=True)
 class PositionBias:
-    """A bias on attention scores: in full for kernels that hold all scores, as a table, slopes or their sum for those
-    that work in blocks. What a kernel leaves unread costs nothing once compiled.
+    """A bias on attention scores: a dense array for kernels that hold all scores; a table, slopes or their sum for
+    blockwise kernels. What a kernel does not read is removed by the compiler.
 
     Attributes:
       dense: float32 [rows, heads, queries, keys].
       table: float32 [heads, buckets]; None: no table.
-      query_positions, kv_positions: int32 [rows, queries] and [rows, keys].
+      query_positions, kv_positions: int32 [rows, queries] and [rows, keys], positions in the row (slots of a cache).
       bucket: maps key position - query position, int32 of any shape, to a bucket of the table.
-      slopes: float32 [heads], taken off a score for each place between query and key; None: nothing is.
+      slopes: float32 [heads], times the distance of query and key, subtracted from scores; None: none.
     """
 
     dense: jax.Array
@@ -80,27 +80,29 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
 
 
 def with_alibi(
-    bias: PositionBias | None, num_heads: int, query_places: jax.Array | None, kv_places: jax.Array | None
+    bias: PositionBias | None, num_heads: int, query_positions: jax.Array | None, kv_positions: jax.Array | None
 ) -> PositionBias:
-    """Returns `bias` plus ALiBi's, -slope |key place - query place| (Press et al. 2022): nothing is learned.
+    """Returns `bias` plus ALiBi's, -slope |key position - query position| (Press et al. 2022, section 3); nothing is
+    learned.
 
     Args:
-      query_places, kv_places: [rows, queries] and [rows, keys], where tokens stand in the row (slots of a cache). A
-        bias that is given has its own.
+      bias: None or another bias, whose positions are then used.
+      num_heads: number of query heads.
+      query_positions, kv_positions: int32 [rows, queries] and [rows, keys], positions in the row (slots of a cache).
     """
     if bias is not None:
-        query_places, kv_places = bias.query_positions, bias.kv_positions
-    assert query_places is not None and kv_places is not None
+        query_positions, kv_positions = bias.query_positions, bias.kv_positions
+    assert query_positions is not None and kv_positions is not None
     slopes = jnp.asarray(alibi_slopes(num_heads))
-    distance = jnp.abs(kv_places[:, None, :] - query_places[:, :, None]).astype(jnp.float32)
+    distance = jnp.abs(kv_positions[:, None, :] - query_positions[:, :, None]).astype(jnp.float32)
     dense = -slopes[:, None, None] * distance[:, None]
     if bias is None:
-        return PositionBias(dense, None, query_places, kv_places, None, slopes)
+        return PositionBias(dense, None, query_positions, kv_positions, None, slopes)
     return dataclasses.replace(bias, dense=bias.dense + dense, slopes=slopes)
 
 
 class RelativePositionBias(nnx.Module):
-    """T5's bias on attention scores: one learned number a head and distance bucket."""
+    """T5's bias on attention scores: one learned number for each head and distance bucket (Raffel et al. 2020, 2.1)."""
 
     def __init__(
         self,
@@ -122,16 +124,16 @@ class RelativePositionBias(nnx.Module):
         )
 
     def __call__(self, query_positions: jax.Array, kv_positions: jax.Array) -> PositionBias:
-        """Returns the bias among any positions [rows, queries] and [rows, keys]."""
+        """Returns the bias for any positions [rows, queries] and [rows, keys]."""
         table = jnp.asarray(self.embedding[...])
         relative = kv_positions[:, None, :] - query_positions[:, :, None]
         dense = jnp.moveaxis(table[:, self.bucket(relative)], 0, 1)
         return PositionBias(dense, table, query_positions, kv_positions, self.bucket)
 
     def square(self, length: int) -> PositionBias:
-        """Returns the bias among positions 0 .. length-1 of a row.
+        """Returns the bias for queries and keys at positions 0 .. length-1 of a row.
 
-        It depends on key - query only, so 2 length - 1 values are looked up and then laid out in rows, each
+        It depends on key - query only, so 2 length - 1 values are looked up and then arranged in rows, each
         shifted by one against the next. A look-up for every pair costs 9 % of a CPU step in its gradient.
         """
         width = 2 * length - 1
@@ -146,13 +148,13 @@ class RelativePositionBias(nnx.Module):
         return PositionBias(dense, table, positions, positions, self.bucket)
 
 
-SCORES = ("batch", "heads", "length", None)  # the keys lie whole, as layouts may cut both lengths by the same mesh axes
+SCORES = ("batch", "heads", "length", None)  # keys are not sharded: layouts may map both lengths to the same mesh axes
 
 
 class RelativeScores(nnx.Module):
-    """What Transformer-XL adds to the scores q k (Dai et al. 2019, section 3.3), as Gopher and Chinchilla do.
+    """The terms that Transformer-XL adds to the scores q k (Dai et al. 2019, section 3.3), as Gopher and Chinchilla do.
 
-    The terms (b), (c) and (d) of its equation for a key j places before the query: q W r_j + u k + v W r_j, with r_j
+    The terms (b), (c) and (d) of its equation for a key j positions before the query: q W r_j + u k + v W r_j, with r_j
     the fixed sines and cosines of j. Parameters: kernel W [embed, heads, head_dim], content_bias u and position_bias v
     [heads, head_dim], both added to queries after they are scaled.
     """
@@ -171,20 +173,21 @@ class RelativeScores(nnx.Module):
         self.position_bias = param(jnp.zeros((num_heads, head_dim)), ("heads", "head_dim"))
         self.base = base
 
-    def scores(self, query: jax.Array, key: jax.Array, places: jax.Array, kv_places: jax.Array) -> jax.Array:
-        """Returns what is to be added to the scores of queries and keys, float32 [batch, heads, length, kv_length].
+    def scores(self, query: jax.Array, key: jax.Array, positions: jax.Array, kv_positions: jax.Array) -> jax.Array:
+        """Returns what is added to attention scores, float32 [batch, heads, length, kv_length].
 
         Args:
           query: [batch, length, heads, head_dim], scaled.
           key: [batch, kv_length, kv_heads, head_dim].
-          places: int32 [rows, length], where queries stand in the row; rows is 1 where that is 0, 1 .. length - 1.
-          kv_places: int32 [1, kv_length], 0, 1 .. kv_length - 1.
+          positions: int32 [rows, length], those of queries in the row; rows is 1 only if they are 0 .. length - 1.
+          kv_positions: int32 [1, kv_length], 0 .. kv_length - 1.
         """
         length, kv_length, dtype = query.shape[1], key.shape[1], query.dtype
         query = query + self.position_bias[...].astype(dtype)
         distances = kv_length - 1 - jnp.arange(2 * kv_length - 1)  # of the latest query to the first key, and on
         sines = self._sines(distances).astype(dtype)
-        # The order of the two products is left to einsum: one query a row is cheaper turned into d_model features.
+        # The order of the two products is left to einsum: a single query is cheaper projected to d_model features
+        # first.
         by_distance = jnp.einsum(
             "blhd,ehd,re->bhlr",
             query,
@@ -192,16 +195,16 @@ class RelativeScores(nnx.Module):
             sines,
             preferred_element_type=jnp.float32,
         )
-        if places.shape[0] == 1 and length == kv_length:
-            by_place = _shifted(by_distance)
+        if positions.shape[0] == 1 and length == kv_length:
+            by_position = _shifted(by_distance)
         else:
-            column = kv_places[:, None, :] - places[:, :, None] + kv_length - 1
-            by_place = jnp.take_along_axis(by_distance, column[:, None], axis=-1)
+            column = kv_positions[:, None, :] - positions[:, :, None] + kv_length - 1
+            by_position = jnp.take_along_axis(by_distance, column[:, None], axis=-1)
         groups = query.shape[2] // key.shape[2]
         content = self.content_bias[...].astype(dtype).reshape(key.shape[2], groups, -1)
         by_key = jnp.einsum("hgd,bkhd->bhgk", content, key, preferred_element_type=jnp.float32)
         by_key = by_key.reshape(by_key.shape[0], query.shape[2], 1, kv_length)
-        return constrain(by_place + by_key, SCORES)
+        return constrain(by_position + by_key, SCORES)
 
     def _sines(self, distances: jax.Array) -> jax.Array:
         """Returns float32 [distances, d_model]: sines, then cosines."""
@@ -212,10 +215,11 @@ class RelativeScores(nnx.Module):
 
 
 def _shifted(by_distance: jax.Array) -> jax.Array:
-    """[..., length, 2 length - 1], whose column c is of the key length - 1 - c places before the query, -> by key.
+    """[..., length, 2 length - 1] -> [..., length, length], by key; column c of the former is of the key length - 1 - c
+    positions before the query.
 
-    Rows of one column more, read back as rows of 2 length - 1, begin one column earlier each: a look-up for every pair
-    is far dearer in its gradient.
+    Rows padded by one column and read back as rows of 2 length - 1 begin one column earlier each: the gradient of a
+    look-up for every pair is far more expensive.
     """
     *lead, length, width = by_distance.shape
     wider = jnp.pad(by_distance, [(0, 0)] * (len(lead) + 1) + [(0, 1)])

@@ -1,6 +1,6 @@
-"""Rotary position embeddings, and ways to stretch them to lengths that were not trained.
+"""Rotary position embeddings, and ways to scale them to lengths beyond those of training.
 
-A scaling has no parameters: a recipe may choose another one for evaluation and inference than it was trained with.
+A scaling has no parameters: evaluation and inference may use another one than training.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ class Scaling(Protocol):
     """How frequencies are changed for rows longer than those of training."""
 
     def __call__(self, base: float, dim: int) -> tuple[np.ndarray, float]:
-        """Returns (radians a position of each pair of features, float64 [dim / 2]; a factor on what is rotated)."""
+        """Returns (radians per position of each pair of features, float64 [dim / 2]; a factor on rotated features)."""
         ...
 
 
 def frequencies(base: float, dim: int) -> np.ndarray:
-    """Returns base^(-2 i / dim) for i < dim / 2, radians a position (Su et al. 2021, eq. 15)."""
+    """Returns base^(-2 i / dim) for i < dim / 2, radians per position (Su et al. 2021, eq. 15)."""
     return float(base) ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
 
 
@@ -40,8 +40,8 @@ class Linear:
 
 @dataclasses.dataclass(frozen=True)
 class NTK:
-    """A larger base, so that the slowest pair turns `factor` times slower and the fastest as before (Peng et al. 2023,
-    definition 1: base * factor^(dim / (dim - 2)))."""
+    """A larger base, so that the slowest pair rotates `factor` times slower and the fastest as before (Peng et al.
+    2023, definition 1: base * factor^(dim / (dim - 2)))."""
 
     factor: float
 
@@ -56,16 +56,16 @@ class NTK:
 
 @dataclasses.dataclass(frozen=True)
 class YaRN:
-    """Pairs that turn often in the trained length keep their frequency, those that turn less than once are
+    """Pairs that rotate often in the trained length keep their frequency, those that rotate less than once are
     interpolated, those between are mixed; scores grow with `factor` (Peng et al. 2023, definitions 2 and 3).
 
-    As in the authors' code, and the models trained with it, the mix is linear in the number of the pair; in the paper
-    it is linear in the number of turns.
+    As in the authors' code, and the models trained with it, the mix is linear in the index of the pair; in the paper
+    it is linear in the number of rotations.
 
     Attributes:
       factor: how much longer rows get.
-      original_length: tokens of the rows of training.
-      beta_fast, beta_slow: turns in `original_length` above which a pair is kept, below which it is interpolated.
+      original_length: tokens of a row in training.
+      beta_fast, beta_slow: rotations in `original_length` above which a pair is kept, below which it is interpolated.
       attention_factor: multiplies queries and keys; None for 0.1 ln(factor) + 1, the paper's fit.
       truncate: whether the two ends of the mix are rounded outwards to whole pairs.
     """
@@ -93,7 +93,7 @@ class YaRN:
         return kept * (1.0 - ramp) + kept / self.factor * ramp, attention
 
     def _pair(self, turns: float, base: float, dim: int) -> float:
-        """Returns the number, a fraction, of the pair that turns `turns` times in the original length."""
+        """Returns the fractional index of the pair that rotates `turns` times in the original length."""
         return dim * math.log(self.original_length / (turns * 2 * math.pi)) / (2 * math.log(base))
 
 
@@ -130,7 +130,7 @@ class Rotary:
 
     Attributes:
       base: of the frequencies, theta in the paper.
-      fraction: the share of each head's features that is rotated, the first ones; the others know no position.
+      fraction: the share of each head's features that is rotated, the first ones.
       scaling: how frequencies are changed, None for not at all.
     """
 
@@ -148,11 +148,11 @@ class Rotary:
         return _rotated(x, positions, turns, factor)
 
     def _turns(self, head_dim: int) -> tuple[np.ndarray, float]:
-        """Returns (radians a position of each pair, a factor on what is rotated)."""
+        """Returns (radians per position of each pair, a factor on rotated features)."""
         dim = int(head_dim * self.fraction)
         if dim % 2 or not 0 < dim <= head_dim:
             raise ValueError(
-                f"rotary positions turn pairs of features: fraction={self.fraction} of head_dim={head_dim} is {dim}, "
+                f"rotary positions rotate pairs of features: fraction={self.fraction} of head_dim={head_dim} is {dim}, "
                 "which must be even and above 0"
             )
         return (frequencies(self.base, dim), 1.0) if self.scaling is None else self.scaling(self.base, dim)
@@ -160,11 +160,11 @@ class Rotary:
 
 @dataclasses.dataclass(frozen=True)
 class ReRoPE(Rotary):
-    """Rotary positions in which no key is farther than `window` places before the query: those beyond are all seen at
-    that distance (ReRoPE, Su 2023), or with `slope` above 0 at window + slope (distance - window) (Leaky ReRoPE).
+    """Rotary positions with distances clipped at `window`: keys further before the query are scored at that distance
+    (ReRoPE, Su 2023), or with `slope` above 0 at window + slope (distance - window) (Leaky ReRoPE).
 
-    Nothing is trained for it: a window within the trained length keeps all distances within it too. It takes two sets
-    of scores, both held in full: memory grows with the square of the length.
+    It needs no training: a window within the trained length keeps all distances within it too. It computes two dense
+    sets of scores: memory grows with the square of the length.
     """
 
     window: int = 512
@@ -176,28 +176,28 @@ class ReRoPE(Rotary):
         if not 0 <= self.slope < 1:
             raise ValueError(f"rotary.ReRoPE.slope must be at least 0 and below 1, not {self.slope}")
 
-    def scores(self, query: jax.Array, key: jax.Array, places: jax.Array, kv_places: jax.Array) -> jax.Array:
-        """Returns what turns the scores of rotated queries and keys into those of distances cut at the window.
+    def scores(self, query: jax.Array, key: jax.Array, positions: jax.Array, kv_positions: jax.Array) -> jax.Array:
+        """Returns the difference of scores with clipped distances from those of rotated queries and keys.
 
         Args:
           query: [batch, length, heads, head_dim], rotated.
           key: [batch, kv_length, kv_heads, head_dim], rotated.
-          places, kv_places: int32 [rows, length] and [rows, kv_length], where they stand in the row.
+          positions, kv_positions: int32 [rows, length] and [rows, kv_length], positions in the row.
 
         Returns:
           float32 [batch, heads, length, kv_length], 0 within the window.
         """
         turns, _ = self._turns(query.shape[-1])
         shift = self.window * (1.0 - self.slope)
-        far_query = _rotated(query, shift + (self.slope - 1.0) * places, turns, 1.0)
-        far_key = _rotated(key, (self.slope - 1.0) * kv_places, turns, 1.0)
-        distance = places[:, :, None] - kv_places[:, None, :]
+        far_query = _rotated(query, shift + (self.slope - 1.0) * positions, turns, 1.0)
+        far_key = _rotated(key, (self.slope - 1.0) * kv_positions, turns, 1.0)
+        distance = positions[:, :, None] - kv_positions[:, None, :]
         far = _products(far_query, far_key) - _products(query, key)
         return jnp.where((distance > self.window)[:, None], far, 0.0)
 
 
 def _rotated(x: jax.Array, positions: jax.Array, turns: np.ndarray, factor: float) -> jax.Array:
-    """Turns the first 2 len(turns) features of x [batch, length, heads, head_dim]; those after stay as they are."""
+    """Rotates the first 2 len(turns) features of x [batch, length, heads, head_dim]; the others stay as they are."""
     pairs = len(turns)
     angles = positions[:, :, None, None].astype(jnp.float32) * turns.astype(np.float32)
     first, second, rest = jnp.split(x, (pairs, 2 * pairs), axis=-1)

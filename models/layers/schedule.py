@@ -1,6 +1,6 @@
-"""Which stage of a pipeline works on what, and when: plain arrays, checked without any device.
+"""The schedule of a pipeline, which stage works on what and when: plain arrays, checked without any device.
 
-A network divided into S stages and V repeats is a chain of S * V parts; part p lies on stage p % S and is met in repeat
+A network split into S stages and V repeats is a chain of S * V parts; part p is on stage p % S and runs in repeat
 p // S. A batch passes through it as M microbatches. The schedule is of the forward pass; automatic differentiation runs
 its mirror image.
 """
@@ -11,11 +11,11 @@ import numpy as np
 
 
 class Walk(NamedTuple):
-    """A schedule as arrays [time, stages], for a program in which idle stages compute as well and are not listened to.
+    """A schedule as arrays [time, stages], for a program whose idle stages compute too, to no effect.
 
     Attributes:
-      microbatch, repeat: int32. An idle stage works again on the last microbatch it saw, or on the first to come, in
-        repeat 0: numbers that were or will be met anyway, so that what is thrown away is as finite as what is not.
+      microbatch, repeat: int32. An idle stage repeats the last microbatch it worked on, or takes the first, in repeat
+        0: inputs that occur anyway, so that the discarded results are as finite as the others.
       active: bool, false where a stage is idle.
     """
 

@@ -1,14 +1,15 @@
-"""What layers give beside their output, without passing through every call: losses, metrics, intermediates, padding.
+"""Side outputs of layers, which need not pass through every call: losses, metrics, intermediates; and the padding mask.
 
-A network says `observe(name, value)`; inside `observing(names)` what was asked for is kept. Otherwise nothing is, and
-the compiler never sees it. As with `reports`, both must happen within one trace.
+A layer calls `add_loss` or `add_metric`; a caller inside `with capture() as reports` gets them. `capture` must be
+entered and left within one trace: the body of a scan, of a rematerialised function or of a vmap opens its own and
+returns the reports, and its caller reports them again (`sow`). Outside `capture` they are discarded.
 
-A layer says `add_loss` or `add_metric`; whoever called it `collecting()` gets them. A collector must be opened and
-closed within one trace: the body of a scan, of a rematerialised function or of a vmap opens its own and returns what
-was found, and its caller says it again (`say`). Without a collector nothing is kept.
+A network calls `sow_intermediate(name, value)`; inside `capture_intermediates(names)` the values of those names are
+kept, within one trace too. Others are discarded, and the compiler never sees them.
 
-Most layers treat padding as any token, since nobody reads what becomes of it. In a mixture of experts it would take
-other tokens' room and be counted, so a block tells its feed-forward layer, without every such layer taking an argument.
+Most layers treat padding like any token, since its output is never read. In a mixture of experts it would use the
+capacity of other tokens and be counted, so a block passes the mask to its feed-forward layer (`with_padding_mask`),
+without every such layer taking an argument.
 """
 
 import contextlib
@@ -21,33 +22,36 @@ import jax.numpy as jnp
 
 from meshway.models.layers.masks import Mask
 
-_asked: ContextVar[tuple[frozenset[str], dict[str, jax.Array], list[str]] | None] = ContextVar("observed", default=None)
+# (names to keep, values kept, all names seen)
+_intermediates: ContextVar[tuple[frozenset[str], dict[str, jax.Array], list[str]] | None] = ContextVar(
+    "meshway_intermediates", default=None
+)
 
 
 @contextlib.contextmanager
 def capture_intermediates(names: Collection[str]) -> Iterator[dict[str, jax.Array]]:
-    """Yields what is observed of `names` inside the `with` block.
+    """Yields a dict that `sow_intermediate` fills, for `names`, inside the `with` block.
 
     Raises:
-      ValueError: at its end, a name that nothing was observed by; says which there are.
+      ValueError: at its end, a name that was never sown; lists those that were.
     """
     found: dict[str, jax.Array] = {}
-    said: list[str] = []
-    token = _asked.set((frozenset(names), found, said))
+    seen: list[str] = []
+    token = _intermediates.set((frozenset(names), found, seen))
     try:
         yield found
     finally:
-        _asked.reset(token)
+        _intermediates.reset(token)
     if missing := [name for name in names if name not in found]:
-        raise ValueError(f"there is no intermediate {missing[0]!r}; there are {', '.join(sorted(said))}")
+        raise ValueError(f"there is no intermediate {missing[0]!r}; there are {', '.join(sorted(seen))}")
 
 
 def sow_intermediate(name: str, value: jax.Array) -> jax.Array:
-    """Shows `value` [batch, length, ...] by a name, and returns it."""
-    asked = _asked.get()
+    """Reports `value` [batch, length, ...] under a name, and returns it."""
+    asked = _intermediates.get()
     if asked is not None:
-        names, found, said = asked
-        said.append(name)
+        names, found, seen = asked
+        seen.append(name)
         if name in names:
             found[name] = value
     return value
@@ -55,8 +59,8 @@ def sow_intermediate(name: str, value: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Reports:
-    """By name: auxiliary losses, means over tokens with their coefficients in, and metrics; float32 scalars, or one
-    value a layer, [layers], where a stack reports them."""
+    """Reports by name: auxiliary losses, means over tokens times their coefficients, and metrics; float32 scalars, or
+    one value for each layer, [layers], where a stack reports them."""
 
     losses: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     metrics: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
@@ -69,11 +73,11 @@ _collector: ContextVar[Reports | None] = ContextVar("meshway_reports", default=N
 
 @contextlib.contextmanager
 def capture() -> Iterator[Reports]:
-    """Yields what is said inside the `with` block."""
-    found = Reports()
-    token = _collector.set(found)
+    """Yields the losses and metrics that are added inside the `with` block."""
+    reports = Reports()
+    token = _collector.set(reports)
     try:
-        yield found
+        yield reports
     finally:
         _collector.reset(token)
 
@@ -89,7 +93,7 @@ def add_metric(name: str, value: jax.Array) -> None:
 
 
 def sow(reports: Reports, prefix: str = "") -> None:
-    """Says again what an inner collector found, its names after `prefix`."""
+    """Adds the losses and metrics of an inner `capture`, each name after `prefix`."""
     for name, value in reports.losses.items():
         add_loss(prefix + name, value)
     for name, value in reports.metrics.items():
@@ -100,7 +104,7 @@ def as_loss(reports: Reports, weight: jax.Array) -> tuple[jax.Array, dict[str, t
     """Returns what an objective adds to its own: the summed loss, and metrics as (sum, weight).
 
     Args:
-      reports: what a network said; of an array [layers] each layer counts.
+      reports: those of a network; an array [layers] has a value for each layer.
       weight: the objective's summed weight: a mean over tokens times it is a sum, which the step divides again.
     """
     losses = {name: jnp.sum(value) for name, value in reports.losses.items()}
@@ -118,7 +122,7 @@ def _add(kind: str, name: str, value: jax.Array) -> None:
         return
     names = getattr(found, kind)
     if name in names:
-        raise ValueError(f"a layer reports {name!r} twice; wrap its parts in collecting() and say() with a prefix")
+        raise ValueError(f"a layer reports {name!r} twice; wrap its parts in capture() and sow() each with a prefix")
     names[name] = jnp.asarray(value, jnp.float32)
 
 
@@ -127,9 +131,9 @@ _real: ContextVar[jax.Array | None] = ContextVar("meshway_real_tokens", default=
 
 @contextlib.contextmanager
 def with_padding_mask(mask: Mask | None) -> Iterator[None]:
-    """Makes the padding that `mask` knows of (segment 0 of its queries) known inside the `with` block.
+    """Sets `padding_mask` inside the `with` block from the segments of the mask's queries, 0 being padding.
 
-    Open it around one call, within one trace. A mask without segments (a decoding step) knows of none.
+    Open it around one call, within one trace. A mask without segments (a decoding step) has no padding.
     """
     queries = None if mask is None else mask.queries
     segments = None if queries is None else queries.segments
@@ -141,7 +145,7 @@ def with_padding_mask(mask: Mask | None) -> Iterator[None]:
 
 
 def padding_mask(x: jax.Array) -> jax.Array:
-    """Returns float32 [batch, length]: 1 on tokens of x [batch, length, d_model], 0 on padding; all 1 where unknown."""
+    """Returns float32 [batch, length] for x [batch, length, d_model]: 1 on tokens, 0 on padding; all 1 if unknown."""
     real = _real.get()
     if real is None:
         return jnp.ones(x.shape[:2], jnp.float32)

@@ -1,4 +1,4 @@
-"""A stack of layers whose parameters lie in one array each, run by scan or unrolled."""
+"""A stack of layers with stacked parameters, run by scan or unrolled."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -22,17 +22,17 @@ class Block(Protocol):
 
 
 class BlockFactory(Protocol):
-    """A gin-configured block class."""
+    """A block class with its other arguments bound, as gin makes it."""
 
     def __call__(self, *, d_model: int, rngs: nnx.Rngs) -> nnx.Module: ...
 
 
 class Stack(nnx.Module):
-    """`num_layers` blocks in the repeating pattern `blocks`, whose last period may be a part.
+    """`num_layers` blocks in the repeating pattern `blocks`, whose last period may be incomplete.
 
     Layer n of a pattern of P blocks is entry n // P of block_{n % P}. Parameters are always stored stacked, [layers,
-    ...] for each block of the pattern, whether the layers are then run by `lax.scan` or unrolled: a checkpoint does not
-    depend on how it was run.
+    ...] for each block of the pattern, whether the layers are run by `lax.scan` or unrolled: a checkpoint does not
+    depend on it.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class Stack(nnx.Module):
         pipeline: Pipeline | None = None,
     ):
         """`scan` "auto" unrolls short stacks on CPU, except with a cache, and scans otherwise; `remat` names a policy
-        of `remat.POLICIES`; `pipeline`, which layout files bind, runs the stack over the mesh's stages, except with a
-        cache.
+        of `pipeline.POLICIES`; `pipeline`, which layout files bind, runs the stack over the mesh's stages, except with
+        a cache.
 
         Raises:
           ValueError: no layers, or an unknown option.
@@ -78,7 +78,7 @@ class Stack(nnx.Module):
           **context: passed to every block as it is (masks, biases, the encoder's output ...).
 
         Returns:
-          (activations, the updated cache or None). What blocks report is reported again as arrays [layers].
+          (activations, the updated cache or None). Reports of blocks are reported again as arrays [layers].
         """
         graphdefs, states = self._split()
         keys = None if rng is None else jax.random.split(rng, self.num_periods + bool(self.remainder))
@@ -87,43 +87,43 @@ class Stack(nnx.Module):
             x: jax.Array, layer: tuple[Any, Any, Any], context: dict[str, Any]
         ) -> tuple[jax.Array, tuple[Any, list[Reports]]]:
             states, period_key, caches = layer
-            new, said = [], []
+            new, reports_of_blocks = [], []
             for i, key in enumerate(split_key(period_key, self.pattern)[: len(states)]):
                 block = nnx.merge(graphdefs[i], states[i])
                 with capture() as reports:
                     x, block_cache = block(x, rng=key, cache=None if caches is None else caches[i], **context)
                 new.append(block_cache)
-                said.append(reports)
-            return x, (None if caches is None else new, said)
+                reports_of_blocks.append(reports)
+            return x, (None if caches is None else new, reports_of_blocks)
 
         numbers = None if cache is None else jnp.arange(self.num_periods + bool(self.remainder))
         layers, keep = (states, keys, numbers), pipeline_lib.POLICIES[self.remat]
 
         def cached(carry: tuple[jax.Array, list[Any]], layer: Any) -> tuple[Any, list[Reports]]:
-            # The cache goes from layer to layer, so that each is written where it lies: as an output of the scan it
-            # would be a second one.
+            # The cache is carried from layer to layer, so that it is updated in place: as an output of the scan it
+            # would be a second copy.
             (x, cache), (states, key, number) = carry, layer
             own = _at(cache[: len(states)], number)
-            x, (new, said) = period(x, (states, key, own), context)
-            return (x, [*_put(cache[: len(states)], own, new, number), *cache[len(states) :]]), said
+            x, (new, reports) = period(x, (states, key, own), context)
+            return (x, [*_put(cache[: len(states)], own, new, number), *cache[len(states) :]]), reports
 
         if self.pipeline is not None and cache is None and self.pipeline.num_stages() > 1:
             self._check_whole_periods()
-            x, (_, said) = self.pipeline(self._run, period, x, layers, context, keep)
-            reports = [said]
+            x, (_, reports) = self.pipeline(self._run, period, x, layers, context, keep)
+            reports_of_parts = [reports]
         else:
-            reports = []
+            reports_of_parts = []
             for part in self._parts(layers):
                 if cache is None:
-                    x, (_, said) = self._run(lambda x, layer: period(x, layer, context), x, part, keep)
+                    x, (_, reports) = self._run(lambda x, layer: period(x, layer, context), x, part, keep)
                 else:
-                    (x, cache), said = self._run(cached, (x, cache), part, keep, decoding=True)
-                reports.append(said)
-        _say_by_layer(reports)
+                    (x, cache), reports = self._run(cached, (x, cache), part, keep, decoding=True)
+                reports_of_parts.append(reports)
+        _sow_by_layer(reports_of_parts)
         return x, cache
 
     def _parts(self, layers: tuple[Any, Any, Any]) -> list[Any]:
-        """Returns the layers of all whole periods and, where there is one, those of the last, partial period."""
+        """Returns the layers of all complete periods and, where there is one, those of the last, incomplete period."""
         if not self.remainder:
             return [layers]
         states, *others = layers
@@ -135,7 +135,7 @@ class Stack(nnx.Module):
         return [rows(layers, slice(self.num_periods)), rows(rest, slice(self.num_periods, None))]
 
     def _check_whole_periods(self) -> None:
-        """Raises ValueError where the last period of the pattern is a part, which no stage of a pipeline could run."""
+        """Raises ValueError if the last period of the pattern is incomplete, which no stage of a pipeline could run."""
         if self.remainder:
             whole = self.num_periods * self.pattern
             raise ValueError(
@@ -151,8 +151,8 @@ class Stack(nnx.Module):
         keep: pipeline_lib.Policy | None,
         decoding: bool = False,
     ) -> tuple[Any, Any]:
-        """Runs `period(x, layer)` over consecutive periods, `layers` [periods, ...], under remat policy `keep`, and
-        stacks what it returned."""
+        """Runs `period(x, layer)` over consecutive periods, `layers` [periods, ...], under remat policy `keep`; returns
+        (x, the stacked outputs)."""
         num_periods = jax.tree.leaves(layers)[0].shape[0]
         scans = self._scans(num_periods, decoding)
         if keep is not None:
@@ -181,15 +181,15 @@ class Stack(nnx.Module):
     def _scans(self, num_periods: int, decoding: bool) -> bool:
         if self.scan == "auto":
             if decoding:
-                # XLA:CPU copies a layer's weights before it uses them: unrolled, those of all layers at once, in twice
-                # the time at least.
+                # XLA:CPU copies a layer's weights before it uses them; unrolled, it copies those of all layers at once
+                # and takes at least twice the time.
                 return num_periods > 1
             return jax.default_backend() != "cpu" or num_periods * self.pattern > UNROLLED_LAYERS_ON_CPU
         return bool(self.scan)
 
 
 def _stacked(block: BlockFactory, d_model: int, keys: jax.Array) -> nnx.Module:
-    """Builds a block with parameters [layers, ...], one layer a key."""
+    """Builds a block with parameters [layers, ...], one layer for each key."""
 
     graphdefs = []
 
@@ -212,7 +212,7 @@ def _at(cache: Any, number: jax.Array) -> Any:
 
 
 def _put(cache: Any, old: Any, new: Any, number: jax.Array) -> Any:
-    """Returns a cache [layers, ...] with one layer of it changed from `old` to `new`; what no block changed stays."""
+    """Returns a cache [layers, ...] with one layer changed from `old` to `new`; unchanged leaves are not written."""
     return jax.tree.map(
         lambda whole, was, part: whole if part is was else jax.lax.dynamic_update_index_in_dim(whole, part, number, 0),
         cache,
@@ -221,15 +221,15 @@ def _put(cache: Any, old: Any, new: Any, number: jax.Array) -> Any:
     )
 
 
-def _say_by_layer(parts: list[list[Reports]]) -> None:
-    """Reports what the blocks of a pattern said, arrays [periods] of each part of a stack, as arrays [layers] in the
-    layers' order.
+def _sow_by_layer(parts: list[list[Reports]]) -> None:
+    """Reports what the blocks of a pattern reported, arrays [periods] for each part of a stack, as arrays [layers] in
+    the order of layers.
 
-    Where only some blocks of a pattern report a name, its layers are counted among those.
+    Where only some blocks of a pattern report a name, only those are counted as its layers.
     """
     for kind in ("losses", "metrics"):
-        said = [[getattr(reports, kind) for reports in part] for part in parts]
-        for name in dict.fromkeys(name for part in said for block in part for name in block):
-            columns = [[block[name] for block in part if name in block] for part in said]
+        values_by_part = [[getattr(reports, kind) for reports in part] for part in parts]
+        for name in dict.fromkeys(name for part in values_by_part for block in part for name in block):
+            columns = [[block[name] for block in part if name in block] for part in values_by_part]
             values = [jnp.stack(part, axis=1).reshape(-1) for part in columns if part]
             sow(Reports(**{kind: {name: jnp.concatenate(values)}}))

@@ -1,7 +1,7 @@
-"""Vision Transformer: images cut into patches, an encoder, the mean of its output, classes (Dosovitskiy et al. 2021).
+"""Vision Transformer: images as patches, an encoder, the mean of its output, classes (Dosovitskiy et al. 2021).
 
 Positions are fixed sines of the two coordinates and the output is averaged, as in the simple baseline of Beyer et al.
-2022; norms and attention are this library's, without biases.
+2022; norms and attention are this library's defaults, without biases.
 """
 
 import dataclasses
@@ -38,10 +38,10 @@ class VisionTransformer(nnx.Module):
         dropout_rate: float = 0.0,
         dtype: str = "float32",
     ):
-        """`image_shape` is (height, width, channels); `dtype` is what activations are computed in.
+        """`image_shape` is (height, width, channels); `dtype` is that of activations.
 
         Raises:
-          ValueError: patches do not tile the image, or d_model is no multiple of 4.
+          ValueError: patches do not tile the image, or d_model is not a multiple of 4.
         """
         height, width, channels = image_shape
         if height % patch_size or width % patch_size:
@@ -49,7 +49,7 @@ class VisionTransformer(nnx.Module):
         self.patch_size = patch_size
         self.positions = PatchPositions(height // patch_size, width // patch_size, d_model)
         pixels = patch_size**2 * channels
-        # Pixels are few: no layout cuts them.
+        # Pixels of a patch are few: no layout shards them.
         self.patch_kernel = param(fan_in_init()(1)(rngs.params(), (pixels, d_model), jnp.float32), (None, "embed"))
         self.encoder = encoder(d_model=d_model, rngs=rngs)
         self.encoder_norm = norm(d_model=d_model, rngs=rngs)
@@ -57,12 +57,12 @@ class VisionTransformer(nnx.Module):
         self.dropout_rate, self.dtype = dropout_rate, dtype
 
     def __call__(self, images: jax.Array, real: jax.Array | None = None, *, rng: jax.Array | None = None) -> jax.Array:
-        """Scores the classes of images.
+        """Returns the logits of images' classes.
 
         Args:
           images: [batch, height, width, channels].
-          real: bool [batch], False on rows that are padding, which matters where rows share something (experts' room);
-            None: all are images.
+          real: bool [batch], False on rows that are padding, which matters where rows share something (the capacity of
+            experts); None: all are images.
           rng: dropout key; None means inference.
 
         Returns:
@@ -97,7 +97,7 @@ class PatchPositions:
     from 2 pi to 10,000 times that.
 
     Raises:
-      ValueError: d_model is no multiple of 4.
+      ValueError: d_model is not a multiple of 4.
     """
 
     rows: int
@@ -112,6 +112,6 @@ class PatchPositions:
         """Returns float32 [rows * columns, d_model]."""
         count = self.d_model // 4
         frequencies = 10_000.0 ** (-jnp.arange(count, dtype=jnp.float32) / max(count - 1, 1))
-        places = jnp.meshgrid(jnp.arange(self.rows), jnp.arange(self.columns), indexing="ij")
-        angles = [place.reshape(-1, 1) * frequencies for place in places]
+        coordinates = jnp.meshgrid(jnp.arange(self.rows), jnp.arange(self.columns), indexing="ij")
+        angles = [coordinate.reshape(-1, 1) * frequencies for coordinate in coordinates]
         return jnp.concatenate([f(angle) for angle in angles for f in (jnp.sin, jnp.cos)], axis=1)

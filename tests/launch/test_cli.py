@@ -258,7 +258,7 @@ def test_no_path_may_be_the_address_of_a_bucket(capsys, words, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert cli.main(words) == 2
     (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("meshway: error: ")]
-    assert "is no path of this machine" in message, message
+    assert "is not a local path" in message, message
     for flag in re.findall(r"--[\w.]+", message):
         assert any(word.startswith(f"{flag}=") for word in words), f"{flag} was not written: {message}"
     assert not list(tmp_path.iterdir())
@@ -266,7 +266,7 @@ def test_no_path_may_be_the_address_of_a_bucket(capsys, words, tmp_path, monkeyp
 
 @pytest.mark.parametrize("make", [Initial, Profile])
 def test_what_takes_a_path_later_refuses_an_address_when_it_is_made(make):
-    with pytest.raises(UserError, match="gs://bucket/run is no path of this machine"):
+    with pytest.raises(UserError, match="gs://bucket/run is not a local path"):
         make("gs://bucket/run")
 
 

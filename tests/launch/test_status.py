@@ -67,7 +67,7 @@ def test_no_run_is_named(tmp_path, capsys):
         (["status"], "meshway status needs --model_dir=DIR"),
         (["status", str(tmp_path / "nowhere")], "there is no such directory"),
         (["status", str(tmp_path)], "is no run directory"),
-        (["status", "gs://bucket/run"], "is no path of this machine"),
+        (["status", "gs://bucket/run"], "is not a local path"),
     ):
         assert cli.main(words) == 2 and message in capsys.readouterr().err
 

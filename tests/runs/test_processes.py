@@ -166,5 +166,5 @@ def test_processes_that_do_not_meet_say_why(tmp_path):
     said = outputs(processes)
     assert [process.returncode for process in processes] == [1, 1], "\n".join(said)
     for text in said:
-        assert f"process 2 of 3 did not come to process 0 at {address} in 20 s" in text
+        assert f"process 2 of 3 did not reach process 0 at {address} in 20 s" in text
         assert "Traceback" not in text

@@ -1,4 +1,4 @@
-"""What is computed of a batch of examples, and the rows of results that become of it."""
+"""Computes batches of examples (predictions or scores), and encodes rows of results as JSON lines or text."""
 
 import base64
 import collections
@@ -24,69 +24,10 @@ from meshway.framework.inference.rows import Buckets, Text
 
 PREDICTION = "prediction"
 _ESCAPES = str.maketrans({"\\": "\\\\", "\n": "\\n", "\r": "\\r"})
-
-
-class Encoding(Protocol):
-    """The files of one format: chunks, and what they make together."""
-
-    def encode(self, rows: Sequence[Mapping[str, Any]], name: str) -> bytes:
-        """Returns a file of these rows. Raises UserError, naming the chunk `name`, if the format cannot hold them."""
-        ...
-
-    def merge(self, paths: Sequence[Path], file: BinaryIO) -> None:
-        """Writes the rows of all files, one after the other, as one; holds one chunk at a time."""
-        ...
-
-    def is_final(self, path: Path) -> bool:
-        """Returns whether a chunk's file can be a shard of the result as it is."""
-        ...
-
-
-class JsonLines:
-    """One compact JSON object a line, keys in the order given; strict, so NaN and infinities are null."""
-
-    def encode(self, rows: Sequence[Mapping[str, Any]], name: str) -> bytes:
-        lines = [
-            json.dumps(plain(row, strict=True), allow_nan=False, ensure_ascii=False, separators=_COMPACT)
-            for row in rows
-        ]
-        # What is no character (half of a surrogate pair) is left as JSON's own escape.
-        return "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace")
-
-    def merge(self, paths: Sequence[Path], file: BinaryIO) -> None:
-        _concatenate(paths, file)
-
-    def is_final(self, path: Path) -> bool:
-        return True
-
-
-class TextLines:
-    r"""One prediction a line, None an empty one; `\`, newline and carriage return are written `\\`, `\n`, `\r`."""
-
-    def encode(self, rows: Sequence[Mapping[str, Any]], name: str) -> bytes:
-        return "".join(self._line(row) for row in rows).encode("utf-8", "backslashreplace")
-
-    def merge(self, paths: Sequence[Path], file: BinaryIO) -> None:
-        _concatenate(paths, file)
-
-    def is_final(self, path: Path) -> bool:
-        return True
-
-    def _line(self, row: Mapping[str, Any]) -> str:
-        if PREDICTION not in row:
-            raise UserError(f"a .txt output holds predictions, these results have none ({', '.join(row)}): use .jsonl")
-        text = row[PREDICTION]
-        if not isinstance(text, str | None):
-            raise UserError(
-                f"a .txt output holds one text an input, these results have {type(text).__name__}: use .jsonl"
-            )
-        return (text or "").translate(_ESCAPES) + "\n"
-
-
 _COMPACT = (",", ":")
-_PLAIN = {int, str, bool, type(None)}  # as they are: lists of tokens are long
+_PLAIN = {int, str, bool, type(None)}  # not converted: lists of tokens are long
 
-# What Parquet holds and JSON has no word for.
+# Types that Parquet has and JSON lacks.
 _AS_JSON: dict[Any, Callable[[Any], Any]] = {
     datetime.date | datetime.time: lambda value: value.isoformat(),
     datetime.timedelta: datetime.timedelta.total_seconds,
@@ -95,43 +36,14 @@ _AS_JSON: dict[Any, Callable[[Any], Any]] = {
 }
 
 
-def plain(value: Any, strict: bool) -> Any:
-    """Returns numpy's numbers and arrays as Python's, in dicts and lists too; `strict` is for JSON: what is not finite
-    is None, dates and times are ISO 8601, durations seconds, decimals text, bytes base64.
-
-    Raises:
-      TypeError: a value is of a type that JSON has no word for.
-    """
-    if hasattr(value, "__array__"):
-        value = np.asarray(value).tolist()
-    if isinstance(value, float):
-        return value if math.isfinite(value) or not strict else None
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): plain(item, strict) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [item if type(item) in _PLAIN else plain(item, strict) for item in value]
-    for types, as_json in _AS_JSON.items():
-        if isinstance(value, types):
-            return as_json(value) if strict else value
-    raise TypeError(f"a result cannot hold a {type(value).__name__}: {value!r}")
-
-
-def _concatenate(paths: Sequence[Path], file: BinaryIO) -> None:
-    for path in paths:
-        with open(path, "rb") as chunk:
-            shutil.copyfileobj(chunk, file, 1 << 20)
-
-
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """What came of a batch.
+    """The results of a batch.
 
     Attributes:
       rows: the new fields of each example.
-      read_tokens, made_tokens: tokens of inputs and targets, and of predictions, of real examples.
-      padded_tokens: places of the batch that hold none.
+      read_tokens, made_tokens: tokens of inputs and targets, and of predictions, without padding.
+      padded_tokens: positions of the batch that are padding.
     """
 
     rows: list[dict[str, Any]]
@@ -141,7 +53,7 @@ class Done:
 
 
 class Work(Protocol):
-    """A kind of work: `start` hands a batch to the devices, `finish` waits for what comes back."""
+    """What is computed for each batch: `start` dispatches it to the devices, `finish` waits for the results."""
 
     buckets: Buckets
 
@@ -151,34 +63,34 @@ class Work(Protocol):
 
 
 def compute(work: Work, examples: Sequence[Example], batch_size: int) -> Iterator[tuple[list[int], Done]]:
-    """Yields (places of examples among those given, what came of them), a batch of one bucket at a time, the longest
-    first: what is too large for memory fails at once."""
-    places: dict[int, list[int]] = collections.defaultdict(list)
-    for place, each in enumerate(examples):
+    """Yields (indices into `examples`, their results), a batch of one bucket at a time, the longest first: a batch that
+    is too large for memory fails at once."""
+    by_bucket: dict[int, list[int]] = collections.defaultdict(list)
+    for index, each in enumerate(examples):
         bucket = work.buckets.of(each.sizes)
-        assert bucket is not None, "the reader lets through only what fits"
-        places[bucket].append(place)
+        assert bucket is not None, "the reader refuses examples that do not fit"
+        by_bucket[bucket].append(index)
 
     def start() -> Iterator[tuple[int, list[int], Any]]:
-        for bucket in sorted(places, reverse=True):
-            for first in range(0, len(places[bucket]), batch_size):
-                at = places[bucket][first : first + batch_size]
-                yield bucket, at, work.start([examples[place] for place in at], bucket)
+        for bucket in sorted(by_bucket, reverse=True):
+            for first in range(0, len(by_bucket[bucket]), batch_size):
+                indices = by_bucket[bucket][first : first + batch_size]
+                yield bucket, indices, work.start([examples[index] for index in indices], bucket)
 
-    for bucket, at, started in one_ahead(start()):
-        yield at, work.finish([examples[place] for place in at], bucket, started)
+    for bucket, indices, started in one_ahead(start()):
+        yield indices, work.finish([examples[index] for index in indices], bucket, started)
 
 
 class Predict:
     """Predictions, with their tokens and scores; with `aux`, intermediate values of the model too.
 
-    A row gets `prediction`, `tokens`, `score` (the sum of log-probabilities, or what beam search made of it) and
-    `token_scores` of the best decode; `predictions` and `scores` of all, the best first, where several are asked for
-    (a beam search returns as many as ended, where these are fewer); and `aux`, by name, [inputs and prediction, ...] or
-    of the side of the model that the name says.
+    A row gets `prediction`, `tokens`, `score` (the sum of log-probabilities, or beam search's length-normalised score)
+    and `token_scores` of the best decode; if several decodes are returned, `predictions` and `scores` of all, the best
+    first (beam search returns only hypotheses that ended, if some did); and `aux`, by name, [inputs and prediction,
+    ...] or, for names of an encoder or decoder, [inputs, ...] or [prediction, ...].
 
-    With `begins` examples may say what their predictions begin with. It is so for all of a job or for none, since
-    examples of one program are what does not depend on neighbours.
+    With `begins`, examples may have tokens that their predictions begin with. It holds for all examples of a job, since
+    another program for some could change the results of others.
     """
 
     def __init__(
@@ -207,7 +119,7 @@ class Predict:
             decodes = [
                 self._decode(*each) for each in zip(tokens[row], lengths[row], log_probs[row], scores[row], strict=True)
             ]
-            # A search in which fewer hypotheses ended than it has beams fills up with what was never found.
+            # If fewer hypotheses ended than there are beams, the others have a score of NEVER.
             decodes = [each for each in decodes if each.score > NEVER / 2] or decodes[-1:]
             decodes.sort(key=lambda decode: -decode.score)
             best = decodes[0]
@@ -231,16 +143,16 @@ class Predict:
         return Done(rows, read, int(lengths[: len(examples)].sum()), self._engine.batch_size * length - read)
 
     def _decode(self, tokens: np.ndarray, length: int, log_probs: np.ndarray, score: np.float32) -> "_Decode":
-        """Returns a prediction up to where it ended, by a token or by a text."""
+        """Returns a prediction up to the token or text that ends it."""
         count, text = self._text.ended(tokens[:length])
-        if count < length:  # what was drawn after the text that stopped it is no part of it
+        if count < length:  # tokens after the text that ends it do not count
             score = log_probs[:count].sum(dtype=np.float32)
         return _Decode(text, tokens[:count].tolist(), score, log_probs[:count])
 
     def _observed(
         self, examples: Sequence[Example], bucket: int, predicted: Sequence[list[int]]
     ) -> list[dict[str, list[Any]]]:
-        """Returns intermediate values of each example, where its prediction follows its inputs."""
+        """Returns the intermediate values of each example, of its inputs followed by its prediction."""
         length, row_format = self.buckets.shapes[bucket]["inputs"], self._engine.format
         lengths = {"inputs": length, "targets": self._max_length}
         if not row_format.has_encoder:
@@ -284,7 +196,7 @@ class Score:
 
 
 def number(value: Any) -> float:
-    """Returns a float32 as the shortest decimal that is this float32."""
+    """Returns the float with the shortest decimal that rounds to this float32."""
     return float(str(np.float32(value)))
 
 
@@ -298,3 +210,93 @@ def _of_row(name: str, value: np.ndarray, sizes: Mapping[str, int]) -> list[Any]
     size = sizes["inputs"] if name.startswith("encoder") else sizes["targets"]
     kept = value[:size].astype(np.float32)
     return np.vectorize(number, otypes=[float])(kept).tolist() if kept.size else kept.tolist()
+
+
+class Encoding(Protocol):
+    """An output format: encodes chunks and merges their files."""
+
+    def encode(self, rows: Sequence[Mapping[str, Any]], name: str) -> bytes:
+        """Returns a file of these rows. Raises UserError, naming the chunk `name`, if the format cannot hold them."""
+        ...
+
+    def merge(self, paths: Sequence[Path], file: BinaryIO) -> None:
+        """Writes the rows of all files, in order, to `file`; holds one chunk in memory at a time."""
+        ...
+
+    def is_final(self, path: Path) -> bool:
+        """Returns whether a chunk's file can be a shard of the result without change."""
+        ...
+
+
+class JsonLines:
+    """A compact JSON object on each line, keys in the order given; strict, so NaN and infinities are null."""
+
+    def encode(self, rows: Sequence[Mapping[str, Any]], name: str) -> bytes:
+        lines = [
+            json.dumps(plain(row, strict=True), allow_nan=False, ensure_ascii=False, separators=_COMPACT)
+            for row in rows
+        ]
+        # Half of a surrogate pair is not a character: JSON's escape of it is kept.
+        return "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace")
+
+    def merge(self, paths: Sequence[Path], file: BinaryIO) -> None:
+        _concatenate(paths, file)
+
+    def is_final(self, path: Path) -> bool:
+        return True
+
+
+class TextLines:
+    r"""A prediction on each line, empty for None; `\`, newline and carriage return are escaped: `\\`, `\n`, `\r`."""
+
+    def encode(self, rows: Sequence[Mapping[str, Any]], name: str) -> bytes:
+        return "".join(self._line(row) for row in rows).encode("utf-8", "backslashreplace")
+
+    def merge(self, paths: Sequence[Path], file: BinaryIO) -> None:
+        _concatenate(paths, file)
+
+    def is_final(self, path: Path) -> bool:
+        return True
+
+    def _line(self, row: Mapping[str, Any]) -> str:
+        if PREDICTION not in row:
+            raise UserError(f"a .txt output holds predictions, these results have none ({', '.join(row)}): use .jsonl")
+        text = row[PREDICTION]
+        if not isinstance(text, str | None):
+            raise UserError(
+                f"a .txt output holds one text for each input, these results have {type(text).__name__}: use .jsonl"
+            )
+        return (text or "").translate(_ESCAPES) + "\n"
+
+
+def plain(value: Any, strict: bool) -> Any:
+    """Converts numpy's numbers and arrays to Python's, in dicts and lists too.
+
+    Args:
+      value: any value.
+      strict: whether it is for JSON: floats that are not finite become None, dates and times ISO 8601, durations
+        seconds, decimals text, bytes base64.
+
+    Raises:
+      TypeError: a value is of another type.
+    """
+    if hasattr(value, "__array__"):
+        value = np.asarray(value).tolist()
+    if isinstance(value, float):
+        return value if math.isfinite(value) or not strict else None
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, strict) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [item if type(item) in _PLAIN else plain(item, strict) for item in value]
+    for types, as_json in _AS_JSON.items():
+        if isinstance(value, types):
+            return as_json(value) if strict else value
+    raise TypeError(f"a result cannot hold a {type(value).__name__}: {value!r}")
+
+
+def _concatenate(paths: Sequence[Path], file: BinaryIO) -> None:
+    for path in paths:
+        with open(path, "rb") as chunk:
+            shutil.copyfileobj(chunk, file, 1 << 20)

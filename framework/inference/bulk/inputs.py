@@ -1,4 +1,4 @@
-"""Records of an input: the files they lie in, what one record is, and how it becomes an example."""
+"""Inputs of a job: their files and formats, records, and the examples made of them."""
 
 import dataclasses
 import glob
@@ -14,17 +14,16 @@ from meshway.framework.inference.rows import RowFormat, Text
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What one line of a file, or one row of a table, holds.
+    """One line of a file, or one row of a table.
 
     Attributes:
-      index: its place in the whole input, from 0; records with a problem count.
-      values: its fields by name, {} where it has a problem.
-      place: where it was read, for people: `questions.jsonl:17` (lines from 1), `x.parquet row 3` (rows from 1).
-      raw: what was read, without the end of the line, for digests. A TSV line comes after the names of its
-        columns, which change its meaning; of a Parquet row it is its JSON, keys sorted. It never holds a newline,
-        but for the one between the names and the line of TSV.
+      index: its index in the whole input, from 0; records with a problem count.
+      values: its fields by name, {} if it has a problem.
+      place: where it was read, for messages: `questions.jsonl:17` (lines from 1), `x.parquet row 3` (rows from 1).
+      raw: the bytes that were read, without the end of the line, for digests. A TSV line is preceded by the names of
+        its columns, which change its meaning, and a newline; a Parquet row is its JSON, keys sorted.
       ids: token ids of fields, where they are known: of a task's examples.
-      problem: why it cannot be used, such as `not JSON: Expecting value at column 5`; "" where it can.
+      problem: why it cannot be used, such as `not JSON: Expecting value at column 5`; "" if it can.
     """
 
     index: int
@@ -36,7 +35,7 @@ class Record:
 
 
 FORMATS = ("jsonl", "tsv", "parquet", "text")
-COMPRESSED = ".gz"  # of lines; Parquet compresses by itself
+COMPRESSED = ".gz"  # of line formats; Parquet has its own compression
 _SUFFIXES = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -49,10 +48,10 @@ _SUFFIXES = {
 
 
 def find_files(where: str) -> list[str]:
-    """Returns the files that `where` names: one, or all that match a glob (`**` is any folders), sorted by name.
+    """Returns the files of a path: one file, or all that match a glob (`**` for any folders), sorted by name.
 
     Raises:
-      UserError: there is none, or `where` is a folder.
+      UserError: there is no file, or the path is a folder.
     """
     if os.path.isdir(where):
         raise UserError(f"input {where!r} is a folder; name its files, such as {os.path.join(where, '*.jsonl')!r}")
@@ -70,7 +69,7 @@ def find_files(where: str) -> list[str]:
 
 
 def nearest(name: str, folder: str | os.PathLike[str]) -> str:
-    """Returns "; did you mean ...?" of names in a folder, "" where it cannot be read."""
+    """Returns "; did you mean ...?" with names in a folder, "" if it cannot be read."""
     try:
         return did_you_mean(name, os.listdir(folder))
     except OSError:
@@ -78,10 +77,10 @@ def nearest(name: str, folder: str | os.PathLike[str]) -> str:
 
 
 def format_of(paths: Sequence[str], format: str | None) -> str:
-    """Returns the one format of all files, by their suffixes where `format` does not say.
+    """Returns the one format of all files: `format`, or by their suffixes if it is None.
 
     Raises:
-      UserError: a suffix does not tell, files differ, or there is no such format.
+      UserError: a suffix is unknown, files differ, or there is no such format.
     """
     if format is not None:
         check_format(format)
@@ -104,24 +103,24 @@ def check_format(format: str) -> None:
 def _by_suffix(path: str) -> str:
     suffix = Path(path.removesuffix(COMPRESSED)).suffix
     if suffix.lower() not in _SUFFIXES:
-        what = f"its suffix {suffix!r} tells" if suffix else "a name without suffix tells"
-        raise UserError(f"{path}: {what} no format; give one (--format): {', '.join(FORMATS)}")
+        what = f"its suffix {suffix!r} is of" if suffix else "a name without suffix has"
+        raise UserError(f"{path}: {what} no known format; give one (--format): {', '.join(FORMATS)}")
     return _SUFFIXES[suffix.lower()]
 
 
-# Turns the fields of records into those of examples, one each; raises ValueError where it cannot.
+# Converts the fields of records to those of examples, one for each; raises ValueError if it cannot.
 Preprocess = Callable[[Sequence[Mapping[str, Any]]], list[Mapping[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """What is computed of one record.
+    """The tokens of one record.
 
     Attributes:
-      index: place in the whole input.
+      index: that of the record.
       values: the record's fields, as they were read.
-      inputs, targets: token ids; no targets where none are asked for.
-      sizes: tokens that it takes, by feature of a batch.
+      inputs, targets: token ids; no targets unless they are scored.
+      sizes: the tokens that it takes in a batch, by feature.
       begun: ids that its prediction must begin with.
     """
 
@@ -137,14 +136,15 @@ class Reader:
     """Makes examples of records.
 
     Args:
-      text: turns text into token ids.
-      row_format: how the model reads them.
+      text: converts text to token ids.
+      row_format: how the model arranges them in rows.
       limits: the most tokens of an example, by feature of a batch.
       scores: whether targets are read, to be scored.
-      inputs_field, targets_field: the fields of a record that hold them, text or token ids.
-      truncate: cut inputs that are too long, at the end for an encoder and else at the beginning, instead of refusing.
-      preprocess: a task's preprocessors; None takes fields as they are.
-      begin_field: the field with what a prediction must begin with, which records may lack; None for none.
+      inputs_field, targets_field: the fields of a record that hold them, as text or token ids.
+      truncate: truncate inputs that are too long, at the end for an encoder and else at the beginning, instead of
+        refusing them.
+      preprocess: a task's preprocessors; None uses fields as they are.
+      begin_field: the optional field with the text that a prediction must begin with; None for none.
     """
 
     def __init__(
@@ -169,8 +169,7 @@ class Reader:
         return self._fields[0]
 
     def read(self, records: Sequence[Record]) -> tuple[list[Example], list[str]]:
-        """Returns the examples of records in their order, and what is wrong with the other records, each with its
-        place."""
+        """Returns the examples of usable records, in order, and for each other record its place and problem."""
         problems = [f"{record.place}: {record.problem}" for record in records if record.problem]
         good = [record for record in records if not record.problem]
         fields: list[Mapping[str, Any] | str] = []
@@ -189,14 +188,14 @@ class Reader:
         return examples, problems
 
     def _preprocessed(self, records: Sequence[Record]) -> list[Mapping[str, Any] | str]:
-        """Returns the fields of each record after the task's preprocessors, or what they say against it."""
+        """Returns the fields of each record after the task's preprocessors, or the error that they raise."""
         assert self._preprocess is not None
         try:
             return [*self._preprocess([record.values for record in records])]
         except ValueError as error:
             if len(records) == 1:
                 return [str(error)]
-        return [each for record in records for each in self._preprocessed([record])]  # to find whose fault it is
+        return [each for record in records for each in self._preprocessed([record])]  # one by one, to find which fail
 
     def _example(self, record: Record, values: Mapping[str, Any]) -> Example:
         inputs_field, targets_field = self._fields
@@ -210,8 +209,8 @@ class Reader:
                 raise ValueError(f"field {targets_field!r} holds nothing to score")
         sizes = self._sizes(inputs, targets)
         over = {name: size for name, size in sizes.items() if size > self._limits[name]}
-        if over and self._truncate and (cut := self._cut(inputs, targets)) is not None:
-            inputs, sizes, over = cut, self._sizes(cut, targets), {}
+        if over and self._truncate and (shorter := self._truncated(inputs, targets)) is not None:
+            inputs, sizes, over = shorter, self._sizes(shorter, targets), {}
         for name, size in over.items():
             raise ValueError(f"{size:,} tokens of {name}, and there is room for {self._limits[name]:,}")
         if not self._scores and not self._sizes(inputs, targets)["inputs"]:
@@ -227,8 +226,8 @@ class Reader:
             return self._format.scored_size(inputs, targets)
         return {"inputs": self._format.prompt_size(inputs)}
 
-    def _cut(self, inputs: list[int], targets: list[int]) -> list[int] | None:
-        """Returns as much of `inputs` as there is room for, None where they are not what is too long."""
+    def _truncated(self, inputs: list[int], targets: list[int]) -> list[int] | None:
+        """Returns as much of `inputs` as fits, None if the example would be too long even without them."""
         inputs = inputs if self._format.has_encoder else list(after_start(inputs, self._format.bos))
         sizes, name = (
             self._sizes(inputs, targets),

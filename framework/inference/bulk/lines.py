@@ -1,4 +1,4 @@
-"""Inputs of one record a line: bytes from a file, a gzip file or standard input, as JSON, tabs or plain text."""
+"""Inputs with a record on each line: JSON lines, TSV or plain text, from files, gzip files or standard input."""
 
 import contextlib
 import functools
@@ -15,11 +15,118 @@ from meshway.framework.errors import UserError
 from meshway.framework.inference.bulk.inputs import COMPRESSED, Record
 
 STDIN = "-"
-_LONGEST = 1 << 28  # bytes of a line; what is longer has another format than it is read as
+_LONGEST = 1 << 28  # bytes of a line; a longer one suggests that the file has another format
 _BOM = b"\xef\xbb\xbf"
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _GZIP = b"\x1f\x8b"
 _PARQUET = b"PAR1\x15"
+_QUICKLY_COUNTED = 2**31  # bytes; their lines are counted in a few seconds
+
+Parser = Callable[[str], dict[str, Any]]  # raises ValueError, its text the problem of the line
+
+_DEEPEST = 40  # nested lists and objects: Parquet's limit is 100 levels of a schema, two for each list
+
+INPUTS = "inputs"  # the field of plain text
+_KINDS = {list: "a list", bool: "a boolean", int: "a number", float: "a number", type(None): "null"}
+
+
+class LineSource:
+    """Files of lines, one after the other, read once for each call of `records`.
+
+    UTF-8. Empty lines at the end of a JSON lines or TSV file are ignored; elsewhere they are records with a problem.
+
+    Attributes:
+      description: what is read, for messages.
+    """
+
+    def __init__(self, paths: Sequence[str], format: str, columns: Sequence[str], description: str) -> None:
+        """Opens each file that can be opened again, to find problems early.
+
+        Args:
+          paths: the files, "-" for standard input.
+          format: 'jsonl', 'tsv' or 'text'.
+          columns: the columns of TSV files without a header; () if their first line names them.
+          description: what is read, for messages.
+
+        Raises:
+          UserError: a file cannot be read, is of another kind, or its header cannot be used.
+        """
+        if columns and format != "tsv":
+            raise UserError(f"columns name the cells of tsv files, and choose those of parquet; {format} has none")
+        self.description = description
+        self._paths = list(paths)
+        self._format = format
+        self._columns = list(columns)
+        self._first_header: tuple[list[str], str] | None = None
+        self._spent = False
+        if self._columns:
+            _check_columns(self._columns, "columns")
+        for path in self._paths:
+            if read_again(path):
+                next(self._open(path)[2], None)
+
+    @functools.cached_property
+    def total(self) -> int | None:
+        """The approximate number of records, by counting lines; None if that takes long or is impossible."""
+        counted = all(read_again(path) and not path.endswith(".gz") for path in self._paths)
+        if not counted or sum(os.path.getsize(path) for path in self._paths) > _QUICKLY_COUNTED:
+            return None
+        headers = len(self._paths) if self._format == "tsv" and not self._columns else 0
+        return max(0, sum(_num_lines(path) for path in self._paths) - headers)
+
+    def records(self, start: int = 0) -> Iterator[Record]:
+        """Yields the records from index `start` on; those before are skipped without parsing.
+
+        Raises:
+          UserError: there is no record at all (also before `start`), a file cannot be read, or standard input is read
+            a second time.
+        """
+        index = 0
+        for path in self._paths:
+            header, parse, lines = self._open(path)
+            for number, line in lines:
+                if index >= start:
+                    raw = header + b"\n" + line if header else line
+                    values, problem = _parsed(line, parse)
+                    yield Record(index, values, place(path, number), raw, problem)
+                index += 1
+        if not index:
+            raise UserError(f"the input is empty: {self.description}")
+
+    def _open(self, path: str) -> tuple[bytes, Parser, Iterator[tuple[int, bytes]]]:
+        """Returns (names of its columns for TSV, parser of a line, the numbered lines that are records)."""
+        if path == STDIN:
+            if self._spent:
+                raise UserError("standard input can be read only once: save it as a file first")
+            self._spent = True
+        lines = enumerate(read_lines(path), 1)
+        if self._format == "text":
+            return b"", parse_text, lines
+        if self._format == "jsonl":
+            return b"", parse_json, _without_blank_end(_refuse_document(lines, path), bytes.strip)
+        names = self._columns or self._header(next(lines, None), path)
+        # A line of tabs is a row of empty cells.
+        return "\t".join(names).encode(), tsv_parser(names), _without_blank_end(lines, bytes)
+
+    def _header(self, first: tuple[int, bytes] | None, path: str) -> list[str]:
+        """Returns the columns that a file's first line names, checked to be the same in all files; [] if it is
+        empty."""
+        if first is None:
+            return []
+        try:
+            names = first[1].decode().split("\t")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{place(path, 1)}: the header is not UTF-8") from error
+        _check_columns(names, place(path, 1))
+        if self._first_header is None:
+            self._first_header = (names, shown(path))
+        known, where = self._first_header
+        if known != names:
+            raise UserError(
+                f"{place(path, 1)}: the header ({', '.join(names)}) is not that of {where} ({', '.join(known)}); "
+                "give columns if files have no header"
+            )
+        return names
 
 
 def read_lines(path: str) -> Iterator[bytes]:
@@ -29,7 +136,7 @@ def read_lines(path: str) -> Iterator[bytes]:
       path: a file, decompressed where it ends in `.gz`, or "-" for standard input.
 
     Raises:
-      UserError: it cannot be read on, or begins as another kind of file does.
+      UserError: it cannot be read, or begins like another kind of file.
     """
     number = 0
     try:
@@ -55,12 +162,12 @@ def read_again(path: str) -> bool:
 
 
 def shown(path: str) -> str:
-    """Returns how messages name it."""
+    """Returns the name of a file in messages."""
     return "<stdin>" if path == STDIN else path
 
 
 def place(path: str, number: int) -> str:
-    """Returns how messages name line `number`, from 1."""
+    """Returns the name of line `number`, from 1, in messages."""
     return f"{shown(path)}:{number}"
 
 
@@ -80,16 +187,8 @@ def _refuse_other_kinds(head: bytes, path: str) -> None:
         raise UserError(f"{shown(path)} is UTF-16: convert it to UTF-8 (iconv -f utf-16 -t utf-8)")
 
 
-Parser = Callable[[str], dict[str, Any]]  # raises ValueError, its text the problem of the line
-
-_DEEPEST = 40  # lists and objects in each other: what Parquet holds too (its schema has two levels a list, 100 in all)
-
-INPUTS = "inputs"  # the field of what is only text
-_KINDS = {list: "a list", bool: "a boolean", int: "a number", float: "a number", type(None): "null"}
-
-
 def parse_json(line: str) -> dict[str, Any]:
-    """Returns the object of a line; a string alone is its field `inputs`. Strict: NaN and Infinity are not JSON.
+    """Returns the object of a line; a string becomes the field `inputs`. Strict: NaN and Infinity are not JSON.
 
     Raises:
       ValueError: the line is not JSON, or another kind of value.
@@ -114,14 +213,14 @@ def parse_json(line: str) -> dict[str, Any]:
 
 
 def parse_text(line: str) -> dict[str, Any]:
-    """Returns the line as the field `inputs`, an empty one too."""
+    """Returns the line as the field `inputs`, even if it is empty."""
     return {INPUTS: line}
 
 
 def tsv_parser(columns: Sequence[str]) -> Parser:
-    """Returns the parser of lines that hold a cell of text for each column, a tab between them.
+    """Returns the parser of lines with a cell of text for each column, separated by tabs.
 
-    There is no quoting: a quotation mark is a character like others, and cells hold neither tabs nor newlines.
+    There is no quoting: quotation marks have no special meaning, and cells contain neither tabs nor newlines.
     """
     names = list(columns)
 
@@ -152,108 +251,7 @@ def _cells(count: int) -> str:
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON value")
-
-
-_QUICKLY_COUNTED = 2**31  # bytes, whose lines are counted in a few seconds
-
-
-class LineSource:
-    """Files of lines, one after the other, read once for each call of `records`.
-
-    UTF-8. Empty lines at the end of a JSON lines or TSV file are no records; in between they have a problem.
-
-    Attributes:
-      description: what is read, for people.
-    """
-
-    def __init__(self, paths: Sequence[str], format: str, columns: Sequence[str], description: str) -> None:
-        """Opens each file that can be opened again, to see early what is wrong with it.
-
-        Args:
-          paths: the files, "-" for standard input.
-          format: 'jsonl', 'tsv' or 'text'.
-          columns: the columns of TSV files that have no header; () where their first line names them.
-          description: what is read, for people.
-
-        Raises:
-          UserError: a file cannot be read, is of another kind, or its header cannot be used.
-        """
-        if columns and format != "tsv":
-            raise UserError(f"columns name the cells of tsv files, and choose those of parquet; {format} has none")
-        self.description = description
-        self._paths = list(paths)
-        self._format = format
-        self._columns = list(columns)
-        self._first_header: tuple[list[str], str] | None = None
-        self._spent = False
-        if self._columns:
-            _check_columns(self._columns, "columns")
-        for path in self._paths:
-            if read_again(path):
-                next(self._open(path)[2], None)
-
-    @functools.cached_property
-    def total(self) -> int | None:
-        """About how many records there are, by the ends of lines; None where counting takes a while, or cannot be."""
-        counted = all(read_again(path) and not path.endswith(".gz") for path in self._paths)
-        if not counted or sum(os.path.getsize(path) for path in self._paths) > _QUICKLY_COUNTED:
-            return None
-        headers = len(self._paths) if self._format == "tsv" and not self._columns else 0
-        return max(0, sum(_num_lines(path) for path in self._paths) - headers)
-
-    def records(self, start: int = 0) -> Iterator[Record]:
-        """Yields the records from place `start` on; those before are read past, not parsed.
-
-        Raises:
-          UserError: there is no record at all (also before `start`), a file cannot be read on, or standard input is
-            read a second time.
-        """
-        index = 0
-        for path in self._paths:
-            header, parse, lines = self._open(path)
-            for number, line in lines:
-                if index >= start:
-                    raw = header + b"\n" + line if header else line
-                    values, problem = _parsed(line, parse)
-                    yield Record(index, values, place(path, number), raw, problem)
-                index += 1
-        if not index:
-            raise UserError(f"the input is empty: {self.description}")
-
-    def _open(self, path: str) -> tuple[bytes, Parser, Iterator[tuple[int, bytes]]]:
-        """Returns (names of its columns, where they matter, parser of a line, numbered lines that are records)."""
-        if path == STDIN:
-            if self._spent:
-                raise UserError("standard input can be read only once: save it as a file first")
-            self._spent = True
-        lines = enumerate(read_lines(path), 1)
-        if self._format == "text":
-            return b"", parse_text, lines
-        if self._format == "jsonl":
-            return b"", parse_json, _not_blank_at_the_end(_not_a_document(lines, path), bytes.strip)
-        names = self._columns or self._header(next(lines, None), path)
-        # A line of tabs is a row of empty cells.
-        return "\t".join(names).encode(), tsv_parser(names), _not_blank_at_the_end(lines, bytes)
-
-    def _header(self, first: tuple[int, bytes] | None, path: str) -> list[str]:
-        """Returns the columns that a file's first line names, the same in all files; an empty file has no rows."""
-        if first is None:
-            return []
-        try:
-            names = first[1].decode().split("\t")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{place(path, 1)}: the header is not UTF-8") from error
-        _check_columns(names, place(path, 1))
-        if self._first_header is None:
-            self._first_header = (names, shown(path))
-        known, where = self._first_header
-        if known != names:
-            raise UserError(
-                f"{place(path, 1)}: the header ({', '.join(names)}) is not that of {where} ({', '.join(known)}); "
-                "give columns where files have no header"
-            )
-        return names
+    raise ValueError(f"{constant} is not a JSON value")
 
 
 def _num_lines(path: str) -> int:
@@ -274,10 +272,10 @@ def _parsed(line: bytes, parse: Parser) -> tuple[dict[str, Any], str]:
         return {}, str(error)
 
 
-def _not_blank_at_the_end(
+def _without_blank_end(
     lines: Iterator[tuple[int, bytes]], content: Callable[[bytes], bytes]
 ) -> Iterator[tuple[int, bytes]]:
-    """Yields all lines but the last ones, where these have no content."""
+    """Yields all lines except those without content at the end."""
     blank = []
     for line in lines:
         if not content(line[1]):
@@ -288,13 +286,13 @@ def _not_blank_at_the_end(
         yield line
 
 
-def _not_a_document(lines: Iterator[tuple[int, bytes]], path: str) -> Iterator[tuple[int, bytes]]:
-    """Yields all lines, unless the first shows that values go on over several."""
+def _refuse_document(lines: Iterator[tuple[int, bytes]], path: str) -> Iterator[tuple[int, bytes]]:
+    """Yields all lines; raises UserError if the first shows that a JSON value spans several."""
     for number, line in lines:
         if number == 1 and line.strip() in (b"[", b"{"):
             raise UserError(
-                f"{shown(path)} is one JSON value over several lines, not an object a line "
-                "(jq -c '.[]' makes lines of a list)"
+                f"{shown(path)} is one JSON value over several lines, not one object on each line "
+                "(jq -c '.[]' converts a list to lines)"
             )
         yield number, line
 

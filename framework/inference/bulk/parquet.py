@@ -1,4 +1,4 @@
-"""Parquet, for which pyarrow is needed: inputs of one record a row, and rows of results."""
+"""Parquet inputs and outputs, which need pyarrow."""
 
 import contextlib
 import functools
@@ -13,9 +13,12 @@ from meshway.framework.errors import UserError, did_you_mean, first_line
 from meshway.framework.inference.bulk.batches import plain
 from meshway.framework.inference.bulk.inputs import Record
 
+_COMPRESSION = "zstd"
+_BATCH = 1024  # rows converted to Python at once
+
 
 def import_arrow() -> tuple[types.ModuleType, types.ModuleType]:
-    """Returns the modules pyarrow and pyarrow.parquet. Raises UserError where they are not installed."""
+    """Returns the modules pyarrow and pyarrow.parquet. Raises UserError if they are not installed."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -27,18 +30,15 @@ def import_arrow() -> tuple[types.ModuleType, types.ModuleType]:
     return pyarrow, pyarrow.parquet
 
 
-_COMPRESSION = "zstd"
-
-
 class ParquetRows:
-    """Parquet files: a row group a chunk, columns in the order in which they first appear, missing values null.
+    """Parquet files: a row group for each chunk, columns in the order of first appearance, missing values null.
 
-    The types of the first chunk hold for all, but a column that was always null or a list always empty takes the
-    type of its first values, integers among floats become floats, and columns may be added.
+    The types of the first chunk hold for all, except that a column of nulls or empty lists takes the type of its first
+    values, integers among floats become floats, and columns may be added.
     """
 
     def __init__(self, committed: Sequence[Path]) -> None:
-        """Begins with the schema of the chunks that are there, in order. Raises UserError without pyarrow."""
+        """Starts from the schema of the committed chunks, in order. Raises UserError without pyarrow."""
         self._arrow, self._parquet = import_arrow()
         self._schema = self._arrow.schema([])
         for path in committed:
@@ -48,7 +48,7 @@ class ParquetRows:
         """Returns a file of these rows.
 
         Raises:
-          UserError: a column holds values of two types, in this chunk or between it and those before.
+          UserError: a column has values of two types, in this chunk or in this one and those before.
         """
         values = [_whole_text(plain(row, strict=False)) for row in rows]
         columns = {key: self._column(key, values, name) for key in dict.fromkeys(key for row in values for key in row)}
@@ -58,7 +58,7 @@ class ParquetRows:
             self._parquet.write_table(table, content, row_group_size=max(len(rows), 1), compression=_COMPRESSION)
         except self._arrow.ArrowException as error:
             raise UserError(f"{name}: Parquet cannot hold these results ({first_line(error)}): use .jsonl") from error
-        # As it is read back: of what a list holds, Parquet has its own name.
+        # Read back, since Parquet renames the element field of lists.
         self._schema = self._unified(self._parquet.read_schema(content), name)
         return content.getvalue()
 
@@ -77,7 +77,7 @@ class ParquetRows:
             return self._arrow.array([row.get(key) for row in rows])
         except (self._arrow.ArrowException, ValueError, TypeError, OverflowError) as error:
             raise UserError(
-                f"{name}: column {key!r} has no one type that Parquet knows ({first_line(error)}): use .jsonl"
+                f"{name}: column {key!r} has no single type that Parquet supports ({first_line(error)}): use .jsonl"
             ) from error
 
     def _unified(self, schema: Any, name: str) -> Any:
@@ -89,7 +89,7 @@ class ParquetRows:
             ) from error
 
     def _cast(self, table: Any, path: Path) -> Any:
-        """Returns the table with all columns of the schema, as it has them."""
+        """Returns the table with the columns and types of the whole schema."""
         columns = []
         for field in self._schema:
             try:
@@ -104,25 +104,13 @@ class ParquetRows:
         return self._arrow.table(columns, schema=self._schema)
 
 
-def _whole_text(value: Any) -> Any:
-    """Returns the value with what is no character (half of a surrogate pair) written as an escape."""
-    if isinstance(value, str):
-        return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode()
-    if isinstance(value, dict):
-        return {_whole_text(key): _whole_text(item) for key, item in value.items()}
-    return [_whole_text(item) for item in value] if isinstance(value, list) else value
-
-
-_BATCH = 1024  # rows turned into Python at once
-
-
 class ParquetSource:
     """Parquet files of the same columns, one after the other, a batch of rows of a row group at a time.
 
-    Values are what pyarrow makes of them: text, integers, floats, lists, dicts, None where a value is missing.
+    Values are converted by pyarrow: text, integers, floats, lists, dicts, None for a missing value.
 
     Attributes:
-      description: what is read, for people.
+      description: what is read, for messages.
     """
 
     def __init__(self, paths: Sequence[str], columns: Sequence[str], description: str) -> None:
@@ -131,11 +119,11 @@ class ParquetSource:
         Args:
           paths: the files.
           columns: which columns to read; () for all.
-          description: what is read, for people.
+          description: what is read, for messages.
 
         Raises:
-          UserError: pyarrow is not installed, a file is not Parquet, or its columns are not those asked for or those
-            of the first file.
+          UserError: pyarrow is not installed, a file is not Parquet, or it lacks requested columns, or columns of the
+            first file.
         """
         self.description = description
         self._paths = list(paths)
@@ -153,7 +141,7 @@ class ParquetSource:
 
     @functools.cached_property
     def total(self) -> int:
-        """How many records there are."""
+        """The number of records."""
         count = 0
         for path in self._paths:
             with _reading(path), _parquet_file(path) as file:
@@ -161,10 +149,10 @@ class ParquetSource:
         return count
 
     def records(self, start: int = 0) -> Iterator[Record]:
-        """Yields the records from place `start` on; files and row groups before it are not read.
+        """Yields the records from index `start` on; files and row groups before it are not read.
 
         Raises:
-          UserError: there is no record at all (also before `start`), or a file cannot be read on.
+          UserError: there is no record at all (also before `start`), or a file cannot be read.
         """
         first = 0
         for path in self._paths:
@@ -182,7 +170,7 @@ class ParquetSource:
     def _group(
         self, file: Any, group: int, path: str, file_first: int, group_first: int, start: int
     ) -> Iterator[Record]:
-        """Yields the records of one row group from place `start` on; its first row is record `group_first`."""
+        """Yields the records of one row group from index `start` on; its first row is record `group_first`."""
         index = group_first
         for batch in self._batches(file, group, path):
             skip = min(max(start - index, 0), batch.num_rows)
@@ -194,8 +182,8 @@ class ParquetSource:
                 index += 1
 
     def _batches(self, file: Any, group: int, path: str) -> Iterator[Any]:
-        """Yields the rows of a row group in batches, smaller ones where a column has too much for one: of what is
-        nested Arrow holds 2 GiB at once."""
+        """Yields the rows of a row group in batches, which are halved while a nested column exceeds Arrow's limit of
+        2 GiB."""
         arrow, _ = import_arrow()
         size, done = _BATCH, 0
         while True:
@@ -242,12 +230,12 @@ def _columns_of(path: str) -> list[str]:
 
 def _parquet_file(path: str) -> Any:
     _, parquet = import_arrow()
-    return parquet.ParquetFile(path, pre_buffer=False)  # which would hold a whole row group
+    return parquet.ParquetFile(path, pre_buffer=False)  # pre-buffering would hold a whole row group
 
 
 @contextlib.contextmanager
 def _reading(path: str) -> Iterator[None]:
-    """Turns what pyarrow says of a file into a UserError."""
+    """Turns pyarrow's errors about a file into UserErrors."""
     arrow, _ = import_arrow()
     try:
         yield
@@ -256,7 +244,7 @@ def _reading(path: str) -> Iterator[None]:
 
 
 def _rows(batch: Any) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yields (fields, "") or ({}, what is wrong) of each row."""
+    """Yields (fields, "") or ({}, problem) for each row."""
     try:
         rows = batch.to_pylist()
     except (ValueError, OverflowError):
@@ -268,7 +256,7 @@ def _rows(batch: Any) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def _row(batch: Any) -> tuple[dict[str, Any], str]:
-    """Returns what `_rows` yields of a single row, the column named whose value cannot be held."""
+    """Returns (fields, "") or ({}, problem) of a batch of one row; the problem names the column."""
     values = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
@@ -276,3 +264,12 @@ def _row(batch: Any) -> tuple[dict[str, Any], str]:
         except (ValueError, OverflowError) as error:
             return {}, f"column {name!r} has a value that Python cannot hold: {first_line(error)}"
     return values, ""
+
+
+def _whole_text(value: Any) -> Any:
+    """Returns the value with text that is not Unicode (half of a surrogate pair) escaped."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_whole_text(key): _whole_text(item) for key, item in value.items()}
+    return [_whole_text(item) for item in value] if isinstance(value, list) else value

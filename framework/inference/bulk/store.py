@@ -1,4 +1,4 @@
-"""Results of a job, committed chunk by chunk: each once, whatever moment the process is killed."""
+"""Results of a job, committed chunk by chunk: each exactly once, even if the process is killed at any moment."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,7 @@ from meshway.framework.inference.bulk.existing_output import (
     abandon,
     claimed,
     clear,
-    refuse_strangers,
+    refuse_foreign_files,
     settle,
 )
 from meshway.framework.inference.bulk.inputs import nearest
@@ -29,13 +29,13 @@ from meshway.framework.terminal import count_of
 
 @dataclasses.dataclass(frozen=True)
 class Committed:
-    """What is known of a chunk that is done.
+    """A committed chunk.
 
     Attributes:
-      digest: of the records that it answers, as given to `commit`.
-      num_rows: its rows.
-      counts: what the job counted, such as tokens.
-      skipped: the records that have no row, and why.
+      digest: of the records that it was computed from, as given to `commit`.
+      num_rows: number of rows.
+      counts: the job's counts, such as tokens.
+      skipped: the records without a row, and why.
     """
 
     digest: str
@@ -46,7 +46,7 @@ class Committed:
 
 @dataclasses.dataclass(frozen=True)
 class _Chunk:
-    """A committed chunk, and what its file must be: the content of its side file."""
+    """The content of a chunk's side file: the committed chunk, and the size and hash of its file."""
 
     committed: Committed
     size: int
@@ -64,33 +64,32 @@ class _Chunk:
 class ChunkStore:
     """The output of one job: chunks in any order, one file or a folder of shards when all are there.
 
-    `OUTPUT.jsonl` (or .json, .parquet, .txt) is one file in the end, its chunks lie in `OUTPUT.jsonl.parts/` until
-    then, and `OUTPUT.jsonl.summary.json` tells of it. Another name is a folder: chunks lie in `OUTPUT/_parts/`, become
-    its shards `part-00000-of-00012.jsonl`, and `OUTPUT/_summary.json` tells of them. A `.txt` holds predictions only
-    (see `rows.TextLines`).
+    `OUTPUT.jsonl` (or .json, .parquet, .txt) is a single file; until it is finished its chunks are in
+    `OUTPUT.jsonl.parts/`, and its summary is `OUTPUT.jsonl.summary.json`. Another name is a folder: its chunks are in
+    `OUTPUT/_parts/` and become its shards `part-00000-of-00012.jsonl`, and its summary is `OUTPUT/_summary.json`. A
+    `.txt` has predictions only (see `batches.TextLines`).
 
-    How a kill at any moment loses nothing and repeats nothing: a chunk's file is written, put on disk and renamed;
-    then, in the same way, its side file, which knows the size and hash of the first. A chunk is committed once its
-    side file is there. Finishing first claims the names of the result, then makes it out of the chunks, then writes
-    the summary, then removes the chunks; all of it can be done again until the summary is there, which says that the
-    result is whole.
+    A kill at any moment loses nothing and repeats nothing: a chunk's file is written, synced and renamed; then, in the
+    same way, its side file, with the size and hash of the first. A chunk is committed once its side file exists.
+    Finishing first claims the names of the result, then makes it of the chunks, then writes the summary, then removes
+    the chunks; all of it can be repeated until the summary exists, which marks the result as complete.
     """
 
     def __init__(
         self, output: str | os.PathLike[str], job: Mapping[str, str], format: str | None = None, overwrite: bool = False
     ) -> None:
-        """Looks at names only.
+        """Checks names only; `open` reads and writes files.
 
         Args:
           output: the file or folder.
-          job: what makes this job what it is, by name; chunks of one job never go on with those of another.
-          format: 'jsonl' or 'parquet', of shards; a file's name tells its own.
+          job: name -> value of what identifies the job; chunks of different jobs are never mixed.
+          format: 'jsonl' or 'parquet', of shards; that of a single file follows from its name.
           overwrite: remove another job's chunks or result, or this job's finished result, and replace chunks made
-            from an input that has changed since. Other unfinished chunks of this very job are always gone on with,
-            so that the same command goes on after a kill. Only files written by a ChunkStore are ever removed.
+            from an input that has changed since. Other unfinished chunks of this job are always kept, so that the
+            same command continues after a kill. Only files written by a ChunkStore are ever removed.
 
         Raises:
-          UserError: the format does not fit the name, or there is no folder to write in.
+          UserError: the format contradicts the name, or the folder to write in does not exist.
         """
         self._paths = output_paths(Path(output), format)
         self._job = dict(job)
@@ -105,10 +104,11 @@ class ChunkStore:
             raise UserError(f"output {output}: no folder {str(parent)!r}{nearest(parent.name, parent.parent)}")
 
     def open(self) -> None:
-        """Locks the output and reads what is there.
+        """Locks the output and reads what exists there.
 
         Raises:
-          UserError: another process is at work on it, it is another job's or not ours, or cannot be written.
+          UserError: another process is working on it, it was written by another job or not by us, or it cannot be
+            written.
         """
         paths = self._paths
         if paths.sharded and not paths.output.exists():
@@ -127,11 +127,11 @@ class ChunkStore:
 
     @property
     def finished(self) -> bool:
-        """Whether this very job has finished here, before or by `finish`."""
+        """Whether this job has finished here, before `open` or by `finish`."""
         return self._finished
 
     def committed(self) -> dict[int, Committed]:
-        """Returns the chunks that are done, by number, in order."""
+        """Returns the committed chunks, by number, in order."""
         return {number: self._chunks[number].committed for number in sorted(self._chunks)}
 
     def commit(
@@ -142,18 +142,19 @@ class ChunkStore:
         counts: Mapping[str, float],
         skipped: Sequence[str],
     ) -> None:
-        """Writes a chunk; after return it survives the machine. One that is there already is left as it is.
+        """Writes a chunk durably; does nothing if it has been committed from the same records.
 
         Args:
-          number: its place among the chunks, from 0. One that was committed from other records is replaced, if the
-            store may overwrite.
+          number: its index among the chunks. One that was committed from other records is replaced, if the store may
+            overwrite.
           rows: its results: text, numbers, lists, dicts, numpy arrays, None.
-          digest: sha256 of the raw bytes of the records that it answers.
+          digest: sha256 of the raw bytes of the records that it was computed from.
           counts: finite numbers.
-          skipped: a line for each record that has no row.
+          skipped: a line for each record without a row.
 
         Raises:
-          UserError: the chunk was committed from other records, the disk refuses, or the format cannot hold the rows.
+          UserError: the chunk was committed from other records, it cannot be written, or the format cannot hold the
+            rows.
         """
         known = self._chunks.get(number)
         if known is not None and known.committed.digest == digest:
@@ -173,20 +174,20 @@ class ChunkStore:
         self._chunks[number] = chunk
 
     def finish(self, num_chunks: int, summary: Mapping[str, Any]) -> Path:
-        """Makes the result of all chunks, in order, writes the summary, removes the chunks.
+        """Makes the result of all chunks, in order, writes the summary and removes the chunks.
 
         Args:
-          num_chunks: how many there are.
-          summary: what else the summary tells, beside `written_by`, `job`, `files`, `num_chunks` and `num_rows`; the
-            lines of what was skipped are `left_out`, unless it says otherwise.
+          num_chunks: number of chunks.
+          summary: further entries of the summary, beside `written_by`, `job`, `files`, `num_chunks` and `num_rows`;
+            `left_out` is by default the lines of skipped records.
 
         Returns:
           the file, or the folder of shards.
 
         Raises:
-          UserError: there are more chunks than that (the input has changed) and the store may not overwrite, a
-            chunk's file was changed, somebody else's file lies where the result belongs, or the disk refuses.
-          ValueError: a chunk is missing, or `summary` has a name that is taken.
+          UserError: more chunks are committed (the input has changed) and the store may not overwrite, a chunk's file
+            was changed, a file that we have not written has the result's name, or the result cannot be written.
+          ValueError: a chunk is missing, or `summary` has a reserved name.
         """
         if self._finished:
             return self._paths.output
@@ -209,7 +210,7 @@ class ChunkStore:
         return self._paths.output
 
     def close(self) -> None:
-        """Gives the output back, with nothing of ours in it if no chunk was committed."""
+        """Unlocks the output, and removes our files from it if no chunk was committed."""
         self._rows = None
         if not self._lock.held:
             return
@@ -219,7 +220,7 @@ class ChunkStore:
             self._lock.discard()
             if self._made_folder:
                 with contextlib.suppress(OSError):
-                    os.rmdir(self._paths.output)  # if nothing is in it
+                    os.rmdir(self._paths.output)  # if it is empty
 
     def _opened(self) -> Encoding:
         if self._rows is None:
@@ -233,14 +234,14 @@ class ChunkStore:
         return ParquetRows([self._content(number, num_chunks) for number in sorted(self._chunks)])
 
     def _content(self, number: int, num_chunks: int | None) -> Path:
-        """Returns where a chunk's rows lie: under its own name until it was made a shard of `num_chunks`."""
+        """Returns the file of a chunk's rows: the chunk's own, or the shard of `num_chunks` that it was renamed to."""
         path = self._paths.chunk(number)
         if num_chunks is None or not self._paths.sharded or path.exists():
             return path
         return self._paths.shard(number, num_chunks)
 
     def _recovered(self) -> dict[int, _Chunk]:
-        """Returns the chunks that are whole; side files without their chunk are removed."""
+        """Returns the complete chunks; removes side files without their chunk."""
         chunks, num_chunks = {}, claimed(self._paths)
         for number, side in self._paths.sides():
             path = self._content(number, num_chunks)
@@ -257,7 +258,7 @@ class ChunkStore:
         return chunks
 
     def _drop(self, number: int) -> None:
-        """Removes a chunk, if there is one."""
+        """Removes a chunk's side file, so that it is no longer committed."""
         remove(self._paths.side(number))
         self._chunks.pop(number, None)
 
@@ -277,17 +278,17 @@ class ChunkStore:
             )
 
     def _check_content(self, number: int, num_chunks: int) -> None:
-        """Raises UserError unless a chunk's file is what was written, to the byte."""
+        """Raises UserError unless a chunk's file has the hash of what was written."""
         path = self._content(number, num_chunks)
         with io_errors(path), open(path, "rb") as file:
             same = hashlib.file_digest(file, "sha256").hexdigest() == self._chunks[number].sha256
         if not same:
             self._drop(number)
-            raise UserError(f"{path} was changed after it was written; run again to make this chunk anew")
+            raise UserError(f"{path} was changed after it was written; run again to compute this chunk again")
 
     def _claim(self, num_chunks: int) -> None:
         if claimed(self._paths) is None:
-            refuse_strangers(self._paths)
+            refuse_foreign_files(self._paths)
             content = json.dumps({"num_chunks": num_chunks}).encode()
             write_durably(self._paths.claim, self._paths.temporary, lambda file: file.write(content))
 
@@ -295,7 +296,7 @@ class ChunkStore:
         for number in range(num_chunks):
             chunk, shard = self._paths.chunk(number), self._paths.shard(number, num_chunks)
             if not chunk.exists():
-                continue  # was renamed before this process
+                continue  # renamed by an earlier attempt
             if rows.is_final(chunk):
                 move_durably(chunk, shard)
             else:
@@ -312,7 +313,7 @@ class ChunkStore:
         }
         taken = [name for name in extra if name in record]
         if taken:
-            raise ValueError(f"the summary tells {', '.join(taken)} by itself")
+            raise ValueError(f"the summary has its own {', '.join(taken)}")
         skipped = [line for chunk in chunks for line in chunk.skipped]
         text = json.dumps(
             {**record, "left_out": skipped, **plain(extra, strict=True)}, indent=2, ensure_ascii=False, allow_nan=False

@@ -1,4 +1,4 @@
-"""What attention kernels that work on shards have in common: their operands, and how those are cut over the mesh."""
+"""What attention kernels that run on shards share: their operands, and how these are sharded over the mesh."""
 
 import dataclasses
 import functools
@@ -17,13 +17,13 @@ from meshway.models.layers.masks import Mask
 from meshway.models.layers.positions import PositionBias
 
 QUERY = ("batch", "length", "heads", "head_dim")
-# Keys follow the cut of the query heads, so that each device has the keys of its own queries.
+# Keys are sharded by the rule of the query heads, so that each device has the keys of its own queries.
 KEY = ("batch", "kv_length", "heads", "head_dim")
 
 
 @dataclasses.dataclass(frozen=True)
 class Operands:
-    """What a kernel computes from: three pytrees of arrays, and how."""
+    """The operands of a kernel: three pytrees of arrays, and what is static."""
 
     queries: Queries
     keys: Keys
@@ -32,13 +32,13 @@ class Operands:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
-    """How the mesh cuts attention.
+class AttentionSharding:
+    """How the mesh shards attention.
 
     Attributes:
-      mesh: all of it; kernels are manual over every axis.
-      sizes: of its axes.
-      heads, length, kv_length, head_dim: the mesh axes of those dimensions, without those of one device.
+      mesh: the whole mesh; kernels are manual over every axis.
+      sizes: devices along each mesh axis.
+      heads, length, kv_length, head_dim: the mesh axes of more than one device that shard each dimension.
     """
 
     mesh: Mesh
@@ -49,7 +49,7 @@ class Cut:
     head_dim: tuple[str, ...]
 
     def parts(self, axes: tuple[str, ...]) -> int:
-        """Returns in how many parts `axes` cut a dimension."""
+        """Returns into how many shards `axes` split a dimension."""
         return math.prod(self.sizes[axis] for axis in axes)
 
 
@@ -67,25 +67,25 @@ def operands(
     dropout_rate: float = 0.0,
     rng: jax.Array | None = None,
 ) -> Operands:
-    """Returns the arguments of a `Kernel` in the form that works in blocks: nothing of size length x kv_length.
+    """Returns the arguments of an `AttentionKernel` in blockwise form: nothing of size length x kv_length.
 
     Args:
       kernel: its name, for messages.
       blocks: most queries and keys of one block of scores.
 
     Raises:
-      ValueError: a bias or a mask that is known in full only.
+      ValueError: a bias or a mask given as a dense array only.
     """
     if bias is not None and not by_blocks(bias, None):
         shape = jnp.shape(bias.dense if isinstance(bias, PositionBias) else bias)
         raise ValueError(
-            f"{kernel} takes a bias as positions.PositionBias (a table or slopes, known by blocks), not an array of "
-            f"shape {shape}; use attention.dot_product_attention as attention.Attention.kernel for others"
+            f"{kernel} takes a bias as positions.PositionBias (a table or slopes, known block by block), not a dense "
+            f"array of shape {shape}; use reference.dot_product_attention as attention.Attention.kernel for others"
         )
     if not by_blocks(None, mask):
         raise ValueError(
-            f"{kernel} needs a mask made by masks.visible, which says what queries and keys know of themselves; "
-            "this one is known in full only: use attention.dot_product_attention for it"
+            f"{kernel} needs a mask made by masks.make_attention_mask, which keeps the metadata of queries and keys; "
+            "this one is a dense array only: use reference.dot_product_attention for it"
         )
     queries, keys = Queries(query), Keys(key, value)
     by_head, terms = ByHead(sinks=sinks), Terms(False, None, *blocks, soft_cap=soft_cap)
@@ -103,18 +103,19 @@ def operands(
 
 
 def by_blocks(bias: PositionBias | None, mask: Mask | None) -> bool:
-    """Returns whether bias and mask can be computed for any block of queries and keys, not only looked up in full."""
+    """Returns whether bias and mask can be computed for any block of queries and keys, rather than read from a dense
+    array."""
     if bias is not None and (not isinstance(bias, PositionBias) or (bias.table is None and bias.slopes is None)):
         return False
     return mask is None or (mask.queries is not None and mask.keys is not None)
 
 
-def cut_of(query: jax.Array, key: jax.Array) -> Cut | None:
-    """Returns how the ambient layout cuts query and key, None outside any mesh."""
+def attention_sharding(query: jax.Array, key: jax.Array) -> AttentionSharding | None:
+    """Returns how the ambient layout shards query and key, None outside any mesh."""
     found = placement(QUERY, query.shape)
     if found is None:
         return None
-    # The number of key heads may change yet; where its length lies does not depend on it.
+    # Key heads may still be repeated; how the length is sharded does not depend on their number.
     key_spec = placement(("batch", "kv_length"), key.shape[:2])
     assert key_spec is not None
     mesh = found.mesh
@@ -123,66 +124,69 @@ def cut_of(query: jax.Array, key: jax.Array) -> Cut | None:
     _, length, heads, head_dim = sharded_by(found.spec, 4)
     _, kv_length = sharded_by(key_spec.spec, 2)
     parts = heads, length, kv_length, head_dim
-    return Cut(mesh, sizes, *(tuple(axis for axis in axes if sizes[axis] > 1) for axes in parts))
+    return AttentionSharding(mesh, sizes, *(tuple(axis for axis in axes if sizes[axis] > 1) for axes in parts))
 
 
-def checked(kernel: str, cut: Cut | None, query: jax.Array, key: jax.Array, gathers: bool = False) -> Cut | None:
-    """Returns `cut` if a kernel can work under it.
+def check_sharding(
+    kernel: str, sharding: AttentionSharding | None, query: jax.Array, key: jax.Array, gathers: bool = False
+) -> AttentionSharding | None:
+    """Returns `sharding` if a kernel supports it.
 
     Args:
-      gathers: whether the kernel gathers keys, so that nothing need cut their length.
+      gathers: whether the kernel gathers keys, so that their length need not be sharded.
 
     Raises:
-      ValueError: it cuts head_dim, or the queries' length by other axes than the keys' (but for a length of one, which
-        rules leave whole).
+      ValueError: it shards head_dim, or the queries' length by other axes than the keys' (a length of one is allowed,
+        since rules do not shard it).
     """
-    if cut is None:
+    if sharding is None:
         return None
-    if cut.head_dim:
+    if sharding.head_dim:
         raise ValueError(
-            f"{kernel}: the layout cuts head_dim over {cut.head_dim}; map 'head_dim' to None in Layout.activations"
+            f"{kernel}: the layout shards head_dim over {sharding.head_dim}; "
+            "map 'head_dim' to None in Layout.activations"
         )
-    apart = cut.length != cut.kv_length and not (gathers and not cut.kv_length)
+    apart = sharding.length != sharding.kv_length and not (gathers and not sharding.kv_length)
     if apart and 1 not in (query.shape[1], key.shape[1]):
         raise ValueError(
-            f"{kernel}: Layout.activations maps 'length' to {cut.length} and 'kv_length' to {cut.kv_length}; "
+            f"{kernel}: Layout.activations maps 'length' to {sharding.length} and 'kv_length' to {sharding.kv_length}; "
             f"map both to the same mesh axes{', or kv_length to None' if gathers else ''} "
-            "(keys travel between the devices that hold queries)"
+            "(keys are sent between the devices that hold queries)"
         )
-    return cut
+    return sharding
 
 
 class ShardKernel(Protocol):
-    """Attention of one device's shards, forward and backward; hashable."""
+    """Attention on one device's shards, forward and backward; hashable."""
 
     def forward(self, queries: Queries, keys: Keys, by_head: ByHead) -> tuple[jax.Array, Any]:
         """Returns (the output of these queries, what `backward` needs)."""
         ...
 
     def backward(self, saved: Any, gradient: jax.Array) -> tuple[Queries, Keys, ByHead]:
-        """Returns the gradients of these queries and keys, and this device's share of those by head."""
+        """Returns the gradients of these queries and keys, and this device's part of those of `by_head`."""
         ...
 
 
-def on_shards(kernel: ShardKernel, given: Operands, cut: Cut, by_head: tuple[str, ...]) -> jax.Array:
-    """Runs a kernel on each device's shards; returns the global output, cut as the query is.
+def on_shards(kernel: ShardKernel, given: Operands, sharding: AttentionSharding, by_head: tuple[str, ...]) -> jax.Array:
+    """Runs a kernel on each device's shards; returns the global output, sharded as the query is.
 
-    Key heads too few for `by_head` to cut are repeated, as little as lets it.
+    Key heads too few to be sharded over `by_head` are repeated the fewest times that suffice.
 
     Args:
-      by_head: the mesh axes that cut the heads of `given.by_head`.
+      by_head: the mesh axes that shard the heads of `given.by_head`.
     """
-    keys = _repeated(given.keys, given.queries.query.shape[2], cut.parts(by_head))
+    keys = _repeated(given.keys, given.queries.query.shape[2], sharding.parts(by_head))
     given = dataclasses.replace(given, keys=keys)
     specs = _specs(given, by_head)
     query_spec, key_spec, head_spec = specs
     gradients = Gradients(query_spec.query, key_spec.key, key_spec.value, head_spec._replace(slopes=None))
-    shards = _Shards(cut.mesh, tuple(jax.tree.leaves(specs)), gradients, by_head)
+    shards = _Shards(sharding.mesh, tuple(jax.tree.leaves(specs)), gradients, by_head)
     return _sharded(kernel, shards, given.queries, given.keys, given.by_head)
 
 
 def _repeated(keys: Keys, heads: int, parts: int) -> Keys:
-    """Repeats key and value heads as little as lets them be cut in `parts`, a divisor of the query heads."""
+    """Repeats key and value heads the fewest times that make `parts`, a divisor of the query heads, divide them."""
     kv_heads = keys.key.shape[2]
     groups = heads // kv_heads
     times = next(n for n in range(1, groups + 1) if not groups % n and not kv_heads * n % parts)

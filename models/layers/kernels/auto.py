@@ -1,4 +1,4 @@
-"""The kernel that attention uses unless told otherwise: what each can do, and those made for one accelerator."""
+"""The default attention kernel, which chooses among the others, and the fused kernels of TPUs and GPUs."""
 
 import dataclasses
 import functools
@@ -9,18 +9,27 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 
-from meshway.models.layers.kernels.attention_shards import Cut, Operands, by_blocks, cut_of, on_shards, operands
+from meshway.models.layers.kernels.attention_shards import (
+    AttentionSharding,
+    Operands,
+    attention_sharding,
+    by_blocks,
+    on_shards,
+    operands,
+)
 from meshway.models.layers.kernels.chunked import ChunkedAttention
-from meshway.models.layers.kernels.reference import Kernel, Options, dot_product_attention
+from meshway.models.layers.kernels.reference import AttentionKernel, Options, dot_product_attention
 from meshway.models.layers.kernels.scores import ByHead, Keys, Queries, Terms
 from meshway.models.layers.masks import Mask
 from meshway.models.layers.positions import PositionBias
 
-# Scores of one head and row up to which the reference is as quick, and its memory no matter. Measured on CPU (by
-# `meshway bench attention`); elsewhere a guess, since chunks are many small kernels there.
+# Scores of one head and row up to which the reference is as fast as chunks, and its memory does not matter. Measured on
+# CPU (by `meshway bench attention`); elsewhere a guess, since chunks are many small kernels there.
 REFERENCE_SCORES = {"cpu": 512 * 512, "cuda": 1024 * 1024, "rocm": 1024 * 1024, "tpu": 1024 * 1024}
-LANES = 128  # splash works on multiples of so many queries and keys
+LANES = 128  # splash takes multiples of this many queries and keys
 CUDNN_HEAD_DIM = 128
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +39,13 @@ class Call:
     Attributes:
       length, kv_length, head_dim: of queries and keys.
       dtype: of queries.
-      causal, window, segments, prefix: what the mask hides; `segments` packs or pads.
-      ordered: whether tokens stand in the row as they are numbered, queries and keys alike.
-      table, slopes: which biases there are on scores.
+      causal, window, segments, prefix: what the mask hides; `segments` also for padding.
+      ordered: whether row positions are 0, 1, 2 ... for queries and keys alike.
+      table, slopes: which biases are added to scores.
       soft_cap, sinks, dropout: whether there are any.
-      by_blocks: whether mask and bias are known for any block, not only in full.
-      cut: which of "length", "kv_length" and "head_dim" the mesh cuts.
-      apart: whether it cuts keys' length, and by other axes than queries'.
+      by_blocks: whether mask and bias can be computed for any block, rather than given as dense arrays.
+      sharded: which of "length", "kv_length" and "head_dim" the mesh shards.
+      apart: whether it shards the keys' length, and by other axes than the queries'.
     """
 
     length: int
@@ -54,46 +63,49 @@ class Call:
     sinks: bool = False
     dropout: bool = False
     by_blocks: bool = True
-    cut: tuple[str, ...] = ()
+    sharded: tuple[str, ...] = ()
     apart: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A kernel's name ("reference", "chunked", "cudnn" or "splash"), and why it is this one."""
+    """A kernel's name ("reference", "chunked", "cudnn" or "splash"), and why it was chosen."""
 
     name: str
     reason: str
 
 
 def choose(platform: str, call: Call) -> Choice:
-    """Returns who computes a call on a platform ("cpu", "cuda", "rocm", "tpu").
+    """Returns the kernel for a call on a platform ("cpu", "cuda", "rocm", "tpu").
 
-    The fastest that can: splash on TPUs, cuDNN on CUDA; where these cannot, or there is none, the reference for few
-    scores and chunked attention for many, which both know everything.
+    The fastest that supports the call: splash on TPUs, cuDNN on CUDA; elsewhere, or where these do not support it, the
+    reference for few scores and chunked attention for many, which both support everything.
     """
     if not call.by_blocks:
-        return Choice("reference", "the mask or the bias is known in full only")
-    if "head_dim" in call.cut:
-        return Choice("reference", "the layout cuts head_dim")
+        return Choice("reference", "the mask or the bias is a dense array only")
+    if "head_dim" in call.sharded:
+        return Choice("reference", "the layout shards head_dim")
     why = ""
-    for fused, at_home, refuses in (("splash", "tpu", splash_refuses), ("cudnn", "cuda", cudnn_refuses)):
-        if platform == at_home:
+    for fused, fused_platform, refuses in (("splash", "tpu", splash_refuses), ("cudnn", "cuda", cudnn_refuses)):
+        if platform == fused_platform:
             refusal = refuses(call)
             if refusal is None:
-                return Choice(fused, f"the quickest on {platform} for what is asked")
+                return Choice(fused, f"the fastest on {platform} that supports this call")
             why = f"; no {fused}: {refusal}"
     pairs = call.length * call.kv_length
     if pairs <= REFERENCE_SCORES.get(platform, 512 * 512):
         return Choice("reference", f"{call.length} x {call.kv_length} scores are few{why}")
     if call.apart:
-        return Choice("reference", f"the layout cuts the keys' length by other axes than the queries'{why}")
+        return Choice("reference", f"the layout shards the keys' length by other axes than the queries'{why}")
     return Choice("chunked", f"{call.length} x {call.kv_length} scores are many{why}")
 
 
 def splash_refuses(call: Call) -> str | None:
-    """Returns what splash attention cannot do of a call, None if it can do all: it knows masks that follow from places
-    and segments, soft caps, sinks and key heads fewer than query heads, but no bias, no dropout and no odd lengths."""
+    """Returns why splash attention does not support a call, None if it does.
+
+    It supports masks that follow from row positions and segments, soft caps, sinks and fewer key heads than query
+    heads, but no bias, no dropout, and only lengths that are multiples of 128.
+    """
     refusal = _unfused(call)
     if refusal is None and (call.length % LANES or call.kv_length % LANES):
         refusal = f"its lengths are multiples of {LANES}, not {call.length} and {call.kv_length}"
@@ -101,13 +113,16 @@ def splash_refuses(call: Call) -> str | None:
 
 
 def cudnn_refuses(call: Call) -> str | None:
-    """Returns what cuDNN's attention cannot do of a call, None if it can do all: it knows causal masks and windows in
-    them, 16-bit numbers only, and of jax's door to it no segments, soft caps or sinks."""
+    """Returns why cuDNN's attention does not support a call, None if it does.
+
+    It supports causal masks, windows in them, and 16-bit floats only; as jax exposes it, no segments, soft caps or
+    sinks.
+    """
     if call.dtype not in ("bfloat16", "float16"):
         return f"it computes in bfloat16 or float16, not {call.dtype}"
     for name, asked in (("segments", call.segments), ("soft caps", call.soft_cap), ("sinks", call.sinks)):
         if asked:
-            return f"it knows no {name}"
+            return f"it supports no {name}"
     if call.head_dim % 8 or call.head_dim > CUDNN_HEAD_DIM:
         return f"head_dim is a multiple of 8 up to {CUDNN_HEAD_DIM}, not {call.head_dim}"
     if call.window is not None and not call.causal:
@@ -116,16 +131,16 @@ def cudnn_refuses(call: Call) -> str | None:
 
 
 def _unfused(call: Call) -> str | None:
-    """Returns what neither of the fused kernels can do of a call."""
+    """Returns why neither of the fused kernels supports a call, None if either may."""
     for name, asked in (("biases", call.table or call.slopes), ("dropout", call.dropout), ("prefixes", call.prefix)):
         if asked:
-            return f"it knows no {name}"
+            return f"it supports no {name}"
     if not call.by_blocks:
-        return "the mask is known in full only"
-    if call.cut:
-        return f"the layout cuts {' and '.join(call.cut)}"
+        return "the mask is a dense array only"
+    if call.sharded:
+        return f"the layout shards {' and '.join(call.sharded)}"
     if (call.causal or call.window is not None) and not (call.ordered and call.length == call.kv_length):
-        return "it numbers the tokens of queries and keys itself, and here they stand elsewhere in the row"
+        return "it assumes that queries and keys stand at 0, 1, 2 ... of one row, and here they do not"
     return None
 
 
@@ -133,7 +148,7 @@ def describe(
     query: jax.Array,
     key: jax.Array,
     *,
-    cut: Cut | None,
+    sharding: AttentionSharding | None,
     bias: PositionBias | None = None,
     mask: Mask | None = None,
     soft_cap: float | None = None,
@@ -141,9 +156,9 @@ def describe(
     dropout_rate: float = 0.0,
     rng: jax.Array | None = None,
 ) -> Call:
-    """Returns what the arguments of a `Kernel` ask for, under `cut`."""
+    """Returns what the arguments of an `AttentionKernel` ask for, under `sharding`."""
     metadata = [] if mask is None else [metadata for metadata in (mask.queries, mask.keys) if metadata is not None]
-    dims = {} if cut is None else {"length": cut.length, "kv_length": cut.kv_length, "head_dim": cut.head_dim}
+    names = () if sharding is None else ("length", "kv_length", "head_dim")
     return Call(
         length=query.shape[1],
         kv_length=key.shape[1],
@@ -160,21 +175,21 @@ def describe(
         sinks=sinks is not None,
         dropout=rng is not None and dropout_rate > 0.0,
         by_blocks=by_blocks(bias, mask),
-        cut=tuple(name for name, axes in dims.items() if cut is not None and cut.parts(axes) > 1),
-        apart=cut is not None and cut.kv_length not in ((), cut.length),
+        sharded=tuple(name for name in names if getattr(sharding, name)),
+        apart=sharding is not None and sharding.kv_length not in ((), sharding.length),
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class SplashAttention:
-    """A `Kernel` for TPUs: jax's splash attention, written in Pallas, which skips blocks that its mask hides.
+    """An `AttentionKernel` for TPUs: jax's splash attention, written in Pallas, which skips blocks that its mask hides.
 
-    It knows causal and full masks, windows, packed segments, soft caps, sinks and fewer key heads than query heads, at
-    lengths that are multiples of 128; rows and heads may be cut. It has no biases, prefixes or dropout.
+    It supports causal and full masks, windows, packed segments, soft caps, sinks and fewer key heads than query heads,
+    at lengths that are multiples of 128; rows and heads may be sharded. It has no biases, prefixes or dropout.
 
     Attributes:
       block: most queries and keys of one block.
-      interpret: run it as plain jax, on any platform and slowly: for tests.
+      interpret: run it in Pallas's interpreter, on any platform and slowly: for tests.
     """
 
     block: int = 512
@@ -184,7 +199,7 @@ class SplashAttention:
         """See `dot_product_attention`; padding attends to padding.
 
         Raises:
-          ValueError: something it cannot do; see `choice.splash_refuses`.
+          ValueError: a call that it does not support; see `splash_refuses`.
         """
         return _fused("SplashAttention", splash_refuses, self._attend, query, key, value, options)
 
@@ -194,18 +209,18 @@ class SplashAttention:
 
 @dataclasses.dataclass(frozen=True)
 class CudnnAttention:
-    """A `Kernel` for NVIDIA GPUs: cuDNN's flash attention, by `jax.nn.dot_product_attention`.
+    """An `AttentionKernel` for NVIDIA GPUs: cuDNN's flash attention, by `jax.nn.dot_product_attention`.
 
-    It knows causal and full attention, windows in causal attention, and fewer key heads than query heads, in bfloat16
-    or float16, with a head_dim that is a multiple of 8 up to 128; rows and heads may be cut. jax's door to it has no
-    packed segments, and it has no biases, prefixes, soft caps, sinks or dropout like ours.
+    It supports causal and full attention, windows in causal attention, and fewer key heads than query heads, in
+    bfloat16 or float16, with a head_dim that is a multiple of 8 up to 128; rows and heads may be sharded. As jax
+    exposes it, it has no packed segments, and no biases, prefixes, soft caps, sinks or dropout like ours.
     """
 
     def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Unpack[Options]) -> jax.Array:
         """See `dot_product_attention`.
 
         Raises:
-          ValueError: something it cannot do; see `choice.cudnn_refuses`.
+          ValueError: a call that it does not support; see `cudnn_refuses`.
         """
         return _fused("CudnnAttention", cudnn_refuses, Cudnn, query, key, value, options)
 
@@ -273,12 +288,12 @@ Attend = Callable[[Queries, Keys, ByHead], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Differentiated:
-    """A function of local arrays that jax can differentiate, as a `ShardKernel`; `attend` is hashable."""
+    """A `ShardKernel` made of a hashable function of local arrays, which jax differentiates."""
 
     attend: Attend
 
     def forward(self, queries: Queries, keys: Keys, by_head: ByHead) -> tuple[jax.Array, Any]:
-        """Returns the output, and the function that turns its gradient back."""
+        """Returns the output and its VJP function."""
 
         def of(query: jax.Array, key: jax.Array, value: jax.Array, sinks: jax.Array | None) -> jax.Array:
             mine = queries._replace(query=query), keys._replace(key=key, value=value), by_head._replace(sinks=sinks)
@@ -287,9 +302,36 @@ class Differentiated:
         return jax.vjp(of, queries.query, keys.key, keys.value, by_head.sinks)
 
     def backward(self, saved: Any, gradient: jax.Array) -> tuple[Queries, Keys, ByHead]:
-        """Turns the gradient back."""
+        """Applies the VJP function."""
         query, key, value, sinks = saved(gradient)
         return Queries(query), Keys(key, value), ByHead(sinks=sinks)
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoAttention:
+    """An `AttentionKernel` that hands each call to another one (`choose`) and logs which and why, once for each kind of
+    call: splash on TPUs and cuDNN on CUDA where these support the call, else the reference for few scores and chunked
+    attention for many. Shapes and options decide, never values, so a compiled step always uses the same kernels.
+
+    Attributes:
+      chunked, splash, cudnn: the kernels to choose from, with their block sizes.
+    """
+
+    chunked: AttentionKernel = ChunkedAttention()
+    splash: AttentionKernel = SplashAttention()
+    cudnn: AttentionKernel = CudnnAttention()
+
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Unpack[Options]) -> jax.Array:
+        """See `dot_product_attention`."""
+        sharding = attention_sharding(query, key)
+        choice = _chosen(_platform(sharding), describe(query, key, **options, sharding=sharding))
+        kernels: dict[str, AttentionKernel] = {
+            "reference": dot_product_attention,
+            "chunked": self.chunked,
+            "splash": self.splash,
+            "cudnn": self.cudnn,
+        }
+        return kernels[choice.name](query, key, value, **options)
 
 
 def _fused(
@@ -306,14 +348,14 @@ def _fused(
     Raises:
       ValueError: the kernel refuses.
     """
-    cut = cut_of(query, key)
-    refusal = refuses(describe(query, key, **options, cut=cut))
+    sharding = attention_sharding(query, key)
+    refusal = refuses(describe(query, key, **options, sharding=sharding))
     if refusal is not None:
-        raise ValueError(f"{name}: {refusal}; chunked.ChunkedAttention as attention.Attention.kernel can do this")
+        raise ValueError(f"{name}: {refusal}; chunked.ChunkedAttention as attention.Attention.kernel supports this")
     given: Operands = operands(name, query, key, value, **options, blocks=(1, 1))
-    if cut is None or cut.mesh.size == 1:
+    if sharding is None or sharding.mesh.size == 1:
         return attend(given.terms)(given.queries, given.keys, given.by_head)
-    return on_shards(Differentiated(attend(given.terms)), given, cut, by_head=cut.heads)
+    return on_shards(Differentiated(attend(given.terms)), given, sharding, by_head=sharding.heads)
 
 
 def _block(length: int, most: int) -> int:
@@ -322,48 +364,19 @@ def _block(length: int, most: int) -> int:
     return max(fitting)
 
 
-logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class AutoAttention:
-    """A `Kernel` that hands each call to another one, by `choice.choose`, and logs which and why, once for each kind of
-    call: splash on TPUs and cuDNN on CUDA where these can do what is asked, else the reference for few scores and
-    chunked attention for many. Shapes and options decide, never values, so a compiled step always uses the same ones.
-
-    Attributes:
-      chunked, splash, cudnn: the kernels to choose from, with their block sizes.
-    """
-
-    chunked: Kernel = ChunkedAttention()
-    splash: Kernel = SplashAttention()
-    cudnn: Kernel = CudnnAttention()
-
-    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Unpack[Options]) -> jax.Array:
-        """See `dot_product_attention`."""
-        cut = cut_of(query, key)
-        choice = _chosen(_platform(cut), describe(query, key, **options, cut=cut))
-        kernels: dict[str, Kernel] = {
-            "reference": dot_product_attention,
-            "chunked": self.chunked,
-            "splash": self.splash,
-            "cudnn": self.cudnn,
-        }
-        return kernels[choice.name](query, key, value, **options)
-
-
 @functools.cache
 def _chosen(platform: str, call: Call) -> Choice:
-    """Chooses, and logs it: once, since what was chosen is kept."""
+    """Chooses and logs the choice, once for each kind of call: choices are cached."""
     choice = choose(platform, call)
     shape = f"{call.length} x {call.kv_length}, head_dim {call.head_dim}, {call.dtype}"
     logger.info("attention on %s (%s): %s, since %s", platform, shape, choice.name, choice.reason)
     return choice
 
 
-def _platform(cut: Cut | None) -> str:
-    """Returns where a call will run: on the mesh's devices, which may be described only, else on jax's first."""
-    device = jax.devices()[0] if cut is None else cut.mesh.devices.flat[0]
+def _platform(sharding: AttentionSharding | None) -> str:
+    """Returns the platform that a call will run on: that of the mesh, whose devices may be described only, else of
+    jax's first device."""
+    device = jax.devices()[0] if sharding is None else sharding.mesh.devices.flat[0]
     if device.platform != "gpu":
         return device.platform
     return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"

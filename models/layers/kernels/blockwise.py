@@ -1,11 +1,10 @@
-"""Attention in blocks of queries and keys: no pass holds the scores of more than one block.
+"""Attention in blocks of queries and keys: neither pass holds the scores of more than one block.
 
-The softmax of a row is taken while its keys go by (Milakov & Gimelshein 2018, algorithm 3; Rabe & Staats 2021,
-section 3); the backward pass computes the scores again from each row's log-sum-exp (Dao et al. 2022, algorithm 4).
-Blocks in which no query sees any key are not visited, whatever hides them: later keys, keys beyond the window, other
-segments, padding.
+The softmax of a row is accumulated over its blocks of keys (Milakov & Gimelshein 2018, algorithm 3; Rabe & Staats 2021,
+section 3); the backward pass recomputes the scores from each row's log-sum-exp (Dao et al. 2022, algorithm 4).
+Blocks in which no query sees any key are skipped, whatever hides them: causality, the window, segments or padding.
 
-Everything here works on plain local arrays: on one device, or on the shards inside a `shard_map`.
+Everything here takes plain local arrays: on one device, or the shards inside a `shard_map`.
 """
 
 import functools
@@ -29,11 +28,11 @@ from meshway.models.layers.kernels.scores import (
     visits,
 )
 
-LOWEST = float(jnp.finfo(jnp.float32).min)  # the peak of a row that has seen nothing; finite: -inf - -inf is no number
+LOWEST = float(jnp.finfo(jnp.float32).min)  # the peak of a row that has seen nothing; finite, as -inf - -inf is NaN
 
 
 class Softmax(NamedTuple):
-    """A softmax-weighted sum under way, float32: the sum and the total of exp(score - peak).
+    """A partial softmax-weighted sum, float32: the sum and the total of exp(score - peak).
 
     Shapes: weighted [batch, length, heads, head_dim], peak and total [batch, length, heads].
     """
@@ -44,7 +43,7 @@ class Softmax(NamedTuple):
 
 
 class Received(NamedTuple):
-    """What the backward pass knows of each query.
+    """What the backward pass needs of each query.
 
     Attributes:
       gradient: of the output, [batch, length, heads, head_dim].
@@ -58,7 +57,7 @@ class Received(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Sums of gradients, float32, in the shapes of what they belong to; of slopes there is none."""
+    """Sums of gradients, float32, each in the shape of its operand; slopes have none."""
 
     query: jax.Array
     key: jax.Array
@@ -71,9 +70,9 @@ def blockwise_attention(queries: Queries, keys: Keys, by_head: ByHead, terms: Te
     """Computes attention as `dot_product_attention` does, block by block in both passes.
 
     Args:
-      queries, keys: of any lengths; blocks that they do not fill are filled up and hidden.
+      queries, keys: of any lengths; the last block is padded, and the padding hidden.
       by_head: biases and sinks.
-      terms: how.
+      terms: how scores are made, and the sizes of blocks.
 
     Returns:
       (output [batch, length, heads, head_dim] in the dtype of the query, log-sum-exp of the scores and the sink float32
@@ -99,7 +98,7 @@ blockwise_attention.defvjp(_blockwise_forward, _blockwise_backward)
 
 
 def begin(queries: Queries, by_head: ByHead) -> Softmax:
-    """Returns the softmax of queries that have seen no key yet: of the sinks alone, where there are any."""
+    """Returns the softmax of queries that have seen no key yet: that of the sinks alone, where there are any."""
     shape = queries.query.shape
     weighted, total = jnp.zeros(shape, jnp.float32), jnp.zeros(shape[:3], jnp.float32)
     if by_head.sinks is None:
@@ -152,7 +151,7 @@ def receive(
 
 
 def begin_backward(queries: Queries, keys: Keys, by_head: ByHead, received: Received) -> Gradients:
-    """Returns sums of gradients to start from: zeros, and all of that of the sinks."""
+    """Returns the initial sums of gradients: zeros, but the whole gradient for the sinks."""
     query, key, value = (jnp.zeros(x.shape, jnp.float32) for x in (queries.query, keys.key, keys.value))
     table = None if by_head.table is None else jnp.zeros_like(by_head.table)
     sinks = None
@@ -183,7 +182,7 @@ def attend_backward(
         return (table_sum, key_sums), query_sum
 
     query_sum, *given = (_by_head(x, kv_heads, terms.query_block) for x in (sums.query, *received))
-    # Laid out as [blocks, batch, kv_heads, head_dim, size]: XLA:CPU transposes the left factor of these products, and
+    # Arranged as [blocks, batch, kv_heads, head_dim, size]: XLA:CPU transposes the left factor of these products, and
     # queries are smaller than scores.
     key_sums = tuple(_by_kv_head(x, terms.kv_block).swapaxes(3, 4) for x in (sums.key, sums.value))
     blocks = (query_sum, query_blocks, Received(*given), visits(query_blocks, key_blocks, terms))
@@ -193,14 +192,14 @@ def attend_backward(
 
 
 def as_cotangents(sums: Gradients, queries: Queries, keys: Keys) -> tuple[Queries, Keys, ByHead]:
-    """Returns gradients in the dtypes and the structure of what they belong to."""
+    """Returns gradients in the dtypes and the structure of the operands."""
     query = sums.query.astype(queries.query.dtype)
     key, value = sums.key.astype(keys.key.dtype), sums.value.astype(keys.value.dtype)
     return Queries(query), Keys(key, value), sums.by_head
 
 
 def filled(keys: Keys, size: int) -> Keys:
-    """Returns keys filled up to a multiple of `size`, and marked."""
+    """Returns keys padded to a multiple of `size`, with `real` False on the padding."""
     length = keys.key.shape[1]
     if not length % size:
         return keys
@@ -210,8 +209,8 @@ def filled(keys: Keys, size: int) -> Keys:
 
 
 def fill_up(tree: Any, size: int) -> Any:
-    """Fills axis 1 of every array up to a multiple of `size`: whole numbers (places, segments) as the last, so that the
-    ranges of blocks stay narrow, and others with zeros."""
+    """Pads axis 1 of every array to a multiple of `size`: integers (row positions, segments) with their last value, so
+    that the ranges of blocks stay narrow, and others with zeros."""
 
     def fill(x: jax.Array) -> jax.Array:
         mode = "edge" if jnp.issubdtype(x.dtype, jnp.integer) else "constant"
@@ -223,7 +222,8 @@ def fill_up(tree: Any, size: int) -> Any:
 def _block_gradients(
     sums: Gradients, queries: Queries, keys: Keys, by_head: ByHead, terms: Terms, received: Received
 ) -> Gradients:
-    """Adds the gradients of one block of scores; all is laid out by head, and sums of keys head_dim before length."""
+    """Adds the gradients of one block of scores; arrays are arranged by head, sums of keys with head_dim before
+    length."""
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     dtype = keys.key.dtype
     found, shown = scores(queries, keys, by_head, terms), seen(queries, keys, terms)
@@ -272,20 +272,20 @@ def _key_blocks(keys: Keys, terms: Terms) -> Keys:
 
 
 def _blocks(x: jax.Array, size: int) -> jax.Array:
-    """[rows, length, ...] -> [blocks, rows, size, ...], filled up."""
+    """[rows, length, ...] -> [blocks, rows, size, ...], padded."""
     x = fill_up(x, min(size, x.shape[1]))
     blocks = -(-x.shape[1] // size)
     return jnp.moveaxis(x.reshape(x.shape[0], blocks, -1, *x.shape[2:]), 1, 0)
 
 
 def _by_head(x: jax.Array, kv_heads: int, size: int) -> jax.Array:
-    """[batch, length, heads, ...] -> [blocks, batch, kv_heads, size, groups, ...], filled up."""
+    """[batch, length, heads, ...] -> [blocks, batch, kv_heads, size, groups, ...], padded."""
     x = _blocks(x, size)
     return jnp.moveaxis(x.reshape(*x.shape[:3], kv_heads, -1, *x.shape[4:]), 3, 2)
 
 
 def _by_kv_head(x: jax.Array, size: int) -> jax.Array:
-    """[batch, length, kv_heads, ...] -> [blocks, batch, kv_heads, size, ...], filled up."""
+    """[batch, length, kv_heads, ...] -> [blocks, batch, kv_heads, size, ...], padded."""
     return jnp.moveaxis(_blocks(x, size), 3, 2)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from meshway.models.layers.kernels.attention_shards import checked, cut_of, on_shards, operands
+from meshway.models.layers.kernels.attention_shards import attention_sharding, check_sharding, on_shards, operands
 from meshway.models.layers.kernels.blockwise import (
     as_cotangents,
     attend,
@@ -24,16 +24,17 @@ from meshway.models.layers.kernels.scores import ByHead, Keys, Queries, Terms
 
 @dataclasses.dataclass(frozen=True)
 class ChunkedAttention:
-    """A `Kernel` that holds the scores of one block of queries and keys at a time, in both passes (`blockwise`).
+    """An `AttentionKernel` that holds the scores of one block of queries and keys at a time, in both passes
+    (`blockwise`).
 
-    It knows everything that the reference does, of any lengths: causal and bidirectional, packed segments, prefixes,
-    windows, position biases (T5's, ALiBi), soft caps, sinks, fewer key heads than query heads, dropout (draw for draw).
-    Blocks that nobody sees, beyond a window or in other segments, are not visited. What it refuses is a bias or a mask
-    that is known in full only.
+    It supports everything that the reference does, at any length: causal and bidirectional masks, packed segments,
+    prefixes, windows, position biases (T5's, ALiBi), soft caps, sinks, fewer key heads than query heads, and dropout
+    (with the same random draws). Blocks that no query sees, beyond a window or in other segments, are skipped. It
+    refuses a bias or a mask given as a dense array only.
 
-    Under a mesh each device attends from its own queries, rows and heads, and nothing is sent where the layout cuts
-    only these. Where it cuts the length of keys too, they are gathered whole (their gradients are summed on the way
-    back): that takes more memory than `ring_attention.RingAttention`, and causal work is not balanced.
+    Under a mesh each device attends from its own queries, rows and heads, and nothing is sent where the layout shards
+    only these. Where it shards the length of keys too, they are all-gathered (their gradients are reduce-scattered):
+    that takes more memory than `ring_attention.RingAttention`, and causal work is not balanced.
     """
 
     query_block: int = 256
@@ -43,29 +44,31 @@ class ChunkedAttention:
         """See `dot_product_attention`; a query that sees no key gets 0 instead of the mean of all values.
 
         Raises:
-          ValueError: a bias that is no `PositionBias`, a mask known in full only, a layout that cuts head_dim, or one
-            that cuts keys by other mesh axes than queries.
+          ValueError: a bias that is not a `PositionBias`, a mask given as a dense array only, a layout that shards
+            head_dim, or one that shards keys by other mesh axes than queries.
         """
         given = operands("ChunkedAttention", query, key, value, **options, blocks=(self.query_block, self.kv_block))
-        cut = checked("ChunkedAttention", cut_of(query, key), query, key, gathers=True)
-        if cut is None or cut.mesh.size == 1:
+        sharding = check_sharding("ChunkedAttention", attention_sharding(query, key), query, key, gathers=True)
+        if sharding is None or sharding.mesh.size == 1:
             return blockwise_attention(given.queries, given.keys, given.by_head, given.terms)[0]
-        if cut.kv_length not in ((), cut.length):  # a single query lies whole, and scores are few
+        if sharding.kv_length not in ((), sharding.length):  # a single query is not sharded, and scores are few
             return dot_product_attention(query, key, value, **options)
-        return on_shards(Gathered(cut.length, cut.kv_length, given.terms), given, cut, by_head=cut.heads)
+        return on_shards(
+            Gathered(sharding.length, sharding.kv_length, given.terms), given, sharding, by_head=sharding.heads
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Gathered:
-    """Attention of a device's own queries to all keys, as a `ShardKernel`; `length` and `kv_length` are the mesh axes
-    that cut them, of the keys the same or none."""
+    """A `ShardKernel`: attention of a device's own queries to all keys. `length` and `kv_length` are the mesh axes that
+    shard queries and keys; those of the keys are the same or none."""
 
     length: tuple[str, ...]
     kv_length: tuple[str, ...]
     terms: Terms
 
     def forward(self, queries: Queries, keys: Keys, by_head: ByHead) -> tuple[jax.Array, Any]:
-        """Attends from this device's queries to everybody's keys."""
+        """Attends from this device's queries to the keys of all devices."""
         softmax = attend(begin(queries, by_head), queries, self._gather(keys), by_head, self.terms)
         out, logsumexp = end(softmax, queries.query.dtype)
         return out, (queries, keys, by_head, out, logsumexp)

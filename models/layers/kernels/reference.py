@@ -1,4 +1,4 @@
-"""What attention is: the protocol that all kernels follow, and the one that holds all scores."""
+"""The protocol of attention kernels, and the reference kernel, which holds all scores at once."""
 
 import functools
 from typing import Protocol, TypedDict, Unpack
@@ -14,7 +14,7 @@ HIDDEN = -1e9  # a score that softmax turns to zero, finite so that a row with n
 
 
 class Options(TypedDict, total=False):
-    """What attention may be asked for beside query, key and value; `dot_product_attention` says what each means."""
+    """The options of attention beside query, key and value; `dot_product_attention` documents them."""
 
     bias: PositionBias | None
     mask: Mask | None
@@ -24,8 +24,8 @@ class Options(TypedDict, total=False):
     rng: jax.Array | None
 
 
-class Kernel(Protocol):
-    """A way to compute attention: `dot_product_attention` says what all of them return."""
+class AttentionKernel(Protocol):
+    """A way to compute attention: all return what `dot_product_attention` returns."""
 
     def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Unpack[Options]) -> jax.Array: ...
 
@@ -42,7 +42,8 @@ def dot_product_attention(
     dropout_rate: float = 0.0,
     rng: jax.Array | None = None,
 ) -> jax.Array:
-    """softmax(query key^T + bias, where mask) value, exactly; scores and softmax in float32.
+    """softmax(query key^T + bias, where mask) value, exactly (Vaswani et al. 2017, eq. 1); scores and softmax in
+    float32.
 
     Args:
       query: [batch, length, heads, head_dim], already scaled.

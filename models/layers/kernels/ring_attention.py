@@ -1,4 +1,4 @@
-"""Ring attention: queries stay, keys and values travel once around the devices that cut the length."""
+"""Ring attention: queries stay, keys and values are passed once around the devices that shard the length."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,7 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from meshway.models.layers.kernels.attention_shards import Operands, checked, cut_of, on_shards, operands
+from meshway.models.layers.kernels.attention_shards import (
+    Operands,
+    attention_sharding,
+    check_sharding,
+    on_shards,
+    operands,
+)
 from meshway.models.layers.kernels.blockwise import (
     Gradients,
     Softmax,
@@ -29,18 +35,19 @@ from meshway.models.layers.kernels.scores import ByHead, Keys, Queries, Terms
 
 @dataclasses.dataclass(frozen=True)
 class RingAttention:
-    """A `Kernel` for layouts that cut `length` and `kv_length` over the same mesh axes (Liu et al. 2023, section 3).
+    """An `AttentionKernel` for layouts that shard `length` and `kv_length` over the same mesh axes (Liu et al. 2023,
+    section 3).
 
-    Each device holds the keys and values of one part of the row at a time, in their own number of heads, and of scores
-    one block; the backward pass computes scores again while keys, values and their gradients travel once more.
-    Where the layout does not cut the length, or without a mesh, it is blockwise attention on each device's own rows
-    and heads. Dropout of attention weights is the reference's, draw for draw.
+    Each device holds the keys and values of one shard of the row at a time, with their own number of heads, and one
+    block of scores; the backward pass recomputes scores while keys, values and their gradients go around once more.
+    Where the layout does not shard the length, or without a mesh, it is blockwise attention on each device's own rows
+    and heads. Dropout of attention weights makes the reference's random draws.
 
-    With `balanced`, self-attention that is causal and has no prefix first swaps halves of parts among devices, so that
-    device j of n works on halves j and 2n-1-j of the row's 2n (as Llama 3 cuts, Dubey et al. 2024, section 3.3.2): each
-    step then is two blocks of half by half on every device, where the plain ring makes some compute four and others
-    none. It relies on `AttentionMetadata.places` growing along the row. A prefix, which later
-    tokens of it see, and cross-attention go the plain way round; blocks in which nothing is seen are skipped in either.
+    With `balanced`, causal self-attention without a prefix first exchanges halves of shards among devices, so that
+    device j of n works on halves j and 2n-1-j of the row's 2n (as in Llama 3, Grattafiori et al. 2024, section 3.3.2):
+    each step then computes two half-by-half blocks on every device, where the plain ring makes some devices compute
+    four and others none. It relies on `AttentionMetadata.row_positions` growing along the row. Prefixes, which see
+    later tokens of their own, and cross-attention take the plain ring; fully masked blocks are skipped in either.
     """
 
     balanced: bool = True
@@ -51,24 +58,24 @@ class RingAttention:
         """See `dot_product_attention`; a query that sees no key gets 0 instead of the mean of all values.
 
         Raises:
-          ValueError: a bias that is no `PositionBias`, a mask known in full only, or a layout that cuts queries by
-            other mesh axes than keys.
+          ValueError: a bias that is not a `PositionBias`, a mask given as a dense array only, or a layout that shards
+            queries by other mesh axes than keys.
         """
         given = operands("RingAttention", query, key, value, **options, blocks=(self.query_block, self.kv_block))
-        cut = checked("RingAttention", cut_of(query, key), query, key)
-        if cut is None:
+        sharding = check_sharding("RingAttention", attention_sharding(query, key), query, key)
+        if sharding is None:
             return blockwise_attention(given.queries, given.keys, given.by_head, given.terms)[0]
-        if cut.length != cut.kv_length:  # a single query or key lies whole, and scores are few
+        if sharding.length != sharding.kv_length:  # a single query or key is not sharded, and scores are few
             return dot_product_attention(query, key, value, **options)
-        size = cut.parts(cut.length)
-        ring = Ring(cut.length, size, size > 1 and self.balanced and _is_triangle(given), given.terms)
-        return on_shards(ring, given, cut, by_head=cut.heads)
+        size = sharding.parts(sharding.length)
+        ring = Ring(sharding.length, size, size > 1 and self.balanced and _is_triangle(given), given.terms)
+        return on_shards(ring, given, sharding, by_head=sharding.heads)
 
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """The way round, as a `ShardKernel`: over which mesh axes, of how many devices together, and whether in halves that
-    balance."""
+    """A `ShardKernel`: the ring over mesh axes `axes`, of `size` devices together; `zigzag` balances causal work by
+    halves."""
 
     axes: tuple[str, ...]
     size: int
@@ -76,7 +83,7 @@ class Ring:
     terms: Terms
 
     def forward(self, queries: Queries, keys: Keys, by_head: ByHead) -> tuple[jax.Array, Any]:
-        """Attends from this device's queries to everybody's keys."""
+        """Attends from this device's queries to the keys of all devices."""
         dtype, length = queries.query.dtype, queries.query.shape[1]
         queries, keys = _parts((queries, filled(keys, 2) if self.zigzag else keys), self)
 
@@ -90,7 +97,7 @@ class Ring:
 
         def turn(carry: tuple[Softmax, Keys], turn: Any) -> tuple[tuple[Softmax, Keys], None]:
             softmax, keys = carry
-            arriving = _pass_on(keys, self)  # while this turn's are attended to
+            arriving = _pass_on(keys, self)  # overlaps with attention to this turn's keys
             return (step(turn, softmax, keys), arriving), None
 
         carry = (jax.vmap(lambda part: begin(part, by_head))(queries), keys)
@@ -101,7 +108,7 @@ class Ring:
         return out, (queries, keys, by_head, out, logsumexp)
 
     def backward(self, saved: Any, gradient: jax.Array) -> tuple[Queries, Keys, ByHead]:
-        """Sends keys, values and the sums of their gradients round once more."""
+        """Sends keys, values and the sums of their gradients around once more."""
         queries, keys, by_head, out, logsumexp = saved
         received = _parts(receive(gradient, out, logsumexp), self)
         zeros = begin_backward(queries, keys, by_head, received)
@@ -120,7 +127,7 @@ class Ring:
 
         def turn(carry: tuple[Gradients, Keys], turn: Any, last: bool = False) -> tuple[tuple[Gradients, Keys], None]:
             sums, keys = carry
-            # Both travel while this turn is computed; its share is added to the sums once they are here.
+            # Both are sent while this turn is computed; its gradients are added to the sums once these have arrived.
             arriving = keys if last else _pass_on(keys, self)
             key_sums = _pass_on((sums.key, sums.value), self)
             sums = step(turn, sums._replace(key=zeros.key, value=zeros.value), keys)
@@ -133,20 +140,21 @@ class Ring:
             sums = turn(carry, self.size - 1, last=True)[0][0]
         found = as_cotangents(sums, queries, keys)
         if self.size > 1:
-            found = (found[0], _pass_on(found[1], self), found[2])  # home
+            found = (found[0], _pass_on(found[1], self), found[2])  # back to the keys' own devices
         length = out.shape[1]
-        kv_length = length if self.zigzag else keys.key.shape[2]  # without what fills up halves
+        kv_length = length if self.zigzag else keys.key.shape[2]  # without the padding of halves
         return _whole(found[0], self, length), _whole(found[1], self, kv_length), found[2]
 
 
 def _is_triangle(given: Operands) -> bool:
-    """Whether a query sees keys up to its own place at most, in rows that are ordered alike."""
+    """Whether a query sees keys up to its own row position at most, with queries and keys in the same order."""
     queries, keys = given.queries, given.keys
     if not given.terms.causal or queries.query.shape[1] != keys.key.shape[1]:
         return False
     assert queries.metadata is not None and keys.metadata is not None
     ordered = all(
-        metadata.places is not None and metadata.places.shape[0] == 1 for metadata in (queries.metadata, keys.metadata)
+        metadata.row_positions is not None and metadata.row_positions.shape[0] == 1
+        for metadata in (queries.metadata, keys.metadata)
     )
     return ordered and (queries.metadata.prefix is None or keys.metadata.prefix is None)
 
@@ -154,9 +162,10 @@ def _is_triangle(given: Operands) -> bool:
 def _pairs(turn: Any, ring: Ring) -> jax.Array:
     """Returns which part of the queries sees which part of the keys at a turn, int32 [pairs, 2].
 
-    In halves: the later half of the queries sees the earlier half of any keys. Keys that come from an earlier device
-    are also seen by the earlier half of queries (their earlier half), those of a later device by the later half (their
-    later half): halves 0 .. n-1 and n .. 2n-1 lie in opposite orders. A device's own keys are seen in all three ways.
+    In halves: the later half of the queries sees the earlier half of any keys. The earlier half of keys from an earlier
+    device is also seen by the earlier half of the queries, the later half of keys from a later device by the later half
+    of the queries: halves 0 .. n-1 and n .. 2n-1 are in opposite orders. A device's own keys are seen in all three
+    ways.
     """
     if not ring.zigzag:
         return jnp.zeros((1, 2), jnp.int32)
@@ -180,9 +189,8 @@ def _pass_on(tree: Any, ring: Ring) -> Any:
 def _parts(tree: Any, ring: Ring) -> Any:
     """Returns what this device works on, [parts, rows, length / parts, ...]: its own, or its two halves of the zigzag.
 
-    Half i of the row's 2n goes to device i, or 2n-1-i where that is the smaller. So the first halves of all devices go
-    to different devices, and so do the second: even devices receive their earlier half with the first, odd ones theirs
-    with the second.
+    Half i of the row's 2n goes to device min(i, 2n-1-i). So the first halves of all devices go to different devices,
+    and so do the second: even devices receive their earlier half with the first, odd ones with the second.
     """
     if not ring.zigzag:
         return jax.tree.map(lambda x: x[None], tree)
@@ -197,7 +205,7 @@ def _parts(tree: Any, ring: Ring) -> Any:
 
 
 def _whole(tree: Any, ring: Ring, length: int) -> Any:
-    """Undoes `_parts`, and cuts off what filled up halves."""
+    """Undoes `_parts`, and drops the padding of halves."""
     if not ring.zigzag:
         return jax.tree.map(lambda x: x[0], tree)
     even = lax.axis_index(ring.axes) % 2 == 0

@@ -1,6 +1,6 @@
-"""The scores of one block of queries with one block of keys, their gradients, and which blocks are worth a visit.
+"""The scores of one block of queries with one block of keys, their gradients, and which blocks can be skipped.
 
-Everything here works on plain local arrays: on one device, or on the shards inside a `shard_map`.
+Everything here takes plain local arrays: on one device, or the shards inside a `shard_map`.
 """
 
 import dataclasses
@@ -12,15 +12,15 @@ import jax.numpy as jnp
 
 from meshway.models.layers.masks import AttentionMetadata, make_key_mask
 
-FAR = jnp.iinfo(jnp.int32).max // 2  # beyond any place or segment, with room to add
+FAR = jnp.iinfo(jnp.int32).max // 2  # beyond any row position or segment, without overflow when added to
 
 
 class Queries(NamedTuple):
-    """What asks: the length is axis 1 of every array.
+    """Queries and what belongs to each: the length is axis 1 of every array.
 
     Attributes:
       query: [batch, length, heads, head_dim], already scaled.
-      metadata: who sees whom; None: everyone sees everything.
+      metadata: what determines the mask; None: every query sees every key.
       positions: int32 [rows, length], for a position bias.
     """
 
@@ -30,12 +30,12 @@ class Queries(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """What is attended to: the length is axis 1 of every array.
+    """Keys, values and what belongs to each: the length is axis 1 of every array.
 
     Attributes:
       key, value: [batch, kv_length, kv_heads, head_dim].
       metadata, positions: as for queries.
-      real: bool [1, kv_length], False on what only fills up a block; None: all are real.
+      real: bool [1, kv_length], False on the padding of a block; None: all are real.
       kept: [batch, kv_length, heads], what dropout multiplies a key's attention weights by, the same for all queries.
     """
 
@@ -48,11 +48,11 @@ class Keys(NamedTuple):
 
 
 class ByHead(NamedTuple):
-    """What each query head has of its own: axis 0 of every array is the heads.
+    """Parameters of each query head: axis 0 of every array is the heads.
 
     Attributes:
       table: float32 [heads, buckets], learned: added to scores by `Terms.bucket`.
-      slopes: float32 [heads], fixed: taken off scores for each place between query and key.
+      slopes: float32 [heads], fixed: times the distance of query and key, subtracted from scores (ALiBi).
       sinks: float32 [heads], learned: a score beside those of the keys, without a value.
     """
 
@@ -66,10 +66,10 @@ class Terms:
     """How scores are made, and in blocks of what size.
 
     Attributes:
-      causal: whether a query sees no later key (see `masks.visible_keys`).
+      causal: whether a query sees no later key (see `masks.make_key_mask`).
       bucket: maps key position - query position to a column of the bias table; None: no table.
       query_block, kv_block: most queries and keys of one block of scores.
-      window: a query sees keys fewer than so many places away; None: any.
+      window: a query sees keys fewer than so many row positions away; None: any.
       soft_cap: scores become soft_cap * tanh(scores / soft_cap); None: they stay as they are.
     """
 
@@ -85,8 +85,8 @@ class Terms:
             raise ValueError(f"blocks of attention need a size of 1 or more, not {self.query_block} x {self.kv_block}")
 
 
-# Below, arrays of queries are laid out by head, [batch, kv_heads, queries, groups, ...], and so are those of keys,
-# [batch, kv_heads, keys, ...]: products then are plain matrix products, and of nothing a transpose is made.
+# Below, arrays of queries are arranged by head, [batch, kv_heads, queries, groups, ...], and so are those of keys,
+# [batch, kv_heads, keys, ...]: products are then plain matrix products without transposes.
 
 
 def scores(queries: Queries, keys: Keys, by_head: ByHead, terms: Terms) -> jax.Array:
@@ -133,15 +133,15 @@ def dropped(weights: jax.Array, kept: jax.Array | None) -> jax.Array:
 def visits(queries: Queries, keys: Keys, terms: Terms) -> tuple[jax.Array, jax.Array] | None:
     """Returns which blocks of keys each block of queries has to visit; None for all.
 
-    Segments and places of blocks are compared by their ranges, so where these do not grow along the row a block may be
-    visited in vain.
+    Segments and row positions of blocks are compared by their ranges, so where these do not grow along the row a fully
+    masked block may be visited.
 
     Args:
       queries, keys: in blocks, [blocks, rows, size, ...].
 
     Returns:
-      (int32 [query blocks, key blocks], the numbers of the blocks to visit before those to leave out, and int32
-      [query blocks], how many are to visit).
+      (int32 [query blocks, key blocks], the indices of the blocks to visit, then those to skip; int32 [query blocks],
+      how many to visit).
     """
     mine, theirs = queries.metadata, keys.metadata
     if mine is None or theirs is None:
@@ -151,9 +151,9 @@ def visits(queries: Queries, keys: Keys, terms: Terms) -> tuple[jax.Array, jax.A
         low, high = _range(mine.segments, mine.segments != 0)
         first, last = _range(theirs.segments, theirs.segments != 0, keys.real)
         worth = worth & (low[:, None] <= last) & (first <= high[:, None])
-    if mine.places is not None and theirs.places is not None:
-        low, high = _range(mine.places)
-        first, last = _range(theirs.places, keys.real)
+    if mine.row_positions is not None and theirs.row_positions is not None:
+        low, high = _range(mine.row_positions)
+        first, last = _range(theirs.row_positions, keys.real)
         if terms.window is not None:
             worth = worth & (first - high[:, None] < terms.window) & (low[:, None] - last < terms.window)
         if terms.causal:

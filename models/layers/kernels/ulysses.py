@@ -1,4 +1,4 @@
-"""Ulysses attention: each device gathers the whole length for a share of the heads, and gives it back after."""
+"""Ulysses attention: all-to-alls exchange shards of the length for shards of the heads, and back after attention."""
 
 import dataclasses
 from typing import Any, Unpack
@@ -6,7 +6,13 @@ from typing import Any, Unpack
 import jax
 from jax import lax
 
-from meshway.models.layers.kernels.attention_shards import Cut, checked, cut_of, on_shards, operands
+from meshway.models.layers.kernels.attention_shards import (
+    AttentionSharding,
+    attention_sharding,
+    check_sharding,
+    on_shards,
+    operands,
+)
 from meshway.models.layers.kernels.blockwise import (
     as_cotangents,
     attend,
@@ -23,12 +29,13 @@ from meshway.models.layers.kernels.scores import ByHead, Keys, Queries, Terms
 
 @dataclasses.dataclass(frozen=True)
 class UlyssesAttention:
-    """A `Kernel` for layouts that cut `length` and `kv_length` over the same mesh axes (Jacobs et al. 2023, section 3).
+    """An `AttentionKernel` for layouts that shard `length` and `kv_length` over the same mesh axes (Jacobs et al. 2023,
+    section 3).
 
     An all-to-all turns shards of the length into shards of the heads, blockwise attention works on whole rows, and an
-    all-to-all turns its output back. It sends less than a ring while there are heads to cut; key heads that do not
-    divide are repeated as little as needed first. Where the layout does not cut the length, or without a mesh, it is
-    blockwise attention on each device's own rows and heads. Dropout is the reference's, draw for draw.
+    all-to-all turns its output back. It sends less than a ring while there are heads to shard; key heads too few for
+    the devices are repeated the fewest times that suffice. Where the layout does not shard the length, or without a
+    mesh, it is blockwise attention on each device's own rows and heads. Dropout makes the reference's random draws.
     """
 
     query_block: int = 512
@@ -38,24 +45,25 @@ class UlyssesAttention:
         """See `dot_product_attention`; a query that sees no key gets 0 instead of the mean of all values.
 
         Raises:
-          ValueError: the query heads of a device do not divide by the devices that cut the length, a bias that is no
-            `PositionBias`, a mask known in full only, or a layout that cuts queries by other mesh axes than keys.
+          ValueError: the query heads of a device are not divisible by the devices that shard the length, a bias that is
+            not a `PositionBias`, a mask given as a dense array only, or a layout that shards queries by other mesh axes
+            than keys.
         """
         given = operands("UlyssesAttention", query, key, value, **options, blocks=(self.query_block, self.kv_block))
-        cut = checked("UlyssesAttention", cut_of(query, key), query, key)
-        if cut is None:
+        sharding = check_sharding("UlyssesAttention", attention_sharding(query, key), query, key)
+        if sharding is None:
             return blockwise_attention(given.queries, given.keys, given.by_head, given.terms)[0]
-        if cut.length != cut.kv_length:  # a single query or key lies whole, and scores are few
+        if sharding.length != sharding.kv_length:  # a single query or key is not sharded, and scores are few
             return dot_product_attention(query, key, value, **options)
-        head_axes = (*cut.heads, *cut.length)
-        _check_heads(query.shape[2], cut)
-        exchange = Exchange(cut.length, cut.parts(cut.length), given.terms)
-        return on_shards(exchange, given, cut, by_head=head_axes)
+        head_axes = (*sharding.heads, *sharding.length)
+        _check_heads(query.shape[2], sharding)
+        exchange = Exchange(sharding.length, sharding.parts(sharding.length), given.terms)
+        return on_shards(exchange, given, sharding, by_head=head_axes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """The all-to-all among `size` devices along `axes`, and attention between, as a `ShardKernel`."""
+    """A `ShardKernel`: attention between two all-to-alls among `size` devices along mesh axes `axes`."""
 
     axes: tuple[str, ...]
     size: int
@@ -96,12 +104,12 @@ class Exchange:
         return jax.tree_util.tree_map_with_path(whole, side)
 
 
-def _check_heads(heads: int, cut: Cut) -> None:
-    parts, mine = cut.parts(cut.length), heads // cut.parts(cut.heads)
+def _check_heads(heads: int, sharding: AttentionSharding) -> None:
+    parts, mine = sharding.parts(sharding.length), heads // sharding.parts(sharding.heads)
     if mine % parts:
-        over = " x ".join(f"{axis}={cut.sizes[axis]}" for axis in cut.length)
+        over = " x ".join(f"{axis}={sharding.sizes[axis]}" for axis in sharding.length)
         raise ValueError(
             f"UlyssesAttention: {heads} query heads leave {mine} a device"
-            f"{f' on {cut.heads}' if cut.heads else ''}, which do not divide by {over}; use fewer devices there, or "
-            "ring_attention.RingAttention, which cuts no heads"
+            f"{f' on {sharding.heads}' if sharding.heads else ''}, which are not divisible by {over}; "
+            "use fewer devices there, or ring_attention.RingAttention, which shards no heads"
         )

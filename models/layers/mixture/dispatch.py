@@ -1,11 +1,11 @@
-"""Bounded dispatch: which token takes which slot with which expert, and the way there and back.
+"""Dispatch with bounded capacity: which token takes which slot of which expert, and the way there and back.
 
-A capacity group is a fixed set of tokens (rows of the batch, or parts of one), never what happens to lie on a device;
-each expert has `capacity` slots for each group.
+A capacity group is a fixed set of tokens (rows of the batch, or parts of one), independent of the mesh; each expert has
+`capacity` slots for each group.
 
-Two forms of one result. `einsum` is the definition: one-hot products under jit's own partitioning, with time and memory
-in proportion to tokens x slots. `all_to_all` moves rows by index inside a fully manual `shard_map`: one all-to-all over
-the mesh axes of "expert" there, and one back.
+Two implementations of one result. `einsum` is the definition: one-hot products under jit's own partitioning, with time
+and memory proportional to tokens x slots. `all_to_all` moves rows by index inside a fully manual `shard_map`: one
+all-to-all over the mesh axes of "expert" there, and one back.
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ from meshway.models.layers.mixture.routers import Choices, ExpertScores, TokenCh
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """The slots of groups of n tokens each, and the same seen from the tokens.
+    """The token of each slot and the slots of each token, for groups of n tokens each.
 
     Indices count through all groups: tokens as [groups, n], slots as [experts, groups, capacity]. (Mapping a function
     of one group over groups instead fails inside a `shard_map` that is itself mapped, as a pipeline does.)
 
     Attributes:
       token: int32 [experts, groups, capacity], the token in each slot; groups * n where it is empty.
-      gate: float32 [experts, groups, capacity], what its expert's output weighs; 0 where it is empty.
+      gate: float32 [experts, groups, capacity], the weight of its expert's output; 0 where it is empty.
       choice: int32 [experts, groups, capacity], token * k + rank of the choice that took the slot; groups * n * k where
         it is empty.
       slot: int32 [groups, n, k], the slot of each choice; experts * groups * capacity where it was dropped. None where
@@ -60,7 +60,7 @@ def assign(choices: Choices, real: jax.Array, num_experts: int, capacity: int) -
     """Fills the slots of each group.
 
     All first choices go before all second ones (GShard's order); among equals those of higher priority go first (Batch
-    Priority Routing), then those earlier in the group. Padding takes no slot.
+    Priority Routing, Riquelme et al. 2021, section 4), then those earlier in the group. Padding takes no slot.
 
     Args:
       choices: experts and gates [groups, n, k] with priority [groups, n] or None, or scores [groups, n, experts].
@@ -142,7 +142,7 @@ def _best_tokens(scores: jax.Array, real: jax.Array, capacity: int) -> Slots:
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """Tokens that share room: [batch, length, ...] is cut into [groups, tokens, ...], in order."""
+    """Tokens that share slots: [batch, length, ...] is split into [groups, tokens, ...], in order."""
 
     tokens: int
     capacity: int  # slots of each expert
@@ -165,12 +165,12 @@ def einsum(
 
     Args:
       x: [batch, length, d_model].
-      choices: what the router said.
+      choices: those of the router.
       real: float32 [batch, length], 0 on padding.
       weights: the experts'.
       masks: dropout's, scaled, [row groups, groups a row, d_ff]; or None.
-      groups: who shares room.
-      cut: how the layout cuts it.
+      groups: which tokens share slots, and how many slots.
+      cut: how the layout shards the layer; None on one device.
 
     Returns:
       (the gated sum of experts' outputs, like x; how many experts took each token, float32 [batch, length]).
@@ -200,8 +200,8 @@ def all_to_all(
     return on_devices(functools.partial(_move, groups), x, choices, real, weights, masks, cut)
 
 
-class Kernel(Protocol):
-    """What each device does: its own tokens and experts; `mask` [units, d_ff] of the units it will work on."""
+class DispatchKernel(Protocol):
+    """The dispatch of one device, on its own tokens and experts; `mask` [units, d_ff] of the units it will work on."""
 
     def __call__(
         self,
@@ -215,7 +215,7 @@ class Kernel(Protocol):
 
 
 def on_devices(
-    kernel: Kernel,
+    kernel: DispatchKernel,
     x: jax.Array,
     choices: Choices,
     real: jax.Array,
@@ -239,8 +239,8 @@ def on_devices(
         mesh=cut.mesh,
         in_specs=(cut.tokens, cut.tokens, cut.tokens, (wi, wo), mask_spec),
         out_specs=(cut.result, cut.tokens),
-        # Else each value's varying mesh axes are tracked, which fails in a scan that is mapped over stages (jax 0.10
-        # to 0.12). Gradients stay right: jax divides those of outputs, and adds up those of inputs, over unnamed axes.
+        # Tracking each value's varying mesh axes fails in a scan that is mapped over stages (jax 0.10 to 0.12).
+        # Gradients stay right: jax divides those of outputs, and sums those of inputs, over unnamed axes.
         check_vma=False,
     )(x, choices, real, (weights.inputs, weights.output), laid)
 
@@ -308,7 +308,7 @@ def _from_slots(rows: jax.Array, slots: Slots, choices: Choices, tokens: int) ->
 
 
 def _by_expert(rows: jax.Array, cut: ExpertMesh | None) -> jax.Array:
-    """Constrains [experts, groups, ...] to lie with the experts, the groups over what is left of the batch's axes."""
+    """Shards [experts, groups, ...] as the experts are, and groups over the other axes of the batch."""
     if cut is None:
         return rows
     rest = tuple(axis for axis in cut.batch if axis not in cut.expert)

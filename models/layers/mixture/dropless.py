@@ -1,12 +1,12 @@
-"""Dropless dispatch: choices sorted by expert, on each device or sent to the expert's by the ragged all-to-all.
+"""Dispatch without capacity, choices sorted by expert: `dropless` gathers tokens, `ragged` sends each to its experts.
 
-Where the mesh cuts experts and tokens, tokens are gathered over the mesh axes of "expert", each device computes what
-chose its own experts, and outputs are added and scattered back. Rows are enough for the worst case, in which all tokens
-choose one device.
+`dropless`: where the mesh shards both experts and tokens, tokens are gathered over the mesh axes of "expert", each
+device computes the choices of its own experts, and outputs are reduce-scattered. Arrays have rows for the worst case,
+in which all tokens choose the experts of one device.
 
-Choices are sorted by expert, so what goes to one device lies together: one ragged all-to-all there, and one back. A
-device sends its tokens k times at most, where gathering sends them to all others. Room is still for the worst case, in
-which all choices fall on one device.
+`ragged`: choices are sorted by expert, so that those for one device are adjacent: one ragged all-to-all there, and one
+back. A device sends each token at most k times, where gathering sends it to all others. Arrays have rows for the same
+worst case.
 """
 
 import functools
@@ -31,7 +31,7 @@ def dropless(
     cut: ExpertMesh | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Passes every token through all the experts it chose; arguments and results are those of `dispatch.einsum`, except
-    that masks are of rows and nothing is bounded.
+    that masks are of rows and capacity is unbounded.
 
     Raises:
       ValueError: experts choose the tokens.

@@ -1,4 +1,4 @@
-"""How the ambient layout cuts a mixture of experts: what a manual kernel must know of the mesh."""
+"""How the ambient layout shards a mixture of experts, for kernels inside a `shard_map`."""
 
 import dataclasses
 import functools
@@ -14,15 +14,15 @@ Axes = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class ExpertMesh:
-    """The mesh axes, of more than one device, that cut each dimension.
+    """The mesh axes of more than one device that shard each dimension.
 
     Attributes:
-      mesh: all of it.
-      batch, length: what cuts tokens, while they pass through experts.
-      expert, mlp: what cuts the experts' weights.
-      exchange: `expert` where it cuts tokens too, so that tokens must travel; else empty: each device has its own
-        experts see all its tokens.
-      out: the spec of the layer's output; where possible sums over devices leave each its part of that.
+      mesh: the whole mesh.
+      batch, length: axes of tokens while they pass through experts.
+      expert, mlp: axes of the experts' weights.
+      exchange: `expert` where it shards tokens too, so that tokens must be sent; else empty: each device passes all its
+        tokens through its own experts.
+      out: the spec of the layer's output; where possible, sums over devices are reduce-scattered to it.
     """
 
     mesh: Mesh
@@ -40,12 +40,12 @@ class ExpertMesh:
 
     @property
     def summed(self) -> Axes:
-        """Over what devices' parts of an output are added."""
+        """The axes over which partial outputs are summed."""
         return (*self.mlp, *(axis for axis in self.expert if axis not in self.exchange))
 
     @property
     def scattered(self) -> int | None:
-        """The dimension of the output along which `summed` cuts it, or None where it does not."""
+        """The dimension of the output that `summed` shards, or None where it shards none."""
         if self.summed:
             for dimension in (1, 2):
                 if _axes(self.out, dimension, self.mesh) == self.summed:
@@ -61,7 +61,7 @@ class ExpertMesh:
         return PartitionSpec(*entries)
 
     def size(self, axes: Axes) -> int:
-        """Returns the number of parts that `axes` cut a dimension in."""
+        """Returns into how many shards `axes` split a dimension."""
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
     def own_experts(self, num_experts: int) -> tuple[jax.Array | int, int]:
@@ -72,7 +72,7 @@ class ExpertMesh:
         return jax.lax.axis_index(self.expert) * count, count
 
     def reduce(self, y: jax.Array) -> jax.Array:
-        """Adds up the devices' parts of an output [batch, length, d_model]. Inside the kernel only."""
+        """Sums partial outputs [batch, length, d_model] over devices. Inside the kernel only."""
         if not self.summed:
             return y
         if self.scattered is None:
@@ -80,7 +80,7 @@ class ExpertMesh:
         return jax.lax.psum_scatter(y, self.summed, scatter_dimension=self.scattered, tiled=True)
 
     def spread(self, masks: jax.Array) -> tuple[jax.Array, PartitionSpec]:
-        """Lays out masks [a, b, mlp] of units of tokens, `a` along the batch and `b` along the length, so that each
+        """Reshapes masks [a, b, mlp] of units of tokens, `a` along the batch and `b` along the length, so that each
         device gets those of the units it will work on, its own and those exchanged; returns the array and its spec."""
         a, b, width = masks.shape
         length = self.length if b > 1 else ()
@@ -93,8 +93,8 @@ class ExpertMesh:
         """Returns a device's masks [units, mlp] in the order in which an exchange brings the units. Inside the kernel.
 
         Args:
-          masks: what `spread` laid out.
-          whole_rows: whether `b` was 1: the devices that cut a row share its mask.
+          masks: the device's shard of what `spread` returned.
+          whole_rows: whether `b` was 1: the devices that shard a row share its mask.
         """
         length = () if whole_rows else self.length
         names = [*self.batch, "a", *length, "b"]
@@ -110,10 +110,10 @@ class ExpertMesh:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _psum(y: jax.Array, axes: Axes, size: int) -> jax.Array:
-    """The sum over devices of y, whole on each.
+    """The sum of y over devices, on each device.
 
-    To the gradient, jax hands each device the `size`-th part, as the result lies on that many; left to itself it would
-    add these up again over the mesh.
+    The backward pass gets 1 / `size` of the gradient on each device, as the result is replicated on that many, and
+    multiplies it instead of summing over the mesh again, as jax would.
     """
     return jax.lax.psum(y, axes)
 
@@ -122,17 +122,14 @@ _psum.defvjp(lambda y, axes, size: (jax.lax.psum(y, axes), None), lambda axes, s
 
 
 def expert_mesh(x: tuple[int, ...], wi: tuple[int, ...]) -> ExpertMesh | None:
-    """Reads the ambient layout.
+    """Returns how the ambient layout shards the layer; None outside any mesh, or on one device.
 
     Args:
       x: the shape of the tokens, [batch, length, d_model].
       wi: that of the experts' input weights, [experts, d_model, d_ff].
 
-    Returns:
-      what it says; None outside any mesh, or on one device.
-
     Raises:
-      ValueError: "expert" is cut over mesh axes of which some cut tokens and some do not; a size does not divide.
+      ValueError: "expert" is mapped to mesh axes of which only some shard tokens; a size is not divisible.
     """
     weights = placement(("expert", None, "mlp"), wi)
     if weights is None or weights.mesh.size == 1:
@@ -140,18 +137,18 @@ def expert_mesh(x: tuple[int, ...], wi: tuple[int, ...]) -> ExpertMesh | None:
     mesh = weights.mesh
     assert isinstance(mesh, Mesh)
     expert, mlp = _axes(weights.spec, 0, mesh), _axes(weights.spec, 2, mesh)
-    # Where hidden units are cut, tokens lie as in a dense layer's hidden activations.
+    # Where hidden units are sharded, tokens are sharded as in a dense layer's hidden activations.
     hidden = placement(("batch", "length", "mlp" if mlp else None), (x[0], x[1], wi[2]))
     out = placement(("batch", "length", "embed"), x)
     assert hidden is not None and out is not None
     batch, length = _axes(hidden.spec, 0, mesh), _axes(hidden.spec, 1, mesh)
-    cutting = [axis for axis in expert if axis in (*batch, *length)]
-    if cutting and len(cutting) < len(expert):
+    shared = [axis for axis in expert if axis in (*batch, *length)]
+    if shared and len(shared) < len(expert):
         raise ValueError(
-            f"'expert' is mapped to mesh axes {expert}, of which {cutting} also cut the tokens (batch {batch}, length "
-            f"{length}) and the others do not; map 'expert' to axes that all do, or that none does"
+            f"'expert' is mapped to mesh axes {expert}, of which {shared} also shard the tokens (batch {batch}, length "
+            f"{length}) and the others do not; map 'expert' to axes of which all do, or none"
         )
-    return ExpertMesh(mesh, batch, length, expert, mlp, expert if cutting else (), out.spec)
+    return ExpertMesh(mesh, batch, length, expert, mlp, expert if shared else (), out.spec)
 
 
 def _axes(spec: PartitionSpec, dimension: int, mesh: Mesh) -> Axes:

@@ -1,4 +1,4 @@
-"""The experts themselves, stacked, and products of rows sorted by expert."""
+"""The experts' stacked parameters, and products of rows sorted by expert."""
 
 import dataclasses
 import functools
@@ -43,7 +43,11 @@ jax.tree_util.register_dataclass(ExpertWeights, ["inputs", "output"], ["activati
 
 
 class Experts(nnx.Module):
-    """Parameters wi_0, wi_1 .. [expert, embed, mlp] and wo [expert, mlp, embed], initialised as an `Mlp`'s are."""
+    """Parameters wi_0, wi_1 .. [expert, embed, mlp] and wo [expert, mlp, embed], initialised as those of an `Mlp`.
+
+    Raises:
+      ValueError: an unknown activation.
+    """
 
     def __init__(self, d_model: int, d_ff: int, num_experts: int, activations: Sequence[str], *, rngs: nnx.Rngs):
         unknown = [name for name in activations if name not in ACTIVATIONS]
@@ -69,12 +73,12 @@ class Experts(nnx.Module):
 def gather_rows(x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
     """Returns y[i] = x[index[i]], zeros where `index` is past the end.
 
-    The gradient of a gather is a scatter, which runs row after row; who knows where each row went gathers instead.
+    The gradient of a gather is a scatter, which runs row after row; with `inverse` it is a gather instead.
 
     Args:
       x: [rows, features].
       index: int32 [taken].
-      inverse: int32 [rows, copies]: every i with index[i] == row, past the end for the rest.
+      inverse: int32 [rows, copies]: every i with index[i] == row; unused entries are past the end.
     """
     del inverse
     return _take(x, index)
@@ -101,42 +105,43 @@ class Sorted(NamedTuple):
 
     Attributes:
       expert: int32 [rows], in order.
-      order: int32 [rows], which choice each row is; those of a token follow one another.
-      place: int32 [rows], which row each choice is.
+      order: int32 [rows], the choice in each row; the choices of a token are adjacent in the unsorted order.
+      inverse_order: int32 [rows], the row of each choice.
       sizes: int32 [experts], how many rows each expert has.
     """
 
     expert: jax.Array
     order: jax.Array
-    place: jax.Array
+    inverse_order: jax.Array
     sizes: jax.Array
 
     def rows(self, tokens: jax.Array) -> jax.Array:
         """Each choice's token: [tokens, features] -> [rows, features], sorted."""
-        copies = self.place.reshape(tokens.shape[0], -1)
+        copies = self.inverse_order.reshape(tokens.shape[0], -1)
         return gather_rows(tokens, self.order // copies.shape[1], copies)
 
     def choices(self, rows: jax.Array) -> jax.Array:
         """Back from sorted rows to choices, [rows, features] both."""
-        return gather_rows(rows, self.place, self.order[:, None])
+        return gather_rows(rows, self.inverse_order, self.order[:, None])
 
 
 def sort_by_expert(expert: jax.Array, num_experts: int) -> Sorted:
-    """Sorts choices, int32 [rows], by expert; those of `num_experts` and above come last and are in no size."""
+    """Sorts choices, int32 [rows], by expert; those of `num_experts` and above come last and are not counted in
+    `sizes`."""
     ids = jnp.arange(expert.shape[0], dtype=jnp.int32)
     expert, order = jax.lax.sort((expert, ids), num_keys=1, is_stable=True)
-    place = jnp.zeros_like(order).at[order].set(ids, unique_indices=True)
+    inverse_order = jnp.zeros_like(order).at[order].set(ids, unique_indices=True)
     sizes = jnp.sum(expert[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
-    return Sorted(expert, order, place, sizes)
+    return Sorted(expert, order, inverse_order, sizes)
 
 
 def through_experts(tokens: jax.Array, by_expert: Sorted, weights: ExpertWeights, mask: jax.Array | None) -> jax.Array:
     """Passes tokens [tokens, d_model] through the experts they chose.
 
     Args:
-      tokens: of which each has as many choices.
+      tokens: each with the same number of choices.
       by_expert: the choices.
-      weights: of the experts that are counted.
+      weights: of the experts counted in `by_expert.sizes`.
       mask: dropout's, scaled, of the sorted rows, [rows, d_ff]; or None.
 
     Returns:

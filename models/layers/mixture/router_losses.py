@@ -59,8 +59,8 @@ def z(logits: jax.Array, real: jax.Array) -> jax.Array:
 def bias_balance(bias: jax.Array, loads: jax.Array) -> jax.Array:
     """Returns 0, whose gradient to `bias` [experts] is each expert's share of the choices less the mean share.
 
-    The gradient is linear in the counts of tokens, so sums over microbatches stay right, and it reaches the bias by way
-    of the loss, so what does not count (a pipeline's bubbles) does not count here.
+    The gradient is linear in the counts of tokens, so sums over microbatches stay right, and it reaches the bias
+    through the loss, so what the loss ignores (a pipeline's bubbles) is ignored here.
     """
     excess = jax.lax.stop_gradient(loads - jnp.mean(loads))
     return jnp.sum(excess * (bias - jax.lax.stop_gradient(bias)))
@@ -78,13 +78,13 @@ def shares(experts: jax.Array, num_experts: int, real: jax.Array) -> jax.Array:
     return _mean(chosen, real) / experts.shape[-1]
 
 
-def say_loads(loads: jax.Array) -> None:
+def report_loads(loads: jax.Array) -> None:
     """Reports the largest and the smallest expert's share of the choices, 1 being an even share."""
     add_metric("router/load_max", loads.shape[0] * jnp.max(loads))
     add_metric("router/load_min", loads.shape[0] * jnp.min(loads))
 
 
-def say_entropy(probabilities: jax.Array, real: jax.Array) -> None:
+def report_entropy(probabilities: jax.Array, real: jax.Array) -> None:
     """Reports the mean over tokens of the entropy of probabilities [batch, length, experts], in nats."""
     add_metric("router/entropy", _mean(jnp.sum(jax.scipy.special.entr(probabilities), axis=-1), real))
 

@@ -1,7 +1,7 @@
-"""Routers of a mixture of experts: which experts take a token, and how much each of them counts.
+"""Routers of a mixture of experts: which experts take a token, and the weight of each.
 
-A router is a module called with tokens x [batch, length, d_model]; it computes in float32 whatever the dtype of x,
-since rounding flips choices. It says its auxiliary losses and statistics by itself (`router_losses`).
+A router is a module called with tokens x [batch, length, d_model]; it computes in float32 for any dtype of x, since
+rounding flips choices. It reports its auxiliary losses and statistics itself (`router_losses`).
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class TokenChoices:
     Attributes:
       experts: int32 [batch, length, k].
       gates: float32 [batch, length, k], the weight of each chosen expert's output.
-      priority: float32 [batch, length], who goes first where room is short; None for the order of the tokens.
+      priority: float32 [batch, length]: tokens of higher priority take slots first; None for the order of the tokens.
     """
 
     experts: jax.Array
@@ -36,7 +36,8 @@ class TokenChoices:
     priority: jax.Array | None = None
 
     def combine(self, outputs: jax.Array) -> jax.Array:
-        """outputs [batch * length * k, d_model], one a choice -> float32 [batch * length, d_model], added by gates."""
+        """outputs [batch * length * k, d_model], one for each choice -> float32 [batch * length, d_model], their sums
+        weighted by gates."""
         gates = self.gates.reshape(-1, self.gates.shape[-1])
         outputs = outputs.reshape(*gates.shape, -1)
         return jnp.einsum("nk,nkd->nd", gates, outputs.astype(jnp.float32))
@@ -44,7 +45,7 @@ class TokenChoices:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertScores:
-    """Each expert will choose the tokens that score best, as many as it has room for.
+    """Each expert will choose its highest-scoring tokens, as many as it has slots.
 
     Attributes:
       scores: float32 [batch, length, experts], in [0, 1]; also the weight of an expert that takes the token.
@@ -59,13 +60,13 @@ jax.tree_util.register_dataclass(ExpertScores, ["scores"], [])
 
 
 class RouterFactory(Protocol):
-    """A gin-configured router class."""
+    """A router class with its other arguments bound, as gin makes it."""
 
     def __call__(self, *, d_model: int, num_experts: int, rngs: nnx.Rngs) -> Any: ...
 
 
 class _Router(nnx.Module):
-    """What routers share: the projection to one logit an expert."""
+    """The base of routers: the projection to one logit for each expert."""
 
     def __init__(self, d_model: int, num_experts: int, init: Callable[[int], Initializer], rngs: nnx.Rngs):
         self.kernel = param(init(1)(rngs.params(), (d_model, num_experts), jnp.float32), ("embed", "expert"))
@@ -108,7 +109,7 @@ class TopK(_Router):
           k: experts a token takes; `eval_k` at inference, None for the same.
           normalize: scale the gates of the chosen experts to sum to one.
           jitter: in training the router reads x times uniform(1 - jitter, 1 + jitter).
-          priority: who takes room first: tokens in "order", or those with the highest gate ("score", Batch Priority
+          priority: which tokens take slots first: in "order" of the group, or by highest gate ("score", Batch Priority
             Routing, Riquelme et al. 2021, section 4).
           load_loss, importance_loss, z_loss: coefficients of `router_losses.load`, `importance` and `z`.
           init: of the kernel; Switch uses `fan_in_init(scale=0.1)`.
@@ -135,8 +136,8 @@ class TopK(_Router):
         logits = self.logits(x)
         experts, probabilities = _best(logits, k), jax.nn.softmax(logits)
         gates = jax.nn.softmax(_at(logits, experts)) if self.normalize else _at(probabilities, experts)
-        loads = _say_statistics(probabilities, experts, real)
-        _say_losses(
+        loads = _report_statistics(probabilities, experts, real)
+        _add_losses(
             rng,
             load=(self.load_loss, lambda: router_losses.load(probabilities, loads, real)),
             importance=(self.importance_loss, lambda: router_losses.importance(probabilities, real)),
@@ -166,7 +167,7 @@ class NoisyTopK(_Router):
         z_loss: float = 0.0,
         init: Callable[[int], Initializer] = fan_in_init(),
     ):
-        """`load_loss` weighs `router_losses.noisy_load`; the rest is as in `TopK`.
+        """`load_loss` is the coefficient of `router_losses.noisy_load`; the rest is as in `TopK`.
 
         Raises:
           ValueError: k is out of range, noise is negative, load_loss without noise, or an unknown priority.
@@ -187,9 +188,9 @@ class NoisyTopK(_Router):
         experts = _best(noisy, k)
         gates = _at(jax.nn.softmax(noisy), experts)
         probabilities = jax.nn.softmax(clean)
-        _say_statistics(probabilities, experts, real)
+        _report_statistics(probabilities, experts, real)
         threshold = _at(noisy, experts[..., -1:])
-        _say_losses(
+        _add_losses(
             rng,
             load=(self.load_loss, lambda: router_losses.noisy_load(clean, threshold, deviation, real)),
             importance=(self.importance_loss, lambda: router_losses.importance(probabilities, real)),
@@ -202,9 +203,9 @@ class SigmoidTopK(_Router):
     """DeepSeek-V3's router, balanced by a bias instead of a loss (DeepSeek-AI 2024, section 2.1.2, eq. 12-16).
 
     The `k` best of sigmoid(logits) + bias are chosen; the gates are the chosen sigmoids without bias, normalised to sum
-    to `gate_scale`. What reaches `bias` [experts] as its gradient is each expert's share of the choices less the mean
-    share: a descent by its sign is the paper's b += speed * sign(mean load - load). An optimizer must do just that for
-    parameters named "bias" of a router, without clipping, momentum or decay.
+    to `gate_scale`. The gradient of `bias` [experts] is each expert's share of the choices less the mean share: sign
+    descent on it is the paper's b += speed * sign(mean load - load). An optimizer must do just that for parameters
+    named "bias" of a router, without clipping, momentum or decay.
     """
 
     def __init__(
@@ -240,8 +241,8 @@ class SigmoidTopK(_Router):
         chosen = _at(scores, experts)
         gates = self.gate_scale * chosen / (jnp.sum(chosen, axis=-1, keepdims=True) + 1e-20)
         probabilities = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
-        loads = _say_statistics(probabilities, experts, real)
-        _say_losses(
+        loads = _report_statistics(probabilities, experts, real)
+        _add_losses(
             rng,
             bias=(1.0, lambda: router_losses.bias_balance(bias, loads)),
             load=(self.load_loss, lambda: router_losses.load(probabilities, loads, real)),
@@ -251,7 +252,7 @@ class SigmoidTopK(_Router):
 
 
 class ExpertChoice(_Router):
-    """Each expert takes the tokens that score best with it (Zhou et al. 2022, section 3.2): perfectly balanced.
+    """Each expert takes the tokens that score highest for it (Zhou et al. 2022, section 3.2): perfectly balanced.
 
     `MoeMlp.capacity_factor` is the mean number of experts a token gets. A token's experts depend on its whole group,
     later tokens included: not for decoders that predict the next token.
@@ -274,8 +275,8 @@ class ExpertChoice(_Router):
         """x [batch, length, d_model], `real` float32 [batch, length] (0 on padding); `rng` None means inference."""
         logits = self.logits(x)
         probabilities = jax.nn.softmax(logits)
-        router_losses.say_entropy(probabilities, real)
-        _say_losses(rng, z=(self.z_loss, lambda: router_losses.z(logits, real)))
+        router_losses.report_entropy(probabilities, real)
+        _add_losses(rng, z=(self.z_loss, lambda: router_losses.z(logits, real)))
         return ExpertScores(probabilities)
 
 
@@ -294,7 +295,7 @@ def _priority(gates: jax.Array, priority: str) -> jax.Array | None:
 def _best(scores: jax.Array, k: int) -> jax.Array:
     """Returns the k best experts, int32 [..., k], best first, the lower index first among equals.
 
-    As `lax.top_k`, which XLA does not partition: every device would route the tokens of all.
+    The same as `lax.top_k`, which XLA does not partition: every device would route the tokens of all.
     """
     scores, found = jax.lax.stop_gradient(scores), []
     for _ in range(k):
@@ -309,15 +310,15 @@ def _at(values: jax.Array, experts: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(chosen, values[..., None, :], 0.0), axis=-1)
 
 
-def _say_statistics(probabilities: jax.Array, experts: jax.Array, real: jax.Array) -> jax.Array:
+def _report_statistics(probabilities: jax.Array, experts: jax.Array, real: jax.Array) -> jax.Array:
     """Reports how even the choices are; returns each expert's share of them, [experts]."""
     loads = router_losses.shares(experts, probabilities.shape[-1], real)
-    router_losses.say_loads(loads)
-    router_losses.say_entropy(probabilities, real)
+    router_losses.report_loads(loads)
+    router_losses.report_entropy(probabilities, real)
     return loads
 
 
-def _say_losses(rng: jax.Array | None, **losses: tuple[float, Callable[[], jax.Array]]) -> None:
+def _add_losses(rng: jax.Array | None, **losses: tuple[float, Callable[[], jax.Array]]) -> None:
     """Adds coefficient * value of each to the training loss; at inference none."""
     for name, (coefficient, value) in losses.items():
         if rng is not None and coefficient:

@@ -82,7 +82,7 @@ def test_a_truncated_checkpoint_is_told_and_the_one_before_named(saved, tmp_path
     made = program("t5_1_1", optimizer="adafactor")
     with pytest.raises(DamagedCheckpoint, match=r"truncated, damaged.*params|opt_state.*Step 2 is there too"):
         Checkpoints(copy, read_only=True).restore(3, made.abstract_state)
-    with pytest.raises(DamagedCheckpoint, match="Remove that folder to go on from step 2"):
+    with pytest.raises(DamagedCheckpoint, match="Remove that folder to continue from step 2"):
         Checkpoints(copy).restore(3, made.abstract_state)
 
 
@@ -145,7 +145,7 @@ def test_which_checkpoints_are_kept(tmp_path):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot make the checkpoint folder"):
+    with pytest.raises(UserError, match="cannot create the checkpoint folder"):
         Checkpoints(tmp_path / "file" / "checkpoints")
 
 

@@ -42,16 +42,16 @@ def test_all_get_what_all_brought():
 def test_the_missing_are_named_by_everyone():
     for error in come(StoreInMemory(), [0, 2], 4, 0.2):
         assert isinstance(error, EnvironmentFailure)
-        assert "processes 1, 3 of 4 did not come to 'the middle' within 0.2 s" in str(error)
+        assert "processes 1, 3 of 4 did not reach 'the middle' within 0.2 s" in str(error)
 
 
 def test_without_process_0_it_is_the_one_missing():
     (error,) = come(StoreInMemory(), [1], 2, 0.1)
-    assert "process 0 of 2 did not come" in str(error)
+    assert "process 0 of 2 did not reach" in str(error)
 
 
 def test_those_that_wait_say_so(monkeypatch):
-    monkeypatch.setattr(barrier_module, "_SAY_SECONDS", 0.01)
+    monkeypatch.setattr(barrier_module, "_WAIT_SECONDS", 0.01)
     said = []
     with pytest.raises(EnvironmentFailure):
         barrier(StoreInMemory(), 1, 2, "the cache", 0.05, waiting=lambda: said.append("still"))

@@ -99,8 +99,8 @@ def test_flags_win_over_variables_and_a_cluster_fills_in_the_rest():
         ({}, ProcessArguments("h:1", 2, 2), r"must be in 0..1"),
         ({}, ProcessArguments("h", 2, 1), "HOST:PORT"),
         ({"MESHWAY_PROCESS_ID": "x"}, ProcessArguments("h:1", 2), "'x' is not a whole number"),
-        ({"MESHWAY_CLUSTER": "slurn"}, ProcessArguments(), "is none of none, tpu"),
-        ({"MESHWAY_CLUSTER": "slurm"}, ProcessArguments(), "not that of one"),
+        ({"MESHWAY_CLUSTER": "slurn"}, ProcessArguments(), "must be one of none, tpu"),
+        ({"MESHWAY_CLUSTER": "slurm"}, ProcessArguments(), "lacks its variables"),
         (MPIRUN_5 | {"OMPI_COMM_WORLD_SIZE": "4"}, ProcessArguments(), "mpirun -x MESHWAY_COORDINATOR_ADDRESS"),
     ],
 )

@@ -7,7 +7,7 @@ import threading
 import pytest
 from running import free_port
 
-from meshway.framework.distributed.rendezvous import Card, meet
+from meshway.framework.distributed.rendezvous import ProcessInfo, meet
 from meshway.framework.errors import EnvironmentFailure, UserError
 
 
@@ -20,7 +20,7 @@ def gather(cards, seconds=20.0):
 
 
 def card(process_id, num_processes=3, host="here", version="1"):
-    return Card(process_id, num_processes, host, version)
+    return ProcessInfo(process_id, num_processes, host, version)
 
 
 def test_all_come():
@@ -45,7 +45,7 @@ def test_all_learn_of_what_does_not_fit(cards, message):
 def test_who_does_not_come_is_named():
     errors = gather([card(0, 4), card(2, 4)], seconds=1.0)
     for error in errors:
-        with pytest.raises(EnvironmentFailure, match="processes 1, 3 of 4 did not come to process 0 at 127.0.0.1"):
+        with pytest.raises(EnvironmentFailure, match="processes 1, 3 of 4 did not reach process 0 at 127.0.0.1"):
             raise error
 
 
@@ -60,7 +60,7 @@ def test_a_port_that_is_taken():
         with pytest.raises(EnvironmentFailure, match="cannot listen on port"):
             meet(address, card(0), 5.0)
         threading.Thread(target=lambda: other.accept()[0].close(), daemon=True).start()
-        with pytest.raises(EnvironmentFailure, match="does not answer .* no meshway process 0"):
+        with pytest.raises(EnvironmentFailure, match="does not answer .* not a waiting meshway process 0"):
             meet(address, card(1), 0.2)
 
 

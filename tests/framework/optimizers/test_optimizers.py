@@ -289,7 +289,7 @@ def test_by_pattern_equals_each_optimizer_on_its_own_parameters() -> None:
         ([("decoder/.*", optax.sgd)], "no pattern matches parameter 'token_embedder/embedding'"),
         ([(".*", optax.sgd), ("decoder/norm/.*", optax.sgd)], "'decoder/norm/.*' matches no"),
         ([("decoder/norms/scale", optax.sgd), (".*", optax.sgd)], "'decoder/norm/scale'"),
-        ([("(", optax.sgd)], "no regular expression"),
+        ([("(", optax.sgd)], "not a regular expression"),
     ],
 )
 def test_by_pattern_refuses_gaps_and_idle_patterns(patterns: list, message: str) -> None:
@@ -395,7 +395,7 @@ def test_state_of_unknown_shape_is_an_error_that_names_it() -> None:
         ({"transform": optax.adamw(1e-3)}, "without parentheses"),
         ({"transform": optimizers.adamw(1e-3)}, "without parentheses"),
         ({"transform": lambda rate: optax.sgd(rate)}, "no argument named learning_rate"),
-        ({"transform": lambda learning_rate: None}, "no optax transformation"),
+        ({"transform": lambda learning_rate: None}, "not an optax transformation"),
     ],
 )
 def test_mistakes_of_a_recipe_are_answered(kwargs: dict, message: str) -> None:

@@ -85,7 +85,7 @@ def test_a_command_becomes_an_invocation():
         (["slurm", "--nodes=2", *TRAIN, "--gin.MODEL_DIR=run"], ["MODEL_DIR=run would be another folder on each host"]),
         (["slurm", "--nodes=2", *TRAIN, "--gin.MODEL_DIR='run'"], ["MODEL_DIR=run would be another folder"]),
         (["slurm", "--nodes=2", *TRAIN, "--gin.MODEL_DIR=/tmp/run"], ["MODEL_DIR=/tmp/run is each host's own"]),
-        ([*GKE, "--topology=2x2", *TRAIN, "--gin.MODEL_DIR=gs://me/run"], ["gs://me/run is no path of this machine"]),
+        ([*GKE, "--topology=2x2", *TRAIN, "--gin.MODEL_DIR=gs://me/run"], ["gs://me/run is not a local path"]),
         (["ray", "--processes=2", "--address=h:1", *TRAIN, "--gin.MODEL_DIR=run"], ["another folder on each host"]),
     ],
     ids=lambda value: " ".join(value)[:60],

@@ -153,12 +153,12 @@ def test_alibi_adds_to_a_bias_among_its_own_positions():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"num_kv_heads": 4}, "num_heads=6 is no multiple of num_kv_heads=4"),
+        ({"num_kv_heads": 4}, "num_heads=6 is not a multiple of num_kv_heads=4"),
         ({"biases": ["querry"]}, r"some of \['query', 'key', 'value', 'out'\], not \['querry'\]"),
         ({"biases": "query"}, "not 'query'"),
         ({"window": 0}, "window must be at least 1"),
         ({"soft_cap": -1.0}, "soft_cap must be above 0"),
-        ({"query_scale": 0.5, "scale_logits": False}, "query_scale=0.5 says how to scale"),
+        ({"query_scale": 0.5, "scale_logits": False}, "query_scale=0.5 scales queries"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
@@ -170,5 +170,5 @@ def test_options_out_of_range_are_refused(options, message):
 def test_places_are_of_self_attention(inputs, options):
     x, _ = inputs
     layer = network(**options).bind(network(**options).init(jax.random.key(0)))
-    with pytest.raises(ValueError, match="are of self-attention"):
+    with pytest.raises(ValueError, match="are for self-attention"):
         layer(x, attended=layer.keys_values(x))

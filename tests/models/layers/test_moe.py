@@ -310,7 +310,7 @@ def test_inside_scan_and_remat_and_mapped_over_stages(form):
         ({"group_rows": 2, "groups_per_row": 2}, "one must be 1"),
         ({"activations": ("swish",)}, "MoeMlp.activations: unknown"),
         ({"router": routers.ExpertChoice, "dispatch": "dropless"}, "use 'all_to_all'"),
-        ({"group_rows": 3}, "does not divide in groups of 3 rows"),
+        ({"group_rows": 3}, "is not divisible into groups of 3 rows"),
     ],
 )
 def test_options_that_cannot_be(options, message):
@@ -325,7 +325,7 @@ def test_options_that_cannot_be(options, message):
         ("expert", {"num_experts": 6}, "'expert' of size 6 does not divide by expert=4"),
         ("expert", {"group_rows": 2}, "give 4 groups, which the 8 devices"),
         ("cut_rows", {}, "groups_per_row to a multiple of 2"),
-        (layout(CUBE, BOTH, expert=("expert", "model")), {}, "that all do, or that none does"),
+        (layout(CUBE, BOTH, expert=("expert", "model")), {}, "of which all do, or none"),
     ],
 )
 def test_layouts_that_cannot_be(where, options, message):

@@ -147,10 +147,10 @@ def test_without_a_stage_axis_or_mesh_the_stack_runs_whole():
 @pytest.mark.parametrize(
     "layers, pipeline, sizes, message",
     [
-        (6, Pipeline(4), (4,), "6 periods .* 4 stages x num_repeats=1: 4 or 8 periods would"),
+        (6, Pipeline(4), (4,), "6 periods .* 4 stages x num_repeats=1: 4 or 8 periods could"),
         (6, Pipeline(4, 2), (2,), "2 stages x num_repeats=2: 4 or 8 periods"),
-        (4, Pipeline(3), (2,), "num_microbatches=3 does not cut 80 rows .* 78 or 81 rows.*num_microbatches=2 or 4"),
-        (4, Pipeline(6), (2, 2), "6 does not cut 80 rows.* the 2 parts .*72 or 84.*num_microbatches=5 or 8"),
+        (4, Pipeline(3), (2,), "num_microbatches=3 does not split 80 rows .* 78 or 81 rows.*num_microbatches=2 or 4"),
+        (4, Pipeline(6), (2, 2), "6 does not split 80 rows.* the 2 shards .*72 or 84.*num_microbatches=5 or 8"),
         (4, Pipeline(1), (2, 3), "78 or 81 rows would do(?!,)"),
         (4, Pipeline(5, 2), (2,), "num_microbatches=5 is no multiple of the 2 stages.* 4 or 6"),
         (12, Pipeline(4, 3), (4,), "num_repeats=3 and 4 stages: .* use 2 or 4"),
@@ -343,7 +343,7 @@ def test_decoding_under_a_stage_layout(family):
 def test_a_user_reads_what_does_not_divide_before_anything_compiles():
     """Rows are those of the step's own microbatches."""
     small("lm", "NUM_MICROBATCHES=1", layout="stage").trace_loss()
-    with pytest.raises(UserError, match="^DecoderOnly: .*=4 does not cut 8 rows .* 16 rows would do, or .*=2$"):
+    with pytest.raises(UserError, match="^DecoderOnly: .*=4 does not split 8 rows .* 16 rows would do, or .*=2$"):
         small("lm", "NUM_MICROBATCHES=2", layout="stage").trace_loss()
 
 

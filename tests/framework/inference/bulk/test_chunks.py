@@ -330,8 +330,8 @@ def test_types_that_parquet_cannot_hold_together_are_told(tmp_path):
         chunks.commit(0, [{"id": 1}], "d", {}, [])
         for bad, message in (
             ([{"id": "x"}], "chunk 1: a column has another type than in the chunks before .*id.*int64 vs string"),
-            ([{"id": 1}, {"id": "x"}], "chunk 1: column 'id' has no one type"),
-            ([{"id": 2**70}], "chunk 1: column 'id' has no one type"),
+            ([{"id": 1}, {"id": "x"}], "chunk 1: column 'id' has no single type"),
+            ([{"id": 2**70}], "chunk 1: column 'id' has no single type"),
             ([{"id": 1, "aux": {}}], "chunk 1: Parquet cannot hold"),
         ):
             with pytest.raises(UserError, match=f"{message}.*use .jsonl"):
@@ -352,7 +352,7 @@ def test_results_without_any_row(tmp_path):
 def test_a_summary_may_not_hide_what_it_tells_by_itself(tmp_path):
     with contextlib.closing(store(tmp_path / "out.jsonl")) as chunks:
         commit(chunks, [0])
-        with pytest.raises(ValueError, match="the summary tells files by itself"):
+        with pytest.raises(ValueError, match="the summary has its own files"):
             chunks.finish(1, {"files": 3})
 
 
@@ -374,7 +374,7 @@ def test_one_process_at_a_time(tmp_path):
         before = tree(tmp_path)
         for options in ({}, {"job": OTHER, "overwrite": True}):
             with pytest.raises(
-                UserError, match=f"process {holder.pid} on .* is at work on this output .*out.jsonl.parts/lock"
+                UserError, match=f"process {holder.pid} on .* is working on this output .*out.jsonl.parts/lock"
             ):
                 store(output, **options)
         assert tree(tmp_path) == before

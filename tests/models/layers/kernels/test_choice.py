@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from attention_cases import Case, arrays, assert_equals_reference, attend, partitioner
 
-from meshway.models.layers.kernels.attention_shards import cut_of
+from meshway.models.layers.kernels.attention_shards import attention_sharding
 from meshway.models.layers.kernels.auto import (
     REFERENCE_SCORES,
     AutoAttention,
@@ -30,28 +30,28 @@ CHOICES = [
     ("cpu", SHORT, {"kv_length": 513, "causal": False}, "chunked", "512 x 513 scores are many"),
     ("cuda", SHORT, {"kv_length": 513, "causal": False}, "reference", "512 x 513 scores are few"),
     ("cpu", LONG, {}, "chunked", "4096 x 4096 scores are many"),
-    ("cpu", LONG, {"by_blocks": False}, "reference", "known in full only"),
-    ("cpu", LONG, {"cut": ("head_dim",)}, "reference", "cuts head_dim"),
-    ("cpu", LONG, {"cut": ("length", "kv_length")}, "chunked", "many"),
-    ("cpu", LONG, {"cut": ("kv_length",), "apart": True}, "reference", "by other axes than the queries'"),
+    ("cpu", LONG, {"by_blocks": False}, "reference", "dense array only"),
+    ("cpu", LONG, {"sharded": ("head_dim",)}, "reference", "shards head_dim"),
+    ("cpu", LONG, {"sharded": ("length", "kv_length")}, "chunked", "many"),
+    ("cpu", LONG, {"sharded": ("kv_length",), "apart": True}, "reference", "by other axes than the queries'"),
     ("rocm", LONG, {}, "chunked", "many"),
-    ("tpu", SHORT, PACKED, "splash", "quickest on tpu"),
-    ("tpu", LONG, {"window": 512, "soft_cap": True, "sinks": True}, "splash", "quickest on tpu"),
-    ("tpu", LONG, {"kv_length": 1024, "causal": False}, "splash", "quickest on tpu"),
-    ("tpu", LONG, {"kv_length": 1024}, "chunked", "no splash: it numbers the tokens"),
-    ("tpu", LONG, {"ordered": False}, "chunked", "no splash: it numbers the tokens"),
+    ("tpu", SHORT, PACKED, "splash", "fastest on tpu"),
+    ("tpu", LONG, {"window": 512, "soft_cap": True, "sinks": True}, "splash", "fastest on tpu"),
+    ("tpu", LONG, {"kv_length": 1024, "causal": False}, "splash", "fastest on tpu"),
+    ("tpu", LONG, {"kv_length": 1024}, "chunked", "no splash: it assumes that queries and keys stand at 0"),
+    ("tpu", LONG, {"ordered": False}, "chunked", "no splash: it assumes that queries and keys stand at 0"),
     ("tpu", LONG, {"length": 4097, "kv_length": 4097}, "chunked", "no splash: its lengths are multiples of 128"),
-    ("tpu", LONG, {"table": True}, "chunked", "no splash: it knows no biases"),
-    ("tpu", LONG, {"slopes": True}, "chunked", "no splash: it knows no biases"),
-    ("tpu", LONG, {"prefix": True}, "chunked", "no splash: it knows no prefixes"),
-    ("tpu", SHORT, {"dropout": True}, "reference", "few; no splash: it knows no dropout"),
-    ("tpu", LONG, {"cut": ("length",)}, "chunked", "no splash: the layout cuts length"),
-    ("cuda", LONG, {}, "cudnn", "quickest on cuda"),
-    ("cuda", LONG, {"window": 512}, "cudnn", "quickest on cuda"),
+    ("tpu", LONG, {"table": True}, "chunked", "no splash: it supports no biases"),
+    ("tpu", LONG, {"slopes": True}, "chunked", "no splash: it supports no biases"),
+    ("tpu", LONG, {"prefix": True}, "chunked", "no splash: it supports no prefixes"),
+    ("tpu", SHORT, {"dropout": True}, "reference", "few; no splash: it supports no dropout"),
+    ("tpu", LONG, {"sharded": ("length",)}, "chunked", "no splash: the layout shards length"),
+    ("cuda", LONG, {}, "cudnn", "fastest on cuda"),
+    ("cuda", LONG, {"window": 512}, "cudnn", "fastest on cuda"),
     ("cuda", LONG, {"window": 512, "causal": False}, "chunked", "no cudnn: its windows are causal"),
-    ("cuda", LONG, PACKED, "chunked", "no cudnn: it knows no segments"),
-    ("cuda", LONG, {"soft_cap": True}, "chunked", "no cudnn: it knows no soft caps"),
-    ("cuda", LONG, {"sinks": True}, "chunked", "no cudnn: it knows no sinks"),
+    ("cuda", LONG, PACKED, "chunked", "no cudnn: it supports no segments"),
+    ("cuda", LONG, {"soft_cap": True}, "chunked", "no cudnn: it supports no soft caps"),
+    ("cuda", LONG, {"sinks": True}, "chunked", "no cudnn: it supports no sinks"),
     ("cuda", SHORT, {}, "reference", "few; no cudnn: it computes in bfloat16 or float16, not float32"),
     ("cuda", LONG, {"head_dim": 256}, "chunked", "up to 128, not 256"),
 ]
@@ -68,7 +68,9 @@ def described(on=None, bias=None, mask=None, rate=0.0):
 
     def inside(query, key):
         rng, how = jax.random.key(0), {"soft_cap": 1.0, "sinks": None, "dropout_rate": rate}
-        found.append(describe(query, key, bias=bias, mask=mask, rng=rng, cut=cut_of(query, key), **how))
+        found.append(
+            describe(query, key, bias=bias, mask=mask, rng=rng, sharding=attention_sharding(query, key), **how)
+        )
 
     shapes = [jax.ShapeDtypeStruct((4, 8, heads, 16), jnp.bfloat16) for heads in (4, 2)]
     if on is None:
@@ -90,9 +92,9 @@ def test_a_call_is_described_by_its_arguments():
     assert not described(mask=make_attention_mask(metadata, moved)).ordered
     assert not described(mask=Mask(narrow.dense)).by_blocks and not described(bias=jnp.zeros(3)).by_blocks
     assert described(rate=0.5).dropout
-    assert described(on=partitioner((1, 4, 2))).cut == ("length", "kv_length")
+    assert described(on=partitioner((1, 4, 2))).sharded == ("length", "kv_length")
     assert not described(on=partitioner((1, 4, 2))).apart
-    assert described(on=partitioner((4, 1, 2))).cut == ()
+    assert described(on=partitioner((4, 1, 2))).sharded == ()
     assert described(on=partitioner((1, 4, 2), kv_length="model", heads=None)).apart
     assert described(on=partitioner((1, 4, 2), length=None)).apart
 
@@ -129,7 +131,7 @@ def test_whoever_is_chosen_computes_the_same(monkeypatch):
 
 def test_the_fused_kernels_refuse_all_that_they_are_not_given():
     assert splash_refuses(LONG) is None and cudnn_refuses(LONG) is None
-    for changed in ({"by_blocks": False}, {"cut": ("kv_length",)}, {"dropout": True}):
+    for changed in ({"by_blocks": False}, {"sharded": ("kv_length",)}, {"dropout": True}):
         assert splash_refuses(dataclasses.replace(LONG, **changed)) and cudnn_refuses(
             dataclasses.replace(LONG, **changed)
         )

@@ -45,7 +45,7 @@ def test_blocks_divide_the_length():
 @pytest.mark.parametrize(
     "kernel, case, message",
     [
-        (SPLASH, Case(length=128, bias=True), "SplashAttention: it knows no biases; chunked.ChunkedAttention as "),
+        (SPLASH, Case(length=128, bias=True), "SplashAttention: it supports no biases; chunked.ChunkedAttention as "),
         (SPLASH, Case(length=100), "multiples of 128, not 100 and 100"),
         (CudnnAttention(), Case(), "CudnnAttention: it computes in bfloat16 or float16, not float32"),
     ],

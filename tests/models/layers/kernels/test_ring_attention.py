@@ -105,10 +105,10 @@ def test_a_stack_of_layers_has_the_loss_of_one_device(family, layout, t5, lm):
 
 REFUSED = {
     "bias": (RING, "takes a bias as positions.PositionBias .* shape \\(1, 4, 20, 20\\)"),
-    "mask": (RING, "mask made by masks.visible"),
+    "mask": (RING, "mask made by masks.make_attention_mask"),
     "keys elsewhere": (RING, "'length' to \\('sequence',\\) and 'kv_length' to \\(\\)"),
     "head_dim": (ULYSSES, "map 'head_dim' to None"),
-    "heads": (ULYSSES, "4 query heads leave 2 a device on \\('model',\\), which do not divide by sequence=4"),
+    "heads": (ULYSSES, "4 query heads leave 2 a device on \\('model',\\), which are not divisible by sequence=4"),
 }
 
 
