@@ -6,6 +6,7 @@ array whose second dimension is the layers ("encoder/layers/mlp/wo/kernel"; unti
 
 import ast
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -20,11 +21,13 @@ from meshway.framework.errors import UserError
 
 _ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu", "linear": "linear"}
 _LAYER = re.compile(r"(encoder|decoder)/(?:layers_(?P<layer>\d+)|(?P<scanned>layers|encoder|decoder))/(?P<rest>.+)")
+_BIAS = "relpos_bias/rel_embedding"  # of a stack, or of each of its layers (umT5, T5X's scalable examples)
 Names = tuple[tuple[str, str, str], ...]  # T5X's name, ours, how dimensions differ
 
 _VECTOR, _MATRIX = "embed -> embed", "rows columns -> rows columns"
 _TABLE = "heads buckets -> heads buckets"
-_INPUTS = "embed (heads head_dim) -> embed heads head_dim"  # T5X keeps heads and their size in one dimension
+# T5X's minimal examples keep heads and their size in one dimension, its scalable ones in two.
+_INPUTS = "embed (heads head_dim) -> embed heads head_dim"
 _OUTPUTS = "(heads head_dim) embed -> heads head_dim embed"
 
 
@@ -60,14 +63,11 @@ _AROUND_DECODER: Names = (
 )
 _AROUND_T5: Names = (
     ("token_embedder/embedding", "token_embedding/embedding", _MATRIX),
-    ("encoder/relpos_bias/rel_embedding", "encoder_position_bias/embedding", _TABLE),
     ("encoder/encoder_norm/scale", "encoder_norm/scale", _VECTOR),
-    ("decoder/relpos_bias/rel_embedding", "decoder_position_bias/embedding", _TABLE),
     *_AROUND_DECODER,
 )
 _AROUND_LM: Names = (
     ("decoder/token_embedder/embedding", "token_embedding/embedding", _MATRIX),
-    ("decoder/relpos_bias/rel_embedding", "position_bias/embedding", _TABLE),
     *_AROUND_DECODER,
 )
 
@@ -99,18 +99,22 @@ def network_of(files: T5XFiles) -> T5XNetwork:
     checkpoints; without one a gated MLP is T5 1.1's (gelu, linear), a plain one T5 1.0's (relu).
 
     Raises:
-      UserError: an array that these networks must have is missing; activations that meshway lacks; a position bias
-        in each layer, which its T5 lacks.
+      UserError: an array that these networks must have is missing; activations that meshway lacks; one stack has a
+        position bias in each layer and the other has not.
     """
     shapes = {name: files.shape(name) for name in files}
-    _refuse_biases_by_layer(shapes)
     stacks = {stack: _Stack.of(stack, shapes) for stack in ("encoder", "decoder")}
     encoder, decoder = stacks["encoder"], stacks["decoder"]
     if decoder is None:
         raise UserError(f"{files.directory} is neither a T5 nor a decoder of T5X: it has no layers in 'decoder'")
     around = _AROUND_LM if encoder is None else _AROUND_T5
     vocab_size, d_model = _shape_of(around[0][0], shapes)
-    num_heads, num_buckets = _shape_of("decoder/relpos_bias/rel_embedding", shapes)
+    by_layer = decoder.has_biases
+    if encoder is not None and encoder.has_biases != by_layer:
+        raise UserError(
+            f"the T5X checkpoint has a position bias in each layer of one stack and not of the other ({_BIAS})"
+        )
+    num_heads, num_buckets = decoder.shape(_BIAS) if by_layer else _shape_of(f"decoder/{_BIAS}", shapes)
     gated, tied = decoder.is_gated, "decoder/logits_dense/kernel" not in shapes
     activations = _activations(files.directory.parent, gated)
     bindings: Bindings = {
@@ -118,18 +122,19 @@ def network_of(files: T5XFiles) -> T5XNetwork:
         "D_MODEL": d_model,
         "D_FF": decoder.shape("mlp/wo/kernel")[0],
         "NUM_HEADS": num_heads,
-        "HEAD_DIM": decoder.shape("self_attention/out/kernel")[0] // num_heads,
+        "HEAD_DIM": math.prod(decoder.shape("self_attention/out/kernel")[:-1]) // num_heads,
         "NUM_BUCKETS": num_buckets,
         "ACTIVATIONS": activations,
         "TIED_LOGITS": tied,
     }
     if encoder is None:
-        include, depths = "models/t5x_decoder/common.gin", {"NUM_LAYERS": decoder.num_layers}
+        include = f"models/t5x_decoder/{'layer_bias' if by_layer else 'common'}.gin"
+        depths = {"NUM_LAYERS": decoder.num_layers}
     else:
-        include = f"models/{'t5_1_1' if gated else 't5'}/common.gin"
+        include = f"models/{'umt5' if by_layer else 't5_1_1' if gated else 't5'}/common.gin"
         depths = {"NUM_ENCODER_LAYERS": encoder.num_layers, "NUM_DECODER_LAYERS": decoder.num_layers}
     rules = [rule for stack in (encoder, decoder) if stack for rule in stack.rules()]
-    rules += [Rule(theirs, ours, Form(form)) for theirs, ours, form in around]
+    rules += [Rule(theirs, ours, Form(form)) for theirs, ours, form in (*around, *_stack_biases(stacks, by_layer))]
     return T5XNetwork(include, bindings | depths, tuple(rules))
 
 
@@ -168,6 +173,16 @@ class _Stack:
         """Whether the MLP has two inner layers."""
         return "mlp/wi_1/kernel" in self.first
 
+    @property
+    def splits_heads(self) -> bool:
+        """Whether heads and their size are two dimensions of an attention's kernels."""
+        return len(self.shape(f"{'self_' if self.name == 'decoder' else ''}attention/out/kernel")) == 3
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether each layer has a position bias of its own."""
+        return _BIAS in self.first
+
     def shape(self, name: str) -> Shape:
         """Returns the shape of one layer's array."""
         shape = _shape_of(name, self.first, f"{self.name}/{self.scanned or 'layers_0'}/")
@@ -175,7 +190,10 @@ class _Stack:
 
     def rules(self) -> Iterator[Rule]:
         """Yields where the layers' parameters lie."""
-        for theirs, ours, form in (*_LAYER_NAMES[self.name], *(_GATED if self.is_gated else _PLAIN)):
+        biases = ((_BIAS, "position_bias/embedding", _TABLE),) if self.has_biases else ()
+        for theirs, ours, form in (*_LAYER_NAMES[self.name], *(_GATED if self.is_gated else _PLAIN), *biases):
+            if self.splits_heads:
+                form = form.replace("(heads head_dim)", "heads head_dim")
             if self.scanned:
                 left, right = form.split(" -> ")
                 first, *others = re.findall(r"\(.*?\)|\w+", left)
@@ -201,13 +219,13 @@ def _shape_of(name: str, shapes: Mapping[str, Shape], prefix: str = "") -> Shape
     return shapes[name]
 
 
-def _refuse_biases_by_layer(shapes: Mapping[str, Shape]) -> None:
-    found = [match[0] for match, _ in _layers(shapes) if match["rest"].endswith("/rel_embedding")]
-    if found:
-        raise UserError(
-            f"the T5X checkpoint has a position bias in each layer ({found[0]}), as umT5 and the scalable examples do; "
-            "meshway's T5 has one for all layers of a stack"
-        )
+def _stack_biases(stacks: Mapping[str, _Stack | None], by_layer: bool) -> Names:
+    """Returns the position biases that all layers of a stack share."""
+    if by_layer:
+        return ()
+    if stacks["encoder"] is None:
+        return ((f"decoder/{_BIAS}", "position_bias/embedding", _TABLE),)
+    return tuple((f"{stack}/{_BIAS}", f"{stack}_position_bias/embedding", _TABLE) for stack in stacks)
 
 
 def _activations(run: Path, gated: bool) -> tuple[str, ...]:

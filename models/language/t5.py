@@ -20,7 +20,7 @@ from meshway.models.layers.masks import (
     segment_mask,
 )
 from meshway.models.layers.norm import RMSNorm, dropout, split_key
-from meshway.models.layers.positions import RelativePositionBias
+from meshway.models.layers.positions import BiasFactory, PositionBias, RelativePositionBias
 from meshway.models.layers.side_outputs import capture, sow, sow_intermediate
 
 
@@ -28,12 +28,6 @@ class StackFactory(Protocol):
     """A gin-configured `Stack`."""
 
     def __call__(self, *, d_model: int, rngs: nnx.Rngs) -> Any: ...
-
-
-class BiasFactory(Protocol):
-    """A gin-configured `RelativePositionBias`."""
-
-    def __call__(self, *, bidirectional: bool, rngs: nnx.Rngs) -> Any: ...
 
 
 class T5(nnx.Module):
@@ -45,7 +39,7 @@ class T5(nnx.Module):
         d_model: int,
         encoder: StackFactory,
         decoder: StackFactory,
-        position_bias: BiasFactory = RelativePositionBias,  # type: ignore[assignment]  # recipes bind the rest
+        position_bias: BiasFactory | None = RelativePositionBias,  # type: ignore[assignment]  # recipes bind the rest
         *,
         rngs: nnx.Rngs,
         embedding: EmbeddingFactory = Embedding,
@@ -55,13 +49,14 @@ class T5(nnx.Module):
         scale_tied_logits: bool = True,
         dtype: str = "float32",
     ):
-        """`dtype` is that of activations; parameters are float32. `tied_logits` (T5 1.0) reuses the
-        token embedding as the output layer, `scale_tied_logits` times 1/sqrt(d_model)."""
+        """`dtype` is what activations are computed in; parameters are float32. `tied_logits` (T5 1.0) reuses the
+        token embedding as the output layer, `scale_tied_logits` times 1/sqrt(d_model). `position_bias` is one for all
+        layers of a stack; None where blocks have their own (umT5)."""
         self.token_embedding = embedding(vocab_size=vocab_size, d_model=d_model, rngs=rngs, dtype=dtype)
-        self.encoder_position_bias = position_bias(bidirectional=True, rngs=rngs)
+        self.encoder_position_bias = None if position_bias is None else position_bias(bidirectional=True, rngs=rngs)
         self.encoder = encoder(d_model=d_model, rngs=rngs)
         self.encoder_norm = norm(d_model=d_model, rngs=rngs)
-        self.decoder_position_bias = position_bias(bidirectional=False, rngs=rngs)
+        self.decoder_position_bias = None if position_bias is None else position_bias(bidirectional=False, rngs=rngs)
         self.decoder = decoder(d_model=d_model, rngs=rngs)
         self.decoder_norm = norm(d_model=d_model, rngs=rngs)
         self.logits = None if tied_logits else Linear({"embed": d_model}, {"vocab": vocab_size}, rngs=rngs)
@@ -74,7 +69,7 @@ class T5(nnx.Module):
         with capture() as reports:
             x, _ = self.encoder(
                 x,
-                bias=self.encoder_position_bias.square(tokens.shape[1]),
+                bias=_square(self.encoder_position_bias, tokens.shape[1]),
                 mask=make_attention_mask(AttentionMetadata(segments), AttentionMetadata(segments)),
                 rng=keys[1],
             )
@@ -107,7 +102,7 @@ class T5(nnx.Module):
             tokens,
             rng=rng,
             encoded=encoded,
-            bias=self.decoder_position_bias.square(tokens.shape[1]),
+            bias=_square(self.decoder_position_bias, tokens.shape[1]),
             mask=make_attention_mask(own, own, causal=True),
             cross_mask=make_attention_mask(AttentionMetadata(segments), AttentionMetadata(encoded_segments)),
         )
@@ -134,7 +129,7 @@ class T5(nnx.Module):
             tokens,
             cache=cache,
             cache_index=positions,
-            bias=self.decoder_position_bias(positions, slots),
+            bias=None if self.decoder_position_bias is None else self.decoder_position_bias(positions, slots),
             mask=Mask(causal_mask(positions, slots)),
             cross_mask=Mask(segment_mask(asking, encoded_segments)),
         )
@@ -147,3 +142,7 @@ class T5(nnx.Module):
             x, cache = self.decoder(x, rng=keys[1], **context)
         sow(reports, "decoder/")
         return sow_intermediate("decoder_output", dropout(self.decoder_norm(x), self.dropout_rate, keys[2])), cache
+
+
+def _square(position_bias: RelativePositionBias | None, length: int) -> PositionBias | None:
+    return None if position_bias is None else position_bias.square(length)

@@ -8,10 +8,10 @@ from flax import nnx
 
 from meshway.models.layers.attention import Attention
 from meshway.models.layers.cache import read
-from meshway.models.layers.masks import Mask
+from meshway.models.layers.masks import Mask, row_positions
 from meshway.models.layers.mlp import Mlp
 from meshway.models.layers.norm import RMSNorm, dropout, split_key
-from meshway.models.layers.positions import PositionBias
+from meshway.models.layers.positions import BiasFactory, PositionBias, RelativePositionBias
 from meshway.models.layers.side_outputs import with_padding_mask
 
 
@@ -34,11 +34,15 @@ class SelfAttentionBlock(nnx.Module):
         norm: LayerFactory = RMSNorm,
         norms: Literal["pre", "post", "both"] = "pre",
         parallel: bool = False,
+        position_bias: BiasFactory | None = None,
+        bidirectional_bias: bool = False,
         dropout_rate: float = 0.0,
     ):
         """`norms` is where each layer f is normalised: "pre" x + f(norm(x)), "post" norm(x + f(x)) as in Vaswani et al.
         2017 and BERT, "both" x + post_norm(f(norm(x))) as in Gemma 2. `parallel` adds both layers to x at once,
-        x + attention(norm(x)) + mlp(norm(x)), with one norm for both (GPT-J; PaLM, section 2).
+        x + attention(norm(x)) + mlp(norm(x)), with one norm for both (GPT-J; PaLM, section 2). `position_bias` is one
+        of the block's own on its attention scores (umT5; Chung et al. 2023), with separate halves for keys before and
+        after the query where it is `bidirectional_bias`.
 
         Raises:
           ValueError: an unknown order, or a parallel block whose norms are not "pre".
@@ -54,6 +58,9 @@ class SelfAttentionBlock(nnx.Module):
         self.mlp_norm: Any = None if parallel else norm(d_model=d_model, rngs=rngs)
         self.mlp = mlp(d_model=d_model, rngs=rngs)
         self.mlp_post_norm = norm(d_model=d_model, rngs=rngs) if twice else None
+        self.position_bias = (
+            None if position_bias is None else position_bias(bidirectional=bidirectional_bias, rngs=rngs)
+        )
         self.norms, self.dropout_rate = norms, dropout_rate
 
     def __call__(
@@ -71,6 +78,7 @@ class SelfAttentionBlock(nnx.Module):
         keys = split_key(rng, 4)
         post = self.norms == "post"
         normed = x if post else self.attention_norm(x)
+        bias = _with_own(self.position_bias, bias, x.shape[1], mask, None if cache is None else cache_index)
         y, cache = self.attention(
             normed,
             positions=positions,
@@ -110,14 +118,17 @@ class CrossAttentionBlock(nnx.Module):
         *,
         rngs: nnx.Rngs,
         norm: LayerFactory = RMSNorm,
+        position_bias: BiasFactory | None = None,
         dropout_rate: float = 0.0,
     ):
+        """`position_bias` is one of the block's own on the scores of its self-attention (umT5)."""
         self.attention_norm = norm(d_model=d_model, rngs=rngs)
         self.attention = attention(d_model=d_model, rngs=rngs)
         self.cross_attention_norm = norm(d_model=d_model, rngs=rngs)
         self.cross_attention = attention(d_model=d_model, rngs=rngs)
         self.mlp_norm = norm(d_model=d_model, rngs=rngs)
         self.mlp = mlp(d_model=d_model, rngs=rngs)
+        self.position_bias = None if position_bias is None else position_bias(bidirectional=False, rngs=rngs)
         self.dropout_rate = dropout_rate
 
     def __call__(
@@ -138,6 +149,7 @@ class CrossAttentionBlock(nnx.Module):
         [batch, 1, rows of each * length, kv_length].
         """
         keys = split_key(rng, 6)
+        bias = _with_own(self.position_bias, bias, x.shape[1], mask, None if cache is None else cache_index)
         y, own = self.attention(
             self.attention_norm(x),
             bias=bias,
@@ -164,3 +176,30 @@ class CrossAttentionBlock(nnx.Module):
             "own": self.attention.empty_cache(encoded.shape[0], length, encoded.dtype),
             "encoded": self.cross_attention.full_cache(encoded),
         }
+
+
+def _with_own(
+    own: RelativePositionBias | None,
+    bias: PositionBias | None,
+    length: int,
+    mask: Mask | None,
+    cache_index: jax.Array | None,
+) -> PositionBias | None:
+    """Returns a block's own position bias where it has one, else `bias`, the stack's.
+
+    Args:
+      length: of the rows.
+      mask, cache_index: with a cache, the mask is over all its slots, and the positions of queries are `cache_index`,
+        int32 [batch, queries].
+
+    Raises:
+      ValueError: the stack has one, too.
+    """
+    if own is None:
+        return bias
+    if bias is not None:
+        raise ValueError("a block has a position_bias of its own and gets its stack's: bind one of them to None")
+    if cache_index is None:
+        return own.square(length)
+    assert mask is not None
+    return own(cache_index, row_positions(mask.dense.shape[-1]))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -146,6 +147,12 @@ class RelativePositionBias(nnx.Module):
         dense = flat.reshape(1, heads, length, width)[..., :length]
         positions = row_positions(length)
         return PositionBias(dense, table, positions, positions, self.bucket)
+
+
+class BiasFactory(Protocol):
+    """A gin-configured `RelativePositionBias`."""
+
+    def __call__(self, *, bidirectional: bool, rngs: nnx.Rngs) -> RelativePositionBias: ...
 
 
 SCORES = ("batch", "heads", "length", None)  # keys are not sharded: layouts may map both lengths to the same mesh axes

@@ -16,7 +16,7 @@ from meshway.launch.recipe import config
 
 GOLDENS = Path(__file__).parent.parent / "goldens" / "parameters"
 GIN = Path(__file__).parent.parent.parent / "gin" / "models"
-NO_SIZES = ("common", "prefix")
+NO_SIZES = ("common", "prefix", "layer_bias")
 MODELS = sorted(f"{path.parent.name}/{path.stem}" for path in GIN.glob("*/*.gin") if path.stem not in NO_SIZES)
 PUBLISHED = {  # each at its own vocabulary; T5's is padded to 32,128
     "t5_1_1/small": 76_961_152,
@@ -34,6 +34,10 @@ PUBLISHED = {  # each at its own vocabulary; T5's is padded to 32,128
     "mt5/large": 1_229_581_312,
     "mt5/xl": 3_742_619_648,
     "mt5/xxl": 12_921_057_280,
+    "umt5/small": 306_601_984,
+    "umt5/base": 592_043_520,
+    "umt5/xl": 3_768_356_864,
+    "umt5/xxl": 12_972_531_712,
     "byt5/small": 299_637_760,
     "byt5/base": 581_653_248,
     "byt5/large": 1_228_183_552,

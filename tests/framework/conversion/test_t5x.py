@@ -29,7 +29,7 @@ from meshway.launch.recipe import bindings
 from meshway.launch.recipe.bindings import build_network
 
 GOLDENS = Path(__file__).parent.parent.parent / "goldens" / "t5x"
-KINDS = ("t5_native", "decoder_native", "decoder_orbax")
+KINDS = ("t5_native", "decoder_native", "decoder_orbax", "scalable_orbax")
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +94,13 @@ def values_in(folder, shapes):
     return values_of(pieces, shapes, files, None)
 
 
-def test_beams_and_greedy_decodes_are_t5x_own(runs, tmp_path):
+@pytest.mark.parametrize("kind", ["t5_native", "scalable_orbax"])
+def test_beams_and_greedy_decodes_are_t5x_own(runs, tmp_path, kind):
     """Four beams in increasing score, length penalty 0.6; the targets' 7 places hold what is produced."""
-    convert(str(runs["t5_native"]), str(tmp_path / "run"))
+    convert(str(runs[kind]), str(tmp_path / "run"))
     model = model_of(tmp_path / "run")
     params = params_of(tmp_path / "run", model)
-    expected = np.load(GOLDENS / "t5_expected.npz")
+    expected = np.load(GOLDENS / f"{kind.partition('_')[0]}_expected.npz")
     tokens = expected["batch/encoder_input_tokens"]
     batch = {"encoder_input_tokens": tokens, "encoder_segment_ids": (tokens > 0).astype(np.int32)}
     decode = functools.partial(jax.jit, static_argnums=0)(
@@ -186,6 +187,37 @@ def test_sizes_come_from_the_shapes(runs):
         "NUM_ENCODER_LAYERS": 2,
         "NUM_DECODER_LAYERS": 2,
     }
+
+
+def biases_by_layer(arrays):
+    """Returns the same network as it is where each layer has its stack's position bias, and layers lie side by side."""
+    found = {name: array for name, array in arrays.items() if "relpos_bias" not in name}
+    for stack in ("encoder", "decoder"):
+        for layer in range(2):
+            bias = arrays[f"{stack}/relpos_bias/rel_embedding"] + layer
+            found[f"{stack}/layers_{layer}/relpos_bias/rel_embedding"] = bias
+    return found
+
+
+def test_position_biases_of_layers_that_are_not_scanned(tmp_path, arrays):
+    folder = write(tmp_path, biases_by_layer(arrays))
+    network = network_of(T5XFiles(folder))
+    assert (network.include, network.bindings["NUM_HEADS"]) == ("models/umt5/common.gin", 3)
+    found = whole(values_in(folder, shapes_of(network, tmp_path / "recipe.gin")))
+    biases = found["decoder/block_0/position_bias/embedding"]
+    np.testing.assert_array_equal(biases[1], arrays["decoder/relpos_bias/rel_embedding"] + 1)
+
+
+def test_a_decoder_with_a_position_bias_in_each_layer(tmp_path, runs):
+    files = T5XFiles(runs["decoder_native"])
+    arrays = {name: files.read(name) for name in files}
+    bias = arrays.pop("decoder/relpos_bias/rel_embedding")
+    arrays |= {f"decoder/layers_{layer}/relpos_bias/rel_embedding": bias + layer for layer in range(2)}
+    folder = write(tmp_path, arrays)
+    network = network_of(T5XFiles(folder))
+    assert network.include == "models/t5x_decoder/layer_bias.gin"
+    found = whole(values_in(folder, shapes_of(network, tmp_path / "recipe.gin")))
+    np.testing.assert_array_equal(found["decoder/block_0/position_bias/embedding"], np.stack([bias, bias + 1]))
 
 
 def test_t5_1_0_has_a_plain_mlp_and_tied_logits(tmp_path, arrays):
@@ -299,7 +331,7 @@ def test_steps_are_chosen_and_listed(runs, tmp_path, written):
         ({"decoder/relpos_bias/rel_embedding": None}, "has no decoder/relpos_bias/rel_embedding"),
         (
             {"encoder/layers_0/relpos_bias/rel_embedding": "encoder/relpos_bias/rel_embedding"},
-            "a position bias in each layer",
+            "a position bias in each layer of one stack and not of the other",
         ),
     ],
 )
