@@ -259,7 +259,7 @@ def _same_rank(outer: Sequence[Any], inner: Sequence[Any]) -> int:
 
 def _cut_states(body: Any, shapes: set[tuple[int, ...]]) -> set[tuple[tuple[str, ...], float]]:
     """Returns (mesh axes of the first dimension, bytes on a device) of arrays that a loop's body lays out as it carries
-    them, if the mesh cuts their first dimension."""
+    them, if the mesh shards their first dimension."""
     found = set()
     for equation in body.eqns:
         if equation.primitive.name == "sharding_constraint" and equation.outvars[0].aval.shape in shapes:
@@ -303,5 +303,5 @@ def _reshaped(weight: Weight, out: Any) -> Weight | None:
 
 
 def cut_into(cuts: Cuts, dims: Sequence[int], mesh: Mapping[str, int]) -> dict[str, int]:
-    """Returns mesh axis -> size of the axes that cut these dimensions into more than one part."""
+    """Returns mesh axis -> size, for axes of more than one device that shard these dimensions."""
     return {axis: mesh[axis] for dim in dims for axis in cuts[dim] if mesh[axis] > 1}

@@ -204,7 +204,7 @@ class _Shards:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The mesh axes, of more than one device, that cut anything."""
+        """The mesh axes, of more than one device, that shard anything."""
         axes = (axis for spec in self.specs for i in range(len(spec)) for axis in _axes(spec, i))
         return tuple(dict.fromkeys(axis for axis in axes if self.mesh.shape[axis] > 1))
 
@@ -280,6 +280,6 @@ def _specs(given: Operands, by_head: tuple[str, ...]) -> Any:
 
 
 def _axes(spec: PartitionSpec, dimension: int) -> tuple[str, ...]:
-    """Returns the mesh axes that cut a dimension."""
+    """Returns the mesh axes that shard a dimension."""
     entry = spec[dimension] if dimension < len(spec) else None
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
