@@ -26,7 +26,7 @@ class Detokenizer(Protocol):
         ...
 
 
-class Whole:
+class AllAtEnd:
     """All text at the end, by `decode` of all ids."""
 
     def __init__(self, decode: Decode) -> None:
@@ -238,7 +238,7 @@ def of_decoder(
             return text
 
         return ByteFallback(piece, ("", 0) if strip is None else (strip["content"], strip["start"]))
-    return Whole(decode)
+    return AllAtEnd(decode)
 
 
 def _stages(decoder: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 
 from meshway.framework.data import detokenizing
-from meshway.framework.data.detokenizing import Detokenizer, Whole
+from meshway.framework.data.detokenizing import AllAtEnd, Detokenizer
 from meshway.framework.data.objective import VocabularyInfo
 from meshway.framework.errors import UserError
 from meshway.framework.files import io_errors, replace_file
@@ -62,7 +62,7 @@ class Vocabulary(abc.ABC):
 
     def detokenizer(self) -> Detokenizer:
         """Returns a decoder of `known` ids, one id at a time, to the text of `decode`; it does not stop at EOS."""
-        return Whole(self._text)
+        return AllAtEnd(self._text)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Returns the text of each id by itself, for display; a byte that is not ASCII is shown as '<0xE2>'."""

@@ -26,7 +26,7 @@ _SHOWN = 5  # most tokens that the sentence names
 
 
 @dataclasses.dataclass
-class Written:
+class SpecialTokenCounts:
     """The special tokens found in some examples' texts.
 
     Attributes:
@@ -62,11 +62,11 @@ class Written:
         return f"{found} ({', '.join(named)})" if named else found
 
 
-def sentence(found: Mapping[str, Written]) -> str:
+def sentence(found: Mapping[str, SpecialTokenCounts]) -> str:
     """Returns what was found, by source, as a sentence."""
     holding = {name: written for name, written in found.items() if written.holding}
     if not holding:
-        return str(Written(sum(written.examples for written in found.values())))
+        return str(SpecialTokenCounts(sum(written.examples for written in found.values())))
     parts = [f"{name}: {written}" if len(found) > 1 else str(written) for name, written in holding.items()]
     return "; ".join([*parts, "HuggingFaceVocabulary(literal=True) takes them as text"])
 

@@ -15,7 +15,7 @@ import numpy as np
 from meshway.framework.data.cache.format import CachedSplit
 from meshway.framework.data.inspection.decoded_rows import (
     DecodedRow,
-    Written,
+    SpecialTokenCounts,
     decode_rows,
     reads_special_tokens,
     sampled,
@@ -230,7 +230,7 @@ def _of_sources(
 ) -> Inspection:
     """Returns the inspection of a stream that names the source of each row."""
     total, drawn = Drawn(), {source.name: Drawn() for source in stream.sources}
-    written = {source.name: Written() for source in stream.sources}
+    written = {source.name: SpecialTokenCounts() for source in stream.sources}
     reads = reads_special_tokens(vocabularies)
     for number in range(known[-1]):
         batch, origins = stream.batch(number), stream.origins(number)
@@ -266,7 +266,7 @@ def _of_batches(
     vocabularies: Mapping[str, Vocabulary],
 ) -> Inspection:
     """Returns the inspection of any other stream, from the drawn rows only."""
-    total, written = Drawn(), Written()
+    total, written = Drawn(), SpecialTokenCounts()
     shown: list[DecodedRow] = []
     reads = reads_special_tokens(vocabularies)
     for batch in itertools.islice(dataset, known[-1]):
