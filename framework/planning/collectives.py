@@ -183,7 +183,7 @@ def read_collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
 
 
 def sent_by_axes(rows: Iterable[Collective]) -> dict[tuple[str, ...], float]:
-    """Returns mesh axes -> bytes that a device sends over them in one run of the program."""
+    """Returns mesh axes -> bytes a device sends over them in one run of the program."""
     totals: dict[tuple[str, ...], float] = {}
     for row in rows:
         totals[row.axes] = totals.get(row.axes, 0.0) + row.sent

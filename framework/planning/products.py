@@ -303,5 +303,5 @@ def _reshaped(weight: Weight, out: Any) -> Weight | None:
 
 
 def cut_into(cuts: Cuts, dims: Sequence[int], mesh: Mapping[str, int]) -> dict[str, int]:
-    """Returns mesh axis -> size, for axes of more than one device that shard these dimensions."""
+    """Returns mesh axis -> size of the axes that cut these dimensions into more than one part."""
     return {axis: mesh[axis] for dim in dims for axis in cuts[dim] if mesh[axis] > 1}

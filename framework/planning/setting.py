@@ -52,7 +52,7 @@ def setting_of(program: Program) -> Setting:
         for (path, leaf), name, sharding in zip(paths, names, jax.tree.leaves(shardings), strict=True)
     ]
     with partitioner.activate():
-        # With a key, as in a training step: without one, experts have the capacity of evaluation.
+        # With a key, as a training step has it: without one, experts have the room of evaluation.
         closed = jax.make_jaxpr(lambda params, batch, key: program.model.loss(params, batch, key)[0])(
             program.param_shapes, program.abstract_batch, jax.random.key(0)
         )
@@ -101,7 +101,7 @@ def cutting(partitioner: Partitioner, names: Collection[str], beside: str = "") 
 
 
 def _gathered_keys(partitioner: Partitioner, uses: Uses) -> list[tuple[tuple[str, ...], float]]:
-    """Returns (axes, bytes on a device) of keys and values replicated over axes that shard the length of queries."""
+    """Returns (axes, bytes on a device) of keys and values laid out whole along axes that cut the length of queries."""
     axes = cutting(partitioner, ("length",), beside="heads") - cutting(partitioner, ("kv_length",))
     order = tuple(axis for axis in partitioner.mesh.shape if axis in axes)
     shapes = {(shape, spec) for names, shape, spec in partitioner.placed if "kv_length" in names and len(shape) == 4}

@@ -112,7 +112,7 @@ _SAME = ELEMENTWISE | {"cumsum", "cummax", "cummin", "cumprod", "cumlogsumexp", 
 
 
 def spec_cuts(spec: Iterable[Any], rank: int) -> Cuts:
-    """Returns the mesh axes that shard each dimension under a spec."""
+    """Returns the mesh axes that cut each dimension under a spec."""
     entries = [*spec, *([None] * rank)][:rank]
     return tuple((each,) if isinstance(each, str) else tuple(each or ()) for each in entries)
 

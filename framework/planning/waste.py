@@ -60,7 +60,7 @@ def state_waste(rows: Iterable[Row], mesh: Mapping[str, int], limit: float) -> l
 
 
 def activation_waste(partitioner: Partitioner, limit: float) -> list[Waste]:
-    """Returns a warning for each mesh axis along which too many of the activations are replicated.
+    """Returns a warning for each mesh axis along which too much of the activations is the same.
 
     Call it once the loss was traced. What counts are the activations that models constrain, each as often as it was
     traced (a scanned layer once), in elements on a device.
