@@ -38,11 +38,11 @@ class Ambient(Protocol):
     """The layout a model runs under, for activations."""
 
     def sharding(self, names: Names, shape: tuple[int, ...]) -> NamedSharding:
-        """Returns the sharding of an activation; raises on unknown names and sizes that are not divisible."""
+        """Returns the sharding of an activation with these axes; raises on unknown names and indivisible sizes."""
         ...
 
     def mesh_axes(self, name: str) -> tuple[str, ...]:
-        """Returns the mesh axes of more than one device that shard a logical axis; raises on an unknown name."""
+        """Returns the mesh axes, of more than one device, that shard a logical axis; raises on an unknown name."""
         ...
 
     def lookup(
@@ -115,7 +115,7 @@ def constrain_lookup(x: jax.Array, names: Names, table: jax.Array, table_names: 
 
 
 def placement(names: Names, shape: tuple[int, ...]) -> NamedSharding | None:
-    """Returns the sharding of an activation under the ambient layout: the mesh and specs for a kernel's `shard_map`.
+    """Returns the ambient layout's sharding of an activation: what a kernel gives `shard_map` as mesh and specs.
 
     Args:
       names: one logical name for each dimension, or None.
@@ -134,7 +134,7 @@ def placement(names: Names, shape: tuple[int, ...]) -> NamedSharding | None:
 
 
 def mesh_axes(name: str) -> tuple[str, ...]:
-    """Returns the mesh axes of more than one device that shard logical axis `name` of activations; () without a mesh.
+    """Returns the mesh axes, of more than one device, that shard logical axis `name` of activations; () without a mesh.
 
     Raises:
       ValueError: a mesh is set without a layout.

@@ -1,4 +1,4 @@
-"""The English and the Python that every Python installation carries: no download.
+"""English text and Python code that come with every Python installation: no download.
 
 Text: the language reference's topics (`pydoc_data.topics`) and the docstrings of the standard library.
 Code: the library's documented functions. Both are read from the sources of the running interpreter, so the
@@ -23,7 +23,7 @@ VALIDATION_PERCENT = 5
 # Modules differ in size a hundredfold, so 5 % of names is rarely 5 % of text. This salt gives about 5 % of
 # both text and functions on Python 3.11 and 3.12, from 16 modules, none above a fifth of the split.
 _SALT = "56/"
-_LAYOUT = 1  # to be raised whenever the same sources would give another corpus
+_LAYOUT = 1  # increase it whenever the same sources would yield another corpus
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -38,7 +38,7 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Function:
-    """A documented function or method: its source without the docstring, and the first sentence of that."""
+    """A documented function or method: its source without the docstring, and the docstring's first sentence."""
 
     module: str
     source: str
@@ -58,7 +58,7 @@ def functions(split: str) -> list[Function]:
 def split_of(module: str) -> str:
     """Returns the split of a top-level module or topic, by a hash of its name.
 
-    A private twin goes with its public module (`_pydecimal` with `decimal`): they share most docstrings.
+    A private variant is in the split of its public module (`_pydecimal` with `decimal`): they share most docstrings.
     """
     name = re.sub(r"^(_py|_)", "", module)
     bucket = int.from_bytes(hashlib.sha256((_SALT + name).encode()).digest()[:8], "big") % 100
@@ -103,7 +103,7 @@ def _source_files() -> list[tuple[str, Path]]:
 
 
 def _extract(topics: dict[str, str], contents: dict[str, bytes]) -> bytes:
-    """Returns the corpus as JSON; what occurs twice is kept where it comes first."""
+    """Returns the corpus as JSON; of duplicates the first is kept."""
     texts = {text.strip(): f"topics.{name}" for name, text in sorted(topics.items(), reverse=True)}
     texts = dict(reversed(texts.items()))
     pairs: dict[tuple[str, str], str] = {}
@@ -115,7 +115,7 @@ def _extract(topics: dict[str, str], contents: dict[str, bytes]) -> bytes:
                 warnings.simplefilter("ignore")  # of invalid escapes in other people's string literals
                 tree = ast.parse(source)
         except (SyntaxError, ValueError):
-            continue  # lib2to3 and the like keep files that are wrong on purpose
+            continue  # some packages, such as lib2to3, have files with errors on purpose
         lines = [line.encode() for line in source.split("\n")]
         for node in _documented(tree):
             docstring = ast.get_docstring(node)

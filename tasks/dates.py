@@ -2,9 +2,9 @@
 
     dates   inputs: 'Friday, 3rd of July 1987'; targets: '1987-07-03'
 
-Texts are made by `datetime.date.__format__` (English, as Python writes without a locale). Every format says which
-number is the day: by the month's name, by a year that comes first, or by its marks: 7/3/1987 has the month first,
-3.7.1987 the day.
+Texts are made by `datetime.date.__format__` (English, as Python writes without a locale). In every format it is clear
+which number is the day: by the month's name, by a year that comes first, or by the separators: 7/3/1987 has the month
+first, 3.7.1987 the day.
 """
 
 import datetime

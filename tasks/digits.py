@@ -1,6 +1,6 @@
 """seqio tasks over scikit-learn's images of handwritten digits; importing this module registers them.
 
-1,797 images of 8 by 8 pixels (Alpaydin and Kaynak 1998, from the UCI repository, CC BY 4.0) come inside the
+1,797 images of 8 by 8 pixels (Alpaydin and Kaynak 1998, from the UCI repository, CC BY 4.0) are part of the
 package scikit-learn: the extra `digits`. It is imported when a task is first read.
 
     digits        image float32 [8, 8, 1] in 0..1, label int32 [], id int32 []

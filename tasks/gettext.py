@@ -2,7 +2,7 @@
 
 django (BSD-3-Clause) has them in some 98 languages, up to 920 messages each. They are parsed by polib.
 
-They need the extra `gettext` (django, polib, sacrebleu). Registering looks only at which catalogues there are.
+They need the extra `gettext` (django, polib, sacrebleu). Registering only lists the catalogues and reads none.
 
     django_po_LOCALE     inputs 'translate to Polish: Yes', targets 'Tak'; a plural adds its count ([n=5]), and
                          a message that has a context names it ([alt. month])
@@ -33,7 +33,7 @@ SPLITS = ("train", "validation")
 VALIDATION_PERCENT = 5
 # This salt gives each language 4.1 to 5.9 % of its messages, and all of them 5.1 % of their text (Django 5.2).
 _SALT = "45/"
-_LAYOUT = 1  # to be raised whenever the same catalogues would give other messages
+_LAYOUT = 1  # increase it whenever the same catalogues would yield other messages
 _LEAST_BYTES = 10_000  # of a language's compiled catalogues: about 100 messages
 _COUNTS = (1, 2, 3, 5, 8, 11, 20, 0, 1_000_000)  # each plural form of each language has one of these
 
@@ -145,7 +145,7 @@ def _forms(entry: Any, translations: gettext.GNUTranslations) -> Iterator[tuple[
             yield f"{context}, n={count}".lstrip(", "), english, translation
 
 
-RATE_EXPONENT = 0.3  # mT5's (Xue et al. 2021, section 3.1): a small language is seen more often than it is large
+RATE_EXPONENT = 0.3  # mT5's (Xue et al. 2021, section 3.1): small languages are sampled above their share of messages
 EUROPEAN = ("de", "es", "fr", "it", "nl", "pl", "pt", "sv")
 
 
@@ -175,8 +175,8 @@ def count_messages(locale: str, split: str) -> int:
 def rate(task: seqio.Task) -> float:
     """Returns a language's mixing rate, from the number of its messages.
 
-    It is what `seqio.mixing_rate_num_examples` gives at a temperature of 1 / 0.3, without a warning for each
-    call that the task is not cached; seqio makes some ten thousand of them for one mixture.
+    It equals `seqio.mixing_rate_num_examples` at a temperature of 1 / 0.3, without that function's warning at each
+    call that the task is not cached; seqio makes some ten thousand calls for one mixture.
     """
     return task.num_input_examples("train") ** RATE_EXPONENT
 

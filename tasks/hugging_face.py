@@ -1,4 +1,4 @@
-"""Hugging Face `tokenizers` files as seqio vocabularies: those that came with a model, and one's own."""
+"""Hugging Face `tokenizers` files as seqio vocabularies: files that came with a model, and newly trained ones."""
 
 import functools
 import hashlib
@@ -19,23 +19,23 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
     """A Hugging Face `tokenizers` file as a seqio vocabulary; read when it is first used.
 
     Ids are the file's own, so they are the rows of the embedding of the model it came with. seqio calls id 0
-    padding; in many of these files (GPT-2's, Llama 3's) it is a real token, and stays one: meshway tells padding
-    by segment ids and lengths, never by a token id. Code that does tell it so, as seqio's own feature converters
-    do, must not be used with such a file.
+    padding; in many of these files (GPT-2's, Llama 3's) it is a real token, and stays one: meshway recognises padding
+    by segment ids and lengths, never by a token id. Code that takes id 0 for padding, as seqio's own feature
+    converters do, must not be used with such a file.
 
-    Nothing is added to a text: no BOS, no EOS (seqio's `append_eos` does that), no truncation, no padding,
-    whatever the file says. A special token that a text spells out becomes that token, unless `literal` says that it is
-    text. Decoding ends at the first EOS and shows every other token, special ones too.
+    Nothing is added to a text: no BOS, no EOS (seqio's `append_eos` does that), no truncation, no padding, even if the
+    file asks for it. The text of a special token in a text becomes that token, unless `literal` is set. Decoding ends
+    at the first EOS and shows every other token, special ones too.
 
     Args:
       path: a tokenizer.json, or the folder that holds it.
-      eos_token: the token that ends a sequence, as '</s>' or '<|endoftext|>'; the file itself does not tell.
+      eos_token: the token that ends a sequence, as '</s>' or '<|endoftext|>'; the file itself does not name it.
         None: there is none, and the tasks must not append it.
       extra_ids: sentinels '<extra_id_N>', the first being the highest id. They are added above the file's
-        tokens, where the model's embedding needs as many rows more; those that a file already has there (T5's)
-        are taken as they are.
-      literal: whether a text that spells out a special token, '</s>' or '<|eot|>', is taken literally, cut like any
-        other. Text of users should be: else it ends an example, or speaks for another side of a chat.
+        tokens, and the model's embedding needs as many more rows; sentinels that the file already has there (T5's)
+        are used.
+      literal: whether the text of a special token, '</s>' or '<|eot|>', in a text is tokenized like any other text.
+        Set it for text of users, who could otherwise end an example, or write for another side of a chat.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The `tokenizers.Tokenizer`; ValueError where the library or the file's content does not fit."""
+        """The `tokenizers.Tokenizer`; ValueError if the library is missing or the file cannot be read."""
         tokenizer = _tokenizer(self.tokenizer_json, self.path)
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -87,7 +87,7 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
 
     @property
     def bos_id(self) -> None:
-        """None is ever added."""
+        """None: this vocabulary adds no BOS."""
         return None
 
     @functools.cached_property
@@ -138,11 +138,11 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
         return np.array(texts, object).reshape(ids.shape[:-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves out what is read again; gin copies vocabularies."""
+        """Leaves out everything that can be read again; gin copies vocabularies."""
         return {name: value for name, value in vars(self).items() if name not in ("tokenizer", "tokenizer_json")}
 
     def __eq__(self, other: object) -> bool:
-        """Equal by the file and what is asked of it."""
+        """Equal if the file and the settings are."""
         return type(self) is type(other) and self._key() == other._key()
 
     def __hash__(self) -> int:
@@ -159,12 +159,12 @@ class HuggingFaceVocabulary(seqio.Vocabulary):
 class TrainedBytePairVocabulary(HuggingFaceVocabulary):
     """Byte-level BPE, trained by `tokenizers` when it is first needed, and kept in the cache.
 
-    Id 0 is '<pad>', 1 is '</s>', then the 256 bytes and what merges of them make, within GPT-2's words; newlines
-    and indentation are kept, so decoding an encoding gives the text back. Training is deterministic; the file's
-    name carries a hash of the text and of the settings.
+    Id 0 is '<pad>', 1 is '</s>', then come the 256 bytes and their merges, within words as GPT-2 splits them; newlines
+    and indentation are kept, so decoding an encoding returns the text. Training is deterministic; the file's
+    name contains a hash of the text and of the settings.
 
     Args:
-      name: begins the file name.
+      name: the beginning of the file name.
       texts: returns the training texts; called when the vocabulary is first used.
       pieces: vocabulary size without the extra ids.
       extra_ids: sentinels above the pieces; the first is the highest id.
@@ -222,7 +222,7 @@ def _import_tokenizers() -> Any:
 
 
 def _tokenizer(text: str, path: Path) -> Any:
-    """Returns the Tokenizer of a tokenizer.json; ValueError where it is none, or its ids are not as it says."""
+    """Returns the Tokenizer of a tokenizer.json; ValueError if it is not one, or is read with other ids than it has."""
     tokenizers = _import_tokenizers()
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text)

@@ -1,9 +1,8 @@
-"""The reference manuals that the package botocore carries: about 30 MB of English technical prose.
+"""The reference manuals in the package botocore: about 30 MB of English technical prose.
 
 botocore (Apache-2.0) describes each service of Amazon Web Services in one JSON file, whose documentation is
-HTML. A document is an operation: what it does, then the structures that it is the first of its service to
-use, member by member. Nothing is downloaded and botocore is not imported. Another version of it gives
-another corpus.
+HTML. A document is an operation: its description, then, member by member, the structures that it is the first of its
+service to use. Nothing is downloaded and botocore is not imported. Another version of botocore yields another corpus.
 """
 
 import dataclasses
@@ -24,8 +23,8 @@ VALIDATION_PERCENT = 5
 # This salt gives 5.1 % of the text, from 25 services, none above an eighth of the split; 1.7 % of the runs of
 # 13 words of the split are in train too (botocore 1.44).
 _SALT = "356/"
-_LAYOUT = 1  # to be raised whenever the same files would give another corpus
-_SHORT = 40  # characters; a shorter paragraph ("Required.") may recur, and alone it is no text
+_LAYOUT = 1  # increase it whenever the same files would yield another corpus
+_SHORT = 40  # characters; a shorter paragraph ("Required.") may recur, and does not make a document by itself
 _PAGE = 10_000  # characters after which a document ends at the next structure
 _INLINE = ("a", "b", "code", "em", "i", "strong", "text", "u")
 _LISTS = ("dd", "dl", "dt", "li", "ol", "ul")
@@ -53,7 +52,7 @@ def documents(split: str) -> list[Document]:
 
 
 def split_of(service: str) -> str:
-    """Returns the split of a service, by a hash of its family's name: `lexv2-models` goes with `lex-runtime`."""
+    """Returns the split of a service, by a hash of its family's name, which `lexv2-models` and `lex-runtime` share."""
     family = re.sub(r"(v\d+)?(-.*)?$", "", service)
     bucket = int.from_bytes(hashlib.sha256((_SALT + family).encode()).digest()[:8], "big") % 100
     return "validation" if bucket < VALIDATION_PERCENT else "train"
@@ -67,7 +66,7 @@ def paragraphs(documentation: str) -> list[str]:
             return ""
         return f"{_END}- " if tag[2] == "li" and not tag[1] else _END
 
-    # A paragraph that opens a list item goes on in the item's line.
+    # A paragraph that begins a list item is on the item's line.
     text = re.sub(rf"(?<={_END}- )[\s{_END}]+", "", _TAG.sub(mark, documentation))
     lines = (" ".join(html.unescape(part).split()) for part in text.split(_END))
     return [line for line in lines if line.strip("- ")]
@@ -96,7 +95,7 @@ def _service_files() -> list[tuple[str, Path]]:
 
 
 def _extract(contents: dict[str, bytes]) -> bytes:
-    """Returns the corpus as JSON; a paragraph that occurs twice is kept where it comes first."""
+    """Returns the corpus as JSON; of duplicate paragraphs the first is kept."""
     seen: set[str] = set()
     found = []
     for service, content in contents.items():
@@ -106,9 +105,9 @@ def _extract(contents: dict[str, bytes]) -> bytes:
 
 
 def _operations(service: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
-    """Yields, for the service and each of its operations, what is told of it: sections of name, documentation, members.
+    """Yields, for the service and each of its operations, its sections: each with name, documentation and members.
 
-    A structure is told with the first operation that uses it, after the structures that lead to it.
+    A structure is in the sections of the first operation that uses it, after the structures that refer to it.
     """
     shapes = service["shapes"]
     told: set[str] = set()

@@ -9,17 +9,17 @@ from meshway.tasks.registry import not_installed
 
 
 def token_f1(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """Returns the mean F1 of the words each prediction shares with its target, case and punctuation aside."""
+    """Returns the mean F1 of the words each prediction shares with its target, ignoring case and punctuation."""
     return {"token_f1": _mean([_f1(t, p) for t, p in zip(targets, predictions, strict=True)])}
 
 
 def exact_match(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """Returns the share of predictions equal to their target, white space aside."""
+    """Returns the share of predictions equal to their target, ignoring white space."""
     return {"exact_match": _mean([t.split() == p.split() for t, p in zip(targets, predictions, strict=True)])}
 
 
 def accuracy(targets: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
-    """Returns the share of predictions, class numbers, that are their target."""
+    """Returns the share of predictions, class numbers, that equal their target."""
     return {"accuracy": _mean([int(t) == int(p) for t, p in zip(targets, predictions, strict=True)])}
 
 

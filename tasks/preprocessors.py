@@ -1,7 +1,7 @@
 """Objectives over text, as seqio preprocessors.
 
 `tokenize_text` encodes each text, which reads no lengths and so can be cached offline. The objectives join its
-dataset of {'targets'} into one stream of tokens and cut it into windows, so a long document fills several
+dataset of {'targets'} into one stream of tokens and split it into windows, so a long document fills several
 examples, short ones share one, and nothing is left out. Randomness comes from seqio's stateless seeds.
 """
 
@@ -27,7 +27,7 @@ def tokenize_text(dataset: tf.data.Dataset, output_features: Features, end: str 
 
 
 def text_to_text() -> list[Step]:
-    """Returns the steps of a task whose source gives `inputs` and `targets` as texts; their tokens can be cached.
+    """Returns the steps of a task whose source yields `inputs` and `targets` as texts; their tokens can be cached.
 
     They are trimmed so that EOS fits, and the texts are kept as `inputs_pretokenized`, `targets_pretokenized`.
     """
@@ -39,7 +39,7 @@ def text_to_text() -> list[Step]:
 
 
 def whole_text(*steps: Step, end: str = "") -> list[Step]:
-    """Returns the steps of a task whose source gives {'text'}: tokens, which can be cached, then `steps`."""
+    """Returns the steps of a task whose source yields {'text'}: tokenizing, which can be cached, then `steps`."""
     return [functools.partial(tokenize_text, end=end), seqio.CacheDatasetPlaceholder(), *steps]
 
 
@@ -88,7 +88,7 @@ def span_corruption(
         examples = _corrupt(rows, sizes, noise, spans, vocabulary.vocab_size - 1, seed)
         return {name: _with_eos(examples[name], output_features[name]) for name in examples}
 
-    # Many windows at a time: a window alone costs TensorFlow ten times what it computes.
+    # Many windows at a time: for a single one TensorFlow's overhead is ten times the computation.
     return _unbatched(corrupt(_stream(dataset).rebatch(_ROWS * window)))
 
 
@@ -104,7 +104,7 @@ def language_model(
 def prefix_language_model(
     dataset: tf.data.Dataset, sequence_length: Mapping[str, int] | None, output_features: Features
 ) -> tf.data.Dataset:
-    """Windows cut in two at a random place where both parts fit: `inputs` before it, `targets` after it.
+    """Windows split in two at a random position where both parts fit: `inputs` before it, `targets` after it.
 
     With EOS a window has half as many tokens as inputs and targets together, so that two fill a packed row.
     """
@@ -158,7 +158,7 @@ def _corrupt(
     seeds = tf.random.experimental.stateless_split(seed, 2)
     kept = _random_parts(sizes - noise, spans, width, seeds[0])
     lost = _random_parts(noise, spans, width, seeds[1])
-    # Row by row: piece 0 is kept, 1 dropped, 2 kept, ...; sorting puts each piece's tokens side by side.
+    # In each row piece 0 is kept, 1 dropped, 2 kept, ...; sorting puts each piece's tokens side by side.
     piece = tf.sort(tf.concat([2 * kept, 2 * lost + 1], axis=1))[:, :width]
     real = tf.sequence_mask(sizes, width)
     dropped = tf.logical_and(piece % 2 == 1, real)
@@ -172,7 +172,7 @@ def _corrupt(
 
 
 def _masked(tokens: tf.Tensor, mask: tf.Tensor) -> tf.RaggedTensor:
-    """Returns each row's tokens where `mask` is true; row splits are int32, which oneDNN knows everywhere."""
+    """Returns each row's tokens where `mask` is true; row splits are int32, which oneDNN always supports."""
     lengths = tf.reduce_sum(tf.cast(mask, tf.int32), axis=1)
     return tf.RaggedTensor.from_row_lengths(tf.boolean_mask(tokens, mask), lengths, validate=False)
 
@@ -183,7 +183,7 @@ def _random_parts(totals: tf.Tensor, parts: tf.Tensor, width: int | tf.Tensor, s
     Returns the run (0, 1, ...) of each item, int32 [rows, width]; past the row's total a number above any run.
     """
     item = tf.range(width)[tf.newaxis]
-    # Item i > 0 may begin a run; the parts - 1 that score lowest do.
+    # Each item i > 0 may begin a run; the parts - 1 of them with the lowest scores do.
     may_begin = tf.logical_and(item > 0, item < totals[:, tf.newaxis])
     scores = tf.random.stateless_uniform([tf.size(totals), width], seed)
     rank = tf.argsort(tf.argsort(tf.where(may_begin, scores, 2.0), axis=1, stable=True), axis=1, stable=True)
@@ -210,7 +210,7 @@ def _append(tokens: tf.Tensor | tf.RaggedTensor, token: int) -> tf.Tensor | tf.R
 
 
 def _unbatched(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Turns elements of ragged rows into one element a row."""
+    """Turns elements of ragged rows into one element per row."""
     return dataset.unbatch().map(lambda example: {name: tf.identity(row) for name, row in example.items()})
 
 

@@ -3,7 +3,7 @@
 They need the extra `prose` (botocore). Registering is cheap: the manuals are read, and the vocabulary trained,
 when a task is first read.
 
-    prose_text   prose_bytes_text   targets: whole documents, without EOS, for objectives that corrupt or cut them
+    prose_text   prose_bytes_text   targets: whole documents, without EOS, for objectives that corrupt or split them
     prose_lm     prose_bytes_lm     targets: windows of the documents, each ending in EOS
 """
 

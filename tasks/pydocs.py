@@ -4,13 +4,13 @@ Registering is cheap: the corpus is read, and the vocabulary trained, when a tas
 
     pydocs_span_corruption   pydocs_bytes_span_corruption   inputs, targets: T5's denoising
     pydocs_lm                pydocs_bytes_lm                targets: windows
-    pydocs_prefix_lm                                        inputs, targets: a window cut in two
+    pydocs_prefix_lm                                        inputs, targets: a window split in two
     pydocs_summary           pydocs_bytes_summary           function source -> first sentence of its docstring
     pydocs_text              pydocs_bytes_text              targets: whole documents, without EOS
     pydocs_mix               span corruption and summary, half and half
     pydocs_denoise_mix       text and summary, half and half: for objectives that corrupt text as it is read
 
-What comes before a task's lengths matter, its tokens, can be cached offline.
+Tokenizing, the part of a task that does not depend on its lengths, can be cached offline.
 """
 
 import functools
@@ -21,7 +21,7 @@ import tensorflow as tf
 from meshway.tasks import corpus, metrics, preprocessors, vocabularies
 from meshway.tasks.registry import CountedSource, add_mixture, add_task, text_features
 
-SUMMARY_PREFIX = "summarize: "  # tells the model which task of a mixture it is doing
+SUMMARY_PREFIX = "summarize: "  # names the task to the model, as in T5
 BYTES_MEAN_SPAN = 20.0  # ByT5's (Xue et al. 2021, section 3.1): a span of 3 bytes is less than a word
 
 
@@ -81,7 +81,7 @@ def _add_all() -> None:
     add_task(
         "pydocs_prefix_lm",
         TEXT,
-        # A prefix goes on, so it has no end.
+        # A prefix continues in the targets, so it has no EOS.
         {"inputs": seqio.Feature(pieces, add_eos=False), "targets": seqio.Feature(pieces, add_eos=True)},
         preprocessors.whole_text(preprocessors.prefix_language_model, end="\n"),
     )

@@ -1,7 +1,7 @@
 """The seqio mixture of recipes/quickstart.gin; importing this module registers it.
 
-It is made for an objective that corrupts whole texts as it reads them, and leaves examples that have inputs as they
-are (`objectives/span_corruption.gin`). Everything is bytes, and comes with Python.
+It is made for an objective that corrupts whole texts as it reads them, and leaves examples that have inputs unchanged
+(`objectives/span_corruption.gin`). Everything is bytes, and comes with Python.
 
     quickstart_mix   dates               90 %   a date as people write it -> ISO 8601
                      pydocs_bytes_text   10 %   Python's documentation, whole texts

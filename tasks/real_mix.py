@@ -1,7 +1,7 @@
 """A seqio mixture over five real sources, all as bytes; importing this module registers it.
 
 It needs the extras `prose`, `gettext` and `digits`. It is made for an objective that corrupts whole texts as it
-reads them, and leaves examples that have inputs as they are (`objectives/span_corruption.gin`).
+reads them, and leaves examples that have inputs unchanged (`objectives/span_corruption.gin`).
 
     real_mix   prose_bytes_text      40 %   botocore's manuals, whole texts
                pydocs_bytes_text     20 %   Python's documentation, whole texts

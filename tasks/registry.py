@@ -1,4 +1,4 @@
-"""Registering tasks with seqio again and again, the packages they need, and files made once and kept."""
+"""Registering tasks with seqio (repeatedly, if need be), the packages they need, and files made once and cached."""
 
 import contextlib
 import importlib.util
@@ -27,7 +27,7 @@ def package_directory(name: str, extra: str) -> Path:
 
 
 def not_installed(name: str, extra: str) -> ValueError:
-    """Returns the error that says which extra installs package `name`."""
+    """Returns the error that names the extra which installs package `name`."""
     return ValueError(f"package {name!r}, which these tasks read, is not installed: pip install 'meshway[{extra}]'")
 
 
@@ -42,8 +42,8 @@ def cache_directory() -> Path:
 def cached_file(name: str, make: Callable[[], bytes]) -> Path:
     """Returns the path of cache file `name`, written from `make()` if it is not there.
 
-    The file appears whole or not at all: it is written beside its place and moved there, so processes that
-    race each make it and the last one wins. `name` must change whenever `make()` would return other bytes.
+    The file is written atomically, beside its final path and then moved there, so processes that race each make it and
+    the last one wins. `name` must change whenever `make()` would return other bytes.
 
     Raises:
       ValueError: the cache directory cannot be written.
@@ -117,8 +117,8 @@ def add_mixture(name: str, tasks: Sequence[Any], default_rate: Any = None) -> No
 def text_features(vocabulary: seqio.Vocabulary) -> dict[str, seqio.Feature]:
     """Returns the features of a task whose examples are whole texts, `targets`, for objectives that corrupt them.
 
-    `inputs` is declared, as a feature that need not be there, because seqio mixes only tasks that declare the
-    same features: so a text task mixes with one that has inputs and targets.
+    `inputs` is declared as an optional feature, because seqio mixes only tasks that declare the same features: so a
+    text task mixes with one that has inputs and targets.
     """
     return {
         "inputs": seqio.Feature(vocabulary, add_eos=True, required=False),

@@ -16,22 +16,22 @@ from meshway.tasks import corpus, manuals
 from meshway.tasks.registry import cache_directory, cached_file
 
 EXTRA_IDS = 100  # sentinels, above the pieces, as T5 has them
-# One rule for a code point that text never holds. Without any, TensorFlow's SentencePiece says so on stderr
+# One rule for a code point that text never holds. Without any rule, TensorFlow's SentencePiece logs a line to stderr
 # each time a dataset is built.
 _NORMALIZATION = "FFFE\tFFFD\n"
-_MAX_LINE_BYTES = 4192  # a training line longer than this is cut; SentencePiece would drop it
+_MAX_LINE_BYTES = 4192  # longer training lines are split; SentencePiece would drop them
 
 
 class TrainedSentencePieceVocabulary(seqio.SentencePieceVocabulary):
     """A SentencePiece unigram vocabulary that is trained when it is first needed, and kept in the cache.
 
-    Text is kept as it is: nothing is normalised (but U+FFFE, no character, becomes U+FFFD), runs of spaces
-    and indentation have pieces of their own, and what no piece covers (a newline, a rare letter) is spelt
-    in bytes, so decoding an encoding gives the text back. Training is deterministic (one thread, all lines,
-    no sampling); the file's name carries a hash of the text and of the settings.
+    Text is not normalised (except that U+FFFE, not a character, becomes U+FFFD), runs of spaces and indentation have
+    pieces of their own, and characters without a piece (a newline, a rare letter) are encoded as bytes, so decoding an
+    encoding returns the text. Training is deterministic (one thread, all lines, no sampling); the file's name contains
+    a hash of the text and of the settings.
 
     Args:
-      name: begins the file name.
+      name: the beginning of the file name.
       texts: returns the training texts; called when the vocabulary is first used.
       pieces: vocabulary size without the extra ids.
       extra_ids: sentinels above the pieces; the first is the highest id.
@@ -91,11 +91,13 @@ class TrainedSentencePieceVocabulary(seqio.SentencePieceVocabulary):
                 f"{size} characters: {error}"
             ) from error
         proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())  # type: ignore[attr-defined]
-        proto.normalizer_spec.normalization_rule_tsv = ""  # the rule is in; its temporary name would differ
+        proto.normalizer_spec.normalization_rule_tsv = (
+            ""  # the rule is compiled in; its temporary file's name would vary
+        )
         return proto.SerializeToString(deterministic=True)
 
     def __eq__(self, other: object) -> bool:
-        """Equal by what it is trained on and how, whether or not it has been trained yet."""
+        """Equal if the training text and settings are, whether or not it has been trained yet."""
         if not isinstance(other, TrainedSentencePieceVocabulary):
             return NotImplemented
         return self._key() == other._key()
@@ -125,12 +127,12 @@ def _settings(pieces: int) -> dict[str, Any]:
         "allow_whitespace_only_pieces": True,
         "input_sentence_size": 0,
         "max_sentence_length": _MAX_LINE_BYTES,
-        "num_threads": 1,  # with more, sums are taken in another order and the pieces differ
+        "num_threads": 1,  # with more, the order of sums varies and the pieces differ
     }
 
 
 def _lines(texts: Iterable[str]) -> list[str]:
-    """Returns the distinct lines of `texts`, in order of first occurrence, the very long ones cut."""
+    """Returns the distinct lines of `texts`, in order of first occurrence, very long ones split."""
     longest = _MAX_LINE_BYTES // 4  # characters of at most 4 bytes
     lines = dict.fromkeys(line for text in texts for line in text.split("\n") if line.strip())
     return [line[at : at + longest] for line in lines for at in range(0, len(line), longest)]

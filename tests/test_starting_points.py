@@ -52,7 +52,7 @@ def test_other_names(tmp_path):
 
 
 def test_a_vocabulary_that_grew(tmp_path):
-    arguments = built("With a vocabulary that grew", tmp_path)
+    arguments = built("With a larger vocabulary", tmp_path)
     program = arguments["program"]
     shapes = {name: tuple(leaf.shape) for name, leaf in flatten(program.param_shapes).items()}
     schema = {f"params/{name}": [[32000 if size == 32064 else size for size in shape], "float32"]

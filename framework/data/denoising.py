@@ -1,6 +1,6 @@
 """Denoising objectives over plain text: T5's span corruption, UL2's mixture of denoisers, the random prefix.
 
-Which spans are dropped is random anew in every epoch; how many tokens is not, so that rows are planned from
+Which spans are dropped is random in every epoch; how many tokens are dropped is fixed, so that rows can be planned from
 sizes. A text is split into the longest windows whose inputs and targets fit their lengths: nothing is lost.
 """
 
@@ -24,10 +24,10 @@ class Denoiser(NamedTuple):
     """One way to corrupt a text; UL2's (mu, r, n).
 
     Attributes:
-      mode: its name, which a mode token tells the model: 'R', 'S' or 'X' in UL2.
+      mode: its name, 'R', 'S' or 'X' in UL2; a mode token shows the model which one it is.
       mean_span_length: tokens of a dropped span on average; None drops one span, the text's end (a prefix LM).
       noise_density: share of the tokens that is dropped.
-      weight: a whole number: an item meets the denoiser in `weight` epochs of as many as all weights sum to.
+      weight: a whole number: out of as many epochs as all weights sum to, an item gets this denoiser in `weight`.
     """
 
     mode: str
@@ -58,9 +58,9 @@ class SpanCorruption(WindowedTextConverter):
       noise_density: share of the tokens that is dropped.
       mean_span_length: tokens of a dropped span on average.
       add_eos: whether the targets end in EOS, and the inputs of an encoder.
-      overlong: what becomes of a supervised example longer than its lengths: 'truncate', 'skip' or 'error'.
+      overlong: how a supervised example longer than its lengths is treated: 'truncate', 'skip' or 'error'.
       decoder_only: whether one decoder reads inputs and targets joined, as under `PrefixLanguageModel`.
-      window: tokens of the longest window; None is as many as fit. Shorter ones may fill packed rows better.
+      window: tokens of the longest window; None: as many as fit. Shorter windows may fill packed rows better.
     """
 
     def __init__(
@@ -85,19 +85,19 @@ class SpanCorruption(WindowedTextConverter):
 class MixtureOfDenoisers(WindowedTextConverter):
     """UL2's objective (Tay et al. 2022, section 3.1): each text is corrupted by one denoiser of several.
 
-    An item meets all denoisers, by their weights, within as many epochs as the weights sum to; within one
-    epoch they are random over the items. As windows must not depend on the epoch, they are the longest that
-    fit under every denoiser.
+    Over as many epochs as the weights sum to, an item gets every denoiser, in proportion to the weights; within one
+    epoch, denoisers are random over the items. Windows must not depend on the epoch, so they are the longest that fit
+    under every denoiser.
 
     Args:
       pack: whether training rows hold several items.
       denoisers: `Denoiser`s, or tuples of their fields: (mode, mean_span_length, noise_density, weight).
-      mode_tokens: what precedes the inputs made by a denoiser, by its mode: a mapping of modes to ids;
-        'sentinels' for the vocabulary's lowest extra ids, in the order the modes come; None for nothing.
+      mode_tokens: the id put before the inputs made by a denoiser, by its mode: a mapping of modes to ids;
+        'sentinels' for the vocabulary's lowest extra ids, in the order of the modes; None for no mode tokens.
       add_eos: whether the targets end in EOS, and the inputs of an encoder.
-      overlong: what becomes of a supervised example longer than its lengths: 'truncate', 'skip' or 'error'.
+      overlong: how a supervised example longer than its lengths is treated: 'truncate', 'skip' or 'error'.
       decoder_only: whether one decoder reads inputs and targets joined, as under `PrefixLanguageModel`.
-      window: tokens of the longest window; None is as many as fit. Shorter ones may fill packed rows better.
+      window: tokens of the longest window; None: as many as fit. Shorter windows may fill packed rows better.
     """
 
     def __init__(
@@ -164,17 +164,17 @@ class MixtureOfDenoisers(WindowedTextConverter):
 
 
 class RandomPrefix(WindowedTextConverter):
-    """A prefix language model on plain text: windows cut in two, `inputs` before the cut, `targets` after it.
+    """A prefix language model on plain text: each window is split into `inputs` and the `targets` after them.
 
-    The cut is uniform over the places where both sides fit. To leave it room, a window has half as many tokens
-    as inputs and targets together.
+    The split is uniform over the positions where both parts fit. To leave a range of them, a window has half as many
+    tokens as inputs and targets together.
 
     Args:
       pack: whether training rows hold several items.
       add_eos: whether the targets end in EOS, and the inputs of an encoder.
-      overlong: what becomes of a supervised example longer than its lengths: 'truncate', 'skip' or 'error'.
+      overlong: how a supervised example longer than its lengths is treated: 'truncate', 'skip' or 'error'.
       decoder_only: whether one decoder reads inputs and targets joined, as under `PrefixLanguageModel`.
-      window: tokens of the longest window; None is as many as fit. Shorter ones may fill packed rows better.
+      window: tokens of the longest window; None: as many as fit. Shorter windows may fill packed rows better.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class RandomPrefix(WindowedTextConverter):
     ) -> None:
         super().__init__(pack, add_eos, overlong, decoder_only, window)
 
-    def scheme(self, room: Room) -> "Cut":
+    def scheme(self, room: Room) -> "PrefixSplit":
         """Returns how windows become pairs; UserError where lengths are too few."""
         if min(room.inputs, room.targets) < 1:
             raise UserError(
@@ -195,7 +195,7 @@ class RandomPrefix(WindowedTextConverter):
                 f"{room.targets} of targets beside EOS; RandomPrefix needs 1 of each"
             )
         window = min(room.window, (room.inputs + room.targets) // 2)
-        return Cut(room, window, 1 if self.decoder_only else _PREFIX_CYCLE)
+        return PrefixSplit(room, window, 1 if self.decoder_only else _PREFIX_CYCLE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,10 +206,10 @@ class Denoising:
       room: what inputs and targets may hold.
       window: tokens of the longest window.
       turns: the denoiser of each turn, int64 [cycle].
-      noise: tokens dropped by each denoiser from a window of n tokens, int64 [denoisers, window + 1].
-      spans: the spans they form, int64 [denoisers, window + 1].
-      heads: what precedes the inputs made by each denoiser, int32 [0 or 1] each.
-      sentinels: what replaces spans, in their order, int32 [extra ids].
+      noise: number of tokens that each denoiser drops from a window of n tokens, int64 [denoisers, window + 1].
+      spans: number of spans they form, int64 [denoisers, window + 1].
+      heads: mode token put before the inputs made by each denoiser, int32 [0 or 1] each.
+      sentinels: ids that replace the spans, in order, int32 [extra ids].
     """
 
     room: Room
@@ -270,8 +270,8 @@ class Denoising:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
-    """Windows cut in two.
+class PrefixSplit:
+    """Windows split into a prefix and its rest.
 
     Attributes:
       room: what inputs and targets may hold.
@@ -295,10 +295,10 @@ class Cut:
         )
 
     def _at(self, size: np.ndarray, items: Items) -> np.ndarray:
-        """Returns where windows of `size` [items] tokens are cut, int64 [items]; a token alone is a target."""
+        """Returns where windows of `size` [items] tokens are split, int64 [items]; a single token is a target."""
         most = np.minimum(self.room.inputs, np.maximum(size - 1, 0))
         least = np.minimum(np.maximum(1, size - self.room.targets), most)
-        # In turn over epochs each item is cut in every eighth of the range, at a place of its own within it.
+        # Over the epochs an item is split in each eighth of the range in turn, at a random position within it.
         within = (item_hash(items) >> np.uint64(11)).astype(np.float64) * 2.0**-53
         share = (rotation(items, _PREFIX_CYCLE) + within) / _PREFIX_CYCLE
         return np.minimum(least + (share * (most - least + 1)).astype(np.int64), most)
@@ -311,7 +311,7 @@ def _check_denoiser(where: str, denoiser: Denoiser) -> None:
     if mean is not None and (isinstance(mean, str) or not mean >= 1):
         raise UserError(f"{where}: mean_span_length must be at least 1 token, or None for a prefix LM, not {mean!r}")
     if isinstance(density, str) or not 0 < density < 1:
-        raise UserError(f"{where}: noise_density must lie between 0 and 1, not {density!r}")
+        raise UserError(f"{where}: noise_density must be between 0 and 1, not {density!r}")
     if isinstance(weight, bool) or not isinstance(weight, int) or weight < 1:
         raise UserError(f"{where}: weight must be a whole number of epochs, at least 1, not {weight!r}")
 

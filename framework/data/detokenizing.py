@@ -1,7 +1,7 @@
 """Token ids to text one at a time: the pieces joined are the text of all ids at once, and each token costs the same.
 
-A piece is given out once no later token can change it. What a decoder does across tokens (bytes that make a character
-together, spaces at the beginning) is kept as state; of decoders not known here the text comes whole, at the end.
+A piece is returned once no later token can change it. What a decoder does across tokens (bytes that make a character
+together, spaces at the beginning) is kept as state. Decoders of an unknown kind return all text at the end.
 """
 
 import codecs
@@ -18,16 +18,16 @@ class Detokenizer(Protocol):
     """The text of one sequence."""
 
     def feed(self, token: int) -> str:
-        """Takes the next id; returns the text that is certain now, "" while it hangs on what follows."""
+        """Takes the next id; returns the text that is now certain, "" while it depends on later ids."""
         ...
 
     def finish(self) -> str:
-        """Returns the rest of the text, after which nothing may be fed."""
+        """Returns the rest of the text; `feed` must not be called afterwards."""
         ...
 
 
-class Whole:
-    """Text that comes at the end, by `decode` of all ids."""
+class AllAtEnd:
+    """All text at the end, by `decode` of all ids."""
 
     def __init__(self, decode: Decode) -> None:
         self._decode, self._ids = decode, list[int]()
@@ -55,7 +55,7 @@ class Utf8:
 
 
 class PerToken:
-    """Tokens whose text hangs on nothing but whether something stands before them.
+    """Tokens whose text depends only on whether they are the first.
 
     `known` keeps the text of tokens that are not the first, over many sequences; an id without a token has none.
     """
@@ -80,12 +80,14 @@ class PerToken:
 
 
 class ByteFallback:
-    """Tokens as text where `<0xE2>` are bytes: a run of them is its characters or, where it is no UTF-8, a replacement
-    character for each byte of it, as in tokenizers' ByteFallback, followed by Fuse.
+    """Tokens as text where tokens such as `<0xE2>` are bytes.
+
+    A run of bytes becomes its characters or, where it is not UTF-8, one replacement character for each byte, as in
+    tokenizers' ByteFallback followed by Fuse.
 
     Args:
       of_token: the token of an id, after replacements; None where there is none.
-      strip: (character, how many of it at most are dropped at the beginning of the text).
+      strip: (character, how many of them at most are dropped from the beginning of the text).
     """
 
     def __init__(self, of_token: Callable[[int], str | None], strip: tuple[str, int] = ("", 0)) -> None:
@@ -140,13 +142,14 @@ class ByteFallback:
 
 
 class Pieces:
-    """SentencePiece's own decoding: a byte that belongs to no character is a replacement character by itself, and the
-    space of the first piece is dropped.
+    """SentencePiece's own decoding.
+
+    A byte that is part of no character becomes a replacement character, and the first piece's space is dropped.
 
     Args:
       decode: ids to text.
-      byte: the byte of an id that is one, else None.
-      is_space: whether an id, as the first, is a dropped space, after which no other is dropped.
+      byte: id -> its byte; None where it is not a byte.
+      is_space: whether an id, when it is first, is a space that is dropped (no further space is dropped then).
       known: the text of pieces that are not the first, kept over many sequences.
     """
 
@@ -184,7 +187,7 @@ class Pieces:
         return self._known[token]
 
     def _characters(self, whole: bool) -> str:
-        """Takes what is certain of the bytes; `whole` where none follow."""
+        """Removes and returns the characters that are certain; `whole` if no more bytes follow."""
         text = ""
         while self._bytes:
             size = _character_size(self._bytes[0])
@@ -212,7 +215,7 @@ def of_decoder(
       decoder: the object `decoder` of the file.
       decode: ids to text, by the tokenizer itself.
       token: the token of an id, None where there is none.
-      letters: what stands for each byte in byte-level tokens.
+      letters: the letter that represents each byte in byte-level tokens, as letter -> byte.
       known: the text of tokens, kept over many sequences.
     """
     stages = _stages(decoder)
@@ -235,7 +238,7 @@ def of_decoder(
             return text
 
         return ByteFallback(piece, ("", 0) if strip is None else (strip["content"], strip["start"]))
-    return Whole(decode)
+    return AllAtEnd(decode)
 
 
 def _stages(decoder: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
@@ -247,7 +250,7 @@ def _stages(decoder: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
 
 
 def _letters_to_bytes(token: str, letters: Mapping[str, int]) -> bytes:
-    """Returns what a byte-level token stands for: its own UTF-8 where a letter stands for no byte."""
+    """Returns the bytes of a byte-level token; its own UTF-8 where some letter represents no byte."""
     try:
         return bytes([letters[letter] for letter in token])
     except KeyError:
@@ -255,5 +258,5 @@ def _letters_to_bytes(token: str, letters: Mapping[str, int]) -> bytes:
 
 
 def _character_size(first: int) -> int:
-    """Returns how many bytes a character that begins with this byte has; 1 where none does."""
+    """Returns how many bytes a character that begins with this byte has; 1 if no character begins with it."""
     return 2 if 0xC2 <= first <= 0xDF else 3 if 0xE0 <= first <= 0xEF else 4 if 0xF0 <= first <= 0xF4 else 1

@@ -1,6 +1,6 @@
 """Tasks read from their caches: the order is a pure function of (recipe, seed, batch), on any number of processes.
 
-Needs no TensorFlow where a cache is there and no step after it needs it. Missing caches are built on first use.
+TensorFlow is needed only to build a missing cache (which happens on first use) and for steps after the cache.
 """
 
 import copy
@@ -42,7 +42,7 @@ class CachedTask:
       rate: its share of the mixture, relative to the others'.
       directory: where it is cached.
       task: the seqio Task; None on a machine without seqio.
-      is_cached: whether all of it is there; in a dry run, which caches nothing, it may not be.
+      is_cached: whether all of it is cached; False is possible only in a dry run, which caches nothing.
     """
 
     name: str
@@ -64,7 +64,7 @@ class CachedTask:
         return sorted(path.parent.name for path in self.directory.glob("*/index.json"))
 
     def num_examples(self, split: str) -> int | None:
-        """Returns how many examples a split has; of what is not cached its source, None where that does not tell."""
+        """Returns how many examples a split has; if not cached, how many its source reports, None if it does not."""
         if not self.is_cached:
             return seqio_steps.source_count(self.task, split)
         return _counts(self.directory)[split]
@@ -84,12 +84,12 @@ class CachedData:
       eval_split: what `eval_tasks` read.
       eval_examples: evaluate on the first so many examples of each task (None: all).
       shuffle: whether order is random; if not, examples come in the cache's order.
-      cache_dir: where tasks are cached; by default as `meshway cache` has it.
+      cache_dir: where tasks are cached; by default as for `meshway cache`.
       build: whether a missing cache is built now; if not, it is an error.
       rates: other mixing rates from given steps on.
       num_workers: processes that prepare batches; 0: a thread. None: measured, a thread unless batches are slow.
       vocabularies: the vocabulary expected of each feature; any other is an error.
-      start: ids that a decoder reads before a text; None goes by the vocabulary of `targets` (its BOS, T5's 0).
+      start: ids that a decoder reads before a text; None takes those of the vocabulary of `targets` (BOS, or T5's 0).
       stop_ids: ids that end a prediction beside the EOS of that vocabulary.
     """
 
@@ -133,8 +133,10 @@ class CachedData:
         self._is_dry = False
 
     def for_dry_run(self) -> "CachedData":
-        """Returns the same source, to be asked and not read: it makes the same checks, and no cache. Of what is not
-        cached yet `train` and `eval_tasks` give specs and counts alone."""
+        """Returns the same source for a dry run: it makes the same checks and builds no cache.
+
+        For a task that is not cached yet, `train` and `eval_tasks` provide only specs and counts.
+        """
         source = copy.copy(self)
         for name in ("tasks", "_framing", "_training"):
             vars(source).pop(name, None)
@@ -194,12 +196,14 @@ class CachedData:
         return result
 
     def import_first(self, modules: Sequence[str]) -> None:
-        """Takes more modules that register tasks, as those that a recipe imports: processes that write caches import
-        them too, before the others."""
+        """Adds modules that register tasks, such as those a recipe imports.
+
+        Processes that write caches import them too, before `module`.
+        """
         self.modules = list(dict.fromkeys([*modules, *self.modules]))
 
     def framing(self) -> Framing | None:
-        """Returns what decoders read before a text, and what ends a prediction; None where no `targets` hold text."""
+        """Returns the ids that start a decoder's text and end a prediction; None if `targets` hold no text."""
         return framing_of(self.vocabularies(), self._start, self._stop_ids)
 
     def vocabularies(self) -> dict[str, Vocabulary]:
@@ -235,7 +239,7 @@ class CachedData:
             tasks = {task.name: task for task in seqio_adapter.subtasks(provider)}
             missing = self._look_at_caches() if self._is_dry else self._ensure_caches()
             counts = {name: _counts(self._directory / name) for name in tasks}
-            # What a rate asks for has some number once it is cached.
+            # A rate may need a number of examples, which is known only once the task is cached: any number does here.
             counts |= {name: dict.fromkeys(tasks[name].splits, 1) for name in missing}
             rates = seqio_adapter.mixing_rates(provider, counts)
             if processes.is_primary() and not self._is_dry:
@@ -256,7 +260,7 @@ class CachedData:
         ]
 
     def _look_at_caches(self) -> set[str]:
-        """Checks what is cached, and returns the tasks of which something is to be cached yet."""
+        """Checks what is cached, and returns the tasks of which something is not cached yet."""
         arguments = (self.name, self.modules, self._directory)
         cache_builder.refuse_stale(*arguments)
         splits = cache_builder.missing(*arguments)
@@ -269,12 +273,12 @@ class CachedData:
         return {split.rpartition("/")[0] for split in splits}
 
     def _ensure_caches(self) -> set[str]:
-        """Builds what is missing in process 0, while the others wait for it; then nothing is."""
+        """Builds what is missing in process 0 while the others wait; returns the tasks still missing: none."""
         arguments = (self.name, self.modules, self._directory)
         primary = processes.is_primary()
         if primary and self._look_at_caches():
             cache_builder.ensure(*arguments)
-        processes.barrier(f"the cache of {self.name}", None, waiting=self._say_what_is_missing)
+        processes.barrier(f"the cache of {self.name}", None, waiting=self._report_missing)
         if not primary and (splits := cache_builder.missing(*arguments)):
             raise UserError(
                 f"process 0 has {self.name!r} in its {self._directory}, and this process does not see {splits} there; "
@@ -283,7 +287,7 @@ class CachedData:
         cache_builder.ensure(*arguments)
         return set()
 
-    def _say_what_is_missing(self) -> None:
+    def _report_missing(self) -> None:
         splits = cache_builder.missing(self.name, self.modules, self._directory)
         if splits:
             print(f"data: process 0 is still to cache {', '.join(splits)}", file=sys.stderr, flush=True)
@@ -302,7 +306,7 @@ class CachedData:
             )
         promised = features_from_json(task.info["declared"])
         if steps is not None:
-            # A text task in T5's manner has `inputs` that are always empty.
+            # A text task in T5's style declares `inputs` that are empty in every example.
             empty = {name for name, sizes in cached.sizes.items() if len(sizes) and not sizes.max()}
             promised = {name: cached.features[name] for name in promised if name in cached.features.keys() - empty}
         else:
@@ -319,7 +323,7 @@ class CachedData:
         return OnlineSource(task.name, examples, self._steps(task), *arguments)
 
     def _steps(self, task: CachedTask) -> Callable[[list[Any], int], list[Any]]:
-        """Returns (examples, seed) -> what the task's steps after the cache make of them."""
+        """Returns (examples, seed) -> those examples after the task's steps that come after the cache."""
         features, start = features_from_json(task.info["features"]), task.info["cut"]["online_from"]
 
         def run(examples: list[Any], seed: int) -> list[Any]:
@@ -342,7 +346,7 @@ def _counts(directory: Path) -> dict[str, int]:
 
 
 def _write_if_changed(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a small JSON file, whole or not at all, unless it says the same already."""
+    """Writes a small JSON file atomically, unless it has this content already."""
     text = json.dumps(content, indent=1) + "\n"
     with io_errors(path):
         if not path.is_file() or path.read_text("utf-8") != text:

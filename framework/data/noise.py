@@ -1,4 +1,6 @@
-"""What denoising objectives drop from a text: how much, where, and what is left. Numpy, seeded by one number.
+"""Choosing the spans that denoising objectives drop from a text, and the inputs and targets that result.
+
+Numpy only; all randomness comes from one seed.
 
 Span corruption after Raffel et al. 2020, section 3.1.4: `inputs` is a text with each dropped span replaced by
 a sentinel, `targets` is each sentinel followed by its span. A text begins with a kept token and ends with a
@@ -13,9 +15,9 @@ from meshway.framework.data.rows.mixing import hash64
 def noise_counts(
     length: np.ndarray, noise_density: float, mean_span_length: float | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (tokens dropped, spans they form) of texts of `length` [n] tokens, int64 [n] each.
+    """Returns (tokens dropped, spans they form) for texts of `length` [n] tokens, int64 [n] each.
 
-    At least one of each, and a kept token for every span, wherever a text has two tokens or more.
+    A text of two tokens or more has at least one dropped token, one span, and one kept token for every span.
 
     Args:
       length: tokens, at least 1.
@@ -33,7 +35,7 @@ def corruption_window(inputs: int, targets: int, noise_density: float, mean_span
 
     Both forms grow with the text, so every shorter text fits too.
     """
-    # A text's tokens lie in one of the two, and each has a sentinel a span: n + 2 spans <= inputs + targets.
+    # Each token is in one of the two, and both have one sentinel per span: n + 2 spans <= inputs + targets.
     length = np.arange(1, max(inputs + targets - 1, 1))
     noise, spans = noise_counts(length, noise_density, mean_span_length)
     return int(((length - noise + spans <= inputs) & (noise + spans <= targets)).sum())
@@ -42,13 +44,13 @@ def corruption_window(inputs: int, targets: int, noise_density: float, mean_span
 def corrupt(
     tokens: np.ndarray, noise: int, spans: int, sentinels: np.ndarray, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Drops `noise` of `tokens` in `spans` spans; all ways of doing so, each span after a kept token, equally likely.
+    """Drops `noise` of `tokens` in `spans` spans; every choice with a kept token before each span is equally likely.
 
     Args:
       tokens: int32 [n], n >= 1.
       noise: from `noise_counts`.
       spans: from `noise_counts`.
-      sentinels: what replaces the first span, the second, ...: at least as many ids, int [>= spans].
+      sentinels: the ids that replace the first span, the second, ...: int [>= spans].
       seed: below 2**64.
 
     Returns:
@@ -74,12 +76,12 @@ def corrupt(
 
 
 def random_bits(seed: int, count: int) -> np.ndarray:
-    """Returns `count` random-looking numbers below 2**64, uint64 [count]: no two alike, for ever the same of a seed."""
+    """Returns `count` distinct random-looking numbers below 2**64, uint64 [count]; fixed for ever by the seed."""
     return hash64(np.arange(count, dtype=np.uint64) << np.uint64(32) ^ np.uint64(seed))
 
 
 def lowest(bits: np.ndarray, count: int) -> np.ndarray:
-    """Returns where the `count` lowest of `bits` [n], no two alike, are: a random choice in order, int64 [count]."""
+    """Returns the sorted indices of the `count` lowest of distinct `bits` [n], a random choice, int64 [count]."""
     if not count:
         return np.zeros(0, np.int64)
     return (bits <= np.partition(bits, count - 1)[count - 1]).nonzero()[0]
@@ -93,7 +95,7 @@ def _run_ends(bits: np.ndarray, runs: int) -> np.ndarray:
 
 
 def _with_sentinels(tokens: np.ndarray, places: np.ndarray, sentinels: np.ndarray) -> np.ndarray:
-    """Returns tokens with `sentinels` [k] between them, to lie at `places` [k] of the result, int32."""
+    """Returns tokens with `sentinels` [k] inserted, which are at indices `places` [k] of the result, int32."""
     result = np.empty(len(tokens) + len(sentinels), np.int32)
     is_token = np.ones(len(result), bool)
     is_token[places] = False

@@ -1,7 +1,7 @@
 """The contracts of feature converters: from a task's examples, by their sizes first, to rows of a model's batch.
 
 Packing is planned from sizes alone, before any example is read: every process plans the same rows and reads
-only the examples of its own. So an objective must be able to say how many tokens an example will take.
+only the examples of its own rows. So an objective must know how many tokens an example will take.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ Spec = dict[str, tuple[tuple[int, ...], np.dtype]]  # batch feature -> (global s
 
 @dataclasses.dataclass(frozen=True)
 class VocabularyInfo:
-    """What an objective must know of a feature's vocabulary.
+    """What an objective needs to know about a feature's vocabulary.
 
     Attributes:
       size: number of ids, extra ids included.
@@ -59,10 +59,10 @@ class TaskInfo:
 
     Attributes:
       name: the task.
-      features: those that hold something in some example.
-      start: ids that a decoder reads before the first token; T5's here, for tasks that no data source opened.
-      bos: the same where a text may spell them out itself, see `Framing.bos`; else ().
-      empty: names of those that hold nothing in any.
+      features: those that are not empty in every example.
+      start: ids that a decoder reads before the first token; the default is T5's, for tasks that no data source opened.
+      bos: `start` where a text may contain these ids itself, see `Framing.bos`; else ().
+      empty: names of the features that are empty in every example.
     """
 
     name: str
@@ -72,7 +72,7 @@ class TaskInfo:
     bos: tuple[int, ...] = ()
 
     def lacks(self, name: str, kind: str) -> str:
-        """Returns the message that a feature which converter `kind` reads is not there."""
+        """Returns the error message for a missing feature that converter `kind` reads."""
         if name in self.empty:
             return f"task {self.name!r}: {name!r}, which {kind} reads, is empty in every example"
         return f"task {self.name!r} has no feature {name!r}, which {kind} reads; it has {sorted(self.features)}"
@@ -80,14 +80,14 @@ class TaskInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Items:
-    """What is packed: part `part` of example `index`, as it is in epoch `epoch`; int64 [items] each."""
+    """The units that are packed: part `part` of example `index` in epoch `epoch`; int64 [items] each."""
 
     index: np.ndarray
     part: np.ndarray
     epoch: np.ndarray
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Yields the columns, as they are declared."""
+        """Yields the columns in declaration order."""
         yield from (self.index, self.part, self.epoch)
 
 
@@ -95,8 +95,8 @@ class Objective(Protocol):
     """A converter bound to one task and to lengths.
 
     Attributes:
-      row_lengths: what a row holds, in tokens by row feature; {} for rows of one item each, never packed.
-      trims: the features it cuts at their end, and to how many tokens: an EOS appended online must fit in these.
+      row_lengths: row feature -> tokens that a row holds; {} for rows of one item each, never packed.
+      trims: feature -> tokens to which its end is truncated: an EOS appended online must fit in these.
       cycle: number of epochs after which the sizes of the same items repeat; 1 unless they depend on the epoch.
     """
 
@@ -121,7 +121,7 @@ class Objective(Protocol):
         ...
 
     def lost(self, sizes: Sizes) -> np.ndarray:
-        """Returns how many tokens of each example no item shows [examples]: cut off, or skipped with it."""
+        """Returns how many tokens of each example are in no item [examples]: truncated, or skipped with the example."""
         ...
 
     def measure(self, sizes: Sizes, items: Items) -> dict[str, np.ndarray]:
@@ -134,7 +134,7 @@ class Objective(Protocol):
         ...
 
     def convert(self, example: Example, index: int, part: int, epoch: int, seed: int) -> dict[str, np.ndarray]:
-        """Returns one item's row features, as long as `measure` said; pure.
+        """Returns one item's row features, of the lengths that `measure` returned; pure.
 
         Args:
           example: the task's features.
@@ -150,12 +150,13 @@ class Objective(Protocol):
         ...
 
     def prompts(self, examples: Sequence[Example]) -> Arrays:
-        """Returns what prediction reads, row i of (task) example i; UserError where there is nothing to predict."""
+        """Returns the arrays that prediction reads, row i for (task) example i; UserError if there are none."""
         ...
 
 
 class Converter(Protocol):
-    """What a recipe names: an objective before it meets a task. A user's own meets this by shape.
+    """What a recipe names: an objective before it is bound to a task. A user's class needs these members, no base
+    class.
 
     Attributes:
       pack: whether training rows hold several items.
@@ -175,6 +176,6 @@ class Converter(Protocol):
         """Returns the objective of one task.
 
         Raises:
-          UserError: the task's features, the lengths and this converter do not fit; names which and why.
+          UserError: the task's features, the lengths and this converter do not fit; the message names which and why.
         """
         ...

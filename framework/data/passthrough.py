@@ -1,4 +1,4 @@
-"""Examples as they are: images, labels, vectors of fixed shapes, a row each."""
+"""Examples of fixed shapes (images, labels, vectors), one per row, unchanged."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -13,13 +13,13 @@ _KINDS = "biuf"  # bool, integers, floats: what a device computes with
 
 
 class PassThrough:
-    """Rows are examples, each feature of one shape. TASK_FEATURE_LENGTHS is {}.
+    """Each row is one example; each feature has one fixed shape. TASK_FEATURE_LENGTHS is {}.
 
     Args:
       shapes: task feature -> shape of an example, as {'image': (8, 8, 1), 'label': ()}.
-      dtypes: task feature -> numpy's name of its dtype in the batch; needed for every feature. Another dtype than
-        the task's is cast to, if numpy calls it the same kind and every integer survives.
-      weights: the batch feature, float32 [batch], that is 1 on rows that hold an example and 0 on padding.
+      dtypes: task feature -> numpy's name of its dtype in the batch; needed for every feature. The task's values are
+        cast to it, if it is of the same kind (numpy's `same_kind`) and can hold every integer.
+      weights: name of the batch feature, float32 [batch], that is 1 on rows that hold an example and 0 on padding.
     """
 
     pack = False
@@ -49,8 +49,8 @@ class PassThrough:
         """Returns the objective of a task.
 
         Raises:
-          UserError: a feature is missing, of another shape or of a dtype that cannot be cast, or `lengths` gives
-            a length that says otherwise than `shapes`.
+          UserError: a feature is missing, of another shape or of a dtype that cannot be cast, or `lengths` contradicts
+            `shapes`.
         """
         for name, shape in self.shapes.items():
             if name not in task.features:

@@ -22,8 +22,8 @@ _END = object()
 class Prefetcher:
     """Iterates over (batch, the dataset's state after it); use `prefetch` to make one.
 
-    The dataset belongs to the thread from here on. What it raises, the consumer sees, after the batches that
-    came before; then the iterator is exhausted.
+    Only the thread may use the dataset from now on. An exception of the dataset is raised to the consumer after the
+    batches before it; then the iterator is exhausted.
     """
 
     def __init__(self, dataset: Dataset, depth: int) -> None:
@@ -50,7 +50,7 @@ class Prefetcher:
         return item
 
     def close(self) -> None:
-        """Stops the thread once the batch it is making is made, drops what is queued, and waits for it."""
+        """Stops the thread after the batch it is making, drops queued batches, and waits for the thread."""
         self._stop.set()
         self._done = True
         while self._thread.is_alive():
@@ -67,7 +67,7 @@ class Prefetcher:
                 self._put((batch, dataset.state()))
         except StopIteration:
             self._put(_END)
-        except BaseException as error:  # whatever it is, it must reach the consumer, who else waits for ever
+        except BaseException as error:  # every kind must reach the consumer, which would otherwise wait for ever
             self._put(error)
 
     def _put(self, item: object) -> None:
@@ -80,10 +80,10 @@ class Prefetcher:
 
 
 def prefetch(dataset: Dataset, depth: int = 2) -> Prefetcher:
-    """Starts preparing up to `depth` batches ahead (one more may be in the making).
+    """Starts preparing up to `depth` batches ahead (one more may be under way).
 
     Args:
-      dataset: what to read; nobody else may read it until `close()`.
+      dataset: the dataset to read; nothing else may read it until `close()`.
       depth: number of finished batches kept waiting.
 
     Returns:
@@ -98,11 +98,11 @@ _FOR_EVER = 2**40  # batches
 
 
 class WorkerStream:
-    """A row stream whose batches are made by processes, through grain.
+    """A row stream whose batches are made by worker processes, through grain.
 
     Args:
-      stream: what to read.
-      num_workers: how many processes. None: as many as it takes, by how long the first batches take to make.
+      stream: the stream to read.
+      num_workers: how many processes. None: chosen from the time that the first batches take to make.
     """
 
     def __init__(self, stream: RowStream, num_workers: int | None) -> None:
@@ -137,7 +137,7 @@ class WorkerStream:
         self._iterator = None
 
     def seek(self, batch: int) -> None:
-        """Goes to before batch number `batch`, reading nothing."""
+        """Makes `batch` the number of the next batch, reading nothing."""
         self.stream.seek(batch)
         self._iterator = None
 
@@ -145,7 +145,7 @@ class WorkerStream:
         return self.stream.spec()
 
     def _choose(self) -> int:
-        """Returns the number of workers for batches that take as long as those made so far, the first one apart."""
+        """Returns the number of workers, from the time of the batches made so far except the first."""
         seconds = sorted(self._seconds[1:])[len(self._seconds) // 2 - 1]
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = 0 if seconds < _SLOW_BATCH else min(_MOST_WORKERS, cores // 4)

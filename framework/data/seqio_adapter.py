@@ -1,6 +1,4 @@
-"""The adapter to seqio and TensorFlow: importing them quietly, looking tasks up, running them, saying what went wrong.
-
-Nothing here imports it, or seqio.
+"""The adapter to seqio and TensorFlow: importing them quietly, looking tasks up, running them, reporting errors.
 
 This file, `seqio_steps.py` and `seqio_loader.py` are the only ones of the framework that import seqio or
 TensorFlow, and only inside functions: a run that reads no seqio task never pays for them.
@@ -30,21 +28,21 @@ from meshway.framework import terminal
 from meshway.framework.data.rows.packing import Example
 from meshway.framework.errors import UserError, did_you_mean
 
-# Names of TensorFlow's kernels and datasets whose result differs from call to call.
+# Names of TensorFlow ops and datasets whose result differs from call to call.
 _RANDOM = re.compile(
     r"Random|Shuffle|TruncatedNormal|Parameterized|Multinomial|SampleDistorted|Stateful(Uniform|Standard|Truncated)"
     r"|Rng|NonDeterministicInts|.*CandidateSampler"
 )
 
 
-def draws(dataset: Any) -> bool:
-    """Says whether anything of a dataset draws random numbers, its order included."""
+def draws_random_numbers(dataset: Any) -> bool:
+    """Returns whether any part of a dataset draws random numbers, its order included."""
     kinds = (re.sub(r"^_", "", type(part).__name__) for part in _parts(dataset))
     return any(_RANDOM.match(kind) for kind in kinds) or maps_randomly(dataset)
 
 
 def maps_randomly(dataset: Any) -> bool:
-    """Says whether a function mapped over a dataset has a random operation, at any depth."""
+    """Returns whether a function mapped over a dataset has a random operation, at any depth."""
     for part in _parts(dataset):
         for function in part._functions():
             graph = function.function.graph.as_graph_def()
@@ -67,10 +65,9 @@ _NOTE = re.compile(rb"[IW]\d{4} |WARNING: All log messages before absl|To enable
 
 @contextlib.contextmanager
 def dropped() -> Iterator[None]:
-    """Lets TensorFlow come quietly, and without accelerators, if it comes in the time of a `with` block.
+    """Makes an import of TensorFlow inside the `with` block quiet, and hides accelerators from it.
 
-    Only what is written while TensorFlow itself is being imported is looked at: what a module says that imports it is
-    heard at once.
+    Only lines written while TensorFlow itself is imported are filtered; those of a module that imports it are not.
     """
     if _NAME in sys.modules:
         yield
@@ -86,7 +83,7 @@ def dropped() -> Iterator[None]:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds what the finders after it find, and lets TensorFlow's module run quietly."""
+    """Finds modules as the finders after it do, and makes TensorFlow's module run quietly."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -123,7 +120,8 @@ def hide_accelerators(tensorflow: Any) -> None:
 def without_notes() -> Iterator[None]:
     """Drops notes from standard error, and passes on all other lines.
 
-    They come before any log level is read, so the stream itself is caught. Nothing is dropped when the block fails.
+    They are written before any log level is read, so the stream itself is redirected. Nothing is dropped if the block
+    fails.
     """
     try:
         saved = os.dup(2)
@@ -156,7 +154,7 @@ seqio_lock = threading.RLock()
 
 
 def installed() -> bool:
-    """Says whether seqio and TensorFlow are there; without them a run reads caches alone."""
+    """Returns whether seqio and TensorFlow are installed; without them a run can only read caches."""
     names = ("seqio", "tensorflow")
     if any(name in sys.modules and sys.modules[name] is None for name in names):
         return False
@@ -236,9 +234,9 @@ def mixing_rates(provider: Any, counts: Mapping[str, Mapping[str, int]] | None =
 
 
 def _check_rates(mixture: Any) -> None:
-    """Raises UserError for a rate below 0, or that is no number, in a mixture or in those that it is made of.
+    """Raises UserError for a rate that is below 0 or not a number, in a mixture or its sub-mixtures.
 
-    Each is looked at by itself: multiplied or added up, one below 0 might not show.
+    Each is checked by itself: multiplied or added up, a negative one might not show.
     """
     for name, rate in mixture.rate_per_task_name.items():
         part = mixture._task_map[name]
@@ -269,7 +267,7 @@ def _rate(mixture: Any, task: Any, rate: Callable[[Any], float]) -> float:
 
 @contextlib.contextmanager
 def _counted(tasks: Sequence[Any], counts: Mapping[str, Mapping[str, int]]) -> Iterator[None]:
-    """Lets `seqio.mixing_rate_num_examples` and the like find our caches' counts where seqio keeps those of its own."""
+    """Puts our caches' counts where `seqio.mixing_rate_num_examples` and similar functions look for seqio's own."""
     counted = [task for task in tasks if task.name in counts]
     before = [(task._cache_dir, task._stats) for task in counted]
     for task in counted:
@@ -283,7 +281,7 @@ def _counted(tasks: Sequence[Any], counts: Mapping[str, Mapping[str, int]]) -> I
 
 
 def numpy_examples(dataset: Any) -> Iterator[Example]:
-    """Yields a tf.data.Dataset's elements as numpy, many at a time: one by one costs three times as much."""
+    """Yields a tf.data.Dataset's elements as numpy, fetched many at a time: one by one costs three times as much."""
     import tensorflow as tf
 
     specs = dataset.element_spec
@@ -326,7 +324,7 @@ def _import_module(name: str) -> None:
 
 @contextlib.contextmanager
 def task_errors(name: str, what: str) -> Iterator[None]:
-    """Turns whatever a task's own code, seqio or TensorFlow raises into a UserError that names the task."""
+    """Turns any exception of a task's own code, seqio or TensorFlow into a UserError that names the task."""
     try:
         yield
     except UserError:
@@ -357,6 +355,6 @@ def in_order(dataset: Any) -> Any:
 
     options = tf.data.Options()
     options.deterministic = True  # a task may have turned it off
-    if maps_randomly(dataset):  # a kernel with a state must be called in order
+    if maps_randomly(dataset):  # an op with state must be called in order
         options.threading.private_threadpool_size = 1
     return dataset.with_options(options)

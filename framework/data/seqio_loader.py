@@ -1,7 +1,7 @@
-"""The door to seqio's own pipelines: any registered task or mixture, streamed uncached, for a first look.
+"""Any registered task or mixture streamed uncached through seqio's own pipelines, for a first look.
 
-What it is not: batches depend on how many processes read, and a resumed run reads and drops all it has had. For
-anything longer `grain_loader.CachedData` reads the same tasks from a cache.
+Its limits: batches depend on how many processes read, and a resumed run reads again, and drops, all that came before.
+For anything longer, `grain_loader.CachedData` reads the same tasks from a cache.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ from meshway.framework.data.vocabulary import Framing, Vocabulary, vocabulary_si
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Batch
 
-_SLOW = 1000  # skipping this many batches is worth a line of progress
-_END = "meshway: end of a pass"  # no feature of anyone's
+_SLOW = 1000  # batches between progress lines while batches are skipped
+_END = "meshway: end of a pass"  # a name that no task's feature has
 
 
 class SeqioData:
@@ -51,7 +51,7 @@ class SeqioData:
       shuffle: whether seqio shuffles each pass, by files and a buffer.
       use_cached: read the tasks from seqio's own offline cache (made by seqio_cache_tasks).
       vocabularies: the vocabulary expected of each feature; any other is an error.
-      start: ids that a decoder reads before a text; None goes by the vocabulary of `targets` (its BOS, T5's 0).
+      start: ids that a decoder reads before a text; None takes those of the vocabulary of `targets` (BOS, or T5's 0).
       stop_ids: ids that end a prediction beside the EOS of that vocabulary.
     """
 
@@ -89,7 +89,7 @@ class SeqioData:
         self._is_dry = False
 
     def for_dry_run(self) -> "SeqioData":
-        """Returns the same source, which says nothing as it is opened. It reads nothing before a batch is asked for."""
+        """Returns the same source, without its note on opening; it reads nothing before the first batch anyway."""
         source = copy.copy(self)
         source._is_dry = True
         return source
@@ -146,7 +146,7 @@ class SeqioData:
         return [
             TaskEvaluation(
                 task.name,
-                _Late(functools.partial(self._read, task, split)),
+                _LazyExamples(functools.partial(self._read, task, split)),
                 self._objective(task),
                 self.converter,
                 self.lengths,
@@ -159,7 +159,7 @@ class SeqioData:
         ]
 
     def framing(self) -> Framing | None:
-        """Returns what decoders read before a text, and what ends a prediction; None where no `targets` hold text."""
+        """Returns the ids that start a decoder's text and end a prediction; None if `targets` hold no text."""
         return framing_of(self.vocabularies(), self._start, self._stop_ids)
 
     def vocabularies(self) -> dict[str, Vocabulary]:
@@ -190,7 +190,7 @@ class SeqioData:
         for task in self._tasks:
             with seqio_adapter.task_errors(task.name, f"split {split!r}"):
                 splits[task.name] = list(task.splits)
-        # A slice such as 'train[:90%]' is a matter of its source.
+        # A slice such as 'train[:90%]' is left to the source.
         having = with_split(splits, re.sub(r"\[.*\]$", "", split), purpose, self.name)
         return [task for task in self._tasks if task.name in having]
 
@@ -278,10 +278,10 @@ class SeqioStream:
 
 @contextlib.contextmanager
 def _fresh_each_pass() -> Iterator[None]:
-    """Lets what seqio's preprocessors draw, in a dataset that is put together inside, differ in each pass over it.
+    """Makes the random numbers of seqio's preprocessors differ between passes over a dataset built inside the block.
 
-    seqio repeats a task before it draws. Repeated after that, where alone it is known what ends a pass, it would draw
-    the same again.
+    seqio itself repeats a task before its random steps. We repeat it after them, where the end of a pass is known; the
+    numbers would otherwise be the same in each pass.
     """
     import tensorflow as tf
 
@@ -294,7 +294,7 @@ def _fresh_each_pass() -> Iterator[None]:
 
 
 def _with_ends(dataset: Any) -> Any:
-    """Returns a pass whose elements say by the feature `_END` that they are examples, and one more that it is over."""
+    """Returns a pass with one element more, the end: the feature `_END` tells it from the examples."""
     import tensorflow as tf
 
     specs = {name: spec for name, spec in dataset.element_spec.items() if isinstance(spec, tf.TensorSpec)}
@@ -304,7 +304,7 @@ def _with_ends(dataset: Any) -> Any:
     return dataset.map(lambda example: {name: example[name] for name in specs} | {_END: False}).concatenate(end)
 
 
-class _Late:
+class _LazyExamples:
     """Examples that are read into memory when they are first needed."""
 
     def __init__(self, read: Callable[[], list[Example]]) -> None:

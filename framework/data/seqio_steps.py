@@ -1,4 +1,4 @@
-"""Where a seqio task is cut: the preprocessors whose output is cached, and those that run when it is read.
+"""Dividing a seqio task at its cache: the preprocessors whose output is cached, and those that run when it is read.
 
 With `seqio_adapter.py` and `seqio_loader.py` the only files of the framework that import seqio or TensorFlow,
 and only inside functions.
@@ -20,19 +20,26 @@ from meshway.framework.data.objective import FeatureInfo, VocabularyInfo
 from meshway.framework.data.rows.examples import TENSORFLOW, TWINS, wrong_id
 from meshway.framework.data.rows.mixing import key_of
 from meshway.framework.data.rows.packing import Example
-from meshway.framework.data.seqio_adapter import draws, import_seqio, in_order, numpy_examples, seqio_lock, task_errors
+from meshway.framework.data.seqio_adapter import (
+    draws_random_numbers,
+    import_seqio,
+    in_order,
+    numpy_examples,
+    seqio_lock,
+    task_errors,
+)
 from meshway.framework.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
-    """A task's preprocessors, divided.
+class DividedSteps:
+    """A task's preprocessors, divided at the cache.
 
     Attributes:
       cached: those run once, offline: the first of the task's list.
       online: those run each time an example is read.
       online_from: where in the task's list `online` begins; a CacheDatasetPlaceholder is in neither.
-      reason: why just there, for people.
+      reason: what is cached and what decided it, as text.
     """
 
     cached: tuple[Callable[..., Any], ...]
@@ -42,15 +49,15 @@ class Cut:
 
 
 @functools.lru_cache(maxsize=256)
-def cut(task: Any) -> Cut:
-    """Divides a task's preprocessors.
+def divide_steps(task: Any) -> DividedSteps:
+    """Divides a task's preprocessors at the cache.
 
-    The cut is at the task's CacheDatasetPlaceholder if there is one; else before the first preprocessor that
-    takes `sequence_length` or draws random numbers through TensorFlow or seqio. (What a `tf.py_function` draws
-    by itself cannot be seen.)
+    The cache is at the task's CacheDatasetPlaceholder if there is one; else before the first preprocessor that takes
+    `sequence_length` or draws random numbers through TensorFlow or seqio. (Random numbers drawn inside a
+    `tf.py_function` cannot be seen.)
 
     Raises:
-      UserError: a preprocessor fails while it is put together.
+      UserError: a preprocessor fails while the dataset is built.
     """
     seqio = import_seqio()
     with task_errors(task.name, "preprocessors"):
@@ -59,7 +66,7 @@ def cut(task: Any) -> Cut:
     for place, step in enumerate(steps):
         if isinstance(step, seqio.CacheDatasetPlaceholder):
             reason = f"{place} of {total - 1} preprocessors, up to the task's CacheDatasetPlaceholder"
-            return Cut(steps[:place], steps[place + 1 :], place + 1, reason)
+            return DividedSteps(steps[:place], steps[place + 1 :], place + 1, reason)
     dataset = _empty_like(_source(task, _splits(task)[0]).element_spec)
     last_of_dicts = 0
     for place, step in enumerate(steps):
@@ -68,18 +75,18 @@ def cut(task: Any) -> Cut:
             with task_errors(task.name, f"preprocessor {place + 1} of {total} ({step_name(step)})"), _seeded(0):
                 before = seqio.utils._NEXT_MAP_SEED
                 dataset = task._preprocess_dataset(dataset, [step])
-                if before != seqio.utils._NEXT_MAP_SEED or draws(dataset):
+                if before != seqio.utils._NEXT_MAP_SEED or draws_random_numbers(dataset):
                     stops = "draws random numbers"
         if stops:
             reason = f"{last_of_dicts} of {total} preprocessors; {step_name(step)} {stops}"
-            return Cut(steps[:last_of_dicts], steps[last_of_dicts:], last_of_dicts, reason)
+            return DividedSteps(steps[:last_of_dicts], steps[last_of_dicts:], last_of_dicts, reason)
         if isinstance(dataset.element_spec, dict):
             last_of_dicts = place + 1
-    return Cut(steps, (), total, f"all {total} preprocessors")
+    return DividedSteps(steps, (), total, f"all {total} preprocessors")
 
 
 def takes_lengths(step: Callable[..., Any]) -> bool:
-    """Says whether seqio hands a preprocessor `sequence_length`: a free parameter of it, or of what it maps."""
+    """Returns whether seqio passes `sequence_length` to a preprocessor, or to the function that it maps."""
     if dataclasses.is_dataclass(step):
         fields = {field.name for field in dataclasses.fields(step)}
         mapped = getattr(step, "map_fn", None)
@@ -94,11 +101,11 @@ def step_name(step: Any) -> str:
 
 
 def features(task: Any, splits: Sequence[str]) -> dict[str, FeatureInfo]:
-    """Returns the features of a task at its cut, by name: what the cached preprocessors yield.
+    """Returns the cached features of a task, by name: those of the examples that the cached preprocessors yield.
 
     Raises:
-      UserError: an element is no dict of dense arrays, splits differ, or a feature is not as the task declares
-        it (where nothing but the appending of EOS comes after the cut).
+      UserError: an element is not a dict of dense arrays, splits differ, or a feature is not as the task declares
+        it (checked if only the appending of EOS comes after the cache).
     """
     found: dict[str, FeatureInfo] = {}
     for split in splits:
@@ -124,7 +131,7 @@ def features(task: Any, splits: Sequence[str]) -> dict[str, FeatureInfo]:
 
 
 def declared(task: Any) -> dict[str, FeatureInfo]:
-    """Returns the features that a task promises after all its preprocessors, whatever is cached."""
+    """Returns the features that a task declares, after all its preprocessors."""
     return {
         name: FeatureInfo(feature.dtype.name, (None,) * feature.rank, _vocabulary(feature))
         for name, feature in task.output_features.items()
@@ -132,7 +139,7 @@ def declared(task: Any) -> dict[str, FeatureInfo]:
 
 
 def source_count(task: Any, split: str) -> int | None:
-    """Returns how many examples a split's source has, None if it does not say."""
+    """Returns how many examples a split's source has, None if the source does not report it."""
     with task_errors(task.name, f"split {split!r}"):
         count = task.source.num_input_examples(split)
         if count is None:
@@ -141,7 +148,7 @@ def source_count(task: Any, split: str) -> int | None:
 
 
 def release_sources() -> None:
-    """Lets go of source datasets that were kept to be read again."""
+    """Releases source datasets that were kept to be read again."""
     _source.cache_clear()
 
 
@@ -165,15 +172,15 @@ def cacheable(
       num_shards: how many there are.
       seed: of preprocessors that draw random numbers before a CacheDatasetPlaceholder; fresh in every shard.
       max_bad: how many examples may fail in this shard; they are left out.
-      bad: takes a line about each example left out.
+      bad: filled with a line about each example left out.
 
     Raises:
-      UserError: the task cannot be read, or more than `max_bad` examples fail, or hold ids their vocabulary has not.
+      UserError: the task cannot be read, or more than `max_bad` examples fail or hold ids outside their vocabulary.
     """
     bad = [] if bad is None else bad
     with task_errors(task.name, f"split {split!r}"), _seeded(key_of(seed, task.name, split, shard)):
         dataset = in_order(_cached_dataset(task, split, shard, num_shards, seed))
-    # What TensorFlow still works on may not be token ids yet.
+    # Features that steps in TensorFlow still change may not hold token ids yet.
     found = {} if online_entries(task) == TENSORFLOW else declared(task)
     sizes = {name: info.vocabulary.size for name, info in found.items() if info.vocabulary and len(info.shape) == 1}
     failed = 0
@@ -191,7 +198,7 @@ def cacheable(
 
 
 def _each(task: Any, split: str, dataset: Any) -> Iterator[Example | Exception]:
-    """Yields a dataset's elements, or what a preprocessor said against one."""
+    """Yields a dataset's elements, or the exception of one that a preprocessor failed on."""
     import tensorflow as tf
 
     read = 0
@@ -202,7 +209,7 @@ def _each(task: Any, split: str, dataset: Any) -> Iterator[Example | Exception]:
                 read += 1
             return
         except tf.errors.OpError:
-            pass  # one of many that were asked for at a time: find out which
+            pass  # one of a batch failed: find out which
     iterator = dataset.skip(read).as_numpy_iterator()
     while True:
         try:
@@ -221,17 +228,17 @@ def online(
     lengths: Mapping[str, int],
     seed: int,
 ) -> list[Example]:
-    """Returns what the preprocessors after the cut make of cached examples; pure. The source is not touched.
+    """Returns cached examples after the preprocessors that run online; pure. The source is not read.
 
-    It is not trimmed to `lengths`. Put together anew at each call, so hand over many examples at a time.
+    The result is not truncated to `lengths`. A dataset is built at each call, so pass many examples at a time.
 
     Args:
       task: the seqio task.
       examples: as they are cached.
       features: of the cached examples.
-      online_from: the cut, as `Cut` and info.json have it.
-      lengths: what the preprocessors see as `sequence_length`.
-      seed: of all they draw.
+      online_from: index of the first online step, as in `DividedSteps` and info.json.
+      lengths: passed to the preprocessors as `sequence_length`.
+      seed: of all their random numbers.
 
     Raises:
       UserError: a preprocessor fails, or the result is not what the task declares.
@@ -245,10 +252,10 @@ def online(
 
 
 def online_entries(task: Any) -> list[dict[str, Any]] | str:
-    """Returns the steps after the cut as info.json holds them: those with numpy twins, or TENSORFLOW."""
+    """Returns the online steps as info.json holds them: a list if all have numpy equivalents, else TENSORFLOW."""
     seqio = import_seqio()
     entries = []
-    for step in cut(task).online:
+    for step in divide_steps(task).online:
         twin = next((name for name in TWINS if step is getattr(seqio.preprocessors, name)), None)
         if twin is None:
             return TENSORFLOW
@@ -269,14 +276,14 @@ def _splits(task: Any) -> list[str]:
 
 @functools.lru_cache(maxsize=1)
 def _source(task: Any, split: str, seed: int = 0) -> Any:
-    """Returns a split's source dataset, whole; kept while its shards are read one after the other."""
+    """Returns a split's whole source dataset; kept while its shards are read one after the other."""
     source_fn = getattr(task.source, "_dataset_fn", None)
     seeded = source_fn is None or "seed" in inspect.signature(source_fn).parameters
     return task.source.get_dataset(split=split, shuffle=False, seed=seed if seeded else None)
 
 
 def _cached_dataset(task: Any, split: str, shard: int = 0, num_shards: int = 1, seed: int = 0) -> Any:
-    """Returns the dataset of a shard at the cut."""
+    """Returns the dataset of a shard, after the cached preprocessors."""
     seqio = import_seqio()
     source = task.source
     if not source.caching_permitted:
@@ -287,14 +294,14 @@ def _cached_dataset(task: Any, split: str, shard: int = 0, num_shards: int = 1, 
     else:
         dataset = _source(task, split, seed)
         dataset = dataset.shard(num_shards, shard) if num_shards > 1 else dataset
-    return task._preprocess_dataset(dataset, cut(task).cached)
+    return task._preprocess_dataset(dataset, divide_steps(task).cached)
 
 
 def _infos(task: Any, split: str, dataset: Any) -> dict[str, FeatureInfo]:
     """Returns the features of a dataset, sorted by name."""
     import tensorflow as tf
 
-    where = f"task {task.name!r}, split {split!r}, after {cut(task).reason}"
+    where = f"task {task.name!r}, split {split!r}, after {divide_steps(task).reason}"
     specs = dataset.element_spec
     if not isinstance(specs, dict):
         raise UserError(f"{where}: an element is {specs}, but only a dict of features can be cached")
@@ -306,10 +313,10 @@ def _infos(task: Any, split: str, dataset: Any) -> dict[str, FeatureInfo]:
         shape = spec.shape
         feature = task.output_features.get(name)
         if feature is not None and feature.dtype != spec.dtype:
-            feature = None  # not yet what it will be: text, before it is tokenized
+            feature = None  # later steps still change its type, such as text before it is tokenized
         if shape.rank is None and feature is not None:
             shape = tf.TensorShape([None] * feature.rank)
-        elif shape.rank is None:  # as from a py_function: only an example can tell
+        elif shape.rank is None:  # as from a py_function: only an example shows it
             with task_errors(task.name, f"split {split!r}"):
                 first = first or next(dataset.take(1).as_numpy_iterator(), {})
             shape = tf.TensorShape([None] * np.ndim(first.get(name, 0)))
@@ -320,11 +327,11 @@ def _infos(task: Any, split: str, dataset: Any) -> dict[str, FeatureInfo]:
 
 
 def _vocabulary(feature: Any) -> VocabularyInfo | None:
-    """Returns what an objective must know of a feature's vocabulary; None if the feature is no sequence of ids."""
+    """Returns a feature's vocabulary as objectives see it; None if the feature is not a sequence of ids."""
     if not feature.dtype.is_integer or not feature.rank or not feature.vocabulary.vocab_size:
         return None
     vocabulary = feature.vocabulary
-    eos_id = vocabulary.eos_id  # SentencePiece says -1 where there is none
+    eos_id = vocabulary.eos_id  # SentencePiece returns -1 where there is none
     eos_id = None if eos_id is None or eos_id < 0 else int(eos_id)
     return VocabularyInfo(int(vocabulary.vocab_size), eos_id, int(vocabulary.extra_ids))
 
@@ -336,7 +343,7 @@ def _empty_like(spec: Any) -> Any:
 
 
 def _dataset_of(examples: Sequence[Example], features: Mapping[str, FeatureInfo]) -> Any:
-    """Returns a dataset of numpy examples: each feature joined, and cut again; a generator costs far more."""
+    """Returns a dataset of numpy examples: features are concatenated, then split again; a generator is slow."""
     import tensorflow as tf
 
     columns = []
@@ -361,7 +368,7 @@ def _dataset_of(examples: Sequence[Example], features: Mapping[str, FeatureInfo]
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Holds seqio's lock, and lets all randomness of a dataset that is put together inside flow from `seed`."""
+    """Holds seqio's lock, and makes all randomness of a dataset that is built inside follow from `seed`."""
     import tensorflow as tf
     from tensorflow.python.eager import context
 
@@ -378,7 +385,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> str:
-    """Returns what went wrong in an element, without TensorFlow's frame around it."""
+    """Returns an element's error message without the text that TensorFlow puts around it."""
     around = r"\{\{[^}]*\}\}|Error in user-defined function passed to \S+ transformation with iterator: \S+: "
     lines = [line.strip() for line in re.sub(around, "", str(error)).splitlines() if line.strip()]
     frames = [line for line in lines if re.match(r'File "(?!.*[/\\](tensorflow|seqio)[/\\])', line)]

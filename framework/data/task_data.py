@@ -1,4 +1,4 @@
-"""What sources of tasks share: arguments, vocabularies, preprocessors on other records, tasks not cached yet."""
+"""What the data sources share: arguments, vocabularies, preprocessors on other records, tasks not cached yet."""
 
 import dataclasses
 import itertools
@@ -47,15 +47,15 @@ def vocabularies_of(
 def framing_of(
     vocabularies: Mapping[str, Vocabulary], start: Sequence[int] | None, stop_ids: Sequence[int] | None
 ) -> Framing | None:
-    """Returns what stands around texts, None where no decoder's are read.
+    """Returns the ids that start and end a decoder's texts; None if there are no `targets`.
 
     Args:
       vocabularies: by feature.
-      start: what the recipe says; None goes by the vocabulary of `targets`.
-      stop_ids: what ends a prediction, beside the EOS of that vocabulary, with which tasks end their targets.
+      start: the recipe's start ids; None takes those of the vocabulary of `targets`.
+      stop_ids: ids that end a prediction, beside the EOS of that vocabulary, with which tasks end their targets.
 
     Raises:
-      UserError: these are no ids of it.
+      UserError: the vocabulary does not have these ids.
     """
     if "targets" not in vocabularies:
         return None
@@ -66,7 +66,7 @@ def framing_of(
 
 
 def with_split(tasks: Mapping[str, Sequence[str]], split: str, purpose: str, name: str) -> list[str]:
-    """Returns which of `tasks`, {name: its splits}, have `split`, saying which have not.
+    """Returns which of `tasks`, {name: its splits}, have `split`, and prints which do not.
 
     Raises:
       UserError: none of the tasks of mixture `name` has it.
@@ -86,15 +86,15 @@ _KINDS: tuple[tuple[type, str], ...] = ((bool, "bool"), (int, "int64"), (float, 
 def preprocess(
     name: str, modules: Sequence[str], lengths: Mapping[str, int]
 ) -> Callable[[Sequence[Mapping[str, Any]]], list[Mapping[str, Any]]]:
-    """Returns (fields of records) -> features of examples, one each, token ids as lists.
+    """Returns a function: (fields of records) -> features of one example each, token ids as lists.
 
     Args:
       name: the registered task.
-      modules: what registers it.
-      lengths: what its preprocessors see as `sequence_length`.
+      modules: names of the modules that register it.
+      lengths: passed to its preprocessors as `sequence_length`.
 
     Raises:
-      UserError: there is no such task, or it is a mixture. What is returned raises ValueError where a preprocessor
+      UserError: there is no such task, or it is a mixture. The returned function raises ValueError where a preprocessor
         fails, or makes more or fewer examples than there are records.
     """
     provider = seqio_adapter.find_provider(name, modules)
@@ -150,11 +150,11 @@ def _plain(value: Any) -> Any:
     return array.tolist() if array.dtype.kind in "iufb" else value
 
 
-_LOOKED_AT = 16  # examples that tell which features of a task hold nothing
+_LOOKED_AT = 16  # examples read to find which features of a task are always empty
 
 
 class Unread:
-    """The stream of a task that is not cached: what its batches would be, and none of them.
+    """The stream of a task that is not cached, for a dry run: it has a spec and no batches.
 
     Args:
       spec: of the batches.
@@ -169,7 +169,7 @@ class Unread:
 
 
 class NotCached:
-    """The examples of a split that is not cached: perhaps how many."""
+    """The examples of a split that is not cached, for a dry run: only their number, if it is known."""
 
     def __init__(self, count: int | None) -> None:
         self._count = count
@@ -204,7 +204,7 @@ def open_task(
     try:
         objective = converter.bind(info, lengths)
     except UserError:
-        # A text task in T5's manner has `inputs` that are always empty, which a converter may not read.
+        # A text task in T5's style declares `inputs` that are always empty, which a converter may not read.
         empty = _empty(task, split) - set(converter.task_features)
         if online or not empty:
             raise
@@ -214,7 +214,7 @@ def open_task(
 
 
 def _empty(task: Any, split: str) -> set[str]:
-    """Returns the features that hold nothing in the first examples."""
+    """Returns the features that are empty in the first examples."""
     examples = list(itertools.islice(seqio_steps.cacheable(task, split, 0, 1), _LOOKED_AT))
     seqio_steps.release_sources()
     names = set.intersection(*(set(example) for example in examples)) if examples else set()

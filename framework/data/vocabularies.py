@@ -1,4 +1,4 @@
-"""Vocabularies without TensorFlow or seqio: what a run saves, compares at resume, and reads its data with.
+"""The kinds of vocabularies, without TensorFlow or seqio: a run saves them and compares them when it is resumed.
 
 `of_seqio` turns a task's seqio vocabulary into one of these; ids and text are the same as seqio's.
 """
@@ -14,7 +14,7 @@ from meshway.framework.data import detokenizing
 from meshway.framework.data.vocabulary import Framing, HuggingFace, Vocabulary, byte_text, first_of
 from meshway.framework.errors import UserError, did_you_mean
 
-_SAMPLE = "The 2 foxes' naïve \u201cjump\u201d:\n\tx = f(a[i], 0.5)  # über 東京 ☃"  # tells opaque vocabularies apart
+_SAMPLE = "The 2 foxes' naïve \u201cjump\u201d:\n\tx = f(a[i], 0.5)  # über 東京 ☃"  # compares opaque vocabularies
 _loading = threading.Lock()  # SentencePiece may crash when two threads load models at once
 
 
@@ -28,7 +28,7 @@ class SentencePiece(Vocabulary):
       sentinels: the ids of the sentinels, where the model has them itself (mT5's); `extra_ids` is 0 then.
 
     Raises:
-      ValueError: `model` is no SentencePiece model.
+      ValueError: `model` is not a SentencePiece model.
     """
 
     kind, suffix = "sentencepiece", ".model"
@@ -130,7 +130,7 @@ class Bytes(Vocabulary):
         return self._first_extra
 
     def _text(self, ids: list[int]) -> str:
-        """Drops what is no byte, and bytes that are no UTF-8."""
+        """Drops ids that are not bytes, and bytes that are not UTF-8."""
         return bytes(token - 3 for token in ids if token >= 3).decode("utf-8", errors="ignore")
 
     def detokenizer(self) -> detokenizing.Detokenizer:
@@ -148,16 +148,16 @@ class Bytes(Vocabulary):
 
 
 class Opaque(Vocabulary):
-    """A vocabulary of a kind not known here: its numbers only. Text stays with the task.
+    """A vocabulary of a kind not known here: its numbers only. Only the task can encode and decode text.
 
     Args:
-      name: says what it is, such as its class.
+      name: what it is, such as its class.
       size: number of ids, extra ids included.
       eos_id: the id that ends a sequence.
-      unk_id: of unknown text.
-      extra_ids: how many ids at the top are sentinels.
-      sample: ids of a fixed text, to tell two of one size apart; () if it encodes none.
-      bos_id: what a text begins with; None: seqio's padding, 0.
+      unk_id: the id of unknown text.
+      extra_ids: how many of the highest ids are sentinels.
+      sample: ids of a fixed text, by which two of one size are compared; () if it encodes no text.
+      bos_id: the id that a text begins with; None: seqio's padding, 0.
     """
 
     kind = "opaque"
@@ -226,7 +226,7 @@ def load(directory: Path, name: str) -> Vocabulary:
 
 
 def read_framing(run: Path) -> Framing:
-    """Returns what a run's vocabularies.json says of its texts; older versions wrote nothing and started from 0.
+    """Returns the framing in a run's vocabularies.json; older versions wrote none, and their texts start from id 0.
 
     Raises:
       UserError: it is missing or damaged.
@@ -250,7 +250,7 @@ def read_framing(run: Path) -> Framing:
 
 
 def of_seqio(vocabulary: Any) -> Vocabulary:
-    """Returns the same vocabulary without seqio; told by its class, so seqio is not imported.
+    """Returns the same vocabulary without seqio; it is recognised by its class, so seqio is not imported.
 
     SentencePieceVocabulary, ByteVocabulary and meshway's HuggingFaceVocabulary keep their text. Any other,
     and any subclass with an encoding or decoding of its own, becomes `Opaque`.
@@ -271,7 +271,7 @@ def of_seqio(vocabulary: Any) -> Vocabulary:
     eos_id, unk_id = (_optional(getattr(vocabulary, attribute)) for attribute in ("eos_id", "unk_id"))
     try:
         bos_id = _optional(vocabulary.bos_id)
-    except NotImplementedError:  # seqio's base class, of those that have none
+    except NotImplementedError:  # raised by seqio's base class where a vocabulary has none
         bos_id = None
     return Opaque(name, int(vocabulary.vocab_size), eos_id, unk_id, extra_ids, _sample_ids(vocabulary), bos_id)
 
@@ -280,19 +280,19 @@ def check_named(task_name: str, vocabularies: Mapping[str, Any], named: Mapping[
     """Compares a task's vocabularies with those that a recipe names, {feature: vocabulary} both.
 
     Raises:
-      UserError: the recipe names a feature that the task has not, another vocabulary than the task's, or one
+      UserError: the recipe names a feature that the task does not have, a vocabulary that is not the task's, or one
         that cannot be read.
     """
     for feature, wanted in named.items():
         if feature not in vocabularies:
             raise UserError(
-                f"the recipe names a vocabulary for feature {feature!r}, which task {task_name!r} has not; it has "
-                f"{sorted(vocabularies)}{did_you_mean(feature, vocabularies)}"
+                f"the recipe names a vocabulary for feature {feature!r}, which task {task_name!r} does not have; "
+                f"it has {sorted(vocabularies)}{did_you_mean(feature, vocabularies)}"
             )
         own = of_seqio(vocabularies[feature])
         try:
             given = of_seqio(wanted)
-        except Exception as error:  # a vocabulary is code of seqio's or the user's, and reads files
+        except Exception as error:  # a vocabulary is seqio's or the user's code, and reads files
             raise UserError(
                 f"the vocabulary that the recipe names for feature {feature!r} of task {task_name!r} cannot be used: "
                 f"{type(error).__name__}: {error}"
@@ -300,7 +300,7 @@ def check_named(task_name: str, vocabularies: Mapping[str, Any], named: Mapping[
         if own.fingerprint != given.fingerprint:
             raise UserError(
                 f"task {task_name!r}, feature {feature!r}: the task is registered with a {own}, the recipe names a "
-                f"{given}{own.settings_unlike(given)}; register the task with the recipe's, or go by the task's: "
+                f"{given}{own.settings_unlike(given)}; register the task with the recipe's, or use the task's: "
                 "CachedData.vocabularies = {}"
             )
 
@@ -318,7 +318,7 @@ def _is(vocabulary: Any, name: str) -> bool:
 
 
 def _without_extra_ids(model: bytes, extra_ids: int) -> bytes:
-    """Returns the model as seqio read it, before it added the sentinels; its file may be on any file system."""
+    """Returns the model as seqio read it, before it added the sentinels; the model's file is not read again."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
@@ -334,5 +334,5 @@ def _sample_ids(vocabulary: Any) -> list[int]:
     """Returns the ids of a fixed text, or [] where the vocabulary's ids are not of text."""
     try:
         return [int(token) for token in vocabulary.encode(_SAMPLE)]
-    except Exception:  # of whatever sort: it is no vocabulary of text, which is all there is to know
+    except Exception:  # any exception means that it does not encode text
         return []

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 
 from meshway.framework.data import detokenizing
-from meshway.framework.data.detokenizing import Detokenizer, Whole
+from meshway.framework.data.detokenizing import AllAtEnd, Detokenizer
 from meshway.framework.data.objective import VocabularyInfo
 from meshway.framework.errors import UserError
 from meshway.framework.files import io_errors, replace_file
@@ -24,19 +24,19 @@ class Vocabulary(abc.ABC):
     """Text to token ids and back. Immutable; may be sent to another process.
 
     Attributes:
-      kind: the name its files carry.
+      kind: its kind, as its files name it.
       size: number of ids, extra ids included.
       eos_id: the id that ends a sequence, None if there is none.
-      unk_id: what stands for ids and text the vocabulary does not know, None if there is none.
-      pad_id: always 0, as seqio has it. Of no weight here: padding is told by segment ids, never by token id.
+      unk_id: the id of unknown text and of ids out of range, None if there is none.
+      pad_id: always 0, as in seqio. meshway does not use it: segment ids mark padding, never a token id.
       extra_ids: how many ids are sentinels.
       sentinels: those ids, <extra_id_0> first, where they are not the highest, from the top down; else ().
-      start: ids that a decoder reads before the first token of a text, where nobody says otherwise: the vocabulary's
+      start: ids that a decoder reads before the first token of a text, unless the recipe names others: the vocabulary's
         BOS, T5's padding id, or the EOS that ended the text before; () if it has none of these.
     """
 
     kind: ClassVar[str]
-    suffix: ClassVar[str | None] = None  # of the file with its content, beside NAME.json
+    suffix: ClassVar[str | None] = None  # of the file with its content, which is beside NAME.json
     size: int
     eos_id: int | None
     unk_id: int | None
@@ -47,7 +47,7 @@ class Vocabulary(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text`, without an EOS. Raises UserError where the vocabulary holds no text."""
+        """Returns the ids of `text`, without an EOS. Raises UserError if the vocabulary cannot encode text."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids` up to the first EOS; ids out of range are read as `unk_id`."""
@@ -61,37 +61,39 @@ class Vocabulary(abc.ABC):
         return self.unk_id if self.unk_id is not None and token >= self._known else token
 
     def detokenizer(self) -> Detokenizer:
-        """Returns what turns `known` ids into text one by one, as `decode` does at once; without a look at EOS."""
-        return Whole(self._text)
+        """Returns a decoder of `known` ids, one id at a time, to the text of `decode`; it does not stop at EOS."""
+        return AllAtEnd(self._text)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """Returns the text of each id by itself, for display; a byte that is no ASCII character as '<0xE2>'."""
+        """Returns the text of each id by itself, for display; a byte that is not ASCII is shown as '<0xE2>'."""
         return [self._piece(int(token)) for token in ids]
 
     @property
     def marks(self) -> frozenset[int]:
-        """Ids that are no text but stand around it, as BOS does: a text that begins with its start spells it out."""
+        """Control ids such as BOS, which are not text. A text whose ids begin with its start contains it already."""
         return frozenset() if self.eos_id is None else frozenset({self.eos_id})
 
     @property
     def info(self) -> VocabularyInfo:
-        """What objectives must know."""
+        """The facts that objectives need."""
         return VocabularyInfo(self.size, self.eos_id, self.extra_ids, self.sentinels)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of everything that decides ids and text."""
+        """SHA-256 (hex) of everything that determines ids and text."""
         digest = hashlib.sha256(json.dumps([self.kind, self._settings()], sort_keys=True).encode())
         digest.update(self._canonical())
         return digest.hexdigest()
 
     def cuts_like(self, other: "Vocabulary") -> bool:
-        """Whether both make the same ids of text, whatever they know of EOS and sentinels."""
+        """Whether both encode text to the same ids, even if their EOS and sentinels differ."""
         return (self.kind, self.size, self._canonical()) == (other.kind, other.size, other._canonical())
 
     def settings_unlike(self, other: "Vocabulary") -> str:
-        """Returns, for an error about a task's vocabulary, this one, and a recipe's, the other, in which settings two
-        that cut text alike differ; "" for two that do not."""
+        """Returns the settings in which a task's vocabulary (self) and a recipe's (other) differ, for an error message.
+
+        "" where no setting differs, or they encode text differently.
+        """
         ours, theirs = self._settings(), other._settings()
         differ = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
         if not differ or not self.cuts_like(other):
@@ -103,7 +105,7 @@ class Vocabulary(abc.ABC):
         """Writes `name`.json and, where the kind has content, `name`.model or `name`.tokenizer.json.
 
         Raises:
-          UserError: the disk refuses.
+          UserError: the files cannot be written.
         """
         about = {"kind": self.kind, "fingerprint": self.fingerprint, "settings": self._settings()}
         if self.suffix:
@@ -142,27 +144,27 @@ class Vocabulary(abc.ABC):
 
     @abc.abstractmethod
     def _settings(self) -> dict[str, Any]:
-        """The constructor's arguments but the content, as JSON holds them."""
+        """The constructor's arguments except the content, as JSON holds them."""
 
     def _content(self) -> bytes:
-        """What the content file holds."""
+        """The bytes of the content file."""
         return b""
 
     def _canonical(self) -> bytes:
-        """The content, without what does not matter."""
+        """The content, without parts that do not affect ids and text."""
         return self._content()
 
 
 @dataclasses.dataclass(frozen=True)
 class Framing:
-    """What stands around the text of a model.
+    """The ids around a model's texts: at their start, and at the end of predictions.
 
     Attributes:
       start: ids that the decoder reads before anything else; () for none.
-      append_eos: whether inputs end with EOS; None where nobody said: those of an encoder do.
+      append_eos: whether inputs end with EOS; None: not known, and those of an encoder do.
       stop: ids that end a prediction; () for none.
-      bos: `start` where these are marks, which a text may spell out itself and then has once; else (). Follows from the
-        vocabulary.
+      bos: `start` where these are control ids (`Vocabulary.marks`), which a text may contain already and then is not
+        given twice; else (). Follows from the vocabulary.
     """
 
     start: tuple[int, ...]
@@ -174,10 +176,10 @@ class Framing:
     def of(
         cls, vocabulary: Vocabulary, start: Sequence[int] | None = None, stop_ids: Sequence[int] | None = None
     ) -> "Framing":
-        """Returns what a recipe says of the texts of `vocabulary`; None goes by the vocabulary.
+        """Returns the framing of a recipe for texts of `vocabulary`; None takes the vocabulary's own ids.
 
         Raises:
-          UserError: these are no ids of it.
+          UserError: the vocabulary does not have these ids.
         """
         own = () if vocabulary.eos_id is None else (vocabulary.eos_id,)
         begin = vocabulary.start if start is None else check_ids("start", start, vocabulary.size)
@@ -186,7 +188,7 @@ class Framing:
 
 
 def source_framing(source: Any) -> Framing | None:
-    """Returns what a data source says of its texts, else what the vocabulary of its `targets` does, if any."""
+    """Returns a data source's framing, else the one that follows from the vocabulary of its `targets`, if any."""
     if hasattr(source, "framing"):
         found: Framing | None = source.framing()
         return found
@@ -195,12 +197,12 @@ def source_framing(source: Any) -> Framing | None:
 
 
 def vocabulary_sizes(vocabularies: Mapping[str, Vocabulary], lengths: Mapping[str, int]) -> dict[str, int]:
-    """Returns how many ids there are of each feature that is read as tokens: one that `lengths` limits."""
+    """Returns the vocabulary size of each feature that is read as tokens, that is, each feature in `lengths`."""
     return {name: vocabulary.size for name, vocabulary in vocabularies.items() if name in lengths}
 
 
 def after_start(tokens: Ids, bos: Sequence[int]) -> Ids:
-    """Returns the ids behind a start that they spell out themselves, as `Framing.bos` has it; else all of them."""
+    """Returns the ids without `bos` at their beginning, if they begin with it (see `Framing.bos`)."""
     return tokens[len(bos) :] if bos and list(tokens[: len(bos)]) == list(bos) else tokens
 
 
@@ -220,36 +222,36 @@ def check_ids(name: str, ids: Any, size: int) -> tuple[int, ...]:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file atomically."""
     with io_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, data)
 
 
 def first_of(*ids: int | None) -> tuple[int, ...]:
-    """Returns the first id that there is (SentencePiece says -1 of none)."""
+    """Returns the first id that exists, as (id,), else (); SentencePiece returns -1 for a missing id."""
     return next(((token,) for token in ids if token is not None and token >= 0), ())
 
 
 class HuggingFace(Vocabulary):
-    """A Hugging Face tokenizer. No id is moved: they are rows of the embedding of the model it came with.
+    """A Hugging Face tokenizer. Its ids are kept: they are rows of the embedding of the model it came with.
 
     Nothing is added to text (no BOS, no EOS), and the file's own truncation and padding are off. Decoding
-    shows every token but EOS, special ones too.
+    shows every token except EOS, special ones too.
 
     Args:
       content: a tokenizer.json (UTF-8).
       eos_id: the id that ends a sequence.
       extra_ids: how many of the highest ids are sentinels.
-      sentinels: the ids of the sentinels, where they are others; there are as many extra ids then.
-      literal: whether a text that spells out a special token, such as '</s>', is taken literally, cut like any other.
+      sentinels: the ids of the sentinels, where they are not the highest; `extra_ids` is their number then.
+      literal: whether the text of a special token, such as '</s>', in a text is tokenized like any other text.
 
     Attributes:
-      special_tokens: id -> the token that it becomes where a text spells it out; none where it is `literal`.
+      special_tokens: id -> the special token that a text may contain; {} if `literal`.
 
     Raises:
       UserError: `tokenizers` is not installed.
-      ValueError: `content` is no tokenizer.
+      ValueError: `content` is not a tokenizer.
     """
 
     kind, suffix = "huggingface", ".tokenizer.json"
@@ -280,7 +282,7 @@ class HuggingFace(Vocabulary):
         ids = self.ids
         if not ids:
             raise ValueError("not a tokenizer.json: it has no tokens")
-        self.size = max(ids.values()) + 1  # there may be holes
+        self.size = max(ids.values()) + 1  # some ids below may be unused
         self.eos_id, self.extra_ids, self.sentinels = eos_id, len(sentinels) or extra_ids, tuple(sentinels)
         model = described["model"]
         unknown = model.get("unk_token")
@@ -292,7 +294,7 @@ class HuggingFace(Vocabulary):
         self._byte_level = "ByteLevel" in json.dumps(self._decoder)
         self._shown: dict[int, str] = {}
         pads = [token["id"] for token in described.get("added_tokens") or () if token["content"] == "<pad>"]
-        # T5's order has padding at 0, and starts from it; GPT-2's texts follow the EOS of the one before.
+        # T5-like vocabularies have padding at 0, and start from it; GPT-2's texts follow the EOS of the one before.
         self.start = self.template()[0] or first_of(*(token for token in pads if token == 0), eos_id)
 
     @property
@@ -301,12 +303,12 @@ class HuggingFace(Vocabulary):
         return self._tokenizer.get_vocab(with_added_tokens=True)
 
     def template(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Returns the ids that the file's post-processor puts before a text and after it; none if it cuts no text."""
+        """Returns the ids that the file's post-processor puts before and after a text; none if it cannot encode one."""
         try:
             framed, plain = (self._tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException:  # a panic of the library is no Exception
+        except BaseException:  # a panic of the library is not an Exception
             return (), ()
         starts = range(len(framed) - len(plain) + 1)
         start = next((n for n in starts if framed[n : n + len(plain)] == plain), 0)
@@ -361,8 +363,10 @@ def byte_text(byte: int) -> str:
 
 @functools.cache
 def _byte_of_letter() -> dict[str, int]:
-    """Returns what stands for each byte in GPT-2's byte-level tokens: itself if it is a visible letter of
-    Latin-1, else the next unused code point from 256 on."""
+    """Returns letter -> byte of GPT-2's byte-level tokens.
+
+    A byte's letter is itself if it is visible in Latin-1, else the next unused code point from 256 on.
+    """
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + n): byte for n, byte in enumerate(hidden)}

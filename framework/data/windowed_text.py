@@ -1,7 +1,7 @@
-"""Objectives that make inputs and targets of plain text: the text is cut into windows, each window into a pair.
+"""Objectives that make inputs and targets from plain text: a text is split into windows, each window into a pair.
 
-A text is an example with `targets` alone (or with empty `inputs`). An example with both passes through as it
-is, so that one mixture may hold texts and supervised tasks.
+A text is an example with `targets` only (or with empty `inputs`). An example with both is left unchanged, so that a
+mixture may hold both texts and supervised tasks.
 """
 
 import abc
@@ -23,7 +23,7 @@ class Scheme(Protocol):
     """How a window of text becomes a pair.
 
     Attributes:
-      window: tokens of the longest window, whatever the epoch.
+      window: tokens of the longest window, in every epoch.
       cycle: number of epochs after which the sizes of the same items repeat.
     """
 
@@ -34,17 +34,17 @@ class Scheme(Protocol):
     def cycle(self) -> int: ...
 
     def measure(self, size: np.ndarray, items: Items) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the tokens of (inputs, targets) made of windows of `size` [items] tokens, int64 [items] each."""
+        """Returns the lengths of (inputs, targets) made from windows of `size` [items] tokens, int64 [items] each."""
         ...
 
     def pair(self, tokens: np.ndarray, items: Items, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (inputs, targets) of a window, as long as `measure` says; `items` holds scalars."""
+        """Returns (inputs, targets) of a window, of the lengths that `measure` returns; `items` holds scalars."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Room:
-    """What a scheme may fill.
+    """The limits within which a scheme makes pairs.
 
     Attributes:
       task_name: for messages.
@@ -53,7 +53,7 @@ class Room:
       targets: tokens that fit in its targets, before `targets_end` is appended.
       inputs_end: EOS or nothing, int32 [0 or 1].
       targets_end: EOS or nothing, int32 [0 or 1].
-      window: tokens that a window may have at most, where all of them fit.
+      window: most tokens of a window, where they all fit.
     """
 
     task_name: str
@@ -66,16 +66,16 @@ class Room:
 
 
 class WindowedTextConverter(abc.ABC):
-    """What the converters of plain text have in common.
+    """The base of the converters of plain text.
 
     Args:
       pack: whether training rows hold several items.
       add_eos: whether a pair made of text ends in EOS: its targets, and its inputs where an encoder reads them.
-      overlong: what becomes of a supervised example longer than its lengths: 'truncate', 'skip' or 'error'.
+      overlong: how a supervised example longer than its lengths is treated: 'truncate', 'skip' or 'error'.
         Texts are never too long.
-      decoder_only: whether inputs and targets are joined in the rows of one decoder, as `PrefixLanguageModel`
-        has them; if not, an encoder reads the inputs.
-      window: tokens of the longest window; None is as many as fit. Shorter ones may fill packed rows better.
+      decoder_only: whether inputs and targets are joined in the rows of one decoder, as in `PrefixLanguageModel`;
+        if not, an encoder reads the inputs.
+      window: tokens of the longest window; None: as many as fit. Shorter windows may fill packed rows better.
     """
 
     can_predict = True  # supervised tasks
@@ -104,7 +104,7 @@ class WindowedTextConverter(abc.ABC):
         """Returns the objective of a task with `targets`, and maybe `inputs`.
 
         Raises:
-          UserError: task, lengths and converter do not fit; names which and why.
+          UserError: task, lengths and converter do not fit; the message names which and why.
         """
         kind = type(self).__name__
         if "targets" not in task.features:
@@ -116,7 +116,9 @@ class WindowedTextConverter(abc.ABC):
                 f'{missing}; give --gin.TASK_FEATURE_LENGTHS="{example}"'
             )
         made = dataclasses.replace(task, features={"inputs": task.features["targets"], **task.features})
-        check_tokens(kind, made, lengths, ("targets", "inputs"))  # of a text's, the feature to blame comes first
+        check_tokens(
+            kind, made, lengths, ("targets", "inputs")
+        )  # the feature to blame comes first: for a text, its targets
         room = self._room(task, lengths)
         return WindowedText(task.name, "inputs" in task.features, self.scheme(room), self._pairs.bind(made, lengths))
 
@@ -145,7 +147,7 @@ class WindowedText:
     Attributes:
       task_name: for messages.
       has_inputs: whether the task's examples have `inputs`, empty or not.
-      scheme: makes pairs of windows.
+      scheme: makes pairs from windows.
       pairs: the objective of supervised examples, which also lays out the pairs.
     """
 
@@ -213,7 +215,7 @@ class WindowedText:
 
 
 def rotation(items: Items, period: int) -> np.ndarray:
-    """Returns a number below `period` for each item, int64 [items]: random over items, each in turn over epochs."""
+    """Returns a number below `period` for each item, int64 [items]: random over items, taking turns over epochs."""
     return ((item_hash(items) % np.uint64(period)).astype(np.int64) + items.epoch) % period
 
 

@@ -45,7 +45,7 @@ def warmup_cosine(learning_rate: float, warmup_steps: int, total_steps: int, fin
       UserError: the warm-up is negative or as long as the whole.
     """
     if not 0 <= warmup_steps < total_steps:
-        raise UserError(f"warmup_cosine: warmup_steps={warmup_steps} must lie in [0, total_steps={total_steps})")
+        raise UserError(f"warmup_cosine: warmup_steps={warmup_steps} must be in [0, total_steps={total_steps})")
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, warmup_steps, total_steps, learning_rate * final_fraction
     )

@@ -260,7 +260,7 @@ def _same_rank(outer: Sequence[Any], inner: Sequence[Any]) -> int:
 
 def _cut_states(body: Any, shapes: set[tuple[int, ...]]) -> set[tuple[tuple[str, ...], float]]:
     """Returns (mesh axes of the first dimension, bytes on a device) of arrays that a loop's body lays out as it carries
-    them, if the mesh cuts their first dimension."""
+    them, if the mesh shards their first dimension."""
     found = set()
     for equation in body.eqns:
         if equation.primitive.name == "sharding_constraint" and equation.outvars[0].aval.shape in shapes:

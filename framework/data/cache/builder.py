@@ -1,7 +1,7 @@
 """Builds the offline cache of seqio tasks: all splits of all leaves of a mixture, in several processes.
 
-Each shard is put in place whole, so a build that is killed loses only what was under way, and goes on when it is
-run again. A directory holds one version of a task: its fingerprint is written before anything else.
+Each shard is moved into place when it is complete, so a build that is killed loses only unfinished shards, and
+continues when it is run again. A directory holds one version of a task: its fingerprint is written first.
 """
 
 import contextlib
@@ -27,12 +27,12 @@ from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.files import local_path
 
 NUM_SHARDS = 8
-_TINY = 20_000  # source examples that are sooner written than another process has imported TensorFlow
+_TINY = 20_000  # source examples that are written in less time than another process needs to import TensorFlow
 
 
 @dataclasses.dataclass(frozen=True)
 class BuiltSplit:
-    """One split as it now lies on disk.
+    """One split as it is now on disk.
 
     Attributes:
       task: its task.
@@ -41,7 +41,7 @@ class BuiltSplit:
       tokens: feature -> tokens of all examples.
       bytes: of all shards.
       bad: one line for each source example left out.
-      seconds: from the first shard's start to the last one's end; 0 if all were there.
+      seconds: from the first shard's start to the last one's end; 0 if no shard had to be built.
     """
 
     task: str
@@ -84,21 +84,21 @@ def build(
     max_bad_examples: int = 0,
     progress: bool = True,
 ) -> list[BuiltSplit]:
-    """Caches tasks; what is there already and whole is kept.
+    """Caches tasks; complete shards of an earlier build are kept.
 
     Args:
       names: of registered tasks and mixtures; of a mixture every leaf is cached.
       modules: names of the Python modules whose import registers them.
       directory: CACHE_DIR; each task gets a folder of its name in it.
       splits: which, None for all a task has.
-      num_shards: of each split; None for as many as the cache has already, else 8.
-      num_workers: processes; None for one a core, or none but this one for little data.
-      overwrite: remove the tasks' caches first, all splits of them.
+      num_shards: of each split; None for as many as an existing cache has, else 8.
+      num_workers: processes; None for one per core, or only this process if there is little data.
+      overwrite: first remove the tasks' caches, with all their splits.
       max_bad_examples: source examples of a split that may fail in a preprocessor; they are left out and counted.
-      progress: show how it goes.
+      progress: show progress.
 
     Returns:
-      the splits asked for, task by task.
+      the requested splits, task by task.
 
     Raises:
       UserError: a task, an example or an argument is at fault, or the directory holds another version of a task.
@@ -132,14 +132,14 @@ def ensure(
     splits: Sequence[str] | None = None,
     **options: Any,
 ) -> dict[str, Path]:
-    """Returns where each leaf of a task or mixture is cached: checks what is there, and builds what is missing.
+    """Returns where each leaf of a task or mixture is cached: checks existing caches, and builds missing ones.
 
     Args:
       name: the registered task or mixture.
       modules: names of the Python modules whose import registers it.
       directory: CACHE_DIR.
-      splits: which must be there, as far as a task has them; None for all.
-      options: of `build`, where something is missing.
+      splits: which must be cached, as far as a task has them; None for all.
+      options: of `build`, used if something is missing.
 
     Raises:
       UserError: a cache is stale, naming what changed; or as `build`.
@@ -160,28 +160,28 @@ def refuse_stale(name: str, modules: Sequence[str], directory: str | Path, split
 
 
 def missing(name: str, modules: Sequence[str], directory: str | Path, splits: Sequence[str] | None = None) -> list[str]:
-    """Returns which splits, as 'TASK/SPLIT', `ensure` would build, or look at again as other steps come after them."""
+    """Returns the splits, as 'TASK/SPLIT', that `ensure` would build, or check again because later steps changed."""
     root = local_path(directory)
     found = []
     for task in _leaves(name, modules, splits):
-        moved = (root / task.name / "info.json").is_file() and _reads_otherwise(root / task.name, task)
+        moved = (root / task.name / "info.json").is_file() and _online_steps_differ(root / task.name, task)
         for split in _wanted(task, splits):
             if moved or not (root / task.name / split / "index.json").is_file():
                 found.append(f"{task.name}/{split}")
     return found
 
 
-def _reads_otherwise(task_directory: Path, task: Any) -> bool:
-    """Says whether other preprocessors come after the cut than info.json has."""
+def _online_steps_differ(task_directory: Path, task: Any) -> bool:
+    """Returns whether the preprocessors after the cache differ from those in info.json."""
     cut = cache_format.read_json(task_directory / "info.json")["cut"]
     later = task.preprocessors[cut["online_from"] :]
     return [task_fingerprint.qualified_name(step) for step in later] != cut["online"]
 
 
 def stale(task_directory: Path, task: Any) -> list[str]:
-    """Returns what of a seqio task changed since it was cached, as "vocabulary of 'targets' changed"; [] if nothing.
+    """Returns what changed in a seqio task since it was cached, as "vocabulary of 'targets' changed"; [] if nothing.
 
-    Preprocessors after the cut may change. The source is not opened, so a machine without the raw data can ask.
+    Preprocessors after the cache may change. The source is not opened, so this works without the raw data.
 
     Raises:
       UserError: nothing is cached there.
@@ -210,12 +210,12 @@ def _wanted(task: Any, splits: Sequence[str] | None) -> list[str]:
 
 
 def _clear(directory: Path, overwrite: bool) -> None:
-    """Removes a task's old cache if that is asked for; UserError where the folder is something else."""
+    """Removes a task's old cache if `overwrite`; UserError if the folder is something else."""
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    # Vocabularies come before info.json: another builder is at it, or was killed between the two.
+    # Vocabularies are written before info.json: another builder is between the two, or was killed there.
     begun = [name for name in names if name == cache_shards.VOCABULARIES or name.startswith(".building-")]
     if "info.json" not in names and len(begun) < len(names):
-        raise UserError(f"{directory} is no cache of a task: it holds {sorted(names)[:5]} and no info.json")
+        raise UserError(f"{directory} is not a task's cache: it holds {sorted(names)[:5]} and no info.json")
     if overwrite and directory.exists():
         with failures_of(directory):
             shutil.rmtree(directory)
@@ -239,15 +239,15 @@ def _plan(
     if num_shards is None:
         num_shards = old["parts"]["number of shards"] if old else NUM_SHARDS
     wanted = _wanted(task, splits)
-    cut = seqio_steps.cut(task)
+    divided = seqio_steps.divide_steps(task)
     with seqio_adapter.task_errors(task.name, "fingerprint"):
-        parts = task_fingerprint.parts(task, cut.cached, num_shards)
+        parts = task_fingerprint.parts(task, divided.cached, num_shards)
     reading = {  # what may change without the examples
         "cut": {
-            "cached": [task_fingerprint.qualified_name(step) for step in cut.cached],
-            "online": [task_fingerprint.qualified_name(step) for step in cut.online],
-            "online_from": cut.online_from,
-            "reason": cut.reason,
+            "cached": [task_fingerprint.qualified_name(step) for step in divided.cached],
+            "online": [task_fingerprint.qualified_name(step) for step in divided.online],
+            "online_from": divided.online_from,
+            "reason": divided.reason,
         },
         "online": seqio_steps.online_entries(task),
     }
@@ -263,7 +263,7 @@ def _plan(
         }
         with failures_of(path):
             _write_first(path, info | reading, work)
-        old = cache_format.read_json(path)  # another builder may have been quicker
+        old = cache_format.read_json(path)  # another builder may have written it first
     _refuse(directory, task_fingerprint.changes(old["parts"], parts))
     if {name: old[name] for name in reading} != reading:
         old |= reading
@@ -277,7 +277,7 @@ def _text(info: dict[str, Any]) -> bytes:
 
 
 def _write_first(path: Path, content: dict[str, Any], work: Path) -> None:
-    """Writes a file unless it is there: of two builders that start together, one decides the version."""
+    """Writes a file unless it exists: of two builders that start together, one decides the version."""
     temporary = work / path.name
     temporary.write_bytes(_text(content))
     with contextlib.suppress(FileExistsError):
@@ -327,7 +327,7 @@ def _build(
 
 
 def _expected(plans: Sequence[_Plan], jobs: Sequence[Job]) -> int | None:
-    """Returns how many source examples the missing shards stand for; None if a source does not say."""
+    """Returns how many source examples the missing shards are made from; None if a source does not report it."""
     total = 0.0
     for plan in plans:
         for split in plan.splits:
@@ -353,9 +353,9 @@ def _report(
 
 
 def _finish(plan: _Plan, work: Path, max_bad: int, times: dict[tuple[str, str], list[float]]) -> list[BuiltSplit]:
-    """Writes the indices of a task's splits and its statistics; UserError if too many examples were bad, or none is.
+    """Writes the indices of a task's splits and its statistics; UserError if too many examples are bad, or none good.
 
-    What is right already is written again, with the same bytes.
+    Files that are right already are written again, with the same bytes.
     """
     name, directory = plan.task.name, plan.directory
     found: dict[str, list[Shard]] = {}

@@ -1,4 +1,4 @@
-"""Where caches of tasks lie, and the folder in which a builder keeps files under way."""
+"""Where caches of tasks are kept, and the folder in which a builder keeps unfinished files."""
 
 import contextlib
 import fcntl
@@ -26,9 +26,9 @@ _LOCK = "lock"
 
 @contextlib.contextmanager
 def working(directory: Path) -> Iterator[Path]:
-    """Gives a fresh folder inside `directory`, of this process alone, for as long as the block lasts.
+    """Yields a new folder inside `directory` for this process alone, removed after the block.
 
-    It is locked meanwhile; folders that no living process has locked are removed first.
+    It is locked in the block; folders that no living process has locked are removed first.
 
     Raises:
       EnvironmentFailure: the directory cannot be written.
@@ -47,7 +47,7 @@ def working(directory: Path) -> Iterator[Path]:
 
 def _new_folder(directory: Path) -> tuple[Path, int]:
     """Returns a fresh folder and its lock, held."""
-    while True:  # until it is locked before another builder takes it for a dead one's
+    while True:  # until it is locked before another builder removes it as abandoned
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=directory))
         try:
             lock = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR)
@@ -60,7 +60,7 @@ def _new_folder(directory: Path) -> tuple[Path, int]:
 
 
 def _remove_if_dead(folder: Path) -> None:
-    """Removes a builder's folder unless it holds the lock; one without a lock file was killed, or starts just now."""
+    """Removes a builder's folder unless it is locked; without a lock file its builder died or just starts."""
     try:
         lock = os.open(folder / _LOCK, os.O_RDWR)
     except OSError:

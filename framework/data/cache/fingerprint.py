@@ -1,8 +1,8 @@
-"""What a cache depends on, part by part, so that a stale one can be told, and what made it so.
+"""What a cache depends on, part by part, so that a stale cache is detected and the change named.
 
 The parts are: the task's name, its source, the cached preprocessors with their code, the output features with
 their vocabularies, and the format and number of shards. Code means the source text of a function, of what it
-calls in its own module, and the constants both read; the data files behind a source are not looked at.
+calls in its own module, and the constants both read; the data files behind a source are not read.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ _SIMPLE = (str, bytes, int, float, bool, type(None))
 
 
 def parts(task: Any, steps: Sequence[Any], num_shards: int) -> dict[str, Any]:
-    """Returns what a task's cache depends on: name of a part -> text, number or list, fit for JSON.
+    """Returns what a task's cache depends on: name of a part -> text, number or list, as JSON holds them.
 
     Args:
       task: the seqio task.
@@ -55,7 +55,7 @@ def fingerprint(found: Mapping[str, Any]) -> str:
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Returns what differs, each as a clause such as "vocabulary of 'targets' changed"."""
     if old.get("cached preprocessors") != new.get("cached preprocessors"):
-        # Each would be said to have changed, only for standing elsewhere.
+        # Each step whose number changed would be reported as changed.
         old, new = ({key: x[key] for key in x if not key.startswith("code of preprocessor")} for x in (old, new))
     found = []
     for key in dict.fromkeys([*old, *new]):
@@ -85,7 +85,7 @@ def vocabulary_fingerprint(vocabulary: Any) -> str:
     text = f"{known}, {known.fingerprint}"
     if known.kind != "opaque":
         return text
-    # A class of one's own: what it prints, its plain settings, and the content of the files they name.
+    # A class not known here: its text, its plain settings, and the content of the files they name.
     text += f", {_plain(str(vocabulary))}"
     for name, value in sorted(vars(vocabulary).items()):
         if isinstance(value, (str, Path)) and str(value) and Path(value).is_file():
@@ -96,7 +96,7 @@ def vocabulary_fingerprint(vocabulary: Any) -> str:
 
 
 def describe(thing: Any, _seen: frozenset[int] = frozenset()) -> str:
-    """Returns a text that tells a preprocessor, or whatever else is called, from any other: its code and bindings.
+    """Returns a text that identifies a preprocessor, or any other callable: its code and bound arguments.
 
     Follows partial applications, closures, objects' attributes, and functions and constants of the same module.
     """
@@ -136,7 +136,7 @@ def _describe_function(function: types.FunctionType, again: Any) -> str:
     for name, cell in cells:
         try:
             lines.append(f"{name}: {again(cell.cell_contents)}")
-        except ValueError:  # empty yet: a function that refers to itself
+        except ValueError:  # still empty: a function that refers to itself
             continue
     if inner is not function:
         lines.append(again(inner))

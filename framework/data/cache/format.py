@@ -1,21 +1,21 @@
-"""What a task's offline cache looks like on disk: records, shards, and the index that makes any example one read.
+"""The files of a task's offline cache: records, shards, and the index by which any example takes one read.
 
     CACHE_DIR/TASK/
       info.json                          what was cached: features, steps, vocabularies, fingerprint and its parts
       stats.json                         examples, tokens, lengths by split
       vocabularies/FEATURE.json ...      the vocabularies of the features the task declares (vocabularies.load)
-      SPLIT/index.json                   the shards and their counts; written last, so a split with it is whole
+      SPLIT/index.json                   the shards and their counts; written last, so a split with it is complete
       SPLIT/sizes.FEATURE.npy            tokens of every example, int32 [examples], in the order of shards
       SPLIT/00003-of-00008.array_record  the examples
       SPLIT/00003-of-00008.json          count, checksum and sizes of one shard; written after it
-      .building-*                        files under way, of one builder; gone when it ends
+      .building-*                        unfinished files of one builder; removed when it ends
 
 A record holds the features in the order of info.json: for each its dimensions (uint32), then its elements
 (little endian; a string as uint32 length and bytes). dtype and rank are in info.json and checked when written.
 
-info.json: format, task; fingerprint, parts (task_fingerprint.py); features (as they lie in records) and declared
-(as the task promises them after all steps), each `features_to_json`; cut: cached and online (names of steps),
-online_from, reason (seqio_steps.Cut); online (online_steps.py); vocabularies: kind, text, fingerprint by feature.
+info.json: format, task; fingerprint, parts (fingerprint.py); features (as in records) and declared (after all
+steps), each `features_to_json`; cut: cached and online (names of steps), online_from, reason
+(seqio_steps.DividedSteps); online (rows/examples.py); vocabularies: kind, text, fingerprint by feature.
 index.json: format, fingerprint, bad_examples, shards: examples, bytes, crc32.
 stats.json: task, fingerprint, splits: examples, bytes, bad_examples, features: tokens, min, max, mean, histogram.
 """
@@ -47,14 +47,14 @@ def encode(example: Mapping[str, Any], features: Mapping[str, FeatureInfo]) -> b
     """Returns an example's record.
 
     Raises:
-      ValueError: a feature is missing, or has another dtype or shape than `features` says.
+      ValueError: a feature is missing, or its dtype or shape is not the one in `features`.
     """
     parts: list[bytes] = []
     for name, info in features.items():
         if name not in example:
             raise ValueError(f"the example has no feature {name!r}; it has {sorted(example)}")
         value = example[name]
-        # As an object: numpy's own text drops zero bytes at the end.
+        # As an object: numpy's own strings lose zero bytes at the end.
         array = np.asarray(value, object) if isinstance(value, (bytes, str)) else np.asarray(value)
         kind = BYTES if array.dtype.kind in "OSU" else array.dtype.name
         fits = len(array.shape) == len(info.shape) and all(
@@ -80,7 +80,7 @@ def decode(record: bytes, features: Mapping[str, FeatureInfo]) -> dict[str, Any]
 
 
 class _Field(NamedTuple):
-    """How a feature lies in a record; `dtype` is None for strings."""
+    """How a feature is stored in a record; `dtype` is None for strings."""
 
     name: str
     rank: int
@@ -89,7 +89,7 @@ class _Field(NamedTuple):
 
 
 def _layout(features: Mapping[str, FeatureInfo]) -> list[_Field]:
-    """Returns what `_decode` needs, worked out once for many records."""
+    """Returns what `_decode` needs, computed once for many records."""
     dtypes = {name: None if info.dtype == BYTES else np.dtype(info.dtype) for name, info in features.items()}
     return [_Field(n, len(i.shape), dtypes[n], getattr(dtypes[n], "itemsize", 0)) for n, i in features.items()]
 
@@ -98,7 +98,7 @@ def _decode(record: bytes, layout: Sequence[_Field]) -> dict[str, Any]:
     example: dict[str, Any] = {}
     at = 0
     for name, rank, dtype, item_bytes in layout:
-        if rank == 1 and dtype is not None:  # nearly all that is ever read
+        if rank == 1 and dtype is not None:  # nearly all features
             (count,) = _UINT32.unpack_from(record, at)
             example[name] = np.frombuffer(record, dtype, count, at + 4)
             at += 4 + count * item_bytes
@@ -151,7 +151,7 @@ def features_from_json(entries: Mapping[str, Any]) -> dict[str, FeatureInfo]:
 
 
 def _vocabulary_to_json(vocabulary: VocabularyInfo) -> dict[str, Any]:
-    """Returns the fields; sentinels that are the highest ids, as most are, take no room."""
+    """Returns the fields; sentinels are left out where they are the highest ids, as in most vocabularies."""
     return {name: value for name, value in vars(vocabulary).items() if name != "sentinels" or value}
 
 
@@ -167,7 +167,7 @@ class CachedSplit:
       split: as 'train'.
 
     Raises:
-      UserError: the split is not there, not whole, or a shard is missing or cut short.
+      UserError: the split is missing or incomplete, or a shard is missing or truncated.
     """
 
     def __init__(self, task_directory: Path, split: str) -> None:
@@ -242,10 +242,10 @@ class CachedSplit:
 
         try:
             if shard not in self._readers:
-                # Examples are read in random order: reading ahead would only cost.
+                # Examples are read in random order: reading ahead would only cost time.
                 self._readers[shard] = ArrayRecordReader(str(self._files[shard]), options="readahead_buffer_size:0")
             return list(self._readers[shard].read(local))
-        except Exception as error:  # array_record raises plain exceptions of its C++ library's texts
+        except Exception as error:  # array_record raises plain exceptions with its C++ library's messages
             raise UserError(f"{self._files[shard]} is corrupt: {error}; {self._rebuild}") from error
 
     @property
@@ -254,7 +254,7 @@ class CachedSplit:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns a JSON file of a cache; UserError when it is missing or no JSON."""
+    """Returns the content of a cache's JSON file; UserError when it is missing or not JSON."""
     try:
         return json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:

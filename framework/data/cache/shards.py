@@ -1,7 +1,7 @@
-"""One shard of a cache, written whole or not at all, and the index, statistics and vocabularies beside them.
+"""One shard of a cache, written atomically, and the index, statistics and vocabularies of a task.
 
-Beside SPLIT/00003-of-00008.array_record lies 00003-of-00008.json: its examples, bytes, crc32, the sizes of its
-examples, and the fingerprint it was built under. The shard is put in place first: one with that file is whole.
+Beside SPLIT/00003-of-00008.array_record is 00003-of-00008.json: its examples, bytes, crc32, the sizes of its
+examples, and the fingerprint it was built under. It is written after the shard: a shard with that file is complete.
 """
 
 import base64
@@ -29,7 +29,7 @@ _REPORT = 512  # examples between reports of progress
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """What is known of a finished shard.
+    """The facts about a finished shard.
 
     Attributes:
       examples: how many.
@@ -76,10 +76,10 @@ def write_shard(
     work: Path,
     report: Callable[[int], None] = lambda count: None,
 ) -> Shard:
-    """Writes a shard in `work`, which lies in the same file system, and moves it into place.
+    """Writes a shard in `work`, which is in the same file system, and moves it into place.
 
     Args:
-      examples: what it holds.
+      examples: its examples.
       features: of the task.
       split_directory: where it goes.
       shard: which, from 0.
@@ -87,10 +87,10 @@ def write_shard(
       fingerprint: of the task.
       bad: filled while `examples` are read.
       work: a folder of this process's own.
-      report: told every now and then how many examples are written.
+      report: called now and then with the number of examples written.
 
     Raises:
-      UserError: an example has another dtype or shape than `features` says.
+      UserError: an example's dtype or shape is not the one in `features`.
       EnvironmentFailure: the disk is full or cannot be written.
     """
     from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -135,14 +135,14 @@ def write_shard(
 def finished_shard(
     split_directory: Path, shard: int, num_shards: int, fingerprint: str, check_bytes: bool
 ) -> Shard | str | None:
-    """Returns a shard that is there and whole, what is wrong with one that is not, or None if none was finished.
+    """Returns a complete shard, a text that says what is wrong with it, or None if it was never finished.
 
     Args:
-      split_directory: where it lies.
+      split_directory: its folder.
       shard: which, from 0.
       num_shards: how many there are.
-      fingerprint: what it must have been built under.
-      check_bytes: read the file through, not its size alone.
+      fingerprint: the one it must have been built under.
+      check_bytes: check the file's content, not only its size.
     """
     path, side = split_directory / shard_name(shard, num_shards), side_path(split_directory, shard, num_shards)
     try:
@@ -163,14 +163,14 @@ def finished_shard(
 
 
 def replace(path: Path, content: bytes, work: Path) -> None:
-    """Writes a small file so that it is there whole or not at all, by way of the folder `work`."""
+    """Writes a small file atomically, by way of the folder `work`."""
     temporary = work / f"{path.parent.name}.{path.name}.{os.getpid()}"
     replace_file(path, content, temporary)
 
 
 @contextlib.contextmanager
 def failures_of(path: Path) -> Iterator[None]:
-    """Turns what the file system or array_record say while `path` is written into an EnvironmentFailure."""
+    """Turns an error of the file system or array_record while `path` is written into an EnvironmentFailure."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -189,7 +189,7 @@ VOCABULARIES = "vocabularies"
 
 
 def write_index(split_directory: Path, shards: Sequence[Shard], fingerprint: str, work: Path) -> None:
-    """Writes a split's sizes.FEATURE.npy and, when they are there, its index.json."""
+    """Writes a split's sizes.FEATURE.npy and, after them, its index.json."""
     index = {
         "format": FORMAT,
         "fingerprint": fingerprint,
@@ -205,10 +205,10 @@ def write_index(split_directory: Path, shards: Sequence[Shard], fingerprint: str
 
 
 def write_stats(task_directory: Path, features: Mapping[str, FeatureInfo], work: Path) -> None:
-    """Writes a task's stats.json, of the splits that are whole."""
+    """Writes a task's stats.json, of the complete splits."""
     stats = {}
     for path in sorted(task_directory.glob("*/index.json")):
-        if path.parent.name == VOCABULARIES:  # of a feature named so
+        if path.parent.name == VOCABULARIES:  # the vocabulary of a feature named `index`
             continue
         index = read_json(path)
         sizes = {name: np.load(path.parent / f"sizes.{name}.npy") for name in _lengths(features)}
@@ -252,7 +252,7 @@ def _lengths(features: Mapping[str, FeatureInfo]) -> list[str]:
 
 
 def _statistics(sizes: np.ndarray) -> dict[str, Any]:
-    """Returns what stats.json says of a feature's sizes [examples]; the histogram's key 'a-b' counts a to b."""
+    """Returns stats.json's entry for a feature's sizes [examples]; the histogram's key 'a-b' counts sizes a to b."""
     if not len(sizes):
         return {"tokens": 0, "min": None, "max": None, "mean": None, "histogram": {}}
     bins = np.ceil(np.log2(sizes.astype(np.int64) + 1)).astype(int)  # 0 | 1 | 2-3 | 4-7 | ...

@@ -1,8 +1,8 @@
-"""Rows of a batch as text again, token by token, and the special tokens that texts spell out.
+"""Rows of a batch decoded to text, token by token, and special tokens that are written out in texts.
 
-Only a Hugging Face tokenizer reads them so, and only where `literal` does not say otherwise. Where an example keeps its
-text, as seqio's tokenize does in `targets_pretokenized`, that tells what was spelled out; else the ids do, but for EOS
-at the end of a feature and for sentinels, which preprocessors put there.
+Only a Hugging Face tokenizer takes such text for special tokens, and only without `literal`. If an example keeps its
+text, as seqio's tokenize does in `targets_pretokenized`, they are looked for there; else in the ids, except for EOS at
+the end of a feature and sentinels, which preprocessors put there.
 """
 
 import collections
@@ -20,17 +20,17 @@ from meshway.framework.data.rows.packing import Arrays
 from meshway.framework.data.token_rows import shift_right
 from meshway.framework.data.vocabulary import HuggingFace, Vocabulary
 
-SAMPLED = 10_000  # examples of a source that are looked at, evenly spread
+SAMPLED = 10_000  # examples of a source that are searched, evenly spread
 _AT_ONCE = 500
-_SHOWN = 5  # tokens that are named
+_SHOWN = 5  # most tokens that the sentence names
 
 
 @dataclasses.dataclass
-class Written:
-    """What was found in some examples.
+class SpecialTokenCounts:
+    """The special tokens found in some examples' texts.
 
     Attributes:
-      examples: how many were looked at.
+      examples: how many were searched.
       holding: how many hold a special token.
       tokens: how often each was found, by its text.
     """
@@ -40,7 +40,7 @@ class Written:
     tokens: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     def add(self, examples: Iterable[Mapping[str, Any]], vocabularies: Mapping[str, Vocabulary]) -> None:
-        """Counts examples in: token ids by feature, and maybe the text of each."""
+        """Adds examples: token ids by feature, with or without their texts."""
         special = {name: each.special_tokens for name, each in vocabularies.items() if isinstance(each, HuggingFace)}
         ids = {name: np.fromiter(tokens, np.int64) for name, tokens in special.items()}
         for example in examples:
@@ -62,17 +62,17 @@ class Written:
         return f"{found} ({', '.join(named)})" if named else found
 
 
-def sentence(found: Mapping[str, Written]) -> str:
-    """Returns what was found, by source, in words."""
+def sentence(found: Mapping[str, SpecialTokenCounts]) -> str:
+    """Returns what was found, by source, as a sentence."""
     holding = {name: written for name, written in found.items() if written.holding}
     if not holding:
-        return str(Written(sum(written.examples for written in found.values())))
+        return str(SpecialTokenCounts(sum(written.examples for written in found.values())))
     parts = [f"{name}: {written}" if len(found) > 1 else str(written) for name, written in holding.items()]
     return "; ".join([*parts, "HuggingFaceVocabulary(literal=True) takes them as text"])
 
 
 def reads_special_tokens(vocabularies: Mapping[str, Vocabulary]) -> bool:
-    """Whether one of the vocabularies takes what a text spells out for a special token."""
+    """Whether one of the vocabularies takes a special token's text in a text for that token."""
     return any(isinstance(each, HuggingFace) and bool(each.special_tokens) for each in vocabularies.values())
 
 
@@ -85,7 +85,7 @@ def sampled(examples: Examples) -> Iterator[Mapping[str, Any]]:
 
 
 def segments(rows: Mapping[str, np.ndarray]) -> Iterator[Mapping[str, np.ndarray]]:
-    """Yields the token ids of each item in rows of a batch, features [rows, length], by the feature they are of."""
+    """Yields the token ids of each item in rows of a batch, features [rows, length], as {feature: ids}."""
     for side, name, feature in (
         ("encoder", "encoder_input_tokens", "inputs"),
         ("decoder", "decoder_target_tokens", "targets"),
@@ -112,8 +112,10 @@ def _times(count: int) -> str:
     return "once" if count == 1 else f"{count:,} times"
 
 
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how vocabularies show a byte that is no ASCII character
-_TURNS = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # of the writing direction: they disorder what follows
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how vocabularies show a byte that is not ASCII
+_TURNS = re.compile(
+    "[\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)  # they change the writing direction of the text after them
 _PARTS = ("_input_tokens", "_target_tokens")
 _BESIDE = ("_loss_weights", "_segment_ids", "_positions", "_prefix_mask")
 
@@ -123,11 +125,11 @@ class Token:
     """A token; or several, where they are the bytes of one character.
 
     Attributes:
-      text: as the vocabulary has it, without control characters but line ends and tabs.
-      ids: its ids, one at least.
+      text: its text in the vocabulary, without control characters except line ends and tabs.
+      ids: its ids, at least one.
       segment: its segment id, from 1.
       weight: its loss weight; None in a lane that has none.
-      special: whether it is no text: EOS, a sentinel, padding's id where it is data, an unknown id.
+      special: whether it is not text: EOS, a sentinel, the padding id used as data, an unknown id.
     """
 
     text: str
@@ -144,7 +146,7 @@ class Lane:
     Attributes:
       name: the array's name, as 'decoder_target_tokens'.
       length: tokens that fit.
-      tokens: what is there, padding apart.
+      tokens: its tokens, without padding.
     """
 
     name: str
@@ -158,12 +160,12 @@ class Lane:
 
     @property
     def filled(self) -> int:
-        """Tokens that are no padding."""
+        """Tokens that are not padding."""
         return sum(len(token.ids) for token in self.tokens)
 
     @property
     def segments(self) -> int:
-        """How many segments lie in it."""
+        """How many segments it has."""
         return len({token.segment for token in self.tokens})
 
     @property
@@ -172,7 +174,7 @@ class Lane:
         return len({token.weight > 0 for token in self.tokens if token.weight is not None}) == 2
 
     def stretches(self) -> Iterator[list[Token]]:
-        """Yields its tokens, those in a row that look alike together: of one segment, loss and kind."""
+        """Yields its tokens in runs that are shown alike: of one segment, loss weight and kind."""
         for _, alike in groupby(self.tokens, lambda token: (token.segment, bool(token.weight), token.special)):
             yield list(alike)
 
@@ -207,7 +209,7 @@ class Values:
 
     @property
     def text(self) -> str:
-        """A few numbers as they are, many as their range."""
+        """The numbers if they are few, else their range."""
         array = self.array
         if not array.size:
             return f"{array.dtype.name} {list(array.shape)}: nothing"
@@ -228,7 +230,7 @@ class DecodedRow:
 
 
 def decode_rows(batch: Arrays, vocabularies: Mapping[str, Vocabulary]) -> list[DecodedRow]:
-    """Returns the rows of a batch, features [rows, ...] by name, T5X's names understood.
+    """Returns the rows of a batch, features [rows, ...] by T5X's names.
 
     `X_input_tokens` that are `X_target_tokens` shifted right are left out.
     """
@@ -259,14 +261,14 @@ def _decode(row: Arrays, vocabularies: Mapping[str, Vocabulary]) -> DecodedRow:
 
 def _is_shifted(inputs: np.ndarray, targets: np.ndarray, positions: np.ndarray | None) -> bool:
     positions = np.arange(len(targets)) if positions is None else positions
-    heads = positions == 0  # where the start token stands, whichever it is
+    heads = positions == 0  # positions of the start token, which may be any id
     return np.array_equal(inputs[~heads], shift_right(targets[None], positions[None], 0)[0][~heads])
 
 
 def _tokens(
     tokens: np.ndarray, segments: np.ndarray | None, weights: np.ndarray | None, vocabulary: Vocabulary | None
 ) -> list[Token]:
-    """Returns the tokens [length] but padding, the bytes of a character joined."""
+    """Returns the tokens [length] except padding, the bytes of a character joined."""
     segments = np.ones(len(tokens), np.int32) if segments is None else segments
     places = np.flatnonzero(segments).tolist()
     ids = tokens[places].tolist()
@@ -289,7 +291,7 @@ def _is_special(token: int, vocabulary: Vocabulary) -> bool:
 
 
 def _looks(token: Token) -> tuple[bool, int, float | None]:
-    """Returns what the bytes of one character share."""
+    """Returns the properties in which the bytes of one character agree."""
     return not token.special and bool(_BYTE.fullmatch(token.text)), token.segment, token.weight
 
 
@@ -314,9 +316,9 @@ def _characters(tokens: Sequence[Token]) -> Iterator[Token]:
 
 
 def visible(text: str) -> str:
-    """Returns text that is safe on a terminal: what moves a cursor or turns the direction is spelled out.
+    """Returns text that is safe on a terminal: characters that move the cursor or change direction are written out.
 
-    Line ends and tabs stay: how to show them is the reader's matter.
+    Line ends and tabs stay; the caller decides how to show them.
     """
     return "".join(f"<U+{ord(letter):04X}>" if _is_hidden(letter) else letter for letter in text)
 

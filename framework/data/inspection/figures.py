@@ -1,7 +1,7 @@
-"""What a run's data is like: figures of its sources, of its first batches and of its mixture, and some of its rows.
+"""Statistics of a run's data: of its sources, its first batches and its mixture, with some of its rows.
 
-Everything is read through what training itself reads: `DataSource.train`. Sources of a cache know the sizes of all
-their examples; of any other stream only what was drawn can be told.
+Everything is read as training reads it, through `DataSource.train`. A cache has the sizes of all its examples; for any
+other stream the statistics cover only the batches drawn.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 from meshway.framework.data.cache.format import CachedSplit
 from meshway.framework.data.inspection.decoded_rows import (
     DecodedRow,
-    Written,
+    SpecialTokenCounts,
     decode_rows,
     reads_special_tokens,
     sampled,
@@ -37,12 +37,12 @@ _BARS = 40  # of a histogram
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """How long one feature of a source's examples is, before anything is cut.
+    """The lengths of one feature of a source's examples, before truncation.
 
     Attributes:
       feature: the task's feature.
       sizes: tokens of every example, integers [examples].
-      cut_at: tokens of an example after which the rest is cut off; None where that is not so.
+      cut_at: tokens to which an example is truncated; None if it is not.
     """
 
     feature: str
@@ -56,7 +56,7 @@ class Lengths:
 
     @property
     def mean(self) -> float:
-        """Tokens of an example."""
+        """Mean tokens of an example."""
         return self.total / len(self.sizes)
 
     @functools.cached_property
@@ -65,11 +65,11 @@ class Lengths:
         return int(self.sizes.max())
 
     def quantile(self, share: float) -> int:
-        """Returns the least length that `share` of the examples do not exceed."""
+        """Returns the smallest length that `share` of the examples do not exceed."""
         return int(np.quantile(self.sizes, share, method="inverted_cdf"))
 
     def histogram(self) -> tuple[np.ndarray, int]:
-        """Returns (examples by length [bars], tokens that a bar spans); the last bar holds all that is longer."""
+        """Returns (examples by length [bars], tokens that a bar spans); the last bar includes all longer examples."""
         width = max(1, -(-max(self.quantile(0.99), 1) // _BARS))
         bars = np.minimum(self.sizes // width, _BARS)
         return np.bincount(bars), width
@@ -77,16 +77,16 @@ class Lengths:
 
 @dataclasses.dataclass(frozen=True)
 class SourceFigures:
-    """One task as it is read.
+    """Statistics of one task.
 
     Attributes:
       name: the task.
-      split: what is read of it, "" if that is not known.
+      split: the split that is read, "" if it is not known.
       examples: how many there are.
       lengths: of each feature of tokens that is read.
-      items: what an epoch's examples make, as an example may be split or skipped; None if only reading it tells.
+      items: number of items per epoch, as an example may be split or skipped; None if it is known only after reading.
       items_per_row: how many of them a row holds on average.
-      lost: tokens of an epoch that no row shows, cut off or skipped; None if only reading it tells.
+      lost: tokens of an epoch that are in no row, truncated or skipped; None if it is known only after reading.
     """
 
     name: str
@@ -105,13 +105,13 @@ class SourceFigures:
 
 @dataclasses.dataclass
 class Drawn:
-    """What was found in drawn rows.
+    """Statistics of the rows that were drawn.
 
     Attributes:
       rows: how many.
-      items: the items in them, those without a token at the end of a row apart.
-      filled: side ('encoder', 'decoder') -> (tokens that are no padding, tokens that fit).
-      loss: side -> (tokens that carry loss, tokens that fit); only of sides with loss weights.
+      items: the items in them, not counting items without tokens at the end of a row.
+      filled: side ('encoder', 'decoder') -> (tokens that are not padding, tokens that fit).
+      loss: side -> (tokens with a loss weight, tokens that fit); only for sides with loss weights.
     """
 
     rows: int = 0
@@ -120,7 +120,7 @@ class Drawn:
     loss: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     def add(self, rows: Mapping[str, np.ndarray]) -> None:
-        """Counts rows in, features [rows, ...] by name."""
+        """Adds rows, features [rows, ...] by name."""
         count = len(next(iter(rows.values())))
         if not count:
             return
@@ -138,12 +138,12 @@ class Drawn:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """One source's share of a mixture: numbers of rows and of items, and what the rates ask for.
+    """One source's share of a mixture: as the rates demand it, and as rows are assigned.
 
     Attributes:
       rate: its rate in the recipe.
-      asked: (of all items, of all rows) that are asked to be its.
-      simulated: (items, rows) among those that `Period.batches` deals, items by how many a row of it holds.
+      asked: (share of all items, share of all rows) by the rates.
+      simulated: (items, rows) in the first `Period.batches` batches; items are rows times its mean items per row.
     """
 
     source: str
@@ -154,7 +154,7 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class Period:
-    """Batches drawn at the same rates: `batches` of them from batch `first` on were dealt to count shares."""
+    """Batches drawn at the same rates: shares are counted over `batches` batches from number `first` on."""
 
     first: int
     batches: int
@@ -163,7 +163,7 @@ class Period:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Rows that are shown: the first ones of a source, or of the run where it does not tell sources."""
+    """Rows to show: the first ones of a source, or of the run if the sources of rows are not known."""
 
     source: str
     rows: Sequence[DecodedRow]
@@ -171,18 +171,18 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What `inspect` found.
+    """The result of `inspect`.
 
     Attributes:
       name: the task or mixture.
-      facts: what the recipe says of its data, by heading.
+      facts: facts from the recipe, by heading.
       spec: the batch features.
       batches: how many were drawn.
-      total: what they hold.
-      drawn: the same by source; {} where the stream does not tell them.
-      sources: the tasks it reads; none where the stream does not tell them.
-      periods: how a mixture is dealt.
-      samples: rows.
+      total: statistics of all drawn rows.
+      drawn: the same by source; {} if the stream does not name its sources.
+      sources: the tasks it reads; () if the stream does not name its sources.
+      periods: the shares of a mixture's sources.
+      samples: rows to show.
       missing: a sentence for each thing that is not known.
     """
 
@@ -199,10 +199,10 @@ class Inspection:
 
 
 def inspect(data: DataSource, batches: int = 20, rows: int = 3) -> Inspection:
-    """Looks at a run's data, drawing its first batches; nothing of the model is needed.
+    """Returns statistics of a run's data, drawing its first batches; the model is not needed.
 
     Args:
-      data: as a recipe has it.
+      data: the recipe's data source.
       batches: how many to draw.
       rows: how many to show of each source.
 
@@ -212,7 +212,7 @@ def inspect(data: DataSource, batches: int = 20, rows: int = 3) -> Inspection:
     if batches < 1:
         raise UserError(f"an inspection draws at least 1 batch, not {batches}")
     dataset = data.train(slice(0, data.batch_size))
-    stream: Any = getattr(dataset, "stream", dataset)  # worker processes are of no use for a few batches
+    stream: Any = getattr(dataset, "stream", dataset)  # worker processes do not pay off for a few batches
     vocabularies = data.vocabularies()
     name = str(getattr(data, "name", type(data).__name__))
     known = (name, _facts(data, stream, vocabularies), dataset.spec(), batches)
@@ -228,9 +228,9 @@ def _of_sources(
     rows: int,
     vocabularies: Mapping[str, Vocabulary],
 ) -> Inspection:
-    """Returns the inspection of a stream that tells which source each row is from."""
+    """Returns the inspection of a stream that names the source of each row."""
     total, drawn = Drawn(), {source.name: Drawn() for source in stream.sources}
-    written = {source.name: Written() for source in stream.sources}
+    written = {source.name: SpecialTokenCounts() for source in stream.sources}
     reads = reads_special_tokens(vocabularies)
     for number in range(known[-1]):
         batch, origins = stream.batch(number), stream.origins(number)
@@ -238,7 +238,7 @@ def _of_sources(
         for place, source in enumerate(stream.sources):
             of_source = {name: array[origins == place] for name, array in batch.items()}
             drawn[source.name].add(of_source)
-            if reads and not isinstance(source, RowSource):  # its examples may be no tokens yet
+            if reads and not isinstance(source, RowSource):  # its examples may not be tokens yet
                 written[source.name].add(segments(of_source), vocabularies)
     if reads:
         for source in stream.sources:
@@ -265,8 +265,8 @@ def _of_batches(
     rows: int,
     vocabularies: Mapping[str, Vocabulary],
 ) -> Inspection:
-    """Returns the inspection of any other stream, all from what is drawn."""
-    total, written = Drawn(), Written()
+    """Returns the inspection of any other stream, from the drawn rows only."""
+    total, written = Drawn(), SpecialTokenCounts()
     shown: list[DecodedRow] = []
     reads = reads_special_tokens(vocabularies)
     for batch in itertools.islice(dataset, known[-1]):
@@ -285,7 +285,7 @@ def _of_batches(
 
 
 def _count(counts: dict[str, tuple[int, int]], side: str, array: np.ndarray) -> None:
-    """Adds how many of an array's elements are not 0, and how many there are."""
+    """Adds the number of an array's elements that are not 0, and of all its elements."""
     some, every = counts.get(side, (0, 0))
     counts[side] = some + int(np.count_nonzero(array)), every + array.size
 
@@ -319,7 +319,7 @@ def _cached(source: Source) -> CachedSplit | None:
 
 
 def _periods(stream: RowStream, batch_size: int) -> list[Period]:
-    """Returns the shares of each period, over `SIMULATED_ROWS` rows or as many as it has."""
+    """Returns the shares of each period, over `SIMULATED_ROWS` rows or all rows if it has fewer."""
     per_row = np.array([source.items_per_row for source in stream.sources])
     found = []
     starts = [first for first, _ in stream.rates]
@@ -339,7 +339,7 @@ def _periods(stream: RowStream, batch_size: int) -> list[Period]:
 
 
 def _facts(data: DataSource, stream: Any, vocabularies: Mapping[str, Vocabulary]) -> dict[str, str]:
-    """Returns what is known without reading examples, by heading."""
+    """Returns the facts that are known without reading examples, by heading."""
     facts = {"read by": type(data).__name__}
     if isinstance(stream, RowStream):
         folders = {str(split.directory.parent.parent) for split in map(_cached, stream.sources) if split}

@@ -1,4 +1,4 @@
-"""`data.html`: what a recipe's data is like, as tables and examples on one page."""
+"""`data.html`: statistics and examples of a recipe's data on one page."""
 
 import dataclasses
 import html
@@ -21,10 +21,10 @@ class Table:
 
     Attributes:
       title: its heading.
-      note: what its columns mean, where that needs saying.
+      note: what its columns mean, if it needs an explanation.
       head: names of columns.
       rows: their texts.
-      words: how many columns, from the left, are words; the others are numbers.
+      words: how many columns, from the left, are text; the others are numbers.
     """
 
     title: str
@@ -35,7 +35,7 @@ class Table:
 
 
 def tables(inspection: Inspection) -> Iterator[Table]:
-    """Yields every table that there is something to say in."""
+    """Yields every table that is not empty."""
     shapes = [[name, dtype.name, str(list(shape))] for name, (shape, dtype) in inspection.spec.items()]
     yield Table("Batch features", "", ["feature", "dtype", "shape"], shapes, words=3)
     if inspection.sources:
@@ -179,9 +179,9 @@ def _histograms(inspection: Inspection) -> str:
 
 
 def _histogram(lengths: Lengths) -> str:
-    """Returns an `<svg>` of bars, examples by tokens; a line where examples are cut."""
+    """Returns an `<svg>` of bars, examples by tokens, with a line where examples are truncated."""
     counts, width = lengths.histogram()
-    counts = np.pad(counts, (0, max(0, 8 - len(counts))))  # a bar or two alone would be as wide as the plot
+    counts = np.pad(counts, (0, max(0, 8 - len(counts))))  # one or two bars would be as wide as the plot
     end = len(counts) * width
     step, bottom = _WIDTH / len(counts), _HEIGHT - 18
     parts = []

@@ -1,7 +1,7 @@
 """Examples of a task, read by number, and the steps that run as they are read.
 
-info.json lists a task's steps after the cut, as [{"step": "append_eos", "features": {"targets": 1}}]: the
-features that get an EOS, with its id. It says TENSORFLOW where a step has no twin.
+info.json lists a task's steps after the cache, as [{"step": "append_eos", "features": {"targets": 1}}]: the
+features that get an EOS, with its id. It holds TENSORFLOW where a step has no numpy equivalent.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from meshway.framework.data.objective import FeatureInfo, Sizes
 from meshway.framework.data.rows.packing import Example
 from meshway.framework.errors import UserError
 
-TWINS = ("append_eos", "append_eos_after_trim")  # of seqio.preprocessors
+TWINS = ("append_eos", "append_eos_after_trim")  # steps of seqio.preprocessors that have a numpy equivalent here
 TENSORFLOW = "tensorflow"
 
 
@@ -26,7 +26,7 @@ class AppendEos:
     Attributes:
       eos: feature -> the id.
       ranks: feature -> number of dimensions.
-      trims: cut a feature to its length less one first, where a length is given.
+      trims: whether a feature is first truncated to its length less one, if a length is given.
     """
 
     eos: Mapping[str, int]
@@ -34,7 +34,7 @@ class AppendEos:
     trims: bool
 
     def apply(self, example: Example, lengths: Mapping[str, int]) -> Example:
-        """Returns an example with its ends."""
+        """Returns an example with EOS appended."""
         result = dict(example)
         for name, eos in self.eos.items():
             if name in result:
@@ -45,7 +45,7 @@ class AppendEos:
         return result
 
     def sizes(self, sizes: Sizes, lengths: Mapping[str, int]) -> dict[str, np.ndarray]:
-        """Returns the sizes [examples] that `apply` leaves, by feature, from those it finds."""
+        """Returns the sizes [examples] after `apply`, by feature, from those before."""
         result = dict(sizes)
         for name in self.eos:
             if name in result and self.ranks[name] == 1:
@@ -71,13 +71,13 @@ def numpy_steps(
 
 
 class Examples(Protocol):
-    """A task's examples: how many, how long each is, and any of them."""
+    """A task's examples: their number, the size of each, and access by number."""
 
     def __len__(self) -> int: ...
 
     @property
     def sizes(self) -> Mapping[str, np.ndarray]:
-        """Feature of rank 1 or more -> tokens of each example, integers [examples]."""
+        """Feature of rank 1 or more -> its length in each example, integers [examples]."""
         ...
 
     def read(self, indices: Sequence[int] | np.ndarray) -> list[Any]:
@@ -88,16 +88,16 @@ class Examples(Protocol):
 def check_ids(
     name: str, examples: Sequence[Example], numbers: Sequence[int] | np.ndarray, sizes: Mapping[str, int]
 ) -> None:
-    """Checks the token ids of a task's examples before they become rows: another id reads some other row of a table.
+    """Checks the token ids of a task's examples before they become rows: embeddings do not detect a wrong id.
 
     Args:
       name: the task.
-      examples: some of it.
-      numbers: theirs in the task.
+      examples: some of its examples.
+      numbers: their numbers in the task.
       sizes: feature -> how many ids its vocabulary has.
 
     Raises:
-      UserError: naming the first example with an id that the vocabulary has not.
+      UserError: an id is outside the vocabulary; names the first such example.
     """
     for feature, size in sizes.items():
         arrays = [np.asarray(example[feature]) for example in examples if feature in example]
@@ -110,7 +110,7 @@ def check_ids(
 
 
 def wrong_id(example: Example, sizes: Mapping[str, int]) -> str:
-    """Returns what is wrong with the first id of an example that its vocabulary has not; "" where there is none."""
+    """Returns a message about the first id of an example that is outside its vocabulary; "" if there is none."""
     for feature, size in sizes.items():
         ids = np.asarray(example.get(feature, ()))
         if len(wrong := ids[(ids < 0) | (ids >= size)]):
@@ -165,7 +165,7 @@ class Stepped:
     Args:
       examples: the examples.
       steps: what to apply, in order.
-      lengths: feature -> tokens to which a step that trims may trim.
+      lengths: feature -> tokens to which a step with `trims` truncates.
     """
 
     def __init__(self, examples: Examples, steps: Sequence[AppendEos], lengths: Mapping[str, int]) -> None:

@@ -1,10 +1,10 @@
 """The order of rows: random passes over a task, and tasks drawn by rate, as pure functions of a position.
 
-Built from 64-bit multiply-xor-shift hashing alone, so that the order of a run depends on no library's version.
+Built only from 64-bit multiply-xor-shift hashing, so that the order of a run depends on no library's version.
 
-Row d goes to the source in whose share of [0, 1) the van der Corput number of d falls: its digits
-in base 2, mirrored at the point. Any stretch of rows then holds each source's share to within a few rows, and
-how many of the first d rows went to a source is counted in closed form, so any row can be asked for at once.
+Each source has an interval of [0, 1) as long as its share. Row d goes to the source whose interval contains the van der
+Corput number of d: its digits in base 2, mirrored at the point. Any stretch of rows then holds each source's share to
+within a few rows, and how many of the first d rows went to a source has a closed form, so any row is found at once.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ _ROUNDS = 8
 
 
 def key_of(*parts: int | str) -> int:
-    """Returns a 64-bit key of numbers and names; other parts or another order of them give another key."""
+    """Returns a 64-bit key of numbers and names; it changes with any part and with their order."""
     state = np.zeros(1, np.uint64)
     for part in parts:
         number = zlib.crc32(part.encode()) | 1 << 32 if isinstance(part, str) else int(part) & (2**64 - 1)
@@ -48,8 +48,8 @@ def seeds(key: int, *columns: np.ndarray) -> np.ndarray:
 def permute(positions: np.ndarray, count: int, key: int) -> np.ndarray:
     """Returns where a random permutation of range(count) sends `positions` [n], int64 [n].
 
-    A Feistel network of 8 rounds on the smallest even number of bits that holds `count`, walked until it lands
-    below `count` (Black and Rogaway 2002, section 4): a bijection of any size, in no memory, from any position.
+    A Feistel network of 8 rounds on the smallest even number of bits that holds `count`, applied again until the result
+    is below `count` (cycle walking; Black and Rogaway 2002, section 4): a bijection of any size, without a table.
     """
     if count <= 1:
         return np.zeros(len(positions), np.int64)
@@ -68,16 +68,16 @@ def permute(positions: np.ndarray, count: int, key: int) -> np.ndarray:
     return values.astype(np.int64)
 
 
-_BITS = 52  # rows of a period, and the grain of shares
+_BITS = 52  # a period has at most 2 ** _BITS rows, and shares are multiples of 2 ** -_BITS
 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Other mixing rates from a step on.
+    """New mixing rates from a step on.
 
     Attributes:
       from_step: the first step (batch) drawn at these rates.
-      rates: task -> rate, relative to the others; a task that is not named keeps its rate, 0 stops it.
+      rates: task -> rate, relative to the others; tasks not named keep their rates, and 0 stops a task.
     """
 
     from_step: int
@@ -123,7 +123,7 @@ def periods(names: Sequence[str], rates: Mapping[str, float], changes: Sequence[
 
 
 class Interleaving:
-    """The rows of one period, cut between sources by weight.
+    """The rows of one period, divided among sources by weight.
 
     Args:
       weights: weight of each source [sources], at least 0, not all 0.

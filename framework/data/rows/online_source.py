@@ -1,11 +1,11 @@
 """Rows of tasks whose steps run as they are read, and of tasks that are streamed uncached.
 
-Such steps may make any number of examples of any length, so nothing is known before they have run. They run on
+Such steps may make any number of examples of any length, so sizes are known only after they have run. They run on
 pools of `POOL_EXAMPLES` cached examples in a fresh order each epoch, seeded by (seed, epoch, pool), and each pool is
-packed on its own. Every process runs every pool, and a position names the pool that it lies in.
+packed on its own. Every process runs every pool, and a saved position names its pool.
 
-Its examples become rows a buffer at a time. A buffer holds examples of one pass alone, so that whatever order its rows
-take, each pass is over before the next begins: no example comes a second time before all have come once.
+Examples of a streamed task become rows a buffer at a time. A buffer holds examples of only one pass, so each pass is
+over before the next begins: no example comes a second time before all have come once.
 """
 
 import dataclasses
@@ -39,8 +39,8 @@ class OnlineSource:
     Args:
       name: the task's name.
       examples: its cached examples.
-      steps: (examples, seed) -> what the steps make of them; the same each time it is called.
-      objective: what becomes of those.
+      steps: (examples, seed) -> the examples after the steps; deterministic.
+      objective: turns those examples into items.
       pack: whether rows hold several items.
       shuffle: whether order is random.
       seed: of order and of all randomness.
@@ -98,13 +98,13 @@ class OnlineSource:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, items
 
     def state(self, number: int) -> dict[str, int]:
-        """Returns where the pool of the row before `number` lies: the same on every process."""
+        """Returns the pool of the row before `number`, and where it begins: the same on every process."""
         if number:
             self._walk_to(number - 1)
         return self._anchor._asdict() if number else _Anchor(0, 0, 0)._asdict()
 
     def restore(self, number: int, state: Mapping[str, int]) -> None:
-        """Goes to row `number`; only the pool in `state` is run, and those after it up to `number`."""
+        """Makes `number` the next row; only the pool in `state` is run, and those after it up to `number`."""
         missing = set(_Anchor._fields) - set(state)
         if missing:
             raise UserError(f"the saved data position of task {self.name!r} lacks {sorted(missing)}")
@@ -128,7 +128,7 @@ class OnlineSource:
             self._anchor = _Anchor(first + count, *after)
 
     def _run_pool(self, epoch: int, pool: int) -> RowSource | None:
-        """Returns the rows of a pool, read once; None if the steps leave nothing."""
+        """Returns the rows of a pool, read once; None if no example is left after the steps."""
         count = len(self.examples)
         positions = np.arange(pool * count // self._num_pools, (pool + 1) * count // self._num_pools)
         if self._shuffle:
@@ -176,11 +176,11 @@ class StreamedSource:
     Args:
       name: the task's name.
       passes: its examples without end, None after the last of each pass.
-      objective: what becomes of them.
+      objective: turns the examples into items.
       pack: whether rows hold several items.
       seed: of the order in a buffer and of the objective's randomness.
       vocabulary_sizes: as `RowSource` has them; an example is named by its place in its pass, as it was read.
-      part: what of the task this process reads, for messages.
+      part: which part of the task this process reads, for messages.
 
     Attributes:
       name: the task's name.
@@ -225,7 +225,7 @@ class StreamedSource:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, items
 
     def state(self, number: int) -> dict[str, int]:
-        """Returns nothing: where a stream stands cannot be kept."""
+        """Returns {}: the position of a stream cannot be saved."""
         return {}
 
     def restore(self, number: int, state: Mapping[str, int]) -> None:

@@ -14,7 +14,7 @@ _LANE = 40  # bits for one feature of an item
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where each of n items lies.
+    """The row, segment and offset of each of n items.
 
     Attributes:
       rows: row of each item, int64 [n].
@@ -30,20 +30,20 @@ class Placement:
 
 
 def best_fit(sizes: Mapping[str, np.ndarray], capacity: Mapping[str, int], window: int = WINDOW) -> Placement:
-    """Plans rows from sizes alone: large items first, each into the fullest open row that has room for it.
+    """Plans rows from sizes alone (best fit): large items first, each into the fullest open row that has room for it.
 
-    Items above `_LARGE` of a row in any feature come first, the largest ahead; the others follow as they come.
-    "Fullest" goes by the feature that fills rows most; a row that has room there but was refused `window` times
-    for another feature is closed. (On 16,384 log-normal examples at 512/114, first fit over 256 open rows is 95.2 %
-    dense, this 96.6 %, in less than half the time.)
+    Items above `_LARGE` of a row in any feature come first, by descending size; the others follow in their order. The
+    fullest row is determined by the feature that fills rows most; a row with room in that feature that lacked room
+    in another `window` times is closed. (On 16,384 log-normal examples at 512/114, first fit over 256 open rows is
+    95.2 % dense, this 96.6 %, in less than half the time.)
 
     Args:
       sizes: row feature -> tokens of each item, integers [n].
       capacity: row feature -> tokens of a row.
-      window: how often a row may be refused before it is closed: more gives denser rows, fewer is quicker.
+      window: how often a row may lack room before it is closed: more makes rows denser, fewer is quicker.
 
     Returns:
-      The placement; it depends on nothing but the arguments.
+      The placement; a pure function of the arguments.
 
     Raises:
       ValueError: an item is longer than a row, or `window` is below 1.
@@ -72,13 +72,14 @@ def best_fit(sizes: Mapping[str, np.ndarray], capacity: Mapping[str, int], windo
 def _fullest_that_fit(
     sizes: list[int], others: list[int], capacity: int, other_capacities: int, guards: int, window: int
 ) -> list[int]:
-    """Returns the row of each item, given in the order of placing.
+    """Returns the row of each item, for items in the order in which they are placed.
 
-    `others` are the sizes in the other features, all in one number, a lane of bits each, `guards` being each lane's
-    top bit: subtracted from what is free, with the guards set, an item leaves them all set where it fits.
+    `others` are an item's sizes in the other features, packed into one integer with a lane of bits for each; `guards`
+    has the top bit of each lane. An item fits if, subtracted from a row's free space with the guards set, it leaves all
+    guards set.
     """
     rows: list[int] = []
-    open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by what is free in them
+    open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by free tokens
     occupied = 0  # bit f is set where open_rows[f] holds a row: the fullest that fits is the lowest set bit >= size
     free_others: list[int] = []
     refusals: list[int] = []
@@ -131,13 +132,13 @@ def one_each(count: int, features: Sequence[str]) -> Placement:
 
 
 def lay_out(items: Sequence[Example], lengths: Mapping[str, int], placement: Placement, pad_id: int = 0) -> Arrays:
-    """Writes every feature of every item to its place, one scatter a feature.
+    """Writes every feature of every item into its row, with one scatter per feature.
 
     Args:
       items: row feature -> tokens [n].
       lengths: row length in tokens of each feature to lay out; other features of the items are not read.
-      placement: where the items go; each must fit.
-      pad_id: fills what no item covers. A token that equals it is data: lengths are explicit.
+      placement: rows and offsets of the items; each must fit.
+      pad_id: fills positions without an item. An item's token may equal it, since segment ids mark padding.
 
     Returns:
       For each feature F: F [rows, length], F_segment_ids (1, 2, ... along each row, 0 on padding) and

@@ -1,11 +1,11 @@
 """The endless rows of one cached task: any row by its number, from sizes alone until it is read.
 
-A round is one pass over the task's items, however few they are: each is in it once. When rows are packed, the items
-are dealt once, at random, into pools of `POOL_ITEMS`, and each pool is packed on its own; a round visits the pools in
-a fresh order, and each pool's rows in a fresh order. So which items share a row stays, which is of no account as
-segments do not see each other, and every round has the same number of rows: row n is found without packing what lies
-before it. The last row of a pool is partly empty, which only a task of few rows notices. Unpacked, a row is an item,
-and a round a fresh permutation of all.
+A round is one pass over the task's items, each of which is in it once. When rows are packed, the items are divided
+once, at random, into pools of `POOL_ITEMS`, and each pool is packed on its own; a round visits the pools in a fresh
+order, and each pool's rows in a fresh order. So the same items share a row in every round, which does not matter, as
+segments do not attend to each other, and every round has the same number of rows: row n is found without packing the
+rows before it. The last row of a pool is partly empty, which matters only for a task of few rows. Unpacked, a row is an
+item, and a round is a fresh permutation of all items.
 """
 
 import functools
@@ -21,11 +21,11 @@ from meshway.framework.data.rows.packing import Arrays, Placement, best_fit
 from meshway.framework.errors import UserError
 
 POOL_ITEMS = 16384
-_SAMPLED_POOLS = 16  # that tell how many items a row holds
+_SAMPLED_POOLS = 16  # from which the mean number of items per row is computed
 
 
 class Place(NamedTuple):
-    """Where a row lies: row `row` of the `ordinal`-th pool visited in round `round`."""
+    """Where a row is: row `row` of the `ordinal`-th pool visited in round `round`."""
 
     round: int
     ordinal: int
@@ -38,11 +38,12 @@ class RowSource:
     Args:
       name: the task's name.
       examples: its examples.
-      objective: what becomes of them.
+      objective: turns examples into items.
       pack: whether rows hold several items.
       shuffle: whether order is random; if not, items come in the task's order.
       seed: of order and of the objective's randomness.
-      vocabulary_sizes: feature of token ids -> how many there are; an example with any other is refused as it is read.
+      vocabulary_sizes: feature of token ids -> size of its vocabulary; an example with an id outside it is an error
+        when it is read.
 
     Attributes:
       items_per_epoch: how many items one pass over the task has.
@@ -71,7 +72,9 @@ class RowSource:
         self._vocabulary_sizes = dict(vocabulary_sizes or {})
         self._key = key_of(seed, name)
         parts = objective.parts(examples.sizes) if objective.row_lengths else np.ones(len(examples), np.int64)
-        self._ends = None if (parts == 1).all() else np.cumsum(parts)  # items of examples 0..i, where not one each
+        self._ends = (
+            None if (parts == 1).all() else np.cumsum(parts)
+        )  # number of items of examples 0..i; None if each has one
         self.items_per_epoch = int(parts.sum())
         if not self.items_per_epoch:
             raise UserError(f"task {name!r} has no examples to read: none of {len(examples):,} is kept")
@@ -105,7 +108,7 @@ class RowSource:
         return sum(self._rows_of(number % self._cycle, pool) for pool in range(self._num_pools))
 
     def locate(self, number: int) -> Place:
-        """Returns where row `number` of the endless stream lies (packed)."""
+        """Returns where row `number` of the endless stream is (packed rows only)."""
         round_number = 0
         while True:
             if (self._rows >= 0).all():  # every plan is known: whole cycles are skipped at once
@@ -148,30 +151,30 @@ class RowSource:
         return self.objective.lay(converted, placement), len(converted)
 
     def examples_of(self, numbers: np.ndarray) -> np.ndarray:
-        """Returns which example each of the items in rows is of, int64 [items]; unpacked, an item is a row."""
+        """Returns the example number of each item in the rows, int64 [items]; unpacked, an item is a row."""
         return self._find(numbers)[0].index
 
     def state(self, number: int) -> dict[str, int]:
-        """Returns what a row's number means: a key of how rows are laid out."""
+        """Returns a key of the layout of rows, on which the meaning of a row's number depends."""
         lengths = sorted(self.objective.row_lengths.items())
         parts = [part for name, length in lengths for part in (name, length)]
         return {"plan": key_of(self._pack, self.items_per_epoch, *parts) % 2**31}
 
     def restore(self, number: int, state: Mapping[str, int]) -> None:
-        """Checks that row `number` is the row it was; there is nothing to go to, any row can be taken at any time.
+        """Checks that rows are laid out as when the position was saved; any row can be taken at any time.
 
         Raises:
-          UserError: rows are laid out otherwise than when the position was saved.
+          UserError: rows are laid out differently.
         """
         if number and state.get("plan", self.state(number)["plan"]) != self.state(number)["plan"]:
             raise UserError(
-                f"task {self.name!r}: the saved data position counts rows that were laid out otherwise. Resume with "
+                f"task {self.name!r}: the saved data position counts rows that were laid out differently. Resume with "
                 "the TASK_FEATURE_LENGTHS, PACK, objective and cached examples of the run, or start a new run from its "
                 "parameters (train.train.initial)"
             )
 
     def _find(self, numbers: np.ndarray) -> tuple[Items, Placement]:
-        """Returns the items of rows and where they lie, row i being the i-th of `numbers`."""
+        """Returns the items of rows and their placement, row i being the i-th of `numbers`."""
         if not self._pack:
             epochs = numbers // self.items_per_epoch
             position = numbers % self.items_per_epoch

@@ -46,9 +46,9 @@ class _Period:
     interleaving: Interleaving
 
     def taken_before(self, row: int) -> np.ndarray:
-        """Returns how many of the rows before `row` are each source's, int64 [sources].
+        """Returns how many of the rows before `row` are of each source, int64 [sources].
 
-        Rows are dealt by their number in the whole run, so that a period begun anew by a restart deals them alike.
+        Rows are assigned by their number in the whole run, so that a period begun again by a restart assigns the same.
         """
         return self.taken + self.interleaving.counts(row) - self.interleaving.counts(self.row)
 
@@ -57,15 +57,15 @@ class RowStream:
     """The `Dataset` of a run. `position` is the number of the batch that comes next.
 
     Args:
-      name: what is read, for messages.
+      name: the task or mixture, for messages.
       sources: where rows come from.
       rates: mixing rate of each source, in examples, by name.
-      changes: other rates from given steps on.
+      changes: new rates from given steps on.
       spec: the batch features.
       batch_size: rows of a global batch.
       rows: this process's rows of each global batch.
       seed: of the run; only kept, so that a resumed run can compare.
-      limit: rows after which the stream ends, the last batch filled up with rows of zeros; None for no end.
+      limit: rows after which the stream ends, the last batch being completed with rows of zeros; None for no end.
 
     Attributes:
       sources: where rows come from.
@@ -103,7 +103,7 @@ class RowStream:
         return batch
 
     def seek(self, batch: int) -> None:
-        """Goes to before batch number `batch`, reading nothing."""
+        """Makes `batch` the number of the next batch, reading nothing."""
         self.position = batch
 
     def batch(self, number: int) -> dict[str, np.ndarray]:
@@ -135,7 +135,7 @@ class RowStream:
 
     @property
     def rates(self) -> list[tuple[int, np.ndarray]]:
-        """(first batch, rate of each of `sources`) of each period, in order, as the recipe has them."""
+        """(first batch, rate of each of `sources`) of each period of the recipe, in order."""
         return list(self._rates)
 
     def state(self) -> dict[str, int]:
@@ -149,10 +149,10 @@ class RowStream:
         return result
 
     def restore(self, state: Mapping[str, int]) -> None:
-        """Goes on from a position, on any process count, mesh and batch size.
+        """Continues from a position, on any process count, mesh and batch size.
 
-        Each source goes on after the rows it had given. When the recipe's rates would not have given those
-        counts (they were edited since), its rates hold from here on.
+        Each source continues after the rows taken from it. If the recipe's rates would not have led to those counts
+        (they were edited since), its rates hold from here on.
 
         Raises:
           UserError: the position is of other data, or of another seed.
@@ -194,7 +194,7 @@ class RowStream:
                 last = result[-1]
                 row = last.row + (start - last.batch) * self._batch_size
                 taken = last.taken_before(row)
-            # Rates count examples, a period deals rows: of what is packed denser, fewer.
+            # Rates count examples, a period assigns rows: fewer of a source whose rows hold more examples.
             weights = [rate and rate / source.items_per_row for rate, source in zip(rates, self.sources, strict=True)]
             result.append(_Period(start, row, taken, Interleaving(np.array(weights))))
         return result
@@ -210,7 +210,7 @@ class RowStream:
         return self._period(batch).taken_before(row)
 
     def _assign(self, batch: int, rows: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Returns for each source (which of `rows` are its, their numbers in the source)."""
+        """Returns for each source (indices in `rows` of its rows, their numbers in the source)."""
         if not len(rows):
             return [(rows, rows)] * len(self.sources)
         taken = self._taken(batch, int(rows[0]))

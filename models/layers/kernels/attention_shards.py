@@ -206,7 +206,7 @@ class _Shards:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The mesh axes, of more than one device, that cut anything."""
+        """The mesh axes, of more than one device, that shard anything."""
         axes = (axis for spec in self.specs for axes in sharded_by(spec) for axis in axes)
         return tuple(dict.fromkeys(axis for axis in axes if self.mesh.shape[axis] > 1))
 

@@ -131,7 +131,7 @@ def attend(softmax: Softmax, queries: Queries, keys: Keys, by_head: ByHead, term
 
     blocks = jax.tree.map(lambda x: _by_head(x, kv_heads, terms.query_block), softmax)
     _, softmax = lax.scan(row, None, (blocks, query_blocks, visits(query_blocks, key_blocks, terms)))
-    return jax.tree.map(lambda x: _by_place(x, length), softmax)
+    return jax.tree.map(lambda x: _by_position(x, length), softmax)
 
 
 def end(softmax: Softmax, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
@@ -187,8 +187,8 @@ def attend_backward(
     key_sums = tuple(_by_kv_head(x, terms.kv_block).swapaxes(3, 4) for x in (sums.key, sums.value))
     blocks = (query_sum, query_blocks, Received(*given), visits(query_blocks, key_blocks, terms))
     (table_sum, key_sums), query_sum = lax.scan(row, (sums.by_head.table, key_sums), blocks)
-    key_sum, value_sum = (_by_place(jnp.expand_dims(x.swapaxes(3, 4), 4), kv_length) for x in key_sums)
-    return Gradients(_by_place(query_sum, length), key_sum, value_sum, sums.by_head._replace(table=table_sum))
+    key_sum, value_sum = (_by_position(jnp.expand_dims(x.swapaxes(3, 4), 4), kv_length) for x in key_sums)
+    return Gradients(_by_position(query_sum, length), key_sum, value_sum, sums.by_head._replace(table=table_sum))
 
 
 def as_cotangents(sums: Gradients, queries: Queries, keys: Keys) -> tuple[Queries, Keys, ByHead]:
@@ -289,7 +289,7 @@ def _by_kv_head(x: jax.Array, size: int) -> jax.Array:
     return jnp.moveaxis(_blocks(x, size), 3, 2)
 
 
-def _by_place(x: jax.Array, length: int) -> jax.Array:
+def _by_position(x: jax.Array, length: int) -> jax.Array:
     """Undoes `_by_head`."""
     x = x.transpose(1, 0, 3, 2, *range(4, x.ndim))
     return x.reshape(x.shape[0], -1, x.shape[3] * x.shape[4], *x.shape[5:])[:, :length]

@@ -1,7 +1,7 @@
 """Auxiliary losses of routers, without their coefficients, and statistics: whether experts are used evenly.
 
 All are taken over every real token of the (micro)batch, whatever devices hold them. The losses of balance are products
-or variances of such means: of a batch cut in microbatches they are the mean over the parts, not that of the whole.
+or variances of such means: for a batch split into microbatches they are the mean over the parts, not that of the whole.
 """
 
 import jax

@@ -119,8 +119,8 @@ def test_another_size_is_named(saved, size, resize, words):
 
 
 @pytest.mark.parametrize("value", ["meen", "zeros", True, 3])
-def test_a_way_that_is_none(value):
-    with pytest.raises(UserError, match=re.escape(f"Initial.resize = {value!r} is no way")):
+def test_an_unknown_way_to_resize(value):
+    with pytest.raises(UserError, match=re.escape(f"Initial.resize = {value!r} is not a way")):
         Initial("x", resize=value)
 
 

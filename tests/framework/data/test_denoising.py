@@ -314,7 +314,7 @@ def test_what_does_not_fit_is_named(converter, task, lengths, message):
         ({"denoisers": [("R", 3.0)]}, "must be a list of"),
         ({"denoisers": []}, "weights that sum to 1 to 256"),
         ({"denoisers": [Denoiser("R", 0.5, 0.15)]}, r"denoisers\[0\]: mean_span_length must be at least 1"),
-        ({"denoisers": [*UL2, ("R", 3.0, 15)]}, r"denoisers\[7\]: noise_density must lie between 0 and 1, not 15"),
+        ({"denoisers": [*UL2, ("R", 3.0, 15)]}, r"denoisers\[7\]: noise_density must be between 0 and 1, not 15"),
         ({"denoisers": [("R", 3.0, 0.15, 0.5)]}, "weight must be a whole number"),
         ({"denoisers": [(1, 3.0, 0.15)]}, "mode must be a name"),
         ({"mode_tokens": "sentinel"}, "did you mean 'sentinels'"),

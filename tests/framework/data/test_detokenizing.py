@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_vocabularies import PIECES, byte_id, vocabulary
 
-from meshway.framework.data.detokenizing import Whole
+from meshway.framework.data.detokenizing import AllAtEnd
 
 KINDS = [
     "byte-level", "byte fallback", "byte fallback, two spaces dropped", "byte fallback without strip", "metaspace",
@@ -63,7 +63,7 @@ def test_an_endless_run_of_broken_bytes_comes_byte_by_byte(name):
 def test_a_token_costs_the_same_however_many_came_before(name, monkeypatch):
     """The text of what came before is never made again: at most two tokens are decoded at once."""
     made = vocabulary(name)
-    assert not isinstance(made.detokenizer(), Whole)
+    assert not isinstance(made.detokenizer(), AllAtEnd)
     longest, decode = [0], type(made)._text
 
     def watched(self, ids):

@@ -74,7 +74,7 @@ CUTS = {  # what the steps are -> (cached, online, why there)
 def test_a_task_is_cut_where_it_must_be(tasks, name):
     make, cached, online, why = CUTS[name]
     steps = make(tasks)
-    cut = seqio_steps.cut(tasks.add("cut_case", steps))
+    cut = seqio_steps.divide_steps(tasks.add("cut_case", steps))
     assert (len(cut.cached), len(cut.online)) == (cached, online) and why in cut.reason
     assert list(cut.cached) == steps[:cached] and list(cut.online) == steps[cut.online_from :]
 
@@ -85,7 +85,7 @@ def test_a_preprocessor_that_cannot_be_put_together_is_named(tasks):
 
     before = tasks.seqio.utils._NEXT_MAP_SEED  # of whatever test came before, in this process
     with pytest.raises(UserError) as raised:
-        seqio_steps.cut(tasks.add("cut_broken", [tasks.steps.tokenize, broken]))
+        seqio_steps.divide_steps(tasks.add("cut_broken", [tasks.steps.tokenize, broken]))
     assert "task 'cut_broken', preprocessor 2 of 2 (broken): KeyError" in str(raised.value)
     assert before == tasks.seqio.utils._NEXT_MAP_SEED
 
@@ -206,7 +206,7 @@ LENGTHS = {"inputs": 9, "targets": 4}
 def online(task, lengths=LENGTHS, seed=0, examples=None):
     cached = all_of(task, "train", 1)[0] if examples is None else examples
     features = seqio_steps.features(task, ["train"])
-    return seqio_steps.online(task, cached, features, seqio_steps.cut(task).online_from, lengths, seed)
+    return seqio_steps.online(task, cached, features, seqio_steps.divide_steps(task).online_from, lengths, seed)
 
 
 def test_cached_and_online_steps_make_together_what_seqio_makes(tasks, kept):

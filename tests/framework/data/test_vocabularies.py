@@ -234,7 +234,7 @@ def test_what_the_recipe_names_must_be_the_task_s_own(kinds):
     assert str(of_seqio(kinds["bytes"])) in str(e.value) and str(Bytes(99)) in str(e.value)
     with pytest.raises(UserError, match="feature 'targets': the task is registered with"):
         check_named("mine", task, {"targets": Opaque("other", 405, eos_id=1, extra_ids=5)})
-    with pytest.raises(UserError, match=r"'target', which task 'mine' has not; .*; did you mean 'targets'\?"):
+    with pytest.raises(UserError, match=r"'target', which task 'mine' does not have; .*; did you mean 'targets'\?"):
         check_named("mine", task, {"target": kinds["lazy"]})
     with pytest.raises(UserError, match="names for feature 'inputs' of task 'mine' cannot be used: ValueError: cannot"):
         check_named("mine", task, {"inputs": hugging_face.HuggingFaceVocabulary("/nowhere/tokenizer.json")})

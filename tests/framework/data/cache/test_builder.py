@@ -365,7 +365,7 @@ def test_arguments_and_folders_are_checked(tmp_path):
     assert "did you mean 'kept_plain'" in refused(lambda: build(tmp_path, "kept_plane"))
     (tmp_path / "kept_plain").mkdir()
     (tmp_path / "kept_plain" / "thesis.tex").touch()
-    assert "is no cache of a task" in refused(lambda: build(tmp_path, overwrite=True))
+    assert "is not a task's cache" in refused(lambda: build(tmp_path, overwrite=True))
     assert (tmp_path / "kept_plain" / "thesis.tex").exists()
     (tmp_path / "file").touch()
     assert "writing" in refused(lambda: build(tmp_path / "file"), EnvironmentFailure)

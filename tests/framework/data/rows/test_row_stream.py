@@ -159,9 +159,9 @@ def test_a_position_of_other_data_or_another_seed_is_refused():
 def test_rows_laid_out_otherwise_are_refused():
     before = stream()
     take(before, 3)
-    with pytest.raises(UserError, match="task 'a': .*laid out otherwise.*TASK_FEATURE_LENGTHS, PACK"):
+    with pytest.raises(UserError, match="task 'a': .*laid out differently.*TASK_FEATURE_LENGTHS, PACK"):
         stream(pack=False).restore(before.state())
-    with pytest.raises(UserError, match="laid out otherwise"):
+    with pytest.raises(UserError, match="laid out differently"):
         stream(lengths={"inputs": 24, "targets": 17}).restore(before.state())
 
 
