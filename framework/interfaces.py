@@ -13,7 +13,7 @@ Params = dict[str, Any]  # nested dicts, keys are strings, leaves are arrays
 Axes = dict[str, Any]  # the same tree; each leaf is a tuple of logical axis names
 Batch = Mapping[str, Any]  # feature name -> array [batch, ...] (numpy on the host, jax.Array on devices)
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight): the mean is taken once, globally
-Cache = Any  # a pytree of arrays: what decoding remembers
+Cache = Any  # a pytree of arrays, of the model's own choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class ArraySpec:
 
 
 class Model(Protocol):
-    """An objective with its network: all that training and evaluation ask of a model (see `Decodes`)."""
+    """An objective with its network: what training, scoring and teacher-forced evaluation need of a model."""
 
     def init(self, rng: jax.Array) -> Params:
         """Returns fresh parameters. Pure, so that it can be traced for shapes or jitted into shards."""
@@ -58,18 +58,18 @@ class Model(Protocol):
 
 
 class Decodes(Protocol):
-    """What a `Model` that produces tokens has beside: decoding, a token a row at a time, from a cache."""
+    """What prediction needs of a model beside `Model`: decoding with a cache, one token of each row at a time."""
 
     def prefill(self, params: Params, batch: Batch, max_length: int) -> tuple[jax.Array, jax.Array, Cache]:
-        """Reads the inputs of a batch and returns what greedy search starts from.
+        """Reads the inputs of a batch and returns the state that decoding starts from.
 
         Returns:
-          (tokens [batch, 1] to feed first, positions [batch] where they stand, a cache for `max_length` new tokens).
+          (tokens [batch, 1] to feed first, their positions [batch], a cache with room for `max_length` new tokens).
         """
         ...
 
     def decode(self, params: Params, tokens: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Feeds one token a row, tokens [batch, 1] at positions [batch]; returns (logits [batch, vocab], cache)."""
+        """Feeds tokens [batch, 1] at positions [batch], one of each row; returns (logits [batch, vocab], cache)."""
         ...
 
     def fork(self, cache: Cache, times: int) -> Cache:

@@ -54,7 +54,7 @@ class DecoderOnly(Objective):
     ) -> tuple[jax.Array, jax.Array, DecodingCache]:
         """Reads prompts of different lengths, left-aligned in `decoder_input_tokens` with segment 1.
 
-        The last prompt token is fed again by the first `decode`, which only rewrites its own slot.
+        The last prompt token is fed again by the first `decode`, which rewrites its own entry of the cache.
         """
         tokens, segments = batch["decoder_input_tokens"], batch["decoder_segment_ids"]
         rows, length = tokens.shape

@@ -75,6 +75,7 @@ class EncoderDecoder(Objective):
 
 
 def _each_own(change: Callable[[jax.Array], jax.Array], cache: DecodingCache) -> DecodingCache:
-    """Changes what the cache holds of each prediction, [layers, rows, ...]; the rest is of examples."""
+    """Applies `change` to the entries that each prediction has of its own, [layers, rows, ...]; the predictions of an
+    example share the others."""
     layers = [block | {"own": jax.tree.map(change, block["own"])} for block in cache.layers]
     return dataclasses.replace(cache, layers=layers)

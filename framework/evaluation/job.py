@@ -40,7 +40,7 @@ class EvaluationDisplay(Display):
         """Moves the bar; an `Observer`."""
         before, label = self._pass, f"at step {self._step}  {task}  {what}"
         if before is None or before.label != label:
-            self._pass = _Pass(label, time.monotonic(), done, total)
+            self._pass = _Pass(label, time.monotonic(), done, done, total)
             self.redraw()
         else:
             self._pass = before._replace(done=done, total=total)
@@ -50,9 +50,8 @@ class EvaluationDisplay(Display):
         at = self._pass
         if at is None:
             return None
-        label, began, done, total = at
-        left = seconds_left(time.monotonic() - began, done, total)
-        return Bar(f"{label}  {done:,}/{total:,}", done, total, left)
+        left = seconds_left(time.monotonic() - at.began, at.done - at.first, at.total - at.first)
+        return Bar(f"{at.label}  {at.done:,}/{at.total:,}", at.done, at.total, left)
 
     def found(self, task: str, report: Mapping[str, Any]) -> None:
         """Prints the metrics of one task, and its speed."""
@@ -73,10 +72,18 @@ class EvaluationDisplay(Display):
 
 
 class _Pass(NamedTuple):
-    """One pass over the examples of a task: what it does, since when, and how far it is."""
+    """One pass over the examples of a task.
+
+    Attributes:
+      label: what it does.
+      began, first: when the first batch was done, and how many examples that had; its own time, which includes
+        compiling, does not tell how fast the others are.
+      done, total: examples.
+    """
 
     label: str
     began: float
+    first: int
     done: int
     total: int
 

@@ -1,4 +1,4 @@
-"""Beam search: with T5X's length penalty, order and ends, or with those of transformers."""
+"""Beam search, with the length penalty, order and termination of T5X or of transformers."""
 
 import dataclasses
 import functools
@@ -56,7 +56,7 @@ class BeamSearch:
         return self.num_beams
 
     def penalty(self, length: jax.Array | int) -> jax.Array:
-        """Returns by what the summed log-probability of `length` tokens is divided."""
+        """Returns the divisor of the summed log-probability of `length` tokens."""
         return (length if self.rules == "transformers" else (5.0 + length) / 6.0) ** jnp.float32(self.alpha)
 
     def __call__(
@@ -109,8 +109,8 @@ class _Hypotheses(NamedTuple):
 
 
 class _State(NamedTuple):
-    """What a step changes: `live` scores by its sum of log-probabilities, `ended` by that and its length; `open`
-    [batch] says which examples' searches are not over."""
+    """What a step changes: `live` is scored by its sum of log-probabilities, `ended` by that and its length; `open`
+    [batch] says which examples are still searched."""
 
     made: jax.Array
     tokens: jax.Array  # [batch * beams, 1], what is fed next
@@ -122,7 +122,7 @@ class _State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Search:
-    """One call of `BeamSearch`: what no step changes; start, ids and forced are of rows, a beam each."""
+    """The constants of one call of `BeamSearch`; start, ids and forced have a row for each beam."""
 
     how: BeamSearch
     model: Decodes

@@ -1,6 +1,6 @@
-"""DecodeState predictions token by token: filters and penalties over logits; greedy search is temperature 0.
+"""Draws predictions token by token, after filters and penalties over logits; greedy search is temperature 0.
 
-Settings are numbers, or arrays [rows] with one number a row. A filter turns what it leaves out to -inf.
+Settings are numbers, or arrays [rows] with one number a row. A filter sets the logits that it leaves out to -inf.
 """
 
 import dataclasses
@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-import meshway.framework.inference.sampling as filters
 from meshway.framework.axes import placement
 from meshway.framework.inference.decoding import FREE, Decoded, LogitCallback, Progress, Stop, forced_tokens, prompts
 from meshway.framework.interfaces import Batch, Decodes, Params
@@ -26,7 +25,7 @@ def penalize(
     presence: Setting = 0.0,
     frequency: Setting = 0.0,
 ) -> jax.Array:
-    """Lowers the logits of tokens that were there before.
+    """Lowers the logits of tokens that have occurred before.
 
     Args:
       logits: float32 [rows, vocab].
@@ -43,9 +42,9 @@ def penalize(
 
 
 def largest(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the k largest of each row of x [batch, n], the largest first, and their places, [batch, k] both.
+    """Returns the k largest of each row of x [batch, n], the largest first, and their indices, [batch, k] both.
 
-    As `lax.top_k`, for which XLA would gather all rows on every device: here each finds those of its own.
+    Like `lax.top_k`, for which XLA would gather all rows on every device: here each device takes its own rows.
     """
 
     def find(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -60,7 +59,7 @@ def largest(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
 
 def top_k(logits: jax.Array, k: int) -> jax.Array:
-    """Leaves the k largest logits of each row, and what equals the last of them; k = 0 leaves all."""
+    """Keeps the k largest logits of each row, and those equal to the last of them; k = 0 keeps all."""
     if k <= 0 or k >= logits.shape[-1]:
         return logits
     least = largest(logits, k)[0][..., -1:]
@@ -68,18 +67,18 @@ def top_k(logits: jax.Array, k: int) -> jax.Array:
 
 
 def top_p(logits: jax.Array, p: Setting) -> jax.Array:
-    """Leaves the fewest tokens whose probabilities together reach p, and what is as likely as the last of them (nucleus
+    """Keeps the fewest tokens whose probabilities sum to at least p, and those as likely as the last of them (nucleus
     sampling, Holtzman et al. 2020, eq. 2)."""
     ordered = jnp.sort(logits, axis=-1, descending=True)
     shares = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(shares, axis=-1) - shares
     least = jnp.min(jnp.where(before < _column(p), ordered, jnp.inf), axis=-1, keepdims=True)
-    # The likeliest stays whatever p is.
+    # The likeliest token is kept for any p.
     return jnp.where(logits >= jnp.minimum(least, ordered[..., :1]), logits, -jnp.inf)
 
 
 def min_p(logits: jax.Array, p: Setting) -> jax.Array:
-    """Leaves tokens that are at least p times as likely as the likeliest (Nguyen et al. 2024, section 3)."""
+    """Keeps tokens that are at least p times as likely as the likeliest (Nguyen et al. 2024, section 3)."""
     least = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(_column(p))
     return jnp.where(logits >= least, logits, -jnp.inf)
 
@@ -94,8 +93,8 @@ class Sampling:
 
     Attributes:
       temperature: divides logits; 0 takes the likeliest token.
-      top_k, top_p, min_p: see `filters`; 0, 1 and 0 are none.
-      repetition_penalty, presence_penalty, frequency_penalty: see `filters.penalize`; 1, 0 and 0 are none.
+      top_k, top_p, min_p: see the functions of these names; 0, 1 and 0 are none.
+      repetition_penalty, presence_penalty, frequency_penalty: see `penalize`; 1, 0 and 0 are none.
       num_decodes: predictions of each example.
       callbacks: change logits [rows, vocab], knowing what was generated so far.
     """
@@ -139,16 +138,16 @@ class Sampling:
         seed: jax.Array,
         forced: jax.Array | None = None,
     ) -> Decoded:
-        """Draws predictions. A row's depend on its own inputs, its id and the seed: not on its place or neighbours.
+        """Draws predictions. Those of a row depend on its inputs, its id and the seed, not on its place or neighbours.
 
         Args:
           model: decodes with a cache.
           params: its parameters.
           batch: inputs or prompts, as `model.prefill` reads them.
-          max_length: the most tokens of a prediction.
+          max_length: maximal tokens of a prediction.
           stop: what ends one.
-          ids: int32 [batch], what tells examples apart; the randomness of a token is that of (seed, id, which decode of
-            the example, place).
+          ids: int32 [batch], a number for each example; a token's random key is made of (seed, id, which decode of the
+            example, position).
           seed: a random key.
           forced: int32 [batch, n], tokens that predictions must begin with, FREE (-1) where they are any.
         """
@@ -172,8 +171,8 @@ class Sampling:
         seed: jax.Array,
         forced: jax.Array | None = None,
     ) -> "DecodeState":
-        """Reads inputs; arguments as those of a call. Each `step` then adds a token to every row: a stream of them is
-        what a call returns whole."""
+        """Reads inputs; arguments as those of a call. Each `step` then adds a token to every row: `max_length` steps
+        give the predictions that a call returns."""
         first, start, cache = model.prefill(params, batch, max_length)
         examples, decodes, prompted, generated = first.shape[0], self.num_decodes, None, None
         if decodes > 1:
@@ -229,16 +228,16 @@ class Sampling:
         """Returns the next token of each row, int32 [rows]."""
         if at.generated is not None and at.prompted is not None:
             penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
-            logits = filters.penalize(logits, at.generated, at.prompted, *penalties)
+            logits = penalize(logits, at.generated, at.prompted, *penalties)
         for callback in self.callbacks:
             logits = callback(logits, Progress(at.made, at.output, at.ids))
         if self.temperature == 0:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        logits = filters.top_k(logits / self.temperature, self.top_k)
+        logits = top_k(logits / self.temperature, self.top_k)
         if self.top_p < 1:
-            logits = filters.top_p(logits, self.top_p)
+            logits = top_p(logits, self.top_p)
         if self.min_p > 0:
-            logits = filters.min_p(logits, self.min_p)
+            logits = min_p(logits, self.min_p)
 
         def draw(key: jax.Array, logits: jax.Array) -> jax.Array:
             return jax.random.categorical(jax.random.fold_in(key, at.made), logits).astype(jnp.int32)
@@ -247,17 +246,17 @@ class Sampling:
 
 
 class DecodeState(NamedTuple):
-    """Predictions on their way, one a row.
+    """Unfinished predictions, one a row.
 
     Attributes:
-      start: [rows], where the first predicted token stands.
+      start: [rows], the position of the first predicted token.
       forced: [rows, length], tokens to begin with, FREE where they are any; None without any.
       ids: [rows], of the example.
       keys: [rows], random keys.
       prompted: bool [rows, vocab], which tokens the prompt holds; None without penalties.
-      made: how many tokens there are.
+      made: how many tokens each row has so far.
       tokens: [rows, 1], what is fed next.
-      cache: the model's.
+      cache: of the model.
       output, log_probs: [rows, length].
       lengths: [rows].
       done: bool [rows].

@@ -70,7 +70,7 @@ LOGS = {
         "task [x]: 2 of 6 shards are there",
     ],
     evaluating: [
-        "at step 100  summary  predictions  400/1,200  eta 1:00",
+        "at step 100  summary  predictions  400/1,200  eta 1:20",
         "at step 100  summary  predictions  1,200/1,200  eta 0:00",
         "waiting for [a checkpoint]",
     ],
