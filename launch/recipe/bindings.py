@@ -127,8 +127,15 @@ def _default(name: str) -> Any:
     if word not in MODULES:
         return float("nan")
     found = configurables.find(Target(MODULES[word], tuple(path)), importing=True)
+    references = configurables.parameters(found).references
+    if parameter in references:
+        return map_leaves(_converted, references[parameter])
     # flax's metaclass hides a class's own parameters.
     return inspect.signature(found.__init__ if inspect.isclass(found) else found).parameters[parameter].default
+
+
+def _converted(value: Any) -> Any:
+    return Converted(value.selector, value.evaluate) if isinstance(value, Reference) else value
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 from meshway.framework.errors import UserError, did_you_mean
 from meshway.launch.invocation import MACROS, Invocation
 from meshway.launch.recipe import configurables
-from meshway.launch.recipe.configurables import ImportTable, Unresolved
+from meshway.launch.recipe.configurables import ImportTable, Moved, Unresolved
 from meshway.launch.recipe.files import GinFiles, Joined
 from meshway.launch.recipe.reachability import Reach, Walk, binding_key, final, moments
 from meshway.launch.recipe.text import REQUIRED, Binding, Import, Macro, Place, Reference, Target, leaves
@@ -145,6 +145,8 @@ def _import_in_order(program: Program) -> list[str]:
         if statement.module in alone or is_foreign(statement.module):
             try:
                 configurables.import_module(statement.module)
+            except Moved:
+                continue  # said when names were linked
             except Unresolved as error:
                 problems += [f"{statement.place}: {error}"] if statement.module in alone else []
     return problems

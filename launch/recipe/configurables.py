@@ -5,9 +5,10 @@ import functools
 import importlib
 import importlib.machinery
 import inspect
+import math
 import pkgutil
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ class Unresolved(UserError):
     """A selector names nothing; the caller adds the place."""
 
 
+class Moved(Unresolved):
+    """A module of ours is elsewhere now."""
+
+
 class ImportTable:
     """The words that selectors may begin with, and the modules they stand for.
 
@@ -39,12 +44,18 @@ class ImportTable:
         self._absent: set[str] = set()
         self.words: dict[str, Import] = {}
         self._plain: set[str] = set()  # `import a.b.c` serves selectors a.b.c.x
+        moved: list[tuple[Import, Unresolved]] = []
         for statement in imports:
             try:
                 require_module(statement.module)
             except Unresolved as error:
-                self.problems.append(f"{statement.place}: {error}")
+                if isinstance(error, Moved):
+                    moved.append((statement, error))
+                else:
+                    self.problems.append(f"{statement.place}: {error}")
                 self._absent.add(statement.module)
+                self.words.setdefault(statement.bound_name, statement)
+                continue
             if not (statement.alias or statement.is_from):
                 self._plain.add(statement.module)
             first = self.words.setdefault(statement.bound_name, statement)
@@ -53,6 +64,7 @@ class ImportTable:
                     f"{statement.place}: `{statement}` gives {statement.bound_name!r} a second meaning, "
                     f"after `{first}` at {first.place}; rename one with `as`"
                 )
+        self.problems += _moved_modules(moved)
 
     def target(self, selector: str) -> Target:
         """Returns what a selector names.
@@ -135,7 +147,13 @@ def _find_spec(name: str, path: Any) -> importlib.machinery.ModuleSpec | None:
 
 
 def require_module(module: str) -> None:
-    """Raises Unresolved, with the nearest name, if a module cannot be found; imports nothing."""
+    """Raises Unresolved, with the nearest name, if a module cannot be found; imports nothing.
+
+    A folder of ours where a module was is none: Moved is raised.
+    """
+    if now := _moved(module):
+        parent, _, name = module.rpartition(".")
+        raise Moved(f"there is no module {module} (no {name!r} in {parent}); it is now {now}")
     if _search_path(module) is not None:
         return
     parent, _, name = module.rpartition(".")
@@ -146,39 +164,53 @@ def require_module(module: str) -> None:
         siblings = [found.name for found in pkgutil.iter_modules(list(_search_path(parent)))]
     near = did_you_mean(name, siblings, limit=1)
     within = f" (no {name!r} in {parent})" if parent else ""
-    raise Unresolved(f"there is no module {module}{within}{_moved(module) or near}")
+    raise Unresolved(f"there is no module {module}{within}{near}")
 
 
-# Modules that have another name today, not only another folder.
-_RENAMED = {
+_MOVED = {  # modules that recipes of older runs name, whose contents have another name now or are in another module
+    "meshway.framework.partitioning.placed_model": "meshway.framework.partitioning.sharded_model",
+    "meshway.launch.bench_seqio": "meshway.launch.bench.stages",
+    "meshway.launch.data_stages": "meshway.launch.bench.stages",
     "meshway.launch.eval": "meshway.launch.evaluate",
     "meshway.launch.inspect": "meshway.launch.inspection",
-    "meshway.launch.data_stages": "meshway.launch.bench.stages",
-    "meshway.launch.bench_seqio": "meshway.launch.bench.stages",
+    "meshway.models.layers.kernels.kernel_forms": "meshway.models.layers.forms",
+    "meshway.models.layers.mixture.moe_forms": "meshway.models.layers.forms",
+    "meshway.models.layers.relative": "meshway.models.layers.positions",
 }
-_RENAMED |= {
+_MOVED |= {
     f"meshway.launch.bench_{subject}": f"meshway.launch.bench.{subject}"
     for subject in ("attention", "data", "decode", "moe", "parallel", "routing")
 }
 
 
 def _moved(module: str) -> str:
-    """Returns where a module of ours is today, for a recipe of an older run; "" where that cannot be told by its name.
-
-    A file of its name in its own top folder is preferred to those in others.
-    """
-    root, folders = Path(__file__).parents[2], ("framework", "models", "launch")
-    package, _, rest = module.partition(".")
-    own, name = rest.partition(".")[0], module.rpartition(".")[2]
-    if package != "meshway":
+    """Returns where a module of ours is today, for a recipe of an older run; "" where it has not moved, or where its name
+    does not tell. A file of its name in its own top folder is preferred to those in others."""
+    if module in _MOVED or not module.startswith("meshway."):
+        return _MOVED.get(module, "")
+    root, (folder, *within) = Path(__file__).parents[2], module.split(".")[1:]
+    if not within or (root / folder).joinpath(*within).with_suffix(".py").is_file():
         return ""
-    if module in _RENAMED:
-        return f"; it is now {_RENAMED[module]}"
-    for among in ([own], folders):
-        paths = [path for folder in among for path in (root / folder).rglob(f"{name}.py")]
+    for among in ([folder], ("framework", "models", "launch")):
+        paths = [path for each in among for path in (root / each).rglob(f"{within[-1]}.py")]
         if len(paths) == 1:
-            return f"; it is now {'.'.join(['meshway', *paths[0].relative_to(root).with_suffix('').parts])}"
+            return ".".join(["meshway", *paths[0].relative_to(root).with_suffix("").parts])
     return ""
+
+
+def _moved_modules(moved: Sequence[tuple[Import, Unresolved]]) -> list[str]:
+    """Returns the problem of modules that have moved, one for all: the lines to write instead of the recipe's."""
+    if len(moved) < 2:
+        return [f"{statement.place}: {error}" for statement, error in moved]
+    lines = [f"\n    {statement.place}: `{_now(statement)}`, not `{statement}`" for statement, _ in moved]
+    return [f"{len(moved)} modules of meshway have moved since the recipe was written; write:{''.join(lines)}"]
+
+
+def _now(statement: Import) -> Import:
+    """Returns the import of a module where it is now, under the word by which the recipe knows it."""
+    now = dataclasses.replace(statement, module=_moved(statement.module))
+    known = now.bound_name == statement.bound_name
+    return now if known else dataclasses.replace(now, alias=statement.bound_name)
 
 
 def import_module(module: str) -> Any:
@@ -250,13 +282,15 @@ def is_decorated(target: Target) -> bool:
 @dataclasses.dataclass(frozen=True)
 class Parameters:
     """What a call accepts: all names, those without a default, whether any other name is taken too, those that may be
-    given by position, and the defaults that are classes or functions, or hold some."""
+    given by position; and of the defaults those that are classes or functions, or hold some, and those that gin text
+    can say as they are (numbers, text, None, and lists, tuples and dicts of these)."""
 
     names: tuple[str, ...]
     required: tuple[str, ...]
     takes_any: bool
     positional: tuple[str, ...] = ()
     references: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    plain: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @functools.cache
@@ -279,16 +313,22 @@ def parameters(found: Callable[..., Any]) -> Parameters:
         return Parameters((), (), True)
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     named = [parameter for parameter in listed if parameter.kind in kinds]
+    defaults = {each.name: each.default for each in named if each.default is not inspect.Parameter.empty}
     return Parameters(
         tuple(parameter.name for parameter in named),
         tuple(parameter.name for parameter in named if parameter.default is inspect.Parameter.empty),
         any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in listed),
         tuple(parameter.name for parameter in listed if parameter.kind in kinds[:1] + _POSITIONAL_ONLY),
-        _references(found, {parameter.name: parameter.default for parameter in named}),
+        _references(found, defaults),
+        {name: default for name, default in defaults.items() if all(map(_is_plain, leaves(default)))},
     )
 
 
 _POSITIONAL_ONLY = (inspect.Parameter.POSITIONAL_ONLY,)
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value))
 
 
 def _references(found: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:

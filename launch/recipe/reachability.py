@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -49,7 +50,8 @@ class Reach:
       required: name -> (binding, the place that asks) of values marked %gin.REQUIRED.
       undefined: message -> place, of references to configurables, constants and macros that do not exist.
       lacking: messages on calls without all their arguments.
-      defaults: Python's own defaults that the bindings configure, as bindings.
+      defaults: Python's own defaults, as bindings: those that the bindings configure, and where modules are imported
+        every one of a class or function of ours that gin text can say.
     """
 
     used: set[Any] = dataclasses.field(default_factory=set)
@@ -79,7 +81,7 @@ class Walk:
         self._importing = importing
         self._macros = {binding.parameter: binding for binding in bindings if binding.is_macro}
         self._bindings = [binding for binding in bindings if binding.target is not None]
-        self._keys = {configurables.key(target) for b in self._bindings if b.target for target in _owners(b.target)}
+        self._known_keys: tuple[int, set[Any]] = (0, set())
         self._scoped = {tuple(binding.scope.split("/")) for binding in self._bindings if binding.scope}
         self._factories: list[tuple[Target, Place, Reference | None]] = []
         self._seen: set[Any] = set()
@@ -147,12 +149,27 @@ class Walk:
         if by is not None and by.evaluate:
             self._check_arguments(found, winners, place, by)
         for name, default in configurables.parameters(found).references.items():
-            if name not in winners and configurables.reaches(default, self._keys):
-                binding = Binding("", str(target), name, default, place, target)
-                self.reach.defaults[binding_key(binding)] = binding
-                self._walk(default, scope, binding)
+            if name not in winners and configurables.reaches(default, self._keys()):
+                self._walk(default, scope, self._note_default(target, name, default, place))
+        if self._importing and by is not None and target.module.startswith("meshway."):
+            for name, default in configurables.parameters(found).plain.items():
+                if name not in winners:
+                    self._note_default(target, name, default, place)
         if inspect.isclass(found):
             self._visit_methods(target, scope, place)
+
+    def _keys(self) -> set[Any]:
+        """Returns the keys of what is bound, and of classes whose methods are; an import may change them."""
+        modules, keys = self._known_keys
+        if modules != len(sys.modules):
+            keys = {configurables.key(target) for b in self._bindings if b.target for target in _owners(b.target)}
+            self._known_keys = len(sys.modules), keys
+        return keys
+
+    def _note_default(self, target: Target, name: str, default: Any, place: Place) -> Binding:
+        binding = Binding("", str(target), name, default, place, target)
+        self.reach.defaults[binding_key(binding)] = binding
+        return binding
 
     def _winners(self, target: Target, scope: Scope) -> dict[str, Binding]:
         """Returns parameter -> binding in force in `scope`, and notes all that apply there as used."""

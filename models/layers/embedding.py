@@ -19,8 +19,8 @@ class Embedding(nnx.Module):
         d_model: int,
         *,
         rngs: nnx.Rngs,
+        dtype: str,
         stddev: float = 1.0,
-        dtype: str = "float32",
         one_hot: bool = False,
     ):
         """`one_hot` looks up by a matmul with one-hot rows: much slower on CPU (19 % of a T5X step), it may be faster

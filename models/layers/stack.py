@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from meshway.models.layers import pipeline as pipeline_lib
+from meshway.models.layers.blocks import SelfAttentionBlock
 from meshway.models.layers.norm import split_key
 from meshway.models.layers.pipeline import Pipeline
 from meshway.models.layers.side_outputs import Reports, capture, sow
@@ -38,10 +39,10 @@ class Stack(nnx.Module):
     def __init__(
         self,
         num_layers: int,
-        blocks: Sequence[BlockFactory],
         d_model: int,
         *,
         rngs: nnx.Rngs,
+        blocks: Sequence[BlockFactory] = (SelfAttentionBlock,),
         scan: bool | str = "auto",
         remat: str = "none",
         pipeline: Pipeline | None = None,

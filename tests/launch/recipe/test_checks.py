@@ -1,5 +1,7 @@
 """Each mistake in a recipe ends in one message: what, where, and the nearest right thing."""
 
+import textwrap
+
 import pytest
 
 from meshway.framework.errors import UserError
@@ -122,6 +124,26 @@ def test_a_module_of_ours_that_moved_is_named_with_its_new_place(lab, before, no
 
 def test_a_binding_by_the_name_before_says_what_it_is_now(lab):
     assert message(lab, "eval.evaluate.watch=True").endswith("is not imported; it is now meshway.launch.evaluate")
+
+
+def test_a_recipe_of_an_older_run_is_told_all_that_moved_at_once(lab):
+    imports = """
+        from meshway.framework import evaluation
+        from meshway.framework.training import optimizers
+        from meshway.models import t5
+        from meshway.models.layers import relative
+    """
+    text = message(lab, recipe=f"{INCLUDE}{textwrap.dedent(imports)}t5.T5.d_model = 3\n")
+    assert text == (
+        "4 modules of meshway have moved since the recipe was written; write:"
+        "\n    recipe.gin:3: `from meshway.framework.evaluation import evaluation`, "
+        "not `from meshway.framework import evaluation`"
+        "\n    recipe.gin:4: `from meshway.framework.optimizers import optimizers`, "
+        "not `from meshway.framework.training import optimizers`"
+        "\n    recipe.gin:5: `from meshway.models.language import t5`, not `from meshway.models import t5`"
+        "\n    recipe.gin:6: `from meshway.models.layers import positions as relative`, "
+        "not `from meshway.models.layers import relative`"
+    )
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -6,6 +6,8 @@ import gin
 import pytest
 
 from meshway.framework.errors import UserError
+from meshway.launch.recipe.reachability import Walk, binding_key
+from meshway.launch.recipe.text import Binding, Place, Reference, Target
 
 
 def test_a_recipe_builds_the_arguments_of_the_verb(lab):
@@ -357,6 +359,27 @@ def test_a_default_that_is_a_class_is_as_configurable_as_a_reference(lab):
     assert again.build("train.train")["model"].made[0].mlp.activation == "gelu"
     with pytest.raises(UserError, match="layers.Mlp: hidden must be positive, got -1"):
         lab.load("layers.Mlp.hidden=-1").build("train.train")
+
+
+def test_a_default_that_is_a_class_is_followed_before_its_module_is_imported(lab):
+    lab.write("lab/inner.py", "from lab import layers\n\ndef inner(mlp=layers.Mlp):\n    return mlp()\n")
+    lab.write(
+        "lab/outer.py", "def one():\n    pass\n\ndef two(one=one):\n    pass\n\ndef outer(two, inner):\n    pass\n"
+    )
+
+    def bound(module, name, parameter, value):
+        return Binding("", f"{module}.{name}", parameter, value, Place("here"), Target(f"lab.{module}", (name,)))
+
+    def reference(module, name):
+        return Reference("", f"{module}.{name}", False, Target(f"lab.{module}", (name,)))
+
+    bindings = [
+        bound("outer", "outer", "two", reference("outer", "two")),
+        bound("outer", "outer", "inner", reference("inner", "inner")),
+        bound("layers", "Mlp", "hidden", 8),
+    ]
+    reach = Walk(bindings, importing=True).run([bindings[0].target])
+    assert binding_key(bindings[2]) in reach.used and bindings[2].target in reach.targets
 
 
 def test_gin_itself_is_left_with_this_recipe_only(lab):

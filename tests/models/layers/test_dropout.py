@@ -57,7 +57,7 @@ class DrawnMlp(Drawn):
 
 @pytest.mark.parametrize("scan", [True, False])
 def test_every_layer_draws_for_itself(scan):
-    made = Network(lambda rngs: Stack(5, [Drawn, Drawn], 4, rngs=rngs, scan=scan))
+    made = Network(lambda rngs: Stack(5, 4, rngs=rngs, blocks=[Drawn, Drawn], scan=scan))
     with capture() as found:
         made.bind(made.init(jax.random.key(0)))(jnp.ones((1, 2, 4)), rng=jax.random.key(1))
     assert len(set(np.asarray(found.metrics["draw_1"]).tolist())) == 5

@@ -56,7 +56,7 @@ def toy(num_layers, pattern=1, pipeline=None, scan=False, remat="none", rate=0.0
 
     def factory(rngs):
         blocks = [functools.partial(Toy, dropout_rate=rate)] * pattern
-        return Stack(num_layers, blocks, WIDTH, rngs=rngs, scan=scan, remat=remat, pipeline=pipeline)
+        return Stack(num_layers, WIDTH, rngs=rngs, blocks=blocks, scan=scan, remat=remat, pipeline=pipeline)
 
     network = Network(factory)
 

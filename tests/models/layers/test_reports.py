@@ -28,7 +28,7 @@ def stack(**options):
     def block(name):
         return lambda d_model, rngs: Saying(d_model, rngs=rngs, name=name)
 
-    return Stack(6, [block("even"), block("odd")], 1, rngs=nnx.Rngs(0), **options)
+    return Stack(6, 1, rngs=nnx.Rngs(0), blocks=[block("even"), block("odd")], **options)
 
 
 @pytest.mark.parametrize("options", [{"scan": True}, {"scan": False}, {"scan": True, "remat": "full"}])

@@ -37,7 +37,7 @@ def network(num_layers, pattern, **options):
         return lambda d_model, rngs: Toy(d_model, rngs=rngs, power=power)
 
     blocks = [block(i + 1) for i in range(pattern)]
-    return Network(lambda rngs: Stack(num_layers, blocks, WIDTH, rngs=rngs, **options))
+    return Network(lambda rngs: Stack(num_layers, WIDTH, rngs=rngs, blocks=blocks, **options))
 
 
 def by_hand(params, num_layers, pattern, x, shift, cache):
