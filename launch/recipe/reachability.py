@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -79,7 +80,8 @@ class Walk:
         self._importing = importing
         self._macros = {binding.parameter: binding for binding in bindings if binding.is_macro}
         self._bindings = [binding for binding in bindings if binding.target is not None]
-        self._keys = {configurables.key(target) for b in self._bindings if b.target for target in _owners(b.target)}
+        self._owners = {target for b in self._bindings if b.target for target in _owners(b.target)}
+        self._num_modules, self._keys = -1, set[Any]()
         self._scoped = {tuple(binding.scope.split("/")) for binding in self._bindings if binding.scope}
         self._factories: list[tuple[Target, Place, Reference | None]] = []
         self._seen: set[Any] = set()
@@ -147,12 +149,20 @@ class Walk:
         if by is not None and by.evaluate:
             self._check_arguments(found, winners, place, by)
         for name, default in configurables.parameters(found).references.items():
-            if name not in winners and configurables.reaches(default, self._keys):
+            if name not in winners and configurables.reaches(default, self._bound()):
                 binding = Binding("", str(target), name, default, place, target)
                 self.reach.defaults[binding_key(binding)] = binding
                 self._walk(default, scope, binding)
         if inspect.isclass(found):
             self._visit_methods(target, scope, place)
+
+    def _bound(self) -> set[Any]:
+        """Returns the keys of what is bound: those of a module become other ones once it is imported, as it is by what
+        the walk reaches."""
+        if self._num_modules != len(sys.modules):
+            self._num_modules = len(sys.modules)
+            self._keys = {configurables.key(target) for target in self._owners}
+        return self._keys
 
     def _winners(self, target: Target, scope: Scope) -> dict[str, Binding]:
         """Returns parameter -> binding in force in `scope`, and notes all that apply there as used."""
