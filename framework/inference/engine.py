@@ -17,6 +17,8 @@ from meshway.framework.inference.rows import RowFormat, Tokens
 from meshway.framework.inference.sampling import DecodeState, Sampling
 from meshway.framework.interfaces import ArraySpec, Cache, Params
 from meshway.framework.partitioning.sharded_model import PlacedBatch, ShardedModel
+from meshway.framework.planning.hardware import free_memory
+from meshway.framework.terminal import format_bytes
 
 
 def prompt_batch(placed: ShardedModel, batch_size: int, length: int) -> PlacedBatch:
@@ -280,7 +282,7 @@ class Engine:
                 return self._decoder(model, params, batch, max_length, self._stop, ids, key, begun)
 
         try:
-            return partitioner.compile(
+            program = partitioner.compile(
                 function,
                 self.placed.param_shapes,
                 dict(shapes),
@@ -290,3 +292,20 @@ class Engine:
             )
         except ValueError as error:
             raise UserError(f"{type(model).__name__}, {kind}: {error}") from error
+        self._check_room(program, kind)
+        return program
+
+    def _check_room(self, program: jax.stages.Compiled, kind: str) -> None:
+        """Raises UserError where a device has no room for what a program makes: it would end the process."""
+        try:
+            memory = program.memory_analysis()
+            needed = memory.temp_size_in_bytes + memory.output_size_in_bytes
+        except (AttributeError, NotImplementedError, RuntimeError):  # XLA's own errors are RuntimeErrors
+            return
+        room = free_memory(jax.local_devices()[0])
+        if room is not None and needed > room:
+            decodes = f" with {self._decoder.num_decodes:,} predictions of each" if kind == "predict" else ""
+            raise UserError(
+                f"a batch of {self.batch_size:,} examples{decodes} needs {format_bytes(needed)} of each device, which "
+                f"has {format_bytes(room)} free: give a smaller batch_size, or fewer predictions or tokens"
+            )

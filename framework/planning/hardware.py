@@ -1,6 +1,7 @@
 """What accelerators can do at best: published peaks and memory, measured ones for the rest."""
 
 import dataclasses
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,6 +89,19 @@ def memory_of(device: jax.Device) -> int | None:
     if device.platform == "cpu":
         return None
     return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def free_memory(device: jax.Device) -> int | None:
+    """Returns the bytes that a device has for more than it holds; of a CPU its share of what the machine has free; None
+    where nothing tells."""
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 // len(jax.local_devices(backend="cpu")) if found else None
 
 
 def peak_flops(devices: Sequence[jax.Device], dtype: Any) -> tuple[float, str]:

@@ -17,6 +17,7 @@ from meshway.framework.data.rows import packing
 from meshway.framework.data.vocabularies import Opaque
 from meshway.framework.data.vocabulary import Framing
 from meshway.framework.errors import UserError
+from meshway.framework.inference import engine
 from meshway.framework.inference.beam_search import BeamSearch
 from meshway.framework.inference.bulk.batches import Predict
 from meshway.framework.inference.bulk.inputs import Example
@@ -66,6 +67,27 @@ def params_and_model(run):
     opened = open_recipe(run)
     predictor = Predictor(run, layout="single")
     return predictor._session.params, opened.model
+
+
+def test_more_beams_than_tokens_are_refused(run, questions, tmp_path, capsys):
+    assert infer(f"--model_dir={run}", f"--input={questions}", f"--output={tmp_path / 'a.jsonl'}", "--beams=999") == 2
+    assert "beams: 999 are more than the 384 tokens" in capsys.readouterr().err
+    with pytest.raises(UserError, match="beams: 385 are more than the 384 tokens"):
+        Predictor(run, layout="single", decoder=BeamSearch(385))
+    Predictor(run, layout="single", decoder=BeamSearch(384))
+
+
+@pytest.mark.parametrize("words", [["--beams=3"], ["--num_decodes=3", "--temperature=1"], ["--mode=score"]], ids=str)
+def test_a_batch_for_which_there_is_no_room_is_refused(run, tmp_path, capsys, monkeypatch, words):
+    """Before it runs: the machine would end the process, and say nothing."""
+    (tmp_path / "in.jsonl").write_text('{"inputs": "a", "targets": "b"}\n')
+    monkeypatch.setattr(engine, "free_memory", lambda device: 1000)
+    assert infer(f"--model_dir={run}", f"--input={tmp_path}/in.jsonl", f"--output={tmp_path}/out.jsonl", *words) == 2
+    decodes = "" if "score" in words[0] else " with 3 predictions of each"
+    said = capsys.readouterr().err
+    assert f"a batch of 4 examples{decodes} needs " in said and "has 1,000 B free: give a smaller batch_size" in said, (
+        said
+    )
 
 
 def test_json_lines_in_json_lines_out(run, questions, tmp_path, capsys):
