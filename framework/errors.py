@@ -7,7 +7,7 @@ import select
 import signal
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 
 class UserError(Exception):
@@ -16,6 +16,21 @@ class UserError(Exception):
 
 class EnvironmentFailure(Exception):
     """The machine failed (a peer process, the network): one message, exit code 1."""
+
+
+@contextlib.contextmanager
+def at_the_end(call: Callable[[], object]) -> Iterator[None]:
+    """Makes a call when a `with` block ends, however it ends.
+
+    Where an error ends it, that is what is told: not that the call failed as well, as everything does on a full disk.
+    """
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(UserError, EnvironmentFailure):
+            call()
+        raise
+    call()
 
 
 def report(error: BaseException) -> int:

@@ -33,6 +33,11 @@ def local_path(path: str | Path) -> Path:
     return Path(path).expanduser()
 
 
+def is_disk_trouble(error: OSError) -> bool:
+    """Whether a disk refused because it is full or broken, which is nobody's mistake."""
+    return error.errno in _DISK_ERRORS
+
+
 @contextlib.contextmanager
 def io_errors(path: Path) -> Iterator[None]:
     """Turns an OSError inside into an error that names `path`: an EnvironmentFailure if the disk is full or broken, so
@@ -40,7 +45,7 @@ def io_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _DISK_ERRORS:
+        if is_disk_trouble(error):
             raise EnvironmentFailure(f"cannot write {path}: {error.strerror}") from error
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meshway.framework.errors import UserError
-from meshway.framework.files import local_path
+from meshway.framework.errors import EnvironmentFailure, UserError
+from meshway.framework.files import is_disk_trouble, local_path
 from meshway.framework.terminal import format_columns
 
 if TYPE_CHECKING:
@@ -116,6 +116,10 @@ def fresh_directory(target: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.rename(target)
+    except OSError as error:
+        if is_disk_trouble(error):
+            raise EnvironmentFailure(f"cannot write {target}: {error.strerror}") from error
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -1,5 +1,6 @@
 """`meshway train --dry_run`: all that a run does before its first step, but for writing, caching and compiling."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +37,35 @@ def dry_run(
     """
     del others
     text = layout(program)
+    resolved = check(program, data, model_dir, periods, evaluation, keep, initial)
+    rows = [[f"{name}:", each] for name, each in resolved.found.items()]
+    parts = [text, "\n".join(format_columns(rows)), _splits(resolved.reads), "\n".join(resolved.notes)]
+    return "\n\n".join(filter(None, parts))
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """What a recipe comes to: by name, the splits that are read, and what there is to say of it."""
+
+    found: dict[str, str]
+    reads: Sequence[SplitRead]
+    notes: Sequence[str]
+
+
+def check(
+    program: TrainProgram,
+    data: DataSource,
+    model_dir: str | None,
+    periods: Periods,
+    evaluation: Evaluation = Evaluation(),
+    keep: Keep = Keep(),
+    initial: Initial | None = None,
+) -> Resolved:
+    """Checks what a run checks before it traces its step, with its own calls; nothing is written.
+
+    Raises:
+      UserError: as `train.train`.
+    """
     data = getattr(data, "for_dry_run", lambda: data)()
     directory, notes = None, list[str]()
     if model_dir is not None:
@@ -55,8 +85,7 @@ def dry_run(
     found = _resolved(program, data, vocabularies, evaluator.task_names)
     if framing is not None:
         found["texts"] = f"a decoder starts from {list(framing.start)}, a prediction ends at {list(framing.stop)}"
-    rows = [[f"{name}:", each] for name, each in found.items()]
-    return "\n\n".join(filter(None, [text, "\n".join(format_columns(rows)), _splits(reads), "\n".join(notes)]))
+    return Resolved(found, reads, notes)
 
 
 def _look(directory: RunDirectory, program: TrainProgram, periods: Periods, keep: Keep) -> list[str]:

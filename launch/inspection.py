@@ -22,7 +22,7 @@ from meshway.framework.data.inspection.decoded_rows import Lane, Token, Values
 from meshway.framework.data.inspection.figures import Inspection, Sample
 from meshway.framework.data.inspection.page import Table, tables
 from meshway.framework.errors import UserError
-from meshway.framework.files import local_path
+from meshway.framework.files import io_errors, local_path
 
 if TYPE_CHECKING:
     from meshway.framework.data.source import DataSource
@@ -275,10 +275,11 @@ def data(
     inspection = inspect(source, batches, rows)
     path = local_path(html) if html else local_path(model_dir or "") / "data.html"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page(inspection), encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; give another by --html=PATH") from error
+        with io_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(page(inspection), encoding="utf-8", errors="replace")
+    except UserError as error:
+        raise UserError(f"{error}; give another by --html=PATH") from error
     show(inspection, standard_output())
     print(f"\nthe same as a page: {path}")
 

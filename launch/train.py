@@ -24,6 +24,7 @@ from meshway.framework.data.source import DataSource, EvalTask
 from meshway.framework.data.vocabulary import Framing
 from meshway.framework.distributed import processes
 from meshway.framework.distributed.processes import agree
+from meshway.framework.errors import at_the_end
 from meshway.framework.evaluation.evaluation import Evaluation, Evaluator, Report
 from meshway.framework.evaluation.records import Records
 from meshway.framework.files import local_path
@@ -105,7 +106,7 @@ def train(
         start = restored[0] if restored else 0
         with contextlib.ExitStack() as stack:
             if primary:
-                stack.callback(write_report, directory.root)  # last of all, however the attempt ends
+                stack.enter_context(at_the_end(lambda: write_report(directory.root)))
             timeline = stack.enter_context(Timeline(directory.timeline if primary else None, start, began))
             timeline.mark("ready")
             if restored:
@@ -127,7 +128,7 @@ def train(
             evaluator = Evaluator(program.placed, program.batch_size, program.lengths, tasks, evaluation)
             evaluate = EvaluationLog(evaluator, directory, start, primary, progress.note)
             reporter = _reporter(directory, start, primary, progress, timeline, program, resolved, planned(step))
-            stack.enter_context(contextlib.closing(reporter))
+            stack.enter_context(at_the_end(reporter.close))
             loop = Loop(
                 step=step,
                 put=program.put,

@@ -125,7 +125,17 @@ class HuggingFaceModel:
           UserError: a tensor is missing, has no place, another shape or a dtype that is not converted.
         """
         family, pieces = self.family, pieces_of(self.family.rules, self.base, shapes)
-        return complete_values(f"{family.name} model", pieces, shapes, self.tensors, dtype, family.ignored, self.copies)
+        model = f"{family.name} model{self._sizes_taken()}"
+        return complete_values(model, pieces, shapes, self.tensors, dtype, family.ignored, self.copies)
+
+    def _sizes_taken(self) -> str:
+        """Returns which sizes config.json leaves out, in words: tensors that do not fit may follow from them."""
+        taken = [
+            f"{name}, for which {value} is taken as transformers does"
+            for name, value in self.family.defaults.items()
+            if type(value) is int and name not in self.config and not name.endswith("_id")
+        ]
+        return f" (config.json has no {', no '.join(taken)})" if taken else ""
 
 
 def is_model(directory: Path) -> bool:

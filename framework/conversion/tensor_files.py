@@ -12,6 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from meshway.framework.errors import UserError, did_you_mean
+from meshway.framework.files import io_errors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -235,11 +236,12 @@ def write_tensors(
       the names of the files.
 
     Raises:
-      UserError: the disk refuses.
+      UserError: they may not be written there.
+      EnvironmentFailure: the disk is full or broken.
     """
     parts = shards(specs, max_bytes)
     names = [SINGLE] if len(parts) == 1 else [_shard_name(i, len(parts)) for i in range(len(parts))]
-    try:
+    with io_errors(directory):
         for name, part in zip(names, parts, strict=True):
             _write_file(directory / name, part, read, wrote)
         if len(parts) > 1:
@@ -247,8 +249,6 @@ def write_tensors(
             places = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
             (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write to {directory}: {error.strerror or error}") from error
     return names
 
 

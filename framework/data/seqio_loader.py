@@ -133,7 +133,8 @@ class SeqioData:
                 # seqio gives all shards the same random numbers.
                 seed = key_of(self._seed, task.name, shard)
                 passes = self._passes(task, shard, num_shards, seed)
-                arguments = (objective, self.converter.pack, seed, sizes, part)
+                bind = functools.partial(self._objective, task)
+                arguments = (objective, self.converter.pack, seed, sizes, part, bind)
                 sources.append(StreamedSource(task.name, passes, *arguments))
             return RowStream(self.name, sources, rates, [], spec, share, slice(0, share), self._seed)
 
@@ -194,10 +195,12 @@ class SeqioData:
         having = with_split(splits, re.sub(r"\[.*\]$", "", split), purpose, self.name)
         return [task for task in self._tasks if task.name in having]
 
-    def _objective(self, task: Any) -> Objective:
+    def _objective(self, task: Any, empty: frozenset[str] = frozenset()) -> Objective:
+        """Returns the objective of a task; `empty` names features that hold nothing in any example."""
         framing = self._framing
         start, bos = (framing.start, framing.bos) if framing else ((), ())
-        return self.converter.bind(TaskInfo(task.name, seqio_steps.declared(task), start, bos=bos), self.lengths)
+        features = {name: info for name, info in seqio_steps.declared(task).items() if name not in empty}
+        return self.converter.bind(TaskInfo(task.name, features, start, empty, bos), self.lengths)
 
     def _passes(self, task: Any, shard: int, num_shards: int, seed: int) -> Iterator[Example | None]:
         """Yields this process's examples of a task without end, None after each pass."""

@@ -87,12 +87,18 @@ class Session:
           seed: of sampling.
 
         Raises:
-          UserError: a batch does not divide over the mesh; a text should stop a search.
+          UserError: a batch does not divide over the mesh; a text should stop a search; a search has more beams than
+            there are tokens.
         """
         if self.text.stops and isinstance(decoder, BeamSearch):
             raise UserError(
                 "stop: beam search compares hypotheses that end by a token, and cannot end them by a text: leave out "
                 "either"
+            )
+        tokens = _vocabulary_size(self.placed)
+        if isinstance(decoder, BeamSearch) and decoder.num_beams > tokens > 0:
+            raise UserError(
+                f"beams: {decoder.num_beams:,} are more than the {tokens:,} tokens there are to begin with: give fewer"
             )
         ends = Stop(self.text.stop)
         return Engine(self.placed, self.params, self.row_format, decoder, ends, batch_size, seed)

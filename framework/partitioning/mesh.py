@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -87,3 +89,16 @@ def _arrange(devices: list[jax.Device], ici: tuple[int, ...], dcn: tuple[int, ..
             f"{'slices' if len(slices) > 1 else 'processes'}: the product of dcn must be that number"
         )
     return mesh_utils.create_hybrid_device_mesh(ici, dcn, devices, process_is_granule=len(slices) == 1)
+
+
+def free_memory(device: jax.Device) -> int | None:
+    """Returns the bytes that a device has for more than it holds; of a CPU its share of what the machine has free; None
+    where nothing tells."""
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 // len(jax.local_devices(backend="cpu")) if found else None

@@ -8,7 +8,9 @@ from jax.sharding import NamedSharding
 
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import ArraySpec, Batch, Params
+from meshway.framework.partitioning.mesh import free_memory
 from meshway.framework.partitioning.sharded_model import ShardedModel
+from meshway.framework.terminal import format_bytes
 
 T = TypeVar("T")
 
@@ -104,4 +106,19 @@ class ProgramCache:
             )
         except ValueError as error:
             raise UserError(f"{type(self._placed.model).__name__}, {name}: {error}") from error
+        self._check_room(compiled, name)
         return _Program(compiled, shardings)
+
+    def _check_room(self, compiled: jax.stages.Compiled, name: str) -> None:
+        """Raises UserError where a device has no room for what a program makes: running it would end the process."""
+        try:
+            memory: Any = compiled.memory_analysis()  # None where a backend has none
+            needed = memory.temp_size_in_bytes + memory.output_size_in_bytes
+        except (AttributeError, NotImplementedError, RuntimeError):  # XLA's own errors are RuntimeErrors
+            return
+        room = free_memory(jax.local_devices()[0])
+        if room is not None and needed > room:
+            raise UserError(
+                f"a batch of {self._batch_size:,} examples ({name}) needs {format_bytes(needed)} of each device, "
+                f"which has {format_bytes(room)} free: give a smaller batch_size, or fewer predictions or tokens"
+            )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from meshway.framework.errors import UserError
-from meshway.framework.files import replace_file
+from meshway.framework.files import io_errors, replace_file
 from meshway.framework.report.plots import Points, bar_plot, escape, figure, folded, framed, legend, section, table
 from meshway.framework.report.run_files import Run, metrics_of, number, read_run
 from meshway.framework.telemetry.goodput import KINDS, Attempt
@@ -26,7 +26,8 @@ def write_report(model_dir: str | Path) -> Path:
     a crash. The page needs no other file, runs no script, and is the same bytes for the same files.
 
     Raises:
-      UserError: no such folder, or the page cannot be written.
+      UserError: no such folder, or the page may not be written there.
+      EnvironmentFailure: the disk is full or broken.
     """
     folder = Path(model_dir)
     if not folder.is_dir():
@@ -36,10 +37,8 @@ def write_report(model_dir: str | Path) -> Path:
     template = string.Template((Path(__file__).with_name("page.html")).read_text(encoding="utf-8"))
     page = template.substitute(title=escape(run.name), body="\n".join(section(run) for section in sections))
     path = folder / "report.html"
-    try:
+    with io_errors(path):
         replace_file(path, page.encode("utf-8", "replace"))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     return path
 
 

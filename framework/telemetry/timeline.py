@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from meshway.framework.errors import EnvironmentFailure, UserError
 from meshway.framework.files import io_errors
 
 # All of a process's time is counted for one of these.
@@ -144,7 +145,8 @@ class Timeline:
             self.end(self.outcome)
         else:
             reason = (str(error).strip().splitlines() or [""])[0][:300]
-            self.end(f"failed: {type(error).__name__}{': ' if reason else ''}{reason}")
+            with contextlib.suppress(UserError, EnvironmentFailure):  # the error itself is what is told
+                self.end(f"failed: {type(error).__name__}{': ' if reason else ''}{reason}")
 
     def _enter(self, phase: str) -> str:
         self.seconds()

@@ -15,7 +15,7 @@ import jax
 
 from meshway.framework.data.vocabulary import Framing, Vocabulary
 from meshway.framework.errors import UserError
-from meshway.framework.files import holder_of, locked, replace_file
+from meshway.framework.files import holder_of, io_errors, locked, replace_file
 from meshway.framework.partitioning.explain import Row, format_rows, replicated_share
 from meshway.framework.planning.memory import Memory
 from meshway.framework.terminal import format_bytes
@@ -192,10 +192,8 @@ class RunDirectory:
         self._write("layout.json", json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
 
     def _write(self, name: str, text: str) -> None:
-        try:
+        with io_errors(self.root / name):
             replace_file(self.root / name, text.encode())
-        except OSError as error:
-            raise UserError(f"cannot write {self.root / name}: {error.strerror or error}") from error
 
 
 def summarize(program: TrainProgram, rows: Sequence[Row], memory: Memory | None = None) -> str:

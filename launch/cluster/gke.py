@@ -6,7 +6,7 @@ import re
 from typing import Any, ClassVar
 
 from meshway.framework.errors import UserError
-from meshway.launch.cluster.job import PORT, Job, quoted, yaml_text
+from meshway.launch.cluster.job import PORT, Chips, Job, quoted, tpu_chips, yaml_text
 from meshway.launch.flags import flag
 
 _WORKERS = "workers"
@@ -66,9 +66,10 @@ class Gke:
         if not self.topology or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", self.topology):
             found = f", not {self.topology!r}" if self.topology else ""
             raise UserError(f"--accelerator={self.accelerator} needs --topology=2x2x4 or the like{found}")
-        if self.chips > self.devices and self.chips % self.devices:
+        if self.slice_chips > self.devices and self.slice_chips % self.devices:
             raise UserError(
-                f"--topology={self.topology} has {self.chips} chips, not a multiple of --devices={self.devices} a host"
+                f"--topology={self.topology} has {self.slice_chips} chips, not a multiple of --devices={self.devices} "
+                "a host"
             )
 
     @property
@@ -82,14 +83,22 @@ class Gke:
         return self.accelerator.startswith("tpu")
 
     @property
-    def chips(self) -> int:
+    def slice_chips(self) -> int:
         """Chips of one slice."""
         return math.prod(int(size) for size in (self.topology or "0").split("x"))
 
     @property
+    def chips(self) -> Chips | None:
+        """The chips of all slices, or the GPUs of all nodes."""
+        if not self.tpu:
+            return Chips(self.hosts * self.devices, self.hosts, f"--nodes={self.nodes} with --devices={self.devices}")
+        words = f"--topology={self.topology}" + (f" x {self.num_slices}" if self.num_slices > 1 else "")
+        return Chips(self.num_slices * self.slice_chips, self.num_slices * self.hosts, words)
+
+    @property
     def hosts(self) -> int:
         """Pods of one Job: hosts of one slice, or all GPU nodes."""
-        return self.nodes or max(1, self.chips // self.devices)
+        return self.nodes or max(1, self.slice_chips // self.devices)
 
     def render(self, job: Job) -> str:
         """Returns the JobSet as YAML."""
@@ -215,6 +224,13 @@ class Xpk:
             raise UserError("--nodes is for --device_type: a TPU slice has as many hosts as --tpu_type needs")
         if self.device_type and self.num_slices > 1:
             raise UserError("--num_slices is for TPU slices (--tpu_type)")
+
+    @property
+    def chips(self) -> Chips | None:
+        """The chips of the slices, where their type tells."""
+        chips = tpu_chips(self.tpu_type or "")
+        words = f"--tpu_type={self.tpu_type}" + (f" x {self.num_slices}" if self.num_slices > 1 else "")
+        return Chips(self.num_slices * chips, self.num_slices, words) if chips else None
 
     def render(self, job: Job) -> str:
         """Returns a shell script of one command."""

@@ -5,7 +5,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from meshway.framework.errors import UserError
 from meshway.launch.flags import flag
@@ -110,6 +110,34 @@ class Job:
         return " ".join(" ".join(quoted(word) for word in ["meshway", *self.words]).splitlines())  # for a comment
 
 
+class Chips(NamedTuple):
+    """The devices that a place is asked for.
+
+    Attributes:
+      devices: how many, over all hosts.
+      hosts: on how many hosts, alike.
+      words: the flags that ask for them.
+    """
+
+    devices: int
+    hosts: int
+    words: str
+
+
+def tpu_chips(kind: str) -> int | None:
+    """Returns the chips of a slice by its type, as v5p-128 (whose number counts cores, two a chip) or v6e-16; None for
+    a type that is not known."""
+    if found := re.fullmatch(r"v(\d+)([a-z]*)-(\d+)", kind):
+        generation, variant, number = int(found[1]), found[2], int(found[3])
+        if variant in ("e", "litepod"):
+            return number
+        if (generation, variant) in ((4, ""), (5, "p")) and number % 2 == 0:
+            return number // 2
+        if generation in (2, 3) and not variant:
+            return number  # a core is a device
+    return None
+
+
 class Runner(Protocol):
     """A place where the job runs while `meshway launch` waits.
 
@@ -139,6 +167,11 @@ class Renderer(Protocol):
     @property
     def shared_directory(self) -> bool:
         """Whether MODEL_DIR must be a folder that several hosts see."""
+        ...
+
+    @property
+    def chips(self) -> Chips | None:
+        """The devices that are asked for; None where that is not told."""
         ...
 
     def render(self, job: Job) -> str:

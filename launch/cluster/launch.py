@@ -145,9 +145,14 @@ def _checked(invocation: Invocation) -> "Recipe | None":
         )
         if isinstance(directory := recipe.macro("MODEL_DIR"), str):
             check_model_dir(directory, invocation.place)
+        if command.verb == "train" and isinstance(invocation.place, Renderer):  # others say so at once
+            from meshway.launch.cluster.checked import check_training
+
+            for line in check_training(recipe, invocation.place.chips):
+                print(f"meshway: note: {line}", file=sys.stderr)
     except UserError as error:
-        hint = _hint(invocation) if "import" in str(error) else ""
-        raise UserError(f"after --: {error}{hint}") from error
+        of_hosts = any(word in str(error) for word in ("import", "registered", "module ", "not cached"))
+        raise UserError(f"after --: {error}{_hint(invocation) if of_hosts else ''}") from error
     return recipe
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from meshway.framework.errors import UserError
-from meshway.launch.cluster.job import PORT, Job, quoted, yaml_text
+from meshway.launch.cluster.job import PORT, Chips, Job, quoted, tpu_chips, yaml_text
 from meshway.launch.flags import flag
 
 # Hosts of a TPU slice count too, whatever num_nodes says: all of them are in the list of addresses.
@@ -38,6 +38,14 @@ class SkyPilot:
     def __post_init__(self) -> None:
         if self.runtime_version and not self.accelerators.startswith("tpu"):
             raise UserError(f"--runtime_version is for TPUs, and --accelerators={self.accelerators} are none")
+
+    @property
+    def chips(self) -> Chips | None:
+        """The chips of all nodes, where their type tells."""
+        kind, _, number = self.accelerators.partition(":")
+        chips = tpu_chips(kind.removeprefix("tpu-")) if kind.startswith("tpu-") else int(number or 1)
+        words = f"--accelerators={self.accelerators}" + (f" x {self.nodes}" if self.nodes > 1 else "")
+        return Chips(self.nodes * chips, self.nodes, words) if chips else None
 
     def render(self, job: Job) -> str:
         """Returns the task as YAML."""

@@ -5,7 +5,7 @@ import re
 from typing import ClassVar
 
 from meshway.framework.errors import UserError
-from meshway.launch.cluster.job import Job, quoted, variable
+from meshway.launch.cluster.job import Chips, Job, quoted, variable
 from meshway.launch.flags import flag
 
 _TIME = re.compile(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}")
@@ -60,6 +60,14 @@ class Slurm:
     def __post_init__(self) -> None:
         if self.time is not None and not _TIME.fullmatch(self.time):
             raise UserError(f"--time={self.time}: write minutes, H:MM:SS or D-HH:MM:SS, as 24:00:00 or 2-00:00:00")
+
+    @property
+    def chips(self) -> Chips | None:
+        """The GPUs that are asked for, where they are by number."""
+        if self.gpus_per_node is None:
+            return None
+        words = f"--nodes={self.nodes} with --gpus_per_node={self.gpus_per_node}"
+        return Chips(self.nodes * self.gpus_per_node, self.nodes, words)
 
     def render(self, job: Job) -> str:
         """Returns the sbatch file."""

@@ -5,7 +5,7 @@ import shlex
 from typing import ClassVar
 
 from meshway.framework.errors import UserError
-from meshway.launch.cluster.job import Job, quoted, variable
+from meshway.launch.cluster.job import Chips, Job, quoted, tpu_chips, variable
 from meshway.launch.flags import flag
 
 _HEAD = """\
@@ -155,6 +155,13 @@ class TpuVm:
                 raise UserError(f"--{key} is for slices to create, and --node_ids names slices that are there")
         if self.num_slices not in (1, len(self.node_ids.split(","))):
             raise UserError(f"--num_slices={self.num_slices}, but --node_ids names {len(self.node_ids.split(','))}")
+
+    @property
+    def chips(self) -> Chips | None:
+        """The chips of the slices to create, where their type tells."""
+        chips = tpu_chips(self.accelerator or "")
+        words = f"--accelerator={self.accelerator}" + (f" x {self.num_slices}" if self.num_slices > 1 else "")
+        return Chips(self.num_slices * chips, self.num_slices, words) if chips else None
 
     def nodes(self, job: Job) -> list[str]:
         """Returns the names of the slices."""

@@ -33,6 +33,7 @@ from meshway.launch.recipe.text import (
     Reference,
     Target,
     format_binding,
+    leaves,
     map_leaves,
 )
 from meshway.launch.recipe.values import read_values
@@ -106,6 +107,20 @@ class Recipe:
         """Returns the value of a macro, None where there is none or it is no plain value."""
         values = [each.value for each in final(self._program.bindings) if each.is_macro and each.parameter == name]
         return None if not values or isinstance(values[-1], (Macro, Reference)) else values[-1]
+
+    def literals(self, module: str, name: str) -> dict[str, Any]:
+        """Returns the plain values that are bound to parameters of a class or function, in no scope."""
+        last = final(self._program.bindings)
+        macros = {each.parameter: each.value for each in last if each.is_macro}
+        found = {}
+        for binding in last:
+            if binding.target == Target(module, (name,)) and not binding.scope:
+                value = binding.value
+                while isinstance(value, Macro) and value.target is None:
+                    value = macros.get(value.name)
+                if not any(isinstance(leaf, (Macro, Reference)) for leaf in leaves(value)):
+                    found[binding.parameter] = value
+        return found
 
     def build(self, root: str, given: Collection[str] = ()) -> dict[str, Any]:
         """Builds the keyword arguments of a verb's function; the verb calls it itself.

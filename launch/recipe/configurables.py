@@ -79,7 +79,7 @@ class ImportTable:
             if not path:
                 near = did_you_mean(selector, self.words)
                 raise Unresolved(f"{selector!r} is not imported; write its module and name, as module.{selector}{near}")
-            renamed = _RENAMED.get(f"meshway.launch.{word}")
+            renamed = _MOVED.get(f"meshway.launch.{word}")
             near = f"; it is now {renamed}" if renamed else did_you_mean(word, self.words)
             raise Unresolved(f"{word!r} of {selector!r} is not imported{near}")
         module = self.words[word].bound_module
@@ -184,8 +184,8 @@ _MOVED |= {
 
 
 def _moved(module: str) -> str:
-    """Returns where a module of ours is today, for a recipe of an older run; "" where it has not moved, or where its name
-    does not tell. A file of its name in its own top folder is preferred to those in others."""
+    """Returns where a module of ours is today, for a recipe of an older run; "" where it has not moved or its name does
+    not tell. A file of its name in its own top folder is preferred to those in others."""
     if module in _MOVED or not module.startswith("meshway."):
         return _MOVED.get(module, "")
     root, (folder, *within) = Path(__file__).parents[2], module.split(".")[1:]

@@ -85,14 +85,9 @@ def read_values(bindings: Sequence[Binding], reach: Reach, shipped: Sequence[str
     macros = {binding.parameter: binding for binding in last if binding.is_macro}
     problems: dict[Binding, str] = {}
     read: dict[Binding, Any] = {}
-    for binding in last:
-        if not binding.target or binding_key(binding) not in reach.used:
-            continue
-        hint = _hint(binding)
-        origin = _origin(binding, macros)
-        if origin is None or hint is None or origin.is_default:
-            continue
+    for binding, origin, hint in _uses(last, macros, reach):
         value = read.get(origin, origin.value)
+        assert binding.target is not None
         try:
             if isinstance(value, str) and binding.target.module.startswith("meshway."):
                 _refuse_addresses(value)
@@ -108,6 +103,46 @@ def read_values(bindings: Sequence[Binding], reach: Reach, shipped: Sequence[str
         listed = list(problems.values())
         raise UserError(listed[0] if len(listed) == 1 else f"{len(listed)} problems:\n  " + "\n  ".join(listed))
     return [dataclasses.replace(b, value=read[b]) if b in read else b for b in bindings]
+
+
+def _uses(
+    bindings: Sequence[Binding], macros: Mapping[str, Binding], reach: Reach
+) -> Iterator[tuple[Binding, Binding, Any]]:
+    """Yields (a binding that applies, the binding that holds a value of it, what its parameter asks of that value).
+
+    A container's entries that are macros hold values of their own.
+    """
+    for binding in bindings:
+        if not binding.target or binding_key(binding) not in reach.used:
+            continue
+        hint, origin = _hint(binding), _origin(binding, macros)
+        if origin is None or hint is None:
+            continue
+        for entry, inner in _macros_in(origin.value, hint):
+            held = _origin(dataclasses.replace(binding, value=entry), macros)
+            if held is not None and not held.is_default:
+                yield binding, held, inner
+        if not origin.is_default:
+            yield binding, origin, hint
+
+
+def _macros_in(value: Any, hint: Any) -> Iterator[tuple[Macro, Any]]:
+    """Yields (a macro, what is asked of it) for those among a container's entries."""
+    entries = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    asked = [
+        [each for each in typing.get_args(found) if each is not Ellipsis][-1]
+        for found in _alternatives(hint)
+        if _holds_alike(found)
+    ]
+    if asked:
+        yield from ((entry, asked[0]) for entry in entries if isinstance(entry, Macro))
+
+
+def _holds_alike(hint: Any) -> bool:
+    """Whether a hint is of a container whose entries are all of one type."""
+    inner = [each for each in typing.get_args(hint) if each is not Ellipsis]
+    wanted = 2 if typing.get_origin(hint) in (dict, collections.abc.Mapping) else 1
+    return typing.get_origin(hint) in _CONTAINERS and len(inner) == wanted
 
 
 def _refuse_addresses(value: str) -> None:

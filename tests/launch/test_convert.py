@@ -36,6 +36,11 @@ from meshway.launch.invocation import Invocation
 from meshway.launch.recipe import config
 
 
+def leave_out(directory, field):
+    path = directory / "config.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != field}))
+
+
 def edit(directory, **fields):
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
@@ -223,6 +228,8 @@ def other_output(directory):
         (other_output, [], ["config.json ties the output layer", "lm_head.weight differs"]),
         (lambda path: edit(path, head_dim=4), [], ["another shape", "q_proj.weight is [48, 24], not [24, 24]"]),
         (lambda path: edit(path, num_hidden_layers=3), [], ["9 tensors are missing: model.layers.2."]),
+        (lambda path: leave_out(path, "num_hidden_layers"), [], ["no num_hidden_layers, for which 32 is"]),
+        (lambda path: leave_out(path, "hidden_size"), [], ["config.json has no hidden_size, for which 4096 is taken"]),
         (lambda path: edit(path, num_hidden_layers=1), [], ["9 tensors have no place", "model.layers.1."]),
         (lambda path: edit(path, mystery=1), [], ["'mystery'", "--ignore_fields=mystery"]),
         (lambda path: (path / "tokenizer.json").write_text(tokenizer_json(68)), [], ["68 ids", "only 67"]),

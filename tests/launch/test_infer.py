@@ -24,6 +24,7 @@ from meshway.framework.inference.decoding import Decoded, Stop
 from meshway.framework.inference.predictor import Predictor
 from meshway.framework.inference.rows import Text, doubling
 from meshway.framework.inference.sampling import Sampling
+from meshway.framework.partitioning import program_cache
 from meshway.framework.telemetry.profiler import Compilations
 from meshway.framework.training.run_directory import RunDirectory
 from meshway.launch import cli
@@ -67,6 +68,27 @@ def params_and_model(run):
     opened = open_recipe(run)
     predictor = Predictor(run, layout="single")
     return predictor._session.params, opened.model
+
+
+def test_more_beams_than_tokens_are_refused(run, questions, tmp_path, capsys):
+    assert infer(f"--model_dir={run}", f"--input={questions}", f"--output={tmp_path / 'a.jsonl'}", "--beams=999") == 2
+    assert "beams: 999 are more than the 384 tokens" in capsys.readouterr().err
+    with pytest.raises(UserError, match="beams: 385 are more than the 384 tokens"):
+        Predictor(run, layout="single", decoder=BeamSearch(385))
+    Predictor(run, layout="single", decoder=BeamSearch(384))
+
+
+@pytest.mark.parametrize("words", [["--beams=3"], ["--num_decodes=3", "--temperature=1"], ["--mode=score"]], ids=str)
+def test_a_batch_for_which_there_is_no_room_is_refused(run, tmp_path, capsys, monkeypatch, words):
+    """Before it runs: the machine would end the process, and say nothing."""
+    (tmp_path / "in.jsonl").write_text('{"inputs": "a", "targets": "b"}\n')
+    monkeypatch.setattr(program_cache, "free_memory", lambda device: 1000)
+    assert infer(f"--model_dir={run}", f"--input={tmp_path}/in.jsonl", f"--output={tmp_path}/out.jsonl", *words) == 2
+    kind = "score" if "score" in words[0] else "predict"
+    said = capsys.readouterr().err
+    assert f"a batch of 4 examples ({kind}) needs " in said and "has 1,000 B free: give a smaller batch_size" in said, (
+        said
+    )
 
 
 def test_json_lines_in_json_lines_out(run, questions, tmp_path, capsys):

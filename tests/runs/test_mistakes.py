@@ -1,5 +1,6 @@
 """Mistakes that users make: each ends in one clear message and exit code 2, never in a traceback."""
 
+import contextlib
 import re
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import pytest
 from running import LAB, command, environment
 from tiers import tiers
 
+from meshway.framework.errors import EnvironmentFailure, UserError, at_the_end
 from meshway.launch import cli
 
 T5 = ("train", "--gin_file=t5.gin")
@@ -230,19 +232,73 @@ def run_short(*before, folder):
     return subprocess.run([*before, *words], cwd=LAB, env=environment(), capture_output=True, text=True, timeout=300)
 
 
-def test_a_disk_that_is_full_before_the_run(tmp_path):
-    """A real one, of 300 KiB, where the kernel lets us mount it."""
-    folder = tmp_path / "full"
+@contextlib.contextmanager
+def disk_of(size, folder):
+    """A real one, where the kernel lets us mount it."""
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a file system; the next test needs none")
+        pytest.skip("needs the right to mount a file system; another test of full disks needs none")
     try:
-        done = run_short(folder=folder / "run")
+        yield folder
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_is_full_before_the_run(tmp_path):
+    with disk_of("300k", tmp_path / "full") as folder:
+        done = run_short(folder=folder / "run")
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "free" in done.stderr and "one checkpoint needs" in done.stderr, done.stderr
+
+
+FILLER = """
+class Fill:
+    def __init__(self, path, step):
+        self.path, self.step = path, step
+
+    def close(self):
+        pass
+
+    def after_step(self, step):
+        if step == self.step:
+            with open(self.path, "wb", buffering=0) as file:
+                try:
+                    for size in (65536, 512):
+                        while file.write(bytes(size)) == size:
+                            pass
+                except OSError:
+                    pass
+"""
+
+
+def test_a_disk_that_fills_in_mid_run_is_told_by_the_file_that_did_not_fit(tmp_path, capsys, monkeypatch):
+    """All that is written after it, as the report, fails as well and hides nothing."""
+    (tmp_path / "filling.py").write_text(FILLER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with disk_of("8m", tmp_path / "disk") as folder:
+        (tmp_path / "filling.gin").write_text(
+            "from __gin__ import dynamic_registration\nimport filling\nfrom meshway.launch import train\n"
+            f"train.train.hooks = [@filling.Fill()]\nfilling.Fill.path = '{folder}/filler'\nfilling.Fill.step = 3\n"
+        )
+        words = ["train", "--gin_file=counting.gin", f"--gin_file={tmp_path}/filling.gin", "--gin.REPORT_PERIOD=1"]
+        message = mistake(capsys, *words, f"--gin.MODEL_DIR={folder}/run", exits=1)
+        assert f"cannot write {folder}/run/" in message and "No space left on device" in message
+        assert "report.html" not in message, "which is written last"
+
+
+def test_nothing_at_the_end_hides_what_ended_a_run():
+    told = []
+
+    def refuse():
+        told.append("asked")
+        raise EnvironmentFailure("cannot write report.html")
+
+    with pytest.raises(UserError, match="the loss is not finite"), at_the_end(refuse):
+        raise UserError("the loss is not finite")
+    with pytest.raises(EnvironmentFailure, match="report.html"), at_the_end(refuse):
+        pass
+    assert len(told) == 2
 
 
 @pytest.mark.slow

@@ -181,10 +181,16 @@ class StreamedSource:
       seed: of the order in a buffer and of the objective's randomness.
       vocabulary_sizes: as `RowSource` has them; an example is named by its place in its pass, as it was read.
       part: which part of the task this process reads, for messages.
+      bind: (names of features) -> the objective of a task in which these hold nothing. It is asked once the first
+        buffer is read, of those that are empty in all of it.
 
     Attributes:
       name: the task's name.
       examples: those of the buffer whose rows come next.
+
+    Raises:
+      UserError: as rows are taken: there is nothing to read; or a feature holds something that was empty in the first
+        buffer.
     """
 
     def __init__(
@@ -196,9 +202,11 @@ class StreamedSource:
         seed: int = 0,
         vocabulary_sizes: Mapping[str, int] | None = None,
         part: str = "",
+        bind: Callable[[frozenset[str]], Objective] | None = None,
     ) -> None:
         self.name = name
         self.examples: Examples = InMemory([])
+        self._bind, self._empty = bind, frozenset[str]()
         self._passes, self._objective, self._pack = passes, objective, pack
         self._seed, self._vocabulary_sizes, self._part = seed, dict(vocabulary_sizes or {}), part
         self._pass = self._read = self._buffers = 0  # passes that are over, examples read of this one, buffers read
@@ -244,12 +252,24 @@ class StreamedSource:
             number, first, examples = self._buffer()
             check_ids(self.name, examples, range(first, first + len(examples)), self._vocabulary_sizes)
             self.examples = InMemory(examples)
+            self._look_for_empty(self.examples)
             self._buffers += 1
             fruitless += len(examples)
             if not self._objective.row_lengths or self._objective.parts(self.examples.sizes).any():
                 objective, seed = InEpoch(self._objective, number), key_of(self._seed, self._buffers)
                 return RowSource(self.name, self.examples, objective, self._pack, True, seed)
         raise UserError(f"task {self.name!r}: {fruitless:,} examples in a row were all left out by the objective")
+
+    def _look_for_empty(self, examples: InMemory) -> None:
+        """Binds the objective anew if features are empty in all of the first buffer, and sees that they stay so."""
+        empty = frozenset(name for name, sizes in examples.sizes.items() if not sizes.any())
+        if not self._buffers and empty and self._bind is not None:
+            self._objective, self._empty = self._bind(empty), empty
+        if filled := sorted(self._empty - empty):
+            raise UserError(
+                f"task {self.name!r}: {', '.join(map(repr, filled))} was empty in the first examples and is not in "
+                "later ones: cache the task, which looks at all of them first, or shuffle what is streamed"
+            )
 
     def _buffer(self) -> tuple[int, int, list[Any]]:
         """Returns (the pass, the place in it of the first example, the next examples of it)."""

@@ -3,8 +3,11 @@ import sys
 
 import numpy as np
 import pytest
+from tasks_in_memory import task
 
+from meshway.framework.data.denoising import SpanCorruption
 from meshway.framework.data.features import EncoderDecoder, LanguageModel, PrefixLanguageModel
+from meshway.framework.data.rows.online_source import BUFFER, StreamedSource
 from meshway.framework.data.seqio_loader import SeqioData
 from meshway.framework.errors import UserError
 
@@ -67,6 +70,40 @@ def test_processes_read_different_examples_and_other_random_numbers(seqio):
         seen.append({tuple(row) for batch in batches for row in batch["decoder_target_tokens"].tolist()})
     assert not seen[0] & seen[1]
     assert streams[0].spec()["encoder_input_tokens"][0] == (4, 16)
+
+
+@pytest.mark.parametrize(
+    ("converter", "lengths"),
+    [(EncoderDecoder(), LENGTHS), (LanguageModel(inputs=True), LENGTHS), (PrefixLanguageModel(), LENGTHS),
+     (EncoderDecoder(pack=False), LENGTHS), (SpanCorruption(), LENGTHS)],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_a_feature_that_is_empty_in_every_example_is_refused(seqio, converter, lengths):
+    """As the cache's reader does; a stream knows it with its first batch."""
+    stream = data("tiny_silent", converter, lengths).train(slice(None))
+    with pytest.raises(UserError, match="'tiny_silent': 'targets', which .* reads, is empty in every example"):
+        next(stream)
+
+
+def test_inputs_that_are_always_empty_are_none(seqio):
+    """T5's text tasks, of which an objective makes inputs; from the cache or streamed."""
+    kept = seqio.TaskRegistry.get("tiny_c")
+    blank = seqio.map_over_dataset(lambda example: example | {"inputs": ""})
+    features = {name: seqio.Feature(seqio.ByteVocabulary(10), add_eos=False) for name in ("inputs", "targets")}
+    seqio.TaskRegistry.add("tiny_blank", kept.source, features, [blank, seqio.preprocessors.tokenize])
+    batch = next(data("tiny_blank", SpanCorruption()).train(slice(None)))
+    assert batch["encoder_segment_ids"].any() and batch["decoder_loss_weights"].any()
+
+
+def test_what_was_empty_at_first_may_not_fill_later():
+    """The rows before would have been others."""
+    tokens, none = np.array([4, 5, 6], np.int32), np.zeros(0, np.int32)
+    examples = [{"inputs": none, "targets": tokens}] * BUFFER + [{"inputs": tokens, "targets": tokens}] * 8
+    objective = lambda empty: EncoderDecoder().bind(task("inputs", "targets"), LENGTHS)  # noqa: E731
+    source = StreamedSource("late", iter([*examples, None]), objective(()), False, bind=objective)
+    assert source.take(np.arange(BUFFER))[1] == BUFFER
+    with pytest.raises(UserError, match="task 'late': 'inputs' was empty in the first examples and is not in later"):
+        source.take(np.arange(BUFFER, BUFFER + 1))
 
 
 @pytest.mark.parametrize("pack", [True, False])

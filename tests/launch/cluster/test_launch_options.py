@@ -12,7 +12,9 @@ from meshway.framework.errors import UserError
 from meshway.framework.terminal import installed_version
 from meshway.launch import cli
 from meshway.launch.cluster import local, ray_cluster, supervisor
+from meshway.launch.cluster.job import tpu_chips
 from meshway.launch.cluster.options import KINDS
+from meshway.launch.cluster.tpu_vm import TpuVm
 
 TRAIN = ["--", "train", "--gin_file=t5.gin", "--gin.MODEL_DIR=/data/run"]
 GKE = ["gke", "--image=lab", "--accelerator=tpu-v5p-slice"]
@@ -193,6 +195,64 @@ def test_a_recipe_is_checked_before_anything_is_made(kind, wrong, capsys, tmp_pa
     error = capsys.readouterr().err
     assert expected in error and error.count("meshway: error: ") == 1 and "Traceback" not in error
     assert not list(tmp_path.iterdir())
+
+
+UNFIT = {
+    "an unknown task": (["--gin.MIXTURE_OR_TASK_NAME=lab_halfs"], "registered as 'lab_halfs'"),
+    "a module that its package has not": (["--gin.MIXTURE_OR_TASK_MODULE=tasks.topic"], "module 'tasks.topic'"),
+    "an unknown split": (["--gin.CachedData.train_split=trian"], "has no split 'trian' for training"),
+    "a vocabulary that is larger": (["--gin.VOCAB_SIZE=128"], "set VOCAB_SIZE to at least 259"),
+    "another model's converter": (["--gin.FEATURE_CONVERTER=@features.PrefixLanguageModel()"], "do not fit the model"),
+    "a batch that does not divide": (["--gin.BATCH_SIZE=6"], "set BATCH_SIZE to a multiple of"),
+    "a mesh of other devices": (
+        ["--gin.MeshShape.ici={'data': 3, 'fsdp': -1}"],
+        "needs a multiple of 3 devices, and --",
+    ),
+    "a mesh of more devices": (["--gin.MeshShape.ici={'data': 64}"], "needs 64 devices, and --"),
+    "a mesh of too few hosts": (["--gin.MeshShape.ici={'data': 1}"], "leaves hosts without any"),
+    "an axis without a rule": (["--gin.LAYOUT=fsdp", "--gin_file={lab}/bigram.gin"], "'codes'"),
+}
+CHIPS = {
+    "slurm": ["--nodes=4", "--gpus_per_node=2"],
+    "gke": ["--image=lab", "--accelerator=tpu-v5p-slice", "--topology=2x2x2", "--volume=runs:/data"],
+    "tpu_vm": ["--zone=z", "--accelerator=v4-8", "--runtime_version=r", "--num_slices=2"],
+    "skypilot": ["--accelerators=H100:4", "--nodes=2"],
+    "xpk": ["--cluster=c", "--image=i", "--tpu_type=v5p-8", "--num_slices=2"],
+}
+
+
+@pytest.mark.parametrize(("wrong", "kind"), zip(UNFIT, itertools.cycle(CHIPS)))
+def test_a_training_is_checked_before_it_is_submitted(wrong, kind, capsys, tmp_path, monkeypatch):
+    """On eight devices, those of this process: what a dry run says."""
+    monkeypatch.syspath_prepend(str(LAB))
+    more, expected = UNFIT[wrong]
+    more = [word.replace("{lab}", str(LAB)).replace("CachedData", "grain_loader.CachedData") for word in more]
+    more = [word.replace("MeshShape", "mesh.MeshShape") for word in more]
+    command = ["train", f"--gin_file={LAB}/t5.gin", "--gin.MODEL_DIR=/data/run", *more]
+    assert cli.main(["launch", kind, *CHIPS[kind], f"--output={tmp_path / 'job'}", "--", *command]) == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.count("meshway: error: ") == 1 and "Traceback" not in error, error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_task_of_a_module_of_the_hosts_is_left_to_them(capsys, tmp_path):
+    """Said; what needs no task is checked all the same."""
+    words = ["launch", "slurm", "--nodes=2", f"--workdir={LAB}", *TRAIN, "--gin.MIXTURE_OR_TASK_MODULE=of_hosts.tasks"]
+    assert cli.main(words) == 0
+    assert "note: the module of_hosts.tasks is not here: the task, its splits" in capsys.readouterr().err
+    assert cli.main([*words, "--gin.NUM_HEADS=3", "--gin.LAYOUT=model_1d"]) == 2
+    assert "'heads' of size 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "chips"),
+    [("v5p-128", 64), ("v4-8", 4), ("v5litepod-16", 16), ("v6e-8", 8), ("v5e-4", 4), ("v3-32", 32), ("v9-8", None),
+     ("v5p-7", None), ("h100", None)],
+)  # fmt: skip
+def test_chips_are_told_by_a_slices_type(kind, chips):
+    assert tpu_chips(kind) == chips
+    place = TpuVm(zone="z", accelerator=kind, runtime_version="r", num_slices=2)
+    assert place.chips == (chips and (2 * chips, 2, f"--accelerator={kind} x 2"))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in PLACES if kind != "local"])

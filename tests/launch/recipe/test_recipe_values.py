@@ -1,6 +1,9 @@
 """Values that cannot be: one message that names the macro, before anything is built."""
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -146,6 +149,11 @@ def test_no_macro_of_a_shipped_recipe_takes_what_it_cannot_be(recipe, macro, tex
         ("evaluation.Evaluation.max_batches=0", "max_batches = 0: it must be at least 1"),
         ("mlp.Mlp.activations=gelu", "mlp.Mlp.activations = 'gelu': a list of text is needed"),
         ("attention.Attention.kernel=splash", "attention.Attention.kernel = 'splash': a reference"),
+        ("TASK_FEATURE_LENGTHS={'inputs': %LEARNING_RATE, 'targets': 8}", "RATE = 0.015, taken by .*: a whole number"),
+        (
+            "mlp.Mlp.activations=['gelu', %LEARNING_RATE]",
+            "LEARNING_RATE = 0.015, taken by mlp.Mlp.activations: text is",
+        ),
     ],
 )
 def test_a_value_that_cannot_be_is_named_where_it_is_written(binding, message):
@@ -159,6 +167,12 @@ def test_a_value_that_cannot_be_is_named_where_it_is_written(binding, message):
         ("rates = {'a': -1.0}", "rates.gin:6: mixing.Rates.rates = {'a': -1.0}: 'a' is -1.0: it must be at least 0"),
         ("rates = {'a': 2, 'b': 'x'}", "rates.gin:6: mixing.Rates.rates = .*: 'b' is 'x': a number is needed"),
         ("from_step = -5", "rates.gin:6: mixing.Rates.from_step = -5: it must be at least 0"),
+        (
+            "rates = {'a': %RATE}\nRATE = -0.5",
+            "rates.gin:7: RATE = -0.5, taken by mixing.Rates.rates: it must be at least 0",
+        ),
+        ("rates = {'a': 1, 'b': %R}\nR = 'x'", "rates.gin:7: R = 'x', taken by mixing.Rates.rates: a number is needed"),
+        ("rates = %BOTH\nBOTH = {'a': %R}\nR = -1", "rates.gin:8: R = -1, taken by mixing.Rates.rates: it must be at"),
     ],
 )
 def test_mixing_rates_are_named_where_they_are_written(binding, message, tmp_path):
@@ -186,6 +200,32 @@ def test_whole_numbers_and_dtypes_may_be_written_in_other_ways():
     ):
         assert f"\n{line}\n" in recipe.resolved
     assert "'inputs': 32," in recipe.resolved
+
+
+FIRST = """
+import json, sys
+from meshway.framework.errors import UserError
+from meshway.launch.invocation import Invocation
+from meshway.launch.recipe import config
+try:
+    config.load(Invocation(**json.loads(sys.argv[1])))
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("files", [["recipes/quickstart.gin"], ["models/mixtral/tiny.gin", "optimizers/adamw.gin"]])
+def test_the_first_recipe_of_a_process_is_checked_like_any_other(files):
+    """What Python's defaults lead to is imported as the recipe is walked: a command has not imported it before."""
+    given = [*MORE, "HEAD_DIM=31.5", "NUM_HEADS=2.5", "D_FF='wide'", "NORM_EPSILON=-1.0", "TRAIN_STEPS=1"]
+    given += ["BATCH_SIZE=8", "WARMUP_STEPS=1", "LEARNING_RATE=0.1"]
+    asked = {"verb": "train", "gin_files": files, "bindings": given}
+    words = [sys.executable, "-c", FIRST, json.dumps(asked)]
+    first = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    with pytest.raises(UserError) as later:
+        load(files, *given, verb="train")
+    assert first.splitlines() == str(later.value).splitlines()
+    assert first.count("attention.Attention.") == 2 and ".d_ff" in first and "norm.RMSNorm.epsilon" in first
 
 
 def test_what_a_name_means_in_a_module_of_the_users_is_the_users(tmp_path, monkeypatch):
