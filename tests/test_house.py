@@ -21,8 +21,8 @@ DOORS = {
 # Places from the bottom up: a file imports from its own place and from those before it, wherever the import stands. A
 # file belongs to the longest name that begins its own; "." stands for the rest of a folder.
 PLACES = {
-    "framework": "errors axes terminal progress files interfaces trees distributed partitioning telemetry data "
-    "optimizers planning training conversion checkpoints inference report evaluation",
+    "framework": "errors axes terminal progress files web_page interfaces trees distributed partitioning telemetry "
+    "data optimizers planning training conversion checkpoints inference report evaluation",
     "models": "layers.masks layers.side_outputs module layers losses language vision .",
     "tasks": ".",
     "launch": "flags cluster.job invocation verbs recipe cluster .",
