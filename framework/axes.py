@@ -35,21 +35,21 @@ Names = tuple[str | None, ...]
 
 
 class Ambient(Protocol):
-    """The layout a model runs under, for activations."""
+    """The layout that a model runs under, as far as activations are concerned."""
 
     def sharding(self, names: Names, shape: tuple[int, ...]) -> NamedSharding:
-        """Returns where an activation of these axes lies; raises on unknown names and sizes that do not divide."""
+        """Returns the sharding of an activation with these axes; raises on unknown names and indivisible sizes."""
         ...
 
     def mesh_axes(self, name: str) -> tuple[str, ...]:
-        """Returns the mesh axes, of more than one device, that cut a logical axis; raises on an unknown name."""
+        """Returns the mesh axes, of more than one device, that shard a logical axis; raises on an unknown name."""
         ...
 
     def lookup(
         self, names: Names, shape: tuple[int, ...], table_names: Names, table_shape: tuple[int, ...]
     ) -> list[NamedSharding]:
-        """Returns where entries taken from a parameter are found, and the way from there to where `sharding` puts them,
-        one mesh axis at a time; raises as `sharding`."""
+        """Returns the shardings that entries looked up in a parameter go through, one mesh axis at a time, from where
+        they are found to the one that `sharding` says; raises as `sharding`."""
         ...
 
 
@@ -72,9 +72,9 @@ def constrain(x: jax.Array, names: Names, free_for: str | None = None) -> jax.Ar
     Args:
       x: an array of rank ``len(names)``.
       names: one logical name a dimension; None leaves that dimension to no mesh axis.
-      free_for: an axis of the product x goes into: the mesh axes that cut it cut nothing of x. Where they cut the
-        residual stream (Megatron's sequence parallelism, 2D layouts) x is gathered once here; left to itself XLA
-        gathers weights, or moves the product's output about.
+      free_for: an axis of the product x goes into: the mesh axes that shard it shard nothing of x. Where they shard
+        the residual stream (Megatron's sequence parallelism, 2D layouts) x is gathered once here; left to itself XLA
+        gathers weights, or reshards the product's output.
 
     Returns:
       x, constrained under the ambient layout; x itself outside any mesh (a plain, unpartitioned call).
@@ -92,11 +92,13 @@ def constrain(x: jax.Array, names: Names, free_for: str | None = None) -> jax.Ar
 
 
 def constrain_lookup(x: jax.Array, names: Names, table: jax.Array, table_names: Names) -> jax.Array:
-    """Constrains what was looked up in a parameter: first to where it is found, then on its way to where `names` say.
+    """Constrains entries looked up in a parameter: first to where they are found, then step by step to where `names`
+    say.
 
-    Where mesh axes cut both the batch and the entries of the table (fsdp), each device looks its part up for the tokens
-    of all devices along these axes, and what was found is exchanged. Without the steps in between XLA finds no such way
-    where several axes cut the batch, and gathers the gradient of every token on every device.
+    Where mesh axes shard both the batch and the entries of the table (fsdp), each device looks up its part of the entry
+    for the tokens of all devices along these axes, and parts are exchanged (`partitioning.activations` has a drawing).
+    Without the steps in between XLA does not find this where several axes shard the batch, and gathers the gradient of
+    every token on every device.
 
     Args:
       x: what was looked up, of rank ``len(names)``.
@@ -114,7 +116,7 @@ def constrain_lookup(x: jax.Array, names: Names, table: jax.Array, table_names: 
 
 
 def placement(names: Names, shape: tuple[int, ...]) -> NamedSharding | None:
-    """Returns where the ambient layout puts an activation: what a kernel gives `shard_map` as mesh and specs.
+    """Returns the ambient layout's sharding of an activation: what a kernel gives `shard_map` as mesh and specs.
 
     Args:
       names: one logical name a dimension, or None.
@@ -133,7 +135,7 @@ def placement(names: Names, shape: tuple[int, ...]) -> NamedSharding | None:
 
 
 def mesh_axes(name: str) -> tuple[str, ...]:
-    """Returns the mesh axes, of more than one device, that cut logical axis `name` of activations; () without a mesh.
+    """Returns the mesh axes, of more than one device, that shard logical axis `name` of activations; () without a mesh.
 
     Raises:
       ValueError: a mesh is set without a layout.

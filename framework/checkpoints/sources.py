@@ -110,7 +110,7 @@ class Source:
         return self.stride == 1 and not self.repeated and not self.resize
 
     def abstract(self, leaf: jax.Array) -> jax.ShapeDtypeStruct:
-        """Returns what to read: the saved array, cut over the mesh as the parameter `leaf` is."""
+        """Returns what to read: the saved array, sharded over the mesh as the parameter `leaf` is."""
         sharding = leaf.sharding
         if self.repeated and isinstance(sharding, NamedSharding):
             spec = sharded_by(sharding.spec, leaf.ndim)

@@ -46,7 +46,7 @@ class TrainProgram:
         """`batch_size` counts examples over all processes; `lengths` are tokens by task feature.
 
         Raises:
-          UserError: the layout does not fit the devices, the batch does not divide, or a length is missing.
+          UserError: the layout does not fit the devices, the batch is not divisible, or a length is missing.
         """
         check_microbatches(batch_size, num_microbatches)
         self.model, self.seed, self.batch_size, self.lengths = model, seed, batch_size, dict(lengths)
@@ -250,7 +250,7 @@ def check_vocabularies(program: TrainProgram | ShardedModel, vocabularies: Mappi
         if entries and size > min(entries):
             raise UserError(
                 f"feature {feature!r} has a vocabulary of {size:,} tokens, and the model has {min(entries):,} entries: "
-                f"set VOCAB_SIZE to at least {size} (a multiple of 128 cuts well over a mesh)"
+                f"set VOCAB_SIZE to at least {size} (a multiple of 128 shards well over a mesh)"
             )
 
 
