@@ -6,8 +6,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import jax
-
 from meshway.framework import terminal
 from meshway.framework.checkpoints.manager import Checkpoints, find_checkpoint, read_last
 from meshway.framework.errors import UserError
@@ -22,6 +20,7 @@ from meshway.framework.inference.sampling import Sampling
 from meshway.framework.interfaces import Model, Params
 from meshway.framework.partitioning.partitioner import Layout
 from meshway.framework.partitioning.sharded_model import ShardedModel
+from meshway.framework.trees import axis_sizes
 
 _LENGTH = 512  # of prompts, and a quarter of it of predictions, where nobody says
 
@@ -133,7 +132,8 @@ def open_session(
     folder, last = found
     asked_for = step is not None or directory.absolute() == (folder / str(last)).absolute()
     placed = ShardedModel(model, layout)
-    text = load_text(folder.parent, RowFormat.of(model).has_encoder, append_eos, _vocabulary_size(placed))
+    vocabulary_size = max(axis_sizes(placed.axes, placed.param_shapes, "vocab"), default=0)  # ids that the model knows
+    text = load_text(folder.parent, RowFormat.of(model).has_encoder, append_eos, vocabulary_size)
     text = dataclasses.replace(text, stops=stops)
     checkpoints = Checkpoints(folder, read_only=True)
 
@@ -143,14 +143,6 @@ def open_session(
 
     step, params = (last, read(last)) if asked_for else read_last(checkpoints, last, read, say)
     return Session(placed, params, text, RowFormat.of(model, text.start, text.bos), folder.parent, step)
-
-
-def _vocabulary_size(placed: ShardedModel) -> int:
-    """Returns how many ids the model knows, by its parameters."""
-    axes = jax.tree.leaves(placed.model.axes(), is_leaf=lambda leaf: isinstance(leaf, tuple))
-    leaves = zip(axes, jax.tree.leaves(placed.param_shapes), strict=True)
-    named = ((name, size) for names, leaf in leaves for name, size in zip(names, leaf.shape, strict=True))
-    return max((size for name, size in named if name == "vocab"), default=0)
 
 
 _GROUP, _NAME = "meshway.recipes", "open"  # who reads recipes says so by an entry point of this group

@@ -27,6 +27,7 @@ from meshway.framework.training.step import (
     plain_gradient,
     state_axes,
 )
+from meshway.framework.trees import axis_sizes
 
 
 class TrainProgram:
@@ -235,16 +236,7 @@ def check_vocabularies(program: TrainProgram | ShardedModel, vocabularies: Mappi
     Raises:
       UserError: a vocabulary has more tokens than the model has entries.
     """
-    entries = [
-        size
-        for names, leaf in zip(
-            jax.tree.leaves(program.axes, is_leaf=lambda node: isinstance(node, tuple)),
-            jax.tree.leaves(program.param_shapes),
-            strict=True,
-        )
-        for name, size in zip(names, leaf.shape, strict=True)
-        if name == "vocab"
-    ]
+    entries = axis_sizes(program.axes, program.param_shapes, "vocab")
     for feature, vocabulary in vocabularies.items():
         size = vocabulary.size
         if entries and size > min(entries):
