@@ -24,7 +24,7 @@ setup(
     python_requires=">=3.11,<3.14",
     packages=[f"meshway.{package}" for package in find_namespace_packages(include=INSIDE)],
     package_dir={f"meshway.{folder}": folder for folder in FOLDERS},
-    package_data={"": ["*.gin", "*.html", "py.typed"]},
+    package_data={"": ["*.gin", "*.html", "*.css", "py.typed"]},
     install_requires=[
         "jax>=0.10.2,<0.13",
         "flax>=0.12.8,<0.13",

@@ -35,7 +35,7 @@ Names = tuple[str | None, ...]
 
 
 class Ambient(Protocol):
-    """The layout a model runs under, for activations."""
+    """The layout that a model runs under, as far as activations are concerned."""
 
     def sharding(self, names: Names, shape: tuple[int, ...]) -> NamedSharding:
         """Returns the sharding of an activation with these axes; raises on unknown names and indivisible sizes."""
@@ -96,7 +96,8 @@ def constrain_lookup(x: jax.Array, names: Names, table: jax.Array, table_names: 
     `names`.
 
     Where mesh axes shard both the batch and the entries of the table (fsdp), each device looks up its part for the
-    tokens of all devices along these axes, and the results are exchanged. Without the steps in between, XLA gathers the
+    tokens of all devices along these axes, and the results are exchanged
+    (`partitioning.activations` has a drawing). Without the steps in between, XLA gathers the
     gradient of every token on every device if several axes shard the batch.
 
     Args:

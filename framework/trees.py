@@ -7,7 +7,7 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict, path_aware_map, unflatten_dict
 
-from meshway.framework.interfaces import Params
+from meshway.framework.interfaces import Axes, Params
 
 
 def flatten(tree: Params) -> dict[str, Any]:
@@ -36,6 +36,13 @@ def select(tree: Params, paths: Collection[str]) -> Params:
 def merge(tree: Params, part: Params) -> Params:
     """Returns `tree` with the leaves of `part`, which has some of its paths, in place of its own."""
     return unflatten(flatten_dict(tree, keep_empty_nodes=True, sep="/") | flatten(part))
+
+
+def axis_sizes(axes: Axes, shapes: Params, name: str) -> list[int]:
+    """Returns the size of every dimension of the parameters that has the logical axis `name`."""
+    flat = flatten(shapes)
+    named = ((axis, size) for path, names in flatten(axes).items() for axis, size in zip(names, flat[path].shape))
+    return [size for axis, size in named if axis == name]
 
 
 _BLOCK = re.compile(r"((?:.*/)?)block_(\d+)/(.*)")

@@ -14,7 +14,6 @@ from meshway.framework.terminal import format_columns
 from meshway.framework.training.loop import Periods
 from meshway.framework.training.program import TrainProgram, open_data
 from meshway.framework.training.run_directory import RunDirectory
-from meshway.launch.inspection import layout
 
 
 def dry_run(
@@ -36,10 +35,9 @@ def dry_run(
       UserError: as `train.train`.
     """
     del others
-    text = layout(program)
     resolved = check(program, data, model_dir, periods, evaluation, keep, initial)
     rows = [[f"{name}:", each] for name, each in resolved.found.items()]
-    parts = [text, "\n".join(format_columns(rows)), _splits(resolved.reads), "\n".join(resolved.notes)]
+    parts = ["\n".join(format_columns(rows)), _splits(resolved.reads), "\n".join(resolved.notes)]
     return "\n\n".join(filter(None, parts))
 
 

@@ -303,10 +303,11 @@ def run(invocation: "Invocation") -> None:
         arguments = recipe.build("train.train", given=["resolved", "began"])
         if invocation.dry_run:
             from meshway.launch.dry_run import dry_run
+            from meshway.launch.inspection import layout
 
-            found = dry_run(**arguments)
+            found = layout(arguments["program"]), "", dry_run(**arguments)
             if processes.is_primary():
-                print(recipe.resolved, found, sep="\n")
+                print(recipe.resolved, *found, sep="\n")
             return
         train(**arguments, resolved=recipe.resolved, began=process_began())
 

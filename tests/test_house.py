@@ -18,6 +18,16 @@ DOORS = {
     "framework/data/seqio_steps.py",
     "launch/bench/stages.py",  # runs seqio beside us, to time both
 }  # may import seqio and TensorFlow, inside functions only
+# Places from the bottom up: a file imports from its own place and from those before it, wherever the import stands. A
+# file belongs to the longest name that begins its own; "." stands for the rest of a folder.
+PLACES = {
+    "framework": "errors axes terminal progress files web_page interfaces trees distributed partitioning telemetry "
+    "data optimizers planning training conversion checkpoints inference report evaluation",
+    "models": "layers.masks layers.side_outputs module layers objective losses language vision .",
+    "tasks": ".",
+    "launch": "flags cluster.job invocation verbs recipe dry_run cluster .",
+}
+ORDER = [f"{folder}.{name}".rstrip(".") for folder, names in PLACES.items() for name in names.split()]
 LONG = {("framework/training/loop.py", 120), ("launch/train.py", 120)}  # the loop, and what sets it up
 
 
@@ -78,14 +88,53 @@ def test_the_table_refuses_what_it_should():
     assert not allowed(models, "models.t5", True)
 
 
-def test_there_is_no_import_cycle_not_even_one_hidden_in_functions():
-    modules = {path: path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in FILES}
-    names = {f"meshway.{module}".removesuffix(".__init__"): path for path, module in modules.items()}
+def graph():
+    """Returns module -> the modules of ours that it imports, at the top, in functions, or for types alone."""
+    names = {f"meshway.{path.relative_to(ROOT).with_suffix('').as_posix().replace('/', '.')}": path for path in FILES}
     reach = {}
     for name, path in names.items():
         found = {module for module, _ in imports(path)}
         found |= {module.rpartition(".")[0] for module in found}
         reach[name] = (names.keys() & found) - {name}
+    return reach
+
+
+def place(module: str) -> str:
+    name = module.removeprefix("meshway.")
+    found = [each for each in ORDER if name == each or name.startswith(f"{each}.")]
+    assert found, f"{module} has no place in the order of rooms: say in PLACES what it may import"
+    return max(found, key=len)
+
+
+def is_upward(importer: str, imported: str) -> bool:
+    return ORDER.index(place(imported)) > ORDER.index(place(importer))
+
+
+def test_imports_point_down():
+    wrong = [
+        f"{importer} imports {imported}"
+        for importer, reached in graph().items()
+        for imported in reached
+        if is_upward(importer, imported)
+    ]
+    assert not wrong, "\n".join(
+        ["imports of what stands above:", *sorted(wrong), "(see CONTRIBUTING.md, Who may import whom)"]
+    )
+
+
+def test_the_order_refuses_what_it_should():
+    assert is_upward("meshway.framework.data.prefetch", "meshway.framework.training.loop")
+    assert is_upward("meshway.framework.conversion.rules", "meshway.framework.checkpoints.sources")
+    assert is_upward("meshway.models.layers.attention", "meshway.models.language.t5")
+    assert is_upward("meshway.models.losses", "meshway.models.decoder_only")
+    assert is_upward("meshway.launch.recipe.config", "meshway.launch.train")
+    assert not is_upward("meshway.launch.train", "meshway.framework.training.loop")
+    assert not is_upward("meshway.framework.training.loop", "meshway.framework.training.step")
+
+
+def test_there_is_no_import_cycle_not_even_one_hidden_in_functions():
+    reach = graph()
+    names = list(reach)
     for middle in names:  # Warshall's transitive closure
         for ends in reach.values():
             if middle in ends:

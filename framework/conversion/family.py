@@ -252,11 +252,11 @@ def read_config(directory: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text("utf-8-sig"))
     except FileNotFoundError:
-        raise UserError(f"{directory} has no config.json: it is no Hugging Face model directory") from None
+        raise UserError(f"{directory} has no config.json: it is not a Hugging Face model directory") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(config, dict):
-        raise UserError(f"{path} is no model's configuration: it holds {short(config)}, not an object {{...}}")
+        raise UserError(f"{path} is not the configuration of a model: it holds {short(config)}, not an object {{...}}")
     check_fields(config, {"model_type": TEXT, "architectures": KINDS["architectures"]})
     return config
 

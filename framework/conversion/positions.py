@@ -166,7 +166,7 @@ def _check(scaling: Mapping[str, Any], within: str) -> str:
         hint = ""
         if kind == "dynamic":
             hint = (
-                "; up to max_position_embeddings it is no scaling at all: take it out of config.json, and for "
+                "; up to max_position_embeddings it changes nothing: take it out of config.json, and for "
                 "longer rows bind ROPE_SCALING = @rotary.NTK()"
             )
         raise UserError(f"{not_supported(f'{within}.rope_type', kind, list(_KINDS))}{hint}")
@@ -223,7 +223,7 @@ def _write_scaling(bindings: Mapping[str, Any]) -> dict[str, Any] | None:
             values = {theirs: bindings.get(f"{selector}.{ours}", _DEFAULTS.get(ours)) for theirs, ours in names.items()}
             return {"rope_type": kind} | {key: value for key, value in values.items() if value is not None}
     raise UserError(
-        f"the recipe binds ROPE_SCALING = {reference!r}, which config.json cannot say; it can say None, "
+        f"the recipe binds ROPE_SCALING = {reference!r}, which config.json cannot express; it can express None, "
         + ", ".join(f"@{selector}()" for selector, _ in SCALINGS.values())
     )
 
@@ -333,7 +333,7 @@ def _kind(block: Any) -> str:
         if block == known:
             return kind
     raise UserError(
-        f"PATTERN has {block!r}, which this family's config.json cannot say; known: "
+        f"PATTERN has {block!r}, which this family's config.json cannot express; supported: "
         + ", ".join(map(repr, _BLOCKS.values()))
     )
 

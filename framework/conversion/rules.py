@@ -79,8 +79,8 @@ class Form:
           sizes: of the whole.
 
         Returns:
-          (the tensor's slices, what is then to be cut from the names that were read beyond `wanted`, the sizes of what
-          is read). Of names in one dimension only the first can be cut while reading.
+          (the tensor's slices, the slices to take afterwards of the names that were read beyond `wanted`, the sizes
+          of what is read). Of names in one dimension only the first can be sliced while reading.
         """
         box: list[slice] = []
         rest: dict[str, slice] = {}

@@ -144,7 +144,9 @@ class Table:
             if ours == (tuple(value) if isinstance(value, list) else value):
                 return {self.field: theirs}
         known = ", ".join(dict.fromkeys(repr(ours) for _, ours in self.pairs))
-        raise UserError(f"{self.binding} = {value!r} is nothing that this family's config.json can say; known: {known}")
+        raise UserError(
+            f"{self.binding} = {value!r} cannot be written in this family's config.json; supported: {known}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,11 +197,11 @@ def required(bindings: Mapping[str, Any], name: str, field: str, default: Any = 
     """Returns a binding's value; raises UserError where the recipe has none and there is no default."""
     value = bindings.get(name, default)
     if value is REQUIRED:
-        raise UserError(f"the recipe has no {name}, config.json's {field}: it is no recipe of this family")
+        raise UserError(f"the recipe has no {name}, config.json's {field}: it is not a recipe of this family")
     return value
 
 
 def not_supported(field: str, value: Any, allowed: Sequence[Any] = ()) -> UserError:
     """Returns the error for a field's value that changes what is computed, in a way that meshway does not know."""
     known = f" (known: {', '.join(map(repr, allowed))})" if allowed else ""
-    return UserError(f"config.json: {field} = {value!r} is nothing that meshway computes for this family{known}")
+    return UserError(f"config.json: {field} = {value!r} is not supported by meshway for this family{known}")

@@ -34,7 +34,7 @@ class T5XFiles:
         """`directory` holds `checkpoint_STEP` folders (`step` None is the latest) or is one of them.
 
         Raises:
-          UserError: there is no such checkpoint; it is no T5X checkpoint; a parameter's files are missing or damaged.
+          UserError: there is no such checkpoint; it is not T5X's; a parameter's files are missing or damaged.
         """
         self.directory = find_checkpoint(Path(directory), step)
         native = (self.directory / _NATIVE).is_file()
@@ -131,7 +131,7 @@ def _native(folder: Path) -> dict[str, Values]:
     optimizer = tree.get("optimizer") if isinstance(tree, dict) else None
     target = optimizer.get("target") if isinstance(optimizer, dict) else None
     if not isinstance(target, dict) or not target:
-        raise UserError(f"{file} is no T5X checkpoint: it has no optimizer/target, where T5X keeps parameters")
+        raise UserError(f"{file} is not a T5X checkpoint: it has no optimizer/target, where T5X keeps parameters")
     return {name: _native_values(folder, name, leaf) for name, leaf in _leaves(target).items()}
 
 

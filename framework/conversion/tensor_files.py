@@ -138,7 +138,7 @@ class TensorFiles:
         """Notes what a file holds; raises UserError where that is not what the index says."""
         try:
             with safe_open(path, framework="np", backend="pread") as file:
-                held = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 it is no dict
+                held = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 it is not a dict
                 headers: dict[str, tuple[tuple[int, ...], str]] = {
                     name: (tuple(view.get_shape()), view.get_dtype()) for name, view in held.items()
                 }
@@ -262,7 +262,7 @@ def size_in_bytes(text: str) -> int:
     unit = next((unit for unit in units if unit and text.upper().endswith(unit)), "")
     number = text[: len(text) - len(unit)].strip()
     if not number.replace(".", "", 1).isdecimal() or float(number) * units[unit] < 1:
-        raise UserError(f"--max_shard_size={text} is no size: write 5GB, 800MB or a number of bytes")
+        raise UserError(f"--max_shard_size={text} is not a size: write 5GB, 800MB or a number of bytes")
     return int(float(number) * units[unit])
 
 

@@ -96,8 +96,9 @@ def read_framing(directory: Path, config: Mapping[str, Any], has_encoder: bool, 
     for field, ids in (("eos_token_id", framing.stop), (_START_FIELDS[has_encoder], framing.start)):
         if wrong := [token for token in ids if token >= vocabulary.size]:
             raise UserError(
-                f"{directory / 'config.json'}, or {GENERATION}: {field} {wrong[0]} is no token of the tokenizer there, "
-                f"whose ids end at {vocabulary.size - 1}: it is another model's, or lacks tokens that were added to it"
+                f"{directory / 'config.json'}, or {GENERATION}: {field} {wrong[0]} is not a token of the tokenizer "
+                f"there, whose ids end at {vocabulary.size - 1}: it is another model's, or lacks tokens that were "
+                "added to it"
             )
     return framing
 
@@ -251,5 +252,5 @@ def _check_cuts(text: str) -> None:
             tokenizers.Tokenizer.from_str(text).encode("a", add_special_tokens=special)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # a panic of the library is no Exception
+        except BaseException as error:  # a panic of the library is not an Exception
             raise ValueError(f"it cuts no text: {error}") from error

@@ -141,7 +141,7 @@ def complete_values(
     try:
         check_tensors(pieces, {name: tensors.shape(name) for name in tensors}, ignored, copies)
     except UserError as error:
-        raise UserError(f"{tensors.directory} is no complete {model}: {error}") from None
+        raise UserError(f"{tensors.directory} is not a complete {model}: {error}") from None
     return values_of(pieces, shapes, tensors, dtype)
 
 

@@ -6,8 +6,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import jax
-
 from meshway.framework import terminal
 from meshway.framework.checkpoints.manager import Checkpoints, find_checkpoint, read_last
 from meshway.framework.errors import UserError
@@ -22,6 +20,7 @@ from meshway.framework.inference.sampling import Sampling
 from meshway.framework.interfaces import Model, Params
 from meshway.framework.partitioning.partitioner import Layout
 from meshway.framework.partitioning.sharded_model import ShardedModel
+from meshway.framework.trees import axis_sizes
 
 _LENGTH = 512  # of prompts, and a quarter of it of predictions, where nobody says
 
@@ -152,11 +151,8 @@ def open_session(
 
 
 def _vocabulary_size(placed: ShardedModel) -> int:
-    """Returns how many ids the model knows, by its parameters."""
-    axes = jax.tree.leaves(placed.model.axes(), is_leaf=lambda leaf: isinstance(leaf, tuple))
-    leaves = zip(axes, jax.tree.leaves(placed.param_shapes), strict=True)
-    named = ((name, size) for names, leaf in leaves for name, size in zip(names, leaf.shape, strict=True))
-    return max((size for name, size in named if name == "vocab"), default=0)
+    """Returns how many token ids the model has, by its parameters; 0 where none has such an axis."""
+    return max(axis_sizes(placed.axes, placed.param_shapes, "vocab"), default=0)
 
 
 _GROUP, _NAME = "meshway.recipes", "open"  # who reads recipes says so by an entry point of this group

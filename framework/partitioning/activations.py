@@ -47,8 +47,8 @@ class Activations:
 
         An example: four devices, a mesh of fsdp=4, an embedding table [vocab, embed] whose `embed` is stored sharded
         over fsdp, and activations [batch, length, embed] whose `batch` is sharded over fsdp. Device d holds columns d
-        of the table, so it can look up columns d of every token, without communication (the first sharding). One
-        all-to-all over fsdp then turns columns of all tokens into all columns of some tokens (the second):
+        of the table, so given all token ids it looks up columns d of every token (the first sharding). One all-to-all
+        over fsdp then turns some columns of all tokens into all columns of some tokens (the second):
 
                         embed                                       embed
                    d0 | d1 | d2 | d3                           +------------------+

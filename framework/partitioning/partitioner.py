@@ -18,7 +18,7 @@ from meshway.framework.partitioning.rules import Resolution, Rules, Target
 
 
 class Layout:
-    """What a layout file says: the mesh, how state is stored on it, and how activations are computed on it."""
+    """What a layout file says: the mesh, and how state and activations are sharded over it."""
 
     def __init__(
         self,
@@ -30,10 +30,10 @@ class Layout:
     ):
         """Args:
         mesh: the named mesh.
-        parameters: where parameters lie.
-        activations: where batches and activations lie.
-        optimizer: where the optimizer's state lies; None for where parameters do (ZeRO-1 cuts only this).
-        compiler_options: XLA's options by platform ("tpu", "gpu", "cpu"): what overlaps communication with work.
+        parameters: how parameters are sharded.
+        activations: how batches and activations are.
+        optimizer: how the optimizer's state is; None for as parameters are (ZeRO-1 shards only this).
+        compiler_options: XLA's options by platform ("tpu", "gpu", "cpu"), as to overlap communication and compute.
         """
         self.mesh, self.parameters, self.activations = mesh, parameters, activations
         self.optimizer = parameters if optimizer is None else optimizer
@@ -109,7 +109,7 @@ class Partitioner:
         """Returns which rows of a global batch this process's devices hold.
 
         Raises:
-          UserError: `batch_size` does not divide by the mesh axes of "batch".
+          UserError: `batch_size` is not divisible by the mesh axes of "batch".
         """
         resolved = self.activation_rules.resolve(("batch",), (batch_size,), "the batch")
         sharding = NamedSharding(self.mesh, resolved.spec)

@@ -1,4 +1,4 @@
-"""Rules from logical axis names to mesh axes, and every way in which they may not fit."""
+"""Rules from logical axis names to mesh axes, and an error for every way in which they may not fit."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from meshway.framework.errors import UserError, did_you_mean
 
 Target = str | Sequence[str] | None
 OTHERS = "*"  # in a table: all other names of the vocabulary
-Axes = tuple[str, ...]  # mesh axes that cut one dimension together; () leaves it whole
+Axes = tuple[str, ...]  # mesh axes that shard one dimension together; () for none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +32,13 @@ class Resolution:
 class Rules:
     """One ordered table `(logical name, target)`.
 
-    A target is a mesh axis, several that cut together (`('data', 'fsdp')`, or `'data + fsdp'`), or None, which
-    replicates, in writing: a name without any rule is an error, never a silent replication. `('*', None)` writes it for
-    all other names of the axis vocabulary, and for no name outside it. Alternatives are written
-    out too: `'model | data | None'` takes, for each array, the first whose axes are free and divide the dimension. Axes
-    are taken in the order of the table: with `heads` before `length`, `('length', 'model | None')` cuts the length of
-    the residual stream, and leaves whole that of queries, whose heads are cut.
+    A target is a mesh axis, several that shard a dimension together (`('data', 'fsdp')`, or `'data + fsdp'`), or None,
+    which replicates, in writing: a name without any rule is an error, never a silent replication. `('*', None)` writes
+    it for all other names of the axis vocabulary, and for no name outside it.
+
+    Alternatives are written out too: `'model | data | None'` takes, for each array, the first whose axes are free and
+    divide the dimension. Axes are taken in the order of the table: with `heads` before `length`, `('length', 'model |
+    None')` shards the length of the residual stream, and not that of queries, whose heads are sharded.
     """
 
     def __init__(
@@ -48,10 +49,10 @@ class Rules:
         whole_when_single: Collection[str] = (),
     ):
         """`title` names the table in messages, as gin binds it ("Layout.parameters"). Dimensions of the names in
-        `whole_when_single` are not cut where their size is 1: the length of a decoding step.
+        `whole_when_single` are not sharded where their size is 1: the length of a decoding step.
 
         Raises:
-          UserError: a rule is no pair, a name has two rules, or a target is no axis of the mesh.
+          UserError: a rule is not a pair, a name has two rules, or a target is not an axis of the mesh.
         """
         self.title = title
         self._sizes = dict(mesh_sizes)
@@ -71,7 +72,7 @@ class Rules:
         """Returns where an array of logical axes `names` and sizes `shape` lies; `what` names it in messages.
 
         Raises:
-          UserError: a name no rule maps, two dimensions on one mesh axis, or a dimension that does not divide.
+          UserError: a name no rule maps, two dimensions on one mesh axis, or a dimension that is not divisible.
         """
         entries: list[Axes] = [()] * len(names)
         owner: dict[str, str | None] = {}
@@ -83,14 +84,14 @@ class Rules:
                     first, second = sorted((owner[axis], name), key=names.index)
                     raise UserError(
                         f"{what} with axes {names}: both {first!r} and {second!r} are mapped to mesh axis "
-                        f"{axis!r} by {self.title}; an axis can cut one dimension only"
+                        f"{axis!r} by {self.title}; an axis can shard one dimension only"
                     )
                 owner[axis] = name
             parts = self._parts(axes)
             if size % parts:
                 raise UserError(
-                    f"{what} with shape {tuple(shape)} and axes {names}: {name!r} of size {size} does not divide "
-                    f"by {' x '.join(f'{axis}={self._sizes[axis]}' for axis in axes)}, to which "
+                    f"{what} with shape {tuple(shape)} and axes {names}: {name!r} of size {size} is not "
+                    f"divisible by {' x '.join(f'{axis}={self._sizes[axis]}' for axis in axes)}, to which "
                     f"{self.title} maps it{_advice(name, size, parts)}"
                 )
             entries[place] = axes
@@ -99,7 +100,7 @@ class Rules:
         return Resolution(spec, tuple(rules), frozenset(name for name in names if name is not None))
 
     def axes_of(self, name: str, what: str = "an activation") -> Axes:
-        """Returns the mesh axes that cut `name`, the first alternative where there are several; UserError when no
+        """Returns the mesh axes that shard `name`, the first alternative where there are several; UserError when no
         rule maps it."""
         return self._targets_of(name, what)[0]
 

@@ -1,4 +1,4 @@
-"""A model on a mesh: where its parameters and batches lie. What every program over a model begins with."""
+"""A model on a mesh: how its parameters and batches are sharded. Every program over a model begins with this."""
 
 import dataclasses
 import functools
@@ -47,7 +47,7 @@ class ShardedModel:
         """Returns what a batch of `batch_size` examples holds, over all processes; `lengths` in tokens by task feature.
 
         Raises:
-          UserError: a length that the model needs is missing, or the batch does not divide over the mesh.
+          UserError: a length that the model needs is missing, or the batch is not divisible over the mesh.
         """
         try:
             spec = dict(self.model.batch_spec(batch_size, lengths))
@@ -62,7 +62,7 @@ class ShardedModel:
 
 @dataclasses.dataclass(frozen=True)
 class PlacedBatch:
-    """What a batch holds and where its features lie.
+    """What a batch holds and how its features are sharded.
 
     Attributes:
       partitioner: of the model.

@@ -3,7 +3,6 @@
 import math
 import re
 import statistics
-import string
 import textwrap
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,10 +11,11 @@ from typing import Any
 
 from meshway.framework.errors import UserError
 from meshway.framework.files import io_errors, replace_file
-from meshway.framework.report.plots import Points, bar_plot, escape, figure, folded, framed, legend, section, table
+from meshway.framework.report.plots import Points, bar_plot, figure, folded, legend, section
 from meshway.framework.report.run_files import Run, metrics_of, number, read_run
 from meshway.framework.telemetry.goodput import KINDS, Attempt
 from meshway.framework.terminal import count_of, format_bytes, format_duration
+from meshway.framework.web_page import escape, framed, numbers, table, web_page
 
 
 def write_report(model_dir: str | Path) -> Path:
@@ -34,8 +34,7 @@ def write_report(model_dir: str | Path) -> Path:
         raise UserError(f"no run directory {folder}: a report is made from the files of a run")
     run = read_run(folder)
     sections = (heading, training, experts, evaluation, samples, time_spent, layout, _recipe)
-    template = string.Template((Path(__file__).with_name("page.html")).read_text(encoding="utf-8"))
-    page = template.substitute(title=escape(run.name), body="\n".join(section(run) for section in sections))
+    page = web_page(run.name, (section(run) for section in sections), Path(__file__).with_suffix(".css"))
     path = folder / "report.html"
     with io_errors(path):
         replace_file(path, page.encode("utf-8", "replace"))
@@ -44,8 +43,7 @@ def write_report(model_dir: str | Path) -> Path:
 
 def heading(run: Run) -> str:
     """Returns the name of the run, its numbers, and what is missing."""
-    numbers = [(name, value) for name, value in _summary(run) if value]
-    cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in numbers)
+    cells = numbers((name, value) for name, value in _summary(run) if value)
     notes = "".join(f'<p class="muted">{escape(sentence)}</p>' for sentence in run.missing)
     return f'<h1>{escape(run.name)}</h1>\n<dl class="numbers">{cells}</dl>\n{notes}'
 
@@ -324,7 +322,7 @@ def time_spent(run: Run) -> str:
     bars = {f"{index}": [(_COLOURS[kind], attempt.seconds[kind]) for kind in _order(used)] for index, attempt in shown}
     title = "Time by attempt" if len(shown) == len(attempts) else f"Time by attempt, the last {len(shown)}"
     keys = legend({_COLOURS[kind]: KINDS[kind] for kind in _order(used)})
-    plot = framed(title, keys, bar_plot(bars))
+    plot = framed(title, bar_plot(bars), keys)
     rows = [_row(str(index), attempt, last=index == len(attempts)) for index, attempt in attempts]
     rows.append(["all", "", "", "", "", format_seconds(found.wall), *map(format_seconds, _of_kinds(found.seconds))])
     rows.append(["share", "", "", "", "", "100.0%", *(f"{share:.1%}" for share in _of_kinds(found.shares))])

@@ -1,11 +1,12 @@
-"""The parts of a page: plots as inline SVG, tables and sections as HTML text."""
+"""The parts of a report: plots as inline SVG, and sections of them as HTML text."""
 
-import html
 import io
 import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from meshway.framework.web_page import escape, framed
 
 Points = Sequence[tuple[int, float]]  # (step, value), steps ascending; a value may be NaN, which leaves a gap
 
@@ -157,11 +158,6 @@ def _inline(figure: Any) -> str:
     return svg
 
 
-def escape(value: Any) -> str:
-    """Returns text safe inside an element or a quoted attribute, without control characters."""
-    return html.escape(re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\N{REPLACEMENT CHARACTER}", str(value)))
-
-
 def section(title: str, plots: Sequence[str], nothing: str) -> str:
     """Returns a section with those plots that are not "" side by side, or with the sentence `nothing`."""
     shown = "\n".join(plot for plot in plots if plot)
@@ -186,12 +182,7 @@ def figure(title: str, series: Mapping[str, Points], *, shaded: bool = False, **
     shaded = shaded and len(drawn) > NUM_COLOURS
     keys = _scale(list(names.values())) if shaded else legend(names if len(series) > 1 else {})
     plot = line_plot({colour: points for colour, (_, points) in drawn.items()}, shaded=shaded, **style)
-    return framed(title, keys, plot)
-
-
-def framed(title: str, keys: str, plot: str) -> str:
-    """Returns a plot with its title and legend."""
-    return f"<figure><figcaption>{escape(title)}{keys}</figcaption>{plot}</figure>"
+    return framed(title, plot, keys)
 
 
 def legend(names: Mapping[int, str]) -> str:
@@ -206,17 +197,6 @@ def _scale(names: Sequence[str]) -> str:
     """Returns the legend of a scale of colours, between the first and the last name."""
     scale = '<span class="scale" style="--c: linear-gradient(in oklab to right, var(--c0), var(--c4))"></span>'
     return f'<span class="keys">{escape(names[0])}{scale}{escape(names[-1])}</span>'
-
-
-def table(columns: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a table of texts under `columns`, (title, whether it holds numbers)."""
-    number = [' class="number"' if is_number else "" for _, is_number in columns]
-    head = "".join(f"<th{style}>{escape(title)}</th>" for (title, _), style in zip(columns, number, strict=True))
-    lines = [f"<tr>{head}</tr>"]
-    for row in rows:
-        cells = "".join(f"<td{style}>{escape(text)}</td>" for text, style in zip(row, number, strict=True))
-        lines.append(f"<tr>{cells}</tr>")
-    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
 
 
 def folded(name: str, text: str) -> str:

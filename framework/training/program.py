@@ -29,6 +29,7 @@ from meshway.framework.training.step import (
     plain_gradient,
     state_axes,
 )
+from meshway.framework.trees import axis_sizes
 
 
 class TrainProgram:
@@ -52,7 +53,7 @@ class TrainProgram:
         the global batch; None is those of the sum, as T5X's recipes have it.
 
         Raises:
-          UserError: the layout does not fit the devices, the batch does not divide, a length is missing, or the
+          UserError: the layout does not fit the devices, the batch is not divisible, a length is missing, or the
             factor is a number that is not positive.
         """
         check_microbatches(batch_size, num_microbatches)
@@ -243,22 +244,13 @@ def check_vocabularies(program: TrainProgram | ShardedModel, vocabularies: Mappi
     Raises:
       UserError: a vocabulary has more tokens than the model has entries.
     """
-    entries = [
-        size
-        for names, leaf in zip(
-            jax.tree.leaves(program.axes, is_leaf=lambda node: isinstance(node, tuple)),
-            jax.tree.leaves(program.param_shapes),
-            strict=True,
-        )
-        for name, size in zip(names, leaf.shape, strict=True)
-        if name == "vocab"
-    ]
+    entries = axis_sizes(program.axes, program.param_shapes, "vocab")
     for feature, vocabulary in vocabularies.items():
         size = vocabulary.size
         if entries and size > min(entries):
             raise UserError(
                 f"feature {feature!r} has a vocabulary of {size:,} tokens, and the model has {min(entries):,} entries: "
-                f"set VOCAB_SIZE to at least {size} (a multiple of 128 cuts well over a mesh)"
+                f"set VOCAB_SIZE to at least {size} (a multiple of 128 shards well over a mesh)"
             )
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 from meshway.framework.axes import constrain
 from meshway.models.layers.mixture import dispatch as dispatch_lib
-from meshway.models.layers.mixture.dispatch import Groups, capacity_of
+from meshway.models.layers.mixture.dispatch import Dispatched, Groups, Routed, capacity_of
 from meshway.models.layers.mixture.dropless import dropless, ragged
 from meshway.models.layers.mixture.expert_mesh import ExpertMesh, expert_mesh
 from meshway.models.layers.mixture.experts import Experts
@@ -18,7 +18,7 @@ from meshway.models.layers.mlp import Mlp
 from meshway.models.layers.norm import dropout, split_key
 from meshway.models.layers.side_outputs import add_metric, padding_mask
 
-DISPATCHES: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
+DISPATCHES: dict[str, Callable[..., Dispatched]] = {
     "all_to_all": dispatch_lib.all_to_all,
     "einsum": dispatch_lib.einsum,
     "dropless": dropless,
@@ -116,7 +116,7 @@ class MoeMlp(nnx.Module):
         masks = None
         if keys[1] is not None and self.dropout_rate:
             masks = dropout(jnp.ones((rows, parts, self.d_ff), x.dtype), self.dropout_rate, keys[1], shared_axis=None)
-        y, kept = DISPATCHES[self.dispatch](x, choices, real, weights, masks, groups, mesh)
+        y, kept = DISPATCHES[self.dispatch](Routed(x, choices, real), weights, masks, groups, mesh)
         _report_drops(kept, choices, real)
         if self.shared is not None:
             y = y + self.shared(x, rng=keys[2])

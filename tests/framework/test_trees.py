@@ -1,6 +1,8 @@
 """Nested dicts of parameters by path: order, empty dicts and leaves that are tuples."""
 
-from meshway.framework.trees import block_of, flatten, map_paths, merge, pattern_lengths, select, unflatten
+import numpy as np
+
+from meshway.framework.trees import axis_sizes, block_of, flatten, map_paths, merge, pattern_lengths, select, unflatten
 
 TREE = {"b": {"y": 1, "x": ("batch", None)}, "a": 2, "none": {}}
 
@@ -25,3 +27,10 @@ def test_blocks_of_a_pattern_are_told_by_their_paths():
     assert (block.stack, block.index, block.at(5)) == ("decoder/", 2, "decoder/block_5/mlp/wi")
     assert block_of(names[-1]) is None
     assert pattern_lengths(names) == {"decoder/": 3, "": 2}
+
+
+def test_sizes_of_an_axis_are_those_of_all_parameters_that_have_it():
+    axes = {"table": ("vocab", "embed"), "logits": {"kernel": ("embed", "vocab")}, "scale": ("embed",)}
+    shapes = {"scale": np.ones(4), "table": np.ones((8, 4)), "logits": {"kernel": np.ones((4, 16))}}
+    assert sorted(axis_sizes(axes, shapes, "vocab")) == [8, 16]
+    assert axis_sizes(axes, shapes, "expert") == []

@@ -311,7 +311,7 @@ def test_wrong_places(mistral, tmp_path, capsys):
         ([f"--from={directory}", f"--to={run}"], "is there already"),
         ([f"--from={run}", f"--to={tmp_path / 'x'}", "--step=7"], "no checkpoint of step 7"),
         ([f"--from={run}", f"--to={tmp_path / 'x'}", "--family=llama"], "holds a model of family mistral"),
-        ([f"--from={run}", f"--to={tmp_path / 'x'}", "--max_shard_size=big"], "is no size"),
+        ([f"--from={run}", f"--to={tmp_path / 'x'}", "--max_shard_size=big"], "is not a size"),
         ([f"--from={run}", f"--to={tmp_path / 'x'}", "--ignore_fields=a"], "--from is none"),
         ([f"--from={directory}", f"--to={tmp_path / 'x'}", "--max_shard_size=1GB"], "files to write out"),
         ([f"--to={tmp_path / 'x'}"], "needs --from=DIR"),

@@ -337,7 +337,7 @@ MISTAKES = {
         ["--mode=predict_with_aux", "--aux=hidden"],
         "no intermediate 'hidden'; there are decoder_",
     ),
-    "a batch that does not divide": (["--gin.LAYOUT=data", "--batch_size=3"], "'batch' of size 3 does not divide"),
+    "a batch that does not divide": (["--gin.LAYOUT=data", "--batch_size=3"], "'batch' of size 3 is not divisible"),
     "another recipe": (["--gin.D_MODEL=32"], "holds another model than this recipe"),
     "both inputs": (["--split=train"], "give one"),
     "beams and decodes": (["--beams=4", "--num_decodes=2"], "--num_decodes has no effect with --beams"),

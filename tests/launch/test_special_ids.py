@@ -151,9 +151,14 @@ def test_tokens_added_beside_a_sentence_piece_model_are_not_lost(tmp_path, name,
 @pytest.mark.parametrize(
     ("family", "fields", "generation", "said"),
     [
-        ("llama2", {"eos_token_id": [2, 60]}, None, "eos_token_id 60 is no token of the tokenizer there, .* end at 59"),
-        ("llama2", {}, {"eos_token_id": 66}, "eos_token_id 66 is no token"),
-        ("t5_1_1", {"decoder_start_token_id": 61}, None, "decoder_start_token_id 61 is no token"),
+        (
+            "llama2",
+            {"eos_token_id": [2, 60]},
+            None,
+            "eos_token_id 60 is not a token of the tokenizer there, .* end at 59",
+        ),
+        ("llama2", {}, {"eos_token_id": 66}, "eos_token_id 66 is not a token"),
+        ("t5_1_1", {"decoder_start_token_id": 61}, None, "decoder_start_token_id 61 is not a token"),
     ],
     ids=str,
 )

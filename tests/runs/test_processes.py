@@ -138,7 +138,7 @@ def test_a_mistake_is_a_mistake_in_all(tmp_path):
     processes = start_together(2, *counting(tmp_path, 10, "--gin.BATCH_SIZE=7"))
     said = outputs(processes)
     assert [process.returncode for process in processes] == [2, 2], "\n".join(said)
-    assert "does not divide" in said[0]
+    assert "is not divisible" in said[0]
 
 
 @pytest.mark.slow  # each process compiles everything, on the same two cores

@@ -31,7 +31,7 @@ def detect(config: Mapping[str, Any], wanted: str | None = None) -> Family:
       wanted: the family the user named, None for none.
 
     Raises:
-      UserError: the model is of no family known, or of another than `wanted`; or its head is no language model's.
+      UserError: the model is of an unknown family, or of another than `wanted`; or its head is not a language model's.
     """
     kind, architectures = config.get("model_type"), config.get("architectures") or []
     found = next((family for family in FAMILIES.values() if kind in family.model_types), None)
@@ -46,7 +46,7 @@ def detect(config: Mapping[str, Any], wanted: str | None = None) -> Family:
         raise UserError(f"config.json: model_type {kind!r} is of no family that is converted{near}")
     if architectures and found.architecture not in architectures:
         raise UserError(
-            f"config.json: architectures {architectures} is no {found.architecture}, the only one of model_type "
+            f"config.json: architectures {architectures} is not {found.architecture}, the only one of model_type "
             f"{kind!r} that is converted"
         )
     return found

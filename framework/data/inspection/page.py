@@ -1,9 +1,6 @@
 """`data.html`: statistics and examples of a recipe's data on one page."""
 
 import dataclasses
-import html
-import re
-import string
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,6 +8,7 @@ import numpy as np
 
 from meshway.framework.data.inspection.decoded_rows import Lane, Token, Values
 from meshway.framework.data.inspection.figures import Drawn, Inspection, Lengths, Period, Sample, SourceFigures
+from meshway.framework.web_page import escape, framed, numbers, table, web_page
 
 _UNKNOWN = "-"
 
@@ -136,37 +134,23 @@ _LEGEND = (
 def page(inspection: Inspection) -> str:
     """Returns the page: the same text for the same inspection; all text in it is escaped."""
     parts = [_heading(inspection)]
-    for table in tables(inspection):
-        parts.append(_table(table))
-        if table.title == "Tokens of an example":
+    for each in tables(inspection):
+        parts.append(_table(each))
+        if each.title == "Tokens of an example":
             parts.append(_histograms(inspection))
     parts += _samples(inspection)
-    template = string.Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
-    return template.substitute(title=_escape(f"data of {inspection.name}"), body="\n".join(parts))
-
-
-def _escape(value: object) -> str:
-    """Returns text safe inside an element or a quoted attribute, without control characters."""
-    return html.escape(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", str(value)))
+    return web_page(f"data of {inspection.name}", parts, Path(__file__).with_suffix(".css"))
 
 
 def _heading(inspection: Inspection) -> str:
-    facts = "".join(
-        f"<div><dt>{_escape(name)}</dt><dd>{_escape(text)}</dd></div>" for name, text in inspection.facts.items()
-    )
-    notes = "".join(f'<p class="note">{_escape(sentence)}</p>' for sentence in inspection.missing)
-    return f"<h1>{_escape(inspection.name)}</h1>\n<dl>{facts}</dl>\n{notes}"
+    notes = "".join(f'<p class="note">{escape(sentence)}</p>' for sentence in inspection.missing)
+    return f"<h1>{escape(inspection.name)}</h1>\n<dl>{numbers(inspection.facts.items())}</dl>\n{notes}"
 
 
-def _table(table: Table) -> str:
-    lines = []
-    for tag, cells in (("th", table.head), *(("td", row) for row in table.rows)):
-        classes = ("" if place < table.words else ' class="number"' for place in range(len(cells)))
-        pairs = zip(classes, cells, strict=True)
-        lines.append("<tr>" + "".join(f"<{tag}{kind}>{_escape(cell)}</{tag}>" for kind, cell in pairs) + "</tr>")
-    note = f'<p class="muted">{_escape(table.note)}</p>' if table.note else ""
-    body = "\n".join(lines)
-    return f'<h2>{_escape(table.title)}</h2>\n<div class="scroll"><table>{body}</table></div>\n{note}'
+def _table(given: Table) -> str:
+    columns = [(name, place >= given.words) for place, name in enumerate(given.head)]
+    note = f'<p class="muted">{escape(given.note)}</p>' if given.note else ""
+    return f"<h2>{escape(given.title)}</h2>\n{table(columns, given.rows)}\n{note}"
 
 
 def _histograms(inspection: Inspection) -> str:
@@ -174,7 +158,7 @@ def _histograms(inspection: Inspection) -> str:
     for source in inspection.sources:
         for lengths in source.lengths:
             title = f"{source.name}, {lengths.feature}"
-            plots.append(f"<figure><figcaption>{_escape(title)}</figcaption>{_histogram(lengths)}</figure>")
+            plots.append(framed(title, _histogram(lengths)))
     return f'<div class="plots">{"".join(plots)}</div>'
 
 
@@ -218,7 +202,7 @@ def _samples(inspection: Inspection) -> Iterator[str]:
 
 def _rows(sample: Sample) -> Iterator[str]:
     for number, row in enumerate(sample.rows):
-        yield f"<h3>{_escape(f'{sample.source}, ' if sample.source else '')}row {number}</h3>"
+        yield f"<h3>{escape(f'{sample.source}, ' if sample.source else '')}row {number}</h3>"
         for lane in row.lanes:
             yield _lane(lane)
         for values in row.values:
@@ -240,13 +224,13 @@ def _lane(lane: Lane) -> str:
     padding = f'<span class="padding">{left:,} of padding</span>' if left else ""
     segments = "1 segment" if lane.segments == 1 else f"{lane.segments} segments"
     about = f"{lane.filled:,} of {lane.length:,} tokens, {segments}"
-    title = f"<h4>{_escape(lane.title)} <span>{about}</span></h4>"
+    title = f"<h4>{escape(lane.title)} <span>{about}</span></h4>"
     return f'{title}<pre class="lane">{"".join(parts)}{padding}</pre>'
 
 
 def _token(token: Token, is_mixed: bool) -> str:
     text = (
-        _escape(token.text).replace("\n", '<i class="mark">\u21b5</i>\n').replace("\t", '<i class="mark">\u21e5</i>\t')
+        escape(token.text).replace("\n", '<i class="mark">\u21b5</i>\n').replace("\t", '<i class="mark">\u21e5</i>\t')
     )
     classes = ["special"] if token.special else []
     if is_mixed:
@@ -257,7 +241,7 @@ def _token(token: Token, is_mixed: bool) -> str:
 
 def _values(values: Values) -> str:
     if not values.is_picture:
-        return f"<h4>{_escape(values.name)} <span>{_escape(values.text)}</span></h4>"
+        return f"<h4>{escape(values.name)} <span>{escape(values.text)}</span></h4>"
     pixels = values.picture()
     size = max(2, 128 // max(pixels.shape[:2]))
     cells = [
@@ -268,4 +252,4 @@ def _values(values: Values) -> str:
     height, width = (side * size for side in pixels.shape[:2])
     shape = f"{values.array.dtype.name} {list(values.array.shape)}"
     svg = f'<svg class="picture" role="img" width="{width}" height="{height}">{"".join(cells)}</svg>'
-    return f"<h4>{_escape(values.name)} <span>{_escape(shape)}</span></h4>{svg}"
+    return f"<h4>{escape(values.name)} <span>{escape(shape)}</span></h4>{svg}"

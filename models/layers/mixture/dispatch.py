@@ -11,7 +11,7 @@ all-to-all over the mesh axes of "expert" there, and one back.
 import dataclasses
 import functools
 import math
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -152,21 +152,30 @@ class Groups:
         return x.reshape(-1, self.tokens, *x.shape[2:])
 
 
-def einsum(
-    x: jax.Array,
-    choices: Choices,
-    real: jax.Array,
-    weights: ExpertWeights,
-    masks: jax.Array | None,
-    groups: Groups,
-    cut: ExpertMesh | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Passes tokens through their experts, by one-hot products.
+class Routed(NamedTuple):
+    """Tokens and their experts.
 
-    Args:
+    Attributes:
       x: [batch, length, d_model].
       choices: those of the router.
       real: float32 [batch, length], 0 on padding.
+    """
+
+    x: jax.Array
+    choices: Any  # Choices, whose classes are told apart by those who read them
+    real: jax.Array
+
+
+Dispatched = tuple[jax.Array, jax.Array]
+
+
+def einsum(
+    routed: Routed, weights: ExpertWeights, masks: jax.Array | None, groups: Groups, cut: ExpertMesh | None
+) -> Dispatched:
+    """Passes tokens through their experts, by one-hot products.
+
+    Args:
+      routed: the tokens.
       weights: the experts'.
       masks: dropout's, scaled, [row groups, groups a row, d_ff]; or None.
       groups: which tokens share slots, and how many slots.
@@ -175,7 +184,8 @@ def einsum(
     Returns:
       (the gated sum of experts' outputs, like x; how many experts took each token, float32 [batch, length]).
     """
-    slots = _assign(choices, real, weights.output.shape[0], groups)
+    x = routed.x
+    slots = _assign(routed, weights.output.shape[0], groups)
     tokens, size = groups.cut(x), groups.tokens
     # Of each slot, which token of its own group it holds.
     within = slots.token[..., None] - size * jnp.arange(tokens.shape[0], dtype=jnp.int32)[:, None, None]
@@ -188,48 +198,30 @@ def einsum(
 
 
 def all_to_all(
-    x: jax.Array,
-    choices: Choices,
-    real: jax.Array,
-    weights: ExpertWeights,
-    masks: jax.Array | None,
-    groups: Groups,
-    cut: ExpertMesh | None,
-) -> tuple[jax.Array, jax.Array]:
+    routed: Routed, weights: ExpertWeights, masks: jax.Array | None, groups: Groups, cut: ExpertMesh | None
+) -> Dispatched:
     """Passes tokens through their experts, moving rows; arguments and results are those of `einsum`."""
-    return on_devices(functools.partial(_move, groups), x, choices, real, weights, masks, cut)
+    return on_devices(functools.partial(_move, groups), routed, weights, masks, cut)
 
 
 class DispatchKernel(Protocol):
     """The dispatch of one device, on its own tokens and experts; `mask` [units, d_ff] of the units it will work on."""
 
     def __call__(
-        self,
-        x: jax.Array,
-        choices: Any,
-        real: jax.Array,
-        weights: ExpertWeights,
-        mask: jax.Array | None,
-        cut: ExpertMesh | None,
-    ) -> tuple[jax.Array, jax.Array]: ...
+        self, routed: Routed, weights: ExpertWeights, mask: jax.Array | None, cut: ExpertMesh | None
+    ) -> Dispatched: ...
 
 
 def on_devices(
-    kernel: DispatchKernel,
-    x: jax.Array,
-    choices: Choices,
-    real: jax.Array,
-    weights: ExpertWeights,
-    masks: jax.Array | None,
-    cut: ExpertMesh | None,
-) -> tuple[jax.Array, jax.Array]:
+    kernel: DispatchKernel, routed: Routed, weights: ExpertWeights, masks: jax.Array | None, cut: ExpertMesh | None
+) -> Dispatched:
     """Runs a kernel on every device of the mesh, or on the one device; arguments and results are those of `einsum`."""
     if cut is None:
-        return kernel(x, choices, real, weights, None if masks is None else masks.reshape(-1, masks.shape[-1]), None)
+        return kernel(routed, weights, None if masks is None else masks.reshape(-1, masks.shape[-1]), None)
 
-    def run(x: jax.Array, choices: Choices, real: jax.Array, arrays: Any, masks: jax.Array | None) -> Any:
+    def run(routed: Routed, arrays: Any, masks: jax.Array | None) -> Any:
         mask = None if masks is None else cut.received(masks, whole_rows)
-        return kernel(x, choices, real, ExpertWeights(arrays[0], arrays[1], weights.activations), mask, cut)
+        return kernel(routed, ExpertWeights(arrays[0], arrays[1], weights.activations), mask, cut)
 
     whole_rows = masks is None or masks.shape[1] == 1
     laid, mask_spec = (None, None) if masks is None else cut.spread(masks)
@@ -237,26 +229,21 @@ def on_devices(
     return jax.shard_map(
         run,
         mesh=cut.mesh,
-        in_specs=(cut.tokens, cut.tokens, cut.tokens, (wi, wo), mask_spec),
+        in_specs=(cut.tokens, (wi, wo), mask_spec),
         out_specs=(cut.result, cut.tokens),
         # Tracking each value's varying mesh axes fails in a scan that is mapped over stages (jax 0.10 to 0.12).
         # Gradients stay right: jax divides those of outputs, and sums those of inputs, over unnamed axes.
         check_vma=False,
-    )(x, choices, real, (weights.inputs, weights.output), laid)
+    )(routed, (weights.inputs, weights.output), laid)
 
 
 def _move(
-    groups: Groups,
-    x: jax.Array,
-    choices: Choices,
-    real: jax.Array,
-    weights: ExpertWeights,
-    mask: jax.Array | None,
-    cut: ExpertMesh | None,
-) -> tuple[jax.Array, jax.Array]:
+    groups: Groups, routed: Routed, weights: ExpertWeights, mask: jax.Array | None, cut: ExpertMesh | None
+) -> Dispatched:
     """Rows to slots, slots to the devices of their experts, through these, and the same way back."""
     num_experts = weights.output.shape[0] * (1 if cut is None else cut.size(cut.expert))
-    slots = _assign(choices, real, num_experts, groups)
+    x, choices, real = routed
+    slots = _assign(routed, num_experts, groups)
     kept = choices_kept(slots, groups.tokens).reshape(x.shape[:2])
     if cut is not None and cut.expert and not cut.exchange:
         slots = of_experts(slots, *cut.own_experts(num_experts))
@@ -270,8 +257,8 @@ def _move(
     return (y if cut is None else cut.reduce(y)), kept
 
 
-def _assign(choices: Choices, real: jax.Array, num_experts: int, groups: Groups) -> Slots:
-    choices, real = jax.tree.map(groups.cut, (choices, real))
+def _assign(routed: Routed, num_experts: int, groups: Groups) -> Slots:
+    choices, real = jax.tree.map(groups.cut, (routed.choices, routed.real))
     return assign(choices, real, num_experts, groups.capacity)
 
 

@@ -15,21 +15,15 @@ import math
 import jax
 import jax.numpy as jnp
 
-from meshway.models.layers.mixture.dispatch import Groups, on_devices
+from meshway.models.layers.mixture.dispatch import Dispatched, Groups, Routed, on_devices
 from meshway.models.layers.mixture.expert_mesh import Axes, ExpertMesh
 from meshway.models.layers.mixture.experts import ExpertWeights, sort_by_expert, through_experts
 from meshway.models.layers.mixture.routers import Choices, TokenChoices
 
 
 def dropless(
-    x: jax.Array,
-    choices: Choices,
-    real: jax.Array,
-    weights: ExpertWeights,
-    masks: jax.Array | None,
-    groups: Groups,
-    cut: ExpertMesh | None,
-) -> tuple[jax.Array, jax.Array]:
+    routed: Routed, weights: ExpertWeights, masks: jax.Array | None, groups: Groups, cut: ExpertMesh | None
+) -> Dispatched:
     """Passes every token through all the experts it chose; arguments and results are those of `dispatch.einsum`, except
     that masks are of rows and capacity is unbounded.
 
@@ -37,8 +31,8 @@ def dropless(
       ValueError: experts choose the tokens.
     """
     del groups
-    check(choices, "dropless")
-    return on_devices(on_own_experts, x, choices, real, weights, masks, cut)
+    check(routed.choices, "dropless")
+    return on_devices(on_own_experts, routed, weights, masks, cut)
 
 
 def check(choices: Choices, dispatch: str) -> None:
@@ -51,40 +45,27 @@ def check(choices: Choices, dispatch: str) -> None:
 
 
 def on_own_experts(
-    x: jax.Array,
-    choices: TokenChoices,
-    real: jax.Array,
-    weights: ExpertWeights,
-    mask: jax.Array | None,
-    cut: ExpertMesh | None,
-) -> tuple[jax.Array, jax.Array]:
+    routed: Routed, weights: ExpertWeights, mask: jax.Array | None, cut: ExpertMesh | None
+) -> Dispatched:
     """All tokens of the exchange through a device's own experts."""
-    kept = choices.experts.shape[-1] * real
+    kept = routed.choices.experts.shape[-1] * routed.real
     first, _ = (0, 0) if cut is None else cut.own_experts(weights.output.shape[0] * cut.size(cut.expert))
-    tokens, choices, real = jax.tree.map(lambda t: t.reshape(-1, *t.shape[2:]), (x, choices, real))
+    flat = jax.tree.map(lambda t: t.reshape(-1, *t.shape[2:]), routed)
     if cut is not None and cut.exchange:
-        tokens, choices, real = jax.tree.map(
-            lambda t: jax.lax.all_gather(t, cut.exchange, tiled=True), (tokens, choices, real)
-        )
-    y = _own(tokens, choices, real, weights, mask, first).astype(x.dtype)
+        flat = jax.tree.map(lambda t: jax.lax.all_gather(t, cut.exchange, tiled=True), flat)
+    y = _own(flat, weights, mask, first).astype(routed.x.dtype)
     if cut is not None and cut.exchange:
         y = jax.lax.psum_scatter(y, cut.exchange, tiled=True)
-    y = y.reshape(x.shape)
+    y = y.reshape(routed.x.shape)
     return (y if cut is None else cut.reduce(y)), kept
 
 
-def _own(
-    tokens: jax.Array,
-    choices: TokenChoices,
-    real: jax.Array,
-    weights: ExpertWeights,
-    mask: jax.Array | None,
-    first: jax.Array | int,
-) -> jax.Array:
-    """tokens [n, d_model] -> float32 [n, d_model], what the experts from `first` on add to them.
+def _own(routed: Routed, weights: ExpertWeights, mask: jax.Array | None, first: jax.Array | int) -> jax.Array:
+    """Tokens [n, d_model] -> float32 [n, d_model], what the experts from `first` on add to them.
 
     Choices of others' experts and of padding go to the end of the rows, past the last group.
     """
+    tokens, choices, real = routed
     (n, k), count = choices.experts.shape, weights.output.shape[0]
     expert = choices.experts - first
     own = (expert >= 0) & (expert < count) & (real[:, None] > 0)
@@ -95,31 +76,19 @@ def _own(
 
 
 def ragged(
-    x: jax.Array,
-    choices: Choices,
-    real: jax.Array,
-    weights: ExpertWeights,
-    masks: jax.Array | None,
-    groups: Groups,
-    cut: ExpertMesh | None,
-) -> tuple[jax.Array, jax.Array]:
+    routed: Routed, weights: ExpertWeights, masks: jax.Array | None, groups: Groups, cut: ExpertMesh | None
+) -> Dispatched:
     """Passes every token through all the experts it chose; arguments, results and errors are those of `dropless`."""
     del groups
-    check(choices, "ragged")
-    return on_devices(_travel, x, choices, real, weights, masks, cut)
+    check(routed.choices, "ragged")
+    return on_devices(_travel, routed, weights, masks, cut)
 
 
-def _travel(
-    x: jax.Array,
-    choices: TokenChoices,
-    real: jax.Array,
-    weights: ExpertWeights,
-    mask: jax.Array | None,
-    cut: ExpertMesh | None,
-) -> tuple[jax.Array, jax.Array]:
+def _travel(routed: Routed, weights: ExpertWeights, mask: jax.Array | None, cut: ExpertMesh | None) -> Dispatched:
     """A device's tokens to their experts and back."""
     if cut is None or not cut.exchange:
-        return on_own_experts(x, choices, real, weights, mask, cut)
+        return on_own_experts(routed, weights, mask, cut)
+    x, choices, real = routed
     count, k = weights.output.shape[0], choices.experts.shape[-1]
     devices = cut.size(cut.exchange)
     tokens = x.reshape(-1, x.shape[-1])

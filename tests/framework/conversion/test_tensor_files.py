@@ -78,7 +78,7 @@ def test_sizes(text, size):
 
 @pytest.mark.parametrize("text", ["", "GB", "5TB", "-1", "0", "five"])
 def test_what_is_no_size(text):
-    with pytest.raises(UserError, match="is no size"):
+    with pytest.raises(UserError, match="is not a size"):
         size_in_bytes(text)
 
 

@@ -76,7 +76,7 @@ WHERE_HEADS_ARE_CUT = [(words, layout) for words in ONE_KEY_HEAD for layout in (
 @pytest.mark.parametrize("words, layout", tiers(LAID_OUT, slow=[*IN_TURN, *WHERE_HEADS_ARE_CUT]))
 def test_under_a_layout_a_cache_gives_the_full_forward_pass_of_one_device(words, layout):
     if layout == "ring_model" and words in ONE_KEY_HEAD:
-        with pytest.raises(UserError, match="'kv_heads' of size 1 does not divide by model=2"):
+        with pytest.raises(UserError, match="'kv_heads' of size 1 is not divisible by model=2"):
             _ = program(*words, layout=layout).state_shardings
         return
     assert_same(program(*words, layout=layout), *reference(words, layout.startswith("stage")))

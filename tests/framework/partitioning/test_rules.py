@@ -139,7 +139,7 @@ def test_alternatives_take_the_first_that_is_free_and_fits(names, shape, spec):
 
 def test_the_last_alternative_is_complained_about():
     rules = Rules([("heads", "model"), ("length", "model | data")], {"data": 2, "model": 4}, "Layout.activations")
-    with pytest.raises(UserError, match="'length' of size 7 does not divide by data=2"):
+    with pytest.raises(UserError, match="'length' of size 7 is not divisible by data=2"):
         rules.resolve(("length", "heads"), (7, 8), "x")
     with pytest.raises(UserError, match="names mesh axis 'modle'.*did you mean 'model'"):
         Rules([("heads", "modle | None")], {"data": 2, "model": 4}, "Layout.activations")

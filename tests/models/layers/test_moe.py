@@ -322,7 +322,7 @@ def test_options_that_cannot_be(options, message):
 @pytest.mark.parametrize(
     ("where", "options", "message"),
     [
-        ("expert", {"num_experts": 6}, "'expert' of size 6 does not divide by expert=4"),
+        ("expert", {"num_experts": 6}, "'expert' of size 6 is not divisible by expert=4"),
         ("expert", {"group_rows": 2}, "give 4 groups, which the 8 devices"),
         ("cut_rows", {}, "groups_per_row to a multiple of 2"),
         (layout(CUBE, BOTH, expert=("expert", "model")), {}, "of which all do, or none"),
