@@ -6,7 +6,7 @@ import re
 from typing import Any, ClassVar
 
 from meshway.framework.errors import UserError
-from meshway.launch.cluster.job import PORT, Job, quoted, yaml_text
+from meshway.launch.cluster.job import PORT, Job, Renderer, quoted, yaml_text
 from meshway.launch.flags import flag
 
 _WORKERS = "workers"
@@ -15,7 +15,7 @@ _USER_ERROR = 2  # the exit code of a wrong command or recipe: another try would
 
 
 @dataclasses.dataclass(frozen=True)
-class Gke:
+class Gke(Renderer):
     """A GKE cluster with the JobSet controller: TPU slices by topology, or GPU nodes by number.
 
     GKE tells the pods of a TPU slice, and the slices of a JobSet, who their peers are (TPU_WORKER_*, MEGASCALE_*); GPU
@@ -25,8 +25,6 @@ class Gke:
       UserError: a topology that is none, or what does not go together.
     """
 
-    common: ClassVar[tuple[str, ...]] = ("name", "restarts", "env", "workdir", "setup", "unchecked")
-    shared_directory: ClassVar[bool] = True
     suffix: ClassVar[str] = ".yaml"
 
     accelerator: str = flag("what GKE calls it, as tpu-v5p-slice or nvidia-h100-80gb", "TYPE")
@@ -180,8 +178,7 @@ class Gke:
             f"--num_processes={self.hosts}",
             '--process_id="$JOB_COMPLETION_INDEX"',
         ]
-        command = job.command(expanded=() if self.tpu else peers)
-        return "\n".join(["set -e", *job.before(), f"exec {command}"]) + "\n"
+        return job.script(expanded=() if self.tpu else peers) + "\n"
 
     def submit(self, path: str) -> str:
         """Returns the command that submits the file."""
@@ -189,11 +186,9 @@ class Gke:
 
 
 @dataclasses.dataclass(frozen=True)
-class Xpk:
+class Xpk(Renderer):
     """A GKE cluster made with xpk, which writes the JobSet itself."""
 
-    common: ClassVar[tuple[str, ...]] = ("name", "restarts", "env", "workdir", "setup", "unchecked")
-    shared_directory: ClassVar[bool] = True
     suffix: ClassVar[str] = ".sh"
 
     cluster: str = flag("the cluster", "NAME")

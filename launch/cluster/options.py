@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NoReturn
 from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.files import local_path
 from meshway.launch.cluster.gke import Gke, Xpk
-from meshway.launch.cluster.job import Job
+from meshway.launch.cluster.job import Job, Renderer
 from meshway.launch.cluster.ray_cluster import RayCluster
 from meshway.launch.cluster.skypilot import SkyPilot
 from meshway.launch.cluster.slurm import Slurm
@@ -74,7 +74,7 @@ class Kind:
     @property
     def renders(self) -> bool:
         """Whether it writes a file for the place's own client, instead of running the job."""
-        return hasattr(self.place, "render")
+        return issubclass(self.place, Renderer)
 
     @property
     def flags(self) -> list[Flag]:

@@ -4,7 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from meshway.framework.errors import UserError
-from meshway.launch.cluster.job import PORT, Job, quoted, yaml_text
+from meshway.launch.cluster.job import PORT, Job, Renderer, quoted, yaml_text
 from meshway.launch.flags import flag
 
 # Hosts of a TPU slice count too, whatever num_nodes says: all of them are in the list of addresses.
@@ -16,15 +16,13 @@ _PEERS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class SkyPilot:
+class SkyPilot(Renderer):
     """A task of SkyPilot, submitted as a managed job: machines that are taken away are replaced.
 
     Raises:
       UserError: what does not go together.
     """
 
-    common: ClassVar[tuple[str, ...]] = ("name", "restarts", "env", "workdir", "setup", "unchecked")
-    shared_directory: ClassVar[bool] = True
     suffix: ClassVar[str] = ".yaml"
 
     accelerators: str = flag("of each node, as H100:8 or tpu-v5p-16", "TYPE[:N]")
@@ -42,7 +40,7 @@ class SkyPilot:
     def render(self, job: Job) -> str:
         """Returns the task as YAML."""
         version = {"runtime_version": self.runtime_version} if self.runtime_version else None
-        enter = [f"cd {quoted(job.workdir)}"] if job.workdir else []
+        prepared = dataclasses.replace(job, setup=())  # SkyPilot runs `setup` by itself
         task = {
             "name": job.name,
             "num_nodes": self.nodes,
@@ -56,8 +54,8 @@ class SkyPilot:
             },
             "workdir": self.upload,
             "envs": job.environment or None,
-            "setup": "\n".join(["set -e", *enter, *job.setup]) + "\n" if job.setup else None,
-            "run": "\n".join(["set -e", *enter, f"exec {job.command(expanded=_PEERS)}"]) + "\n",
+            "setup": "\n".join(["set -e", *job.before()]) + "\n" if job.setup else None,
+            "run": prepared.script(expanded=_PEERS) + "\n",
         }
         return job.comment() + "\n" + yaml_text(task)
 

@@ -5,7 +5,7 @@ import re
 from typing import ClassVar
 
 from meshway.framework.errors import UserError
-from meshway.launch.cluster.job import Job, quoted, variable
+from meshway.launch.cluster.job import Job, Renderer, quoted, variable
 from meshway.launch.flags import flag
 
 _TIME = re.compile(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}")
@@ -35,15 +35,13 @@ exit "$code"
 
 
 @dataclasses.dataclass(frozen=True)
-class Slurm:
+class Slurm(Renderer):
     """A Slurm cluster.
 
     Raises:
       UserError: a time that sbatch does not understand.
     """
 
-    common: ClassVar[tuple[str, ...]] = ("name", "restarts", "env", "workdir", "setup", "unchecked")
-    shared_directory: ClassVar[bool] = True
     suffix: ClassVar[str] = ".sbatch"
 
     nodes: int = flag("how many nodes", "N")
@@ -79,7 +77,6 @@ class Slurm:
             "open-mode": "append",
         }
         options = [f"#SBATCH --{key}={value}" for key, value in asked.items() if value is not None]
-        on_each = "\n".join(["set -e", *job.before(), f"exec {job.command()}"])
         container = f"--container-image={quoted(self.image)} " if self.image else ""
         lines = [
             "#!/bin/bash",
@@ -88,7 +85,7 @@ class Slurm:
             job.comment(),
             "",
             *job.exports(),
-            variable("COMMAND", on_each),
+            variable("COMMAND", job.script()),
         ]
         return "\n".join([*lines, _RUN % container])
 

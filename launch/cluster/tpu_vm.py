@@ -5,7 +5,7 @@ import shlex
 from typing import ClassVar
 
 from meshway.framework.errors import UserError
-from meshway.launch.cluster.job import Job, quoted, variable
+from meshway.launch.cluster.job import Job, Renderer, quoted, variable
 from meshway.launch.flags import flag
 
 _HEAD = """\
@@ -121,15 +121,13 @@ _VARIABLES = """
 
 
 @dataclasses.dataclass(frozen=True)
-class TpuVm:
+class TpuVm(Renderer):
     """Cloud TPU VMs, one slice or several.
 
     Raises:
       UserError: what does not go together.
     """
 
-    common: ClassVar[tuple[str, ...]] = ("name", "restarts", "env", "workdir", "setup", "unchecked")
-    shared_directory: ClassVar[bool] = True
     suffix: ClassVar[str] = ".sh"
 
     zone: str = flag("the zone, as us-east5-a", "ZONE")
@@ -169,12 +167,11 @@ class TpuVm:
         several = len(nodes) > 1
         where = [f"--zone={self.zone}"] + ([f"--project={self.project}"] if self.project else [])
         head = _HEAD % {"job": job.comment(), "name": job.name, "nodes": shlex.join(nodes), "where": shlex.join(where)}
-        on_each = "\n".join(["set -e", *job.exports(), *job.before(), f"exec {job.command()}"])
         tail = _TAIL % {
             "coordinator": _COORDINATOR if several else "",
             "variables": _VARIABLES if several else "",
         }
-        return f"{head}{variable('ON_EACH_HOST', on_each)}{self._creation(nodes)}{tail}"
+        return f"{head}{variable('ON_EACH_HOST', job.script(exports=True))}{self._creation(nodes)}{tail}"
 
     def _creation(self, nodes: list[str]) -> str:
         """Returns the functions `create` and `delete`."""
