@@ -1,7 +1,6 @@
 """`meshway train --dry_run`: all that a run does before its first step, but for writing, caching and compiling."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from meshway.framework.checkpoints.manager import Checkpoints, Keep
 from meshway.framework.checkpoints.mapping import Initial
@@ -24,17 +23,12 @@ def dry_run(
     evaluation: Evaluation = Evaluation(),
     keep: Keep = Keep(),
     initial: Initial | None = None,
-    **others: Any,
 ) -> str:
     """Checks what a run checks, with its own calls, and returns as text what it would do; nothing is written.
-
-    Args:
-      others: what is built with the recipe and used while training.
 
     Raises:
       UserError: as `train.train`.
     """
-    del others
     text = layout(program)
     data = getattr(data, "for_dry_run", lambda: data)()
     directory, notes = None, list[str]()

@@ -170,8 +170,15 @@ def run(invocation: "Invocation") -> None:
             # jax has made SIGTERM a question that training asks after each step; here nobody asks.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         recipe = config.load(of_run(invocation))
-        arguments = recipe.build("evaluate.evaluate", given=["fingerprint"])
-        evaluate(**arguments, fingerprint=recipe.fingerprint("evaluate.evaluate", without=_HOW))
+        with recipe.parts("evaluate.evaluate", given=["fingerprint"]) as part:  # of gin/runs/eval.gin
+            model: Model = part("model")  # MODEL
+            layout: Layout = part("layout")  # LAYOUT: any, whatever the run was trained under
+            data: DataSource = part("data")  # DATA: MIXTURE_OR_TASK_NAME under FEATURE_CONVERTER
+            model_dir: str = part("model_dir")  # MODEL_DIR
+            evaluation: Evaluation = part("evaluation")
+            how = part.rest()  # TRAIN_STEPS, and what flags bind: steps, watch, split, ...
+        fingerprint = recipe.fingerprint("evaluate.evaluate", without=_HOW)
+        evaluate(model, layout, data, model_dir, evaluation, **how, fingerprint=fingerprint)
 
 
 if __name__ == "__main__":

@@ -337,13 +337,19 @@ def run(invocation: "Invocation") -> None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         invocation = files.of_run(invocation)
         recipe = config.load(dataclasses.replace(invocation, subject="infer"), import_unreferenced=False)
-        arguments = recipe.build("infer.infer", given=["data", "settings"])
-        refuse_idle(invocation.bindings, arguments)
+        with recipe.parts("infer.infer", given=["data", "settings"]) as part:  # of gin/runs/infer.gin
+            model: RecipeModel = part("opened")  # MODEL, LAYOUT and TASK_FEATURE_LENGTHS
+            model_dir: str = part("model_dir")  # MODEL_DIR
+            inputs: Inputs = part("inputs")  # --input, --prompt or --split, and how they are read
+            output: Output = part("output")  # --output, and how it is written
+            decoder: Decoder = part("decoder")  # --temperature, --top_k, --top_p, --num_decodes
+            how = part.rest()  # what other flags bind: mode, beams, batch_size, ...
+        refuse_idle(invocation.bindings, {"inputs": inputs, "output": output, "decoder": decoder, **how})
         data = None
-        if arguments["inputs"].split is not None:
+        if inputs.split is not None:
             data = tasks(**config.load(dataclasses.replace(invocation, subject="tasks")).build("infer.tasks"))
         settings = recipe.settings("infer.opened", ("layout",)) | recipe.settings("infer.infer", _HOW)
-        infer(**arguments, data=data, settings=by_flag(settings))
+        infer(model, model_dir, inputs, output, decoder, **how, data=data, settings=by_flag(settings))
 
 
 if __name__ == "__main__":
