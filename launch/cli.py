@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.path.insert(0, os.getcwd())
             code = _run(invocation)
         if sys.stdout is not None:
-            sys.stdout.flush()  # here, where it can be told that nobody reads it
+            sys.stdout.flush()  # here, where it can be noticed that nobody reads it
         return code
     except (UserError, EnvironmentFailure, KeyboardInterrupt) as error:
         return report(error)
@@ -138,7 +138,7 @@ def _command(verb: str, subject: str | None) -> str:
 
 
 def _gin_bindings(verb: str, words: Sequence[str]) -> list[str]:
-    """Returns what stands after each `--gin.`.
+    """Returns the text after each `--gin.`.
 
     Raises:
       UserError: the verb takes no recipe, or one has no value.
@@ -240,7 +240,7 @@ def parsers(verb: str) -> tuple[Parser, dict[str, Parser]]:
 
 
 def _texts(verb: str, subject: str | None) -> dict[str, Any]:
-    """Returns what stands before and after the options in the help of a command."""
+    """Returns the text before and after the options in the help of a command."""
     entry = VERBS[verb]
     macros = "\n".join(f"  {name:24}{MACROS[name]}" for name in entry.macros)
     macros = f"macros that recipes honour (--gin.MACRO=VALUE):\n{macros}\n\n" if macros else ""

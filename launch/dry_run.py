@@ -54,7 +54,7 @@ def dry_run(
 
 
 def _look(directory: RunDirectory, program: TrainProgram, periods: Periods, keep: Keep) -> list[str]:
-    """Checks a run directory, and returns what there is to say of it."""
+    """Checks a run directory, and returns notes on it."""
     rows = program.explain()
     directory.check(sum(row.total_bytes for row in rows if not row.name.startswith("batch")))
     notes = []

@@ -33,7 +33,7 @@ from meshway.framework.training.run_directory import RunDirectory
 if TYPE_CHECKING:
     from meshway.launch.recipe.config import Invocation
 
-# Arguments that say where, when and how, not what is evaluated; each split has files of its own.
+# Arguments for where, when and how to evaluate, not for what; each split has files of its own.
 _HOW = ("layout", "model_dir", "split", "steps", "watch", "idle_timeout", "again", "train_steps", "finished")
 
 
@@ -57,7 +57,7 @@ def evaluate(
 
     Args:
       model: what is evaluated.
-      layout: how it lies on the mesh: any, whatever it was trained under.
+      layout: how it is sharded: any layout, whatever it was trained under.
       data: where the tasks come from.
       model_dir: the run directory.
       evaluation: what evaluation does; its `max_predictions` is for training runs, and not read here.

@@ -68,7 +68,7 @@ def _rules(given: Collection[str], arguments: Mapping[str, Any]) -> list[_Rule]:
             "at temperature 0, where the likeliest token is always taken",
             "give --temperature above 0, or leave it out",
         ),
-        _Rule(inputs.where is None, ("--format", "--columns"), "without --input: they say how a file is read"),
+        _Rule(inputs.where is None, ("--format", "--columns"), "without --input: they define how a file is read"),
         _Rule(scores and bool(inputs.prompts), ("--mode",), "with --prompt, which has no targets to score"),
         _Rule(bool(inputs.prompts), ("--begin_field",), "with --prompt, which has no other fields"),
         _Rule(

@@ -93,7 +93,7 @@ class Infer:
     batch_size: int | None = binds("infer.infer.batch_size", "examples in a batch (default: 32)", "N")
     max_input_length: int | None = binds("infer.infer.max_input_length", "tokens of the longest prompt", "N")
     max_new_tokens: int | None = binds("infer.infer.max_new_tokens", "most tokens of a prediction", "N")
-    truncate: bool = binds("infer.Inputs.truncate", "cut prompts that are longer, instead of refusing them")
+    truncate: bool = binds("infer.Inputs.truncate", "truncate longer prompts instead of refusing them")
     temperature: float | None = binds(
         "sampling.Sampling.temperature", "0 (default) takes the likeliest token", "X", reads=not_negative
     )
@@ -142,9 +142,9 @@ class Status:
 @dataclasses.dataclass(frozen=True)
 class InspectLayout:
     hardware: str | None = binds(
-        "inspection.layout.hardware", "say whether a step fits this chip (v5p, 'H100 NVL')", "CHIP"
+        "inspection.layout.hardware", "report whether a step fits this chip (v5p, 'H100 NVL')", "CHIP"
     )
-    compile: bool = binds("inspection.layout.compile", "compile the step, say what it sends over which axes")
+    compile: bool = binds("inspection.layout.compile", "compile the step, report what it sends over which axes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +183,7 @@ class Convert:
     to: str | None = binds(
         "convert.convert.target", "the directory to make: a run directory, or a Hugging Face one", "DIR"
     )
-    family: str | None = binds("convert.convert.family", "what the model is (default: what config.json says)", "FAMILY")
+    family: str | None = binds("convert.convert.family", "what the model is (default: as in config.json)", "FAMILY")
     dtype: Literal["float32", "bfloat16", "float16", "keep"] | None = binds(
         "convert.convert.dtype", "float32, bfloat16, float16 or keep (default: keep)", "DTYPE"
     )
@@ -253,7 +253,7 @@ class Verb:
     instead: str = ""  # the flag that serves where no recipe is given
     recipe: bool = True  # whether it takes one at all
     on_devices: bool = True
-    slow: bool = True  # whether it takes seconds to start, and says what it is doing
+    slow: bool = True  # whether it takes seconds to start, and shows what it is doing
     macros: tuple[str, ...] = tuple(MACROS)  # those that the help lists
 
     def flags_for(self, subject: str | None) -> type:
@@ -279,7 +279,7 @@ VERBS = {
     ),
     "status": Verb(
         "meshway.launch.status",
-        "say how a run stands: who runs it, its steps reported and saved, rate and end, last evaluation",
+        "show the state of a run: who runs it, steps reported and saved, rate, time left, last evaluation",
         flags=Status,
         recipe=False,
         on_devices=False,

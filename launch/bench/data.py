@@ -186,7 +186,7 @@ class Bench:
         leaf = next((leaf for leaf in self._leaves if leaf.twin), None)
         if leaf is None:
             self.notes.append(
-                "seqio has no feature converter that does what this recipe's does: its loader stands alone"
+                "seqio has no feature converter that does what this recipe's does: its loader is timed alone"
             )
             return
         if not all(one.twin for one in self._leaves):

@@ -19,10 +19,10 @@ class Gke(Renderer):
     """A GKE cluster with the JobSet controller: TPU slices by topology, or GPU nodes by number.
 
     GKE tells the pods of a TPU slice, and the slices of a JobSet, who their peers are (TPU_WORKER_*, MEGASCALE_*); GPU
-    pods are told here.
+    pods get it from here.
 
     Raises:
-      UserError: a topology that is none, or what does not go together.
+      UserError: a topology that is not one, or what does not go together.
     """
 
     suffix: ClassVar[str] = ".yaml"
@@ -55,7 +55,7 @@ class Gke(Renderer):
         if not self.tpu:
             if self.topology or self.num_slices > 1:
                 given = "--topology" if self.topology else "--num_slices"
-                raise UserError(f"{given} is for TPU slices, and --accelerator={self.accelerator} is none")
+                raise UserError(f"{given} is for TPU slices, and --accelerator={self.accelerator} is not one")
             if not self.nodes:
                 raise UserError(f"--accelerator={self.accelerator} needs --nodes=N, how many of them")
             return

@@ -30,7 +30,7 @@ def command(words: Sequence[str]) -> list[str]:
 
 
 def variable(name: str, text: str) -> str:
-    """Returns shell lines that set a variable to several lines of text, as they stand."""
+    """Returns shell lines that set a variable to several lines of text, unchanged."""
     end = f"END_OF_{name}"
     while end in text.splitlines():
         end += "_"

@@ -7,7 +7,7 @@ from meshway.framework.errors import UserError
 from meshway.launch.cluster.job import PORT, Job, Renderer, quoted, yaml_text
 from meshway.launch.flags import flag
 
-# Hosts of a TPU slice count too, whatever num_nodes says: all of them are in the list of addresses.
+# Hosts of a TPU slice count too, whatever num_nodes is: all of them are in the list of addresses.
 _PEERS = (
     f'--coordinator_address="$(head -n 1 <<< "$SKYPILOT_NODE_IPS"):{PORT}"',
     '--num_processes="$(wc -l <<< "$SKYPILOT_NODE_IPS")"',
@@ -35,7 +35,7 @@ class SkyPilot(Renderer):
 
     def __post_init__(self) -> None:
         if self.runtime_version and not self.accelerators.startswith("tpu"):
-            raise UserError(f"--runtime_version is for TPUs, and --accelerators={self.accelerators} are none")
+            raise UserError(f"--runtime_version is for TPUs, and --accelerators={self.accelerators} are not TPUs")
 
     def render(self, job: Job) -> str:
         """Returns the task as YAML."""

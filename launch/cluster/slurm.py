@@ -52,7 +52,7 @@ class Slurm(Renderer):
     qos: str | None = flag("the quality of service", "NAME", None)
     constraint: str | None = flag("what nodes must have", "FEATURES", None)
     time: str | None = flag("the longest time to run, as 24:00:00; the job then saves and queues again", "TIME", None)
-    notice: int = flag("seconds before the end of the time at which the run is told to save (default: 300)", "S", 300)
+    notice: int = flag("seconds before the end of the time at which the run is asked to save (default: 300)", "S", 300)
     image: str | None = flag("a container image, where the cluster has Pyxis", "IMAGE", None)
 
     def __post_init__(self) -> None:

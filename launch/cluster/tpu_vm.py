@@ -14,7 +14,7 @@ _HEAD = """\
 #
 #   bash THIS create   asks for the slices and waits until they are there
 #   bash THIS run      starts the job on every host; it stays when this shell goes
-#   bash THIS logs     follows what process 0 says
+#   bash THIS logs     follows the log of process 0
 #   bash THIS stop     tells every process to save and stop
 #   bash THIS delete   gives the slices back
 set -euo pipefail

@@ -104,7 +104,7 @@ class Recipe:
         return sorted(name for name in names if name.partition(".")[0] not in ("meshway", "gin", "__gin__"))
 
     def macro(self, name: str) -> Any:
-        """Returns the value of a macro, None where there is none or it is no plain value."""
+        """Returns the value of a macro, None where there is none or it is not a plain value."""
         values = [each.value for each in final(self._program.bindings) if each.is_macro and each.parameter == name]
         return None if not values or isinstance(values[-1], (Macro, Reference)) else values[-1]
 
@@ -235,7 +235,7 @@ def _resolved(program: Program, bindings: list[Binding], defaults: list[Binding]
     lines = [f"from {DYNAMIC_REGISTRATION.replace('.', ' import ')}", *named, *alone, ""]
     macros = {binding.parameter: binding.value for binding in bindings if binding.is_macro}
     if "LAYOUT" in macros and not layout_is_shipped:
-        macros["LAYOUT"] = None  # a user's file may be gone or changed by then: its bindings stand below
+        macros["LAYOUT"] = None  # a user's file may be gone or changed by then: its bindings follow below
     lines += [format_binding(name, macros[name]) for name in sorted(macros)]
     group = None
     rest = [binding for binding in bindings if not binding.is_macro]
