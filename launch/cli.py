@@ -121,12 +121,12 @@ def parse(argv: Sequence[str]) -> Invocation | None:
     if entry.recipe and not recipe.gin_file:
         _need_a_recipe(verb, bindings)
     return Invocation(
-        verb,
-        subject,
-        recipe.gin_file,
-        tuple(bindings),
-        {flag.binding: flag.name for flag in bound},
-        tuple(path for each in recipe.gin_search_paths for path in each.split(",") if path),
+        verb=verb,
+        subject=subject,
+        gin_files=recipe.gin_file,
+        bindings=tuple(bindings),
+        flags={flag.binding: flag.name for flag in bound},
+        search_paths=tuple(path for each in recipe.gin_search_paths for path in each.split(",") if path),
         dry_run=values.get("dry_run", False),
         options=entry.flags_for(subject)(**values),
         **given(flags_of(Processes), options, command),
@@ -134,6 +134,7 @@ def parse(argv: Sequence[str]) -> Invocation | None:
 
 
 def _command(verb: str, subject: str | None) -> str:
+    """Returns how a command begins: `meshway bench data`."""
     return " ".join(["meshway", verb, *([subject] if subject else [])])
 
 
