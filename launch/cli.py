@@ -19,7 +19,7 @@ from meshway.framework.terminal import installed_version
 from meshway.launch.cluster.job import END_WITH_STARTER
 from meshway.launch.flags import Flag, Parser, add_flags, flags_of, given, refuse_unknown, sentence
 from meshway.launch.invocation import MACROS, Invocation
-from meshway.launch.verbs import USAGE, VERBS, Processes, Recipe, module_of
+from meshway.launch.verbs import USAGE, VERBS, ProcessFlags, RecipeFlags, module_of
 
 _FILES = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)  # what holds text back until it is flushed
 
@@ -117,7 +117,7 @@ def parse(argv: Sequence[str]) -> Invocation | None:
     values = given(own, options, command)
     bound = [flag for flag in own if flag.binding and flag.field in values]
     bindings += [flag.bound(values[flag.field]) for flag in bound]
-    recipe = Recipe(**given(flags_of(Recipe), options, command))
+    recipe = RecipeFlags(**given(flags_of(RecipeFlags), options, command))
     if entry.recipe and not recipe.gin_file:
         _need_a_recipe(verb, bindings)
     return Invocation(
@@ -129,7 +129,7 @@ def parse(argv: Sequence[str]) -> Invocation | None:
         search_paths=tuple(path for each in recipe.gin_search_paths for path in each.split(",") if path),
         dry_run=values.get("dry_run", False),
         options=entry.flags_for(subject)(**values),
-        **given(flags_of(Processes), options, command),
+        **given(flags_of(ProcessFlags), options, command),
     )
 
 
@@ -168,8 +168,8 @@ def _flags(verb: str, subject: str | None) -> list[Flag]:
     entry = VERBS[verb]
     return [
         *flags_of(entry.flags_for(subject)),
-        *(flags_of(Recipe) if entry.recipe else ()),
-        *(flags_of(Processes) if entry.on_devices else ()),
+        *(flags_of(RecipeFlags) if entry.recipe else ()),
+        *(flags_of(ProcessFlags) if entry.on_devices else ()),
     ]
 
 
@@ -263,7 +263,7 @@ def _add_options(parser: Parser, verb: str, subject: str | None) -> None:
     entry = VERBS[verb]
     if entry.recipe:
         recipe = parser.add_argument_group("recipe")
-        add_flags(recipe, flags_of(Recipe))
+        add_flags(recipe, flags_of(RecipeFlags))
         recipe.add_argument(
             "--gin.NAME=VALUE",
             action="append",
@@ -274,7 +274,7 @@ def _add_options(parser: Parser, verb: str, subject: str | None) -> None:
         )
     add_flags(parser, flags_of(entry.flags_for(subject)))
     if entry.on_devices:
-        add_flags(parser.add_argument_group("devices and processes"), flags_of(Processes))
+        add_flags(parser.add_argument_group("devices and processes"), flags_of(ProcessFlags))
 
 
 def _examples(verb: str, subject: str | None) -> str:
