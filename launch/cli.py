@@ -19,7 +19,7 @@ from meshway.framework.terminal import installed_version
 from meshway.launch.cluster.job import END_WITH_STARTER
 from meshway.launch.flags import Flag, Parser, add_flags, flags_of, given, refuse_unknown, sentence
 from meshway.launch.invocation import MACROS, Invocation
-from meshway.launch.verbs import USAGE, VERBS, Processes, Recipe, module_of
+from meshway.launch.verbs import USAGE, VERBS, ProcessFlags, RecipeFlags, module_of
 
 _FILES = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)  # what holds text back until it is flushed
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.path.insert(0, os.getcwd())
             code = _run(invocation)
         if sys.stdout is not None:
-            sys.stdout.flush()  # here, where it can be told that nobody reads it
+            sys.stdout.flush()  # here, where it can be noticed that nobody reads it
         return code
     except (UserError, EnvironmentFailure, KeyboardInterrupt) as error:
         return report(error)
@@ -117,28 +117,29 @@ def parse(argv: Sequence[str]) -> Invocation | None:
     values = given(own, options, command)
     bound = [flag for flag in own if flag.binding and flag.field in values]
     bindings += [flag.bound(values[flag.field]) for flag in bound]
-    recipe = Recipe(**given(flags_of(Recipe), options, command))
+    recipe = RecipeFlags(**given(flags_of(RecipeFlags), options, command))
     if entry.recipe and not recipe.gin_file:
         _need_a_recipe(verb, bindings)
     return Invocation(
-        verb,
-        subject,
-        recipe.gin_file,
-        tuple(bindings),
-        {flag.binding: flag.name for flag in bound},
-        tuple(path for each in recipe.gin_search_paths for path in each.split(",") if path),
+        verb=verb,
+        subject=subject,
+        gin_files=recipe.gin_file,
+        bindings=tuple(bindings),
+        flags={flag.binding: flag.name for flag in bound},
+        search_paths=tuple(path for each in recipe.gin_search_paths for path in each.split(",") if path),
         dry_run=values.get("dry_run", False),
         options=entry.flags_for(subject)(**values),
-        **given(flags_of(Processes), options, command),
+        **given(flags_of(ProcessFlags), options, command),
     )
 
 
 def _command(verb: str, subject: str | None) -> str:
+    """Returns how a command begins: `meshway bench data`."""
     return " ".join(["meshway", verb, *([subject] if subject else [])])
 
 
 def _gin_bindings(verb: str, words: Sequence[str]) -> list[str]:
-    """Returns what stands after each `--gin.`.
+    """Returns the text after each `--gin.`.
 
     Raises:
       UserError: the verb takes no recipe, or one has no value.
@@ -167,8 +168,8 @@ def _flags(verb: str, subject: str | None) -> list[Flag]:
     entry = VERBS[verb]
     return [
         *flags_of(entry.flags_for(subject)),
-        *(flags_of(Recipe) if entry.recipe else ()),
-        *(flags_of(Processes) if entry.on_devices else ()),
+        *(flags_of(RecipeFlags) if entry.recipe else ()),
+        *(flags_of(ProcessFlags) if entry.on_devices else ()),
     ]
 
 
@@ -240,7 +241,7 @@ def parsers(verb: str) -> tuple[Parser, dict[str, Parser]]:
 
 
 def _texts(verb: str, subject: str | None) -> dict[str, Any]:
-    """Returns what stands before and after the options in the help of a command."""
+    """Returns the text before and after the options in the help of a command."""
     entry = VERBS[verb]
     macros = "\n".join(f"  {name:24}{MACROS[name]}" for name in entry.macros)
     macros = f"macros that recipes honour (--gin.MACRO=VALUE):\n{macros}\n\n" if macros else ""
@@ -262,7 +263,7 @@ def _add_options(parser: Parser, verb: str, subject: str | None) -> None:
     entry = VERBS[verb]
     if entry.recipe:
         recipe = parser.add_argument_group("recipe")
-        add_flags(recipe, flags_of(Recipe))
+        add_flags(recipe, flags_of(RecipeFlags))
         recipe.add_argument(
             "--gin.NAME=VALUE",
             action="append",
@@ -273,7 +274,7 @@ def _add_options(parser: Parser, verb: str, subject: str | None) -> None:
         )
     add_flags(parser, flags_of(entry.flags_for(subject)))
     if entry.on_devices:
-        add_flags(parser.add_argument_group("devices and processes"), flags_of(Processes))
+        add_flags(parser.add_argument_group("devices and processes"), flags_of(ProcessFlags))
 
 
 def _examples(verb: str, subject: str | None) -> str:

@@ -74,7 +74,7 @@ def convert(
         raise UserError("--family is not for T5X's checkpoints, whose arrays tell what the model is")
     if ignore_fields and (is_t5x or run is not None):
         raise UserError(
-            "--ignore_fields is about config.json of a Hugging Face directory to take in, and --from is none"
+            "--ignore_fields is about config.json of a Hugging Face directory to take in, and --from is not one"
         )
     if vocabulary is not None and not is_t5x:
         raise UserError("--vocabulary is for T5X's checkpoints: other directories hold their own")

@@ -39,7 +39,7 @@ def from_hugging_face(
     Args:
       source: the Hugging Face directory.
       folder: where it is made, empty.
-      goal: where it will lie in the end, for paths in the recipe.
+      goal: where it will be in the end, for paths in the recipe.
       family, dtype, ignoring: see `convert.convert`.
 
     Returns:
@@ -85,8 +85,8 @@ def recipe_text(what: str, source: Path, include: str, bindings: Bindings, goal:
       what: the model, in two or three words.
       source: where it was read.
       include: the shipped file that the recipe begins with.
-      bindings: what the recipe says beside.
-      goal: the run directory, where it will lie in the end.
+      bindings: further bindings of the recipe.
+      goal: the run directory, where it will be in the end.
       note: a last line for people.
     """
     heading = (
@@ -154,8 +154,8 @@ def features_of(bindings: Bindings) -> Sequence[str]:
 
 
 def vocabulary_bindings(run: Path, features: Sequence[str], framing: Framing) -> Bindings:
-    """Returns the bindings of the vocabulary that lies in a run directory, for all features of its tasks, and of what
-    stands around their texts."""
+    """Returns the bindings of the vocabulary of a run directory, for all features of its tasks, and of the tokens
+    around their texts."""
     return {
         "VOCABULARY": Reference("vocabularies.load"),
         "vocabularies.load.directory": str(run / "vocabularies"),
@@ -195,7 +195,7 @@ def from_t5x(
     Args:
       source: a folder of `checkpoint_STEP` folders, or one of those.
       folder: where it is made, empty.
-      goal: where it will lie in the end, for paths in the recipe.
+      goal: where it will be in the end, for paths in the recipe.
       dtype: what weights are written as, None for what they are.
       step: which checkpoint, None for the latest.
       vocabulary: the SentencePiece model of its task, None for no text.

@@ -75,7 +75,7 @@ def to_hugging_face(
       what was done, for people.
 
     Raises:
-      UserError: the model is of no family, or its recipe computes something that the family's config.json cannot say.
+      UserError: the model is of no family, or its recipe computes something that its config.json cannot express.
     """
     max_bytes = size_in_bytes(max_shard_size)
     saved = Checkpoints(run.checkpoints, read_only=True).recipe(run.step)
@@ -111,7 +111,7 @@ def _family(wanted: str | None, origin: Origin | None, run: Run) -> Family:
     if origin is None:
         if wanted is None:
             raise UserError(
-                f"{run.root} was not converted from a Hugging Face directory: say what it is to become by --family, "
+                f"{run.root} was not converted from a Hugging Face directory: give the family to write by --family, "
                 f"one of {', '.join(registry.FAMILIES)}"
             )
         return registry.named(wanted)
@@ -138,7 +138,7 @@ def _origin(run: Run, bindings: Mapping[str, Any]) -> Origin | None:
 def _config(
     run: Run, family: Family, bindings: Mapping[str, Any], origin: Origin | None, dtypes: set[np.dtype]
 ) -> dict[str, Any]:
-    """Returns config.json: the origin's own where it says the same as the recipe, else one made from the recipe."""
+    """Returns config.json: the origin's own where it agrees with the recipe, else one made from the recipe."""
     dtype = next(iter(dtypes)).name if len(dtypes) == 1 else "float32"
     made = family.write(bindings, dtype)
     if origin is None:
@@ -210,7 +210,7 @@ def _check_nothing_lost(family: Family, config: Mapping[str, Any], gin: str, own
 
 def _special_ids(run: Run, folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of config.json by which transformers starts and stops as the run does, where `config` and a
-    generation_config.json in `folder` say something else; the latter is then changed too."""
+    generation_config.json in `folder` differ; the latter is then changed too."""
     if not (run.root / "vocabularies.json").is_file():
         return {}
     framing = read_framing(run.root)

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from meshway.framework.checkpoints.manager import Checkpoints, Keep
 from meshway.framework.checkpoints.mapping import Initial
@@ -24,17 +23,12 @@ def dry_run(
     evaluation: Evaluation = Evaluation(),
     keep: Keep = Keep(),
     initial: Initial | None = None,
-    **others: Any,
 ) -> str:
     """Checks what a run checks, with its own calls, and returns as text what it would do; nothing is written.
-
-    Args:
-      others: what is built with the recipe and used while training.
 
     Raises:
       UserError: as `train.train`.
     """
-    del others
     resolved = check(program, data, model_dir, periods, evaluation, keep, initial)
     rows = [[f"{name}:", each] for name, each in resolved.found.items()]
     parts = ["\n".join(format_columns(rows)), _splits(resolved.reads), "\n".join(resolved.notes)]
@@ -87,7 +81,7 @@ def check(
 
 
 def _look(directory: RunDirectory, program: TrainProgram, periods: Periods, keep: Keep) -> list[str]:
-    """Checks a run directory, and returns what there is to say of it."""
+    """Checks a run directory, and returns notes on it."""
     rows = program.explain()
     directory.check(sum(row.total_bytes for row in rows if not row.name.startswith("batch")))
     notes = []

@@ -33,7 +33,7 @@ from meshway.framework.training.run_directory import RunDirectory
 if TYPE_CHECKING:
     from meshway.launch.recipe.config import Invocation
 
-# Arguments that say where, when and how, not what is evaluated; each split has files of its own.
+# Arguments for where, when and how to evaluate, not for what; each split has files of its own.
 _HOW = ("layout", "model_dir", "split", "steps", "watch", "idle_timeout", "again", "train_steps", "finished")
 
 
@@ -57,7 +57,7 @@ def evaluate(
 
     Args:
       model: what is evaluated.
-      layout: how it lies on the mesh: any, whatever it was trained under.
+      layout: how it is sharded: any layout, whatever it was trained under.
       data: where the tasks come from.
       model_dir: the run directory.
       evaluation: what evaluation does; its `max_predictions` is for training runs, and not read here.
@@ -170,8 +170,15 @@ def run(invocation: "Invocation") -> None:
             # jax has made SIGTERM a question that training asks after each step; here nobody asks.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         recipe = config.load(of_run(invocation))
-        arguments = recipe.build("evaluate.evaluate", given=["fingerprint"])
-        evaluate(**arguments, fingerprint=recipe.fingerprint("evaluate.evaluate", without=_HOW))
+        with recipe.parts("evaluate.evaluate", given=["fingerprint"]) as part:  # of gin/runs/eval.gin
+            model: Model = part("model")  # MODEL
+            layout: Layout = part("layout")  # LAYOUT: any, whatever the run was trained under
+            data: DataSource = part("data")  # DATA: MIXTURE_OR_TASK_NAME under FEATURE_CONVERTER
+            model_dir: str = part("model_dir")  # MODEL_DIR
+            evaluation: Evaluation = part("evaluation")
+            how = part.rest()  # TRAIN_STEPS, and what flags bind: steps, watch, split, ...
+        fingerprint = recipe.fingerprint("evaluate.evaluate", without=_HOW)
+        evaluate(model, layout, data, model_dir, evaluation, **how, fingerprint=fingerprint)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def binds(
 
 @functools.cache
 def flags_of(kind: type) -> tuple[Flag, ...]:
-    """Returns the flags of a dataclass, in the order of its fields; fields that were not made here are none."""
+    """Returns the flags of a dataclass, in the order of its fields; fields made otherwise are left out."""
     hints = typing.get_type_hints(kind)
     return tuple(
         dataclasses.replace(

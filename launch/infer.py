@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 PREDICT, SCORE, WITH_AUX = MODES = ("predict", "score", "predict_with_aux")
 _CHUNK_BATCHES = 16
-# Arguments that say where and how, not what is computed; nor does the layout, another one may go on with a job.
+# Arguments for where and how, not for what is computed. Another layout may continue a job, too.
 _HOW = ("opened", "model_dir", "output")
 
 
@@ -54,14 +54,14 @@ class Inputs:
       where: a file, a glob, or '-' for standard input.
       split: a split of the recipe's task (MIXTURE_OR_TASK_NAME) instead of `where`.
       prompts: a text, or texts, to answer, instead of both.
-      format: 'jsonl', 'tsv', 'text' or 'parquet'; None goes by the file's name.
+      format: 'jsonl', 'tsv', 'text' or 'parquet'; None derives it from the file's name.
       columns: names of TSV columns without a header, 'a,b'.
       inputs_field, targets_field: the fields that hold text, or token ids.
       begin_field: the field with what a prediction must begin with; None for none.
       preprocess: a task whose preprocessors make `inputs` and `targets` of each record.
       module: the module(s) that register it.
       on_bad: 'fail' stops at a record that cannot be used, 'skip' leaves it out and reports it.
-      truncate: cut inputs that are too long, instead of refusing them.
+      truncate: truncate inputs that are too long instead of refusing them.
       append_eos: whether inputs end with EOS; None for what the run's own text does.
     """
 
@@ -121,10 +121,10 @@ def infer(
     data: DataSource | None = None,
     settings: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Computes what `mode` says of each record, and writes it in the order of the input.
+    """Computes what `mode` asks for of each record, and writes it in the order of the input.
 
     Args:
-      opened: what the recipe says; any layout.
+      opened: model and layout of the recipe; any layout.
       model_dir: the run directory, or one of its checkpoints.
       inputs, output: what is read, and where results go.
       decoder: how predictions are made.
@@ -133,12 +133,12 @@ def infer(
       step: which checkpoint; None for the latest that can be read.
       batch_size: rows of a batch, over all processes.
       max_input_length, max_new_tokens: the most tokens of a prompt and of a prediction (of inputs and targets, where
-        these are scored); None goes by the recipe's TASK_FEATURE_LENGTHS.
+        these are scored); None uses the recipe's TASK_FEATURE_LENGTHS.
       aux: names of intermediate values, 'encoder_output,decoder_output'.
-      stop: text, or texts, that end a prediction, wherever they stand in it.
+      stop: text, or texts, that end a prediction, wherever they occur in it.
       seed: of sampling.
       data: the tasks of `inputs.split`.
-      settings: what the recipe says, by name: a job goes on with what one of the same settings left.
+      settings: of the recipe, by name: a job continues what one of the same settings left.
 
     Returns:
       what was counted.
@@ -181,7 +181,7 @@ def infer(
 def _reader_and_work(
     inputs: Inputs, limits: Mapping[str, int], session: Session, engine: Engine, mode: str, names: Sequence[str]
 ) -> tuple[Reader, Work]:
-    """Returns what reads records, cut or refused at `limits` in tokens, and what computes them."""
+    """Returns what reads records, truncated or refused at `limits` in tokens, and what computes them."""
     scores = mode == SCORE
     longest = session.row_format.room(limits["inputs"], limits["targets"], scores)
     reader = Reader(
@@ -253,12 +253,12 @@ def tasks(data: DataSource) -> DataSource:
 
 
 def opened(model: Model, layout: Layout, lengths: Mapping[str, int] | None = None) -> RecipeModel:
-    """Returns what a recipe says of inference: what `runs/infer.gin` binds."""
+    """Returns the part of a recipe that is for inference: what `runs/infer.gin` binds."""
     return RecipeModel(model, layout, lengths)
 
 
 def open_recipe(run: Path, bindings: Sequence[str] = ()) -> RecipeModel:
-    """Returns what the recipe of a run, or of the run of a checkpoint, says: the entry point of `Predictor`.
+    """Returns model and layout of the recipe of a run, or of a checkpoint's run: the entry point of `Predictor`.
 
     Raises:
       UserError: there is no recipe, or it is wrong.
@@ -306,7 +306,7 @@ def _preprocess(inputs: Inputs, lengths: Mapping[str, int]) -> Preprocess | None
 
 
 def _note(line: str) -> None:
-    """Says something that is no result, of this run of several processes once."""
+    """Prints a note to standard error, once for all processes of the run."""
     if processes.is_primary():
         print(f"meshway: {line}", file=sys.stderr, flush=True)
 
@@ -337,13 +337,19 @@ def run(invocation: "Invocation") -> None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         invocation = files.of_run(invocation)
         recipe = config.load(dataclasses.replace(invocation, subject="infer"), import_unreferenced=False)
-        arguments = recipe.build("infer.infer", given=["data", "settings"])
-        refuse_idle(invocation.bindings, arguments)
+        with recipe.parts("infer.infer", given=["data", "settings"]) as part:  # of gin/runs/infer.gin
+            model: RecipeModel = part("opened")  # MODEL, LAYOUT and TASK_FEATURE_LENGTHS
+            model_dir: str = part("model_dir")  # MODEL_DIR
+            inputs: Inputs = part("inputs")  # --input, --prompt or --split, and how they are read
+            output: Output = part("output")  # --output, and how it is written
+            decoder: Decoder = part("decoder")  # --temperature, --top_k, --top_p, --num_decodes
+            how = part.rest()  # what other flags bind: mode, beams, batch_size, ...
+        refuse_idle(invocation.bindings, {"inputs": inputs, "output": output, "decoder": decoder, **how})
         data = None
-        if arguments["inputs"].split is not None:
+        if inputs.split is not None:
             data = tasks(**config.load(dataclasses.replace(invocation, subject="tasks")).build("infer.tasks"))
         settings = recipe.settings("infer.opened", ("layout",)) | recipe.settings("infer.infer", _HOW)
-        infer(**arguments, data=data, settings=by_flag(settings))
+        infer(model, model_dir, inputs, output, decoder, **how, data=data, settings=by_flag(settings))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Any
 
 from meshway.framework.errors import UserError
 from meshway.launch.flags import flags_of
-from meshway.launch.verbs import Infer
+from meshway.launch.verbs import InferFlags
 
 _DRAWN = ("--temperature", "--top_k", "--top_p", "--num_decodes", "--seed")
 _PREDICTED = (*_DRAWN, "--beams", "--stop", "--begin_field")
@@ -33,7 +33,7 @@ def refuse_idle(bindings: Sequence[str], arguments: Mapping[str, Any]) -> None:
       UserError: a flag was given that has no effect; one is named, with the reason.
     """
     names = {binding.partition("=")[0].strip() for binding in bindings}
-    given = {flag.name for flag in flags_of(Infer) if flag.binding in names}
+    given = {flag.name for flag in flags_of(InferFlags) if flag.binding in names}
     for rule in _rules(given, arguments):
         for flag in rule.flags if rule.when else ():
             if flag in given:
@@ -44,7 +44,7 @@ def by_flag(settings: Mapping[str, str]) -> dict[str, str]:
     """Returns a recipe's settings by the flags that would change them: `--beams`, or `--gin.NAME` for what has none."""
 
     def written(name: str) -> str:
-        for flag in flags_of(Infer):
+        for flag in flags_of(InferFlags):
             if name == flag.binding or (name.endswith(f".{flag.binding}") and "/" not in name):
                 return flag.name
         return f"--gin.{name}"
@@ -68,7 +68,7 @@ def _rules(given: Collection[str], arguments: Mapping[str, Any]) -> list[_Rule]:
             "at temperature 0, where the likeliest token is always taken",
             "give --temperature above 0, or leave it out",
         ),
-        _Rule(inputs.where is None, ("--format", "--columns"), "without --input: they say how a file is read"),
+        _Rule(inputs.where is None, ("--format", "--columns"), "without --input: they define how a file is read"),
         _Rule(scores and bool(inputs.prompts), ("--mode",), "with --prompt, which has no targets to score"),
         _Rule(bool(inputs.prompts), ("--begin_field",), "with --prompt, which has no other fields"),
         _Rule(

@@ -3,7 +3,7 @@
     meshway inspect --gin_file=recipes/quickstart.gin --gin.LAYOUT=fsdp --simulated_devices=8
     meshway inspect data --gin_file=recipes/quickstart.gin
 
-The first prints every tensor, where it lies, what it costs a device, and which rule said so, and warns of what the
+The first prints every tensor, how it is sharded, its bytes a device, and which rule decided, and warns of what the
 layout wastes; with --compile also what the step sends over each mesh axis. The second prints
 examples as the model sees them, their lengths, density and mixture shares, and writes the same as a page.
 """
@@ -204,10 +204,10 @@ def layout(
 
     Args:
       program: what to look at.
-      hardware: say whether a step fits an accelerator, as 'TPU v5p'; None for the devices there are.
-      compile: compile the step too, and say what it sends over which mesh axes, beside the closed forms.
+      hardware: report whether a step fits an accelerator, as 'TPU v5p'; None for the devices there are.
+      compile: compile the step too, and report what it sends over which mesh axes, beside the closed forms.
       replicated_state: the share of a device's state above which to warn that others along one mesh axis hold the
-        same, although the axis could cut it.
+        same, although the axis could shard it.
       replicated_activations: the same of the activations that the model constrains.
       resharding: the share of all bytes sent above which to warn of what no rule asks for.
 
@@ -269,8 +269,6 @@ def data(
     """
     from meshway.framework.data.inspection.figures import inspect
     from meshway.framework.data.inspection.page import page
-
-    pass
 
     inspection = inspect(source, batches, rows)
     path = local_path(html) if html else local_path(model_dir or "") / "data.html"

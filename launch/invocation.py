@@ -20,7 +20,7 @@ MACROS = {
     "EVAL_PERIOD": "steps between evaluations",
     "REPORT_PERIOD": "steps between reports of metrics",
     "DROPOUT_RATE": "the dropout rate of the model",
-    "LAYOUT": "how arrays lie on the mesh: a shipped name (as fsdp) or a gin file",
+    "LAYOUT": "how arrays are sharded over the mesh: a shipped name (as fsdp) or a gin file",
 }
 
 
@@ -37,8 +37,8 @@ class Invocation:
       search_paths: folders to look for gin files in, before the shipped ones.
       dry_run: build everything and print it, run nothing, write nothing.
       coordinator_address: host:port of process 0 of a multi-process run, None for one process.
-      num_processes: processes in the run, None to let the cluster say.
-      process_id: this process's rank, None to let the cluster say.
+      num_processes: processes in the run, None to take it from the cluster.
+      process_id: this process's rank, None to take it from the cluster.
       simulated_devices: CPU devices to simulate in this process, None for the real ones.
       options: the verb's own flags, of its dataclass in `verbs.py`.
       command: `launch`: the command after `--`, as its verb reads it.

@@ -1,4 +1,4 @@
-"""meshway status: how a run stands, from what it has written. Reads files alone: no JAX, no recipe, within a moment.
+"""meshway status: the state of a run, from what it has written. Reads files alone: no JAX, no recipe, within a moment.
 
 meshway status runs/mine
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """How a run stands.
+    """The state of a run.
 
     Attributes:
       model_dir: the run directory.
@@ -69,7 +69,7 @@ class Status:
 
 
 def read_status(model_dir: Path) -> Status:
-    """Reads how a run stands.
+    """Reads the state of a run.
 
     Raises:
       UserError: there is no run.
@@ -77,7 +77,7 @@ def read_status(model_dir: Path) -> Status:
     if not model_dir.is_dir():
         raise UserError(f"{model_dir}: there is no such directory")
     if not any((model_dir / name).exists() for name in ("metrics.jsonl", "timeline.jsonl", "checkpoints", ".lock")):
-        raise UserError(f"{model_dir} is no run directory: it holds no metrics.jsonl, timeline.jsonl or checkpoints")
+        raise UserError(f"{model_dir} is not a run directory: it holds no metrics.jsonl, timeline.jsonl or checkpoints")
     last = _last_line(model_dir / "metrics.jsonl")
     timeline = model_dir / "timeline.jsonl"
     seconds = last.get("step_seconds")

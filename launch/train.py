@@ -295,21 +295,47 @@ def _say_goodbye(directory: RunDirectory, last: int, periods: Periods, samples: 
 
 
 def run(invocation: "Invocation") -> None:
-    """Runs the verb from the command line."""
+    """Runs the verb from the command line: builds each argument of `train` from what `gin/runs/train.gin` binds to it.
+
+    Beside each are the macros that it is made of; those in capitals are what recipes set.
+    """
     from meshway.launch.recipe import config
 
     with processes.joined(*invocation.processes):
         recipe = config.load(invocation)
-        arguments = recipe.build("train.train", given=["resolved", "began"])
+        with recipe.parts("train.train", given=["resolved", "began"]) as part:
+            # MODEL, OPTIMIZER and LAYOUT; BATCH_SIZE, TASK_FEATURE_LENGTHS, SEED, NUM_MICROBATCHES
+            program: TrainProgram = part("program")
+            # DATA: by default `CachedData` of MIXTURE_OR_TASK_NAME under FEATURE_CONVERTER, from CACHE_DIR
+            data: DataSource = part("data")
+            model_dir: str = part("model_dir")  # MODEL_DIR
+            periods: Periods = part("periods")  # TRAIN_STEPS, REPORT_PERIOD, EVAL_PERIOD, CHECKPOINT_PERIOD
+            evaluation: Evaluation = part("evaluation")
+            keep: Keep = part("keep")
+            initial: Initial | None = part("initial")  # bound by gin/initial/*.gin, and by who fine-tunes
+            hooks: Sequence[Hook] = part("hooks")
+            max_skipped_in_a_row: int = part("max_skipped_in_a_row")
         if invocation.dry_run:
             from meshway.launch.dry_run import dry_run
             from meshway.launch.inspection import layout
 
-            found = layout(arguments["program"]), "", dry_run(**arguments)
+            found = layout(program), "", dry_run(program, data, model_dir, periods, evaluation, keep, initial)
             if processes.is_primary():
                 print(recipe.resolved, *found, sep="\n")
             return
-        train(**arguments, resolved=recipe.resolved, began=process_began())
+        train(
+            program=program,
+            data=data,
+            model_dir=model_dir,
+            periods=periods,
+            evaluation=evaluation,
+            keep=keep,
+            initial=initial,
+            hooks=hooks,
+            max_skipped_in_a_row=max_skipped_in_a_row,
+            resolved=recipe.resolved,
+            began=process_began(),
+        )
 
 
 if __name__ == "__main__":

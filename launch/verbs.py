@@ -17,7 +17,7 @@ class NoFlags:
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class RecipeFlags:
     """Where a recipe is; `--gin.NAME=VALUE` is read apart."""
 
     gin_file: tuple[str, ...] = flag(
@@ -27,7 +27,7 @@ class Recipe:
 
 
 @dataclasses.dataclass(frozen=True)
-class Processes:
+class ProcessFlags:
     """Devices and processes of a verb that computes."""
 
     simulated_devices: int | None = flag("simulate N CPU devices in this process", "N", None)
@@ -37,12 +37,12 @@ class Processes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Train:
+class TrainFlags:
     dry_run: bool = flag("check and print all that a run resolves before its first step; write nothing", default=False)
 
 
 @dataclasses.dataclass(frozen=True)
-class Eval:
+class EvalFlags:
     model_dir: str | None = binds("MODEL_DIR", "the run to evaluate; its own recipe serves without --gin_file", "DIR")
     steps: str | None = binds(
         "evaluate.evaluate.steps", "latest (default), all (default with --watch), 100 or 100,200", "STEPS"
@@ -67,7 +67,7 @@ class Eval:
 
 
 @dataclasses.dataclass(frozen=True)
-class Infer:
+class InferFlags:
     model_dir: str | None = binds(
         "MODEL_DIR", "the run, or one of its checkpoints; its own recipe serves without --gin_file", "DIR"
     )
@@ -93,7 +93,7 @@ class Infer:
     batch_size: int | None = binds("infer.infer.batch_size", "examples in a batch (default: 32)", "N")
     max_input_length: int | None = binds("infer.infer.max_input_length", "tokens of the longest prompt", "N")
     max_new_tokens: int | None = binds("infer.infer.max_new_tokens", "most tokens of a prediction", "N")
-    truncate: bool = binds("infer.Inputs.truncate", "cut prompts that are longer, instead of refusing them")
+    truncate: bool = binds("infer.Inputs.truncate", "truncate longer prompts instead of refusing them")
     temperature: float | None = binds(
         "sampling.Sampling.temperature", "0 (default) takes the likeliest token", "X", reads=not_negative
     )
@@ -134,28 +134,28 @@ class Infer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Status:
+class StatusFlags:
     model_dir: str = flag("the run directory", "DIR")
     json: bool = flag("print it as JSON", default=False)
 
 
 @dataclasses.dataclass(frozen=True)
-class InspectLayout:
+class InspectLayoutFlags:
     hardware: str | None = binds(
-        "inspection.layout.hardware", "say whether a step fits this chip (v5p, 'H100 NVL')", "CHIP"
+        "inspection.layout.hardware", "report whether a step fits this chip (v5p, 'H100 NVL')", "CHIP"
     )
-    compile: bool = binds("inspection.layout.compile", "compile the step, say what it sends over which axes")
+    compile: bool = binds("inspection.layout.compile", "compile the step, report what it sends over which axes")
 
 
 @dataclasses.dataclass(frozen=True)
-class InspectData:
+class InspectDataFlags:
     batches: int | None = binds("inspection.data.batches", "batches drawn for figures (default: 20)", "N")
     rows: int | None = binds("inspection.data.rows", "rows to show of each source (default: 3)", "N", least=0)
     html: str | None = binds("inspection.data.html", "the page (default: data.html in MODEL_DIR, or here)", "PATH")
 
 
 @dataclasses.dataclass(frozen=True)
-class Cache:
+class CacheFlags:
     task: str | None = binds("MIXTURE_OR_TASK_NAME", "the registered task or mixture, if not the recipe's", "NAME")
     module: str | None = binds("MIXTURE_OR_TASK_MODULE", "the Python module that registers it (mylab.tasks)", "MODULE")
     directory: str | None = binds("CACHE_DIR", "where to keep it (default: meshway/tasks in the user's cache)", "DIR")
@@ -172,7 +172,7 @@ class Cache:
 
 
 @dataclasses.dataclass(frozen=True)
-class Convert:
+class ConvertFlags:
     source: str = binds(
         "convert.convert.source",
         "a Hugging Face directory, T5X checkpoints, or a run to write out",
@@ -183,7 +183,7 @@ class Convert:
     to: str | None = binds(
         "convert.convert.target", "the directory to make: a run directory, or a Hugging Face one", "DIR"
     )
-    family: str | None = binds("convert.convert.family", "what the model is (default: what config.json says)", "FAMILY")
+    family: str | None = binds("convert.convert.family", "what the model is (default: as in config.json)", "FAMILY")
     dtype: Literal["float32", "bfloat16", "float16", "keep"] | None = binds(
         "convert.convert.dtype", "float32, bfloat16, float16 or keep (default: keep)", "DTYPE"
     )
@@ -198,7 +198,7 @@ class Convert:
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchTrain:
+class BenchTrainFlags:
     interleave: bool = binds(
         "bench.train.measure.interleave",
         "speak the burst protocol on a pipe, to be timed in turn with other programs",
@@ -206,7 +206,7 @@ class BenchTrain:
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchData:
+class BenchDataFlags:
     seconds: int | None = binds("bench.data.measure.seconds", "how long to time (default: 45)", "N")
     batches: int | None = binds("bench.data.measure.batches", "over how many batches memory is watched", "N")
     workers: int | None = binds("bench.data.measure.workers", "processes (default: one a core, 4 at most)", "N")
@@ -214,7 +214,7 @@ class BenchData:
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchParallel:
+class BenchParallelFlags:
     layouts: str | None = binds(
         "bench.parallel.measure.layouts", "which (fsdp,model_1d; default: all shipped)", "LAYOUTS"
     )
@@ -222,12 +222,12 @@ class BenchParallel:
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchRouting:
+class BenchRoutingFlags:
     seeds: int | None = binds("bench.routing.Routing.seeds", "how many seeds to train from (default: 4)", "N")
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchDecode:
+class BenchDecodeFlags:
     prompt_length: int | None = binds("bench.decode.Setting.prompt_length", "tokens a prompt (default: 128)", "N")
     new_tokens: int | None = binds("bench.decode.Setting.new_tokens", "new tokens in a turn (default: 16)", "N")
 
@@ -253,7 +253,7 @@ class Verb:
     instead: str = ""  # the flag that serves where no recipe is given
     recipe: bool = True  # whether it takes one at all
     on_devices: bool = True
-    slow: bool = True  # whether it takes seconds to start, and says what it is doing
+    slow: bool = True  # whether it takes seconds to start, and shows what it is doing
     macros: tuple[str, ...] = tuple(MACROS)  # those that the help lists
 
     def flags_for(self, subject: str | None) -> type:
@@ -262,25 +262,25 @@ class Verb:
 
 
 VERBS = {
-    "train": Verb("meshway.launch.train", "train a recipe, or go on from its last checkpoint", flags=Train),
+    "train": Verb("meshway.launch.train", "train a recipe, or go on from its last checkpoint", flags=TrainFlags),
     "eval": Verb(
         "meshway.launch.evaluate",
         "evaluate checkpoints of a run: one, several, or each as it appears",
-        flags=Eval,
+        flags=EvalFlags,
         instead="--model_dir",
         macros=("MODEL_DIR", "MIXTURE_OR_TASK_NAME", "TASK_FEATURE_LENGTHS", "BATCH_SIZE", "CACHE_DIR", "LAYOUT"),
     ),
     "infer": Verb(
         "meshway.launch.infer",
         "predict or score an input with a run's checkpoint; killed and run again, it goes on",
-        flags=Infer,
+        flags=InferFlags,
         instead="--model_dir",
         macros=("MODEL_DIR", "MIXTURE_OR_TASK_NAME", "TASK_FEATURE_LENGTHS", "CACHE_DIR", "LAYOUT"),
     ),
     "status": Verb(
         "meshway.launch.status",
-        "say how a run stands: who runs it, its steps reported and saved, rate and end, last evaluation",
-        flags=Status,
+        "show the state of a run: who runs it, steps reported and saved, rate, time left, last evaluation",
+        flags=StatusFlags,
         recipe=False,
         on_devices=False,
         slow=False,
@@ -290,9 +290,9 @@ VERBS = {
         "meshway.launch.inspection",
         "print every tensor: axes, sharding, bytes a device, and the rule; or what the data is like",
         subjects={
-            "layout": Subject("print every tensor: axes, sharding, bytes a device, and the rule", InspectLayout),
+            "layout": Subject("print every tensor: axes, sharding, bytes a device, and the rule", InspectLayoutFlags),
             "data": Subject(
-                "show examples as the model sees them, their lengths, density and mixture shares", InspectData
+                "show examples as the model sees them, their lengths, density and mixture shares", InspectDataFlags
             ),
         },
         default="layout",
@@ -300,7 +300,7 @@ VERBS = {
     "cache": Verb(
         "meshway.launch.cache",
         "prepare the tasks of a recipe, or --task, once and keep them",
-        flags=Cache,
+        flags=CacheFlags,
         instead="--task",
         on_devices=False,
         macros=("MIXTURE_OR_TASK_NAME", "MIXTURE_OR_TASK_MODULE", "CACHE_DIR"),
@@ -308,7 +308,7 @@ VERBS = {
     "convert": Verb(
         "meshway.launch.convert",
         "take a Hugging Face or T5X model in, with its recipe, or write a Hugging Face one",
-        flags=Convert,
+        flags=ConvertFlags,
         recipe=False,
         on_devices=False,
         macros=(),
@@ -317,13 +317,15 @@ VERBS = {
         "meshway.launch.bench",
         "time a recipe's step on synthetic data, or its data path; or count what layouts make devices send",
         subjects={
-            "train": Subject("time a recipe's step on synthetic data, beside the machine's matmul peak", BenchTrain),
-            "data": Subject("time how examples become batches, stage by stage, beside seqio", BenchData),
-            "parallel": Subject("count what each layout makes devices send, beside the least", BenchParallel),
-            "routing": Subject("compare who gets the experts' room, by accuracy", BenchRouting),
+            "train": Subject(
+                "time a recipe's step on synthetic data, beside the machine's matmul peak", BenchTrainFlags
+            ),
+            "data": Subject("time how examples become batches, stage by stage, beside seqio", BenchDataFlags),
+            "parallel": Subject("count what each layout makes devices send, beside the least", BenchParallelFlags),
+            "routing": Subject("compare who gets the experts' room, by accuracy", BenchRoutingFlags),
             "moe": Subject("time a mixture of experts in each form of dispatch, in turn"),
             "attention": Subject("time attention by each of several kernels, at several lengths, in turn"),
-            "decode": Subject("time what a token costs, beside how fast memory is read", BenchDecode),
+            "decode": Subject("time what a token costs, beside how fast memory is read", BenchDecodeFlags),
         },
         is_room=True,
     ),

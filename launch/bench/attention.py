@@ -5,7 +5,7 @@
     meshway bench attention --gin_file=bench_attention --gin.LAYOUT=model_1d --simulated_devices=4
 
 All kernels get the same queries, keys and values. Times are medians of rounds in which every kernel has its turn, so
-that what else the machine does falls on all alike; memory is what the compiler says, before anything runs.
+that other load on the machine affects all alike; memory is the compiler's figure, before anything runs.
 """
 
 import dataclasses

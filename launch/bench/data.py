@@ -3,7 +3,7 @@
     meshway bench data --gin_file=recipes/quickstart.gin
     meshway bench data --batches=100000 --gin_file=...    # and how much memory that takes
 
-Every stage gets a slice of each round, and the order is turned round from one round to the next, so that what
+Every stage gets a slice of each round, and the order is reversed from one round to the next, so that what
 slows the machine down for a while slows both sides. Figures are medians over rounds, ratios are of medians.
 """
 
@@ -245,7 +245,7 @@ def measure(
     as_json: bool = False,
     imported: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Times what becomes of a recipe's examples and prints what it found.
+    """Times the path from a recipe's examples to batches and prints what it found.
 
     Args:
       data: the recipe's `CachedData`, called with other arguments than the recipe's.

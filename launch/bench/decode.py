@@ -133,7 +133,7 @@ class Found:
 
 
 class _Decoding:
-    """The programs of one batch size and prompt length, and where its decoding stands."""
+    """The programs of one batch size and prompt length, and the state of its decoding."""
 
     def __init__(self, placed: ShardedModel, params: Params, batch_size: int, length: int, new_tokens: int):
         self.batch: PlacedBatch = prompt_batch(placed, batch_size, length)
@@ -196,7 +196,7 @@ def measure(placed: ShardedModel, setting: Setting = Setting()) -> Found:
     Raises:
       UserError: the model predicts no text, or it does not fit the layout.
     """
-    decoding_model(placed.model)  # says so of a model that predicts no text before anything is made
+    decoding_model(placed.model)  # raises for a model that predicts no text, before anything is made
     params = _init_params(placed, setting.params_dtype)
     mesh, results, source = placed.partitioner.mesh, [], ""
     stream, longest = StreamingRead(mesh), None

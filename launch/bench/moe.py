@@ -4,8 +4,8 @@
     meshway bench moe --gin_file=recipes/bench_moe.gin --gin.LAYOUT=expert --simulated_devices=8
     meshway bench moe --gin_file=mixtral/tiny --gin.bench.moe.measure.length=1024    # the layer of another model
 
-All forms get the same parameters and tokens. Times are medians of rounds in which every form has its turn, so that what
-else the machine does falls on all alike.
+All forms get the same parameters and tokens. Times are medians of rounds in which every form has its turn, so that
+other load on the machine affects all of them alike.
 """
 
 import dataclasses

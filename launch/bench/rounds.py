@@ -1,4 +1,4 @@
-"""What benchmarks share: passes that take turns, so that what else the machine does falls on all alike; the memory of
+"""What benchmarks share: passes timed in turn, so that other load on the machine affects all alike; the memory of
 this process; the text of a mesh."""
 
 import resource

@@ -221,7 +221,7 @@ def timed_batches(batches: Iterator[Batch], seconds: float) -> Sample:
 def batch_counts(batch: Batch) -> dict[str, float]:
     """Returns the examples and tokens in a batch of either side's rows.
 
-    Tokens are told by segment ids, where there are none by being other than 0; rows without tokens hold one
+    Tokens are those with a segment id, or, without segment ids, those other than 0; rows without tokens hold one
     example each.
     """
     segments = [array for name, array in batch.items() if name.endswith("_segment_ids")]
@@ -250,7 +250,7 @@ def densities(tokens: Mapping[str, int], lengths: Mapping[str, int], rows: int) 
 
 
 def log_normal(lengths: Mapping[str, int], count: int) -> InMemory:
-    """Returns examples of random tokens with log-normal lengths, cut off at `lengths`.
+    """Returns examples of random tokens with log-normal lengths, at most `lengths`.
 
     The first feature has a median of 148 tokens, each further one a seventh of that; sigma is 0.8.
     """
@@ -371,7 +371,7 @@ def pipeline_from_memory(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Holds back what seqio says of uncached sources and of features that are left out."""
+    """Silences seqio's notes on uncached sources and on features that are left out."""
     from absl import logging
 
     level = logging.get_verbosity()

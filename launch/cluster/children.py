@@ -29,7 +29,7 @@ class Child:
     index: int
     words: Sequence[str]
     log: Path | None = None
-    aloud: bool = False  # what it says is heard here too
+    aloud: bool = False  # what it prints is shown here too
     process: subprocess.Popen | None = None
     code: int | None = None
     ended_by_us: bool = False
@@ -57,7 +57,7 @@ class Children:
     """The processes of one attempt."""
 
     def __init__(self, children: Sequence[Child], environment: Mapping[str, str], grace: float) -> None:
-        """`grace`: seconds that the others get to end by themselves, and say why, after the first has ended."""
+        """`grace`: seconds that the others get to end by themselves, and report why, after the first has ended."""
         self.children, self._environment, self._grace = list(children), dict(environment), grace
         self._echoes: list[threading.Thread] = []
         self.ended: list[Child] = []  # in the order in which they were found to have ended
@@ -68,7 +68,7 @@ class Children:
             streams: dict[str, Any] = {}
             environment = self._environment
             if child.log is not None:
-                if child.aloud:  # a terminal is no place for stacks
+                if child.aloud:  # a terminal does not get stacks
                     environment = environment | {"MESHWAY_STACKS": str(child.log)}
                 file = open(child.log, "ab", buffering=0)  # noqa: SIM115 the child's, or its echo's, until it ends
                 streams = {"stdout": subprocess.PIPE if child.aloud else file, "stderr": subprocess.STDOUT}
@@ -155,7 +155,7 @@ class Notice:
 
 
 def _echo(stream: IO[bytes], log: IO[bytes]) -> None:
-    """Copies what a process says to its log and to standard output, as it comes."""
+    """Copies what a process prints to its log and to standard output, as it comes."""
     while chunk := os.read(stream.fileno(), 65536):
         log.write(chunk)
         with contextlib.suppress(BrokenPipeError):  # nobody listens; the run goes on, and its log is whole

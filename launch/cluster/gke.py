@@ -6,7 +6,7 @@ import re
 from typing import Any, ClassVar
 
 from meshway.framework.errors import UserError
-from meshway.launch.cluster.job import PORT, Chips, Job, quoted, tpu_chips, yaml_text
+from meshway.launch.cluster.job import PORT, Chips, Job, Renderer, quoted, tpu_chips, yaml_text
 from meshway.launch.flags import flag
 
 _WORKERS = "workers"
@@ -15,18 +15,16 @@ _USER_ERROR = 2  # the exit code of a wrong command or recipe: another try would
 
 
 @dataclasses.dataclass(frozen=True)
-class Gke:
+class Gke(Renderer):
     """A GKE cluster with the JobSet controller: TPU slices by topology, or GPU nodes by number.
 
     GKE tells the pods of a TPU slice, and the slices of a JobSet, who their peers are (TPU_WORKER_*, MEGASCALE_*); GPU
-    pods are told here.
+    pods get it from here.
 
     Raises:
-      UserError: a topology that is none, or what does not go together.
+      UserError: a topology that is not one, or what does not go together.
     """
 
-    common: ClassVar[tuple[str, ...]] = ("name", "restarts", "env", "workdir", "setup", "unchecked")
-    shared_directory: ClassVar[bool] = True
     suffix: ClassVar[str] = ".yaml"
 
     accelerator: str = flag("what GKE calls it, as tpu-v5p-slice or nvidia-h100-80gb", "TYPE")
@@ -57,7 +55,7 @@ class Gke:
         if not self.tpu:
             if self.topology or self.num_slices > 1:
                 given = "--topology" if self.topology else "--num_slices"
-                raise UserError(f"{given} is for TPU slices, and --accelerator={self.accelerator} is none")
+                raise UserError(f"{given} is for TPU slices, and --accelerator={self.accelerator} is not one")
             if not self.nodes:
                 raise UserError(f"--accelerator={self.accelerator} needs --nodes=N, how many of them")
             return
@@ -189,8 +187,7 @@ class Gke:
             f"--num_processes={self.hosts}",
             '--process_id="$JOB_COMPLETION_INDEX"',
         ]
-        command = job.command(expanded=() if self.tpu else peers)
-        return "\n".join(["set -e", *job.before(), f"exec {command}"]) + "\n"
+        return job.script(expanded=() if self.tpu else peers) + "\n"
 
     def submit(self, path: str) -> str:
         """Returns the command that submits the file."""
@@ -198,11 +195,9 @@ class Gke:
 
 
 @dataclasses.dataclass(frozen=True)
-class Xpk:
+class Xpk(Renderer):
     """A GKE cluster made with xpk, which writes the JobSet itself."""
 
-    common: ClassVar[tuple[str, ...]] = ("name", "restarts", "env", "workdir", "setup", "unchecked")
-    shared_directory: ClassVar[bool] = True
     suffix: ClassVar[str] = ".sh"
 
     cluster: str = flag("the cluster", "NAME")

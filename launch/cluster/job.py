@@ -1,11 +1,12 @@
 """What is launched, wherever it is launched, and text of job files."""
 
+import abc
 import dataclasses
 import re
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from meshway.framework.errors import UserError
 from meshway.launch.flags import flag
@@ -29,7 +30,7 @@ def command(words: Sequence[str]) -> list[str]:
 
 
 def variable(name: str, text: str) -> str:
-    """Returns shell lines that set a variable to several lines of text, as they stand."""
+    """Returns shell lines that set a variable to several lines of text, unchanged."""
     end = f"END_OF_{name}"
     while end in text.splitlines():
         end += "_"
@@ -106,6 +107,16 @@ class Job:
         supervisor = ["meshway", "launch", "worker", f"--restarts={self.restarts if restarts is None else restarts}"]
         return " ".join([*(quoted(word) for word in [*supervisor, "--", *self.words]), *expanded])
 
+    def script(self, exports: bool = False, expanded: Sequence[str] = ()) -> str:
+        """Returns the shell script of one host, which becomes the command.
+
+        Args:
+          exports: whether it sets `env`, for a place that does not.
+          expanded: as of `command`.
+        """
+        before = [*(self.exports() if exports else ()), *self.before()]
+        return "\n".join(["set -e", *before, f"exec {self.command(expanded=expanded)}"])
+
     def __str__(self) -> str:
         return " ".join(" ".join(quoted(word) for word in ["meshway", *self.words]).splitlines())  # for a comment
 
@@ -157,30 +168,31 @@ class Runner(Protocol):
         ...
 
 
-@runtime_checkable
-class Renderer(Protocol):
-    """A place that takes a file: the file is written here and submitted by the place's own client."""
+class Renderer(abc.ABC):
+    """A place that takes a file: the file is written here and submitted by the place's own client.
 
-    common: ClassVar[tuple[str, ...]]
+    Attributes:
+      common: the fields of `Job` that are flags here.
+      shared_directory: whether MODEL_DIR must be a folder that several hosts see.
+      suffix: of the file's name.
+    """
+
+    common: ClassVar[tuple[str, ...]] = ("name", "restarts", "env", "workdir", "setup", "unchecked")
+    shared_directory: ClassVar[bool] = True
     suffix: ClassVar[str]
 
     @property
-    def shared_directory(self) -> bool:
-        """Whether MODEL_DIR must be a folder that several hosts see."""
-        ...
-
-    @property
+    @abc.abstractmethod
     def chips(self) -> Chips | None:
         """The devices that are asked for; None where that is not told."""
-        ...
 
+    @abc.abstractmethod
     def render(self, job: Job) -> str:
         """Returns the text of the job file."""
-        ...
 
+    @abc.abstractmethod
     def submit(self, path: str) -> str:
         """Returns the command that submits the file at `path`."""
-        ...
 
 
 def yaml_text(document: dict[str, Any]) -> str:

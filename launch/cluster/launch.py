@@ -125,7 +125,7 @@ def _checked(invocation: Invocation) -> "Recipe | None":
     """Reads and checks the recipe as the command will; None for one in a run directory that is not here.
 
     Raises:
-      UserError: what the command would say.
+      UserError: as the command itself would raise.
     """
     from meshway.launch.recipe import config
     from meshway.launch.recipe.files import of_run, run_directory

@@ -23,7 +23,7 @@ def run_local(
 ) -> int:
     """Runs `meshway WORDS` in several processes, which meet on a free port of 127.0.0.1.
 
-    When one ends, the others get `Deadlines.survivors` to end by themselves and say why; then SIGTERM, then SIGKILL.
+    When one ends, the others get `Deadlines.survivors` to end by themselves and report why; then SIGTERM, then SIGKILL.
     The next attempt goes on from the last complete checkpoint. SIGTERM and Ctrl-C are handed on, for the run to save
     and stop; a second one ends it.
 
@@ -35,7 +35,7 @@ def run_local(
       elastic: whether each restart has fewer processes: the next number that divides `processes`, so that what divided
         by them, such as the batch, still does.
       log_dir: where each process has its log, `process_I.log`; by default `logs` in the run directory if the words name
-        it, else a new folder. What process 0 says comes to standard output too.
+        it, else a new folder. What process 0 prints also goes to standard output.
 
     Returns:
       the exit code of the last attempt: 75 if a process hung, 128 and the number of the signal that killed one.

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NoReturn
 from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.files import local_path
 from meshway.launch.cluster.gke import Gke, Xpk
-from meshway.launch.cluster.job import Job
+from meshway.launch.cluster.job import Job, Renderer
 from meshway.launch.cluster.ray_cluster import RayCluster
 from meshway.launch.cluster.skypilot import SkyPilot
 from meshway.launch.cluster.slurm import Slurm
@@ -74,7 +74,7 @@ class Kind:
     @property
     def renders(self) -> bool:
         """Whether it writes a file for the place's own client, instead of running the job."""
-        return hasattr(self.place, "render")
+        return issubclass(self.place, Renderer)
 
     @property
     def flags(self) -> list[Flag]:
@@ -158,7 +158,7 @@ def parse_launch(
     Args:
       words: those after `launch`.
       parse: reads the command after `--`.
-      runnable: the verbs that may stand there.
+      runnable: the verbs that may come there.
 
     Raises:
       UserError: the command line, or the one after `--`, is wrong.
@@ -215,7 +215,7 @@ def _check(
     if parsed is None:
         return None
     if verb not in runnable:
-        raise UserError(f"meshway {verb} runs in one process: start it without `launch` (after -- may stand: "
+        raise UserError(f"meshway {verb} runs in one process: start it without `launch` (what may come after --: "
                         f"{', '.join(runnable)})")  # fmt: skip
     ranks = {"coordinator_address", "num_processes", "process_id"} if name != "worker" else set()
     devices = {"simulated_devices"} if "devices" in vars(place) and not KINDS[name].renders else set()
@@ -245,7 +245,7 @@ def check_model_dir(value: str, place: Any) -> None:
     if not any(PurePosixPath(value).is_relative_to(path) for path in mounts):
         there = f"; mounted are {', '.join(mounts)}" if mounts else ""
         raise UserError(
-            f"--gin.MODEL_DIR={value} lies in no volume that the pods mount, and would be gone with them: mount one "
+            f"--gin.MODEL_DIR={value} is in no volume that the pods mount, and would be lost with them: mount one "
             f"there by --volume=CLAIM:{PurePosixPath(value).parent}{there}"
         )
 
@@ -263,7 +263,7 @@ def _refuse(name: str, word: str, separated: bool) -> NoReturn:
 
 
 def parsers() -> tuple[Parser, dict[str, Parser]]:
-    """Returns the parser of what stands before `--`, and those of the kinds by name."""
+    """Returns the parser of the words before `--`, and those of the kinds by name."""
     parser = Parser(
         prog="meshway launch",
         usage="meshway launch KIND [options] -- VERB ...",

@@ -17,7 +17,7 @@ from meshway.launch.cluster.job import Job
 from meshway.launch.flags import flag
 
 _USER_ERROR = 2  # the exit code of a wrong command or recipe: another try would end the same
-_LAST_WORDS_SECONDS = 5.0  # how long the others may still say why they end, after the first
+_LAST_WORDS_SECONDS = 5.0  # how long the others may still report why they end, after the first
 _REACH_SECONDS = 10.0
 _OBJECT_STORE_BYTES = 80 * 2**20  # nothing goes through it; the least that Ray takes
 

@@ -4,10 +4,10 @@ import dataclasses
 from typing import ClassVar
 
 from meshway.framework.errors import UserError
-from meshway.launch.cluster.job import PORT, Chips, Job, quoted, tpu_chips, yaml_text
+from meshway.launch.cluster.job import PORT, Chips, Job, Renderer, quoted, tpu_chips, yaml_text
 from meshway.launch.flags import flag
 
-# Hosts of a TPU slice count too, whatever num_nodes says: all of them are in the list of addresses.
+# Hosts of a TPU slice count too, whatever num_nodes is: all of them are in the list of addresses.
 _PEERS = (
     f'--coordinator_address="$(head -n 1 <<< "$SKYPILOT_NODE_IPS"):{PORT}"',
     '--num_processes="$(wc -l <<< "$SKYPILOT_NODE_IPS")"',
@@ -16,15 +16,13 @@ _PEERS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class SkyPilot:
+class SkyPilot(Renderer):
     """A task of SkyPilot, submitted as a managed job: machines that are taken away are replaced.
 
     Raises:
       UserError: what does not go together.
     """
 
-    common: ClassVar[tuple[str, ...]] = ("name", "restarts", "env", "workdir", "setup", "unchecked")
-    shared_directory: ClassVar[bool] = True
     suffix: ClassVar[str] = ".yaml"
 
     accelerators: str = flag("of each node, as H100:8 or tpu-v5p-16", "TYPE[:N]")
@@ -37,7 +35,7 @@ class SkyPilot:
 
     def __post_init__(self) -> None:
         if self.runtime_version and not self.accelerators.startswith("tpu"):
-            raise UserError(f"--runtime_version is for TPUs, and --accelerators={self.accelerators} are none")
+            raise UserError(f"--runtime_version is for TPUs, and --accelerators={self.accelerators} are not TPUs")
 
     @property
     def chips(self) -> Chips | None:
@@ -50,7 +48,7 @@ class SkyPilot:
     def render(self, job: Job) -> str:
         """Returns the task as YAML."""
         version = {"runtime_version": self.runtime_version} if self.runtime_version else None
-        enter = [f"cd {quoted(job.workdir)}"] if job.workdir else []
+        prepared = dataclasses.replace(job, setup=())  # SkyPilot runs `setup` by itself
         task = {
             "name": job.name,
             "num_nodes": self.nodes,
@@ -64,8 +62,8 @@ class SkyPilot:
             },
             "workdir": self.upload,
             "envs": job.environment or None,
-            "setup": "\n".join(["set -e", *enter, *job.setup]) + "\n" if job.setup else None,
-            "run": "\n".join(["set -e", *enter, f"exec {job.command(expanded=_PEERS)}"]) + "\n",
+            "setup": "\n".join(["set -e", *job.before()]) + "\n" if job.setup else None,
+            "run": prepared.script(expanded=_PEERS) + "\n",
         }
         return job.comment() + "\n" + yaml_text(task)
 

@@ -5,7 +5,7 @@ import re
 from typing import ClassVar
 
 from meshway.framework.errors import UserError
-from meshway.launch.cluster.job import Chips, Job, quoted, variable
+from meshway.launch.cluster.job import Chips, Job, Renderer, quoted, variable
 from meshway.launch.flags import flag
 
 _TIME = re.compile(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}")
@@ -35,15 +35,13 @@ exit "$code"
 
 
 @dataclasses.dataclass(frozen=True)
-class Slurm:
+class Slurm(Renderer):
     """A Slurm cluster.
 
     Raises:
       UserError: a time that sbatch does not understand.
     """
 
-    common: ClassVar[tuple[str, ...]] = ("name", "restarts", "env", "workdir", "setup", "unchecked")
-    shared_directory: ClassVar[bool] = True
     suffix: ClassVar[str] = ".sbatch"
 
     nodes: int = flag("how many nodes", "N")
@@ -54,7 +52,7 @@ class Slurm:
     qos: str | None = flag("the quality of service", "NAME", None)
     constraint: str | None = flag("what nodes must have", "FEATURES", None)
     time: str | None = flag("the longest time to run, as 24:00:00; the job then saves and queues again", "TIME", None)
-    notice: int = flag("seconds before the end of the time at which the run is told to save (default: 300)", "S", 300)
+    notice: int = flag("seconds before the end of the time at which the run is asked to save (default: 300)", "S", 300)
     image: str | None = flag("a container image, where the cluster has Pyxis", "IMAGE", None)
 
     def __post_init__(self) -> None:
@@ -87,7 +85,6 @@ class Slurm:
             "open-mode": "append",
         }
         options = [f"#SBATCH --{key}={value}" for key, value in asked.items() if value is not None]
-        on_each = "\n".join(["set -e", *job.before(), f"exec {job.command()}"])
         container = f"--container-image={quoted(self.image)} " if self.image else ""
         lines = [
             "#!/bin/bash",
@@ -96,7 +93,7 @@ class Slurm:
             job.comment(),
             "",
             *job.exports(),
-            variable("COMMAND", on_each),
+            variable("COMMAND", job.script()),
         ]
         return "\n".join([*lines, _RUN % container])
 

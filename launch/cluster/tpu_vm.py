@@ -5,7 +5,7 @@ import shlex
 from typing import ClassVar
 
 from meshway.framework.errors import UserError
-from meshway.launch.cluster.job import Chips, Job, quoted, tpu_chips, variable
+from meshway.launch.cluster.job import Chips, Job, Renderer, quoted, tpu_chips, variable
 from meshway.launch.flags import flag
 
 _HEAD = """\
@@ -14,7 +14,7 @@ _HEAD = """\
 #
 #   bash THIS create   asks for the slices and waits until they are there
 #   bash THIS run      starts the job on every host; it stays when this shell goes
-#   bash THIS logs     follows what process 0 says
+#   bash THIS logs     follows the log of process 0
 #   bash THIS stop     tells every process to save and stop
 #   bash THIS delete   gives the slices back
 set -euo pipefail
@@ -121,15 +121,13 @@ _VARIABLES = """
 
 
 @dataclasses.dataclass(frozen=True)
-class TpuVm:
+class TpuVm(Renderer):
     """Cloud TPU VMs, one slice or several.
 
     Raises:
       UserError: what does not go together.
     """
 
-    common: ClassVar[tuple[str, ...]] = ("name", "restarts", "env", "workdir", "setup", "unchecked")
-    shared_directory: ClassVar[bool] = True
     suffix: ClassVar[str] = ".sh"
 
     zone: str = flag("the zone, as us-east5-a", "ZONE")
@@ -176,12 +174,11 @@ class TpuVm:
         several = len(nodes) > 1
         where = [f"--zone={self.zone}"] + ([f"--project={self.project}"] if self.project else [])
         head = _HEAD % {"job": job.comment(), "name": job.name, "nodes": shlex.join(nodes), "where": shlex.join(where)}
-        on_each = "\n".join(["set -e", *job.exports(), *job.before(), f"exec {job.command()}"])
         tail = _TAIL % {
             "coordinator": _COORDINATOR if several else "",
             "variables": _VARIABLES if several else "",
         }
-        return f"{head}{variable('ON_EACH_HOST', on_each)}{self._creation(nodes)}{tail}"
+        return f"{head}{variable('ON_EACH_HOST', job.script(exports=True))}{self._creation(nodes)}{tail}"
 
     def _creation(self, nodes: list[str]) -> str:
         """Returns the functions `create` and `delete`."""

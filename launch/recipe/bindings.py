@@ -33,7 +33,7 @@ MODULES: Mapping[str, str] = {
     "train": "meshway.launch.train",
     "vocabularies": "meshway.framework.data.vocabularies",
 }
-# Parameters of models/ that say how a model is trained or run, not what it computes: class or * -> names.
+# Parameters of models/ for how a model is trained or run, not what it computes: class or * -> names.
 _RUNNING: Mapping[str, Collection[str]] = {
     "*": ("dropout_rate", "dtype", "kernel", "remat", "scan", "pipeline", "one_hot", "stddev", "init"),
     "DecoderOnly": ("z_loss", "label_smoothing"),

@@ -1,4 +1,4 @@
-"""Finds everything that is wrong with a recipe before anything is built, and says it in one message."""
+"""Finds everything that is wrong with a recipe before anything is built, and reports it in one message."""
 
 import contextlib
 import dataclasses

@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Collection
+import inspect
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ class Recipe:
         return sorted(name for name in names if name.partition(".")[0] not in ("meshway", "gin", "__gin__"))
 
     def macro(self, name: str) -> Any:
-        """Returns the value of a macro, None where there is none or it is no plain value."""
+        """Returns the value of a macro, None where there is none or it is not a plain value."""
         values = [each.value for each in final(self._program.bindings) if each.is_macro and each.parameter == name]
         return None if not values or isinstance(values[-1], (Macro, Reference)) else values[-1]
 
@@ -123,7 +124,7 @@ class Recipe:
         return found
 
     def build(self, root: str, given: Collection[str] = ()) -> dict[str, Any]:
-        """Builds the keyword arguments of a verb's function; the verb calls it itself.
+        """Builds the keyword arguments of a verb's function that the recipe binds; the verb calls it itself.
 
         Args:
           root: `module.function` inside the package of verbs, as `train.train` or `bench.moe.measure`.
@@ -134,6 +135,17 @@ class Recipe:
 
         Raises:
           UserError: an argument is missing, or a constructor refuses its values (TypeError, ValueError).
+        """
+        with self.parts(root, given) as part:
+            return part.rest()
+
+    @contextlib.contextmanager
+    def parts(self, root: str, given: Collection[str] = ()) -> Iterator["Parts"]:
+        """Checks what a verb's function needs, and gives its arguments one by one; see `build`.
+
+        with recipe.parts("train.train", given=["resolved"]) as part:
+            program: TrainProgram = part("program")
+            options = part.rest()
         """
         module, _, name = root.rpartition(".")
         target = Target(f"{self._program.package}.{module}", (name,))
@@ -148,13 +160,12 @@ class Recipe:
             for argument in required_arguments(function, [*own, *given])
         ]
         raise_problems([*reach.undefined, *reach.lacking, *required_problems(reach), *lacking])
-        with terminal.stage(f"building what {module} needs"):
-            arguments = Resolver(bound).arguments(target, root)
-        for value in arguments.values():
-            # A data source may start processes, which need the tasks too.
-            if hasattr(value, "import_first") and not isinstance(value, type | Factory):
-                value.import_first(self.registering)
-        return arguments
+        resolver = Resolver(bound)
+        with terminal.stage(f"building what {module} needs"), resolver.building(root):
+            part = Parts(resolver, target, self.registering)
+            yield part
+            if left := part.left():
+                raise AssertionError(f"the verb does not ask for what the recipe may bind to {root}: {', '.join(left)}")
 
     def fingerprint(self, root: str, without: Collection[str]) -> str:
         """Returns a hash of what a verb's function hangs on (`settings`): recipes that have the same one ask for the
@@ -179,6 +190,39 @@ class Recipe:
         ]
         used = Walk(bindings, importing=True).run([target]).used - {"MODEL_DIR"}
         return dict(_plain(binding) for binding in bindings if binding_key(binding) in used)
+
+
+class Parts:
+    """The arguments of a verb's function as the recipe has them, each built when it is asked for.
+
+    Args:
+      resolver: of the recipe.
+      function: of the verb.
+      registering: modules that may have registered tasks, for data sources.
+    """
+
+    def __init__(self, resolver: Resolver, function: Target, registering: Sequence[str]):
+        self._resolver, self._function, self._registering = resolver, function, registering
+        self._left = resolver.bound(function)
+
+    def __call__(self, name: str) -> Any:
+        """Returns what the recipe binds to an argument, built; where it binds nothing, Python's default."""
+        if name not in self._left:
+            return inspect.signature(configurables.find(self._function, importing=True)).parameters[name].default
+        self._left.remove(name)
+        value = self._resolver.argument(self._function, name)
+        # A data source may start processes, which need the tasks too.
+        if hasattr(value, "import_first") and not isinstance(value, type | Factory):
+            value.import_first(self._registering)
+        return value
+
+    def rest(self) -> dict[str, Any]:
+        """Returns argument -> value of all that the recipe binds and nobody asked for."""
+        return {name: self(name) for name in list(self._left)}
+
+    def left(self) -> list[str]:
+        """Returns the arguments that the recipe binds and nobody asked for."""
+        return list(self._left)
 
 
 def _plain(binding: Binding) -> tuple[str, str]:
@@ -206,7 +250,7 @@ def _resolved(program: Program, bindings: list[Binding], defaults: list[Binding]
     lines = [f"from {DYNAMIC_REGISTRATION.replace('.', ' import ')}", *named, *alone, ""]
     macros = {binding.parameter: binding.value for binding in bindings if binding.is_macro}
     if "LAYOUT" in macros and not layout_is_shipped:
-        macros["LAYOUT"] = None  # a user's file may be gone or changed by then: its bindings stand below
+        macros["LAYOUT"] = None  # a user's file may be gone or changed by then: its bindings follow below
     lines += [format_binding(name, macros[name]) for name in sorted(macros)]
     group = None
     rest = [binding for binding in bindings if not binding.is_macro]

@@ -35,11 +35,11 @@ class GinFiles:
 
         Tried in turn: beside the including file, the path as given, in each search path, in the shipped folder, and
         there by the end of its path (`quickstart` finds `recipes/quickstart.gin`). What a shipped file includes is
-        beside it or in the shipped folder: nothing that lies in a user's folders changes a shipped recipe.
+        beside it or in the shipped folder: nothing in a user's folders changes a shipped recipe.
 
         Args:
           name: a path, with or without `.gin`, or a name.
-          beside: the folder of the file that says so, if any.
+          beside: the folder of the file that names it, if any.
           place: who asks, for the error.
           subfolder: look in this folder of the search paths and the shipped ones only (`layouts`), if
             `name` is a bare name.
@@ -86,7 +86,7 @@ class GinFiles:
         return found
 
     def shown(self, path: Path) -> str:
-        """Returns `path` for people: relative to the current or the shipped folder where it lies inside."""
+        """Returns `path` for people: relative to the current or the shipped folder where it is inside one."""
         for folder, prefix in ((Path.cwd(), Path()), (self.shipped.resolve(), Path("gin"))):
             if path.is_relative_to(folder):
                 return str(prefix / path.relative_to(folder))
@@ -133,8 +133,8 @@ class Joined:
 def join(invocation: Invocation, files: GinFiles) -> Joined:
     """Reads everything an invocation names.
 
-    The layout that files choose stands before the recipe, which may override parts of it; a layout chosen on
-    the command line stands after the recipe: it replaces the recipe's, whatever that one bound.
+    The layout that files choose comes before the recipe, which may override parts of it; a layout chosen on
+    the command line comes after the recipe: it replaces the recipe's, whatever that one bound.
 
     Raises:
       UserError: a file, a layout or a flag is wrong.
@@ -196,10 +196,10 @@ def of_run(invocation: Invocation) -> Invocation:
     """Returns the command with the recipe of its run: MODEL_DIR's `recipe.gin`, else its `config.gin`. MODEL_DIR may be
     one of the run's checkpoints.
 
-    A command that has recipes of its own keeps them. Its other bindings stand on top of either.
+    A command that has recipes of its own keeps them. Its other bindings override either.
 
     Raises:
-      UserError: no recipe is given and MODEL_DIR is not, is no directory, or holds no recipe.
+      UserError: no recipe is given and MODEL_DIR is missing, is not a directory, or holds no recipe.
     """
     if invocation.gin_files:
         return invocation
@@ -215,7 +215,7 @@ def of_run(invocation: Invocation) -> Invocation:
         if (run / name).is_file():
             return dataclasses.replace(invocation, gin_files=(str((run / name).absolute()),))
     raise UserError(
-        f"--model_dir={directory} is no run directory: it holds neither {' nor '.join(RECIPES)}; give the recipe by "
+        f"--model_dir={directory} is not a run directory: it holds neither {' nor '.join(RECIPES)}; give the recipe by "
         f"--gin_file=FILE, or a run{_inside(directory)}"
     )
 
@@ -224,14 +224,14 @@ def run_directory(invocation: Invocation) -> Path | None:
     """Returns the run directory that a command line names, by --model_dir or --gin.MODEL_DIR; None where it does not.
 
     Raises:
-      UserError: it is no text.
+      UserError: it is not text.
     """
     values = [flag for flag in invocation.bindings if flag.partition("=")[0].strip() == _MACRO]
     if not values:
         return None
     value = parse_flag(values[-1]).value
     if not isinstance(value, str) or not value:
-        raise UserError(f"--gin.{_MACRO}={value!r} is no directory; write --model_dir=DIR")
+        raise UserError(f"--gin.{_MACRO}={value!r} is not a directory; write --model_dir=DIR")
     return local_path(value)
 
 
@@ -244,6 +244,6 @@ def _beside(directory: Path) -> str:
 
 
 def _inside(directory: Path) -> str:
-    """Returns the runs that lie in a directory, as an example."""
+    """Returns the runs inside a directory, as an example."""
     runs = sorted(path for path in directory.iterdir() if any((path / name).is_file() for name in RECIPES))
     return f", as --model_dir={runs[0]}" if runs else ""

@@ -45,7 +45,7 @@ class Reach:
     Attributes:
       used: keys of the bindings and macros that apply somewhere.
       targets: what is referenced, as spelled.
-      scopes: the scopes in which something is called, cut to the part that some binding names.
+      scopes: the scopes in which something is called, reduced to the part that some binding names.
       opened: the same scopes as written.
       required: name -> (binding, the place that asks) of values marked %gin.REQUIRED.
       undefined: message -> place, of references to configurables, constants and macros that do not exist.

@@ -99,11 +99,11 @@ class Resolver:
         self._gin_scope = f"recipe_{next(_numbers)}"
         _resolvers.add(self)
 
-    def arguments(self, function: Target, verb: str) -> dict[str, Any]:
-        """Returns what the recipe binds to a function, every value built.
+    @contextlib.contextmanager
+    def building(self, verb: str) -> Iterator[None]:
+        """While the arguments of a verb's function are built.
 
         Args:
-          function: of a verb.
           verb: its name for people.
 
         Raises:
@@ -113,13 +113,21 @@ class Resolver:
         self._verb = verb
         try:
             with self._in_scope(()):
-                return self._values(self._winners(function, ()), (), ())
+                yield
         except ConstructionError:
             raise
         except (UserError, TypeError, ValueError) as error:
             raise UserError(str(error) if isinstance(error, UserError) else f"{verb}: {error}") from error
         finally:
             self._verb = None
+
+    def bound(self, function: Target) -> list[str]:
+        """Returns the parameters of a verb's function to which the recipe binds something."""
+        return list(self._winners(function, ()))
+
+    def argument(self, function: Target, name: str) -> Any:
+        """Returns what the recipe binds to one parameter of a verb's function, built; within `building`."""
+        return self._resolve(self._winners(function, ())[name].value, (), ())
 
     def call(self, target: Target, scope: Scope, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = {}) -> Any:
         """Calls a class or function with what the caller gives and, for the rest, with what the recipe binds.

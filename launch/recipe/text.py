@@ -128,7 +128,7 @@ class Binding:
 
     @property
     def where(self) -> str:
-        """Place and name, for errors; a flag says its name itself."""
+        """Place and name, for errors; a flag contains its own name."""
         return f"{self.place}: {self.name}" if self.place.line else str(self.place)
 
     @property
@@ -207,7 +207,7 @@ def _syntax_message(error: Exception, text: str, file: str) -> str:
 def parse_flag(flag: str) -> Binding:
     """Reads `NAME=VALUE` as written after `--gin.`.
 
-    A value that is no gin value but a bare word or path (`fsdp`, `/tmp/x`, `gs://bucket/run`) is text.
+    A value that is not a gin value but a bare word or path (`fsdp`, `/tmp/x`, `gs://bucket/run`) is text.
 
     Raises:
       UserError: the name or the value cannot be read.
@@ -215,7 +215,7 @@ def parse_flag(flag: str) -> Binding:
     name, _, value = flag.partition("=")
     value = value.strip()
     if not _BINDING_NAME.fullmatch(name):
-        raise UserError(f"--gin.{flag}: {name!r} is no name of a macro or binding; write --gin.NAME=VALUE")
+        raise UserError(f"--gin.{flag}: {name!r} is not the name of a macro or binding; write --gin.NAME=VALUE")
     place = Place(f"--gin.{name}")
     try:
         statements = parse(f"{name} = {value}", place.file)

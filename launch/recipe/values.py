@@ -23,7 +23,7 @@ from meshway.launch.recipe.text import Binding, Macro, Reference
 
 _SCALARS = (str, int, float, bool, bytes)
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False", type(None): "None"}
-_FLOATS = ("float32", "bfloat16", "float16")  # float64 is none of JAX's unless a process turns it on
+_FLOATS = ("float32", "bfloat16", "float16")  # JAX has float64 only where a process turns it on
 _DTYPES = (*_FLOATS, "int8")  # what keys and values may be kept in
 _SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16"}
 _SHORT_DTYPES |= {"fp32": "float32", "f32": "float32", "float": "float32"}
@@ -93,7 +93,7 @@ def read_values(bindings: Sequence[Binding], reach: Reach, shipped: Sequence[str
                 _refuse_addresses(value)
             name = binding.parameter if _OURS.match(binding.target.module) else ""
             if name.endswith("dtype") and binding.target.module.startswith("meshway.launch."):
-                name = ""  # the verbs say what dtypes are theirs: `convert` keeps each tensor's own
+                name = ""  # the verbs define their own dtypes: `convert` keeps each tensor's own
             read[origin] = _read(value, hint, name)
         except ValueError as error:
             taken = "" if origin is binding else f", taken by {binding.selector}.{binding.parameter}"
@@ -153,7 +153,7 @@ def _refuse_addresses(value: str) -> None:
 
 
 def _meant(value: Any, shipped: Sequence[str]) -> str:
-    """Returns which gin file a word may stand for where a reference is needed."""
+    """Returns which gin file a word may mean where a reference is needed."""
     files = [name for name in shipped if isinstance(value, str) and name.rpartition("/")[2] == value]
     return f"; --gin_file={files[0]} brings one" if len(files) == 1 else ""
 

@@ -9,6 +9,10 @@ from meshway.framework.errors import UserError
 from meshway.launch import cli
 from meshway.launch.cluster.options import KINDS
 from meshway.launch.flags import Parser, add_flags, binds, flag, flags_of, given, not_negative, refuse_unknown
+from meshway.launch.invocation import MACROS
+from meshway.launch.recipe.configurables import ImportTable, find, parameters
+from meshway.launch.recipe.files import GinFiles
+from meshway.launch.recipe.text import Import
 from meshway.launch.verbs import VERBS
 
 
@@ -87,6 +91,24 @@ def test_a_flag_of_a_verb_is_bound_or_taken_by_the_verb_itself():
         assert len(set(bindings)) == len(bindings)
     unbound = {each.name for kind in kinds for each in flags_of(kind) if not each.binding}
     assert unbound == {"--dry_run", "--model_dir", "--json"}  # of train and status
+
+
+COMMANDS = [(name, subject) for name, verb in VERBS.items() for subject in verb.subjects or [None]]
+
+
+@pytest.mark.parametrize(("verb", "subject"), COMMANDS)
+def test_what_a_flag_binds_is_there(verb, subject):
+    """A macro that recipes honour, or a parameter of something that the verb's own gin file imports."""
+    flags = [each for each in flags_of(VERBS[verb].flags_for(subject)) if each.binding]
+    files = GinFiles(())
+    statements = files.read(files.runs()[verb]) if flags else []
+    table = ImportTable(each for each in statements if isinstance(each, Import))
+    for each in flags:
+        selector, _, parameter = each.binding.rpartition(".")
+        if selector:
+            assert parameter in parameters(find(table.target(selector), importing=True)).names, each.binding
+        else:
+            assert each.binding in MACROS
 
 
 @pytest.mark.parametrize(

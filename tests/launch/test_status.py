@@ -66,7 +66,7 @@ def test_no_run_is_named(tmp_path, capsys):
     for words, message in (
         (["status"], "meshway status needs --model_dir=DIR"),
         (["status", str(tmp_path / "nowhere")], "there is no such directory"),
-        (["status", str(tmp_path)], "is no run directory"),
+        (["status", str(tmp_path)], "is not a run directory"),
         (["status", "gs://bucket/run"], "is not a local path"),
     ):
         assert cli.main(words) == 2 and message in capsys.readouterr().err

@@ -1,8 +1,10 @@
+import contextlib
 import json
 import os
 import re
 import signal
 import time
+from inspect import signature
 from types import SimpleNamespace
 
 import bigram_table
@@ -19,6 +21,8 @@ from meshway.framework.training.loop import Periods
 from meshway.framework.training.program import TrainProgram
 from meshway.framework.training.run_directory import RunDirectory
 from meshway.launch import train
+from meshway.launch.invocation import Invocation
+from meshway.launch.recipe import config
 
 
 class Stopped(Exception):
@@ -40,6 +44,19 @@ def resume(tmp_path, vocabulary):
     dataset = SimpleNamespace(spec=dict)
     data = SimpleNamespace(train=lambda rows: dataset, vocabularies=lambda: {"targets": vocabulary})
     train.train(program, data, str(tmp_path), Periods(total=5))
+
+
+def test_the_verb_passes_on_every_argument_that_a_recipe_may_bind(monkeypatch):
+    """By its own name: `run` spells each out."""
+    names, seen = signature(train.train).parameters.keys() - {"resolved", "began"}, {}
+    parts = contextlib.nullcontext(lambda name: f"its {name}")
+    recipe = SimpleNamespace(resolved="text", parts=lambda root, given: parts)
+    monkeypatch.setattr(config, "load", lambda invocation: recipe)
+    monkeypatch.setattr(train, "train", lambda **arguments: seen.update(arguments))
+    monkeypatch.setattr(train.processes, "joined", lambda *_: contextlib.nullcontext())
+    train.run(Invocation("train"))
+    assert seen.pop("began") and seen.pop("resolved") == "text"
+    assert seen == {name: f"its {name}" for name in names}
 
 
 def test_a_run_resumes_with_its_own_vocabulary_only(tmp_path, monkeypatch):

@@ -134,6 +134,24 @@ def test_what_the_caller_gives_need_not_be_bound(lab):
         loaded.build("train.train")
 
 
+def test_a_verb_asks_for_its_arguments_one_by_one_and_may_forget_none(lab):
+    lab.write("lab/verbs/train.py", "def train(model, steps, mesh, model_dir, layout, report=7): pass")
+    with lab.load("TRAIN_STEPS=3").parts("train.train") as part:
+        assert (part("steps"), part("report")) == (3, 7) and set(part.left()) == {
+            "model",
+            "mesh",
+            "model_dir",
+            "layout",
+        }
+        model, mesh = part("model"), part("mesh")
+        assert part.rest() == {"model_dir": "/tmp/run", "layout": "single"} and part.left() == []
+    assert mesh.ici == {"data": 1}
+    assert model.blocks[0].heads == lab.load().build("train.train")["model"].blocks[0].heads
+    said = "does not ask for what the recipe may bind to train.train: .*steps"
+    with pytest.raises(AssertionError, match=said), lab.load().parts("train.train"):
+        pass
+
+
 def test_a_module_that_only_another_verb_needs_is_not_imported(lab):
     lab.write("lab/heavy.py", "def steps():\n    return 5\n")
     lab.write("lab/registering.py", "")

@@ -44,5 +44,5 @@ def test_what_is_no_run_is_refused(tmp_path):
         of_run(invocation(f"MODEL_DIR='{tmp_path}'"))
     with pytest.raises(UserError, match="meshway eval needs a run: --model_dir=DIR"):
         of_run(invocation())
-    with pytest.raises(UserError, match="MODEL_DIR=3 is no directory"):
+    with pytest.raises(UserError, match="MODEL_DIR=3 is not a directory"):
         of_run(invocation("MODEL_DIR=3"))
