@@ -269,6 +269,10 @@ class _Words:
         self._imports = list(imports)
         self._taken = {statement.bound_name for statement in imports}
         self._words = {s.bound_module: s.bound_name for s in imports if s.is_from or s.alias}
+        words = dict(self._words)
+        for module in (s.module for s in imports if not (s.is_from or s.alias)):  # `bench.moe`, or by its full name
+            package = max((each for each in words if module.startswith(f"{each}.")), key=len, default="")
+            self._words.setdefault(module, words[package] + module.removeprefix(package) if package else module)
 
     def imports(self) -> list[str]:
         return sorted({str(statement) for statement in self._imports}, key=lambda text: text.split()[1:])

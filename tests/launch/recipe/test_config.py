@@ -103,6 +103,25 @@ def test_the_resolved_text_gives_the_same_recipe_and_the_same_text(lab, bindings
     assert shown[0] == shown[1]
 
 
+@pytest.mark.parametrize(
+    ("imports", "word"),
+    [
+        ("import lab.parts.rates", "lab.parts.rates"),
+        ("from lab import parts\nimport lab.parts.rates", "parts.rates"),
+        ("from lab.parts import rates", "rates"),
+    ],
+)
+def test_defaults_are_written_out_in_the_words_of_the_recipe(lab, imports, word):
+    made = "class Made:\n    def __init__(self, c=1):\n        self.c = c\n"
+    rate = "class Rate:\n    def __init__(self, made=Made):\n        self.made = made()\n"
+    lab.write("lab/parts/rates.py", made + rate)
+    loaded = lab.load(recipe=f"include 'base'\n{imports}\nmodel.Model.rate = @{word}.Rate()\n{word}.Made.c = 3")
+    assert f"\n{word}.Rate.made = @{word}.Made\n" in loaded.resolved
+    assert sum("import" in line and "rates" in line for line in loaded.resolved.splitlines()) == 1
+    again = lab.load(gin_files=[lab.write("resolved.gin", loaded.resolved)])
+    assert again.resolved == loaded.resolved and again.build("train.train")["model"].rate.made.c == 3
+
+
 def test_long_values_of_every_kind_come_back(lab):
     long = {f"key_{i}": [i, -1.5e-7, None, True, "it's " * 20, ("a", {})] for i in reversed(range(9))}
     loaded = lab.load(f"model.Model.rate={long!r}")
