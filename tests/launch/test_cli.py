@@ -103,7 +103,7 @@ NEEDED = {"convert": ["--from=a", "--to=b"], "status": ["a"]}  # what a verb nee
 
 def impossible():
     """Every flag of every verb and kind of launch that takes a number or one of several words -> what it cannot be."""
-    for name in cli.VERBS.keys() - {"launch"}:
+    for name in sorted(cli.VERBS.keys() - {"launch"}):  # a set: workers must collect the same order
         parser, children = cli.parsers(name)
         for subject, each in (children or {"": parser}).items():
             words = [word for word in (name, subject) if word] + NEEDED.get(name, ["--gin_file=quickstart"])
