@@ -307,6 +307,13 @@ def test_what_t5x_users_write_is_read(lab, decorated):
         assert type(factory()) is type(shared[0]) and shared[0] is shared[1]
 
 
+def test_a_constant_may_have_the_name_of_the_package_that_makes_it(lab):
+    lab.write("lab/theirs.py", "import gin\ngin.constant('lab.DEEP', 12)\n")
+    loaded = lab.load(recipe="include 'base'\nimport lab.theirs\nlayers.Block.heads = %lab.DEEP")
+    for each in (loaded, lab.load(recipe=loaded.resolved)):
+        assert each.build("train.train")["model"].blocks[0].heads == 12
+
+
 def test_a_constant_that_nobody_made_is_refused(lab):
     lab.write("lab/theirs.py", "import gin\ngin.constant('lab.ROOMS', 12)\n")
     with pytest.raises(UserError, match="lab.ROMS"):
