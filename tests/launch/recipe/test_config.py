@@ -192,6 +192,14 @@ def test_a_factory_called_without_an_argument_names_the_binding_to_add(lab):
         lab.load(recipe=recipe).build("train.train")
 
 
+def test_a_value_that_is_called_as_a_parameter_is_blames_no_binding(lab):
+    text = "from meshway.framework.errors import UserError\n"
+    text += "class MeshShape:\n    def __init__(self, ici):\n        raise UserError(\"no axis 'ici'; it is 'x'\")\n"
+    lab.write("lab/mesh.py", text)
+    with pytest.raises(UserError, match="^no axis 'ici'; it is 'x'$"):
+        lab.load().build("train.train")
+
+
 def test_a_bug_while_building_keeps_its_own_type(lab):
     lab.write("lab/mesh.py", "class MeshShape:\n    def __init__(self, ici):\n        raise KeyError('bug')\n")
     with pytest.raises(KeyError, match="bug"):
