@@ -72,10 +72,12 @@ def link(joined: Joined, files: GinFiles, invocation: Invocation, package: str) 
 
 
 def _undefined_macros(bindings: Sequence[Binding], others: Sequence[Binding], table: ImportTable) -> set[str]:
-    """Returns the names after % that are neither a macro of any verb's nor in a module that it imports."""
+    """Returns the names after % that are neither a macro of any verb's nor in a module that it imports. After `import
+    mylab.tasks`, mylab.PEAK may be the package's or a constant that one of its modules gives to gin."""
     defined = {binding.parameter for binding in [*bindings, *others] if binding.is_macro} | {REQUIRED}
     named = {leaf.name for binding in bindings for leaf in leaves(binding.value) if isinstance(leaf, Macro)}
-    return {name for name in named - defined if name.partition(".")[0] not in table.words}
+    modules = {word for word, statement in table.words.items() if statement.is_from or statement.alias}
+    return {name for name in named - defined if name.partition(".")[0] not in modules}
 
 
 def _linked(bindings: Iterable[Binding]) -> list[Binding]:

@@ -59,7 +59,9 @@ class ImportTable:
             if not (statement.alias or statement.is_from):
                 self._plain.add(statement.module)
             first = self.words.setdefault(statement.bound_name, statement)
-            if first.bound_module != statement.bound_module:
+            if first.module in self._absent:  # which was noted: no reason to note it as a second meaning too
+                self.words[statement.bound_name] = statement
+            elif first.bound_module != statement.bound_module:
                 self.problems.append(
                     f"{statement.place}: `{statement}` gives {statement.bound_name!r} a second meaning, "
                     f"after `{first}` at {first.place}; rename one with `as`"

@@ -269,7 +269,8 @@ class Resolver:
 
     def _refusal(self, error: Exception, target: Target, winners: Mapping[str, Binding]) -> str:
         message = str(error).split("\n  In call to configurable")[0].split("\n  No values supplied by Gin")[0]
-        blamed = [each for each in winners.values() if re.search(rf"\b{each.parameter}\b", message)]
+        words = re.sub(r"(?<!\w)'[^']*'(?!\w)", "", message)  # without values, which may be called as a parameter is
+        blamed = [each for each in winners.values() if re.search(rf"\b{each.parameter}\b", words)]
         if isinstance(error, UserError):
             return message + self._origins(blamed)
         return f"{self._written(target)}: {message}{self._origins(blamed or list(winners.values()))}"

@@ -132,6 +132,7 @@ def test_a_recipe_of_an_older_run_is_told_all_that_moved_at_once(lab):
         from meshway.framework.training import optimizers
         from meshway.models import t5
         from meshway.models.layers import relative
+        from meshway.models.language import t5
     """
     text = message(lab, recipe=f"{INCLUDE}{textwrap.dedent(imports)}t5.T5.d_model = 3\n")
     assert text == (

@@ -229,6 +229,14 @@ def test_a_factory_called_without_an_argument_names_the_binding_to_add(lab):
         lab.load(recipe=recipe).build("train.train")
 
 
+def test_a_value_that_is_called_as_a_parameter_is_blames_no_binding(lab):
+    text = "from meshway.framework.errors import UserError\n"
+    text += "class MeshShape:\n    def __init__(self, ici):\n        raise UserError(\"no axis 'ici'; it is 'x'\")\n"
+    lab.write("lab/mesh.py", text)
+    with pytest.raises(UserError, match="^no axis 'ici'; it is 'x'$"):
+        lab.load().build("train.train")
+
+
 def test_a_bug_while_building_keeps_its_own_type(lab):
     lab.write("lab/mesh.py", "class MeshShape:\n    def __init__(self, ici):\n        raise KeyError('bug')\n")
     with pytest.raises(KeyError, match="bug"):
@@ -342,6 +350,13 @@ def test_what_t5x_users_write_is_read(lab, decorated):
         table, (factory, small), shared = model.rate
         assert table == {"widths": [1, 2], "seven": 7} and small == 2 and model.blocks[0].heads == 12
         assert type(factory()) is type(shared[0]) and shared[0] is shared[1]
+
+
+def test_a_constant_may_have_the_name_of_the_package_that_makes_it(lab):
+    lab.write("lab/theirs.py", "import gin\ngin.constant('lab.DEEP', 12)\n")
+    loaded = lab.load(recipe="include 'base'\nimport lab.theirs\nlayers.Block.heads = %lab.DEEP")
+    for each in (loaded, lab.load(recipe=loaded.resolved)):
+        assert each.build("train.train")["model"].blocks[0].heads == 12
 
 
 def test_a_constant_that_nobody_made_is_refused(lab):
