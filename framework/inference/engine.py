@@ -298,7 +298,7 @@ class Engine:
     def _check_room(self, program: jax.stages.Compiled, kind: str) -> None:
         """Raises UserError where a device has no room for what a program makes: it would end the process."""
         try:
-            memory = program.memory_analysis()
+            memory: Any = program.memory_analysis()
             needed = memory.temp_size_in_bytes + memory.output_size_in_bytes
         except (AttributeError, NotImplementedError, RuntimeError):  # XLA's own errors are RuntimeErrors
             return

@@ -244,22 +244,14 @@ def test_a_task_of_a_module_of_the_hosts_is_left_to_them(capsys, tmp_path):
 def test_data_of_the_hosts_is_left_to_them(capsys, tmp_path, monkeypatch):
     """A data source of one's own that reads a file."""
     (tmp_path / "of_hosts.py").write_text(
-        "class Data:\n    def train(self, rows):\n        open('/of/hosts')\n    def eval_tasks(self):\n        return []\n"
+        "class Data:\n    def train(self, rows):\n        open('/of/hosts')\n    def eval_tasks(self): return []\n"
     )
     (tmp_path / "mine.gin").write_text(
         f"from __gin__ import dynamic_registration\nimport of_hosts\ninclude '{LAB}/t5.gin'\nDATA = @of_hosts.Data()\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    words = [
-        "launch",
-        "slurm",
-        "--nodes=2",
-        "--",
-        "train",
-        f"--gin_file={tmp_path}/mine.gin",
-        "--gin.MODEL_DIR=/data/run",
-    ]
-    assert cli.main(words) == 0
+    train = ["train", f"--gin_file={tmp_path}/mine.gin", "--gin.MODEL_DIR=/data/run"]
+    assert cli.main(["launch", "slurm", "--nodes=2", "--", *train]) == 0
     assert "note: its data cannot be read here ([Errno 2] No such file" in capsys.readouterr().err
 
 
