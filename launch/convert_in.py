@@ -53,14 +53,18 @@ def from_hugging_face(
     if vocabulary is not None:
         tokenizer_files.check_size(vocabulary, model.bindings["VOCAB_SIZE"], source)
     features = features_of(model.bindings)
-    framing = None
+    has_encoder = "inputs" in features
     if vocabulary is not None:
-        framing = tokenizer_files.read_framing(source, model.config, "inputs" in features, vocabulary)
+        framing = tokenizer_files.read_framing(source, model.config, has_encoder, vocabulary)
+        bindings = vocabulary_bindings(goal, features, framing)
+    else:
+        framing = tokenizer_files.framing_of_ids(source, model.config, has_encoder, model.bindings["VOCAB_SIZE"])
+        bindings = framing_bindings(framing)
     text = recipe_text(
         f"{model.family.name} model",
         model.directory.absolute(),
         model.family.include(model.config),
-        model.bindings | (vocabulary_bindings(goal, features, framing) if framing else {}),
+        model.bindings | bindings,
         goal,
         f"Not read of its config.json: {', '.join(ignoring)}." if ignoring else "",
     )
@@ -68,6 +72,8 @@ def from_hugging_face(
     copied = _keep_origin(model, folder / ORIGIN)
     if vocabulary is not None:
         RunDirectory(folder).save_vocabularies(dict.fromkeys(features, vocabulary), framing)
+    else:
+        RunDirectory(folder).save_framing(framing)
     return {
         "family": model.family.name,
         **described(values, model.tensors),
@@ -164,6 +170,12 @@ def vocabulary_bindings(run: Path, features: Sequence[str], framing: Framing) ->
         "grain_loader.CachedData.start": list(framing.start),
         "grain_loader.CachedData.stop_ids": list(framing.stop),
     }
+
+
+def framing_bindings(framing: Framing) -> Bindings:
+    """Returns the bindings of what is known to stand around texts where there is no vocabulary."""
+    said = {"start": list(framing.start), "stop_ids": list(framing.stop)}
+    return {f"grain_loader.CachedData.{name}": ids for name, ids in said.items() if ids}
 
 
 def _keep_origin(model: HuggingFaceModel, folder: Path) -> list[str]:

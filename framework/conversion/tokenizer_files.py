@@ -103,13 +103,34 @@ def read_framing(directory: Path, config: Mapping[str, Any], has_encoder: bool, 
     return framing
 
 
+def framing_of_ids(directory: Path, config: Mapping[str, Any], has_encoder: bool, size: int) -> Framing:
+    """Returns the same of a model directory without a tokenizer: what its configs say of token ids. Inputs are taken as
+    they are given.
+
+    Args:
+      directory, config, has_encoder: see `read_framing`.
+      size: how many ids the model knows.
+
+    Raises:
+      UserError: the files cannot be read, or an id is none of the model's.
+    """
+    start = _decoder_start(directory, config) if has_encoder else ()
+    framing = Framing(start, False, stop_ids(directory, config))
+    if wrong := [token for token in (*framing.start, *framing.stop) if token >= size]:
+        raise UserError(f"{directory / 'config.json'}, or {GENERATION}: id {wrong[0]} is not among the model's {size}")
+    return framing
+
+
+def _decoder_start(directory: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+    said = (config.get("decoder_start_token_id"), _json(directory / GENERATION).get("decoder_start_token_id"))
+    start = next((token for token in said if token is not None), config.get("pad_token_id", 0))
+    return _ids(directory, _START_FIELDS[True], start)
+
+
 def _framing(directory: Path, config: Mapping[str, Any], has_encoder: bool, vocabulary: Vocabulary) -> Framing:
     stop = stop_ids(directory, config)
     if has_encoder:
-        generation = _json(directory / GENERATION)
-        said = (config.get("decoder_start_token_id"), generation.get("decoder_start_token_id"))
-        start = next((token for token in said if token is not None), config.get("pad_token_id", 0))
-        return Framing(_ids(directory, _START_FIELDS[has_encoder], start), True, stop)
+        return Framing(_decoder_start(directory, config), True, stop)
     bos = _ids(directory, _START_FIELDS[has_encoder], config.get("bos_token_id"))
     if isinstance(vocabulary, HuggingFace):
         return Framing(vocabulary.template()[0], False, stop)

@@ -249,6 +249,25 @@ def read_framing(run: Path) -> Framing:
     return dataclasses.replace(framing, append_eos=index.get("append_eos"))
 
 
+FRAMING = "framing.json"  # of a run that has token ids and no vocabularies
+
+
+def read_framing_of_ids(run: Path) -> Framing | None:
+    """Returns what stands around the token ids of a run without vocabularies; None where nothing is known.
+
+    Raises:
+      UserError: its framing.json is damaged.
+    """
+    path = Path(run) / FRAMING
+    if not path.is_file():
+        return None
+    try:
+        said = json.loads(path.read_text("utf-8"))
+        return Framing(tuple(map(int, said["start"])), said["append_eos"], tuple(map(int, said["stop"])))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
 def of_seqio(vocabulary: Any) -> Vocabulary:
     """Returns the same vocabulary without seqio; it is recognised by its class, so seqio is not imported.
 

@@ -360,7 +360,9 @@ def load_text(run: Path, has_encoder: bool, append_eos: bool | None = None, size
       UserError: the vocabularies cannot be read.
     """
     if not (run / "vocabularies.json").exists():
-        ids = IdsOnly(run, size)
+        ids, known = IdsOnly(run, size), vocabularies.read_framing_of_ids(run)
+        if known is not None:
+            return Text(ids, ids, known.start, known.stop)
         return Text(ids, ids, (0,) if has_encoder else ())  # an encoder's decoder needs one id to start from: T5X's
     framing = vocabularies.read_framing(run)
     targets = vocabularies.load(run / "vocabularies", "targets")

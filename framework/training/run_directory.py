@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from meshway.framework.data.vocabularies import FRAMING
 from meshway.framework.data.vocabulary import Framing, Vocabulary
 from meshway.framework.errors import UserError
 from meshway.framework.files import holder_of, io_errors, locked, replace_file
@@ -148,6 +149,15 @@ class RunDirectory:
             index |= {"start": list(framing.start), "stop": list(framing.stop)}
             index |= {} if framing.append_eos is None else {"append_eos": framing.append_eos}
         self._write("vocabularies.json", json.dumps(index, indent=1) + "\n")
+
+    def save_framing(self, framing: Framing) -> None:
+        """Writes `framing.json`: what stands around the token ids of a run without vocabularies.
+
+        Raises:
+          UserError: the disk refuses.
+        """
+        said = {"start": list(framing.start), "append_eos": framing.append_eos, "stop": list(framing.stop)}
+        self._write(FRAMING, json.dumps(said, indent=1) + "\n")
 
     def check_vocabularies(self, vocabularies: Mapping[str, Vocabulary], framing: Framing | None = None) -> None:
         """Compares the data's vocabularies, by task feature, and its start, with those of this run.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from meshway.framework.errors import UserError
+from meshway.framework.errors import EnvironmentFailure, UserError, first_line
 from meshway.framework.files import local_path
 from meshway.framework.partitioning.mesh import MeshShape
 from meshway.launch.cluster.job import Chips
@@ -57,7 +57,10 @@ def check_training(recipe: "Recipe", chips: Chips | None) -> list[str]:
     if initial is not None and not local_path(initial.path).exists():
         left.append(f"{initial.path}, where parameters start from, is not here: left to the hosts to check")
         given["initial"] = None
-    check(**given)
+    try:
+        check(**given)
+    except (OSError, EnvironmentFailure) as error:  # what it reads is on the hosts
+        left.append(f"its data cannot be read here ({first_line(error)}): left to the hosts to check")
     return left
 
 

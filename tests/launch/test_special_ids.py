@@ -170,6 +170,33 @@ def test_ids_that_the_tokenizer_has_not_are_refused(tmp_path, family, fields, ge
         convert(str(directory), str(tmp_path / "run"))
 
 
+@pytest.mark.parametrize(
+    ("family", "fields", "framing"),
+    [
+        ("llama2", {"eos_token_id": [2, 3]}, Framing((), False, (2, 3))),
+        ("llama2", {"eos_token_id": None}, Framing((), False, ())),
+        ("t5_1_1", {"decoder_start_token_id": 5, "eos_token_id": 4}, Framing((5,), False, (4,))),
+    ],
+    ids=str,
+)
+def test_ids_of_a_model_without_a_tokenizer_start_and_stop_as_its_files_say(tmp_path, family, fields, framing):
+    """Predictions of token ids end there too; a task that it is trained on starts and stops alike."""
+    directory = copy_of(family, tmp_path, **fields)
+    (directory / "tokenizer.json").unlink()
+    convert(str(directory), str(tmp_path / "run"))
+    has_encoder = family == "t5_1_1"
+    text = load_text(tmp_path / "run", has_encoder, size=67)
+    assert (text.start, text.stop, text.read_inputs([7, 8])) == (framing.start, framing.stop, [7, 8])
+    data = data_of(tmp_path / "run", *(["inputs"] if has_encoder else []))
+    assert (data._start, data._stop_ids) == (list(framing.start) or None, list(framing.stop) or None)
+    convert(str(tmp_path / "run"), str(tmp_path / "back"))
+    config = json.loads((directory / "config.json").read_text())
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == config
+    (directory / "config.json").write_text(json.dumps(config | {"eos_token_id": 67}))
+    with pytest.raises(UserError, match="id 67 is not among the model's 67"):
+        convert(str(directory), str(tmp_path / "other"))
+
+
 @pytest.mark.parametrize(("template", "text"), [((1,), "w1 w5"), ((1, 3), "w1 w3 w5"), ((), "w1 w5")], ids=str)
 def test_a_text_that_spells_out_the_start_has_it_once(tmp_path, template, text):
     convert(str(llama(tmp_path, template)), str(tmp_path / "run"))

@@ -196,7 +196,7 @@ def parse_json(line: str) -> dict[str, Any]:
     if not line.strip():
         raise ValueError("an empty line, not an object")
     try:
-        value = json.loads(line, parse_constant=_refuse)
+        value = json.loads(line, parse_constant=_refuse, object_pairs_hook=_fields)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
     except RecursionError as error:
@@ -248,6 +248,15 @@ def _refuse_deep(fields: dict[str, Any]) -> None:
 
 def _cells(count: int) -> str:
     return "1 cell" if count == 1 else f"{count} cells"
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns an object; raises ValueError for a field that it has twice, of which one would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the field {next(name for name in names if names.count(name) > 1)!r} stands in it twice")
+    return found
 
 
 def _refuse(constant: str) -> None:

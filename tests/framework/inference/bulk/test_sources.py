@@ -135,6 +135,8 @@ def test_bad_json_lines_are_problems_of_their_lines(tmp_path):
         b'{"x": NaN}': "not JSON: NaN is not a JSON value",
         b'{"x": ' + b"9" * 5000 + b"}": "not JSON: Exceeds the limit",
         b"[" * 200_000: "nested too deeply",
+        b'{"inputs": "a", "id": 1, "inputs": "b"}': "the field 'inputs' stands in it twice",
+        b'{"inputs": "a", "more": {"x": 1, "x": 1}}': "the field 'x' stands in it twice",
         b'{"inputs": "\xff"}': "not UTF-8: byte 0xff at byte 13 of the line",
         b"": "an empty line, not an object",
         b" ": "an empty line, not an object",
