@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from meshway.framework.data.cache.builder import BuiltSplit, build
 from meshway.framework.data.cache.directory import cache_directory
+from meshway.framework.data.task_data import module_names
 from meshway.framework.terminal import format_columns
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def cache(
     Raises:
       UserError: a task, an example or an argument is at fault, or another version of a task is there.
     """
-    modules = [module] if isinstance(module, str) else list(module or ())
+    modules = module_names(module)
     chosen = splits.split(",") if isinstance(splits, str) else splits
     root = directory or str(cache_directory())
     built = build(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from meshway.framework.data.source import DataSource
-from meshway.framework.data.task_data import preprocess
+from meshway.framework.data.task_data import module_names, preprocess
 from meshway.framework.distributed import processes
 from meshway.framework.distributed.processes import agree
 from meshway.framework.errors import UserError
@@ -301,8 +301,7 @@ def _source(inputs: Inputs, mode: str, data: DataSource | None) -> Source:
 def _preprocess(inputs: Inputs, lengths: Mapping[str, int]) -> Preprocess | None:
     if inputs.preprocess is None:
         return None
-    modules = [inputs.module] if isinstance(inputs.module, str) else list(inputs.module or ())
-    return preprocess(inputs.preprocess, modules, lengths)
+    return preprocess(inputs.preprocess, module_names(inputs.module), lengths)
 
 
 def _note(line: str) -> None:

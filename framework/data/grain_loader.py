@@ -25,7 +25,7 @@ from meshway.framework.data.rows.online_source import OnlineSource
 from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.data.rows.row_stream import RowStream, Source
 from meshway.framework.data.source import SplitRead
-from meshway.framework.data.task_data import check_arguments, framing_of, vocabularies_of, with_split
+from meshway.framework.data.task_data import check_arguments, framing_of, module_names, vocabularies_of, with_split
 from meshway.framework.data.vocabularies import check_named, load
 from meshway.framework.data.vocabulary import Framing, Vocabulary, vocabulary_sizes
 from meshway.framework.distributed import processes
@@ -118,7 +118,7 @@ class CachedData:
         self.lengths = dict(lengths)
         self.batch_size = batch_size
         self.converter = converter
-        self.modules = [module] if isinstance(module, str) else list(module or ())
+        self.modules = module_names(module)
         self._seed = seed
         self.train_split = train_split
         self.eval_split = eval_split

@@ -23,7 +23,7 @@ from meshway.framework.data.rows.online_source import StreamedSource
 from meshway.framework.data.rows.packing import Example
 from meshway.framework.data.rows.row_stream import RowStream
 from meshway.framework.data.source import SplitRead
-from meshway.framework.data.task_data import check_arguments, framing_of, vocabularies_of, with_split
+from meshway.framework.data.task_data import check_arguments, framing_of, module_names, vocabularies_of, with_split
 from meshway.framework.data.vocabulary import Framing, Vocabulary, vocabulary_sizes
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Batch
@@ -77,7 +77,7 @@ class SeqioData:
         self.lengths = dict(lengths)
         self.batch_size = batch_size
         self.converter = converter
-        self._modules = [module] if isinstance(module, str) else list(module or ())
+        self._modules = module_names(module)
         self._seed = seed
         self._train_split = train_split
         self.eval_split = eval_split

@@ -27,6 +27,11 @@ def check_arguments(kind: str, batch_size: Any, seed: Any, eval_examples: Any) -
         raise UserError(f"{kind}.eval_examples must be at least 1 or None (all), not {eval_examples!r}")
 
 
+def module_names(module: str | Sequence[str] | None) -> list[str]:
+    """Returns the modules that a recipe names to register tasks: one, several or none."""
+    return [module] if isinstance(module, str) else list(module or ())
+
+
 def vocabularies_of(
     name: str, tasks: Sequence[Any], converter: Converter, named: Mapping[str, Any]
 ) -> dict[str, Vocabulary]:
