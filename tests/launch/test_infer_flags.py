@@ -116,7 +116,7 @@ def test_numbers_that_count_are_counts(words, capsys):
         ("infer --input=a --output=b --on_bad=ignore", "argument --on_bad: 'ignore' is not one of fail, skip"),
         ("infer --input=a --output=b --gin.infer.Inputs.on_bad=x", "(bound: on_bad at --gin.infer.Inputs.on_bad)"),
         ("eval --gin.eval.evaluate.watch=often", "--gin.eval.evaluate.watch: eval.evaluate.watch = 'often': True or"),
-        ("cache --task=a --directory=s3://b/c", "error: --directory=s3://b/c: it is no path"),
+        ("cache --task=a --directory=s3://b/c", "error: --directory=s3://b/c: it is not a local path"),
     ],
 )  # fmt: skip
 def test_a_value_is_named_by_the_flag_that_was_written(words, said, capsys):
