@@ -94,11 +94,11 @@ def _run_ends(bits: np.ndarray, runs: int) -> np.ndarray:
     return ends
 
 
-def _with_sentinels(tokens: np.ndarray, places: np.ndarray, sentinels: np.ndarray) -> np.ndarray:
-    """Returns tokens with `sentinels` [k] inserted, which are at indices `places` [k] of the result, int32."""
+def _with_sentinels(tokens: np.ndarray, indices: np.ndarray, sentinels: np.ndarray) -> np.ndarray:
+    """Returns tokens with `sentinels` [k] inserted, which are at indices `indices` [k] of the result, int32."""
     result = np.empty(len(tokens) + len(sentinels), np.int32)
     is_token = np.ones(len(result), bool)
-    is_token[places] = False
+    is_token[indices] = False
     result[is_token] = tokens
-    result[places] = sentinels
+    result[indices] = sentinels
     return result
