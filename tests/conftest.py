@@ -42,3 +42,4 @@ hypothesis.settings.register_profile("meshway", deadline=None)
 hypothesis.settings.load_profile("meshway")
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.devices()  # JAX begins here: a test that plays other numbers of devices would settle them for all that follow
