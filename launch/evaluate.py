@@ -89,15 +89,15 @@ def evaluate(
         wanted = wanted if watch else wanted.fixed(directory.checkpoints)
         records.prepare()
     agree({"recipe": fingerprint, "jax": jax.__version__, "backend": jax.default_backend()})
-    placed = ShardedModel(model, layout)
+    sharded = ShardedModel(model, layout)
     vocabularies = data.vocabularies()
-    check_vocabularies(placed, vocabularies)
+    check_vocabularies(sharded, vocabularies)
     directory.check_vocabularies(vocabularies, source_framing(data))
     split = None if split == getattr(data, "eval_split", None) else split
     with terminal.stage("opening the evaluation data"):
         tasks = split_tasks(data, split)
     settings = dataclasses.replace(evaluation, max_predictions=max_predictions)
-    evaluator = Evaluator(placed, data.batch_size, data.lengths, tasks, settings)
+    evaluator = Evaluator(sharded, data.batch_size, data.lengths, tasks, settings)
     with EvaluationDisplay(silent=not processes.is_primary()) as display:
         for line in evaluator.left_out:
             display.say(line)
@@ -113,7 +113,7 @@ def evaluate(
             idle_timeout,
         )
         skip_removed = (watch or not listed) and not finished  # which one before the last does not tell
-        abstract = placed.abstract_params
+        abstract = sharded.abstract_params
         job = EvaluationJob(directory, evaluator, abstract, queue, records, fingerprint, split, display, skip_removed)
         count = job.run()
         _say_goodbye(directory, queue, count, display)

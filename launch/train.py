@@ -125,13 +125,13 @@ def train(
                 directory.describe(resolved, rows, summarize(program, rows))
             progress = _progress(periods, start, primary)
             stack.callback(progress.close)
-            evaluator = Evaluator(program.placed, program.batch_size, program.lengths, tasks, evaluation)
+            evaluator = Evaluator(program.sharded, program.batch_size, program.lengths, tasks, evaluation)
             evaluate = EvaluationLog(evaluator, directory, start, primary, progress.note)
             reporter = _reporter(directory, start, primary, progress, timeline, program, resolved, planned(step))
             stack.enter_context(at_the_end(reporter.close))
             loop = Loop(
                 step=step,
-                put=program.put,
+                shard_batch=program.shard_batch,
                 stream=stream,
                 periods=periods,
                 reporter=reporter,

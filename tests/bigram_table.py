@@ -64,7 +64,7 @@ class BigramTable:
         return jax.tree.map(lambda leaf: leaf[rows], cache)
 
 
-def placed(data=1):
+def sharded(data=1):
     """The model, batches cut over `data` devices."""
     mesh = MeshShape(ici={"data": data})
     activations = [("batch", "data"), ("length", None), ("vocab", None)]

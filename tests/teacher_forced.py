@@ -71,7 +71,7 @@ def log_probs_through_cache(made, params, case):
 
     with made.partitioner.activate():
         placed = jax.device_put(params, made.state_shardings.params)
-        return np.asarray(jax.jit(decode)(placed, made.put(case.prompt), case.targets))
+        return np.asarray(jax.jit(decode)(placed, made.shard_batch(case.prompt), case.targets))
 
 
 def assert_same(made, params, case, wanted):

@@ -67,7 +67,7 @@ def losses(program: TrainProgram, steps: int, state=None, first: int = 0) -> tup
     state = program.init() if state is None else state
     found = []
     for index in range(first, first + steps):
-        state, metrics = step(state, program.put(program.synthetic_batch(seed=index)))
+        state, metrics = step(state, program.shard_batch(program.synthetic_batch(seed=index)))
         total, weight = metrics["loss"]
         found.append(float(total) / float(weight))
     return found, state
@@ -86,7 +86,7 @@ def gradients_and_losses(program: TrainProgram, fresh, steps: int) -> tuple[dict
     step, state = program.compile_step(), jax.device_put(fresh, program.state_shardings)
     gradients, found = {}, []
     for index in range(steps):
-        state, metrics = step(state, program.put(program.synthetic_batch(seed=index)))
+        state, metrics = step(state, program.shard_batch(program.synthetic_batch(seed=index)))
         gradients = gradients or {name: np.asarray(m[0]) for name, m in metrics.items() if name.startswith("gradient[")}
         found.append(float(metrics["loss"][0]) / float(metrics["loss"][1]))
     return gradients, found

@@ -60,7 +60,7 @@ class Evaluator:
 
     def __init__(
         self,
-        placed: ShardedModel,
+        sharded: ShardedModel,
         batch_size: int,
         lengths: Mapping[str, int],
         tasks: Sequence[EvalTask],
@@ -72,11 +72,11 @@ class Evaluator:
           UserError: the batch size is not divisible over the mesh; tasks have metrics of predictions, and the model
             does not decode.
         """
-        self._placed, self._lengths, self._tasks, self._settings = placed, lengths, list(tasks), settings
-        self._spec = placed.batch(batch_size, lengths).spec
-        self._programs = ProgramCache(placed, batch_size)
+        self._sharded, self._lengths, self._tasks, self._settings = sharded, lengths, list(tasks), settings
+        self._spec = sharded.batch(batch_size, lengths).spec
+        self._programs = ProgramCache(sharded, batch_size)
         if settings.max_predictions != 0 and any(task.has_metrics for task in tasks):
-            decoding_model(placed.model, _NO_PREDICTIONS)  # now, not after the steps before the first evaluation
+            decoding_model(sharded.model, _NO_PREDICTIONS)  # now, not after the steps before the first evaluation
 
     @property
     def task_names(self) -> list[str]:
@@ -120,7 +120,7 @@ class Evaluator:
 
     def _teacher_forced(self, params: Params, task: EvalTask, observe: Observer) -> tuple[dict[str, np.ndarray], int]:
         """Returns (sum and weight of each metric, how many rows were read)."""
-        model = self._placed.model
+        model = self._sharded.model
 
         def loss(params: Params, batch: Batch) -> Metrics:
             loss, weight, metrics = model.loss(params, batch, None)
@@ -191,7 +191,7 @@ class Evaluator:
         self, params: Params, stop_ids: Sequence[int], batch: Batch, indices: np.ndarray
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the best prediction of each row, int32 [batch, length], and its score, float32 [batch]."""
-        model = decoding_model(self._placed.model, _NO_PREDICTIONS)
+        model = decoding_model(self._sharded.model, _NO_PREDICTIONS)
         decoder, stop, length = self._settings.decoder, Stop(tuple(stop_ids)), self._lengths["targets"]
 
         def predict(params: Params, batch: Batch, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -208,7 +208,7 @@ class Evaluator:
 
     def _scores(self, params: Params, task: EvalTask, limit: int, observe: Observer) -> dict[int, float]:
         """Returns example -> log-probability of its targets, of those of the first `limit` that have a row."""
-        model = self._placed.model
+        model = self._sharded.model
 
         def summed(params: Params, batch: Batch) -> jax.Array:
             scores = model.score(params, batch)

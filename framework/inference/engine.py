@@ -17,20 +17,20 @@ from meshway.framework.inference.rows import RowFormat, Tokens
 from meshway.framework.inference.sampling import DecodeState, Sampling
 from meshway.framework.interfaces import Batch, Cache, Decodes, Params
 from meshway.framework.partitioning.program_cache import ProgramCache
-from meshway.framework.partitioning.sharded_model import PlacedBatch, ShardedModel
+from meshway.framework.partitioning.sharded_model import ShardedBatch, ShardedModel
 
 SCORE_INSTEAD = "it may score given targets (--mode=score)"
 
 
-def prompt_batch(placed: ShardedModel, batch_size: int, length: int) -> PlacedBatch:
+def prompt_batch(sharded: ShardedModel, batch_size: int, length: int) -> ShardedBatch:
     """Returns what `TokenSteps.prefill` reads: prompts of up to `length` tokens, as `RowFormat` makes them.
 
     Raises:
       UserError: the model does not predict text, or the batch size is not divisible over the mesh.
     """
-    rows = RowFormat.of(placed.model)
+    rows = RowFormat.of(sharded.model)
     lengths = {"inputs": length, "targets": 1} if rows.has_encoder else {"inputs": 0, "targets": length}
-    whole = placed.batch(batch_size, lengths)
+    whole = sharded.batch(batch_size, lengths)
     names = rows.prompts([], length)
     return dataclasses.replace(
         whole,
@@ -48,15 +48,15 @@ class TokenSteps:
 
     def __init__(
         self,
-        placed: ShardedModel,
-        prompts: PlacedBatch,
+        sharded: ShardedModel,
+        prompts: ShardedBatch,
         max_length: int,
         sampling: Sampling = Sampling(temperature=0.0),
         stop: Stop = Stop(()),
         params: Params | None = None,
     ):
         """Args:
-          placed: the model on its mesh.
+          sharded: the model on its mesh.
           prompts: what is read (`prompt_batch`).
           max_length: how many new tokens the cache has room for; further ones would be lost silently.
           sampling, stop: how tokens are drawn, and what ends a prediction; by default greedily, and nothing.
@@ -65,10 +65,10 @@ class TokenSteps:
         Raises:
           UserError: the model refuses these lengths, or an array does not fit the layout.
         """
-        model = decoding_model(placed.model, SCORE_INSTEAD)
-        self._model, self._sampling, self._stop, self._partitioner = model, sampling, stop, placed.partitioner
-        self._params = placed.abstract_params if params is None else params
-        partitioner, key = placed.partitioner, jax.eval_shape(lambda: jax.random.key(0))
+        model = decoding_model(sharded.model, SCORE_INSTEAD)
+        self._model, self._sampling, self._stop, self._partitioner = model, sampling, stop, sharded.partitioner
+        self._params = sharded.abstract_params if params is None else params
+        partitioner, key = sharded.partitioner, jax.eval_shape(lambda: jax.random.key(0))
         given = (prompts.abstract, jax.ShapeDtypeStruct((prompts.size,), np.int32), key)
 
         def prefill(params: Params, batch: dict[str, jax.Array], ids: jax.Array, key: jax.Array) -> DecodeState:
@@ -78,20 +78,20 @@ class TokenSteps:
             with partitioner.activate():
                 self.shapes: DecodeState = jax.eval_shape(prefill, self._params, *given)
         except ValueError as error:
-            raise UserError(f"{type(placed.model).__name__}: {error}") from error
+            raise UserError(f"{type(sharded.model).__name__}: {error}") from error
         self._prefill = partitioner.compile(
             prefill,
             self._params,
             *given,
-            in_shardings=(placed.param_shardings, prompts.shardings, partitioner.replicated, partitioner.replicated),
+            in_shardings=(sharded.param_shardings, prompts.shardings, partitioner.replicated, partitioner.replicated),
             out_shardings=None,  # the cache is sharded by the model's own constraints
         )
         self.shardings: Any = self._prefill.output_shardings
-        self._param_shardings = placed.param_shardings
+        self._param_shardings = sharded.param_shardings
         self._step = self._compile(self._once)
 
     def prefill(self, params: Params, batch: dict[str, jax.Array], ids: np.ndarray, key: jax.Array) -> DecodeState:
-        """Reads prompts, placed on the devices by `prompts.put`, and returns the state that the first step starts from.
+        """Reads prompts, sharded by `prompts.shard`, and returns the state that the first step starts from.
 
         Args:
           params, batch: parameters and prompts.
@@ -146,14 +146,14 @@ class Engine:
     same methods with the same examples, and each gets all results.
 
     Attributes:
-      placed: the model on the mesh.
+      sharded: the model on the mesh.
       format: how it reads text.
       batch_size: rows of a batch.
     """
 
     def __init__(
         self,
-        placed: ShardedModel,
+        sharded: ShardedModel,
         params: Params,
         row_format: RowFormat,
         decoder: Decoder,
@@ -164,10 +164,10 @@ class Engine:
         """Raises UserError if `batch_size` is below 1 or not divisible over the mesh."""
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, not {batch_size}")
-        self.placed, self.format, self.batch_size = placed, row_format, batch_size
+        self.sharded, self.format, self.batch_size = sharded, row_format, batch_size
         self._params, self._decoder, self._stop = params, decoder, stop
         self._key = jax.random.key(seed)
-        self._programs = ProgramCache(placed, batch_size)
+        self._programs = ProgramCache(sharded, batch_size)
 
     @property
     def num_compiled(self) -> int:
@@ -211,12 +211,12 @@ class Engine:
         if not isinstance(decoder, Sampling) or decoder.num_decodes != 1:
             raise UserError(f"{decoder} cannot stream: only Sampling of one decode makes a token at a time")
 
-        def compiled() -> tuple[PlacedBatch, TokenSteps]:
-            prompts = prompt_batch(self.placed, self.batch_size, length)
-            return prompts, TokenSteps(self.placed, prompts, max_length, decoder, self._stop, self._params)
+        def compiled() -> tuple[ShardedBatch, TokenSteps]:
+            prompts = prompt_batch(self.sharded, self.batch_size, length)
+            return prompts, TokenSteps(self.sharded, prompts, max_length, decoder, self._stop, self._params)
 
         prompts, steps = self._programs.get(("stream", length, max_length), compiled)
-        batch = prompts.put(self._programs.own_rows(self.format.prompts(self._filled([inputs]), length)))
+        batch = prompts.shard(self._programs.own_rows(self.format.prompts(self._filled([inputs]), length)))
         at, before = steps.prefill(self._params, batch, self._numbers([id]), self._key), None
         for _ in range(max_length):
             at = steps.step(self._params, at)
@@ -231,7 +231,7 @@ class Engine:
         """Starts scoring; returns the log-probability at each position of each row, float32 [batch_size, length], in
         which `RowFormat.of_targets` finds those of the targets."""
         batch = self.format.scored(self._filled(inputs), self._filled(targets), lengths)
-        return self._programs.run("score", self.placed.model.score, self._params, batch)
+        return self._programs.run("score", self.sharded.model.score, self._params, batch)
 
     def observe(
         self,
@@ -247,12 +247,12 @@ class Engine:
         """
         batch = self.format.scored(self._filled(inputs), self._filled(targets), lengths)
         asked = tuple(sorted(names))
-        observe = functools.partial(self.placed.model.observe, names=asked)
+        observe = functools.partial(self.sharded.model.observe, names=asked)
         return self._programs.run("observe", observe, self._params, batch, static=asked)
 
     @functools.cached_property
     def _model(self) -> Decodes:
-        return decoding_model(self.placed.model, SCORE_INSTEAD)
+        return decoding_model(self.sharded.model, SCORE_INSTEAD)
 
     def _numbers(self, ids: Sequence[int]) -> np.ndarray:
         """Returns ids as int32 [batch_size]; those above 2**32 wrap around."""

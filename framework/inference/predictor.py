@@ -63,14 +63,14 @@ class Session:
     """A checkpoint of a run on the mesh.
 
     Attributes:
-      placed: the model.
+      sharded: the model.
       params: its parameters, in their shards.
       text: what it reads and writes.
       row_format: how its batches hold that.
       run, step: which checkpoint it is.
     """
 
-    placed: ShardedModel
+    sharded: ShardedModel
     params: Params
     text: Text
     row_format: RowFormat
@@ -94,13 +94,13 @@ class Session:
                 "stop: beam search compares hypotheses that end by a token, and cannot end them by a text: leave out "
                 "either"
             )
-        tokens = _vocabulary_size(self.placed)
+        tokens = _vocabulary_size(self.sharded)
         if isinstance(decoder, BeamSearch) and decoder.num_beams > tokens > 0:
             raise UserError(
                 f"beams: {decoder.num_beams:,} are more than the {tokens:,} tokens there are to begin with: give fewer"
             )
         ends = Stop(self.text.stop)
-        return Engine(self.placed, self.params, self.row_format, decoder, ends, batch_size, seed)
+        return Engine(self.sharded, self.params, self.row_format, decoder, ends, batch_size, seed)
 
 
 def open_session(
@@ -137,22 +137,22 @@ def open_session(
         raise UserError(f"--model_dir={path} is neither a run directory nor a checkpoint (no checkpoints/ in it)")
     folder, last = found
     asked_for = step is not None or directory.absolute() == (folder / str(last)).absolute()
-    placed = ShardedModel(model, layout)
-    text = load_text(folder.parent, RowFormat.of(model).has_encoder, append_eos, _vocabulary_size(placed))
+    sharded = ShardedModel(model, layout)
+    text = load_text(folder.parent, RowFormat.of(model).has_encoder, append_eos, _vocabulary_size(sharded))
     text = dataclasses.replace(text, stops=stops)
     checkpoints = Checkpoints(folder, read_only=True)
 
     def read(step: int) -> Params:
         with terminal.stage(f"reading checkpoint {step}"):
-            return checkpoints.load_params(step, placed.abstract_params)
+            return checkpoints.load_params(step, sharded.abstract_params)
 
     step, params = (last, read(last)) if asked_for else read_last(checkpoints, last, read, say)
-    return Session(placed, params, text, RowFormat.of(model, text.start, text.bos), folder.parent, step)
+    return Session(sharded, params, text, RowFormat.of(model, text.start, text.bos), folder.parent, step)
 
 
-def _vocabulary_size(placed: ShardedModel) -> int:
+def _vocabulary_size(sharded: ShardedModel) -> int:
     """Returns how many token ids the model has, by its parameters; 0 where none has such an axis."""
-    return max(axis_sizes(placed.axes, placed.param_shapes, "vocab"), default=0)
+    return max(axis_sizes(sharded.axes, sharded.param_shapes, "vocab"), default=0)
 
 
 _GROUP, _NAME = "meshway.recipes", "open"  # who reads recipes says so by an entry point of this group

@@ -29,11 +29,11 @@ class ProgramCache:
       count: how many programs were compiled so far.
     """
 
-    def __init__(self, placed: ShardedModel, batch_size: int):
+    def __init__(self, sharded: ShardedModel, batch_size: int):
         """`batch_size` is in rows over all processes; UserError where it is not divisible over the mesh."""
         self.count = 0
-        self._placed, self._batch_size = placed, batch_size
-        self._rows = placed.partitioner.process_rows(batch_size)
+        self._sharded, self._batch_size = sharded, batch_size
+        self._rows = sharded.partitioner.process_rows(batch_size)
         self._programs: dict[Hashable, Any] = {}
 
     def run(
@@ -70,8 +70,8 @@ class ProgramCache:
             tuple((x.shape, str(x.dtype)) for x in rest),
         )
         program = self.get(key, lambda: self._compile(name, function, shapes, rest, spec))
-        placed = self._placed.partitioner.put_batch(self.own_rows(batch), program.shardings, self._batch_size)
-        return program.compiled(params, placed, *others)
+        rows = self._sharded.partitioner.put_batch(self.own_rows(batch), program.shardings, self._batch_size)
+        return program.compiled(params, rows, *others)
 
     def own_rows(self, batch: Batch) -> Batch:
         """Returns the rows of a global batch that this process's devices hold."""
@@ -93,19 +93,19 @@ class ProgramCache:
         others: list[jax.ShapeDtypeStruct],
         spec: Mapping[str, ArraySpec],
     ) -> _Program:
-        partitioner, param_shardings = self._placed.partitioner, self._placed.param_shardings
+        partitioner, param_shardings = self._sharded.partitioner, self._sharded.param_shardings
         shardings = partitioner.batch_shardings(spec)
         try:
             compiled = partitioner.compile(
                 function,
-                self._placed.param_shapes,
+                self._sharded.param_shapes,
                 shapes,
                 *others,
                 in_shardings=(param_shardings, shardings, *[partitioner.replicated] * len(others)),
                 out_shardings=partitioner.replicated,
             )
         except ValueError as error:
-            raise UserError(f"{type(self._placed.model).__name__}, {name}: {error}") from error
+            raise UserError(f"{type(self._sharded.model).__name__}, {name}: {error}") from error
         self._check_room(compiled, name)
         return _Program(compiled, shardings)
 

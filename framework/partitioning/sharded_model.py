@@ -43,7 +43,7 @@ class ShardedModel:
             self.param_shardings,
         )
 
-    def batch(self, batch_size: int, lengths: Mapping[str, int]) -> "PlacedBatch":
+    def batch(self, batch_size: int, lengths: Mapping[str, int]) -> "ShardedBatch":
         """Returns what a batch of `batch_size` examples holds, over all processes; `lengths` in tokens by task feature.
 
         Raises:
@@ -57,11 +57,11 @@ class ShardedModel:
                 f"TASK_FEATURE_LENGTHS={dict(lengths)} lacks {missing!r}, which {type(self.model).__name__} needs; "
                 f"add it: --gin.TASK_FEATURE_LENGTHS=\"{{..., '{missing}': 128}}\""
             ) from error
-        return PlacedBatch(self.partitioner, batch_size, spec, self.partitioner.batch_shardings(spec))
+        return ShardedBatch(self.partitioner, batch_size, spec, self.partitioner.batch_shardings(spec))
 
 
 @dataclasses.dataclass(frozen=True)
-class PlacedBatch:
+class ShardedBatch:
     """What a batch holds and how its features are sharded.
 
     Attributes:
@@ -81,6 +81,6 @@ class PlacedBatch:
         """The features' shapes."""
         return {name: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for name, spec in self.spec.items()}
 
-    def put(self, batch: Batch) -> dict[str, jax.Array]:
+    def shard(self, batch: Batch) -> dict[str, jax.Array]:
         """Puts this process's rows of a batch on its devices."""
         return self.partitioner.put_batch(batch, self.shardings, self.size)

@@ -53,12 +53,12 @@ class Periods:
 class Loop:
     """The parts of a run; `run` turns them.
 
-    `put` places a batch on devices. `evaluate(state, step)` returns scalars to report. `save(state, step, position,
-    scalars)` starts a checkpoint; it gets the last evaluation's scalars, by which best checkpoints are kept.
+    `shard_batch` puts a batch on devices. `evaluate(state, step)` returns scalars to report. `save(state, step,
+    position, scalars)` starts a checkpoint; it gets the last evaluation's scalars, by which best checkpoints are kept.
     """
 
     step: Step
-    put: Callable[[Batch], dict[str, jax.Array]]
+    shard_batch: Callable[[Batch], dict[str, jax.Array]]
     stream: Iterator[tuple[Batch, dict[str, int]]]
     periods: Periods
     reporter: Reporter
@@ -91,7 +91,7 @@ class Loop:
             for step in range(start + 1, self.periods.total + 1):
                 with self.reporter.waiting():
                     batch, position = next(self.stream)
-                state, metrics = self.step(state, self.put(batch))
+                state, metrics = self.step(state, self.shard_batch(batch))
                 self.reporter.add(step, metrics)
                 streaks = self._await_step_before_last(streaks, step, metrics)
                 if self.periods.evaluates(step):

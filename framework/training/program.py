@@ -60,12 +60,12 @@ class TrainProgram:
         check_factor(loss_normalizing_factor)
         self.model, self.seed, self.batch_size, self.lengths = model, seed, batch_size, dict(lengths)
         self.num_microbatches = num_microbatches
-        self.placed = ShardedModel(model, layout)
-        self.batch = self.placed.batch(batch_size, self.lengths)
+        self.sharded = ShardedModel(model, layout)
+        self.batch = self.sharded.batch(batch_size, self.lengths)
         self.partitioner, self.axes, self.param_shapes = (
-            self.placed.partitioner,
-            self.placed.axes,
-            self.placed.param_shapes,
+            self.sharded.partitioner,
+            self.sharded.axes,
+            self.sharded.param_shapes,
         )
         self.batch_spec, self.batch_shardings = self.batch.spec, self.batch.shardings
         self.optimizer_name = _name(optimizer.transform)
@@ -181,9 +181,9 @@ class TrainProgram:
                 self.param_shapes, self.abstract_batch, jax.ShapeDtypeStruct((), np.int32)
             )
 
-    def put(self, batch: Batch) -> dict[str, jax.Array]:
+    def shard_batch(self, batch: Batch) -> dict[str, jax.Array]:
         """Puts this process's rows of a batch on its devices."""
-        return self.batch.put(batch)
+        return self.batch.shard(batch)
 
     def explain(self) -> list[Row]:
         """Returns a row for every tensor of the state and the batch."""

@@ -26,7 +26,7 @@ from meshway.framework.inference.engine import TokenSteps, prompt_batch
 from meshway.framework.inference.rows import RowFormat, doubling
 from meshway.framework.inference.sampling import DecodeState
 from meshway.framework.interfaces import Model, Params
-from meshway.framework.partitioning.sharded_model import PlacedBatch, ShardedModel
+from meshway.framework.partitioning.sharded_model import ShardedBatch, ShardedModel
 from meshway.framework.planning.flops import bytes_read, live_flops
 from meshway.framework.planning.hardware import StreamingRead, peak_flops
 from meshway.framework.telemetry.profiler import Compilations
@@ -135,19 +135,19 @@ class Found:
 class _Decoding:
     """The programs of one batch size and prompt length, and the state of its decoding."""
 
-    def __init__(self, placed: ShardedModel, params: Params, batch_size: int, length: int, new_tokens: int):
-        self.batch: PlacedBatch = prompt_batch(placed, batch_size, length)
-        self.steps = TokenSteps(placed, self.batch, new_tokens, params=params)
-        self.placed, self.params = placed, params
-        self._format, self._length, self._new_tokens = RowFormat.of(placed.model), length, new_tokens
+    def __init__(self, sharded: ShardedModel, params: Params, batch_size: int, length: int, new_tokens: int):
+        self.batch: ShardedBatch = prompt_batch(sharded, batch_size, length)
+        self.steps = TokenSteps(sharded, self.batch, new_tokens, params=params)
+        self.sharded, self.params = sharded, params
+        self._format, self._length, self._new_tokens = RowFormat.of(sharded.model), length, new_tokens
 
     def begin(self, sizes: Sequence[int]) -> DecodeState:
         """Reads random prompts that take so many tokens of a row each."""
         random, start = np.random.default_rng(0), self._format.prompt_size(())
         inputs = [random.integers(*TOKENS, size - start).tolist() for size in sizes]
-        mine = self.placed.partitioner.process_rows(len(sizes))
+        mine = self.sharded.partitioner.process_rows(len(sizes))
         rows = {name: x[mine] for name, x in self._format.prompts(inputs, self._length).items()}
-        self._prompts = self.batch.put(rows)
+        self._prompts = self.batch.shard(rows)
         self._start = self.prefill()
         self._cache = self._start.cache
         return self._start
@@ -183,11 +183,11 @@ class _Decoding:
         return before == after and all(leaf.is_deleted() for leaf in given)
 
 
-def measure(placed: ShardedModel, setting: Setting = Setting()) -> Found:
+def measure(sharded: ShardedModel, setting: Setting = Setting()) -> Found:
     """Times prefill and steps of a model with random parameters and prompts, and prints what it found.
 
     Args:
-      placed: what decodes, on the mesh it is timed on.
+      sharded: what decodes, on the mesh it is timed on.
       setting: what is timed.
 
     Returns:
@@ -196,37 +196,37 @@ def measure(placed: ShardedModel, setting: Setting = Setting()) -> Found:
     Raises:
       UserError: the model predicts no text, or it does not fit the layout.
     """
-    decoding_model(placed.model)  # raises for a model that predicts no text, before anything is made
-    params = _init_params(placed, setting.params_dtype)
-    mesh, results, source = placed.partitioner.mesh, [], ""
+    decoding_model(sharded.model)  # raises for a model that predicts no text, before anything is made
+    params = _init_params(sharded, setting.params_dtype)
+    mesh, results, source = sharded.partitioner.mesh, [], ""
     stream, longest = StreamingRead(mesh), None
     for batch_size in setting.batch_sizes:
         # What activations are computed in is the model's own affair; accelerators are held against bfloat16's peak.
         peak, source = peak_flops(mesh.devices.flatten().tolist(), peak_dtype(mesh.devices.flat[0].platform))
-        decoding = _Decoding(placed, params, batch_size, setting.prompt_length, setting.new_tokens)
+        decoding = _Decoding(sharded, params, batch_size, setting.prompt_length, setting.new_tokens)
         longest = decoding if longest is None else longest
         results.append(_measure_one(decoding, batch_size, setting, stream, peak))
     assert longest is not None
-    lengths, compiled = _count_compilations(placed, params, longest, setting)
+    lengths, compiled = _count_compilations(sharded, params, longest, setting)
     found = Found(results, compiled, lengths, dict(mesh.shape), source)
     print(format_table(found, setting))
     return found
 
 
-def _init_params(placed: ShardedModel, dtype: str | None) -> Params:
+def _init_params(sharded: ShardedModel, dtype: str | None) -> Params:
     """Returns random parameters in their shards, in the model's own dtype or another."""
 
     def init(key: jax.Array) -> Params:
-        params = placed.model.init(key)
+        params = sharded.model.init(key)
         return params if dtype is None else jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
 
     key = jax.random.key(0)
-    compiled = placed.partitioner.compile(init, key, in_shardings=None, out_shardings=placed.param_shardings)
+    compiled = sharded.partitioner.compile(init, key, in_shardings=None, out_shardings=sharded.param_shardings)
     return compiled(key)
 
 
 def _count_compilations(
-    placed: ShardedModel, params: Params, longest: _Decoding, setting: Setting
+    sharded: ShardedModel, params: Params, longest: _Decoding, setting: Setting
 ) -> tuple[list[int], int]:
     """Decodes batches of mixed lengths, each padded to the nearest of a few, of which `longest` is there already.
 
@@ -236,7 +236,7 @@ def _count_compilations(
     batch_size, random = setting.batch_sizes[0], np.random.default_rng(1)
     buckets = doubling({"inputs": setting.prompt_length}, smallest=max(2, setting.prompt_length // 4))
     lengths = [shape["inputs"] for shape in buckets.shapes]
-    ready = [_Decoding(placed, params, batch_size, length, setting.new_tokens) for length in lengths[:-1]]
+    ready = [_Decoding(sharded, params, batch_size, length, setting.new_tokens) for length in lengths[:-1]]
     ready.append(longest)
     for decoding, length in zip(ready, lengths):
         decoding.begin([length] * batch_size)
@@ -299,7 +299,7 @@ def format_table(found: Found, setting: Setting) -> str:
 
 
 def _measure_one(decoding: _Decoding, batch_size: int, setting: Setting, stream: StreamingRead, peak: float) -> Result:
-    placed, params, length, count = decoding.placed, decoding.params, setting.prompt_length, setting.new_tokens
+    sharded, params, length, count = decoding.sharded, decoding.params, setting.prompt_length, setting.new_tokens
     start = decoding.begin([length] * batch_size)
     donated = decoding.keeps_its_memory()
     loop = decoding.steps.compile_loop(count)
@@ -310,9 +310,9 @@ def _measure_one(decoding: _Decoding, batch_size: int, setting: Setting, stream:
         "prefill": decoding.prefill,
     }
     seconds = time_in_turn(passes, 1, setting.rounds)
-    weights, cache = _held(placed, params, start)
-    live = _live_share(placed.model, params, batch_size, length, count)
-    prompts, model = decoding.batch.abstract, decoding_model(placed.model)
+    weights, cache = _held(sharded, params, start)
+    live = _live_share(sharded.model, params, batch_size, length, count)
+    prompts, model = decoding.batch.abstract, decoding_model(sharded.model)
     return Result(
         batch_size=batch_size,
         step=seconds["stream"] / count,
@@ -329,11 +329,11 @@ def _measure_one(decoding: _Decoding, batch_size: int, setting: Setting, stream:
     )
 
 
-def _held(placed: ShardedModel, params: Params, at: DecodeState) -> tuple[float, float]:
+def _held(sharded: ShardedModel, params: Params, at: DecodeState) -> tuple[float, float]:
     """Returns the bytes of parameters and of the cache that all devices together read in a step, of what each holds."""
     given = (params, at.tokens, at.start, at.cache)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), given)
-    read = bytes_read(decoding_model(placed.model).decode, *shapes)
+    read = bytes_read(decoding_model(sharded.model).decode, *shapes)
 
     def total(read: Any, arrays: Any) -> float:
         copies = jax.tree.map(lambda x: x.sharding.num_devices * _shard_share(x), arrays)

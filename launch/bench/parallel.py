@@ -90,7 +90,7 @@ def measure(program: "TrainProgram", layouts: str = "", steps: int = 0) -> Resul
     result = compared(setting, rows, program.num_microbatches)
     if not steps:
         return result
-    state, batch = program.init(), program.put(program.synthetic_batch())
+    state, batch = program.init(), program.shard_batch(program.synthetic_batch())
 
     def once() -> object:
         nonlocal state

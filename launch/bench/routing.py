@@ -84,7 +84,7 @@ def compare(invocation: "Invocation") -> Accuracies:
             chosen = _settings(invocation, PRIORITY=priority, EVAL_CAPACITY_FACTOR=ratio)
             tasks = chosen.data.eval_tasks()
             evaluators[priority, ratio] = Evaluator(
-                chosen.program.placed,
+                chosen.program.sharded,
                 chosen.program.batch_size,
                 chosen.program.lengths,
                 tasks,
@@ -136,7 +136,7 @@ def _train(settings: Routing, step: Any, seed: int) -> "TrainState":
     state = dataclasses.replace(state, params=init(jax.random.key(seed)))
     batches = settings.data.train(program.partitioner.process_rows(program.batch_size))
     for _ in range(settings.steps):
-        state, _ = step(state, program.put(next(batches)))
+        state, _ = step(state, program.shard_batch(next(batches)))
     return state
 
 

@@ -33,7 +33,7 @@ class TrainBench:
         self._step = program.compile_step()
         self.compile_seconds = time.perf_counter() - begin
         self._state: TrainState = program.init()
-        self._batch = program.put(program.synthetic_batch())
+        self._batch = program.shard_batch(program.synthetic_batch())
         self.program = program
 
     def once(self) -> float:

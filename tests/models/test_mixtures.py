@@ -44,7 +44,7 @@ def test_a_bias_follows_its_load_and_nothing_else_does():
     """One step of DeepSeek's mixture: every bias moves by the speed or not at all, whatever the optimizer."""
     made = program("deepseek", "BIAS_SPEED=0.25", "D_MODEL=16", "NUM_HEADS=2", "HEAD_DIM=8")
     state, step = made.init(), made.compile_step()
-    state, metrics = step(state, made.put(made.synthetic_batch()))
+    state, metrics = step(state, made.shard_batch(made.synthetic_batch()))
     bias = np.asarray(state.params["decoder"]["block_0"]["mlp"]["router"]["bias"])
     assert set(np.unique(bias)) <= {-0.25, 0.0, 0.25} and bias.min() < 0 < bias.max()
     assert not any("bias" in path for path in flatten(state.opt_state.inner[0][0].mu)), "no moments of biases"
@@ -60,7 +60,7 @@ def test_the_bias_balances_what_a_router_prefers():
         router = state.params["decoder"]["block_0"]["mlp"]["router"]
         router["kernel"] = jax.device_put(0.1 * router["kernel"].at[:, :, :2].add(4.0), router["kernel"].sharding)
         for index in range(60):
-            state, metrics = step(state, made.put(made.synthetic_batch(seed=index)))
+            state, metrics = step(state, made.shard_batch(made.synthetic_batch(seed=index)))
             loads.append(float(np.divide(*metrics["decoder/router/load_max/layer_00"])))
         return np.mean(loads[-10:])
 

@@ -64,7 +64,9 @@ def loss(made, params):
     for name in ("decoder_input_tokens", "decoder_target_tokens"):
         batch[name] = batch[name] % 64
     with made.partitioner.activate():
-        return float(jax.jit(lambda params, batch: made.model.loss(params, batch, None)[0])(params, made.put(batch)))
+        return float(
+            jax.jit(lambda params, batch: made.model.loss(params, batch, None)[0])(params, made.shard_batch(batch))
+        )
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def params():
 
 def evaluate(params, *tasks, data=1, batch_size=4, lengths=bigram_table.LENGTHS, **settings):
     settings = Evaluation(**{"max_predictions": None} | settings)
-    return Evaluator(bigram_table.placed(data), batch_size, lengths, tasks, settings).evaluate(params)
+    return Evaluator(bigram_table.sharded(data), batch_size, lengths, tasks, settings).evaluate(params)
 
 
 def log_prob(params, inputs, targets):
@@ -152,7 +152,7 @@ def test_what_fails_in_one_task_stops_nothing_else(params):
 def test_progress_is_told_to_the_last_example(params):
     told = []
     task = bigram_table.task(EXAMPLES, PrefixLanguageModel(pack=False), **recorders()[1])
-    evaluator = Evaluator(bigram_table.placed(), 4, bigram_table.LENGTHS, [task], Evaluation(max_predictions=5))
+    evaluator = Evaluator(bigram_table.sharded(), 4, bigram_table.LENGTHS, [task], Evaluation(max_predictions=5))
     list(evaluator.results(params, lambda *what: told.append(what)))
     assert [what[2:] for what in told if what[1] == "loss"] == [(4, 6), (6, 6)]
     for what in ("predictions", "scores"):
@@ -213,6 +213,6 @@ def test_a_model_that_does_not_decode_is_told_so_at_once_where_tasks_have_metric
     _, functions = recorders()
     task = bigram_table.task(EXAMPLES, **functions)
     with pytest.raises(UserError, match=r"BigramTable does not decode.* no method prefill .*max_predictions to 0"):
-        Evaluator(bigram_table.placed(), 4, bigram_table.LENGTHS, [task], Evaluation())
+        Evaluator(bigram_table.sharded(), 4, bigram_table.LENGTHS, [task], Evaluation())
     assert evaluate(params, task, max_predictions=0)[1]["ids"]["counts"]["rows"]
     assert evaluate(params, bigram_table.task(EXAMPLES))[1]["ids"]["counts"]["rows"]

@@ -40,8 +40,8 @@ class Work:
         shutil.copytree(saved, folder, dirs_exist_ok=True)
         self.said = []
         task = bigram_table.task([([2], [3, 1]), ([4], [5, 1])], predict_metric_fns=list(metric_fns))
-        placed = bigram_table.placed()
-        evaluator = Evaluator(placed, 4, bigram_table.LENGTHS, [task], Evaluation())
+        sharded = bigram_table.sharded()
+        evaluator = Evaluator(sharded, 4, bigram_table.LENGTHS, [task], Evaluation())
         directory = RunDirectory(folder)
         self.records = Records(directory.evaluations)
         done = is_done(self.records, [record_name("ids", split)], "print")
@@ -54,7 +54,7 @@ class Work:
             found=lambda task, report: None,
             say=self.said.append,
         )
-        given = (directory, evaluator, placed.abstract_params, self.queue, self.records, "print", split, display)
+        given = (directory, evaluator, sharded.abstract_params, self.queue, self.records, "print", split, display)
         self.job = EvaluationJob(*given, skip_removed=True)
 
 

@@ -114,7 +114,7 @@ def decoding(made, decoder, length=6):
 def test_devices_that_share_a_batch_exchange_nothing_but_whether_all_are_done(family, name):
     made = program(family, layout="data")
     with made.partitioner.activate():
-        params, batch = made.init().params, made.put(made.synthetic_batch())
+        params, batch = made.init().params, made.shard_batch(made.synthetic_batch())
         text = jax.jit(decoding(made, DECODERS[name])).lower(params, batch).compile().as_text()
     kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
     assert re.findall(rf"= (\S+) ({kinds})(?:-start)?\(", text) == [("pred[]", "all-reduce")]
@@ -128,7 +128,7 @@ def decoded_alone(family, name, deep):
 
 
 def ragged(made):
-    return made.put(case(made).prompt)
+    return made.shard_batch(case(made).prompt)
 
 
 PREDICTED = [

@@ -17,10 +17,10 @@ ROWS, LENGTH, NEW = 4, 6, 5
 def started(request):
     """A tiny model under a layout that cuts batch and heads, its programs, and ragged prompts on the devices."""
     made = program(request.param, f"BATCH_SIZE={ROWS}", layout="model_1d")
-    prompts = prompt_batch(made.placed, ROWS, LENGTH)
+    prompts = prompt_batch(made.sharded, ROWS, LENGTH)
     inputs = [np.arange(3, 3 + size) * 7 % 250 for size in (5, 2, 3, 4)]
-    batch = prompts.put(RowFormat.of(made.model).prompts(inputs, LENGTH))
-    return made, TokenSteps(made.placed, prompts, NEW), made.init().params, batch
+    batch = prompts.shard(RowFormat.of(made.model).prompts(inputs, LENGTH))
+    return made, TokenSteps(made.sharded, prompts, NEW), made.init().params, batch
 
 
 def pointers(tree):
@@ -66,7 +66,7 @@ def test_the_cache_stays_where_it_is_and_nothing_is_compiled(started):
 def test_a_step_needs_no_second_cache():
     """Layers write the cache where it lies: what a step needs beside it does not grow with their number."""
     made = program("lm", f"BATCH_SIZE={ROWS}", "NUM_LAYERS=12")
-    steps = TokenSteps(made.placed, prompt_batch(made.placed, ROWS, LENGTH), 120)
+    steps = TokenSteps(made.sharded, prompt_batch(made.sharded, ROWS, LENGTH), 120)
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(steps.shapes.cache.layers))
     assert steps.memory().temp_size_in_bytes < 0.5 * whole
     assert steps.memory().alias_size_in_bytes >= whole
@@ -75,6 +75,6 @@ def test_a_step_needs_no_second_cache():
 def test_what_does_not_fit_is_refused():
     made = program("gpt2", "NUM_POSITIONS=8", f"BATCH_SIZE={ROWS}")
     with pytest.raises(UserError, match="DecoderOnly: rows of 11 tokens are longer than the 8 positions"):
-        TokenSteps(made.placed, prompt_batch(made.placed, ROWS, LENGTH), NEW)
+        TokenSteps(made.sharded, prompt_batch(made.sharded, ROWS, LENGTH), NEW)
     with pytest.raises(UserError, match="has no decoder"):
-        prompt_batch(program("bert").placed, ROWS, LENGTH)
+        prompt_batch(program("bert").sharded, ROWS, LENGTH)

@@ -26,7 +26,7 @@ def scaled(factor):
 
 @pytest.mark.parametrize("data", [1, 4])
 def test_each_name_and_shape_is_compiled_once_and_found_again(data):
-    cache = ProgramCache(bigram_table.placed(data), 4)
+    cache = ProgramCache(bigram_table.sharded(data), 4)
     shift = np.float32(3)
     calls = [
         dict(name="score", function=scaled(1.0), batch=batch(5)),
@@ -56,7 +56,7 @@ def test_each_name_and_shape_is_compiled_once_and_found_again(data):
 
 
 def test_what_takes_another_way_to_compile_is_kept_and_counted_too():
-    cache, made = ProgramCache(bigram_table.placed(), 4), []
+    cache, made = ProgramCache(bigram_table.sharded(), 4), []
     for key in ("a", "b", "a"):
         assert cache.get(key, lambda: made.append(len(made)) or f"program {len(made)}") in ("program 1", "program 2")
     assert cache.count == len(made) == 2
@@ -66,9 +66,9 @@ def test_refusals_are_named():
     def refuses(params, batch):
         raise ValueError("rows of 5 tokens are too long")
 
-    cache = ProgramCache(bigram_table.placed(), 4)
+    cache = ProgramCache(bigram_table.sharded(), 4)
     with pytest.raises(UserError, match=r"^BigramTable, score: rows of 5 tokens are too long$"):
         cache.run("score", refuses, PARAMS, batch(5))
     assert cache.count == 0
     with pytest.raises(UserError, match="of size 3 does not divide"):
-        ProgramCache(bigram_table.placed(4), 3)
+        ProgramCache(bigram_table.sharded(4), 3)

@@ -34,7 +34,7 @@ def weights_by_hand(batch):
 def gradients(batch, *bindings):
     made = program("lm", *bindings)
     with made.partitioner.activate():
-        found, metrics = jax.jit(made._step.gradients)(made.init().params, made.put(batch), 0)
+        found, metrics = jax.jit(made._step.gradients)(made.init().params, made.shard_batch(batch), 0)
     return jax.tree.map(np.asarray, found), float(metrics["loss"][1])
 
 

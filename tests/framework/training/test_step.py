@@ -76,7 +76,7 @@ def test_microbatches_weigh_by_tokens():
         batch["decoder_loss_weights"] = np.where(np.arange(16)[:, None] < 3, 1.0, 0.1).astype(np.float32) * np.ones(
             (16, 16), np.float32
         )
-        state, metrics = made.compile_step()(made.init(), made.put(batch))
+        state, metrics = made.compile_step()(made.init(), made.shard_batch(batch))
         gradients.append((float(metrics["grad_norm"][0]), state.params))
     np.testing.assert_allclose(gradients[0][0], gradients[1][0], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), gradients[0][1], gradients[1][1])
@@ -89,7 +89,7 @@ def test_microbatches_must_divide_the_batch():
 
 def test_dropout_is_a_function_of_seed_and_step():
     made = program("lm", "DROPOUT_RATE=0.3")
-    step, batch = made.compile_step(), made.put(made.synthetic_batch())
+    step, batch = made.compile_step(), made.shard_batch(made.synthetic_batch())
 
     def loss(state):
         new, metrics = step(state, batch)
@@ -117,11 +117,11 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     state, step = made.init(), made.compile_step()
     before = jax.device_get(state)
     batch = dict(made.synthetic_batch())
-    good = made.put(batch)
+    good = made.shard_batch(batch)
     batch["decoder_segment_ids"] = np.array(batch["decoder_segment_ids"])
     batch["decoder_segment_ids"][::4] = 0
     batch["decoder_loss_weights"] = np.full_like(batch["decoder_loss_weights"], np.inf)
-    bad = made.put(batch)
+    bad = made.shard_batch(batch)
     for count in (1, 2):
         state, metrics = step(state, bad)
         assert int(state.skipped) == int(state.skipped_in_a_row) == count == int(state.step)

@@ -30,8 +30,8 @@ def arguments(recipe, *bindings):
 
 
 def built(recipe, *bindings):
-    placed = arguments(recipe, *bindings)["placed"]
-    return placed.model, placed.param_shapes
+    sharded = arguments(recipe, *bindings)["sharded"]
+    return sharded.model, sharded.param_shapes
 
 
 @pytest.mark.slow
@@ -87,7 +87,7 @@ def test_a_layout_is_counted_by_what_each_device_holds(monkeypatch):
     )
     given = arguments("bench_decode", *options, "bench.decode.Setting.params_dtype='bfloat16'")
     setting = Setting((4,), 8, 4, 1, 1, "bfloat16")
-    found = decode.measure(given["placed"], setting)
+    found = decode.measure(given["sharded"], setting)
     (each,) = found.results
     assert found.mesh == {"data": 4, "model": 2} and each.donated and found.compilations == 0
     # Cut over `model` once, the rest four times: norms lie on all eight, and embeddings are cut by `model` too.

@@ -129,7 +129,7 @@ def test_the_cache_lies_as_the_layout_says_and_takes_its_bytes(family, dtype):
     options = ("NUM_KV_HEADS=2", "BATCH_SIZE=4") if family == "lm" else ("BATCH_SIZE=4",)
     built = program(family, f"attention.Attention.cache_dtype={dtype!r}", *options, layout="model_1d")
     length, new, batch, heads, size = 6, 3, 4, 2 if family == "lm" else 4, 16
-    steps = TokenSteps(built.placed, prompt_batch(built.placed, batch, length), new)
+    steps = TokenSteps(built.sharded, prompt_batch(built.sharded, batch, length), new)
     cache = steps.shapes.cache
     held = jax.tree.leaves(jax.tree.map(lambda x, y: (x, y), cache.layers, steps.shardings.cache.layers))
     shapes, lies = held[::2], held[1::2]

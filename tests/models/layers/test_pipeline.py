@@ -213,7 +213,7 @@ def gradients(made, params):
         in_shardings=(where, made.batch_shardings),
         out_shardings=(made.partitioner.replicated, where),
     )
-    return compiled(jax.device_put(params, where), made.put(packed(made))), compiled.as_text()
+    return compiled(jax.device_put(params, where), made.shard_batch(packed(made))), compiled.as_text()
 
 
 @functools.cache
@@ -333,7 +333,7 @@ def test_decoding_under_a_stage_layout(family):
         with made.partitioner.activate():
             return np.asarray(
                 jax.jit(lambda params, batch: greedy(made.model, params, batch, 5, 1))(
-                    params, made.put(made.synthetic_batch())
+                    params, made.shard_batch(made.synthetic_batch())
                 )
             )
 
