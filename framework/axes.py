@@ -31,6 +31,7 @@ VOCABULARY = {
     "stage": "stages of a pipeline",
 }
 
+DimAxes = tuple[tuple[str, ...], ...]  # the mesh axes that shard each dimension of an array
 Names = tuple[str | None, ...]
 
 
@@ -151,7 +152,7 @@ def _ambient_layout(names: Names) -> Ambient | None:
     return layout
 
 
-def sharded_by(spec: Iterable[Any], rank: int = 0) -> tuple[tuple[str, ...], ...]:
+def sharded_by(spec: Iterable[Any], rank: int = 0) -> DimAxes:
     """Returns the mesh axes that shard each dimension, as (('x',), (), ('y', 'z')) for P('x', None, ('y', 'z')).
 
     A spec (or its entries) may be shorter than the array's rank: dimensions up to `rank` are sharded by nothing, and so

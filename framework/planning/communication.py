@@ -27,8 +27,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import jax
 import numpy as np
 
+from meshway.framework.axes import DimAxes
 from meshway.framework.planning.collectives import SENT
-from meshway.framework.planning.products import Cuts, Lookup, Product, Uses, Weight
+from meshway.framework.planning.products import Lookup, Product, Uses, Weight
 
 GRADIENTS, WEIGHTS, ACTIVATIONS, INPUTS, UPDATES = "gradients", "weights", "activations", "inputs", "updated parameters"
 
@@ -79,7 +80,7 @@ class Setting:
         sizes = set()
         for weight in self.parameters:
             layers = math.prod(size for name, size in zip(weight.names, weight.shape) if name == "layers")
-            axes = self.order({axis for cuts in weight.cuts for axis in cuts})
+            axes = self.order({axis for dim_axes in weight.dim_axes for axis in dim_axes})
             for number in range(2 ** len(axes)):
                 parts = self.size(axis for bit, axis in enumerate(axes) if number >> bit & 1)
                 whole = math.prod(weight.shape) // parts
@@ -124,11 +125,11 @@ def gradient_bytes(setting: Setting, path: str, axes: tuple[str, ...]) -> float:
 def _parameter_terms(setting: Setting, exchanged: set[str]) -> list[Term]:
     terms = []
     for weight in setting.parameters:
-        cut = {axis for axes in weight.cuts for axis in axes}
-        expert = {axis for name, axes in zip(weight.names, weight.cuts) if name == "expert" for axis in axes}
-        gathered = setting.order((cut - expert) & setting.tokens)
-        summed = setting.order(setting.tokens - cut)
-        stored = math.prod(weight.shape) / setting.size(cut - set(gathered))
+        sharded = {axis for axes in weight.dim_axes for axis in axes}
+        expert = {axis for name, axes in zip(weight.names, weight.dim_axes) if name == "expert" for axis in axes}
+        gathered = setting.order((sharded - expert) & setting.tokens)
+        summed = setting.order(setting.tokens - sharded)
+        stored = math.prod(weight.shape) / setting.size(sharded - set(gathered))
         dtype = setting.uses.dtypes.get(weight.path, weight.dtype)
         used = stored * jax.numpy.dtype(dtype).itemsize  # bytes of the part a device computes with
         parts = setting.size(gathered)
@@ -159,7 +160,7 @@ def _sum_terms(
 def _product_terms(setting: Setting) -> list[Term]:
     terms = []
     for product in setting.uses.products:
-        inner = _foreign(setting, product.weight.cuts, product.contracted)
+        inner = _foreign(setting, product.weight.dim_axes, product.contracted)
         if inner:
             sent = SENT["all-reduce"](setting.size(inner)) * _local(setting, product, "output") * product.times
             terms.append(Term(inner, ACTIVATIONS, sent, "sums of row-parallel products, forward"))
@@ -174,7 +175,7 @@ def _input_gradients(setting: Setting, merged: bool) -> list[tuple[Term, int]]:
     """Returns (term of one input's gradient, executions), one for each input if `merged`, else for each product."""
     found: dict[tuple[int, tuple[str, ...]], tuple[Term, int]] = {}
     for index, product in enumerate(setting.uses.products):
-        outer = _foreign(setting, product.weight.cuts, product.kept)
+        outer = _foreign(setting, product.weight.dim_axes, product.kept)
         if not outer or not product.value.trained:
             continue
         sent = SENT["all-reduce"](setting.size(outer)) * _local(setting, product, "value")
@@ -187,7 +188,7 @@ def _input_gradients(setting: Setting, merged: bool) -> list[tuple[Term, int]]:
 def _vocabulary_terms(setting: Setting, product: Product) -> list[Term]:
     """Logits sharded along the vocabulary: each token's maximum, sum of exponentials and target logit are reduced."""
     weight = product.weight
-    axes = _foreign(setting, weight.cuts, [dim for dim in product.kept if weight.names[dim] == "vocab"])
+    axes = _foreign(setting, weight.dim_axes, [dim for dim in product.kept if weight.names[dim] == "vocab"])
     if not axes:
         return []
     entries = math.prod(weight.shape[dim] for dim in product.kept)
@@ -247,11 +248,11 @@ def _lookup_terms(setting: Setting, exchanged: set[str]) -> list[Term]:
     for path in dict.fromkeys(lookup.weight.path for lookup in setting.uses.lookups):
         lookups = [lookup for lookup in setting.uses.lookups if lookup.weight.path == path]
         table = lookups[0].weight
-        axes = _foreign(setting, table.cuts, lookups[0].indexed)
+        axes = _foreign(setting, table.dim_axes, lookups[0].indexed)
         if axes:
             sent = sum(SENT["all-reduce"](setting.size(axes)) * _rows(setting, each) * each.times for each in lookups)
-            cut = {axis for cuts in table.cuts for axis in cuts} - set(axes)
-            left = cut if path in exchanged else cut - setting.tokens
+            sharded = {axis for dim_axes in table.dim_axes for axis in dim_axes} - set(axes)
+            left = sharded if path in exchanged else sharded - setting.tokens
             whole = math.prod(table.shape) * jax.numpy.dtype(table.dtype).itemsize / setting.size(left)
             gathered = SENT["all-gather"](setting.size(axes)) * whole
             if sent <= gathered:
@@ -287,32 +288,32 @@ def _exchange(setting: Setting, path: str) -> bool:
     if not axes:
         return False
     table = lookups[0].weight
-    cut = {axis for cuts in table.cuts for axis in cuts} - set(axes)
-    whole = math.prod(table.shape) * jax.numpy.dtype(table.dtype).itemsize / setting.size(cut)
+    sharded = {axis for dim_axes in table.dim_axes for axis in dim_axes} - set(axes)
+    whole = math.prod(table.shape) * jax.numpy.dtype(table.dtype).itemsize / setting.size(sharded)
     gathered = 2 * SENT["all-gather"](setting.size(axes)) * whole
     return sum(term.bytes for lookup in lookups for term in _exchange_terms(setting, lookup)) < gathered
 
 
 def _token_cuts(setting: Setting, lookup: Lookup) -> tuple[str, ...]:
-    taken = [cuts for dim, cuts in enumerate(lookup.weight.cuts) if dim not in lookup.indexed]
-    return setting.order({axis for cuts in taken for axis in cuts} & setting.tokens)
+    taken = [dim_axes for dim, dim_axes in enumerate(lookup.weight.dim_axes) if dim not in lookup.indexed]
+    return setting.order({axis for dim_axes in taken for axis in dim_axes} & setting.tokens)
 
 
 def _rows(setting: Setting, lookup: Lookup) -> float:
     """Bytes that a device's own tokens look up, in one execution."""
     kept = [dim for dim in range(len(lookup.weight.shape)) if dim not in lookup.indexed]
-    parts = setting.size(_foreign(setting, lookup.weight.cuts, kept))
+    parts = setting.size(_foreign(setting, lookup.weight.dim_axes, kept))
     return lookup.output.bytes / setting.size(setting.tokens) / parts
 
 
 def _local(setting: Setting, product: Product, which: str) -> float:
     """Bytes of a product's input or output on a device, as partial sums."""
     dims = (*product.batched, *(product.kept if which == "output" else product.contracted))
-    parts = setting.size(_foreign(setting, product.weight.cuts, dims))
+    parts = setting.size(_foreign(setting, product.weight.dim_axes, dims))
     value = product.output if which == "output" else product.value
     return value.bytes / setting.size(setting.tokens) / parts
 
 
-def _foreign(setting: Setting, cuts: Cuts, dims: Sequence[int]) -> tuple[str, ...]:
+def _foreign(setting: Setting, dim_axes: DimAxes, dims: Sequence[int]) -> tuple[str, ...]:
     """Returns the axes that shard these dimensions of a weight and not tokens: it stays sharded along them."""
-    return setting.order({axis for dim in dims for axis in cuts[dim]} - setting.tokens)
+    return setting.order({axis for dim in dims for axis in dim_axes[dim]} - setting.tokens)

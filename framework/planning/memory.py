@@ -14,18 +14,17 @@ import jax
 from jax.interpreters import partial_eval
 from jax.sharding import NamedSharding
 
-from meshway.framework.axes import sharded_by
+from meshway.framework.axes import DimAxes, sharded_by
 from meshway.framework.planning.shard_sizes import (
     ELEMENTWISE,
     REDUCTIONS,
     Array,
-    Cuts,
     Function,
     Operation,
     Propagation,
     local_bytes,
     made_whole,
-    uncut,
+    replicated,
 )
 from meshway.framework.terminal import format_bytes
 
@@ -95,16 +94,16 @@ def step_memory(program: Program) -> Memory:
     """
     closed = program.trace_gradients()
     shapes, shardings = program.state_shapes, program.state_shardings
-    params, cuts = jax.tree.leaves(shapes.params), _cuts_of(shapes.params, shardings.params)
-    batch = _cuts_of(program.abstract_batch, program.batch_shardings)
+    params, dim_axes = jax.tree.leaves(shapes.params), _dim_axes_of(shapes.params, shardings.params)
+    batch = _dim_axes_of(program.abstract_batch, program.batch_shardings)
     mesh = jax.tree.leaves(shardings.params)[0].mesh.shape
     # Results are the gradients, as many and in the order of the parameters, then metrics.
     used = [number < len(params) for number in range(len(closed.jaxpr.outvars))]
     live, _ = partial_eval.dce_jaxpr(closed.jaxpr, used, instantiate=True)
     liveness = _Liveness(mesh)
     function = liveness.propagation.function(live)
-    peak = liveness.peak(function, [*cuts, *batch, ()], cuts)
-    gradients = sum(local_bytes(array, each, mesh) for array, each in zip(function.gives, cuts, strict=True))
+    peak = liveness.peak(function, [*dim_axes, *batch, ()], dim_axes)
+    gradients = sum(local_bytes(array, each, mesh) for array, each in zip(function.gives, dim_axes, strict=True))
     return Memory(
         _bytes_of(shapes.params, shardings.params),
         _bytes_of(shapes.opt_state, shardings.opt_state),
@@ -114,7 +113,7 @@ def step_memory(program: Program) -> Memory:
     )
 
 
-def _cuts_of(shapes: Any, shardings: Any) -> list[Cuts]:
+def _dim_axes_of(shapes: Any, shardings: Any) -> list[DimAxes]:
     pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
     return [sharded_by(sharding.spec, len(leaf.shape)) for leaf, sharding in pairs]
 
@@ -138,8 +137,8 @@ class _Liveness:
     def peak(
         self,
         function: Function,
-        given: Sequence[Cuts],
-        wanted: Sequence[Cuts | None],
+        given: Sequence[DimAxes],
+        wanted: Sequence[DimAxes | None],
         slices: Sequence[Array] = (),
     ) -> int:
         """Returns the most bytes allocated at a time, without arguments.
@@ -150,35 +149,37 @@ class _Liveness:
           wanted: those of its results, None for as they are computed.
           slices: arguments that are slices of arrays outside, and take memory only once they are read.
         """
-        cuts = self.propagation.cuts(function, given)
-        cuts |= {array: each for array, each in zip(function.takes, given, strict=True)}
-        pins = self._pins(function, cuts, wanted)
-        lives = _Lifetimes(function, slices, lambda array: self._bytes(array, cuts, pins))
+        dim_axes = self.propagation.dim_axes(function, given)
+        dim_axes |= {array: each for array, each in zip(function.takes, given, strict=True)}
+        pins = self._pins(function, dim_axes, wanted)
+        lives = _Lifetimes(function, slices, lambda array: self._bytes(array, dim_axes, pins))
         live = peak = 0
         for number, operation in enumerate(function.operations):
             made = [array for array in (*operation.makes, *lives.sliced.get(number, ())) if array in lives.held]
             if operation.name in _FUSED and not made:
                 continue
-            sizes = [self._bytes(array, cuts, pins) for array in made]
-            ends = [self._bytes(array, cuts, pins) for array in lives.ending.get(number, ())]
-            under_way = self._under_way(operation, cuts, pins)
+            sizes = [self._bytes(array, dim_axes, pins) for array in made]
+            ends = [self._bytes(array, dim_axes, pins) for array in lives.ending.get(number, ())]
+            under_way = self._under_way(operation, dim_axes, pins)
             reused = _reused(sizes, ends) if operation.name in _IN_PLACE else 0
             peak = max(peak, live + sum(sizes) - reused + under_way)
             live += sum(sizes) - sum(ends)
         return peak
 
-    def _bytes(self, array: Array, cuts: Mapping[Array, Cuts], pins: Mapping[Array, Cuts]) -> int:
-        return local_bytes(array, pins.get(array, cuts.get(array, uncut(array))), self._mesh)
+    def _bytes(self, array: Array, dim_axes: Mapping[Array, DimAxes], pins: Mapping[Array, DimAxes]) -> int:
+        return local_bytes(array, pins.get(array, dim_axes.get(array, replicated(array))), self._mesh)
 
-    def _under_way(self, operation: Operation, cuts: Mapping[Array, Cuts], pins: Mapping[Array, Cuts]) -> int:
+    def _under_way(self, operation: Operation, dim_axes: Mapping[Array, DimAxes], pins: Mapping[Array, DimAxes]) -> int:
         """Returns the bytes that are allocated only while an operation runs."""
-        operands = [cuts.get(array, uncut(array)) for array in operation.reads]
+        operands = [dim_axes.get(array, replicated(array)) for array in operation.reads]
         name, params = operation.name, operation.params
         if name == "dot_general":
             # A product whose result is reduce-scattered is first allocated as partial sums, sharded less.
             made = operation.makes[0]
-            more = local_bytes(made, cuts[made], self._mesh) if pins.get(made, cuts[made]) != cuts[made] else 0
-            for number, axes in made_whole(operation, operands, cuts[operation.makes[0]]):
+            more = (
+                local_bytes(made, dim_axes[made], self._mesh) if pins.get(made, dim_axes[made]) != dim_axes[made] else 0
+            )
+            for number, axes in made_whole(operation, operands, dim_axes[operation.makes[0]]):
                 times = math.prod(self._mesh[axis] for axis in axes)
                 more += times * local_bytes(operation.reads[number], operands[number], self._mesh)
             return more
@@ -194,7 +195,7 @@ class _Liveness:
             inside = self.peak(body, given, wanted, body.takes[fixed + carried :])
             # A scan of length 1 is not a loop: its results are the body's.
             once = operation.makes[carried:] if params["length"] == 1 else ()
-            return max(0, inside - sum(self._bytes(array, cuts, pins) for array in once))
+            return max(0, inside - sum(self._bytes(array, dim_axes, pins) for array in once))
         if name == "while":
             given = operands[params["cond_nconsts"] :]
             body = self.propagation.function(params["body_jaxpr"])
@@ -206,16 +207,18 @@ class _Liveness:
             return max(self.peak(each, operands[1:], [None] * len(each.gives)) for each in branches)
         if name == "shard_map":
             body = self.propagation.function(params["jaxpr"])
-            return _Liveness({}).peak(body, [uncut(array) for array in body.takes], [None] * len(body.gives))
+            return _Liveness({}).peak(body, [replicated(array) for array in body.takes], [None] * len(body.gives))
         return 0
 
-    def _pins(self, function: Function, cuts: Mapping[Array, Cuts], wanted: Sequence[Cuts | None]) -> dict[Array, Cuts]:
+    def _pins(
+        self, function: Function, dim_axes: Mapping[Array, DimAxes], wanted: Sequence[DimAxes | None]
+    ) -> dict[Array, DimAxes]:
         """Returns the mesh axes of values that results or the state of loops require to be sharded further than they
         are computed."""
-        pins: dict[Array, Cuts] = {}
+        pins: dict[Array, DimAxes] = {}
 
-        def pin(array: Array, asked: Cuts | None) -> None:
-            own = cuts.get(array, uncut(array))
+        def pin(array: Array, asked: DimAxes | None) -> None:
+            own = dim_axes.get(array, replicated(array))
             if asked is not None and len(asked) == len(own) and _parts(asked, self._mesh) > _parts(own, self._mesh):
                 pins[array] = asked
 
@@ -226,12 +229,12 @@ class _Liveness:
                 fixed, carried = operation.params["num_consts"], operation.params["num_carry"]
                 state = zip(operation.reads[fixed : fixed + carried], operation.makes[:carried], strict=True)
                 for before, after in state:
-                    pin(before, pins.get(after, cuts[after]))
+                    pin(before, pins.get(after, dim_axes[after]))
                 continue
             if operation.name not in _PINNING:
                 continue
             made = operation.makes[0]
-            asked = pins.get(made, cuts[made])  # operands of one shape are sharded as the one that is sharded most
+            asked = pins.get(made, dim_axes[made])  # operands of one shape are sharded as the one that is sharded most
             if operation.name == "transpose":
                 inverse = sorted(range(len(asked)), key=operation.params["permutation"].__getitem__)
                 pin(operation.reads[0], tuple(asked[dim] for dim in inverse))
@@ -334,5 +337,5 @@ def _reused(sizes: Sequence[int], ends: Sequence[int]) -> int:
     return total
 
 
-def _parts(cuts: Cuts, mesh: Mapping[str, int]) -> int:
-    return math.prod(mesh[axis] for axes in cuts for axis in axes)
+def _parts(dim_axes: DimAxes, mesh: Mapping[str, int]) -> int:
+    return math.prod(mesh[axis] for axes in dim_axes for axis in axes)

@@ -11,10 +11,8 @@ from typing import Any
 
 import jax
 
-from meshway.framework.axes import sharded_by
+from meshway.framework.axes import DimAxes, sharded_by
 from meshway.framework.planning.collectives import ShardMapKernel, kernel_of
-
-Cuts = tuple[tuple[str, ...], ...]  # the mesh axes that shard each dimension
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,19 +42,19 @@ class Weight:
     Attributes:
       path: its name.
       names: the logical axis of each dimension; None where a reshape joined or split axes.
-      cuts: the mesh axes that shard each dimension as it is stored.
+      dim_axes: the mesh axes that shard each dimension as it is stored.
     """
 
     path: str
     shape: tuple[int, ...]
     dtype: Any
     names: tuple[str | None, ...]
-    cuts: Cuts
+    dim_axes: DimAxes
 
     def keep(self, dims: Sequence[int], shape: Sequence[int], dtype: Any) -> "Weight":
         """Returns the weight with only the dimensions `dims`, in that order."""
-        names, cuts = tuple(self.names[dim] for dim in dims), tuple(self.cuts[dim] for dim in dims)
-        return Weight(self.path, tuple(shape), dtype, names, cuts)
+        names, dim_axes = tuple(self.names[dim] for dim in dims), tuple(self.dim_axes[dim] for dim in dims)
+        return Weight(self.path, tuple(shape), dtype, names, dim_axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,20 +282,20 @@ def _reshaped(weight: Weight, out: Any) -> Weight | None:
     while tail < min(len(old), len(new)) and old[-1 - tail] == new[-1 - tail]:
         tail += 1
     head = [dim for dim in range(len(old) - tail)]
-    axes = tuple(axis for dim in head for axis in weight.cuts[dim])
+    axes = tuple(axis for dim in head for axis in weight.dim_axes[dim])
     lead = len(new) - tail
     names: list[str | None] = [None] * lead
-    cuts: list[tuple[str, ...]] = [()] * lead
+    dim_axes: list[tuple[str, ...]] = [()] * lead
     if axes and not lead:
         return None
     if lead:
         # The mesh axes of a joined dimension shard the first of those that it is split into.
-        names[0], cuts[0] = (weight.names[head[0]] if head else None), axes
+        names[0], dim_axes[0] = (weight.names[head[0]] if head else None), axes
     keep = range(len(old) - tail, len(old))
     return Weight(
         weight.path,
         tuple(new),
         out.dtype,
         (*names, *(weight.names[dim] for dim in keep)),
-        (*cuts, *(weight.cuts[dim] for dim in keep)),
+        (*dim_axes, *(weight.dim_axes[dim] for dim in keep)),
     )

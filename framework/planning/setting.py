@@ -65,9 +65,9 @@ def setting_of(program: Program) -> Setting:
         weights,
         _optimizer_axes(program, weights),
         uses,
-        cutting(asked, ("embed", "length"), beside="embed") - token_axes(asked),
-        cutting(asked, ("stage",)),
-        cutting(asked, ("expert",)) | _expert_axes(weights, partitioner.mesh.shape),
+        sharding_axes(asked, ("embed", "length"), beside="embed") - token_axes(asked),
+        sharding_axes(asked, ("stage",)),
+        sharding_axes(asked, ("expert",)) | _expert_axes(weights, partitioner.mesh.shape),
         _gathered_keys(asked, uses),
         partitioner.mesh.devices.flat[0].platform,
     )
@@ -81,24 +81,24 @@ def token_axes(asked: Activations) -> frozenset[str]:
     """
     found = set(asked.mesh_axes("batch"))
     for inside in _INSIDE_LAYERS:
-        found |= cutting(asked, ("batch", "length"), beside=inside)
+        found |= sharding_axes(asked, ("batch", "length"), beside=inside)
     return frozenset(found)
 
 
-def cutting(asked: Activations, names: Collection[str], beside: str = "") -> frozenset[str]:
+def sharding_axes(asked: Activations, names: Collection[str], beside: str = "") -> frozenset[str]:
     """Returns the mesh axes, of more than one device, that shard one of `names` in an activation the model constrained,
     of those that have the axis `beside` where that is given."""
     found: set[str] = set()
     for axes, shape, spec in asked.constrained:
         if not beside or beside in axes:
-            cuts = sharded_by(spec, len(shape))
-            found |= {axis for name, cut in zip(axes, cuts) if name in names for axis in cut}
+            dim_axes = sharded_by(spec, len(shape))
+            found |= {axis for name, sharded in zip(axes, dim_axes) if name in names for axis in sharded}
     return frozenset(axis for axis in found if asked.mesh.shape[axis] > 1)
 
 
 def _gathered_keys(asked: Activations, uses: Uses) -> list[tuple[tuple[str, ...], float]]:
     """Returns (axes, bytes on a device) of keys and values replicated over axes that shard the length of queries."""
-    axes = cutting(asked, ("length",), beside="heads") - cutting(asked, ("kv_length",))
+    axes = sharding_axes(asked, ("length",), beside="heads") - sharding_axes(asked, ("kv_length",))
     order = tuple(axis for axis in asked.mesh.shape if axis in axes)
     shapes = {(shape, spec) for names, shape, spec in asked.constrained if "kv_length" in names and len(shape) == 4}
     found = []
@@ -112,8 +112,8 @@ def _expert_axes(weights: list[Weight], mesh: Mapping[str, int]) -> frozenset[st
     return frozenset(
         axis
         for weight in weights
-        for name, cuts in zip(weight.names, weight.cuts)
-        for axis in cuts
+        for name, dim_axes in zip(weight.names, weight.dim_axes)
+        for axis in dim_axes
         if name == "expert" and mesh[axis] > 1
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
-from meshway.framework.axes import sharded_by
+from meshway.framework.axes import DimAxes, sharded_by
 
 _NOT_CALLS = frozenset(["scan", "while", "cond", "shard_map", "pallas_call"])
 
@@ -100,8 +100,6 @@ def _of(atom: Any, known: dict[Any, Array]) -> Array:
     return known[atom]
 
 
-Cuts = tuple[tuple[str, ...], ...]  # the mesh axes that shard each dimension
-
 _NAMES = """
     abs add add_any and atan2 cbrt ceil clamp convert_element_type copy cos cosh div eq erf erf_inv erfc exp exp2 expm1
     floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not optimization_barrier or
@@ -113,14 +111,14 @@ REDUCTIONS = frozenset(f"reduce_{name}" for name in ("and", "max", "min", "or", 
 _SAME = ELEMENTWISE | {"cumsum", "cummax", "cummin", "cumprod", "cumlogsumexp", "rev", "sort", "dynamic_update_slice"}
 
 
-def uncut(array: Array) -> Cuts:
-    """Returns the `Cuts` of a replicated value."""
+def replicated(array: Array) -> DimAxes:
+    """Returns the `DimAxes` of a replicated value."""
     return ((),) * len(array.shape)
 
 
-def local_bytes(array: Array, cuts: Cuts, mesh: Mapping[str, int]) -> int:
+def local_bytes(array: Array, dim_axes: DimAxes, mesh: Mapping[str, int]) -> int:
     """Returns the bytes of a value on one device."""
-    parts = [math.prod(mesh[axis] for axis in axes) for axes in cuts]
+    parts = [math.prod(mesh[axis] for axis in axes) for axes in dim_axes]
     return array.itemsize * math.prod(-(-size // part) for size, part in zip(array.shape, parts, strict=True))
 
 
@@ -134,7 +132,7 @@ class Propagation:
     def __init__(self, mesh: Mapping[str, int]) -> None:
         self.mesh = dict(mesh)
         self._functions: dict[int, tuple[Any, Function]] = {}
-        self._found: dict[tuple[int, tuple[Cuts, ...]], list[Cuts]] = {}
+        self._found: dict[tuple[int, tuple[DimAxes, ...]], list[DimAxes]] = {}
 
     def function(self, jaxpr: Any) -> Function:
         """Returns the operations of a jaxpr inside another; each is read only once."""
@@ -142,15 +140,15 @@ class Propagation:
             self._functions[id(jaxpr)] = (jaxpr, read_function(jaxpr))  # keeping the jaxpr keeps its id
         return self._functions[id(jaxpr)][1]
 
-    def cuts(self, function: Function, given: Sequence[Cuts]) -> dict[Array, Cuts]:
+    def dim_axes(self, function: Function, given: Sequence[DimAxes]) -> dict[Array, DimAxes]:
         """Returns the mesh axes that shard each value."""
-        found: dict[Array, Cuts] = dict(zip(function.takes, given, strict=True))
+        found: dict[Array, DimAxes] = dict(zip(function.takes, given, strict=True))
         for operation in function.operations:
-            operands = [found.get(array, uncut(array)) for array in operation.reads]
+            operands = [found.get(array, replicated(array)) for array in operation.reads]
             found.update(zip(operation.makes, self.of(operation, operands), strict=True))
         return found
 
-    def of(self, operation: Operation, operands: Sequence[Cuts]) -> list[Cuts]:
+    def of(self, operation: Operation, operands: Sequence[DimAxes]) -> list[DimAxes]:
         """Returns the mesh axes that shard an operation's results."""
         name = operation.name
         if name == "scan":
@@ -167,16 +165,16 @@ class Propagation:
             return [self._real(sharded_by(s, len(m.shape))) for s, m in zip(specs, operation.makes, strict=True)]
         return [self._one(operation, operands, made) for made in operation.makes]
 
-    def body_inputs(self, operation: Operation, operands: Sequence[Cuts]) -> list[Cuts]:
+    def body_inputs(self, operation: Operation, operands: Sequence[DimAxes]) -> list[DimAxes]:
         """Returns the mesh axes that shard the arguments of a scan's body."""
         fixed, carried = operation.params["num_consts"], operation.params["num_carry"]
-        slices = [cuts[1:] for cuts in operands[fixed + carried :]]
+        slices = [dim_axes[1:] for dim_axes in operands[fixed + carried :]]
         body = self.function(operation.params["jaxpr"])
         return self.loop(body, [*operands[: fixed + carried], *slices], fixed, carried)[0]
 
     def loop(
-        self, body: Function, given: Sequence[Cuts], fixed: int, carried: int | None = None
-    ) -> tuple[list[Cuts], list[Cuts]]:
+        self, body: Function, given: Sequence[DimAxes], fixed: int, carried: int | None = None
+    ) -> tuple[list[DimAxes], list[DimAxes]]:
         """Returns the mesh axes that shard a loop body's arguments and results, once those of its state agree."""
         given = list(given)
         count = len(body.gives) if carried is None else carried
@@ -191,19 +189,19 @@ class Propagation:
             given[fixed : fixed + count] = state
         return given, gives
 
-    def _gives(self, function: Function, given: Sequence[Cuts]) -> list[Cuts]:
+    def _gives(self, function: Function, given: Sequence[DimAxes]) -> list[DimAxes]:
         key = (id(function), tuple(given))
         if key not in self._found:
-            found = self.cuts(function, given)
-            self._found[key] = [found.get(array, uncut(array)) for array in function.gives]
+            found = self.dim_axes(function, given)
+            self._found[key] = [found.get(array, replicated(array)) for array in function.gives]
         return self._found[key]
 
-    def _scan(self, operation: Operation, operands: Sequence[Cuts]) -> list[Cuts]:
+    def _scan(self, operation: Operation, operands: Sequence[DimAxes]) -> list[DimAxes]:
         carried = operation.params["num_carry"]
         gives = self._gives(self.function(operation.params["jaxpr"]), self.body_inputs(operation, operands))
-        return [*gives[:carried], *[((), *cuts) for cuts in gives[carried:]]]
+        return [*gives[:carried], *[((), *dim_axes) for dim_axes in gives[carried:]]]
 
-    def _one(self, operation: Operation, operands: Sequence[Cuts], made: Array) -> Cuts:
+    def _one(self, operation: Operation, operands: Sequence[DimAxes], made: Array) -> DimAxes:
         name, params, rank = operation.name, operation.params, len(made.shape)
         if name == "sharding_constraint":
             spec = params["sharding"].spec
@@ -225,19 +223,19 @@ class Propagation:
             return self._product(operation, operands)
         if name == "gather":
             return self._gathered(operation, operands, made)
-        alike = [cuts for array, cuts in zip(operation.reads, operands) if len(array.shape) == rank]
+        alike = [dim_axes for array, dim_axes in zip(operation.reads, operands) if len(array.shape) == rank]
         if name not in _SAME:  # slices, pads, concatenations: a dimension stays sharded if it keeps its size
             shapes = [array.shape for array in operation.reads if len(array.shape) == rank]
             alike = [
-                tuple(axes if size == new else () for axes, size, new in zip(cuts, shape, made.shape))
-                for cuts, shape in zip(alike, shapes)
+                tuple(axes if size == new else () for axes, size, new in zip(dim_axes, shape, made.shape))
+                for dim_axes, shape in zip(alike, shapes)
             ]
         return _merged(made.shape, alike)
 
-    def _real(self, cuts: Cuts) -> Cuts:
-        return tuple(tuple(axis for axis in axes if self.mesh.get(axis, 1) > 1) for axes in cuts)
+    def _real(self, dim_axes: DimAxes) -> DimAxes:
+        return tuple(tuple(axis for axis in axes if self.mesh.get(axis, 1) > 1) for axes in dim_axes)
 
-    def reshaped(self, old: Sequence[int], cuts: Cuts, new: Sequence[int]) -> Cuts:
+    def reshaped(self, old: Sequence[int], dim_axes: DimAxes, new: Sequence[int]) -> DimAxes:
         """Returns the mesh axes after a reshape: of joined or split dimensions, those of the first pass to the
         first."""
         result: list[tuple[str, ...]] = [()] * len(new)
@@ -255,12 +253,12 @@ class Propagation:
                     size_new *= new[j]
             of = next((d for d in range(first[0], i + 1) if old[d] > 1), first[0])
             to = next((d for d in range(first[1], j + 1) if new[d] > 1), first[1])
-            if new[to] % math.prod(self.mesh[axis] for axis in cuts[of]) == 0:
-                result[to] = cuts[of]
+            if new[to] % math.prod(self.mesh[axis] for axis in dim_axes[of]) == 0:
+                result[to] = dim_axes[of]
             i, j = i + 1, j + 1
         return tuple(result)
 
-    def _product(self, operation: Operation, operands: Sequence[Cuts]) -> Cuts:
+    def _product(self, operation: Operation, operands: Sequence[DimAxes]) -> DimAxes:
         (left_c, right_c), (left_b, right_b) = operation.params["dimension_numbers"]
         left, right = operands
         batch = [left[i] or right[j] for i, j in zip(left_b, right_b)]
@@ -268,7 +266,7 @@ class Propagation:
         free += [axes for dim, axes in enumerate(right) if dim not in (*right_c, *right_b)]
         return _without_repeats([*batch, *free])
 
-    def _gathered(self, operation: Operation, operands: Sequence[Cuts], made: Array) -> Cuts:
+    def _gathered(self, operation: Operation, operands: Sequence[DimAxes], made: Array) -> DimAxes:
         numbers = operation.params["dimension_numbers"]
         gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
         kept = [dim for dim in range(len(operands[0])) if dim not in gone]
@@ -285,7 +283,7 @@ class Propagation:
         return _without_repeats(entries)
 
 
-def made_whole(operation: Operation, operands: Sequence[Cuts], made: Cuts) -> list[tuple[int, tuple[str, ...]]]:
+def made_whole(operation: Operation, operands: Sequence[DimAxes], made: DimAxes) -> list[tuple[int, tuple[str, ...]]]:
     """Returns (operand, mesh axes) of operands that a product gathers: contracted dimensions sharded over mesh axes
     that shard its result too."""
     (left_c, right_c), _ = operation.params["dimension_numbers"]
@@ -304,13 +302,15 @@ def made_whole(operation: Operation, operands: Sequence[Cuts], made: Cuts) -> li
     return found
 
 
-def _merged(shape: Sequence[int], several: Iterable[Cuts]) -> Cuts:
+def _merged(shape: Sequence[int], several: Iterable[DimAxes]) -> DimAxes:
     """Returns the mesh axes of a result of several values of one shape: for each dimension, the most."""
-    several = [cuts for cuts in several if len(cuts) == len(shape)]
-    return _without_repeats([max((cuts[dim] for cuts in several), key=len, default=()) for dim in range(len(shape))])
+    several = [dim_axes for dim_axes in several if len(dim_axes) == len(shape)]
+    return _without_repeats(
+        [max((dim_axes[dim] for dim_axes in several), key=len, default=()) for dim in range(len(shape))]
+    )
 
 
-def _without_repeats(entries: Iterable[tuple[str, ...]]) -> Cuts:
+def _without_repeats(entries: Iterable[tuple[str, ...]]) -> DimAxes:
     """Removes mesh axes that an earlier dimension has."""
     used: set[str] = set()
     result = []

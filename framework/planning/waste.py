@@ -42,7 +42,7 @@ def state_waste(rows: Iterable[Row], mesh: Mapping[str, int], limit: float) -> l
     total = sum(row.bytes_per_device for row in state)
     found = []
     for axis, size in mesh.items():
-        same = [row for row in state if size > 1 and _could_cut(row, axis, size, mesh)]
+        same = [row for row in state if size > 1 and _could_shard(row, axis, size, mesh)]
         bytes_same = sum(row.bytes_per_device for row in same)
         if not same or bytes_same <= limit * total:
             continue
@@ -145,12 +145,13 @@ def resharding_waste(setting: Setting, rows: Sequence[Collective], limit: float)
     return found
 
 
-def _could_cut(row: Row, axis: str, size: int, mesh: Mapping[str, int]) -> bool:
-    cuts = [rule.partition("->")[2].split("+") for rule in row.rule.split(" ") if rule]
-    if any(axis in cut for cut in cuts):
+def _could_shard(row: Row, axis: str, size: int, mesh: Mapping[str, int]) -> bool:
+    dim_axes = [rule.partition("->")[2].split("+") for rule in row.rule.split(" ") if rule]
+    if any(axis in sharded for sharded in dim_axes):
         return False
     left = [
-        length // math.prod(mesh.get(each, 1) for each in cut) for length, cut in zip(row.shape, cuts, strict=False)
+        length // math.prod(mesh.get(each, 1) for each in sharded)
+        for length, sharded in zip(row.shape, dim_axes, strict=False)
     ]
     return any(length % size == 0 and length >= size for length in left)
 

@@ -136,7 +136,7 @@ class TrainStep:
     ) -> tuple[Gradients, Metrics]:
         count = self.num_microbatches
 
-        def cut(feature: jax.Array) -> jax.Array:
+        def split(feature: jax.Array) -> jax.Array:
             # Microbatch i takes rows i, i + count, ...: each lies on all devices that hold the batch.
             return jnp.swapaxes(feature.reshape(-1, count, *feature.shape[1:]), 0, 1)
 
@@ -147,7 +147,7 @@ class TrainStep:
         def add(total: Any, micro: tuple[jax.Array, Mapping[str, jax.Array]]) -> tuple[Any, None]:
             return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, one(*micro)), None
 
-        micros = (jnp.arange(count), {name: cut(feature) for name, feature in batch.items()})
+        micros = (jnp.arange(count), {name: split(feature) for name, feature in batch.items()})
         shapes = jax.eval_shape(one, *jax.tree.map(lambda x: x[0], micros))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
         total, _ = jax.lax.scan(add, zeros, micros)
@@ -155,7 +155,7 @@ class TrainStep:
 
 
 def check_microbatches(batch_size: int, num_microbatches: int) -> None:
-    """Raises UserError where the batch does not cut evenly."""
+    """Raises UserError where the batch is not divisible."""
     if num_microbatches < 1 or batch_size % num_microbatches:
         raise UserError(
             f"num_microbatches={num_microbatches} does not divide BATCH_SIZE={batch_size}; the microbatches of a step "

@@ -147,7 +147,7 @@ class Groups:
     tokens: int
     capacity: int  # slots of each expert
 
-    def cut(self, x: jax.Array) -> jax.Array:
+    def split(self, x: jax.Array) -> jax.Array:
         """[batch, length, ...] -> [groups, tokens, ...]."""
         return x.reshape(-1, self.tokens, *x.shape[2:])
 
@@ -170,7 +170,7 @@ Dispatched = tuple[jax.Array, jax.Array]
 
 
 def einsum(
-    routed: Routed, weights: ExpertWeights, masks: jax.Array | None, groups: Groups, cut: ExpertMesh | None
+    routed: Routed, weights: ExpertWeights, masks: jax.Array | None, groups: Groups, mesh: ExpertMesh | None
 ) -> Dispatched:
     """Passes tokens through their experts, by one-hot products.
 
@@ -179,58 +179,60 @@ def einsum(
       weights: the experts'.
       masks: dropout's, scaled, [row groups, groups a row, d_ff]; or None.
       groups: which tokens share slots, and how many slots.
-      cut: how the layout shards the layer; None on one device.
+      mesh: how the layout shards the layer; None on one device.
 
     Returns:
       (the gated sum of experts' outputs, like x; how many experts took each token, float32 [batch, length]).
     """
     x = routed.x
     slots = _assign(routed, weights.output.shape[0], groups)
-    tokens, size = groups.cut(x), groups.tokens
+    tokens, size = groups.split(x), groups.tokens
     # Of each slot, which token of its own group it holds.
     within = slots.token[..., None] - size * jnp.arange(tokens.shape[0], dtype=jnp.int32)[:, None, None]
     seats = (within == jnp.arange(size, dtype=jnp.int32)).astype(x.dtype)
-    rows = _by_expert(jnp.einsum("egcn,gnd->egcd", seats, tokens), cut)
+    rows = _by_expert(jnp.einsum("egcn,gnd->egcd", seats, tokens), mesh)
     mask = None if masks is None else masks.reshape(-1, masks.shape[-1])
-    rows = _by_expert(_through_experts(rows, weights, mask), cut)
+    rows = _by_expert(_through_experts(rows, weights, mask), mesh)
     y = jnp.einsum("egc,egcn,egcd->gnd", slots.gate, seats, rows, preferred_element_type=jnp.float32)
     return y.astype(x.dtype).reshape(x.shape), choices_kept(slots, size).reshape(x.shape[:2])
 
 
 def all_to_all(
-    routed: Routed, weights: ExpertWeights, masks: jax.Array | None, groups: Groups, cut: ExpertMesh | None
+    routed: Routed, weights: ExpertWeights, masks: jax.Array | None, groups: Groups, mesh: ExpertMesh | None
 ) -> Dispatched:
     """Passes tokens through their experts, moving rows; arguments and results are those of `einsum`."""
-    return on_devices(functools.partial(_move, groups), routed, weights, masks, cut)
+    return on_devices(functools.partial(_move, groups), routed, weights, masks, mesh)
 
 
 class DispatchKernel(Protocol):
     """The dispatch of one device, on its own tokens and experts; `mask` [units, d_ff] of the units it will work on."""
 
     def __call__(
-        self, routed: Routed, weights: ExpertWeights, mask: jax.Array | None, cut: ExpertMesh | None
+        self, routed: Routed, weights: ExpertWeights, mask: jax.Array | None, mesh: ExpertMesh | None
     ) -> Dispatched: ...
 
 
 def on_devices(
-    kernel: DispatchKernel, routed: Routed, weights: ExpertWeights, masks: jax.Array | None, cut: ExpertMesh | None
+    kernel: DispatchKernel, routed: Routed, weights: ExpertWeights, masks: jax.Array | None, mesh: ExpertMesh | None
 ) -> Dispatched:
     """Runs a kernel on every device of the mesh, or on the one device; arguments and results are those of `einsum`."""
-    if cut is None:
+    if mesh is None:
         return kernel(routed, weights, None if masks is None else masks.reshape(-1, masks.shape[-1]), None)
 
     def run(routed: Routed, arrays: Any, masks: jax.Array | None) -> Any:
-        mask = None if masks is None else cut.received(masks, whole_rows)
-        return kernel(routed, ExpertWeights(arrays[0], arrays[1], weights.activations), mask, cut)
+        mask = None if masks is None else mesh.received(masks, whole_rows)
+        return kernel(routed, ExpertWeights(arrays[0], arrays[1], weights.activations), mask, mesh)
 
     whole_rows = masks is None or masks.shape[1] == 1
-    laid, mask_spec = (None, None) if masks is None else cut.spread(masks)
-    wi, wo = (PartitionSpec(cut.expert or None, *axes) for axes in ((None, cut.mlp or None), (cut.mlp or None, None)))
+    laid, mask_spec = (None, None) if masks is None else mesh.spread(masks)
+    wi, wo = (
+        PartitionSpec(mesh.expert or None, *axes) for axes in ((None, mesh.mlp or None), (mesh.mlp or None, None))
+    )
     return jax.shard_map(
         run,
-        mesh=cut.mesh,
-        in_specs=(cut.tokens, (wi, wo), mask_spec),
-        out_specs=(cut.result, cut.tokens),
+        mesh=mesh.mesh,
+        in_specs=(mesh.tokens, (wi, wo), mask_spec),
+        out_specs=(mesh.result, mesh.tokens),
         # Tracking each value's varying mesh axes fails in a scan that is mapped over stages (jax 0.10 to 0.12).
         # Gradients stay right: jax divides those of outputs, and sums those of inputs, over unnamed axes.
         check_vma=False,
@@ -238,27 +240,27 @@ def on_devices(
 
 
 def _move(
-    groups: Groups, routed: Routed, weights: ExpertWeights, mask: jax.Array | None, cut: ExpertMesh | None
+    groups: Groups, routed: Routed, weights: ExpertWeights, mask: jax.Array | None, mesh: ExpertMesh | None
 ) -> Dispatched:
     """Rows to slots, slots to the devices of their experts, through these, and the same way back."""
-    num_experts = weights.output.shape[0] * (1 if cut is None else cut.size(cut.expert))
+    num_experts = weights.output.shape[0] * (1 if mesh is None else mesh.size(mesh.expert))
     x, choices, real = routed
     slots = _assign(routed, num_experts, groups)
     kept = choices_kept(slots, groups.tokens).reshape(x.shape[:2])
-    if cut is not None and cut.expert and not cut.exchange:
-        slots = of_experts(slots, *cut.own_experts(num_experts))
+    if mesh is not None and mesh.expert and not mesh.exchange:
+        slots = of_experts(slots, *mesh.own_experts(num_experts))
     rows = _to_slots(x.reshape(-1, x.shape[-1]), slots)
-    if cut is not None and cut.exchange:
-        rows = jax.lax.all_to_all(rows, cut.exchange, 0, 1, tiled=True)
+    if mesh is not None and mesh.exchange:
+        rows = jax.lax.all_to_all(rows, mesh.exchange, 0, 1, tiled=True)
     rows = _through_experts(rows, weights, mask)
-    if cut is not None and cut.exchange:
-        rows = jax.lax.all_to_all(rows, cut.exchange, 1, 0, tiled=True)
+    if mesh is not None and mesh.exchange:
+        rows = jax.lax.all_to_all(rows, mesh.exchange, 1, 0, tiled=True)
     y = _from_slots(rows, slots, choices, real.size).astype(x.dtype).reshape(x.shape)
-    return (y if cut is None else cut.reduce(y)), kept
+    return (y if mesh is None else mesh.reduce(y)), kept
 
 
 def _assign(routed: Routed, num_experts: int, groups: Groups) -> Slots:
-    choices, real = jax.tree.map(groups.cut, (routed.choices, routed.real))
+    choices, real = jax.tree.map(groups.split, (routed.choices, routed.real))
     return assign(choices, real, num_experts, groups.capacity)
 
 
@@ -294,10 +296,10 @@ def _from_slots(rows: jax.Array, slots: Slots, choices: Choices, tokens: int) ->
     return jnp.zeros((tokens, flat.shape[-1]), jnp.float32).at[slots.token.reshape(-1)].add(weighed, mode="drop")
 
 
-def _by_expert(rows: jax.Array, cut: ExpertMesh | None) -> jax.Array:
+def _by_expert(rows: jax.Array, mesh: ExpertMesh | None) -> jax.Array:
     """Shards [experts, groups, ...] as the experts are, and groups over the other axes of the batch."""
-    if cut is None:
+    if mesh is None:
         return rows
-    rest = tuple(axis for axis in cut.batch if axis not in cut.expert)
-    spec = PartitionSpec(cut.expert or None, rest if rows.shape[1] % cut.size(rest) == 0 else None)
-    return jax.lax.with_sharding_constraint(rows, NamedSharding(cut.mesh, spec))
+    rest = tuple(axis for axis in mesh.batch if axis not in mesh.expert)
+    spec = PartitionSpec(mesh.expert or None, rest if rows.shape[1] % mesh.size(rest) == 0 else None)
+    return jax.lax.with_sharding_constraint(rows, NamedSharding(mesh.mesh, spec))

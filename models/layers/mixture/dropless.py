@@ -22,7 +22,7 @@ from meshway.models.layers.mixture.routers import Choices, TokenChoices
 
 
 def dropless(
-    routed: Routed, weights: ExpertWeights, masks: jax.Array | None, groups: Groups, cut: ExpertMesh | None
+    routed: Routed, weights: ExpertWeights, masks: jax.Array | None, groups: Groups, mesh: ExpertMesh | None
 ) -> Dispatched:
     """Passes every token through all the experts it chose; arguments and results are those of `dispatch.einsum`, except
     that masks are of rows and capacity is unbounded.
@@ -32,7 +32,7 @@ def dropless(
     """
     del groups
     check(routed.choices, "dropless")
-    return on_devices(on_own_experts, routed, weights, masks, cut)
+    return on_devices(on_own_experts, routed, weights, masks, mesh)
 
 
 def check(choices: Choices, dispatch: str) -> None:
@@ -45,19 +45,19 @@ def check(choices: Choices, dispatch: str) -> None:
 
 
 def on_own_experts(
-    routed: Routed, weights: ExpertWeights, mask: jax.Array | None, cut: ExpertMesh | None
+    routed: Routed, weights: ExpertWeights, mask: jax.Array | None, mesh: ExpertMesh | None
 ) -> Dispatched:
     """All tokens of the exchange through a device's own experts."""
     kept = routed.choices.experts.shape[-1] * routed.real
-    first, _ = (0, 0) if cut is None else cut.own_experts(weights.output.shape[0] * cut.size(cut.expert))
+    first, _ = (0, 0) if mesh is None else mesh.own_experts(weights.output.shape[0] * mesh.size(mesh.expert))
     flat = jax.tree.map(lambda t: t.reshape(-1, *t.shape[2:]), routed)
-    if cut is not None and cut.exchange:
-        flat = jax.tree.map(lambda t: jax.lax.all_gather(t, cut.exchange, tiled=True), flat)
+    if mesh is not None and mesh.exchange:
+        flat = jax.tree.map(lambda t: jax.lax.all_gather(t, mesh.exchange, tiled=True), flat)
     y = _own(flat, weights, mask, first).astype(routed.x.dtype)
-    if cut is not None and cut.exchange:
-        y = jax.lax.psum_scatter(y, cut.exchange, tiled=True)
+    if mesh is not None and mesh.exchange:
+        y = jax.lax.psum_scatter(y, mesh.exchange, tiled=True)
     y = y.reshape(routed.x.shape)
-    return (y if cut is None else cut.reduce(y)), kept
+    return (y if mesh is None else mesh.reduce(y)), kept
 
 
 def _own(routed: Routed, weights: ExpertWeights, mask: jax.Array | None, first: jax.Array | int) -> jax.Array:
@@ -76,38 +76,38 @@ def _own(routed: Routed, weights: ExpertWeights, mask: jax.Array | None, first: 
 
 
 def ragged(
-    routed: Routed, weights: ExpertWeights, masks: jax.Array | None, groups: Groups, cut: ExpertMesh | None
+    routed: Routed, weights: ExpertWeights, masks: jax.Array | None, groups: Groups, mesh: ExpertMesh | None
 ) -> Dispatched:
     """Passes every token through all the experts it chose; arguments, results and errors are those of `dropless`."""
     del groups
     check(routed.choices, "ragged")
-    return on_devices(_travel, routed, weights, masks, cut)
+    return on_devices(_travel, routed, weights, masks, mesh)
 
 
-def _travel(routed: Routed, weights: ExpertWeights, mask: jax.Array | None, cut: ExpertMesh | None) -> Dispatched:
+def _travel(routed: Routed, weights: ExpertWeights, mask: jax.Array | None, mesh: ExpertMesh | None) -> Dispatched:
     """A device's tokens to their experts and back."""
-    if cut is None or not cut.exchange:
-        return on_own_experts(routed, weights, mask, cut)
+    if mesh is None or not mesh.exchange:
+        return on_own_experts(routed, weights, mask, mesh)
     x, choices, real = routed
     count, k = weights.output.shape[0], choices.experts.shape[-1]
-    devices = cut.size(cut.exchange)
+    devices = mesh.size(mesh.exchange)
     tokens = x.reshape(-1, x.shape[-1])
     n = tokens.shape[0]
     expert = jnp.where(real.reshape(-1, 1) > 0, choices.experts.reshape(n, k), devices * count)
     by_expert = sort_by_expert(expert.reshape(-1), devices * count)
     # What each device has for each expert.
-    table = jax.lax.all_gather(by_expert.sizes, cut.exchange)
+    table = jax.lax.all_gather(by_expert.sizes, mesh.exchange)
     sent = table.reshape(devices, devices, count).sum(-1)
-    arrived = exchange(by_expert.rows(tokens), sent, devices * n * k, cut.exchange)
+    arrived = exchange(by_expert.rows(tokens), sent, devices * n * k, mesh.exchange)
     masked = None
     if mask is not None:
         units = mask.shape[0] // devices
         unit = (by_expert.order // k // math.ceil(n / units)).astype(jnp.int32)[:, None]
-        masked = (mask, units, _move(unit, sent, arrived.shape[0], cut.exchange)[:, 0])
-    out = _through_own(arrived, table, weights, masked, cut)
-    rows = exchange(out.astype(x.dtype), sent.T, n * k, cut.exchange)
+        masked = (mask, units, _move(unit, sent, arrived.shape[0], mesh.exchange)[:, 0])
+    out = _through_own(arrived, table, weights, masked, mesh)
+    rows = exchange(out.astype(x.dtype), sent.T, n * k, mesh.exchange)
     y = choices.combine(by_expert.choices(rows)).astype(x.dtype)
-    return cut.reduce(y.reshape(x.shape)), k * real
+    return mesh.reduce(y.reshape(x.shape)), k * real
 
 
 def _through_own(
@@ -115,7 +115,7 @@ def _through_own(
     table: jax.Array,
     weights: ExpertWeights,
     masked: tuple[jax.Array, int, jax.Array] | None,
-    cut: ExpertMesh,
+    mesh: ExpertMesh,
 ) -> jax.Array:
     """Passes what arrived, [room, d_model] by source and then by expert, through a device's own experts.
 
@@ -124,10 +124,10 @@ def _through_own(
       table: int32 [devices, experts], what each device has for each expert.
       weights: of the own experts.
       masked: dropout's masks [units, d_ff] of all devices, how many units each has, and each row's unit [room].
-      cut: how the layout cuts.
+      mesh: how the layout cuts.
     """
     devices = table.shape[0]
-    first, count = cut.own_experts(table.shape[1])
+    first, count = mesh.own_experts(table.shape[1])
     own = jax.lax.dynamic_slice_in_dim(table, first, count, axis=1)
     ends = jnp.cumsum(own.reshape(-1))
     segment = jnp.searchsorted(ends, jnp.arange(rows.shape[0]), side="right")

@@ -157,7 +157,7 @@ def test_uses_are_followed_through_loops_casts_slices_and_reshapes():
     tree = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
     uses = find_uses(jax.make_jaxpr(loss)(tree, jax.ShapeDtypeStruct((3, 8), "bfloat16")), weights)
     stacked, single = uses.products
-    assert (stacked.weight.path, stacked.times, stacked.weight.cuts) == ("stack", 5, ((), ("model",)))
+    assert (stacked.weight.path, stacked.times, stacked.weight.dim_axes) == ("stack", 5, ((), ("model",)))
     assert (stacked.contracted, stacked.kept, stacked.value.trained) == ((0,), (1,), True)
     assert single.weight.path == "one" and single.weight.shape == (8, 4) and single.times == 1
     (lookup,) = uses.lookups

@@ -66,11 +66,11 @@ def test_xla_s_buffers_are_as_large_within_the_tolerance(family, remat):
     ],
 )
 def test_a_mesh_cuts_results_as_it_cuts_what_they_are_made_of(function, expected):
-    """x [8, 8] is cut by 'a' along its first dimension, y by 'b' and 'c'."""
+    """x [8, 8] is sharded by 'a' along its first dimension, y by 'b' and 'c'."""
     spec = jax.ShapeDtypeStruct((8, 8), jnp.float32)
     found = read_function(jax.make_jaxpr(function)(spec, spec))
-    cuts = [sharded_by(PartitionSpec("a", None), 2), sharded_by(PartitionSpec("b", "c"), 2)]
-    made = Propagation({"a": 2, "b": 2, "c": 2}).cuts(found, cuts)[found.gives[0]]
+    given = [sharded_by(PartitionSpec("a", None), 2), sharded_by(PartitionSpec("b", "c"), 2)]
+    made = Propagation({"a": 2, "b": 2, "c": 2}).dim_axes(found, given)[found.gives[0]]
     assert made == sharded_by(expected, len(found.gives[0].shape))
 
 
