@@ -348,12 +348,14 @@ def _quiet_orbax() -> None:
 
 @functools.cache
 def _quiet_closed_loops() -> None:
-    """Drops the tracebacks after a failed read: Orbax closes its event loop, and each array whose read ends after that
-    raises another error."""
+    """Drops the tracebacks after a failed read: Orbax closes its event loop and leaves its coroutines, and each array
+    whose read ends after that, and each coroutine that is thrown away, raises another error."""
     before = sys.unraisablehook
 
     def hook(found: Any) -> None:
-        if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
+        closed = isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"
+        left = getattr(getattr(found.object, "cr_code", None), "co_filename", "")  # of a coroutine
+        if not closed and "orbax" not in Path(left).parts:
             before(found)
 
     sys.unraisablehook = hook

@@ -211,3 +211,14 @@ def test_parameters_are_read_in_the_precision_that_is_asked_for(tmp_path):
     with pytest.raises(UserError, match=r"table is bfloat16\[3,4\] there and bfloat16\[3,5\] here"):
         checkpoints.load_params(0, {"table": jax.ShapeDtypeStruct((3, 5), "bfloat16", sharding=sharding)})
     checkpoints.close()
+
+
+def test_coroutines_that_orbax_leaves_behind_are_not_shown(monkeypatch):
+    """Thrown away after a failed read, each would add a traceback to the one message."""
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+    manager._quiet_closed_loops.__wrapped__()
+    for path in ("site-packages/orbax/checkpoint/_src/serialization.py", "site-packages/mine.py"):
+        left = SimpleNamespace(cr_code=SimpleNamespace(co_filename=path))
+        sys.unraisablehook(SimpleNamespace(exc_value=Exception("while reading array index"), object=left))
+    assert [each.object.cr_code.co_filename for each in shown] == ["site-packages/mine.py"]
