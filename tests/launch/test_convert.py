@@ -141,7 +141,7 @@ def test_a_model_trained_here_goes_out(tmp_path):
         checkpoints = Checkpoints(tmp_path / name / "checkpoints", recipe=resolved("llama") + gin)
         checkpoints.save(state, 3, {}, {})
         checkpoints.close()
-    with pytest.raises(UserError, match="say what it is to become by --family"):
+    with pytest.raises(UserError, match="give the family to write by --family"):
         convert(str(tmp_path / "run"), str(tmp_path / "out"))
     convert(str(tmp_path / "run"), str(tmp_path / "out"), family="llama")
     found = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -312,7 +312,7 @@ def test_wrong_places(mistral, tmp_path, capsys):
         ([f"--from={run}", f"--to={tmp_path / 'x'}", "--step=7"], "no checkpoint of step 7"),
         ([f"--from={run}", f"--to={tmp_path / 'x'}", "--family=llama"], "holds a model of family mistral"),
         ([f"--from={run}", f"--to={tmp_path / 'x'}", "--max_shard_size=big"], "is not a size"),
-        ([f"--from={run}", f"--to={tmp_path / 'x'}", "--ignore_fields=a"], "--from is none"),
+        ([f"--from={run}", f"--to={tmp_path / 'x'}", "--ignore_fields=a"], "--from is not one"),
         ([f"--from={directory}", f"--to={tmp_path / 'x'}", "--max_shard_size=1GB"], "files to write out"),
         ([f"--to={tmp_path / 'x'}"], "needs --from=DIR"),
         ([f"--from={run}"], "needs --to=DIR"),

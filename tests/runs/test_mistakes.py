@@ -283,7 +283,9 @@ def test_a_disk_that_fills_in_mid_run_is_told_by_the_file_that_did_not_fit(tmp_p
         )
         words = ["train", "--gin_file=counting.gin", f"--gin_file={tmp_path}/filling.gin", "--gin.REPORT_PERIOD=1"]
         message = mistake(capsys, *words, f"--gin.MODEL_DIR={folder}/run", exits=1)
-        assert f"cannot write {folder}/run/" in message and "No space left on device" in message
+        # The metrics of a step may still fit into the last block of their file; the checkpoint at the end does not.
+        assert f"cannot write {folder}/run/" in message or f"saving checkpoint 10 in {folder}/run" in message, message
+        assert "no space left on device" in message.lower()
         assert "report.html" not in message, "which is written last"
 
 

@@ -39,7 +39,7 @@ def program_of(name):
             f"TASK_FEATURE_LENGTHS={lengths}",
         ),
     )
-    return config.load(invocation, import_unreferenced=False).build("bench.train")["program"]
+    return config.load(invocation, import_unreferenced=False).build("bench.train.measure")["program"]
 
 
 def named(tree):

@@ -70,5 +70,5 @@ def test_refusals_are_named():
     with pytest.raises(UserError, match=r"^BigramTable, score: rows of 5 tokens are too long$"):
         cache.run("score", refuses, PARAMS, batch(5))
     assert cache.count == 0
-    with pytest.raises(UserError, match="of size 3 does not divide"):
+    with pytest.raises(UserError, match="of size 3 is not divisible"):
         ProgramCache(bigram_table.sharded(4), 3)

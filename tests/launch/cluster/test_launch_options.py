@@ -220,7 +220,7 @@ CHIPS = {
 }
 
 
-@pytest.mark.parametrize(("wrong", "kind"), zip(UNFIT, itertools.cycle(CHIPS)))
+@pytest.mark.parametrize(("wrong", "kind"), list(zip(UNFIT, itertools.cycle(CHIPS))))
 def test_a_training_is_checked_before_it_is_submitted(wrong, kind, capsys, tmp_path, monkeypatch):
     """On eight devices, those of this process: what a dry run says."""
     monkeypatch.syspath_prepend(str(LAB))
