@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from tiers import tiers
 from tiny import program
 
 from meshway.framework.errors import UserError
@@ -56,8 +57,10 @@ def same(found, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
 
 
-@pytest.mark.parametrize("microbatches", [1, 4])
-@pytest.mark.parametrize("factor, divisor", [("128", 128), ("None", 1), ("'NUM_TOTAL_TARGET_TOKENS'", 256)])
+DIVISORS = [("128", 128, 4), ("None", 1, 1), ("'NUM_TOTAL_TARGET_TOKENS'", 256, 4)]
+
+
+@pytest.mark.parametrize("factor, divisor, microbatches", tiers(DIVISORS, quick=DIVISORS[2:], slow=DIVISORS[:2]))
 def test_numbers_none_and_all_targets_divide_the_sum(factor, divisor, microbatches, batch, plain):
     found, _ = gradients(batch, f"LOSS_NORMALIZING_FACTOR={factor}", f"NUM_MICROBATCHES={microbatches}")
     mean, weight = plain
@@ -65,7 +68,7 @@ def test_numbers_none_and_all_targets_divide_the_sum(factor, divisor, microbatch
     same(scaled(found, divisor / weight), mean)
 
 
-@pytest.mark.parametrize("microbatches", [1, 4])
+@pytest.mark.parametrize("microbatches", tiers([1, 4], quick=[4], slow=[1]))
 def test_sequences_count_alike_whatever_their_length(microbatches, batch):
     by_hand = batch | {"decoder_loss_weights": weights_by_hand(batch)}
     found, weight = gradients(
