@@ -75,6 +75,10 @@ _KINDS: Mapping[str, Mapping[str, Kind]] = {
 _DEFAULTS = {"low_frequency_factor": 1.0, "high_frequency_factor": 4.0, "original_length": 8192}
 
 
+# What config.json means where it leaves these out; they are `rotary.YaRN`'s own defaults too.
+_LEFT_OUT: Mapping[str, Mapping[str, Any]] = {"yarn": {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}}
+
+
 @dataclasses.dataclass(frozen=True)
 class Rope:
     """The base and the scaling. `local` says that layers with a window have a base of their own, never scaled."""
@@ -193,7 +197,8 @@ def _scaling(kind: str, scaling: Mapping[str, Any], config: Config) -> Bindings:
     if kind == "default":
         return {"ROPE_SCALING": None}
     selector, names = SCALINGS[kind]
-    values = {ours: scaling[theirs] for theirs, ours in names.items() if scaling.get(theirs) is not None}
+    given = {ours: scaling[theirs] for theirs, ours in names.items() if scaling.get(theirs) is not None}
+    values = {**_LEFT_OUT.get(kind, {}), **given}
     if kind == "yarn":
         length = config.get("max_position_embeddings")
         original = values.setdefault("original_length", length)

@@ -268,7 +268,7 @@ class Residual(nnx.Module):
 def test_inside_scan_and_remat_and_mapped_over_stages(form):
     block = functools.partial(Residual, dispatch=form, capacity_factor=1.0, dropout_rate=0.3)
     stacks = {
-        kind: Network(functools.partial(Stack, 2, [block], D, scan=kind == "scan", remat=remat))
+        kind: Network(functools.partial(Stack, 2, D, blocks=[block], scan=kind == "scan", remat=remat))
         for kind, remat in (("loop", "none"), ("scan", "full"))
     }
     params = stacks["loop"].init(jax.random.key(0))
