@@ -25,6 +25,7 @@ from meshway.framework.planning.shard_sizes import (
     local_bytes,
     made_whole,
     replicated,
+    scan_counts,
 )
 from meshway.framework.terminal import format_bytes
 
@@ -186,7 +187,7 @@ class _Liveness:
         if name == "scan":
             body = self.propagation.function(params["jaxpr"])
             given = self.propagation.body_inputs(operation, operands)
-            carried, fixed = params["num_carry"], params["num_consts"]
+            fixed, carried = scan_counts(params)
             outside = [pins.get(array) for array in operation.makes]
             wanted = [*outside[:carried], *[each and each[1:] for each in outside[carried:]]]
             given[fixed : fixed + carried] = [
@@ -226,7 +227,7 @@ class _Liveness:
             pin(array, asked)
         for operation in reversed(function.operations):
             if operation.name == "scan":
-                fixed, carried = operation.params["num_consts"], operation.params["num_carry"]
+                fixed, carried = scan_counts(operation.params)
                 state = zip(operation.reads[fixed : fixed + carried], operation.makes[:carried], strict=True)
                 for before, after in state:
                     pin(before, pins.get(after, dim_axes[after]))
@@ -323,7 +324,7 @@ def _can_fuse(reader: Operation | None, array: Array, filled: bool) -> bool:
     if reader is None:
         return False
     if reader.name == "scan" and filled:  # within the loop, unless it is its state
-        return array not in reader.reads[reader.params["num_consts"] :]
+        return array not in reader.reads[scan_counts(reader.params)[0] :]
     return reader.name in _FUSED or reader.name in REDUCTIONS
 
 

@@ -111,6 +111,14 @@ REDUCTIONS = frozenset(f"reduce_{name}" for name in ("and", "max", "min", "or", 
 _SAME = ELEMENTWISE | {"cumsum", "cummax", "cummin", "cumprod", "cumlogsumexp", "rev", "sort", "dynamic_update_slice"}
 
 
+def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """Returns how many of a scan's operands are constants and how many are its state, by its equation's parameters."""
+    if "num_carry" in params:
+        return params["num_consts"], params["num_carry"]
+    constants, state, _ = params["ft_in"].unpack()  # jax 0.12
+    return len(list(constants)), len(list(state))
+
+
 def replicated(array: Array) -> DimAxes:
     """Returns the `DimAxes` of a replicated value."""
     return ((),) * len(array.shape)
@@ -167,7 +175,7 @@ class Propagation:
 
     def body_inputs(self, operation: Operation, operands: Sequence[DimAxes]) -> list[DimAxes]:
         """Returns the mesh axes that shard the arguments of a scan's body."""
-        fixed, carried = operation.params["num_consts"], operation.params["num_carry"]
+        fixed, carried = scan_counts(operation.params)
         slices = [dim_axes[1:] for dim_axes in operands[fixed + carried :]]
         body = self.function(operation.params["jaxpr"])
         return self.loop(body, [*operands[: fixed + carried], *slices], fixed, carried)[0]
@@ -197,7 +205,7 @@ class Propagation:
         return self._found[key]
 
     def _scan(self, operation: Operation, operands: Sequence[DimAxes]) -> list[DimAxes]:
-        carried = operation.params["num_carry"]
+        _, carried = scan_counts(operation.params)
         gives = self._gives(self.function(operation.params["jaxpr"]), self.body_inputs(operation, operands))
         return [*gives[:carried], *[((), *dim_axes) for dim_axes in gives[carried:]]]
 
