@@ -15,26 +15,6 @@ from meshway.framework.training.program import TrainProgram, open_data
 from meshway.framework.training.run_directory import RunDirectory
 
 
-def dry_run(
-    program: TrainProgram,
-    data: DataSource,
-    model_dir: str | None,
-    periods: Periods,
-    evaluation: Evaluation = Evaluation(),
-    keep: Keep = Keep(),
-    initial: Initial | None = None,
-) -> str:
-    """Checks what a run checks, with its own calls, and returns as text what it would do; nothing is written.
-
-    Raises:
-      UserError: as `train.train`.
-    """
-    resolved = check(program, data, model_dir, periods, evaluation, keep, initial)
-    rows = [[f"{name}:", each] for name, each in resolved.found.items()]
-    parts = ["\n".join(format_columns(rows)), _splits(resolved.reads), "\n".join(resolved.notes)]
-    return "\n\n".join(filter(None, parts))
-
-
 @dataclasses.dataclass(frozen=True)
 class Resolved:
     """What a recipe comes to: by name, the splits that are read, and what there is to say of it."""
@@ -78,6 +58,13 @@ def check(
     if framing is not None:
         found["texts"] = f"a decoder starts from {list(framing.start)}, a prediction ends at {list(framing.stop)}"
     return Resolved(found, reads, notes)
+
+
+def described(resolved: Resolved) -> str:
+    """Returns for people what a recipe comes to."""
+    rows = [[f"{name}:", each] for name, each in resolved.found.items()]
+    parts = ["\n".join(format_columns(rows)), _splits(resolved.reads), "\n".join(resolved.notes)]
+    return "\n\n".join(filter(None, parts))
 
 
 def _look(directory: RunDirectory, program: TrainProgram, periods: Periods, keep: Keep) -> list[str]:

@@ -316,10 +316,10 @@ def run(invocation: "Invocation") -> None:
             hooks: Sequence[Hook] = part("hooks")
             max_skipped_in_a_row: int = part("max_skipped_in_a_row")
         if invocation.dry_run:
-            from meshway.launch.dry_run import dry_run
+            from meshway.launch.dry_run import check, described
             from meshway.launch.inspection import layout
 
-            found = layout(program), "", dry_run(program, data, model_dir, periods, evaluation, keep, initial)
+            found = layout(program), "", described(check(program, data, model_dir, periods, evaluation, keep, initial))
             if processes.is_primary():
                 print(recipe.resolved, *found, sep="\n")
             return

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from meshway.models.losses import CrossEntropy, TokenSpec
+from meshway.models.losses import CrossEntropy, OutputLayer, TokenSpec
 from meshway.models.module import NetworkFactory
-from meshway.models.objective import Batch, Objective, OutputLayer
+from meshway.models.objective import Batch, Objective
 
 
 class Classifier(Objective):

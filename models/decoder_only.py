@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from meshway.models.layers.cache import DecodingCache, take_copies
 from meshway.models.layers.masks import Mask, make_attention_mask, row_metadata, row_positions
-from meshway.models.losses import CrossEntropy, TokenSpec, token_spec, token_targets
+from meshway.models.losses import CrossEntropy, OutputLayer, TokenSpec, token_spec, token_targets
 from meshway.models.module import NetworkFactory
-from meshway.models.objective import Batch, Objective, OutputLayer
+from meshway.models.objective import Batch, Objective
 
 
 class DecoderOnly(Objective):
@@ -62,7 +62,7 @@ class DecoderOnly(Objective):
         positions = jnp.broadcast_to(row_positions(length), (rows, length))
         mask = Mask(jnp.pad(self._mask(batch).dense, ((0, 0), (0, 0), (0, 0), (0, max_length))))
         layers = network.empty_cache(rows, length + max_length)
-        _, layers = network(tokens, positions, mask, cache=layers, cache_index=positions)
+        _, layers = network.hidden(tokens, positions, mask, cache=layers, cache_index=positions)
         last = jnp.sum(segments != 0, axis=1) - 1
         return jnp.take_along_axis(tokens, last[:, None], axis=1), last, DecodingCache(layers, length + max_length)
 

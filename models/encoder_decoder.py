@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from meshway.models.layers.cache import DecodingCache, take_copies
-from meshway.models.losses import CrossEntropy, TokenSpec, token_spec, token_targets
+from meshway.models.losses import CrossEntropy, OutputLayer, TokenSpec, token_spec, token_targets
 from meshway.models.module import NetworkFactory
-from meshway.models.objective import Batch, Objective, OutputLayer
+from meshway.models.objective import Batch, Objective
 
 
 class EncoderDecoder(Objective):
-    """Maximum likelihood of targets given inputs, for a network with `encode` and `decode` (see `t5.T5`)."""
+    """Maximum likelihood of targets given inputs, for a network with `encode`, `decode` and `score` (see `t5.T5`)."""
 
     def __init__(
         self, network: NetworkFactory, z_loss: float = 0.0, label_smoothing: float = 0.0, num_loss_chunks: int = 1
@@ -34,9 +34,7 @@ class EncoderDecoder(Objective):
         encoder_key, decoder_key = (None, None) if rng is None else jax.random.split(rng)
         segments = batch["encoder_segment_ids"]
         encoded = network.encode(batch["encoder_input_tokens"], segments, encoder_key)
-        x = network.decode_hidden(
-            batch["decoder_input_tokens"], batch["decoder_segment_ids"], encoded, segments, decoder_key
-        )
+        x = network.decode(batch["decoder_input_tokens"], batch["decoder_segment_ids"], encoded, segments, decoder_key)
         return x, network.score
 
     def targets(self, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 
 from meshway.models.layers.masks import AttentionMetadata, make_attention_mask
-from meshway.models.losses import CrossEntropy, TokenSpec, token_spec, token_targets
+from meshway.models.losses import CrossEntropy, OutputLayer, TokenSpec, token_spec, token_targets
 from meshway.models.module import NetworkFactory
-from meshway.models.objective import Batch, Objective, OutputLayer
+from meshway.models.objective import Batch, Objective
 
 
 class EncoderOnly(Objective):

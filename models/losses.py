@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +11,9 @@ import numpy as np
 
 from meshway.framework.axes import constrain
 from meshway.models.layers.side_outputs import Reports, as_loss
-from meshway.models.objective import Metrics, OutputLayer
+
+Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight)
+OutputLayer = Callable[[jax.Array], jax.Array]  # hidden states [batch, ..., d_model] -> logits [batch, ..., classes]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,7 @@ def token_spec(batch_size: int, length: int, side: str, names: Iterable[str]) ->
 
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy:
-    """Cross entropy with label smoothing and z-loss; meets `objective.Criterion` by shape.
+    """Cross entropy with label smoothing and z-loss.
 
     z_loss * log(Z)^2 keeps the softmax normaliser Z near one (Mesh-TensorFlow; PaLM section 5). With
     label_smoothing e the target distribution is 1 - e on the target and e / (vocab - 1) elsewhere (Szegedy et al.

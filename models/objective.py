@@ -1,46 +1,23 @@
 """What objectives over a network share: losses, scores and intermediates follow from hidden states and targets."""
 
 import abc
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, Protocol
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import jax
 
-from meshway.models.layers.side_outputs import Reports, capture, capture_intermediates
+from meshway.models.layers.side_outputs import capture, capture_intermediates
+from meshway.models.losses import CrossEntropy, Metrics, OutputLayer
 from meshway.models.module import Network, NetworkFactory
 
 Batch = Mapping[str, jax.Array]
-Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight)
-OutputLayer = Callable[[jax.Array], jax.Array]  # hidden states [batch, ..., d_model] -> logits [batch, ..., classes]
-
-
-class Criterion(Protocol):
-    """What an objective minimises, and how likely it finds targets; targets and weights are [batch, ...].
-
-    It gets hidden states and the output layer instead of logits, so that it need not hold all of these at once.
-    """
-
-    def __call__(
-        self,
-        output_layer: OutputLayer,
-        hidden: jax.Array,
-        targets: jax.Array,
-        weights: jax.Array,
-        reports: Reports | None = None,
-    ) -> tuple[jax.Array, jax.Array, Metrics]:
-        """Returns (summed loss, summed weight, metrics)."""
-        ...
-
-    def score(self, output_layer: OutputLayer, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-        """Returns log p(target) [batch, ...], 0 where the weight is 0."""
-        ...
 
 
 class Objective(Network, abc.ABC):
-    """A criterion over a network's predictions; meets `framework.interfaces.Model` by shape, once a subclass adds
+    """A loss over a network's predictions; meets `framework.interfaces.Model` by shape, once a subclass adds
     `batch_spec`, `hidden` and `targets`."""
 
-    def __init__(self, network: NetworkFactory, criterion: Criterion):
+    def __init__(self, network: NetworkFactory, criterion: CrossEntropy):
         super().__init__(network)
         self._criterion = criterion
 

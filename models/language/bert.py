@@ -64,18 +64,6 @@ class Bert(nnx.Module):
         self.activation: Callable[[jax.Array], jax.Array] = ACTIVATIONS[head_activation]
         self.dropout_rate = dropout_rate
 
-    def __call__(
-        self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        mask: Mask,
-        *,
-        token_types: jax.Array | None = None,
-        rng: jax.Array | None = None,
-    ) -> jax.Array:
-        """Scores every position: `score` of `hidden`, which takes the same; logits float32 [batch, length, vocab]."""
-        return self.score(self.hidden(tokens, positions, mask, token_types=token_types, rng=rng))
-
     def hidden(
         self,
         tokens: jax.Array,
@@ -85,7 +73,7 @@ class Bert(nnx.Module):
         token_types: jax.Array | None = None,
         rng: jax.Array | None = None,
     ) -> jax.Array:
-        """Computes what the output layer reads.
+        """Computes the hidden states that `score` turns into logits of each position.
 
         Args:
           tokens: int32 [batch, length].

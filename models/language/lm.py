@@ -79,24 +79,6 @@ class LanguageModel(nnx.Module):
         self.embedding_scale = d_model**0.5 if scale_embedding else None
         self.dropout_rate = dropout_rate
 
-    def __call__(
-        self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        mask: Mask,
-        *,
-        cache: Any = None,
-        cache_index: jax.Array | None = None,
-        rng: jax.Array | None = None,
-    ) -> tuple[jax.Array, Any]:
-        """Returns the logits of the token after each token: `score` of `hidden`, which takes the same.
-
-        Returns:
-          (logits float32 [batch, length, vocab], the updated cache or None).
-        """
-        x, cache = self.hidden(tokens, positions, mask, cache=cache, cache_index=cache_index, rng=rng)
-        return self.score(x), cache
-
     def hidden(
         self,
         tokens: jax.Array,
@@ -107,7 +89,7 @@ class LanguageModel(nnx.Module):
         cache_index: jax.Array | None = None,
         rng: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
-        """Computes what the output layer reads.
+        """Computes the hidden states that `score` turns into logits of the token after each token.
 
         Args:
           tokens: int32 [batch, length].
@@ -159,7 +141,8 @@ class LanguageModel(nnx.Module):
     def decode_cached(self, tokens: jax.Array, positions: jax.Array, cache: Any, length: int) -> tuple[jax.Array, Any]:
         """One step of decoding: tokens [batch, 1] at positions [batch, 1] -> (logits [batch, 1, vocab], cache)."""
         mask = Mask(causal_mask(positions, row_positions(length)))
-        return self(tokens, positions, mask, cache=cache, cache_index=positions)
+        x, cache = self.hidden(tokens, positions, mask, cache=cache, cache_index=positions)
+        return self.score(x), cache
 
     def _embed(self, tokens: jax.Array, positions: jax.Array, length: int) -> jax.Array:
         """Returns the input of the stack, [batch, queries, d_model], for rows of `length` tokens."""

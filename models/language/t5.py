@@ -84,19 +84,8 @@ class T5(nnx.Module):
         encoded_segments: jax.Array,
         rng: jax.Array | None = None,
     ) -> jax.Array:
-        """Teacher-forced: tokens [batch, length] against encoded [batch, kv_length, d_model] ->
-        logits [batch, length, vocab]: `score` of `decode_hidden`."""
-        return self.score(self.decode_hidden(tokens, segments, encoded, encoded_segments, rng))
-
-    def decode_hidden(
-        self,
-        tokens: jax.Array,
-        segments: jax.Array,
-        encoded: jax.Array,
-        encoded_segments: jax.Array,
-        rng: jax.Array | None = None,
-    ) -> jax.Array:
-        """As `decode`, but what the output layer reads, [batch, length, d_model]."""
+        """Teacher-forced: tokens [batch, length] against encoded [batch, kv_length, d_model] -> the hidden states
+        [batch, length, d_model] that `score` turns into logits."""
         own = row_metadata(tokens.shape[1], segments)
         x, _ = self._decode(
             tokens,

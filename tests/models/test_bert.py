@@ -102,7 +102,7 @@ def test_token_types_are_told_apart(bert):
 
     def run(types):
         tokens, positions = batch["encoder_input_tokens"], batch["encoder_positions"]
-        return network(tokens, positions, Mask(mask), token_types=types)
+        return network.score(network.hidden(tokens, positions, Mask(mask), token_types=types))
 
     zeros = np.zeros((2, LENGTH), np.int32)
     np.testing.assert_allclose(run(None), run(zeros), rtol=1e-5)
