@@ -61,7 +61,8 @@ _NAMES = (
     (
         _POSITIVE,
         "epsilon base capacity_factor eval_capacity_factor soft_cap logits_soft_cap factor query_scale gate_scale "
-        "low_frequency_factor high_frequency_factor beta_fast beta_slow clipping_threshold decay_rate decay_factor",
+        "low_frequency_factor high_frequency_factor beta_fast beta_slow clipping_threshold decay_rate decay_factor "
+        "loss_normalizing_factor",
     ),
 )
 _NAMES_SOMETHING = ("model_dir", "cache_dir", "mixture_or_task_name", "module")
