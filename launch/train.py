@@ -202,7 +202,7 @@ def _counted(periods: Periods, checkpoints: Checkpoints, last: int, initial: Ini
     Returns:
       the periods, with a total.
     """
-    first = checkpoints.read_first_step() if last else continuation.first_step(initial, periods.relative)
+    first = continuation.first_step(initial, periods.relative, checkpoints if last else None)
     checkpoints.first_step = first
     return periods.counted_from(first)
 
