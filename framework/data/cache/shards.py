@@ -26,7 +26,9 @@ from meshway.framework.data.vocabularies import of_seqio
 from meshway.framework.errors import EnvironmentFailure, UserError
 from meshway.framework.files import local_path, replace_file, sync
 
-_WRITER = "group_size:1"  # examples are read one by one, in random order
+# Examples are read one by one, in random order, and a reader keeps 8 bytes in memory for each group. A group is read as
+# a whole, which takes 10 us more than one of 1; eight together take a third less space, and half the time to write.
+_WRITER = "group_size:8"
 _REPORT = 512  # examples between reports of progress
 
 
