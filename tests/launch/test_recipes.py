@@ -30,8 +30,9 @@ NEEDED = {  # what a recipe leaves open
         "TRAIN_STEPS_RELATIVE=20000",
         "mapping.Initial.path='pretrained'",
     ),
+    "pretrain": ("MODEL_DIR='run'", "MIXTURE_OR_TASK_NAME='c4'", "TRAIN_STEPS=5", "TASK_FEATURE_LENGTHS={}"),
 }
-BEFORE = {"finetune": ("models/t5_1_1/tiny.gin",)}  # what one is included after
+BEFORE = dict.fromkeys(("pretrain", "finetune"), ("models/t5_1_1/tiny.gin",))  # files that a recipe is made to follow
 
 
 @pytest.mark.parametrize("name", RECIPES)

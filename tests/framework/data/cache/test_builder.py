@@ -13,8 +13,8 @@ from meshway.framework.data import seqio_adapter
 from meshway.framework.data.cache import builder as cache_builder
 from meshway.framework.data.cache import fingerprint as task_fingerprint
 from meshway.framework.data.cache import workers as cache_workers
-from meshway.framework.data.cache.directory import working
 from meshway.framework.data.cache.format import CachedSplit, shard_name
+from meshway.framework.data.cache.shards import working
 from meshway.framework.data.vocabularies import load
 from meshway.framework.errors import EnvironmentFailure, UserError
 
@@ -246,7 +246,7 @@ def test_a_stale_cache_is_refused_by_name_of_what_changed(cache, tasks, changed)
     ]
     for registered, message in cases:
         task = changed(**registered)
-        assert message in "; ".join(cache_builder.stale(cache, task))
+        assert message in "; ".join(task_fingerprint.stale(cache, task))
         for act in (
             lambda: build(cache.parent),
             lambda: cache_builder.ensure("kept_plain", MODULES, cache.parent),
@@ -261,7 +261,7 @@ def test_a_stale_cache_is_refused_by_name_of_what_changed(cache, tasks, changed)
 
 def test_steps_after_the_cut_may_change(cache, reference, tasks, changed):
     task = changed(preprocessors=[*tasks.PLAIN, tasks.halved], metric_fns=[], postprocess_fn=str)
-    assert cache_builder.stale(cache, task) == []
+    assert task_fingerprint.stale(cache, task) == []
     cache_builder.ensure("kept_plain", MODULES, cache.parent, progress=False)
     info = json.loads((cache / "info.json").read_text())
     assert info["online"] == "tensorflow" and info["cut"]["online"] == ["cached_tasks.halved"]
