@@ -55,6 +55,7 @@ def check(
     Raises:
       UserError: as `train.train`.
     """
+    initial = None if initial is None or initial.path is None else initial
     data = getattr(data, "for_dry_run", lambda: data)()
     directory = None if model_dir is None else RunDirectory(local_path(model_dir))
     resumed = directory if directory is not None and _last(directory, keep) else None

@@ -32,7 +32,7 @@ def first_step(initial: Initial | None, relative: int | None = None, own: Checkp
     if initial is None:
         raise UserError(
             f"TRAIN_STEPS_RELATIVE={relative} counts from the step of the checkpoint that a run starts from, and this "
-            "recipe starts from none: bind train.train.initial (with mapping.Initial.path), or set TRAIN_STEPS"
+            "recipe starts from none: bind INITIAL_CHECKPOINT_PATH, or set TRAIN_STEPS"
         )
     step = initial.known_step()
     if step is None:

@@ -28,7 +28,7 @@ NEEDED = {  # what a recipe leaves open
         "MIXTURE_OR_TASK_NAME='mine'",
         "TASK_FEATURE_LENGTHS={'inputs': 16, 'targets': 8}",
         "TRAIN_STEPS_RELATIVE=20000",
-        "mapping.Initial.path='pretrained'",
+        "INITIAL_CHECKPOINT_PATH='pretrained'",
     ),
     "pretrain": ("MODEL_DIR='run'", "MIXTURE_OR_TASK_NAME='c4'", "TRAIN_STEPS=5", "TASK_FEATURE_LENGTHS={}"),
 }
