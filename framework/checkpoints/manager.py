@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
@@ -19,6 +20,7 @@ from meshway.framework.errors import EnvironmentFailure, UserError, first_line, 
 from meshway.framework.interfaces import Params
 from meshway.framework.terminal import installed_version
 from meshway.framework.training.step import TrainState
+from meshway.framework.trees import flatten, merge, unflatten
 
 ITEMS = ("state", "data", "recipe")
 _DAMAGED = "damaged"
@@ -73,6 +75,7 @@ class Checkpoints:
         recipe: str = "",
         read_only: bool = False,
         handler: ocp.PyTreeCheckpointHandler | None = None,
+        averaged: bool = False,
     ):
         """Opens the folder.
 
@@ -82,12 +85,14 @@ class Checkpoints:
           recipe: the resolved gin text that is saved in every checkpoint.
           read_only: write nothing.
           handler: writes and reads states in the format of Orbax's own, which None is.
+          averaged: whether parameters that are read alone are the averages that the run kept (EMA_DECAY).
 
         Raises:
           UserError: the folder cannot be created.
         """
         _quiet_orbax()
         self.folder, self._recipe, self._read_only = Path(folder).absolute(), recipe, read_only
+        self._is_averaged = averaged
         try:
             if not read_only:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -176,6 +181,15 @@ class Checkpoints:
         """Returns the message that a checkpoint is of another model or optimizer, and what to do about it."""
         saved = self.recipe(step)["schema"]
         params = [{name: spec for name, spec in each.items() if name.startswith("params/")} for each in (saved, wanted)]
+        for part, what in (("average/", "EMA_DECAY"), ("spikes/", "SPIKE_LOSS or SPIKE_GRAD_NORM")):
+            has = [any(name.startswith(part) for name in each) for each in (saved, wanted)]
+            if params[0] == params[1] and has[0] != has[1]:
+                return (
+                    f"checkpoint {self.folder / str(step)} was saved {'with' if has[0] else 'without'} {what}, and the "
+                    f"recipe has {'none' if has[0] else 'one'}: resume as it was trained, or give another "
+                    "MODEL_DIR and start from its parameters: train.train.initial = @mapping.Initial(), "
+                    f"mapping.Initial.path = {str(self.folder.parent)!r}"
+                )
         if params[0] != params[1]:
             return (
                 f"checkpoint {self.folder / str(step)} holds another model or optimizer than this recipe: {found}. "
@@ -236,12 +250,29 @@ class Checkpoints:
         return self.restore_params(step, abstract)
 
     def restore_params(self, step: int, params: Any) -> Any:
-        """Restores only the parameters named in `params`, a tree of ShapeDtypeStructs with shardings."""
+        """Restores only the parameters named in `params`, a tree of ShapeDtypeStructs with shardings; where the folder
+        was opened for averaged ones, raises UserError if the checkpoint has none."""
         tree = {"params": params}
+        if self._is_averaged:
+            wanted, kept = flatten(params), self.averages(step)
+            there = {path: leaf for path, leaf in wanted.items() if path not in kept}
+            tree = {"average": unflatten({path: leaf for path, leaf in wanted.items() if path in kept})}
+            tree |= {"params": unflatten(there)} if there else {}  # those that were not trained have none
         arguments = ocp.args.PyTreeRestore(
             tree, ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
         )
-        return self._read(step, state=arguments)["state"]["params"]
+        found = self._read(step, state=arguments)["state"]
+        return merge(found.get("params", {}), found["average"]) if self._is_averaged else found["params"]
+
+    def averages(self, step: int) -> frozenset[str]:
+        """Returns the paths of the parameters of which a checkpoint has averages; UserError if there are none."""
+        names = frozenset(name[8:] for name in self.recipe(step)["schema"] if name.startswith("average/"))
+        if not names:
+            raise UserError(
+                f"checkpoint {self.folder / str(step)} has no averaged parameters: its run was trained without "
+                "EMA_DECAY. Leave out --averaged (Initial.averaged)"
+            )
+        return names
 
     def _read(self, step: int, **items: Any) -> Any:
         try:
@@ -362,4 +393,6 @@ def _quiet_closed_loops() -> None:
 
 
 def _as_tree(state: TrainState) -> dict[str, Any]:
-    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    """Returns the parts of a state that it has: without an average of parameters there is none in a checkpoint."""
+    parts = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {name: part for name, part in parts.items() if name not in ("average", "spikes") or jax.tree.leaves(part)}
