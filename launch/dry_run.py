@@ -51,7 +51,7 @@ def check(
         initial.check(program.param_shapes, program.axes)
         notes.append(f"parameters start from {initial.path}")
     tasks = data.eval_tasks() if periods.evaluate else []
-    evaluator = Evaluator(program.sharded, program.batch_size, program.lengths, tasks, evaluation)
+    evaluator = Evaluator(program.sharded, tasks, evaluation)
     notes += evaluator.left_out
     reads = data.reads(bool(periods.evaluate)) if hasattr(data, "reads") else []
     found = _resolved(program, data, vocabularies, evaluator.task_names)

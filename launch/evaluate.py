@@ -97,7 +97,7 @@ def evaluate(
     with terminal.stage("opening the evaluation data"):
         tasks = split_tasks(data, split)
     settings = dataclasses.replace(evaluation, max_predictions=max_predictions)
-    evaluator = Evaluator(sharded, data.batch_size, data.lengths, tasks, settings)
+    evaluator = Evaluator(sharded, tasks, settings)
     with EvaluationDisplay(silent=not processes.is_primary()) as display:
         for line in evaluator.left_out:
             display.say(line)

@@ -125,7 +125,7 @@ def train(
                 directory.describe(resolved, rows, summarize(program, rows))
             progress = _progress(periods, start, primary)
             stack.callback(progress.close)
-            evaluator = Evaluator(program.sharded, program.batch_size, program.lengths, tasks, evaluation)
+            evaluator = Evaluator(program.sharded, tasks, evaluation)
             evaluate = EvaluationLog(evaluator, directory, start, primary, progress.note)
             reporter = _reporter(directory, start, primary, progress, timeline, program, resolved, planned(step))
             stack.enter_context(at_the_end(reporter.close))

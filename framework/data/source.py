@@ -90,10 +90,32 @@ class Measured(NamedTuple):
     failures: dict[str, str]
 
 
+class Overlong(NamedTuple):
+    """How many examples do not fit their lengths.
+
+    Attributes:
+      truncated: a part of them is not read.
+      skipped: they are left out.
+    """
+
+    truncated: int
+    skipped: int
+
+
 class EvalTask(Protocol):
     """One split of a task, read once, in a fixed order, and its metrics."""
 
     name: str
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of a batch, over all processes."""
+        ...
+
+    @property
+    def lengths(self) -> Mapping[str, int]:
+        """Tokens by task feature that a row has room for."""
+        ...
 
     @property
     def num_examples(self) -> int:
@@ -123,6 +145,11 @@ class EvalTask(Protocol):
     @property
     def left_out(self) -> Sequence[str]:
         """What of its metrics cannot be run, in words."""
+        ...
+
+    def overlong(self, rows: int, examples: int) -> "Overlong":
+        """Returns how many of the examples in the first `rows` rows of `batches`, and of the first `examples` examples,
+        do not fit `lengths`."""
         ...
 
     def batches(self) -> Iterator[tuple[Batch, int]]:

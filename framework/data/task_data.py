@@ -1,6 +1,7 @@
 """What the data sources share: arguments, vocabularies, preprocessors on other records, tasks not cached yet."""
 
 import dataclasses
+import inspect
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from meshway.framework.data import seqio_adapter, seqio_steps
+from meshway.framework.data.cache.fingerprint import qualified_name
 from meshway.framework.data.objective import Converter, FeatureInfo, Objective, Spec, TaskInfo
 from meshway.framework.data.rows.examples import TENSORFLOW, Examples
 from meshway.framework.data.seqio_adapter import task_errors
@@ -83,6 +85,29 @@ def with_split(tasks: Mapping[str, Sequence[str]], split: str, purpose: str, nam
     if lacking := [task for task in tasks if task not in having]:
         print(f"data: {purpose} leaves out {', '.join(lacking)}: no split {split!r}", file=sys.stderr)
     return having
+
+
+def trims(steps: Sequence[Callable[..., Any]]) -> bool:
+    """Returns whether preprocessors have seqio's append_eos_after_trim among them, and none needs `sequence_length`."""
+    return seqio_adapter.import_seqio().preprocessors.append_eos_after_trim in steps and not any(
+        map(_needs_lengths, steps)
+    )
+
+
+def _needs_lengths(step: Callable[..., Any]) -> bool:
+    parameter = inspect.signature(step).parameters.get("sequence_length")
+    return parameter is not None and parameter.default is inspect.Parameter.empty
+
+
+def check_measurable(name: str, steps: Sequence[Callable[..., Any]], lengths: Mapping[str, int]) -> None:
+    """Raises UserError where `lengths` are none, and a preprocessor of task `name` needs some: then its longest example
+    cannot be measured (as seqio's Evaluator has it)."""
+    for step in () if lengths else steps:
+        if _needs_lengths(step):
+            raise UserError(
+                f"task {name!r}: its preprocessor {qualified_name(step)!r} needs sequence_length, so its longest "
+                "example cannot be measured: give EVAL_FEATURE_LENGTHS"
+            )
 
 
 _KINDS: tuple[tuple[type, str], ...] = ((bool, "bool"), (int, "int64"), (float, "float32"), (str, "bytes"))

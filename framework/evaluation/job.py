@@ -126,6 +126,7 @@ class EvaluationJob:
         self._primary = processes.is_primary()
         self._checkpoints: Checkpoints | None = None
         self._failures: list[str] = []
+        self._noted: list[str] = []
         self._damaged: list[str] = []
 
     def run(self) -> int:
@@ -202,8 +203,11 @@ class EvaluationJob:
     def _evaluate(self, step: int, params: Params) -> None:
         self._display.begin(step)
         records: dict[str, Record] = {}
-        for name, report, _ in self._evaluator.results(params, self._display.observe):
+        for name, report, _, note in self._evaluator.results(params, self._display.observe):
             self._display.found(name, report)
+            if note and note not in self._noted:
+                self._noted.append(note)
+                self._display.say(note)
             for function, message in report.get("failed", {}).items():
                 self._failures.append(f"task {name!r}, {function}: {message}")
                 self._display.say(f"step {step}  {name}  {function} raised {message}")
