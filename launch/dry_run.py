@@ -7,7 +7,8 @@ from meshway.framework.checkpoints.manager import Checkpoints, Keep
 from meshway.framework.checkpoints.mapping import Initial
 from meshway.framework.data.source import DataSource, SplitRead
 from meshway.framework.data.vocabulary import Vocabulary
-from meshway.framework.evaluation.evaluation import Evaluation, Evaluator
+from meshway.framework.evaluation.evaluation import Evaluation
+from meshway.framework.evaluation.schedule import OWN, EvalDataset, Schedule
 from meshway.framework.files import holder_of, local_path
 from meshway.framework.terminal import format_columns
 from meshway.framework.training.loop import Periods
@@ -32,12 +33,15 @@ def check(
     evaluation: Evaluation = Evaluation(),
     keep: Keep = Keep(),
     initial: Initial | None = None,
+    train_eval: Sequence[EvalDataset] | None = OWN,
+    infer_eval: Sequence[EvalDataset] | None = OWN,
 ) -> Resolved:
     """Checks what a run checks before it traces its step, with its own calls; nothing is written.
 
     Raises:
       UserError: as `train.train`.
     """
+    schedule, own = Schedule(train_eval, infer_eval, periods.evaluate, evaluation), data
     data = getattr(data, "for_dry_run", lambda: data)()
     directory, notes = None, list[str]()
     if model_dir is not None:
@@ -50,11 +54,11 @@ def check(
     elif initial is not None:
         initial.check(program.param_shapes, program.axes)
         notes.append(f"parameters start from {initial.path}")
-    tasks = data.eval_tasks() if periods.evaluate else []
-    evaluator = Evaluator(program.sharded, tasks, evaluation)
-    notes += evaluator.left_out
-    reads = data.reads(bool(periods.evaluate)) if hasattr(data, "reads") else []
-    found = _resolved(program, data, vocabularies, evaluator.task_names)
+    passes = schedule.open(program.sharded, own, is_dry=True)
+    notes += [line for each in passes for line in each.evaluator.left_out]
+    reads = [*(data.reads(False) if hasattr(data, "reads") else ()), *schedule.reads(own)]
+    names = dict.fromkeys(name for each in passes for name in each.names)
+    found = _resolved(program, data, vocabularies, list(names))
     if framing is not None:
         found["texts"] = f"a decoder starts from {list(framing.start)}, a prediction ends at {list(framing.stop)}"
     return Resolved(found, reads, notes)

@@ -9,7 +9,6 @@ import contextlib
 import functools
 import signal
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,13 +19,13 @@ from meshway.framework import terminal
 from meshway.framework.checkpoints.manager import Checkpoints, DamagedCheckpoint, Keep
 from meshway.framework.checkpoints.mapping import Initial
 from meshway.framework.data.prefetch import prefetch
-from meshway.framework.data.source import DataSource, EvalTask
+from meshway.framework.data.source import DataSource
 from meshway.framework.data.vocabulary import Framing
 from meshway.framework.distributed import processes
 from meshway.framework.distributed.processes import agree
 from meshway.framework.errors import at_the_end
-from meshway.framework.evaluation.evaluation import Evaluation, Evaluator, Report
-from meshway.framework.evaluation.records import Records
+from meshway.framework.evaluation.evaluation import Evaluation
+from meshway.framework.evaluation.schedule import OWN, EvalDataset, EvaluationLog, Schedule
 from meshway.framework.files import local_path
 from meshway.framework.planning.hardware import peak_flops
 from meshway.framework.report.page import write_report
@@ -50,6 +49,8 @@ def train(
     model_dir: str,
     periods: Periods,
     evaluation: Evaluation = Evaluation(),
+    train_eval: Sequence[EvalDataset] | None = OWN,
+    infer_eval: Sequence[EvalDataset] | None = OWN,
     keep: Keep = Keep(),
     initial: Initial | None = None,
     hooks: Sequence[Hook] = (),
@@ -67,6 +68,8 @@ def train(
       model_dir: the run directory.
       periods: how long, and how often to report, evaluate and save.
       evaluation: what evaluation does.
+      train_eval: of what the loss is found every so often, teacher-forced; None for nothing.
+      infer_eval: of what predictions are made and scores found for the tasks' metrics; None for nothing.
       keep: which checkpoints stay.
       initial: another run's parameters to start from.
       hooks: called after each step.
@@ -120,13 +123,12 @@ def train(
             timeline.mark("compiled", devices=program.partitioner.mesh.size)
             if not start:
                 state = _fresh(program, initial, framing, functools.partial(_say, primary))
-            tasks = _tasks(data) if periods.evaluate else []
+            passes = Schedule(train_eval, infer_eval, periods.evaluate, evaluation).open(program.sharded, data)
             if primary:
                 directory.describe(resolved, rows, summarize(program, rows))
             progress = _progress(periods, start, primary)
             stack.callback(progress.close)
-            evaluator = Evaluator(program.sharded, tasks, evaluation)
-            evaluate = EvaluationLog(evaluator, directory, start, primary, progress.note)
+            evaluate = EvaluationLog(passes, periods.total, directory, start, primary, progress.note)
             reporter = _reporter(directory, start, primary, progress, timeline, program, resolved, planned(step))
             stack.enter_context(at_the_end(reporter.close))
             loop = Loop(
@@ -148,54 +150,6 @@ def train(
             _say_goodbye(directory, last, periods, evaluate.samples())
         if last < periods.total and loop.stop.number == signal.SIGINT:
             raise KeyboardInterrupt  # what comes after this command takes it for done otherwise
-
-
-class EvaluationLog:
-    """Evaluates, and keeps each task's results in `eval/<task>.jsonl`.
-
-    Args:
-      evaluator: what evaluates.
-      directory: the run.
-      start: the step from which the run goes on: what was found at later ones is removed.
-      primary: whether this process writes and speaks.
-      say: prints a line.
-    """
-
-    def __init__(
-        self, evaluator: Evaluator, directory: RunDirectory, start: int, primary: bool, say: Callable[[str], None]
-    ):
-        self._records = Records(directory.evaluations) if primary else None
-        self._evaluator, self._say = evaluator, say
-        self._reports: dict[str, Report] = {}
-        if self._records is not None:
-            self._records.keep_up_to(start)
-        for line in evaluator.left_out:
-            say(line)
-
-    def __call__(self, state: TrainState, step: int) -> dict[str, float]:
-        first = not self._reports  # it compiles its programs
-        with terminal.stage(f"evaluating step {step}") if first else contextlib.nullcontext():
-            scalars, self._reports = self._evaluator.evaluate(state.params)
-        if self._records is not None:
-            self._records.add(step, self._reports)
-        for name, report in self._reports.items():
-            for function, message in report.get("failed", {}).items():
-                self._say(f"evaluation at step {step}: task {name!r}, {function} raised {message}")
-        return scalars
-
-    def samples(self, limit: int = 3) -> str:
-        """Returns a few predictions of the last evaluation as text, for a terminal."""
-        lines = []
-        for name, report in self._reports.items():
-            for sample in report["predictions"][:limit]:
-                shown = {part: textwrap.shorten(sample[part], 100) for part in ("input", "target", "prediction")}
-                lines += [f"{name}", *[f"  {part:10}  {text}" for part, text in shown.items()]]
-        return "\n".join(lines)
-
-
-def _tasks(data: DataSource) -> Sequence[EvalTask]:
-    with terminal.stage("opening the evaluation data"):
-        return data.eval_tasks()
 
 
 def _restore_last(
@@ -311,6 +265,8 @@ def run(invocation: "Invocation") -> None:
             model_dir: str = part("model_dir")  # MODEL_DIR
             periods: Periods = part("periods")  # TRAIN_STEPS, REPORT_PERIOD, EVAL_PERIOD, CHECKPOINT_PERIOD
             evaluation: Evaluation = part("evaluation")
+            train_eval: Sequence[EvalDataset] | None = part("train_eval")  # TRAIN_EVAL
+            infer_eval: Sequence[EvalDataset] | None = part("infer_eval")  # INFER_EVAL
             keep: Keep = part("keep")
             initial: Initial | None = part("initial")  # bound by gin/initial/*.gin, and by who fine-tunes
             hooks: Sequence[Hook] = part("hooks")
@@ -319,7 +275,8 @@ def run(invocation: "Invocation") -> None:
             from meshway.launch.dry_run import check, described
             from meshway.launch.inspection import layout
 
-            found = layout(program), "", described(check(program, data, model_dir, periods, evaluation, keep, initial))
+            arguments = (program, data, model_dir, periods, evaluation, keep, initial, train_eval, infer_eval)
+            found = layout(program), "", described(check(*arguments))
             if processes.is_primary():
                 print(recipe.resolved, *found, sep="\n")
             return
@@ -329,6 +286,8 @@ def run(invocation: "Invocation") -> None:
             model_dir=model_dir,
             periods=periods,
             evaluation=evaluation,
+            train_eval=train_eval,
+            infer_eval=infer_eval,
             keep=keep,
             initial=initial,
             hooks=hooks,

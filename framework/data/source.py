@@ -1,11 +1,13 @@
 """What data is to the rest of the framework: nothing here is inherited, all is met by shape."""
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from meshway.framework.data.vocabulary import Framing, Vocabulary
+from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Batch
 
 
@@ -76,6 +78,19 @@ class DataSource(Protocol):
         """Opens a split of each (sub-)task, by default the recipe's validation split; a source without splits need
         not take the argument."""
         ...
+
+
+def tasks_of(data: DataSource, split: str | None) -> Sequence["EvalTask"]:
+    """Returns the tasks of a split, by default those of the validation split.
+
+    Raises:
+      UserError: the source has no such split, or none to choose from.
+    """
+    if split is None:
+        return data.eval_tasks()
+    if not inspect.signature(data.eval_tasks).parameters:
+        raise UserError(f"split {split!r}: {type(data).__name__} has no splits to choose from; leave it out")
+    return data.eval_tasks(split)
 
 
 class Measured(NamedTuple):

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 
 from meshway.framework.data.source import EvalTask
 from meshway.framework.errors import first_line
+from meshway.framework.evaluation.records import record_name
 from meshway.framework.inference.decoding import Decoder, Stop, decoding_model, one_ahead
 from meshway.framework.inference.sampling import Sampling
 from meshway.framework.interfaces import Batch, Metrics, Params
@@ -71,17 +72,30 @@ class Evaluator:
         sharded: ShardedModel,
         tasks: Sequence[EvalTask],
         settings: Evaluation,
+        losses: bool = True,
+        metrics: bool = True,
     ):
         """Compiles nothing yet.
+
+        Args:
+          sharded: the model.
+          tasks: what is evaluated.
+          settings: how.
+          losses: whether the loss and the model's own metrics are found, teacher-forced.
+          metrics: whether the tasks' metrics of predictions and of scores are; without `losses` tasks that have none
+            are left out.
 
         Raises:
           UserError: a task's batch size is not divisible over the mesh; tasks have metrics of predictions, and the
             model does not decode.
         """
-        self._sharded, self._tasks, self._settings = sharded, list(tasks), settings
+        asks = settings.max_predictions != 0
+        kept = [task for task in tasks if losses or (asks and (task.has_metrics or task.has_score_metrics))]
+        self._sharded, self._tasks, self._settings = sharded, kept, settings
+        self._losses, self._metrics = losses, metrics
         self._specs = {task.name: sharded.batch(task.batch_size, task.lengths).spec for task in tasks}
         self._programs = {task.batch_size: ProgramCache(sharded, task.batch_size) for task in tasks}
-        if settings.max_predictions != 0 and any(task.has_metrics for task in tasks):
+        if metrics and asks and any(task.has_metrics for task in tasks):
             decoding_model(sharded.model, _NO_PREDICTIONS)  # now, not after the steps before the first evaluation
 
     @property
@@ -92,7 +106,8 @@ class Evaluator:
     @property
     def left_out(self) -> list[str]:
         """Which of the tasks' metrics cannot be run, a line each."""
-        return [f"{task.name}: evaluated without {what}" for task in self._tasks for what in task.left_out]
+        tasks = self._tasks if self._metrics else []
+        return [f"{task.name}: evaluated without {what}" for task in tasks for what in task.left_out]
 
     def evaluate(self, params: Params) -> tuple[dict[str, float], dict[str, Report]]:
         """Returns (scalars, reports by task).
@@ -100,32 +115,25 @@ class Evaluator:
         Scalars are `validation/<task>/<metric>`, and `validation/loss` over the tokens of all tasks. Every process
         must call it at the same step.
         """
-        scalars: dict[str, float] = {}
-        reports: dict[str, Report] = {}
-        totals = np.zeros(2)
-        for name, report, loss, _ in self.results(params):
-            totals += loss
-            scalars |= {f"validation/{name}/{metric}": value for metric, value in report["metrics"].items()}
-            reports[name] = report
-        if reports:
-            scalars["validation/loss"] = float(totals[0] / max(totals[1], 1e-9))
+        scalars, reports, _ = collected(("validation", None, result) for result in self.results(params))
         return scalars, reports
 
     def results(self, params: Params, observe: Observer = lambda *_: None) -> Iterator[TaskResult]:
         """Yields each task's result as soon as it is computed; every process must consume all of them."""
         for task in self._tasks:
-            sums, rows = self._teacher_forced(params, task, observe)
-            metrics = {name: float(total / max(weight, 1e-9)) for name, (total, weight) in sums.items()}
-            report: Report = {
-                "metrics": metrics,
-                "counts": {"rows": rows, "tokens": float(sums["loss"][1])},
-                "predictions": [],
-            }
-            examples = self._add_metrics(report, params, task, observe)
+            report: Report = {"metrics": {}, "counts": {}, "predictions": []}
+            loss, rows, examples = np.zeros(2), 0, 0
+            if self._losses:
+                sums, rows = self._teacher_forced(params, task, observe)
+                report["metrics"] |= {name: float(total / max(weight, 1e-9)) for name, (total, weight) in sums.items()}
+                loss = sums["loss"]
+                report["counts"] |= {"rows": rows, "tokens": float(loss[1])}
+            if self._metrics:
+                examples = self._add_metrics(report, params, task, observe)
             overlong = task.overlong(rows, examples)
             report["counts"] |= {"truncated": overlong.truncated}
             report["counts"] |= {"skipped": overlong.skipped} if overlong.skipped else {}
-            yield TaskResult(task.name, report, sums["loss"], truncation(task.name, report["counts"], task.lengths))
+            yield TaskResult(task.name, report, loss, truncation(task.name, report["counts"], task.lengths))
 
     def _teacher_forced(self, params: Params, task: EvalTask, observe: Observer) -> tuple[dict[str, np.ndarray], int]:
         """Returns (sum and weight of each metric, how many rows were read)."""
@@ -248,6 +256,46 @@ class _Predicted(NamedTuple):
     scores: list[float]
     samples: list[dict[str, str]]
     failed: dict[str, str]
+
+
+def collected(
+    found: Iterable[tuple[str, str | None, TaskResult]],
+) -> tuple[dict[str, float], dict[str, Report], list[str]]:
+    """Returns (scalars, reports by name of the record, what is to be said) of one step's evaluations.
+
+    Scalars are `<label>/<task>/<metric>`, and `<label>/loss` over the tokens of all tasks of which a loss was found.
+
+    Args:
+      found: (label, split, result); a task's split is None for the usual one. Results of one task are joined.
+    """
+    scalars: dict[str, float] = {}
+    reports: dict[str, Report] = {}
+    totals: dict[str, np.ndarray] = {}
+    notes: list[str] = []
+    for label, split, (name, report, loss, note) in found:
+        if "loss" in report["metrics"] or loss[1]:
+            totals[label] = totals.get(label, np.zeros(2)) + loss
+        scalars |= {f"{label}/{name}/{metric}": value for metric, value in report["metrics"].items()}
+        record = record_name(name, split)
+        report = report | ({"split": split} if split else {})
+        reports[record] = _joined(reports[record], report) if record in reports else report
+        notes += [note] if note else []
+    scalars |= {f"{label}/loss": float(total / max(weight, 1e-9)) for label, (total, weight) in totals.items()}
+    return scalars, reports, notes
+
+
+def _joined(one: Report, other: Report) -> Report:
+    """Returns two results of a task as one; of examples that were too long those of the pass that had more."""
+    counts = one["counts"] | other["counts"]
+    counts |= {
+        name: max(each["counts"].get(name, 0) for each in (one, other))
+        for name in ("truncated", "skipped")
+        if name in counts
+    }
+    joined = one | other | {"metrics": one["metrics"] | other["metrics"], "counts": counts}
+    failed = one.get("failed", {}) | other.get("failed", {})
+    joined["predictions"] = one["predictions"] + other["predictions"]
+    return joined | ({"failed": failed} if failed else {})
 
 
 def truncation(task: str, counts: Mapping[str, Any], lengths: Mapping[str, int]) -> str:

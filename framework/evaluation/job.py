@@ -11,7 +11,7 @@ from meshway.framework.checkpoints.manager import Checkpoints, DamagedCheckpoint
 from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError
 from meshway.framework.evaluation.evaluation import Evaluator
-from meshway.framework.evaluation.records import Record, Records, StepQueue, complete_steps
+from meshway.framework.evaluation.records import Record, Records, StepQueue, complete_steps, record_name
 from meshway.framework.interfaces import Params
 from meshway.framework.progress import Bar, Display, Screen, seconds_left
 from meshway.framework.report.page import is_of_router, write_report
@@ -228,12 +228,6 @@ class EvaluationJob:
         writer = TensorBoardWriter(self._directory.tensorboard / "eval", start_step=None)
         with contextlib.closing(writer):
             writer.write(step, scalars)
-
-
-def record_name(task: str, split: str | None) -> str:
-    """Returns the name under which a task's records are kept: its own, with the split where that is another than the
-    recipe's validation split."""
-    return f"{task}.{split.replace('/', '_')}" if split else task
 
 
 def is_done(records: Records, names: list[str], fingerprint: str) -> Callable[[int], bool]:

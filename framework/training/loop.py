@@ -25,6 +25,18 @@ class Hook(Protocol):
     def close(self) -> None: ...
 
 
+class Evaluate(Protocol):
+    """The evaluations of a run; `schedule.EvaluationLog` is one."""
+
+    def due(self, step: int) -> bool:
+        """Whether to evaluate after `step`."""
+        ...
+
+    def __call__(self, state: TrainState, step: int) -> dict[str, float]:
+        """Evaluates, and returns scalars to report."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Periods:
     """How often, in steps: reports, evaluations (None never), checkpoints (None only at the end)."""
@@ -40,10 +52,6 @@ class Periods:
             if value is not None and value < 1:
                 raise UserError(f"the period {field.name!r} is {value}; it must be at least 1")
 
-    def evaluates(self, step: int) -> bool:
-        """Whether to evaluate after `step`: every period, and at the end."""
-        return self.evaluate is not None and (step % self.evaluate == 0 or step == self.total)
-
     def saves(self, step: int) -> bool:
         """Whether to save after `step`: every period, and at the end."""
         return step == self.total or (self.checkpoint is not None and step % self.checkpoint == 0)
@@ -53,7 +61,7 @@ class Periods:
 class Loop:
     """The parts of a run; `run` turns them.
 
-    `shard_batch` puts a batch on devices. `evaluate(state, step)` returns scalars to report. `save(state, step,
+    `shard_batch` puts a batch on devices. `save(state, step,
     position, scalars)` starts a checkpoint; it gets the last evaluation's scalars, by which best checkpoints are kept.
     """
 
@@ -62,7 +70,7 @@ class Loop:
     stream: Iterator[tuple[Batch, dict[str, int]]]
     periods: Periods
     reporter: Reporter
-    evaluate: Callable[[TrainState, int], dict[str, float]]
+    evaluate: Evaluate
     save: Callable[[TrainState, int, Mapping[str, int], Mapping[str, float]], None]
     hooks: Sequence[Hook] = ()
     max_skipped_in_a_row: int = 10
@@ -77,7 +85,7 @@ class Loop:
         """
         streaks: list[tuple[int, jax.Array]] = []
         scalars: dict[str, float] = {}
-        if start == 0 and self.periods.evaluate is not None:
+        if start == 0 and self.evaluate.due(0):
             with self.reporter.pause("evaluation", state.step):
                 scalars = self.evaluate(state, 0)
             self.reporter.evaluated(0, scalars)
@@ -94,7 +102,7 @@ class Loop:
                 state, metrics = self.step(state, self.shard_batch(batch))
                 self.reporter.add(step, metrics)
                 streaks = self._await_step_before_last(streaks, step, metrics)
-                if self.periods.evaluates(step):
+                if self.evaluate.due(step):
                     with self.reporter.pause("evaluation", state.step), watch.paused():
                         scalars = self.evaluate(state, step)
                     self.reporter.evaluated(step, scalars)

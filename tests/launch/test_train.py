@@ -13,7 +13,9 @@ import pytest
 
 from meshway.framework.data.vocabularies import Bytes, load
 from meshway.framework.errors import UserError
+from meshway.framework.evaluation.evaluation import TaskResult
 from meshway.framework.evaluation.records import Records
+from meshway.framework.evaluation.schedule import EvaluationLog, Pass
 from meshway.framework.optimizers import optimizers
 from meshway.framework.partitioning.mesh import MeshShape
 from meshway.framework.partitioning.partitioner import Layout
@@ -79,19 +81,21 @@ def test_a_run_resumes_with_its_own_vocabulary_only(tmp_path, monkeypatch):
 
 def test_the_run_s_own_evaluations_stand_beside_those_of_other_programs(tmp_path):
     """It removes what it repeats, leaves what another program found, and says what failed or cannot be run."""
-    evaluator = SimpleNamespace(left_out=["ids: evaluated without scores"])
-    evaluator.evaluate = lambda params: (
-        {"validation/loss": params},
-        {"ids": {"metrics": {"loss": params}, "predictions": [], "failed": {"f1": "KeyError: 3"}}},
-    )
+    def results(params):
+        report = {"metrics": {"loss": params}, "counts": {}, "predictions": [], "failed": {"f1": "KeyError: 3"}}
+        yield TaskResult("ids", report, np.array([params, 1.0]), "ids: 1 example was truncated")
+
+    evaluator = SimpleNamespace(left_out=["ids: evaluated without scores"], task_names=["ids"], results=results)
+    passes = [Pass(evaluator, 5, None)]
     directory, said = RunDirectory(tmp_path), []
     records = Records(directory.evaluations)
     for step in (10, 20, 30):
         records.add(step, {"ids": {"metrics": {"loss": 0.5}}}, "another program")
-    log = train.EvaluationLog(evaluator, directory, 20, True, said.append)
+    log = EvaluationLog(passes, 100, directory, 20, True, said.append)
     assert list(records.read("ids")) == [10, 20]
     for step in (20, 25):
-        assert log(SimpleNamespace(params=float(step)), step) == {"validation/loss": float(step)}
+        scalars = {"validation/ids/loss": float(step), "validation/loss": float(step)}
+        assert log.due(step) and log(SimpleNamespace(params=float(step)), step) == scalars
     assert {step: record["metrics"]["loss"] for step, record in records.read("ids").items()} == {
         10: 0.5,
         20: 0.5,
@@ -99,10 +103,11 @@ def test_the_run_s_own_evaluations_stand_beside_those_of_other_programs(tmp_path
     }
     assert said == [
         "ids: evaluated without scores",
+        "ids: 1 example was truncated",
         "evaluation at step 20: task 'ids', f1 raised KeyError: 3",
         "evaluation at step 25: task 'ids', f1 raised KeyError: 3",
     ]
-    train.EvaluationLog(evaluator, directory, 0, False, said.append)(SimpleNamespace(params=1.0), 0)
+    EvaluationLog(passes, 100, directory, 0, False, said.append)(SimpleNamespace(params=1.0), 0)
     assert list(records.read("ids")) == [10, 20, 25], "of several processes one writes"
 
 
