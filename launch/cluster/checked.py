@@ -49,7 +49,7 @@ def check_training(recipe: "Recipe", chips: Chips | None) -> list[str]:
     arguments["program"].trace_loss()
     if left:
         return left
-    known = ("program", "data", "model_dir", "periods", "evaluation", "keep", "initial")
+    known = ("program", "data", "model_dir", "periods", "evaluation", "keep", "initial", "train_eval", "infer_eval")
     given = {name: value for name, value in arguments.items() if name in known}
     if not local_path(given["model_dir"]).is_dir():
         given["model_dir"] = None  # where the hosts mount it
