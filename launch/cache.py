@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from meshway.framework.data.cache.builder import BuiltSplit, build
-from meshway.framework.data.cache.directory import cache_directory
+from meshway.framework.data.cache.shards import cache_directory
 from meshway.framework.data.task_data import module_names
 from meshway.framework.terminal import format_columns
 

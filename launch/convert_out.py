@@ -10,8 +10,7 @@ import numpy as np
 
 from meshway.framework.checkpoints.manager import Checkpoints, find_checkpoint
 from meshway.framework.checkpoints.stored import StoredParams
-from meshway.framework.conversion import tokenizer_files
-from meshway.framework.conversion.families import registry
+from meshway.framework.conversion import hugging_face, tokenizer_files
 from meshway.framework.conversion.family import Family, read_config
 from meshway.framework.conversion.rules import pieces_of
 from meshway.framework.conversion.settings import Reference
@@ -112,11 +111,11 @@ def _family(wanted: str | None, origin: Origin | None, run: Run) -> Family:
         if wanted is None:
             raise UserError(
                 f"{run.root} was not converted from a Hugging Face directory: give the family to write by --family, "
-                f"one of {', '.join(registry.FAMILIES)}"
+                f"one of {', '.join(hugging_face.FAMILIES)}"
             )
-        return registry.named(wanted)
-    own = registry.named(origin.notes["family"])
-    if wanted is not None and registry.named(wanted) is not own:
+        return hugging_face.named(wanted)
+    own = hugging_face.named(origin.notes["family"])
+    if wanted is not None and hugging_face.named(wanted) is not own:
         raise UserError(f"--family={wanted}, but {run.root} holds a model of family {own.name}")
     return own
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from meshway.framework.data import eval_task, seqio_adapter, seqio_steps, task_data
 from meshway.framework.data.cache import builder as cache_builder
-from meshway.framework.data.cache.directory import cache_directory
 from meshway.framework.data.cache.format import CachedSplit, features_from_json, read_json
+from meshway.framework.data.cache.shards import cache_directory
 from meshway.framework.data.objective import Converter, Objective, TaskInfo
 from meshway.framework.data.prefetch import WorkerStream
 from meshway.framework.data.rows.examples import Examples, First, Lazy, Stepped, numpy_steps

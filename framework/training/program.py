@@ -13,16 +13,15 @@ from meshway.framework.data.vocabulary import Framing, Vocabulary, source_framin
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import ArraySpec, Batch, Model
 from meshway.framework.optimizers.optimizers import BoundOptimizer, Optimizer
-from meshway.framework.partitioning.activations import Activations
-from meshway.framework.partitioning.explain import Row, explain
-from meshway.framework.partitioning.partitioner import Layout
-from meshway.framework.partitioning.sharded_model import ShardedModel
+from meshway.framework.partitioning.partitioner import Activations, Layout
+from meshway.framework.partitioning.sharded_model import Row, ShardedModel, explain
 from meshway.framework.planning.flops import train_flops
-from meshway.framework.training.loss_normalization import LossNormalizingFactor, check_factor
 from meshway.framework.training.step import (
     GradientRule,
+    LossNormalizingFactor,
     TrainState,
     TrainStep,
+    check_factor,
     check_microbatches,
     init_sharded,
     init_state,

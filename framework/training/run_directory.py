@@ -17,7 +17,7 @@ from meshway.framework.data.vocabularies import FRAMING
 from meshway.framework.data.vocabulary import Framing, Vocabulary
 from meshway.framework.errors import UserError
 from meshway.framework.files import holder_of, io_errors, locked, replace_file
-from meshway.framework.partitioning.explain import Row, format_rows, replicated_share
+from meshway.framework.partitioning.sharded_model import Row, format_rows, replicated_share
 from meshway.framework.planning.memory import Memory
 from meshway.framework.terminal import format_bytes
 from meshway.framework.training.program import TrainProgram

@@ -81,6 +81,7 @@ def test_a_run_resumes_with_its_own_vocabulary_only(tmp_path, monkeypatch):
 
 def test_the_run_s_own_evaluations_stand_beside_those_of_other_programs(tmp_path):
     """It removes what it repeats, leaves what another program found, and says what failed or cannot be run."""
+
     def results(params):
         report = {"metrics": {"loss": params}, "counts": {}, "predictions": [], "failed": {"f1": "KeyError: 3"}}
         yield TaskResult("ids", report, np.array([params, 1.0]), "ids: 1 example was truncated")

@@ -13,16 +13,20 @@ from typing import Any
 from meshway.framework.errors import UserError
 from meshway.framework.files import io_errors
 from meshway.framework.inference.bulk.batches import Encoding, JsonLines, TextLines, plain
-from meshway.framework.inference.bulk.existing_output import (
+from meshway.framework.inference.bulk.inputs import nearest
+from meshway.framework.inference.bulk.outputs import (
     WRITTEN_BY,
+    OutputLock,
     abandon,
     claimed,
     clear,
+    move_durably,
+    output_paths,
     refuse_foreign_files,
+    remove,
     settle,
+    write_durably,
 )
-from meshway.framework.inference.bulk.inputs import nearest
-from meshway.framework.inference.bulk.outputs import OutputLock, move_durably, output_paths, remove, write_durably
 from meshway.framework.inference.bulk.parquet import ParquetRows
 from meshway.framework.terminal import count_of
 
