@@ -19,11 +19,11 @@ from meshway.framework.data.source import DataSource, SplitRead
 from meshway.framework.data.vocabulary import Vocabulary
 from meshway.framework.errors import EnvironmentFailure, UserError, first_line
 from meshway.framework.evaluation.evaluation import Evaluation
-from meshway.framework.evaluation.schedule import OWN, EvalDataset, Schedule
+from meshway.framework.evaluation.schedule import OWN, EvalDataset, Schedule, begin_hooks
 from meshway.framework.files import holder_of, local_path
 from meshway.framework.partitioning.mesh import MeshShape
 from meshway.framework.terminal import format_columns
-from meshway.framework.training.loop import Periods
+from meshway.framework.training.loop import Hook, Periods
 from meshway.framework.training.program import TrainProgram, open_data
 from meshway.framework.training.run_directory import RunDirectory
 from meshway.launch.cluster.job import Chips
@@ -51,6 +51,7 @@ def check(
     initial: Initial | None = None,
     train_eval: Sequence[EvalDataset] | None = OWN,
     infer_eval: Sequence[EvalDataset] | None = OWN,
+    hooks: Sequence[Hook] = (),
 ) -> Resolved:
     """Checks what a run checks before it traces its step, with its own calls; nothing is written.
 
@@ -71,6 +72,7 @@ def check(
         initial.check(program.param_shapes, program.axes)
         notes.append(f"parameters start from {initial.path}")
     passes = schedule.open(program.sharded, own, is_dry=True)
+    begin_hooks(hooks, passes, None, 0)
     notes += [line for each in passes for line in each.evaluator.left_out]
     reads = [*(data.reads(False) if hasattr(data, "reads") else ()), *schedule.reads(own)]
     names = dict.fromkeys(name for each in passes for name in each.names)
@@ -172,7 +174,18 @@ def check_training(recipe: "Recipe", chips: Chips | None) -> list[str]:
     arguments["program"].trace_loss()
     if left:
         return left
-    known = ("program", "data", "model_dir", "periods", "evaluation", "keep", "initial", "train_eval", "infer_eval")
+    known = (
+        "program",
+        "data",
+        "model_dir",
+        "periods",
+        "evaluation",
+        "keep",
+        "initial",
+        "train_eval",
+        "infer_eval",
+        "hooks",
+    )
     given = {name: value for name, value in arguments.items() if name in known}
     if not local_path(given["model_dir"]).is_dir():
         given["model_dir"] = None  # where the hosts mount it

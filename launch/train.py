@@ -25,7 +25,8 @@ from meshway.framework.distributed import processes
 from meshway.framework.distributed.processes import agree
 from meshway.framework.errors import at_the_end
 from meshway.framework.evaluation.evaluation import Evaluation
-from meshway.framework.evaluation.schedule import OWN, EvalDataset, EvaluationLog, Schedule
+from meshway.framework.evaluation.records import Records
+from meshway.framework.evaluation.schedule import OWN, EvalDataset, EvaluationLog, Schedule, begin_hooks
 from meshway.framework.files import local_path
 from meshway.framework.planning.hardware import peak_flops
 from meshway.framework.report.page import write_report
@@ -106,6 +107,8 @@ def train(
         restored = _restore_last(checkpoints, program, primary) if start else None
         restored_seconds = time.time() - restoring
         start = restored[0] if restored else 0
+        passes = Schedule(train_eval, infer_eval, periods.evaluate, evaluation).open(program.sharded, data)
+        begin_hooks(hooks, passes, Records(directory.evaluations) if primary else None, start)
         with contextlib.ExitStack() as stack:
             if primary:
                 stack.enter_context(at_the_end(lambda: write_report(directory.root)))
@@ -122,7 +125,6 @@ def train(
             timeline.mark("compiled", devices=program.partitioner.mesh.size)
             if not start:
                 state = _fresh(program, initial, framing, functools.partial(_say, primary))
-            passes = Schedule(train_eval, infer_eval, periods.evaluate, evaluation).open(program.sharded, data)
             if primary:
                 directory.describe(resolved, rows, summarize(program, rows))
             progress = _progress(periods, start, primary)
@@ -146,7 +148,7 @@ def train(
                 checkpoints.close()
             timeline.outcome = "done" if last == periods.total else "stopped"
         if primary:
-            _say_goodbye(directory, last, periods, evaluate.samples())
+            _say_goodbye(directory, last, periods, evaluate.samples(), loop.reason)
         if last < periods.total and loop.stop.number == signal.SIGINT:
             raise KeyboardInterrupt  # what comes after this command takes it for done otherwise
 
@@ -237,12 +239,13 @@ def _say(primary: bool, line: str) -> None:
         print(line, flush=True)
 
 
-def _say_goodbye(directory: RunDirectory, last: int, periods: Periods, samples: str) -> None:
+def _say_goodbye(directory: RunDirectory, last: int, periods: Periods, samples: str, reason: str) -> None:
     if samples:
         print(samples)
     print(in_one_line(read_goodput(directory.timeline)))
     if last < periods.total:
-        print(f"stopped after step {last} of {periods.total}, saved; run the same command again to go on")
+        why = f", saved. {reason}. Run" if reason else ", saved; run"
+        print(f"stopped after step {last} of {periods.total}{why} the same command again to go on")
     else:
         print(f"done: step {last}; report: {directory.root / 'report.html'}")
 
@@ -274,7 +277,7 @@ def run(invocation: "Invocation") -> None:
             from meshway.launch.dry_run import check, described
             from meshway.launch.inspection import layout
 
-            arguments = (program, data, model_dir, periods, evaluation, keep, initial, train_eval, infer_eval)
+            arguments = (program, data, model_dir, periods, evaluation, keep, initial, train_eval, infer_eval, hooks)
             found = layout(program), "", described(check(*arguments))
             if processes.is_primary():
                 print(recipe.resolved, *found, sep="\n")

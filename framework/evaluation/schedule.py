@@ -2,16 +2,19 @@
 
 import contextlib
 import dataclasses
+import itertools
+import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from meshway.framework import terminal
 from meshway.framework.data.source import DataSource, EvalTask, SplitRead, tasks_of
-from meshway.framework.errors import UserError
+from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.evaluation.evaluation import Evaluation, Evaluator, Report, collected
-from meshway.framework.evaluation.records import Records, record_name
+from meshway.framework.evaluation.records import Record, Records, record_name
 from meshway.framework.partitioning.sharded_model import ShardedModel
+from meshway.framework.training.loop import EvaluationHook, Found, Hook
 from meshway.framework.training.program import check_batch, check_vocabularies
 from meshway.framework.training.run_directory import RunDirectory
 from meshway.framework.training.step import TrainState
@@ -172,6 +175,20 @@ def _check_fit(sharded: ShardedModel, data: DataSource, tasks: Sequence[EvalTask
         check_batch(sharded.batch(size, lengths).spec, converter.spec(lengths, size))
 
 
+def begin_hooks(hooks: Sequence[Hook], passes: Sequence[Pass], records: Records | None, start: int) -> None:
+    """Tells the hooks that see evaluations which there are, and what was found up to step `start`; `records` are None
+    where another process writes them. Raises UserError where a hook asks for what is not evaluated."""
+    names = list(dict.fromkeys(name for each in passes for name in each.names))
+    found: dict[int, dict[str, Record]] = {}
+    if records is not None and start:
+        for name in names:
+            for step, record in records.read(name).items():
+                found.setdefault(step, {})[name] = record
+    for hook in hooks:
+        if isinstance(hook, EvaluationHook):
+            hook.begin(names, {step: found[step] for step in sorted(found) if step <= start})
+
+
 class EvaluationLog:
     """Makes a run's evaluations, and keeps each task's results in `eval/<task>.jsonl`.
 
@@ -207,11 +224,6 @@ class EvaluationLog:
         for each in self._passes:
             for line in each.evaluator.left_out:
                 self._say_once(line)
-
-    @property
-    def names(self) -> list[str]:
-        """The names of all records that it writes."""
-        return list(dict.fromkeys(name for each in self._passes for name in each.names))
 
     def due(self, step: int) -> bool:
         """Whether anything is evaluated after `step`: every period, and at the end."""
@@ -253,3 +265,78 @@ class EvaluationLog:
         if line not in self._told:
             self._told.add(line)
             self._say(line)
+
+
+class EarlyStopping:
+    """Stops a run whose metric does not improve: T5X's `EarlyStoppingAction`.
+
+    It stops where each of the last `patience` values of the metric is no better than the one before it, by more than
+    `atol + rtol * |the one before|`. A value that is not a number is no better. Evaluations of a run that is resumed
+    count on.
+
+    Args:
+      metric: (task, metric), as in `eval/<task>.jsonl`.
+      mode: 'min' where less is better, 'max' where more is.
+      patience: how many evaluations in a row are looked at, at least 2.
+      atol, rtol: tolerances, at least 0.
+    """
+
+    def __init__(
+        self, metric: Sequence[str], mode: str, patience: int = 3, atol: float = 0.0, rtol: float = 0.0
+    ) -> None:
+        pair = [] if isinstance(metric, str) else list(metric)
+        if len(pair) != 2 or not all(isinstance(each, str) for each in pair):
+            raise UserError(f"EarlyStopping.metric is {metric!r}: a task and its metric, as ('my_task', 'loss')")
+        if mode not in ("min", "max"):
+            raise UserError(f"EarlyStopping.mode is {mode!r}: 'min' where less is better, 'max' where more is")
+        if patience < 2:
+            raise UserError(f"EarlyStopping.patience is {patience!r}; two evaluations at least can be compared")
+        for name, tolerance in (("atol", atol), ("rtol", rtol)):
+            if not tolerance >= 0:
+                raise UserError(f"EarlyStopping.{name} is {tolerance!r}; it must be at least 0")
+        self._task, self._metric = pair
+        self._sign = 1.0 if mode == "min" else -1.0
+        self._patience, self._atol, self._rtol = patience, atol, rtol
+        self._values: list[float] = []
+
+    def begin(self, names: Sequence[str], earlier: Mapping[int, Found]) -> None:
+        if self._task not in names:
+            raise UserError(
+                f"EarlyStopping.metric: nothing called {self._task!r} is evaluated; it is one of "
+                f"{', '.join(names) or 'none'}{did_you_mean(self._task, names)}"
+            )
+        for step in sorted(earlier):
+            self._add(earlier[step])
+
+    def after_evaluation(self, step: int, found: Found) -> str | None:
+        if not self._add(found) or len(self._values) < self._patience:
+            return None
+        if any(self._better(one, before) for before, one in itertools.pairwise(self._values)):
+            return None
+        values = ", ".join(f"{value:.4g}" for value in self._values)
+        return f"{self._metric} of {self._task} has not improved in the last {self._patience} evaluations: {values}"
+
+    def after_step(self, step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+    def _add(self, found: Found) -> bool:
+        """Keeps the metric of an evaluation; returns whether it had it."""
+        report = found.get(self._task)
+        if report is None:
+            return False
+        if self._metric not in report["metrics"]:
+            if not report.get("failed"):
+                known = sorted(report["metrics"])
+                raise UserError(
+                    f"EarlyStopping.metric: {self._task!r} has no metric {self._metric!r}; it is one of "
+                    f"{', '.join(known)}{did_you_mean(self._metric, known)}"
+                )
+            return False
+        value = report["metrics"][self._metric]
+        self._values = [*self._values, math.nan if value is None else float(value)][-self._patience :]
+        return True
+
+    def _better(self, value: float, before: float) -> bool:
+        least = self._atol + self._rtol * abs(before)
+        return self._sign * value < self._sign * before - least

@@ -15,7 +15,7 @@ from meshway.framework.data.vocabularies import Bytes, load
 from meshway.framework.errors import UserError
 from meshway.framework.evaluation.evaluation import TaskResult
 from meshway.framework.evaluation.records import Records
-from meshway.framework.evaluation.schedule import EvaluationLog, Pass
+from meshway.framework.evaluation.schedule import EarlyStopping, EvaluationLog, Pass
 from meshway.framework.optimizers import optimizers
 from meshway.framework.partitioning.mesh import MeshShape
 from meshway.framework.partitioning.partitioner import Layout
@@ -190,3 +190,35 @@ def test_a_run_goes_on_with_its_data_and_ends_once(tmp_path, capsys, program, mo
     before = timeline(tmp_path)
     assert "step 5 of 5 is already reached" in run(5) and "step 5 of 4 is already reached" in run(4)
     assert timeline(tmp_path) == before
+
+
+class Evaluated(Ones):
+    """The same, with tasks to evaluate: the tokens that it trains on, so that their loss falls."""
+
+    eval_split = "validation"
+
+    def __init__(self, program):
+        super().__init__(program)
+        self.eval_tasks = lambda split=None: [bigram_table.task([([1], [1, 1, 1])], name="ones")]
+
+
+def early(**arguments):
+    return EarlyStopping(("ones", "loss"), **{"mode": "min", "atol": 1e3} | arguments)
+
+
+def test_a_run_that_does_not_improve_is_saved_and_stops_and_says_why(tmp_path, capsys, program):
+    data, periods = Evaluated(program), Periods(total=9, evaluate=2)
+    train.train(program, data, str(tmp_path), periods, hooks=[early(atol=0.0), early()])  # the loss falls, by less
+    said = capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
+    assert "stopped after step 4 of 9, saved. EarlyStopping: loss of ones has not improved in the last 3 eval" in said
+    assert timeline(tmp_path)[-1]["outcome"] == "stopped"
+    train.train(program, Evaluated(program), str(tmp_path), periods, hooks=[early(patience=4)])
+    assert "stopped after step 6 of 9, saved." in capsys.readouterr().out, "those of before count on: 0, 2, 4, 6"
+
+
+def test_a_hook_that_asks_for_what_is_not_evaluated_is_told_before_anything_is_compiled(tmp_path, program, monkeypatch):
+    monkeypatch.setattr(type(program), "compile_step", lambda self: pytest.fail("compiled"))
+    hooks = [EarlyStopping(("one", "loss"), "min")]
+    with pytest.raises(UserError, match="nothing called 'one' is evaluated; it is one of ones; did you mean 'ones'"):
+        train.train(program, Evaluated(program), str(tmp_path), Periods(total=9, evaluate=2), hooks=hooks)
