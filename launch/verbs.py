@@ -80,6 +80,11 @@ class InferFlags:
         "TEXT",
     )
     split: str | None = binds("infer.Inputs.split", "read this split of the recipe's task (or --task) instead", "SPLIT")
+    fields: str | None = binds(
+        "infer.Inputs.fields",
+        "with --split: features to keep beside text (id,inputs; all; default: *_pretokenized)",
+        "NAMES",
+    )
     output: str | None = binds(
         "infer.Output.where", "a .jsonl, .parquet or .txt file to make, or a folder of shards", "FILE"
     )
@@ -130,11 +135,40 @@ class InferFlags:
     output_format: Literal["jsonl", "parquet"] | None = binds(
         "infer.Output.format", "jsonl (default) or parquet, of a folder's shards", "FORMAT"
     )
+    writer: str | None = binds(
+        "infer.Output.writer", "a class that writes a format of its own (mylab.writers.Csv)", "CLASS"
+    )
     overwrite: bool = binds("infer.Output.overwrite", "remove what an earlier job left there")
     num_shards: int | None = binds(
         "infer.Output.num_shards", "share the input among N independent jobs with one --output", "N"
     )
     shard_id: int | None = binds("infer.Output.shard_id", "which of them this is, from 0", "I", least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportFlags:
+    model_dir: str | None = binds(
+        "MODEL_DIR", "the run, or one of its checkpoints; its own recipe serves without --gin_file", "DIR"
+    )
+    output: str | None = binds("export.export.output", "the folder to make", "DIR")
+    platforms: str | None = binds(
+        "export.export.platforms", "cpu, tpu, cuda or rocm, as cpu,tpu (default: this machine's)", "NAMES"
+    )
+    modes: str | None = binds("export.export.modes", "predict, score or both (default)", "NAMES")
+    step: int | None = binds("export.export.step", "which checkpoint (default: the latest)", "N", least=0)
+    batch_size: int | None = binds("export.export.batch_size", "rows of a batch (default: 8)", "N")
+    max_input_length: int | None = binds("export.export.max_input_length", "tokens of the longest prompt", "N")
+    max_new_tokens: int | None = binds("export.export.max_new_tokens", "most tokens of a prediction", "N")
+    temperature: float | None = binds(
+        "sampling.Sampling.temperature", "0 (default) takes the likeliest token", "X", reads=not_negative
+    )
+    top_k: int | None = binds("sampling.Sampling.top_k", "draw from the k likeliest tokens", "K")
+    top_p: float | None = binds(
+        "sampling.Sampling.top_p", "draw from the likeliest that together reach p", "P", reads=share
+    )
+    num_decodes: int | None = binds("sampling.Sampling.num_decodes", "predictions of each example", "N")
+    beams: int | None = binds("export.export.beams", "beam search with so many beams", "N")
+    saved_model: bool = binds("export.export.saved_model", "write a TensorFlow SavedModel too")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,6 +315,13 @@ VERBS = {
         instead="--model_dir",
         macros=("MODEL_DIR", "MIXTURE_OR_TASK_NAME", "TASK_FEATURE_LENGTHS", "CACHE_DIR", "LAYOUT"),
     ),
+    "export": Verb(
+        "meshway.launch.export",
+        "write predict and score of a run's checkpoint as StableHLO programs, which run without meshway",
+        flags=ExportFlags,
+        instead="--model_dir",
+        macros=("MODEL_DIR", "TASK_FEATURE_LENGTHS", "LAYOUT"),
+    ),
     "status": Verb(
         "meshway.launch.status",
         "show the state of a run: who runs it, steps reported and saved, rate, time left, last evaluation",
@@ -359,6 +400,7 @@ USAGE = """examples:
   meshway infer --model_dir=runs/quickstart --split=validation --mode=score --output=scores.parquet
   meshway infer --model_dir=runs/quickstart --input=questions.jsonl --output=answers.jsonl --num_shards=4 --shard_id=0
   meshway infer --model_dir=runs/llama --input=prompts.txt --output=out --temperature=0.8 --top_p=0.95 --num_decodes=4
+  meshway export --model_dir=runs/quickstart --output=exported --platforms=cpu,tpu,cuda
   meshway status runs/quickstart
   meshway inspect --gin_file=quickstart --gin.LAYOUT=fsdp --simulated_devices=8
   meshway inspect data --gin_file=quickstart --rows=5 --html=data.html
