@@ -30,10 +30,9 @@ from meshway.framework.evaluation.records import Records
 from meshway.framework.files import local_path
 from meshway.framework.planning.hardware import peak_flops
 from meshway.framework.report.page import write_report
-from meshway.framework.telemetry.goodput import in_one_line, read_goodput
 from meshway.framework.telemetry.profiler import planned
 from meshway.framework.telemetry.reporter import Progress, Reporter
-from meshway.framework.telemetry.timeline import Timeline, process_began
+from meshway.framework.telemetry.timeline import Timeline, in_one_line, process_began, read_goodput
 from meshway.framework.telemetry.writers import JsonlWriter, TensorBoardWriter, Writers
 from meshway.framework.training.loop import Hook, Loop, Periods
 from meshway.framework.training.program import TrainProgram, open_data

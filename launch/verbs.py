@@ -201,6 +201,10 @@ class CacheFlags:
     num_shards: int | None = binds("cache.cache.num_shards", "files of each split (default: 8)", "N")
     workers: int | None = binds("cache.cache.workers", "processes (default: one a core)", "N")
     overwrite: bool = binds("cache.cache.overwrite", "remove what is cached of the task first, all splits of it")
+    from_seqio: str | None = binds(
+        "cache.cache.from_seqio", "take the examples that seqio_cache_tasks wrote there; no preprocessor runs", "DIR"
+    )
+    part: str | None = binds("cache.cache.part", "build part I of N of the shards, on each of N machines one", "I/N")
     max_bad_examples: int | None = binds(
         "cache.cache.max_bad_examples",
         "examples of a split that may fail in a preprocessor; they are left out and reported (default: 0)",

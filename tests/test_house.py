@@ -14,6 +14,7 @@ FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.p
 HEAVY = {"tensorflow", "seqio", "tensorflow_datasets", "tensorflow_text", "t5", "clu"}
 DOORS = {
     "framework/data/seqio_adapter.py",
+    "framework/data/seqio_caches.py",
     "framework/data/seqio_loader.py",
     "framework/data/seqio_steps.py",
     "launch/bench/stages.py",  # runs seqio beside us, to time both

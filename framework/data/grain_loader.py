@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from meshway.framework.data import seqio_adapter, seqio_steps, task_data
+from meshway.framework.data import seqio_adapter, seqio_caches, seqio_steps, task_data
 from meshway.framework.data.cache import builder as cache_builder
 from meshway.framework.data.cache.format import CachedSplit, features_from_json, read_json
 from meshway.framework.data.cache.shards import cache_directory
@@ -22,6 +22,7 @@ from meshway.framework.data.prefetch import WorkerStream
 from meshway.framework.data.rows.examples import Examples, First, InMemory, Stepped, numpy_steps
 from meshway.framework.data.rows.mixing import Rates, periods
 from meshway.framework.data.rows.online_source import OnlineSource
+from meshway.framework.data.rows.row_counts import RowTable
 from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.data.rows.row_stream import RowStream, Source
 from meshway.framework.data.source import SplitRead
@@ -60,13 +61,14 @@ class CachedTask:
     def splits(self) -> list[str]:
         """The splits that are cached, or will be."""
         if not self.is_cached:
-            return list(self.task.splits)
+            return seqio_caches.splits(self.task, self.directory)
         return sorted(path.parent.name for path in self.directory.glob("*/index.json"))
 
     def num_examples(self, split: str) -> int | None:
         """Returns how many examples a split has; if not cached, how many its source reports, None if it does not."""
         if not self.is_cached:
-            return seqio_steps.source_count(self.task, split)
+            imported = seqio_caches.origin(self.task, self.directory)
+            return imported.count(split) if imported else seqio_steps.source_count(self.task, split)
         return _counts(self.directory)[split]
 
 
@@ -85,6 +87,8 @@ class CachedData:
       eval_examples: evaluate on the first so many examples of each task (None: all).
       shuffle: whether order is random; if not, examples come in the cache's order.
       cache_dir: where tasks are cached; by default as for `meshway cache`.
+      seqio_cache_dirs: where seqio's own script cached tasks, beside seqio's global cache directories: what is there is
+        imported when it is first read, and its preprocessors up to the CacheDatasetPlaceholder do not run.
       build: whether a missing cache is built now; if not, it is an error.
       rates: other mixing rates from given steps on.
       num_workers: processes that prepare batches; 0: a thread. None: measured, a thread unless batches are slow.
@@ -106,6 +110,7 @@ class CachedData:
         eval_examples: int | None = None,
         shuffle: bool = True,
         cache_dir: str | None = None,
+        seqio_cache_dirs: str | Sequence[str] = (),
         build: bool = True,
         rates: Sequence[Rates] = (),
         num_workers: int | None = None,
@@ -125,6 +130,7 @@ class CachedData:
         self._eval_examples = eval_examples
         self._shuffle = shuffle
         self._directory = local_path(cache_dir) if cache_dir else cache_directory()
+        self._seqio_directories = module_names(seqio_cache_dirs)
         self._build = build
         self._changes = list(rates)
         self._num_workers = num_workers
@@ -235,12 +241,14 @@ class CachedData:
         """The task, or a mixture's tasks, cached."""
         description = self._directory / f"{self.name}.json"
         if seqio_adapter.installed():
+            seqio_caches.add_directories(self._seqio_directories)
             provider = seqio_adapter.find_provider(self.name, self.modules)
             tasks = {task.name: task for task in seqio_adapter.subtasks(provider)}
             missing = self._look_at_caches() if self._is_dry else self._ensure_caches()
             counts = {name: _counts(self._directory / name) for name in tasks}
             # A rate may need a number of examples, which is known only once the task is cached: any number does here.
-            counts |= {name: dict.fromkeys(tasks[name].splits, 1) for name in missing}
+            for name in missing:
+                counts[name] = dict.fromkeys(seqio_caches.splits(tasks[name], self._directory / name), 1)
             rates = seqio_adapter.mixing_rates(provider, counts)
             if processes.is_primary() and not self._is_dry:
                 _write_if_changed(description, {"rates": rates})
@@ -297,7 +305,8 @@ class CachedData:
         framing = self._framing
         start, bos = (framing.start, framing.bos) if framing else ((), ())
         if not task.is_cached:
-            return task_data.open_task(task.task, split, self.converter, self.lengths, start, bos)
+            imported = seqio_caches.origin(task.task, task.directory)
+            return task_data.open_task(task.task, split, self.converter, self.lengths, start, bos, imported)
         cached = CachedSplit(task.directory, split)
         steps = numpy_steps(task.info["online"], cached.features)
         if steps is None and task.task is None:
@@ -307,11 +316,11 @@ class CachedData:
         promised = features_from_json(task.info["declared"])
         if steps is not None:
             # A text task in T5's style declares `inputs` that are empty in every example.
-            empty = {name for name, sizes in cached.sizes.items() if len(sizes) and not sizes.max()}
+            empty = cached.empty
             promised = {name: cached.features[name] for name in promised if name in cached.features.keys() - empty}
         else:
-            empty = set()
-        info = TaskInfo(task.name, promised, start, frozenset(empty), bos)
+            empty = frozenset()
+        info = TaskInfo(task.name, promised, start, empty, bos)
         objective = self.converter.bind(info, self.lengths)
         return objective, Stepped(cached, steps, objective.trims) if steps else cached, steps is None
 
@@ -319,8 +328,14 @@ class CachedData:
         sizes = vocabulary_sizes(self._vocabularies, self.lengths)
         arguments = (objective, self.converter.pack, self._shuffle, self._seed, sizes)
         if not online:
-            return RowSource(task.name, examples, *arguments)
+            read = examples.examples if isinstance(examples, Stepped) else examples
+            table = RowTable(self._row_folders(read), read.identity) if isinstance(read, CachedSplit) else None
+            return RowSource(task.name, examples, *arguments, table)
         return OnlineSource(task.name, examples, self._steps(task), *arguments)
+
+    def _row_folders(self, read: CachedSplit) -> list[Path]:
+        """Returns where counts of rows are kept: beside the examples or, if that may only be read, with the user's."""
+        return [read.directory, cache_directory().parent / "rows"]
 
     def _steps(self, task: CachedTask) -> Callable[[list[Any], int], list[Any]]:
         """Returns (examples, seed) -> those examples after the task's steps that come after the cache."""

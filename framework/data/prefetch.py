@@ -156,6 +156,7 @@ class WorkerStream:
     def _start(self) -> Any:
         if not flags.FLAGS.is_parsed():  # grain asks absl, whose flags only absl programs parse
             flags.FLAGS.mark_as_parsed()
+        self.stream.prepare()  # once, instead of in each of them
         numbers = grain.MapDataset.range(self.stream.position, _FOR_EVER)
         reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
         options = grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=2)

@@ -1,7 +1,7 @@
 """The adapter to seqio and TensorFlow: importing them quietly, looking tasks up, running them, reporting errors.
 
-This file, `seqio_steps.py` and `seqio_loader.py` are the only ones of the framework that import seqio or
-TensorFlow, and only inside functions: a run that reads no seqio task never pays for them.
+The `seqio_*.py` here are the only files of the framework that import seqio or TensorFlow, and only inside functions: a
+run that reads no seqio task never pays for them.
 """
 
 import contextlib
@@ -146,7 +146,8 @@ def without_notes() -> Iterator[None]:
 
 
 _READ_AT_ONCE = 256  # examples handed from TensorFlow to numpy at a time
-_FOREIGN = re.compile(r"[/\\](seqio|tensorflow|importlib)[/\\]|<frozen|autograph")  # code that is not at fault
+# Code that is not at fault; a user's own folder may be called seqio.
+_FOREIGN = re.compile(r"-packages[/\\](seqio|tensorflow)[/\\]|[/\\]importlib[/\\]|<frozen|autograph")
 
 # seqio hands out preprocessing seeds from one counter of the process, while a dataset is put together; a
 # training thread and an evaluation must not take from it at the same time.

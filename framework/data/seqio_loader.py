@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from meshway.framework.data import seqio_adapter, seqio_steps
+from meshway.framework.data import seqio_adapter, seqio_caches, seqio_steps
 from meshway.framework.data.eval_task import EVAL_SEED, TaskEvaluation
 from meshway.framework.data.objective import Converter, Objective, Spec, TaskInfo
 from meshway.framework.data.rows.examples import InMemory
@@ -50,6 +50,7 @@ class SeqioData:
       eval_examples: evaluate on the first so many examples of each task (None: all).
       shuffle: whether seqio shuffles each pass, by files and a buffer.
       use_cached: read the tasks from seqio's own offline cache (made by seqio_cache_tasks).
+      seqio_cache_dirs: where such caches are, beside seqio's global cache directories.
       vocabularies: the vocabulary expected of each feature; any other is an error.
       start: ids that a decoder reads before a text; None takes those of the vocabulary of `targets` (BOS, or T5's 0).
       stop_ids: ids that end a prediction beside the EOS of that vocabulary.
@@ -68,6 +69,7 @@ class SeqioData:
         eval_examples: int | None = None,
         shuffle: bool = True,
         use_cached: bool = False,
+        seqio_cache_dirs: str | Sequence[str] = (),
         vocabularies: Mapping[str, Any] | None = None,
         start: Sequence[int] | None = None,
         stop_ids: Sequence[int] | None = None,
@@ -84,6 +86,7 @@ class SeqioData:
         self._eval_examples = eval_examples
         self._shuffle = shuffle
         self._use_cached = use_cached
+        self._seqio_directories = module_names(seqio_cache_dirs)
         self._named = dict(vocabularies or {})
         self._start, self._stop_ids = start, stop_ids
         self._is_dry = False
@@ -173,6 +176,7 @@ class SeqioData:
 
     @functools.cached_property
     def _provider(self) -> Any:
+        seqio_caches.add_directories(self._seqio_directories)
         return seqio_adapter.find_provider(self.name, self._modules)
 
     @functools.cached_property
@@ -183,6 +187,11 @@ class SeqioData:
             if self._use_cached and not task.supports_caching:
                 raise UserError(
                     f"task {task.name!r} cannot be read with use_cached=True: it has no CacheDatasetPlaceholder"
+                )
+            if self._use_cached and not task.cache_dir:
+                raise UserError(
+                    f"task {task.name!r} is in no cache directory of seqio's ({self._seqio_directories} and those of "
+                    "seqio.add_global_cache_dirs), as use_cached=True asks"
                 )
         return tasks
 

@@ -8,10 +8,11 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from meshway.framework.data import seqio_adapter, seqio_steps
+from meshway.framework.data import seqio_adapter, seqio_caches, seqio_steps
 from meshway.framework.data.objective import Converter, FeatureInfo, Objective, Spec, TaskInfo
 from meshway.framework.data.rows.examples import TENSORFLOW, Examples
 from meshway.framework.data.seqio_adapter import task_errors
+from meshway.framework.data.seqio_caches import SeqioCache
 from meshway.framework.data.seqio_steps import declared
 from meshway.framework.data.vocabularies import check_named, of_seqio
 from meshway.framework.data.vocabulary import Framing, Vocabulary
@@ -194,7 +195,13 @@ class NotCached:
 
 
 def open_task(
-    task: Any, split: str, converter: Converter, lengths: Mapping[str, int], start: Sequence[int], bos: Sequence[int]
+    task: Any,
+    split: str,
+    converter: Converter,
+    lengths: Mapping[str, int],
+    start: Sequence[int],
+    bos: Sequence[int],
+    imported: SeqioCache | None = None,
 ) -> tuple[Objective, Examples, bool]:
     """Returns (the task's objective, examples that cannot be read, whether steps in TensorFlow come after the cache).
 
@@ -202,7 +209,10 @@ def open_task(
       UserError: a preprocessor fails when it is put together, the features are not what the task declares, or do not
         fit the converter.
     """
-    seqio_steps.features(task, list(task.splits))
+    if imported:
+        seqio_caches.features(task, imported)
+    else:
+        seqio_steps.features(task, list(task.splits))
     online = seqio_steps.online_entries(task) == TENSORFLOW
     promised = seqio_steps.declared(task)
     info = TaskInfo(task.name, promised, tuple(start), bos=tuple(bos))
@@ -210,17 +220,22 @@ def open_task(
         objective = converter.bind(info, lengths)
     except UserError:
         # A text task in T5's style declares `inputs` that are always empty, which a converter may not read.
-        empty = _empty(task, split) - set(converter.task_features)
+        empty = _empty(task, split, imported) - set(converter.task_features)
         if online or not empty:
             raise
         kept = {name: feature for name, feature in promised.items() if name not in empty}
         objective = converter.bind(TaskInfo(task.name, kept, tuple(start), frozenset(empty), tuple(bos)), lengths)
-    return objective, NotCached(seqio_steps.source_count(task, split)), online
+    count = imported.count(split) if imported else seqio_steps.source_count(task, split)
+    return objective, NotCached(count), online
 
 
-def _empty(task: Any, split: str) -> set[str]:
+def _empty(task: Any, split: str, imported: SeqioCache | None) -> set[str]:
     """Returns the features that are empty in the first examples."""
-    examples = list(itertools.islice(seqio_steps.cacheable(task, split, 0, 1), _LOOKED_AT))
+    if imported:
+        all_of_them = seqio_caches.examples(imported, task, split, 0, 1, 0, [])
+    else:
+        all_of_them = seqio_steps.cacheable(task, split, 0, 1)
+    examples = list(itertools.islice(all_of_them, _LOOKED_AT))
     seqio_steps.release_sources()
     names = set.intersection(*(set(example) for example in examples)) if examples else set()
     return {name for name in names if all(np.ndim(each[name]) and not len(each[name]) for each in examples)}

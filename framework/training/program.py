@@ -13,8 +13,7 @@ from meshway.framework.data.vocabulary import Framing, Vocabulary, source_framin
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import ArraySpec, Batch, Model
 from meshway.framework.optimizers.optimizers import BoundOptimizer, Optimizer
-from meshway.framework.partitioning.activations import Activations
-from meshway.framework.partitioning.partitioner import Layout
+from meshway.framework.partitioning.partitioner import Activations, Layout
 from meshway.framework.partitioning.sharded_model import Row, ShardedModel, explain
 from meshway.framework.planning.flops import train_flops
 from meshway.framework.training.step import (
