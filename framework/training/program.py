@@ -26,6 +26,7 @@ from meshway.framework.training.step import (
     init_sharded,
     init_state,
     plain_gradient,
+    rng_impl_of,
     state_axes,
 )
 from meshway.framework.trees import axis_sizes
@@ -45,15 +46,20 @@ class TrainProgram:
         num_microbatches: int = 1,
         gradient_rule: GradientRule = plain_gradient,
         loss_normalizing_factor: LossNormalizingFactor = "NUM_REAL_TARGET_TOKENS",
+        use_hardware_rng: bool | str = False,
     ):
         """`batch_size` counts examples over all processes; `lengths` are tokens by task feature.
 
         `loss_normalizing_factor` is T5X's: by default gradients are those of the mean over weighted target tokens of
         the global batch; None is those of the sum, as T5X's recipes have it.
 
+        `use_hardware_rng` is T5X's too, for dropout: True draws it by jax's 'unsafe_rbg', the generator of the device,
+        which costs less on TPUs but draws otherwise on another mesh or platform; or the name of another generator.
+        Fresh parameters are always drawn by jax's default one.
+
         Raises:
-          UserError: the layout does not fit the devices, the batch is not divisible, a length is missing, or the
-            factor is a number that is not positive.
+          UserError: the layout does not fit the devices, the batch is not divisible, a length is missing, the factor
+            is a number that is not positive, or there is no such generator.
         """
         check_microbatches(batch_size, num_microbatches)
         check_factor(loss_normalizing_factor)
@@ -69,7 +75,8 @@ class TrainProgram:
         self.batch_spec, self.batch_shardings = self.batch.spec, self.batch.shardings
         self.optimizer_name = _name(optimizer.transform)
         self.optimizer: BoundOptimizer = optimizer.bind(self.axes, self.param_shapes)
-        self._step = TrainStep(model, self.optimizer, seed, num_microbatches, gradient_rule, loss_normalizing_factor)
+        how = (num_microbatches, gradient_rule, loss_normalizing_factor, rng_impl_of(use_hardware_rng))
+        self._step = TrainStep(model, self.optimizer, seed, *how)
 
     @functools.cached_property
     def state_shapes(self) -> TrainState:

@@ -198,6 +198,8 @@ def lines_of(counts: Mapping[str, Any]) -> list[str]:
 def of_shares(share: Share, num_chunks: int, missing: Sequence[int]) -> str:
     """Returns what a share that is done and has not made the result says of it, for people."""
     done = f"shard {share.index} of {share.count} is done"
+    if num_chunks < share.count:
+        done += f" ({count_of(num_chunks, 'chunk')} are too few for all: give a smaller --chunk_size)"
     if not missing:
         return f"{done}, and another job has made the result of all"
     shards = ", ".join(str(shard) for shard in sorted({number % share.count for number in missing}))

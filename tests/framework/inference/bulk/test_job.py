@@ -8,7 +8,7 @@ from meshway.framework.data.vocabularies import Bytes
 from meshway.framework.errors import UserError
 from meshway.framework.inference.bulk.batches import Done
 from meshway.framework.inference.bulk.inputs import Reader, Record, Share
-from meshway.framework.inference.bulk.job import Job, JobProgress, Policy, summary
+from meshway.framework.inference.bulk.job import Job, JobProgress, Policy, of_shares, summary
 from meshway.framework.inference.bulk.store import ChunkStore
 from meshway.framework.inference.rows import RowFormat, Text, doubling
 
@@ -112,6 +112,9 @@ def test_shares_are_disjoint_and_together_the_whole(tmp_path):
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "alone" / "out.jsonl").read_bytes() and found == rows
     of_time = ("seconds", "examples_per_second", "tokens_per_second")
     assert {**counts, **dict.fromkeys(of_time)} == {**together, **dict.fromkeys(of_time)}
+    assert of_shares(Share(0, 9), 3, [1]).startswith(
+        "shard 0 of 9 is done (3 chunks are too few for all: give a smaller"
+    )
     assert [Policy(4, share=Share(place, 2)).records_of_share(9) for place in (0, 1)] == [5, 4]
 
 
