@@ -202,7 +202,8 @@ class Loop:
             for step in range(start + 1, self.periods.last + 1):
                 with self.reporter.waiting():
                     batch, position = next(self.stream)
-                state, metrics = self.step(state, self.shard_batch(batch))
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):  # steps, by number, in a profile
+                    state, metrics = self.step(state, self.shard_batch(batch))
                 self.reporter.add(step, metrics)
                 streaks = self._await_step_before_last(streaks, step, metrics)
                 if self.evaluate.due(step):
