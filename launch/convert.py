@@ -40,6 +40,7 @@ def convert(
     max_shard_size: str | None = None,
     ignore_fields: str = "",
     vocabulary: str | None = None,
+    optimizer_state: bool = False,
 ) -> None:
     """Converts a Hugging Face directory to a run directory, or a run's checkpoint to a Hugging Face directory.
 
@@ -51,6 +52,7 @@ def convert(
       step: which checkpoint of a run, T5X's too, None for the latest.
       max_shard_size: of one safetensors file, as '800MB'; None for 5GB.
       ignore_fields: fields of config.json, 'a,b', that change nothing of what the model computes.
+      optimizer_state: take the state of T5X's Adafactor in too; training then goes on from it and from its step.
       vocabulary: a SentencePiece model for T5X's checkpoints, which keep none; T5's 100 sentinels go above it.
 
     Raises:
@@ -78,13 +80,15 @@ def convert(
         )
     if vocabulary is not None and not is_t5x:
         raise UserError("--vocabulary is for T5X's checkpoints: other directories hold their own")
+    if optimizer_state and not is_t5x:
+        raise UserError("--optimizer_state is for T5X's checkpoints, and --from is not one")
     if max_shard_size is not None and run is None:
         raise UserError("--max_shard_size is about files to write out, and --from is to be taken in")
     with fresh_directory(goal) as folder:
         if run is not None:
             summary = convert_out.to_hugging_face(run, folder, family, wanted, max_shard_size or _SHARD)
         elif is_t5x:
-            summary = convert_in.from_t5x(origin, folder, goal.absolute(), wanted, step, vocabulary)
+            summary = convert_in.from_t5x(origin, folder, goal.absolute(), wanted, step, vocabulary, optimizer_state)
         else:
             if step is not None:
                 raise UserError("--step names a checkpoint of a run, and --from is a Hugging Face directory")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from meshway.framework import terminal
+from meshway.framework.checkpoints import continuation
 from meshway.framework.checkpoints.manager import Checkpoints, DamagedCheckpoint, Keep
 from meshway.framework.checkpoints.mapping import Initial
 from meshway.framework.data.prefetch import prefetch
@@ -59,6 +60,7 @@ def train(
     """Trains until `periods.total`, resuming from the latest checkpoint in `model_dir` if there is one.
 
     Order of what parameters start from: 1. the latest checkpoint in `model_dir`; 2. `initial`; 3. fresh ones.
+    Steps count from 0, or from those of `initial` (`Initial.count_on`, `Periods.relative`).
 
     Args:
       program: model, optimizer and layout.
@@ -85,10 +87,10 @@ def train(
             directory.prepare(sum(row.total_bytes for row in rows if not row.name.startswith("batch")))
         checkpoints = Checkpoints(directory.checkpoints, keep, resolved)
         start = max(checkpoints.steps(), default=0)
-        devices = f"{jax.local_device_count()} {jax.default_backend()}"
-        agree({"recipe": resolved, "last checkpoint": str(start), "jax": jax.__version__, "devices": devices})
-        if start >= periods.total:
-            print(f"step {start} of {periods.total} is already reached in {directory.root}; raise TRAIN_STEPS to go on")
+        periods = _counted(periods, checkpoints, start, initial)
+        _agree(resolved, start)
+        if start >= periods.last:
+            print(f"step {start} of {periods.last} is already reached in {directory.root}; raise TRAIN_STEPS to go on")
             return
         with terminal.stage("opening the training data"):
             dataset, vocabularies, framing = open_data(program, data)
@@ -96,13 +98,13 @@ def train(
             directory.check_vocabularies(vocabularies, framing)
         agree({f"vocabulary of {name!r}": each.fingerprint for name, each in vocabularies.items()})
         if initial is not None and not start:
-            initial.check(program.param_shapes, program.axes)  # now, not once the step is compiled
+            continuation.check(initial, program.state_shapes, program.axes)  # now, not once the step is compiled
         if primary:
             directory.save_vocabularies(vocabularies, framing)
         restoring = time.time()
         restored = _restore_last(checkpoints, program, primary) if start else None
         restored_seconds = time.time() - restoring
-        start = restored[0] if restored else 0
+        start = restored[0] if restored else checkpoints.first_step
         with contextlib.ExitStack() as stack:
             if primary:
                 stack.enter_context(at_the_end(lambda: write_report(directory.root)))
@@ -117,8 +119,8 @@ def train(
             with timeline.phase("compile"), terminal.stage("compiling the training step"):
                 step = program.compile_step()
             timeline.mark("compiled", devices=program.partitioner.mesh.size)
-            if not start:
-                state = _fresh(program, initial, framing, functools.partial(_say, primary))
+            if restored is None:
+                state = _fresh(program, initial, start, framing, functools.partial(_say, primary))
             tasks = _tasks(data) if periods.evaluate else []
             if primary:
                 directory.describe(resolved, rows, summarize(program, rows))
@@ -138,14 +140,15 @@ def train(
                 save=checkpoints.save,
                 hooks=hooks,
                 max_skipped_in_a_row=max_skipped_in_a_row,
+                first=checkpoints.first_step,
             )
             last = loop.run(state, start)
             with timeline.phase("checkpoint"):
                 checkpoints.close()
-            timeline.outcome = "done" if last == periods.total else "stopped"
+            timeline.outcome = "done" if last == periods.last else "stopped"
         if primary:
             _say_goodbye(directory, last, periods, evaluate.samples())
-        if last < periods.total and loop.stop.number == signal.SIGINT:
+        if last < periods.last and loop.stop.number == signal.SIGINT:
             raise KeyboardInterrupt  # what comes after this command takes it for done otherwise
 
 
@@ -192,6 +195,23 @@ class EvaluationLog:
         return "\n".join(lines)
 
 
+def _counted(periods: Periods, checkpoints: Checkpoints, last: int, initial: Initial | None) -> Periods:
+    """Finds the step that the run began with, or begins with where it has no checkpoint (`last` 0): `first_step`.
+
+    Returns:
+      the periods, with a total.
+    """
+    first = checkpoints.read_first_step() if last else continuation.first_step(initial, periods.relative)
+    checkpoints.first_step = first
+    return periods.counted_from(first)
+
+
+def _agree(resolved: str, start: int) -> None:
+    """Raises UserError unless all processes would train the same, from the same step."""
+    devices = f"{jax.local_device_count()} {jax.default_backend()}"
+    agree({"recipe": resolved, "last checkpoint": str(start), "jax": jax.__version__, "devices": devices})
+
+
 def _tasks(data: DataSource) -> Sequence[EvalTask]:
     with terminal.stage("opening the evaluation data"):
         return data.eval_tasks()
@@ -226,14 +246,14 @@ def _restore_last(
 
 
 def _fresh(
-    program: TrainProgram, initial: Initial | None, framing: Framing | None, say: Callable[[str], None]
+    program: TrainProgram, initial: Initial | None, first: int, framing: Framing | None, say: Callable[[str], None]
 ) -> TrainState:
     _say_start(initial, framing, say)
+    if note := continuation.restart_note(initial, first):
+        say(note)
     with terminal.stage("making the initial parameters"):
         state = program.init()
-        if initial is None:
-            return state
-        return TrainState(**(vars(state) | {"params": initial.restore(state.params, program.axes)}))
+        return state if initial is None else continuation.begin(initial, state, program.axes, first)
 
 
 def _say_start(initial: Initial | None, framing: Framing | None, say: Callable[[str], None]) -> None:
@@ -250,7 +270,7 @@ def _say_start(initial: Initial | None, framing: Framing | None, say: Callable[[
 
 def _progress(periods: Periods, start: int, primary: bool) -> Progress:
     measured = jax.default_backend() == "cpu"
-    return Progress(periods.total, start, peak_name="of matmul peak" if measured else "mfu", silent=not primary)
+    return Progress(periods.last, start, peak_name="of matmul peak" if measured else "mfu", silent=not primary)
 
 
 def _reporter(
@@ -287,8 +307,8 @@ def _say_goodbye(directory: RunDirectory, last: int, periods: Periods, samples: 
     if samples:
         print(samples)
     print(in_one_line(read_goodput(directory.timeline)))
-    if last < periods.total:
-        print(f"stopped after step {last} of {periods.total}, saved; run the same command again to go on")
+    if last < periods.last:
+        print(f"stopped after step {last} of {periods.last}, saved; run the same command again to go on")
     else:
         print(f"done: step {last}; report: {directory.root / 'report.html'}")
 

@@ -200,6 +200,9 @@ class ConvertFlags:
     vocabulary: str | None = binds(
         "convert.convert.vocabulary", "the SentencePiece model of a T5X checkpoint's task", "FILE"
     )
+    optimizer_state: bool = binds(
+        "convert.convert.optimizer_state", "the state of T5X's Adafactor too, so that training goes on from its step"
+    )
     ignore_fields: str | None = binds(
         "convert.convert.ignore_fields", "of config.json, that change nothing (a,b)", "FIELDS"
     )

@@ -1,5 +1,6 @@
 """Checkpoints of a run: state, data position and recipe, saved together and atomically, restored on any mesh."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -87,6 +88,7 @@ class Checkpoints:
           UserError: the folder cannot be created.
         """
         _quiet_orbax()
+        self.first_step = 0  # the step that the run began with: saved in each checkpoint
         self.folder, self._recipe, self._read_only = Path(folder).absolute(), recipe, read_only
         try:
             if not read_only:
@@ -124,12 +126,15 @@ class Checkpoints:
         """
         self._save(_as_tree(state), step, position, metrics)
 
-    def save_params(self, params: Params, step: int) -> None:
-        """Saves parameters alone, such as a converted model's: `restore_params` and `Initial` read them."""
-        self._save({"params": params}, step, {}, {})
+    def save_params(self, params: Params, step: int, rest: Mapping[str, Any] | None = None) -> None:
+        """Saves parameters without a data position, such as a converted model's, and what `rest` has of the other
+        fields of a state: `restore_params` and `Initial` read them."""
+        self._save({"params": params, **(rest or {})}, step, {}, {})
 
     def _save(self, tree: dict[str, Any], step: int, position: Mapping[str, int], metrics: Mapping[str, float]) -> None:
-        recipe = {"gin": self._recipe, "version": installed_version(), "schema": schema_of(tree)}
+        recipe: dict[str, Any] = {"gin": self._recipe, "version": installed_version(), "schema": schema_of(tree)}
+        if self.first_step:
+            recipe["first_step"] = self.first_step
         arguments = ocp.args.Composite(
             state=ocp.args.PyTreeSave(tree),
             data=ocp.args.JsonSave(dict(position)),
@@ -149,6 +154,13 @@ class Checkpoints:
     def recipe(self, step: int) -> dict[str, Any]:
         """Returns {"gin", "version", "schema"} of a checkpoint; raises DamagedCheckpoint if it cannot be read."""
         return self._read(step, recipe=ocp.args.JsonRestore())["recipe"]
+
+    def read_first_step(self) -> int:
+        """Returns the step that the run began with, as its latest readable checkpoint says."""
+        for step in reversed(self.steps()):
+            with contextlib.suppress(DamagedCheckpoint):
+                return int(self.recipe(step).get("first_step", 0))
+        return 0
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, int]]:
         """Restores a checkpoint, saved on any mesh, with the shardings of `abstract` (ShapeDtypeStructs).
@@ -237,11 +249,15 @@ class Checkpoints:
 
     def restore_params(self, step: int, params: Any) -> Any:
         """Restores only the parameters named in `params`, a tree of ShapeDtypeStructs with shardings."""
-        tree = {"params": params}
+        return self.restore_part(step, {"params": params})["params"]
+
+    def restore_part(self, step: int, tree: dict[str, Any]) -> Any:
+        """Restores only the fields of a state, and of these only the leaves, that are in `tree`, ShapeDtypeStructs with
+        shardings."""
         arguments = ocp.args.PyTreeRestore(
             tree, ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
         )
-        return self._read(step, state=arguments)["state"]["params"]
+        return self._read(step, state=arguments)["state"]
 
     def _read(self, step: int, **items: Any) -> Any:
         try:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
@@ -101,6 +102,7 @@ def write_checkpoint(
     values: Mapping[str, Values],
     recipe: str,
     wrote: Callable[[int], None] = lambda size: None,
+    rest: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the parameters as checkpoint `step` of the run whose `checkpoints/` is `folder`.
 
@@ -112,16 +114,18 @@ def write_checkpoint(
       values: the parameters by path.
       recipe: the resolved gin text that goes into it.
       wrote: told the bytes of each piece that was written.
+      rest: other parts of a `TrainState`, by field; their leaves are `Values` or numpy arrays.
 
     Raises:
       UserError: a tensor cannot be read, or the disk refuses.
     """
     handler = _Streamed(wrote)
-    arrays = type_handlers.ArrayHandler()  # nothing is saved by it, but Orbax warns without
+    arrays = type_handlers.ArrayHandler()
     registry = type_handlers.create_type_handler_registry((jax.Array, arrays), (Values, handler))
     state = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, type_handler_registry=registry)
     checkpoints = Checkpoints(folder, recipe=recipe, handler=state)
-    checkpoints.save_params(unflatten(values), step)
+    rest = jax.tree.map(lambda leaf: leaf if isinstance(leaf, Values) else jnp.asarray(leaf), dict(rest or {}))
+    checkpoints.save_params(unflatten(values), step, rest)
     checkpoints.close()
 
 

@@ -5,24 +5,36 @@ array whose second dimension is the layers ("encoder/layers/mlp/wo/kernel"; unti
 """
 
 import ast
+import contextlib
 import dataclasses
+import functools
+import inspect
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 
 from meshway.framework.conversion.rules import Form, Rule, Shape, pieces_of
 from meshway.framework.conversion.settings import Bindings
 from meshway.framework.conversion.t5x_files import T5XFiles
+from meshway.framework.conversion.t5x_optimizer import Kind, factor_rules, filled, slots_in
 from meshway.framework.conversion.values import Values, complete_values
 from meshway.framework.errors import UserError
+from meshway.framework.interfaces import Axes, Params
+from meshway.framework.optimizers.adafactor import FactorRules
+from meshway.framework.optimizers.optimizers import Optimizer, OptimizerState, adafactor
+from meshway.framework.trees import flatten
 
 _ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu", "linear": "linear"}
 _LAYER = re.compile(r"(encoder|decoder)/(?:layers_(?P<layer>\d+)|(?P<scanned>layers|encoder|decoder))/(?P<rest>.+)")
 _BIAS = "relpos_bias/rel_embedding"  # of a stack, or of each of its layers (umT5, T5X's scalable examples)
-Names = tuple[tuple[str, str, str], ...]  # T5X's name, ours, how dimensions differ
+# Arguments of T5X's Adafactor that ours calls the same; beta1 is one where there is momentum.
+_ADAFACTOR = ("decay_rate", "step_offset", "clipping_threshold", "multiply_by_parameter_scale", "epsilon1", "epsilon2")
+Table = tuple[tuple[str, str, str], ...]  # T5X's name, ours, how dimensions differ
 
 _VECTOR, _MATRIX = "embed -> embed", "rows columns -> rows columns"
 _TABLE = "heads buckets -> heads buckets"
@@ -31,17 +43,17 @@ _INPUTS = "embed (heads head_dim) -> embed heads head_dim"
 _OUTPUTS = "(heads head_dim) embed -> heads head_dim embed"
 
 
-def _attention(theirs: str, ours: str) -> Names:
+def _attention(theirs: str, ours: str) -> Table:
     inputs = tuple((f"{theirs}/{name}/kernel", f"{ours}/{name}/kernel", _INPUTS) for name in ("query", "key", "value"))
     return (*inputs, (f"{theirs}/out/kernel", f"{ours}/out/kernel", _OUTPUTS))
 
 
-_GATED: Names = (
+_GATED: Table = (
     ("mlp/wi_0/kernel", "mlp/wi_0/kernel", _MATRIX),
     ("mlp/wi_1/kernel", "mlp/wi_1/kernel", _MATRIX),
 )
-_PLAIN: Names = (("mlp/wi/kernel", "mlp/wi_0/kernel", _MATRIX),)
-_LAYER_NAMES: Mapping[str, Names] = {  # of one layer, but for how its MLP begins
+_PLAIN: Table = (("mlp/wi/kernel", "mlp/wi_0/kernel", _MATRIX),)
+_LAYER_NAMES: Mapping[str, Table] = {  # of one layer, but for how its MLP begins
     "encoder": (
         ("pre_attention_layer_norm/scale", "attention_norm/scale", _VECTOR),
         *_attention("attention", "attention"),
@@ -57,16 +69,16 @@ _LAYER_NAMES: Mapping[str, Names] = {  # of one layer, but for how its MLP begin
         ("mlp/wo/kernel", "mlp/wo/kernel", _MATRIX),
     ),
 }
-_AROUND_DECODER: Names = (
+_AROUND_DECODER: Table = (
     ("decoder/decoder_norm/scale", "decoder_norm/scale", _VECTOR),
     ("decoder/logits_dense/kernel", "logits/kernel", _MATRIX),
 )
-_AROUND_T5: Names = (
+_AROUND_T5: Table = (
     ("token_embedder/embedding", "token_embedding/embedding", _MATRIX),
     ("encoder/encoder_norm/scale", "encoder_norm/scale", _VECTOR),
     *_AROUND_DECODER,
 )
-_AROUND_LM: Names = (
+_AROUND_LM: Table = (
     ("decoder/token_embedder/embedding", "token_embedding/embedding", _MATRIX),
     *_AROUND_DECODER,
 )
@@ -80,16 +92,65 @@ class T5XNetwork:
       include: the gin file that its recipe begins with.
       bindings: macros of that file.
       rules: where each parameter's values lie in the checkpoint.
+      factor_rules: Adafactor's `logical_factor_rules` that give second moments the shapes that T5X's have.
     """
 
     include: str
     bindings: Bindings
     rules: tuple[Rule, ...]
+    factor_rules: FactorRules | None = None
 
     def values(self, files: T5XFiles, shapes: Mapping[str, Shape], dtype: np.dtype | None = None) -> dict[str, Values]:
         """Returns the parameters [shapes] of a checkpoint; see `HuggingFaceModel.values`."""
         pieces = pieces_of(self.rules, "", shapes)
         return complete_values(f"model of {self.include}", pieces, shapes, files, dtype)
+
+    def adafactor(self, files: T5XFiles) -> dict[str, Any]:
+        """Returns the arguments of `optimizers.adafactor` that make it the one of a checkpoint, but for its rate: what
+        arrays tell, and what the `config.gin` beside binds.
+
+        Raises:
+          UserError: the state is another optimizer's; it has momentum, and nothing tells its beta1.
+        """
+        kind = Kind.of(files.moments(), files, self.factor_rules)
+        bound = _bound_in(files.directory.parent, "Adafactor")
+        defaults = inspect.signature(adafactor).parameters
+        found = {
+            name: bound[name]
+            for name in _ADAFACTOR
+            if bound.get(name, defaults[name].default) != defaults[name].default
+        }
+        if kind.momentum:
+            if not isinstance(bound.get("beta1"), float):
+                raise UserError(
+                    f"{files.directory} has Adafactor's momentum, and arrays do not tell its beta1: put T5X's "
+                    f"config.gin, with adafactor.Adafactor.beta1, into {files.directory.parent}, or take the "
+                    "parameters alone"
+                )
+            found["beta1"] = bound["beta1"]
+        if not kind.factored:
+            return found | {"factored": False}
+        return found | ({"logical_factor_rules": kind.rules} if kind.rules else {})
+
+    def optimizer_state(self, files: T5XFiles, shapes: Params, axes: Axes) -> OptimizerState:
+        """Returns the state of `optimizers.adafactor` in a checkpoint.
+
+        Args:
+          files: the checkpoint.
+          shapes, axes: of the parameters.
+
+        Returns:
+          a tree whose leaves are `Values` or numpy arrays.
+
+        Raises:
+          UserError: see `adafactor` and `t5x_optimizer.slots_in`.
+        """
+        moments = files.moments()
+        optimizer = Optimizer(functools.partial(adafactor, **self.adafactor(files)), 1.0).bind(axes, shapes)
+        flat = {name: tuple(leaf.shape) for name, leaf in flatten(shapes).items()}
+        kind = Kind.of(moments, files, self.factor_rules)
+        slots = slots_in(moments, kind, pieces_of(self.rules, "", flat), flat, flatten(axes))
+        return filled(jax.eval_shape(optimizer.init, shapes), slots, files.step)
 
 
 def network_of(files: T5XFiles) -> T5XNetwork:
@@ -135,7 +196,8 @@ def network_of(files: T5XFiles) -> T5XNetwork:
         depths = {"NUM_ENCODER_LAYERS": encoder.num_layers, "NUM_DECODER_LAYERS": decoder.num_layers}
     rules = [rule for stack in (encoder, decoder) if stack for rule in stack.rules()]
     rules += [Rule(theirs, ours, Form(form)) for theirs, ours, form in (*around, *_stack_biases(stacks, by_layer))]
-    return T5XNetwork(include, bindings | depths, tuple(rules))
+    factored = factor_rules(bool(decoder.scanned), decoder.splits_heads)
+    return T5XNetwork(include, bindings | depths, tuple(rules), factored)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +281,7 @@ def _shape_of(name: str, shapes: Mapping[str, Shape], prefix: str = "") -> Shape
     return shapes[name]
 
 
-def _stack_biases(stacks: Mapping[str, _Stack | None], by_layer: bool) -> Names:
+def _stack_biases(stacks: Mapping[str, _Stack | None], by_layer: bool) -> Table:
     """Returns the position biases that all layers of a stack share."""
     if by_layer:
         return ()
@@ -231,8 +293,7 @@ def _stack_biases(stacks: Mapping[str, _Stack | None], by_layer: bool) -> Names:
 def _activations(run: Path, gated: bool) -> tuple[str, ...]:
     """Returns the MLP's activations that a run's config.gin binds, else those of T5 1.1 or 1.0."""
     file = run / "config.gin"
-    text = file.read_text("utf-8", errors="replace") if file.is_file() else ""
-    match = re.search(r"\bmlp_activations\s*=\s*([(\[][^)\]]*[)\]])", text)
+    match = re.search(r"\bmlp_activations\s*=\s*([(\[][^)\]]*[)\]])", _config(run))
     if not match:
         return ("gelu", "linear") if gated else ("relu",)
     try:
@@ -246,6 +307,25 @@ def _activations(run: Path, gated: bool) -> tuple[str, ...]:
             f"{file}: mlp_activations = {match[1]} is not what the checkpoint can be converted with: {wanted}"
         )
     return tuple(_ACTIVATIONS[name] for name in names)
+
+
+def _config(run: Path) -> str:
+    """Returns the config.gin that T5X writes beside its checkpoints, '' where there is none."""
+    file = run / "config.gin"
+    return file.read_text("utf-8", errors="replace") if file.is_file() else ""
+
+
+def _bound_in(run: Path, name: str) -> dict[str, Any]:
+    """Returns the literals that a run's config.gin binds to a class or function, in a block or one by one."""
+    text = _config(run)
+    blocks = re.findall(rf"\b{name}:[ \t]*\n((?:[ \t]+.*\n|\n|#.*\n)*)", text + "\n")
+    lines = [line for block in blocks for line in re.findall(r"^[ \t]+(\w+) = (.+)$", block, re.MULTILINE)]
+    lines += re.findall(rf"\b{name}\.(\w+) = (.+)$", text, re.MULTILINE)
+    found = {}
+    for parameter, value in lines:
+        with contextlib.suppress(ValueError, SyntaxError):  # a reference or a macro
+            found[parameter] = ast.literal_eval(value)
+    return found
 
 
 def _some(names: Iterable[str], limit: int = 4) -> str:

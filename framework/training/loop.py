@@ -27,12 +27,17 @@ class Hook(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Periods:
-    """How often, in steps: reports, evaluations (None never), checkpoints (None only at the end)."""
+    """How often, in steps: reports, evaluations (None never), checkpoints (None only at the end).
 
-    total: int
+    `total` is the step at which training ends. `relative` instead counts steps from the one that the run begins with,
+    that of the checkpoint which it starts from (TRAIN_STEPS_RELATIVE); `total` is ignored then, as in T5X.
+    """
+
+    total: int | None
     report: int = 100
     evaluate: int | None = None
     checkpoint: int | None = None
+    relative: int | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -40,13 +45,39 @@ class Periods:
             if value is not None and value < 1:
                 raise UserError(f"the period {field.name!r} is {value}; it must be at least 1")
 
+    def counted_from(self, first: int) -> "Periods":
+        """Returns the periods of a run that begins with step `first`, with a total.
+
+        Raises:
+          UserError: the run would end before it begins.
+        """
+        if self.relative is not None:
+            return dataclasses.replace(self, total=first + self.relative, relative=None)
+        if first and first >= self.last:
+            raise UserError(
+                f"TRAIN_STEPS={self.total} is the step at which training ends, and this run counts on from step "
+                f"{first}: set TRAIN_STEPS_RELATIVE to the number of further steps, or TRAIN_STEPS to more than that"
+            )
+        return self
+
+    @property
+    def last(self) -> int:
+        """The step at which training ends.
+
+        Raises:
+          UserError: the recipe does not say it.
+        """
+        if self.total is None:
+            raise UserError("TRAIN_STEPS is None: set the step at which training ends, or TRAIN_STEPS_RELATIVE")
+        return self.total
+
     def evaluates(self, step: int) -> bool:
         """Whether to evaluate after `step`: every period, and at the end."""
-        return self.evaluate is not None and (step % self.evaluate == 0 or step == self.total)
+        return self.evaluate is not None and (step % self.evaluate == 0 or step == self.last)
 
     def saves(self, step: int) -> bool:
         """Whether to save after `step`: every period, and at the end."""
-        return step == self.total or (self.checkpoint is not None and step % self.checkpoint == 0)
+        return step == self.last or (self.checkpoint is not None and step % self.checkpoint == 0)
 
 
 @dataclasses.dataclass
@@ -66,6 +97,7 @@ class Loop:
     save: Callable[[TrainState, int, Mapping[str, int], Mapping[str, float]], None]
     hooks: Sequence[Hook] = ()
     max_skipped_in_a_row: int = 10
+    first: int = 0  # the step that the run began with
     watch: StepWatch = dataclasses.field(default_factory=StepWatch)
     stop: StopSignal = dataclasses.field(default_factory=StopSignal)
 
@@ -77,10 +109,10 @@ class Loop:
         """
         streaks: list[tuple[int, jax.Array]] = []
         scalars: dict[str, float] = {}
-        if start == 0 and self.periods.evaluate is not None:
+        if start == self.first and self.periods.evaluate is not None:
             with self.reporter.pause("evaluation", state.step):
-                scalars = self.evaluate(state, 0)
-            self.reporter.evaluated(0, scalars)
+                scalars = self.evaluate(state, start)
+            self.reporter.evaluated(start, scalars)
         step = start
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(self.stop)
@@ -88,7 +120,7 @@ class Loop:
             for hook in self.hooks:
                 stack.callback(hook.close)
             watch = stack.enter_context(self.watch)
-            for step in range(start + 1, self.periods.total + 1):
+            for step in range(start + 1, self.periods.last + 1):
                 with self.reporter.waiting():
                     batch, position = next(self.stream)
                 state, metrics = self.step(state, self.shard_batch(batch))

@@ -24,8 +24,15 @@ NEEDED = {  # what a recipe leaves open
     "bench_decode": (),
     "v_moe_digits": ("MODEL_DIR='run'",),
     "pretrain": ("MODEL_DIR='run'", "MIXTURE_OR_TASK_NAME='c4'", "TRAIN_STEPS=5", "TASK_FEATURE_LENGTHS={}"),
+    "finetune": (
+        "MODEL_DIR='run'",
+        "MIXTURE_OR_TASK_NAME='mine'",
+        "TASK_FEATURE_LENGTHS={'inputs': 16, 'targets': 8}",
+        "TRAIN_STEPS_RELATIVE=20000",
+        "mapping.Initial.path='pretrained'",
+    ),
 }
-BEFORE = {"pretrain": ("models/t5_1_1/tiny.gin",)}  # files that a recipe is made to follow
+BEFORE = {"pretrain": ("models/t5_1_1/tiny.gin",), "finetune": ("models/t5_1_1/tiny.gin",)}  # files that a recipe is made to follow
 
 
 @pytest.mark.parametrize("name", RECIPES)
