@@ -20,7 +20,7 @@ import numpy as np
 
 from meshway.framework.conversion.rules import Form, Rule, Shape, pieces_of
 from meshway.framework.conversion.settings import Bindings
-from meshway.framework.conversion.t5x_files import T5XFiles
+from meshway.framework.conversion.t5x_files import T5XArrays, T5XFiles
 from meshway.framework.conversion.t5x_optimizer import Kind, factor_rules, filled, slots_in
 from meshway.framework.conversion.values import Values, complete_values
 from meshway.framework.errors import UserError
@@ -31,6 +31,7 @@ from meshway.framework.trees import flatten
 
 _ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu", "linear": "linear"}
 _LAYER = re.compile(r"(encoder|decoder)/(?:layers_(?P<layer>\d+)|(?P<scanned>layers|encoder|decoder))/(?P<rest>.+)")
+_CONFIG = "config.gin"  # beside its checkpoints, as T5X writes it
 _BIAS = "relpos_bias/rel_embedding"  # of a stack, or of each of its layers (umT5, T5X's scalable examples)
 # Arguments of T5X's Adafactor that ours calls the same; beta1 is one where there is momentum.
 _ADAFACTOR = ("decay_rate", "step_offset", "clipping_threshold", "multiply_by_parameter_scale", "epsilon1", "epsilon2")
@@ -100,7 +101,7 @@ class T5XNetwork:
     rules: tuple[Rule, ...]
     factor_rules: FactorRules | None = None
 
-    def values(self, files: T5XFiles, shapes: Mapping[str, Shape], dtype: np.dtype | None = None) -> dict[str, Values]:
+    def values(self, files: T5XArrays, shapes: Mapping[str, Shape], dtype: np.dtype | None = None) -> dict[str, Values]:
         """Returns the parameters [shapes] of a checkpoint; see `HuggingFaceModel.values`."""
         pieces = pieces_of(self.rules, "", shapes)
         return complete_values(f"model of {self.include}", pieces, shapes, files, dtype)
@@ -153,7 +154,7 @@ class T5XNetwork:
         return filled(jax.eval_shape(optimizer.init, shapes), slots, files.step)
 
 
-def network_of(files: T5XFiles) -> T5XNetwork:
+def network_of(files: T5XArrays) -> T5XNetwork:
     """Returns what network a checkpoint holds, by the names and shapes of its arrays.
 
     Only the MLP's activations leave no trace there. They are read from the `config.gin` that T5X writes beside its
@@ -177,7 +178,7 @@ def network_of(files: T5XFiles) -> T5XNetwork:
         )
     num_heads, num_buckets = decoder.shape(_BIAS) if by_layer else _shape_of(f"decoder/{_BIAS}", shapes)
     gated, tied = decoder.is_gated, "decoder/logits_dense/kernel" not in shapes
-    activations = _activations(files.directory.parent, gated)
+    bound = activations(files.directory.parent / _CONFIG, "mlp_activations", gated)
     bindings: Bindings = {
         "VOCAB_SIZE": vocab_size,
         "D_MODEL": d_model,
@@ -185,7 +186,7 @@ def network_of(files: T5XFiles) -> T5XNetwork:
         "NUM_HEADS": num_heads,
         "HEAD_DIM": math.prod(decoder.shape("self_attention/out/kernel")[:-1]) // num_heads,
         "NUM_BUCKETS": num_buckets,
-        "ACTIVATIONS": activations,
+        "ACTIVATIONS": bound,
         "TIED_LOGITS": tied,
     }
     if encoder is None:
@@ -290,34 +291,43 @@ def _stack_biases(stacks: Mapping[str, _Stack | None], by_layer: bool) -> Table:
     return tuple((f"{stack}/{_BIAS}", f"{stack}_position_bias/embedding", _TABLE) for stack in stacks)
 
 
-def _activations(run: Path, gated: bool) -> tuple[str, ...]:
-    """Returns the MLP's activations that a run's config.gin binds, else those of T5 1.1 or 1.0."""
-    file = run / "config.gin"
-    match = re.search(r"\bmlp_activations\s*=\s*([(\[][^)\]]*[)\]])", _config(run))
-    if not match:
+def activations(config: Path, argument: str, gated: bool) -> tuple[str, ...]:
+    """Returns the MLP's activations that a run's gin file binds, else those of T5 1.1 or 1.0.
+
+    Args:
+      config: the file; it need not be there.
+      argument: a pattern of what they are bound to, as 'mlp_activations'.
+      gated: whether the MLP has two of them.
+
+    Raises:
+      UserError: they cannot be read, are not as many as the MLP has, or meshway lacks one.
+    """
+    found = re.findall(rf"\b({argument})\s*=\s*([(\[][^)\]]*[)\]]|'\w+'|\"\w+\")", _text_of(config))
+    if not found:
         return ("gelu", "linear") if gated else ("relu",)
+    said = f"{config}: {found[0][0]} = {' and '.join(dict.fromkeys(value for _, value in found))}"
     try:
-        names = [str(name) for name in ast.literal_eval(match[1])]
+        values = [ast.literal_eval(value) for _, value in found]
     except (ValueError, SyntaxError) as error:
-        raise UserError(f"{file}: mlp_activations = {match[1]} cannot be read") from error
+        raise UserError(f"{said} cannot be read") from error
+    names, *others = [[value] if isinstance(value, str) else [str(name) for name in value] for value in values]
+    if any(other != names for other in others):
+        raise UserError(f"{said}: several, and meshway's networks have the same in all their layers")
     unknown = [name for name in names if name not in _ACTIVATIONS]
     if unknown or len(names) != 1 + gated:
         wanted = f"{1 + gated} of {', '.join(_ACTIVATIONS)}"
-        raise UserError(
-            f"{file}: mlp_activations = {match[1]} is not what the checkpoint can be converted with: {wanted}"
-        )
+        raise UserError(f"{said} is not what the checkpoint can be converted with: {wanted}")
     return tuple(_ACTIVATIONS[name] for name in names)
 
 
-def _config(run: Path) -> str:
-    """Returns the config.gin that T5X writes beside its checkpoints, '' where there is none."""
-    file = run / "config.gin"
+def _text_of(file: Path) -> str:
+    """Returns a gin file's text, '' where there is none."""
     return file.read_text("utf-8", errors="replace") if file.is_file() else ""
 
 
 def _bound_in(run: Path, name: str) -> dict[str, Any]:
     """Returns the literals that a run's config.gin binds to a class or function, in a block or one by one."""
-    text = _config(run)
+    text = _text_of(run / _CONFIG)
     blocks = re.findall(rf"\b{name}:[ \t]*\n((?:[ \t]+.*\n|\n|#.*\n)*)", text + "\n")
     lines = [line for block in blocks for line in re.findall(r"^[ \t]+(\w+) = (.+)$", block, re.MULTILINE)]
     lines += re.findall(rf"\b{name}\.(\w+) = (.+)$", text, re.MULTILINE)

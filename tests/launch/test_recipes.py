@@ -32,7 +32,7 @@ NEEDED = {  # what a recipe leaves open
         "mapping.Initial.path='pretrained'",
     ),
 }
-BEFORE = {"pretrain": ("models/t5_1_1/tiny.gin",), "finetune": ("models/t5_1_1/tiny.gin",)}  # files that a recipe is made to follow
+BEFORE = dict.fromkeys(("pretrain", "finetune"), ("models/t5_1_1/tiny.gin",))  # files that a recipe is made to follow
 
 
 @pytest.mark.parametrize("name", RECIPES)
