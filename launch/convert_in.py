@@ -1,5 +1,6 @@
 """A Hugging Face directory or a T5X checkpoint as a run directory: checkpoint, recipe, vocabulary."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ from meshway.launch.recipe import bindings as recipe_bindings
 from meshway.launch.recipe.text import Macro
 
 ORIGIN, NOTES, RECIPE = "hugging_face", "conversion.json", "recipe.gin"
+T5X_NOTES = "t5x.json"  # how layers lay in the T5X checkpoint, for the way back
 
 
 def from_hugging_face(
@@ -255,6 +257,8 @@ def from_t5x(
     recipe = recipe_text(f"network of {system}", files.directory, includes, bindings, goal)
     rest = state if optimizer_state else None
     written = write_run(folder, recipe, lambda shapes: network.values(files, shapes, dtype), files.step, rest)
+    layouts = {stack: dataclasses.asdict(layout) for stack, layout in network.layouts.items()}
+    (folder / T5X_NOTES).write_text(json.dumps(layouts, indent=1) + "\n", encoding="utf-8")
     if text is not None:
         RunDirectory(folder).save_vocabularies(dict.fromkeys(features, text), framing)
     more = "; --optimizer_state takes Adafactor's in" if system == "T5X" else ""

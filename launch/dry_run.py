@@ -55,14 +55,12 @@ def check(
     Raises:
       UserError: as `train.train`.
     """
+    initial = None if initial is None or initial.path is None else initial
     data = getattr(data, "for_dry_run", lambda: data)()
     directory = None if model_dir is None else RunDirectory(local_path(model_dir))
     resumed = directory if directory is not None and _last(directory, keep) else None
-    first = (
-        continuation.first_step(initial, periods.relative)
-        if resumed is None
-        else _checkpoints(resumed, keep).read_first_step()
-    )
+    own = None if resumed is None else _checkpoints(resumed, keep)
+    first = continuation.first_step(initial, periods.relative, own)
     periods, notes = periods.counted_from(first), list[str]()
     if directory is not None:
         notes = _look(directory, program, periods, keep)

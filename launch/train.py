@@ -69,7 +69,7 @@ def train(
       periods: how long, and how often to report, evaluate and save.
       evaluation: what evaluation does.
       keep: which checkpoints stay.
-      initial: another run's parameters to start from.
+      initial: another run's parameters to start from; None, or one without a path, for fresh ones.
       hooks: called after each step.
       max_skipped_in_a_row: non-finite steps in a row after which the run stops.
       resolved: the resolved recipe, written to the run directory and into checkpoints.
@@ -87,7 +87,7 @@ def train(
             directory.prepare(sum(row.total_bytes for row in rows if not row.name.startswith("batch")))
         checkpoints = Checkpoints(directory.checkpoints, keep, resolved)
         start = max(checkpoints.steps(), default=0)
-        periods = _counted(periods, checkpoints, start, initial)
+        periods, initial = _counted(periods, checkpoints, start, initial)
         _agree(resolved, start)
         if start >= periods.last:
             print(f"step {start} of {periods.last} is already reached in {directory.root}; raise TRAIN_STEPS to go on")
@@ -195,15 +195,17 @@ class EvaluationLog:
         return "\n".join(lines)
 
 
-def _counted(periods: Periods, checkpoints: Checkpoints, last: int, initial: Initial | None) -> Periods:
+def _counted(
+    periods: Periods, checkpoints: Checkpoints, last: int, initial: Initial | None
+) -> tuple[Periods, Initial | None]:
     """Finds the step that the run began with, or begins with where it has no checkpoint (`last` 0): `first_step`.
 
     Returns:
-      the periods, with a total.
+      (the periods, with a total; what the run starts from, None for fresh parameters).
     """
-    first = checkpoints.read_first_step() if last else continuation.first_step(initial, periods.relative)
-    checkpoints.first_step = first
-    return periods.counted_from(first)
+    initial = None if initial is None or initial.path is None else initial
+    checkpoints.first_step = continuation.first_step(initial, periods.relative, checkpoints if last else None)
+    return periods.counted_from(checkpoints.first_step), initial
 
 
 def _agree(resolved: str, start: int) -> None:
@@ -331,7 +333,7 @@ def run(invocation: "Invocation") -> None:
             periods: Periods = part("periods")  # TRAIN_STEPS, REPORT_PERIOD, EVAL_PERIOD, CHECKPOINT_PERIOD
             evaluation: Evaluation = part("evaluation")
             keep: Keep = part("keep")
-            initial: Initial | None = part("initial")  # bound by gin/initial/*.gin, and by who fine-tunes
+            initial: Initial | None = part("initial")  # INITIAL_CHECKPOINT_PATH; gin/initial/*.gin
             hooks: Sequence[Hook] = part("hooks")
             max_skipped_in_a_row: int = part("max_skipped_in_a_row")
         if invocation.dry_run:

@@ -191,7 +191,9 @@ class ConvertFlags:
     to: str | None = binds(
         "convert.convert.target", "the directory to make: a run directory, or a Hugging Face one", "DIR"
     )
-    family: str | None = binds("convert.convert.family", "what the model is (default: as in config.json)", "FAMILY")
+    family: str | None = binds(
+        "convert.convert.family", "what the model is (default: as in config.json); t5x writes a run for T5X", "FAMILY"
+    )
     dtype: Literal["float32", "bfloat16", "float16", "keep"] | None = binds(
         "convert.convert.dtype", "float32, bfloat16, float16 or keep (default: keep)", "DTYPE"
     )
@@ -201,7 +203,7 @@ class ConvertFlags:
         "convert.convert.vocabulary", "the SentencePiece model of a T5X checkpoint's task", "FILE"
     )
     optimizer_state: bool = binds(
-        "convert.convert.optimizer_state", "the state of T5X's Adafactor too, so that training goes on from its step"
+        "convert.convert.optimizer_state", "with a T5X checkpoint, in or out, its Adafactor's state too"
     )
     ignore_fields: str | None = binds(
         "convert.convert.ignore_fields", "of config.json, that change nothing (a,b)", "FIELDS"

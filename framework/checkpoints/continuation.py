@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from meshway.framework.checkpoints.manager import Checkpoints
 from meshway.framework.checkpoints.mapping import Initial, Tensors
 from meshway.framework.checkpoints.sources import Schema, differences, schema_of
 from meshway.framework.errors import UserError
@@ -13,22 +14,25 @@ from meshway.framework.optimizers.optimizer_state import counted_from, counter_l
 from meshway.framework.training.step import TrainState
 
 
-def first_step(initial: Initial | None, relative: int | None = None) -> int:
-    """Returns the step that a fresh run begins with: 0, or that of the checkpoint which it counts on from.
+def first_step(initial: Initial | None, relative: int | None = None, own: Checkpoints | None = None) -> int:
+    """Returns the step that a run begins with, or began with: 0, or that of the checkpoint which it counts on from.
 
     Args:
       initial: what the run starts from.
       relative: the number of steps beyond (`Periods.relative`), None where their end is given.
+      own: the run's checkpoints where it has some: they know, whatever became of `initial`.
 
     Raises:
       UserError: `relative` is given and there is no such checkpoint, or it has no step.
     """
     if relative is None and (initial is None or not initial.count_on):
         return 0
+    if own is not None:
+        return own.read_first_step()
     if initial is None:
         raise UserError(
             f"TRAIN_STEPS_RELATIVE={relative} counts from the step of the checkpoint that a run starts from, and this "
-            "recipe starts from none: bind train.train.initial (with mapping.Initial.path), or set TRAIN_STEPS"
+            "recipe starts from none: bind INITIAL_CHECKPOINT_PATH, or set TRAIN_STEPS"
         )
     step = initial.known_step()
     if step is None:

@@ -36,7 +36,7 @@ class Initial:
 
     `path` is a run directory or one of its checkpoints; `step` None means the latest. Or it is a Hugging Face
     directory or a checkpoint of T5X or Mesh-TensorFlow (`.../model.ckpt-1000000`), read directly into the shards: the
-    recipe must be that model's, as `meshway convert` writes it.
+    recipe must be that model's, as `meshway convert` writes it. None is no source.
 
     `renames` are ordered (pattern, replacement): a parameter's name is looked up in the checkpoint under the
     replacement of the first pattern that matches it in full, else under its own name. `left_at_init` are patterns of
@@ -57,7 +57,7 @@ class Initial:
     - `repeat_along`: axes that a parameter of the checkpoint may lack, such as 'expert': its values are repeated.
     """
 
-    path: str
+    path: str | None
     step: int | None = None
     renames: Sequence[tuple[str, str]] = ()
     left_at_init: Sequence[str] = ()
@@ -68,7 +68,13 @@ class Initial:
     count_on: bool = False
 
     def __post_init__(self) -> None:
-        local_path(self.path)  # checked now: parameters are first read after the step was compiled
+        if self.path is not None:
+            local_path(self.path)  # checked now: parameters are first read after the step was compiled
+        elif changed := self._changed({"path"}):
+            raise UserError(
+                f"Initial.{changed[0]} is set, and there is nothing that the run starts from: bind "
+                "INITIAL_CHECKPOINT_PATH, or mapping.Initial.path"
+            )
         if self.resize is not None and self.resize not in RESIZES:
             near = did_you_mean(str(self.resize), RESIZES) or f"; it is None or one of {', '.join(RESIZES)}"
             raise UserError(f"Initial.resize = {self.resize!r} is not a way to resize a vocabulary{near}")
@@ -79,12 +85,16 @@ class Initial:
                 "that are taken unchanged; leave one of them out"
             )
 
+    @property
+    def _directory(self) -> Path:
+        return local_path(self.path or "")
+
     def start(self) -> tuple[int, ...] | None:
         """Returns the ids that the decoder of that model starts from; None if its directory does not tell."""
         from meshway.framework.conversion import hugging_face, tokenizer_files
         from meshway.framework.data.vocabularies import read_framing
 
-        directory = local_path(self.path)
+        directory = self._directory
         try:
             if hugging_face.is_model(directory):
                 model = hugging_face.open_model(directory)
@@ -155,7 +165,7 @@ class Initial:
             t5x_files,
         )
 
-        directory = local_path(self.path)
+        directory = self._directory
         if hugging_face.is_model(directory):
             return self._hugging_face(directory)
         if mesh_tensorflow.is_checkpoint(directory):

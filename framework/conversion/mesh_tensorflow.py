@@ -6,7 +6,9 @@ arrays lie as T5X's do (t5x/checkpoint_importer.py in T5X's sources reads them w
 is taken for the T5X network that it would become, and what that network is here holds for it too.
 """
 
+import copy
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -58,6 +60,8 @@ class MeshTensorFlowFiles(T5XFiles):
     TensorFlow reads them, each whole whenever a part of it is asked for.
     """
 
+    ACTIVATIONS = r"DenseReluDense\.activation"
+
     def __init__(self, path: Path, step: int | None = None):
         """`path` is a checkpoint's prefix (`.../model.ckpt-1000000`), one of its files, or a folder of checkpoints, of
         which `step` is one, None the latest.
@@ -82,10 +86,18 @@ class MeshTensorFlowFiles(T5XFiles):
         """Its global_step, or else the number in its name; 0 where neither tells."""
         return self._step
 
-    def renamed(self, names: Mapping[str, str]) -> T5XArrays:
-        """Returns the variables by other names: own name -> the other."""
-        return T5XArrays(self.directory, {other: self._values[name] for name, other in names.items()})
+    @property
+    def config_file(self) -> Path:
+        """Where Mesh-TensorFlow writes what its recipe bound: beside its checkpoints."""
+        return self.directory.parent / "operative_config.gin"
 
+    def renamed(self, names: Mapping[str, str]) -> "MeshTensorFlowFiles":
+        """Returns the variables by other names: own name -> the other."""
+        view = copy.copy(self)
+        view._values = {other: self._values[name] for name, other in names.items()}
+        return view
+
+    @functools.cached_property
     def moments(self) -> T5XArrays:
         """Raises UserError: what Mesh-TensorFlow's optimizers keep is not converted."""
         raise UserError(
@@ -151,13 +163,10 @@ def network_of(files: MeshTensorFlowFiles) -> t5x.T5XNetwork:
     network = t5x.network_of(files.renamed(names.to_t5x(files)))
     named = [(rule, names.of_t5x(rule.theirs)) for rule in network.rules]
     rules = tuple(dataclasses.replace(rule, theirs=own) for rule, own in named if own is not None)
-    config = files.directory.parent / "operative_config.gin"
-    activations = t5x.activations(config, r"DenseReluDense\.activation", len(network.bindings["ACTIVATIONS"]) > 1)
-    text = config.read_text("utf-8", errors="replace") if config.is_file() else ""
     for pattern, what in _REFUSED:
-        if match := re.search(rf"^[^#\n]*({pattern})", text, re.MULTILINE):
-            raise UserError(f"{config}: {match[1]}: {what}, which meshway's T5 has not")
-    return dataclasses.replace(network, bindings=network.bindings | {"ACTIVATIONS": activations}, rules=rules)
+        if match := re.search(rf"^[^#\n]*({pattern})", files.config, re.MULTILINE):
+            raise UserError(f"{files.config_file}: {match[1]}: {what}, which meshway's T5 has not")
+    return dataclasses.replace(network, rules=rules)
 
 
 @dataclasses.dataclass(frozen=True)

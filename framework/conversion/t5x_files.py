@@ -1,9 +1,12 @@
-"""Reads the parameters in T5X's checkpoints, array by array: its native format, and what it writes through Orbax."""
+"""T5X's checkpoints array by array: its native format, read and written, and what it writes through Orbax, read."""
 
+import ast
+import contextlib
+import functools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,9 +14,13 @@ import jax.numpy as jnp
 import msgpack
 import numpy as np
 import tensorstore
+from flax import serialization
 
 from meshway.framework.conversion.tensor_files import DTYPES, Box
+from meshway.framework.conversion.tensor_files import Spec as TensorSpec
 from meshway.framework.errors import UserError, first_line
+from meshway.framework.files import io_errors
+from meshway.framework.trees import unflatten
 
 _STEP_FOLDER = re.compile(r"checkpoint_(\d+)")
 _NATIVE, _ORBAX = "checkpoint", "state"  # the msgpack file of the one, the folder of arrays of the other
@@ -86,6 +93,8 @@ class T5XFiles(T5XArrays):
     Only descriptions are read at first, of all parameters; those of the optimizer's state where it is asked for.
     """
 
+    ACTIVATIONS = "mlp_activations"  # a pattern of what `config` binds an MLP's activations to
+
     def __init__(self, directory: Path, step: int | None = None):
         """`directory` holds `checkpoint_STEP` folders (`step` None is the latest) or is one of them.
 
@@ -103,8 +112,30 @@ class T5XFiles(T5XArrays):
         stored = self._format.step()
         return stored if stored is not None else int(match[1]) if match else 0
 
+    @property
+    def config_file(self) -> Path:
+        """Where T5X writes what its recipe bound: beside its checkpoints."""
+        return self.directory.parent / "config.gin"
+
+    @functools.cached_property
+    def config(self) -> str:
+        """The text of `config_file`, '' where there is none."""
+        return self.config_file.read_text("utf-8", errors="replace") if self.config_file.is_file() else ""
+
+    def bound_to(self, name: str) -> dict[str, Any]:
+        """Returns the literals that `config` binds to a class or function, in a block or one by one."""
+        blocks = re.findall(rf"\b{name}:[ \t]*\n((?:[ \t]+.*\n|\n|#.*\n)*)", self.config + "\n")
+        lines = [line for block in blocks for line in re.findall(r"^[ \t]+(\w+) = (.+)$", block, re.MULTILINE)]
+        lines += re.findall(rf"\b{name}\.(\w+) = (.+)$", self.config, re.MULTILINE)
+        found = {}
+        for parameter, value in lines:
+            with contextlib.suppress(ValueError, SyntaxError):  # a reference or a macro
+                found[parameter] = ast.literal_eval(value)
+        return found
+
+    @functools.cached_property
     def moments(self) -> T5XArrays:
-        """Returns the state of T5X's Adafactor: four arrays a parameter, such as "decoder/decoder_norm/scale/v_row".
+        """The state of T5X's Adafactor: four arrays a parameter, such as "decoder/decoder_norm/scale/v_row".
 
         Raises:
           UserError: there is no state, or it is another optimizer's; an array's files are missing or damaged.
@@ -289,3 +320,64 @@ def _read(where: Path, name: str, values: Values, box: Box = ()) -> np.ndarray:
 
 def _dtype(values: Values) -> np.dtype:
     return values.dtype.numpy_dtype if isinstance(values, tensorstore.TensorStore) else values.dtype
+
+
+_VERSION = 3  # of T5X's native format, since 2021
+_CHUNK_BYTES = 64 * 2**20  # T5X's own size of a chunk
+
+
+def write_native(
+    folder: Path,
+    arrays: Mapping[str, TensorSpec],
+    read: Callable[[str], np.ndarray],
+    inline: Mapping[str, np.ndarray],
+    wrote: Callable[[int], None] = lambda size: None,
+) -> None:
+    """Writes a checkpoint as T5X's own Checkpointer does: a zarr folder for each array, and a msgpack file of the rest.
+
+    Args:
+      folder: `checkpoint_STEP`, made here.
+      arrays: by their paths in T5X's tree, such as "target/decoder/decoder_norm/scale".
+      read: returns one of them.
+      inline: small arrays, which lie in the msgpack file.
+      wrote: told the bytes of each array that was written.
+
+    Raises:
+      UserError: an array cannot be read; the disk refuses.
+    """
+    folder.mkdir(parents=True)
+    leaves: dict[str, Any] = dict(inline)
+    for name, array in arrays.items():
+        leaves[name] = spec = _zarr_spec(name, array)
+        own = {"driver": "file", "path": f"{folder / spec['kvstore']['path']}/"}
+        with io_errors(folder):
+            store = tensorstore.open(spec | {"kvstore": own}, create=True, open=True).result()
+            store.write(read(name)).result()
+        wrote(array.num_bytes)
+    tree = unflatten(dict(sorted(leaves.items(), key=lambda item: item[0].split("/"))))
+    with io_errors(folder / _NATIVE):
+        content = serialization.msgpack_serialize({"version": _VERSION, "optimizer": tree}, in_place=True)
+        (folder / _NATIVE).write_bytes(content)
+
+
+def _zarr_spec(name: str, array: TensorSpec) -> Spec:
+    """Returns the tensorstore spec that stands in the msgpack file for an array in a folder beside it."""
+    return {
+        "driver": "zarr",
+        "dtype": array.dtype.name,
+        "kvstore": {"driver": "file", "path": f"{name.replace('/', '.')}/"},
+        "metadata": {
+            "chunks": _chunks(array),
+            "compressor": {"id": "gzip", "level": 1},
+            "shape": list(array.shape),
+        },
+    }
+
+
+def _chunks(array: TensorSpec) -> list[int]:
+    """Returns the shape of chunks of at most `_CHUNK_BYTES`, which divide the array: the largest dimension is cut."""
+    chunk = list(array.shape)
+    while math.prod(chunk) * array.dtype.itemsize > _CHUNK_BYTES:
+        dim = chunk.index(max(chunk))
+        chunk[dim] = max(size for size in range(1, chunk[dim]) if chunk[dim] % size == 0)
+    return chunk

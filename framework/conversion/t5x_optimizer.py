@@ -60,6 +60,11 @@ class SlotPiece:
         """The array's shape."""
         return self.piece.their_shape if self.slot else UNUSED
 
+    def our_shape(self, shapes: Mapping[str, Shape]) -> Shape:
+        """Returns the shape of our slot, of all layers, for parameters [shapes]."""
+        lead = shapes[self.piece.ours[0]][: len(self.piece.index)]
+        return (*lead, *(self.piece.sizes[name] for name in self.piece.form.ours))
+
 
 def slot_pieces(
     pieces: Sequence[Piece],
@@ -153,17 +158,15 @@ def slots_in(
 
 def _assembled(found: Sequence[SlotPiece], shapes: Mapping[str, Shape], moments: T5XArrays) -> Slots:
     slots: Slots = {slot: {} for slot in SLOTS}
-    by_slot: dict[tuple[str, str], list[Piece]] = {}
+    by_slot: dict[tuple[str, str], list[SlotPiece]] = {}
     for each in found:
         if each.slot:
-            own = dataclasses.replace(each.piece, theirs=each.theirs)
-            by_slot.setdefault((each.slot, own.ours[0]), []).append(own)
-    for (slot, path), all_layers in by_slot.items():
-        first = all_layers[0]
-        shape = (*shapes[path][: len(first.index)], *(first.sizes[name] for name in first.form.ours))
-        pairs = [(piece, 0) for piece in all_layers]
+            by_slot.setdefault((each.slot, each.piece.ours[0]), []).append(each)
+    for (slot, path), layers in by_slot.items():
+        pairs = [(dataclasses.replace(each.piece, theirs=each.theirs), 0) for each in layers]
         # Our momentum is an average of what is added to parameters, T5X's of what is subtracted.
-        slots[slot][path] = Values(shape, np.dtype(np.float32), pairs, moments, negated=slot == "m")
+        dtype, negated = np.dtype(np.float32), slot == "m"
+        slots[slot][path] = Values(layers[0].our_shape(shapes), dtype, pairs, moments, negated)
     return slots
 
 

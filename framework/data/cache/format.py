@@ -293,7 +293,7 @@ def _read_sizes(column: np.ndarray, start: int, stop: int) -> np.ndarray:
     if not isinstance(column, np.memmap):
         return column[start:stop]
     offset = column.offset + start * column.itemsize
-    return np.fromfile(column.filename, column.dtype, max(0, stop - start), offset=offset)
+    return np.fromfile(str(column.filename), column.dtype, max(0, stop - start), offset=offset)
 
 
 def _gather(column: np.ndarray, which: np.ndarray) -> np.ndarray:
@@ -308,7 +308,8 @@ def _gather(column: np.ndarray, which: np.ndarray) -> np.ndarray:
     for start, stop in zip(cuts, cuts[1:], strict=False):
         if stop > start:
             found[start:stop] = column[ascending[start:stop]]
-            column._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined] the pages stay in the system's cache
+            mapped: Any = column  # numpy has no public name for its mmap; the pages stay in the system's cache
+            mapped._mmap.madvise(mmap.MADV_DONTNEED)
     if order is None:
         return found
     result = np.empty_like(found)
