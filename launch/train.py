@@ -29,13 +29,13 @@ from meshway.framework.errors import at_the_end
 from meshway.framework.evaluation.evaluation import Evaluation, Evaluator, Report
 from meshway.framework.evaluation.records import Records
 from meshway.framework.files import local_path
+from meshway.framework.interfaces import Params
 from meshway.framework.planning.hardware import peak_flops
 from meshway.framework.report.page import write_report
-from meshway.framework.telemetry.profiler import planned
 from meshway.framework.telemetry.reporter import Progress, Reporter
 from meshway.framework.telemetry.timeline import Timeline, in_one_line, process_began, read_goodput
 from meshway.framework.telemetry.writers import JsonlWriter, TensorBoardWriter, Writers
-from meshway.framework.training.loop import Hook, Loop, Periods
+from meshway.framework.training.loop import Hook, Loop, Periods, SizedSteps
 from meshway.framework.training.program import TrainProgram, open_data
 from meshway.framework.training.run_directory import RunDirectory, summarize
 from meshway.framework.training.step import TrainState
@@ -54,6 +54,8 @@ def train(
     initial: Initial | None = None,
     hooks: Sequence[Hook] = (),
     max_skipped_in_a_row: int = 10,
+    batch_size_schedule: Sequence[tuple[int, int]] = (),
+    skip_batches: Sequence[tuple[int, int]] = (),
     resolved: str = "",
     began: float | None = None,
 ) -> None:
@@ -71,7 +73,9 @@ def train(
       keep: which checkpoints stay.
       initial: another run's parameters to start from; None, or one without a path, for fresh ones.
       hooks: called after each step.
-      max_skipped_in_a_row: non-finite steps in a row after which the run stops.
+      max_skipped_in_a_row: steps in a row whose updates were left out, after which the run stops.
+      batch_size_schedule: (last step, examples of a batch up to it), in order, before the program's batch size.
+      skip_batches: (first, last) numbers of batches that no step takes; batches are counted from 1, as steps are.
       resolved: the resolved recipe, written to the run directory and into checkpoints.
       began: when this attempt at the run began, in seconds since 1970; None means now.
 
@@ -93,7 +97,7 @@ def train(
             print(f"step {start} of {periods.last} is already reached in {directory.root}; raise TRAIN_STEPS to go on")
             return
         with terminal.stage("opening the training data"):
-            dataset, vocabularies, framing = open_data(program, data)
+            dataset, vocabularies, framing = open_data(program, data, batch_size_schedule, skip_batches)
         if start:
             directory.check_vocabularies(vocabularies, framing)
         agree({f"vocabulary of {name!r}": each.fingerprint for name, each in vocabularies.items()})
@@ -117,7 +121,9 @@ def train(
                 _say(primary, f"resuming from {directory.checkpoints / str(start)}")
             stream = stack.enter_context(contextlib.closing(prefetch(dataset)))  # reads while the step compiles
             with timeline.phase("compile"), terminal.stage("compiling the training step"):
-                step = program.compile_step()
+                step = SizedSteps(
+                    program, batch_size_schedule, start, periods.last + sum(b - a + 1 for a, b in skip_batches)
+                )
             timeline.mark("compiled", devices=program.partitioner.mesh.size)
             if restored is None:
                 state = _fresh(program, initial, start, framing, functools.partial(_say, primary))
@@ -127,12 +133,12 @@ def train(
             progress = _progress(periods, start, primary)
             stack.callback(progress.close)
             evaluator = Evaluator(program.sharded, program.batch_size, program.lengths, tasks, evaluation)
-            evaluate = EvaluationLog(evaluator, directory, start, primary, progress.note)
-            reporter = _reporter(directory, start, primary, progress, timeline, program, resolved, planned(step))
+            evaluate = EvaluationLog(evaluator, directory, start, primary, progress.note, program.evaluated)
+            reporter = _reporter(directory, start, primary, progress, timeline, program, resolved, step)
             stack.enter_context(at_the_end(reporter.close))
             loop = Loop(
                 step=step,
-                shard_batch=program.shard_batch,
+                shard_batch=step.shard_batch,
                 stream=stream,
                 periods=periods,
                 reporter=reporter,
@@ -141,6 +147,7 @@ def train(
                 hooks=hooks,
                 max_skipped_in_a_row=max_skipped_in_a_row,
                 first=checkpoints.first_step,
+                also_refused=program.also_refused,
             )
             last = loop.run(state, start)
             with timeline.phase("checkpoint"):
@@ -161,11 +168,19 @@ class EvaluationLog:
       start: the step from which the run goes on: what was found at later ones is removed.
       primary: whether this process writes and speaks.
       say: prints a line.
+      params_of: which parameters of the state are evaluated.
     """
 
     def __init__(
-        self, evaluator: Evaluator, directory: RunDirectory, start: int, primary: bool, say: Callable[[str], None]
+        self,
+        evaluator: Evaluator,
+        directory: RunDirectory,
+        start: int,
+        primary: bool,
+        say: Callable[[str], None],
+        params_of: Callable[[TrainState], Params] = lambda state: state.params,
     ):
+        self._params_of = params_of
         self._records = Records(directory.evaluations) if primary else None
         self._evaluator, self._say = evaluator, say
         self._reports: dict[str, Report] = {}
@@ -177,7 +192,7 @@ class EvaluationLog:
     def __call__(self, state: TrainState, step: int) -> dict[str, float]:
         first = not self._reports  # it compiles its programs
         with terminal.stage(f"evaluating step {step}") if first else contextlib.nullcontext():
-            scalars, self._reports = self._evaluator.evaluate(state.params)
+            scalars, self._reports = self._evaluator.evaluate(self._params_of(state))
         if self._records is not None:
             self._records.add(step, self._reports)
         for name, report in self._reports.items():
@@ -255,7 +270,10 @@ def _fresh(
         say(note)
     with terminal.stage("making the initial parameters"):
         state = program.init()
-        return state if initial is None else continuation.begin(initial, state, program.axes, first)
+        if initial is None:
+            return state
+        begun = continuation.begin(initial, state, program.axes, first)
+        return program.with_params(begun, begun.params)
 
 
 def _say_start(initial: Initial | None, framing: Framing | None, say: Callable[[str], None]) -> None:
@@ -283,7 +301,7 @@ def _reporter(
     timeline: Timeline,
     program: TrainProgram,
     resolved: str,
-    step_memory: str,
+    step: SizedSteps,
 ) -> Reporter:
     writers: list[Any] = []
     if primary:
@@ -295,9 +313,9 @@ def _reporter(
     with terminal.stage("finding the matmul peak"):
         peak, source = peak_flops(devices, "float32" if devices[0].platform == "cpu" else "bfloat16")
     progress.note(f"matmul peak {peak / 1e9:,.0f} GFLOP/s ({source})")
-    if step_memory:
+    if step_memory := step.planned():
         progress.note(step_memory)
-    return Reporter(Writers(writers), progress, timeline, program.flops, peak, jax.local_devices())
+    return Reporter(Writers(writers), progress, timeline, step.flops, peak, jax.local_devices())
 
 
 def _say(primary: bool, line: str) -> None:
@@ -336,6 +354,8 @@ def run(invocation: "Invocation") -> None:
             initial: Initial | None = part("initial")  # INITIAL_CHECKPOINT_PATH; gin/initial/*.gin
             hooks: Sequence[Hook] = part("hooks")
             max_skipped_in_a_row: int = part("max_skipped_in_a_row")
+            batch_size_schedule: Sequence[tuple[int, int]] = part("batch_size_schedule")  # BATCH_SIZE_SCHEDULE
+            skip_batches: Sequence[tuple[int, int]] = part("skip_batches")  # SKIP_BATCHES
         if invocation.dry_run:
             from meshway.launch.dry_run import check, described
             from meshway.launch.inspection import layout
@@ -354,6 +374,8 @@ def run(invocation: "Invocation") -> None:
             initial=initial,
             hooks=hooks,
             max_skipped_in_a_row=max_skipped_in_a_row,
+            batch_size_schedule=batch_size_schedule,
+            skip_batches=skip_batches,
             resolved=recipe.resolved,
             began=process_began(),
         )

@@ -1,6 +1,7 @@
 """How a run goes on from another one's checkpoint: from its parameters, and on request from its step and from its
 optimizer's state, as T5X's fine-tuning does."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -78,7 +79,7 @@ def begin(initial: Initial, state: TrainState, axes: Axes, first: int) -> TrainS
     if first or initial.optimizer_state:
         opt_state = counted_from(opt_state, first)
     params = initial.restore(state.params, axes)
-    return TrainState(counter_like(state.step, first), params, opt_state, state.skipped, state.skipped_in_a_row)
+    return dataclasses.replace(state, step=counter_like(state.step, first), params=params, opt_state=opt_state)
 
 
 def check(initial: Initial, shapes: TrainState, axes: Axes) -> None:

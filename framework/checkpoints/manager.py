@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
@@ -20,6 +21,7 @@ from meshway.framework.errors import EnvironmentFailure, UserError, first_line, 
 from meshway.framework.interfaces import Params
 from meshway.framework.terminal import installed_version
 from meshway.framework.training.step import TrainState
+from meshway.framework.trees import flatten, merge, unflatten
 
 ITEMS = ("state", "data", "recipe")
 _DAMAGED = "damaged"
@@ -74,6 +76,7 @@ class Checkpoints:
         recipe: str = "",
         read_only: bool = False,
         handler: ocp.PyTreeCheckpointHandler | None = None,
+        averaged: bool = False,
     ):
         """Opens the folder.
 
@@ -83,6 +86,7 @@ class Checkpoints:
           recipe: the resolved gin text that is saved in every checkpoint.
           read_only: write nothing.
           handler: writes and reads states in the format of Orbax's own, which None is.
+          averaged: whether parameters that are read alone are the averages that the run kept (EMA_DECAY).
 
         Raises:
           UserError: the folder cannot be created.
@@ -90,6 +94,7 @@ class Checkpoints:
         _quiet_orbax()
         self.first_step = 0  # the step that the run began with: saved in each checkpoint
         self.folder, self._recipe, self._read_only = Path(folder).absolute(), recipe, read_only
+        self._is_averaged = averaged
         try:
             if not read_only:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -188,6 +193,15 @@ class Checkpoints:
         """Returns the message that a checkpoint is of another model or optimizer, and what to do about it."""
         saved = self.recipe(step)["schema"]
         params = [{name: spec for name, spec in each.items() if name.startswith("params/")} for each in (saved, wanted)]
+        for part, what in (("average/", "EMA_DECAY"), ("spikes/", "SPIKE_LOSS or SPIKE_GRAD_NORM")):
+            has = [any(name.startswith(part) for name in each) for each in (saved, wanted)]
+            if params[0] == params[1] and has[0] != has[1]:
+                return (
+                    f"checkpoint {self.folder / str(step)} was saved {'with' if has[0] else 'without'} {what}, and the "
+                    f"recipe has {'none' if has[0] else 'one'}: resume as it was trained, or give another "
+                    "MODEL_DIR and start from its parameters: train.train.initial = @mapping.Initial(), "
+                    f"mapping.Initial.path = {str(self.folder.parent)!r}"
+                )
         if params[0] != params[1]:
             return (
                 f"checkpoint {self.folder / str(step)} holds another model or optimizer than this recipe: {found}. "
@@ -248,8 +262,16 @@ class Checkpoints:
         return self.restore_params(step, abstract)
 
     def restore_params(self, step: int, params: Any) -> Any:
-        """Restores only the parameters named in `params`, a tree of ShapeDtypeStructs with shardings."""
-        return self.restore_part(step, {"params": params})["params"]
+        """Restores only the parameters named in `params`, a tree of ShapeDtypeStructs with shardings; where the folder
+        was opened for averaged ones, raises UserError if the checkpoint has none."""
+        if not self._is_averaged:
+            return self.restore_part(step, {"params": params})["params"]
+        wanted, kept = flatten(params), self.averages(step)
+        there = {path: leaf for path, leaf in wanted.items() if path not in kept}
+        tree = {"average": unflatten({path: leaf for path, leaf in wanted.items() if path in kept})}
+        tree |= {"params": unflatten(there)} if there else {}  # those that were not trained have none
+        found = self.restore_part(step, tree)
+        return merge(found.get("params", {}), found["average"])
 
     def restore_part(self, step: int, tree: dict[str, Any]) -> Any:
         """Restores only the fields of a state, and of these only the leaves, that are in `tree`, ShapeDtypeStructs with
@@ -258,6 +280,16 @@ class Checkpoints:
             tree, ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
         )
         return self._read(step, state=arguments)["state"]
+
+    def averages(self, step: int) -> frozenset[str]:
+        """Returns the paths of the parameters of which a checkpoint has averages; UserError if there are none."""
+        names = frozenset(name[8:] for name in self.recipe(step)["schema"] if name.startswith("average/"))
+        if not names:
+            raise UserError(
+                f"checkpoint {self.folder / str(step)} has no averaged parameters: its run was trained without "
+                "EMA_DECAY. Leave out --averaged (Initial.averaged)"
+            )
+        return names
 
     def _read(self, step: int, **items: Any) -> Any:
         try:
@@ -378,4 +410,6 @@ def _quiet_closed_loops() -> None:
 
 
 def _as_tree(state: TrainState) -> dict[str, Any]:
-    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    """Returns the parts of a state that it has: without an average of parameters there is none in a checkpoint."""
+    parts = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {name: part for name, part in parts.items() if name not in ("average", "spikes") or jax.tree.leaves(part)}

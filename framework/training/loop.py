@@ -7,14 +7,50 @@ from typing import Any, Protocol
 
 import jax
 
+from meshway.framework.data.prefetch import BatchSizes
 from meshway.framework.distributed.processes import StopSignal
 from meshway.framework.distributed.step_watch import StepWatch
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Batch
+from meshway.framework.telemetry.profiler import planned
 from meshway.framework.telemetry.reporter import Reporter
+from meshway.framework.training.program import TrainProgram
 from meshway.framework.training.step import TrainState
 
 Step = Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Any]]
+
+
+class SizedSteps:
+    """The compiled steps of a run's batch sizes, all that are still to come: called as one of them is."""
+
+    def __init__(self, program: TrainProgram, schedule: Sequence[tuple[int, int]], start: int, end: int):
+        """Compiles those of batches `start` + 1 to `end`; raises as `TrainProgram.compile_step`."""
+        self._sizes = sizes = BatchSizes(program.batch_size, schedule)
+        wanted = [size for size in sizes.after(start) if any(sizes.at(n) == size for n in _ends(sizes, start, end))]
+        self._programs = {size: program.of_size(size) for size in wanted}
+        self._steps = {size: each.compile_step() for size, each in self._programs.items()}
+        local = {size: program.partitioner.process_rows(size) for size in wanted}
+        self._by_rows = {rows.stop - rows.start: self._programs[size] for size, rows in local.items()}
+
+    def __call__(self, state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Any]:
+        return self._steps[next(iter(batch.values())).shape[0]](state, batch)
+
+    def shard_batch(self, batch: Batch) -> dict[str, jax.Array]:
+        """Puts this process's rows of a batch, of any of the sizes, on its devices."""
+        return self._by_rows[len(next(iter(batch.values())))].shard_batch(batch)
+
+    def flops(self, step: int) -> float:
+        """Returns the model FLOPs of a step."""
+        return self._programs[self._sizes.at(step)].flops
+
+    def planned(self) -> str:
+        """Returns what memory the step of the largest batch needs, for people."""
+        return planned(self._steps[max(self._steps)])
+
+
+def _ends(sizes: BatchSizes, start: int, end: int) -> list[int]:
+    """Returns a batch of each size among batches `start` + 1 to `end`."""
+    return [start + 1, end, *[step for step, _ in sizes.schedule if start < step <= end]]
 
 
 class Hook(Protocol):
@@ -98,6 +134,7 @@ class Loop:
     hooks: Sequence[Hook] = ()
     max_skipped_in_a_row: int = 10
     first: int = 0  # the step that the run began with
+    also_refused: str = ""  # what else than infinities the step leaves updates out for, as ", or ..."
     watch: StepWatch = dataclasses.field(default_factory=StepWatch)
     stop: StopSignal = dataclasses.field(default_factory=StopSignal)
 
@@ -105,7 +142,7 @@ class Loop:
         """Trains from after step `start` to the end or a stop signal; returns the last step, whose save has begun.
 
         Raises:
-          UserError: more than `max_skipped_in_a_row` steps in a row were not finite, or a save failed.
+          UserError: the updates of more than `max_skipped_in_a_row` steps in a row were left out, or a save failed.
         """
         streaks: list[tuple[int, jax.Array]] = []
         scalars: dict[str, float] = {}
@@ -161,7 +198,7 @@ class Loop:
             if float(streak) > self.max_skipped_in_a_row:
                 self.reporter.flush()
                 raise UserError(
-                    f"the loss or its gradient was not finite in the last {int(streak)} steps (limit "
-                    f"max_skipped_in_a_row={self.max_skipped_in_a_row}, step {step}); their updates were left out. "
-                    "Lower the learning rate, or set Optimizer.max_grad_norm, and resume from the last checkpoint"
+                    f"the loss or its gradient was not finite{self.also_refused} in the last {int(streak)} steps "
+                    f"(limit max_skipped_in_a_row={self.max_skipped_in_a_row}, step {step}); their updates were left "
+                    "out. Lower the learning rate, or set Optimizer.max_grad_norm, and resume from the last checkpoint"
                 )
