@@ -46,7 +46,8 @@ def convert(
     """Converts a Hugging Face directory or a T5X checkpoint to a run directory, or a run's checkpoint to one of these.
 
     Args:
-      source: a Hugging Face directory, T5X's checkpoints or one of them, a run directory, or one of its checkpoints.
+      source: a Hugging Face directory, checkpoints of T5X or Mesh-TensorFlow or one of them, a run directory, or one of
+        its checkpoints.
       target: the directory to make; it must not be there yet.
       family: what the model is, None to find out; 't5x' writes a run as a checkpoint of T5X.
       dtype: what weights are written as: 'float32', 'bfloat16', 'float16', or 'keep' for what they are.
@@ -59,19 +60,20 @@ def convert(
     Raises:
       UserError: anything that does not fit; nothing is left behind then.
     """
-    from meshway.framework.conversion import hugging_face, t5x_files
+    from meshway.framework.conversion import hugging_face, mesh_tensorflow, t5x_files
     from meshway.launch import convert_in, convert_out
 
     origin, goal = local_path(source), local_path(target)
-    if not origin.exists():
+    is_mesh = mesh_tensorflow.is_checkpoint(origin)
+    if not (is_mesh or origin.exists()):
         raise UserError(f"--from={source}: there is no such directory")
     wanted = _dtype(dtype)
     run = convert_out.find_run(origin, step)
-    is_t5x = run is None and t5x_files.is_run(origin)
+    is_t5x = run is None and (is_mesh or t5x_files.is_run(origin))
     if run is None and not is_t5x and not hugging_face.is_model(origin):
         raise UserError(
             f"--from={source} is neither a Hugging Face directory (config.json, model.safetensors) nor a run directory "
-            "(checkpoints/) nor a checkpoint, nor T5X's (checkpoint_STEP/)"
+            "(checkpoints/) nor a checkpoint, nor T5X's (checkpoint_STEP/) or Mesh-TensorFlow's (model.ckpt-STEP.index)"
         )
     if is_t5x and family is not None:
         raise UserError("--family is not for T5X's checkpoints, whose arrays tell what the model is")

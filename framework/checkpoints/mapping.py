@@ -35,8 +35,8 @@ class Initial:
     """The source of a fresh run's parameters; a run that has a checkpoint of its own does not use it.
 
     `path` is a run directory or one of its checkpoints; `step` None means the latest. Or it is a Hugging Face
-    directory or a checkpoint of T5X, read directly into the shards: the recipe must be that model's, as
-    `meshway convert` writes it. None is no source.
+    directory or a checkpoint of T5X or Mesh-TensorFlow (`.../model.ckpt-1000000`), read directly into the shards: the
+    recipe must be that model's, as `meshway convert` writes it. None is no source.
 
     `renames` are ordered (pattern, replacement): a parameter's name is looked up in the checkpoint under the
     replacement of the first pattern that matches it in full, else under its own name. `left_at_init` are patterns of
@@ -161,12 +161,15 @@ class Initial:
         """Returns what is at `path`: another system's tensors, or (checkpoints of ours, step)."""
         from meshway.framework.conversion import (
             hugging_face,  # training itself reads no other formats
+            mesh_tensorflow,
             t5x_files,
         )
 
         directory = self._directory
         if hugging_face.is_model(directory):
             return self._hugging_face(directory)
+        if mesh_tensorflow.is_checkpoint(directory):
+            return self._t5x(directory, "checkpoint of Mesh-TensorFlow")
         found = find_checkpoint(directory, self.step, "Initial.path")
         if found is not None:
             return Checkpoints(found[0], read_only=True), found[1]
@@ -174,7 +177,7 @@ class Initial:
             return self._t5x(directory)
         raise UserError(
             f"Initial.path: {directory} is neither a run directory nor a checkpoint (no checkpoints/ in it), nor a "
-            "Hugging Face directory or a checkpoint of T5X"
+            "Hugging Face directory or a checkpoint of T5X or Mesh-TensorFlow"
         )
 
     def sources(self, shapes: Mapping[str, Shape], axes: Mapping[str, Names], schema: Schema) -> dict[str, Source]:
@@ -223,12 +226,11 @@ class Initial:
             print(f"Initial.path: not read of {directory}: {', '.join(model.left_over)}", file=sys.stderr)
         return Tensors(model.bindings["VOCAB_SIZE"], model.values, None, None)
 
-    def _t5x(self, directory: Path) -> "Tensors":
-        from meshway.framework.conversion import t5x, t5x_files
+    def _t5x(self, directory: Path, what: str = "checkpoint of T5X") -> "Tensors":
+        from meshway.framework.conversion import mesh_tensorflow
 
-        self._check_alone("checkpoint of T5X", ("step",))
-        files = t5x_files.T5XFiles(directory, self.step)
-        network = t5x.network_of(files)
+        self._check_alone(what, ("step",))
+        files, network = mesh_tensorflow.open_checkpoint(directory, self.step)
         return Tensors(
             network.bindings["VOCAB_SIZE"],
             lambda shapes: network.values(files, shapes),

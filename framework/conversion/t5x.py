@@ -18,7 +18,7 @@ import numpy as np
 
 from meshway.framework.conversion.rules import Form, Rule, Shape, pieces_of
 from meshway.framework.conversion.settings import Bindings
-from meshway.framework.conversion.t5x_files import T5XFiles
+from meshway.framework.conversion.t5x_files import T5XArrays, T5XFiles
 from meshway.framework.conversion.t5x_optimizer import Kind, factor_rules, filled, slots_in
 from meshway.framework.conversion.values import Values, complete_values
 from meshway.framework.errors import UserError
@@ -117,7 +117,7 @@ class T5XNetwork:
         layout = self.layouts["decoder"]
         return factor_rules(bool(layout.scanned), layout.splits_heads)
 
-    def values(self, files: T5XFiles, shapes: Mapping[str, Shape], dtype: np.dtype | None = None) -> dict[str, Values]:
+    def values(self, files: T5XArrays, shapes: Mapping[str, Shape], dtype: np.dtype | None = None) -> dict[str, Values]:
         """Returns the parameters [shapes] of a checkpoint; see `HuggingFaceModel.values`."""
         pieces = pieces_of(self.rules, "", shapes)
         return complete_values(f"model of {self.include}", pieces, shapes, files, dtype)
@@ -363,21 +363,22 @@ def _stack_biases(stacks: Collection[str], by_layer: bool) -> Table:
 
 
 def _activations(files: T5XFiles, gated: bool) -> tuple[str, ...]:
-    """Returns the MLP's activations that a run's config.gin binds, else those of T5 1.1 or 1.0."""
-    file = files.config_file
-    match = re.search(r"\bmlp_activations\s*=\s*([(\[][^)\]]*[)\]])", files.config)
-    if not match:
+    """Returns the MLP's activations that a run's config binds, else those of T5 1.1 or 1.0."""
+    found = re.findall(rf"\b({files.ACTIVATIONS})\s*=\s*([(\[][^)\]]*[)\]]|'\w+'|\"\w+\")", files.config)
+    if not found:
         return ("gelu", "linear") if gated else ("relu",)
+    said = f"{files.config_file}: {found[0][0]} = {' and '.join(dict.fromkeys(value for _, value in found))}"
     try:
-        names = [str(name) for name in ast.literal_eval(match[1])]
+        values = [ast.literal_eval(value) for _, value in found]
     except (ValueError, SyntaxError) as error:
-        raise UserError(f"{file}: mlp_activations = {match[1]} cannot be read") from error
+        raise UserError(f"{said} cannot be read") from error
+    names, *others = [[value] if isinstance(value, str) else [str(name) for name in value] for value in values]
+    if any(other != names for other in others):
+        raise UserError(f"{said}: several, and meshway's networks have the same in all their layers")
     unknown = [name for name in names if name not in _ACTIVATIONS]
     if unknown or len(names) != 1 + gated:
         wanted = f"{1 + gated} of {', '.join(_ACTIVATIONS)}"
-        raise UserError(
-            f"{file}: mlp_activations = {match[1]} is not what the checkpoint can be converted with: {wanted}"
-        )
+        raise UserError(f"{said} is not what the checkpoint can be converted with: {wanted}")
     return tuple(_ACTIVATIONS[name] for name in names)
 
 

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import msgpack
@@ -28,7 +28,17 @@ SLOTS = ("m", "v", "v_col", "v_row")  # of each parameter: Adafactor's momentum 
 _INLINE_ARRAY = 1  # flax's msgpack extension type of an array: (shape, dtype name, bytes)
 _DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}  # the file that marks an array -> tensorstore's driver
 
-Values = tensorstore.TensorStore | np.ndarray
+
+class Sliced(Protocol):
+    """An array that another library reads when it is sliced."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __getitem__(self, box: Any) -> np.ndarray: ...
+
+
+Values = tensorstore.TensorStore | np.ndarray | Sliced
 Spec = dict[str, Any]  # tensorstore's JSON
 
 
@@ -82,6 +92,8 @@ class T5XFiles(T5XArrays):
 
     Only descriptions are read at first, of all parameters; those of the optimizer's state where it is asked for.
     """
+
+    ACTIVATIONS = "mlp_activations"  # a pattern of what `config` binds an MLP's activations to
 
     def __init__(self, directory: Path, step: int | None = None):
         """`directory` holds `checkpoint_STEP` folders (`step` None is the latest) or is one of them.
@@ -301,13 +313,13 @@ def _open(where: Path, name: str, driver: str, kvstore: Spec) -> tensorstore.Ten
 def _read(where: Path, name: str, values: Values, box: Box = ()) -> np.ndarray:
     part = values[tuple(box) or ...]
     try:
-        return part if isinstance(part, np.ndarray) else part.read().result()
+        return part.read().result() if isinstance(part, tensorstore.TensorStore) else part
     except ValueError as error:
         raise UserError(f"{name!r} cannot be read from {where}: {first_line(error)}") from error
 
 
 def _dtype(values: Values) -> np.dtype:
-    return values.dtype if isinstance(values, np.ndarray) else values.dtype.numpy_dtype
+    return values.dtype.numpy_dtype if isinstance(values, tensorstore.TensorStore) else values.dtype
 
 
 _VERSION = 3  # of T5X's native format, since 2021
