@@ -33,11 +33,12 @@ class DecoderOnly(Objective):
         self._prefix = prefix
 
     def batch_spec(self, batch_size: int, lengths: Mapping[str, int]) -> dict[str, TokenSpec]:
-        """Returns the features of a batch; `lengths` needs "targets", and for a prefix LM "inputs"; rows hold both."""
+        """Returns the features of a batch; `lengths` needs "targets", and for a prefix LM "inputs"; rows hold both, and
+        "suffixes" where seqio's prefix-suffix converter makes them."""
         names = ["input_tokens", "target_tokens", "loss_weights", "segment_ids", "positions"]
-        if self._prefix:
-            return token_spec(batch_size, lengths["targets"] + lengths["inputs"], "decoder", [*names, "prefix_mask"])
-        return token_spec(batch_size, lengths["targets"] + lengths.get("inputs", 0), "decoder", names)
+        inputs = lengths["inputs"] if self._prefix else lengths.get("inputs", 0)
+        length = lengths["targets"] + inputs + lengths.get("suffixes", 0)
+        return token_spec(batch_size, length, "decoder", [*names, "prefix_mask"] if self._prefix else names)
 
     def hidden(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, OutputLayer]:
         """Returns what the output layer reads of each target, [batch, length, d_model], and that layer."""

@@ -1,5 +1,6 @@
 """Feature converters of seqio's kind: what they make is what a run trains on, and what does not fit is told."""
 
+import functools
 import operator
 
 import numpy as np
@@ -14,6 +15,7 @@ from meshway.framework.data.objective import FeatureInfo, TaskInfo
 from meshway.framework.data.seqio_converters import SeqioConverter
 from meshway.framework.data.seqio_loader import SeqioData
 from meshway.framework.errors import UserError
+from meshway.models import decoder_only
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +131,27 @@ def test_prepacked_examples_are_taken_as_they_are(own):
     rows = [{name: array[row].astype(np.int32) for name, array in decoder.items()} for row in range(len(rows))]
     converter = SeqioConverter(seqio.feature_converters.PrePackedLMFeatureConverter, pack=False)
     assert_same(lay(converter.bind(task(*rows[0]), {"targets": LENGTHS["targets"]}), rows, False), decoder)
+
+
+@pytest.mark.slow
+def test_converters_that_have_no_twin_here_run_as_they_are(own):
+    seqio, suffixed = own.seqio.feature_converters, ("inputs", "targets", "suffixes")
+    lengths = LENGTHS | {"suffixes": 8}
+    examples = random_examples(20, suffixed, longest=9).read(range(20))
+    examples = [{name: value % 200 + 2 for name, value in each.items()} for each in examples]
+    expected = by_hand(seqio.PrefixSuffixLMFeatureConverter(pack=False), examples, lengths)
+    expected["decoder_prefix_mask"] = expected.pop("decoder_causal_attention")
+    for theirs in (seqio.PrefixSuffixLMFeatureConverter, seqio.DecoderFeatureConverter):
+        converter = SeqioConverter(theirs, pack=False, left_out=["target_suffix_weights"])
+        batch = lay(converter.bind(task(*suffixed), lengths), examples, packed=False)
+        assert_same(batch, {name: array for name, array in expected.items() if name != "target_suffix_weights"})
+    asked = decoder_only.DecoderOnly(network=None, prefix=True).batch_spec(20, lengths)
+    assert {name: x.shape for name, x in asked.items()} == {name: x.shape for name, x in batch.items()}
+    masked = functools.partial(seqio.EncoderFeatureConverter, mask_id=7)
+    examples = [{name: each["inputs"] for name in LENGTHS} for each in nonzero(9)]
+    lengths = dict.fromkeys(LENGTHS, 16)
+    batch = lay(SeqioConverter(masked, pack=False).bind(task("inputs", "targets"), lengths), examples, packed=False)
+    assert_same(batch, by_hand(masked(pack=False), examples, lengths))
 
 
 @pytest.mark.slow
