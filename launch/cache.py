@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 
 from meshway.framework.data import seqio_caches
 from meshway.framework.data.cache.builder import build
-from meshway.framework.data.cache.directory import cache_directory
-from meshway.framework.data.cache.shards import BuiltSplit
+from meshway.framework.data.cache.shards import BuiltSplit, cache_directory
 from meshway.framework.data.task_data import module_names
 from meshway.framework.errors import UserError
 from meshway.framework.terminal import format_columns

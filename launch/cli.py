@@ -19,6 +19,7 @@ from meshway.framework.terminal import installed_version
 from meshway.launch.cluster.job import END_WITH_STARTER
 from meshway.launch.flags import Flag, Parser, add_flags, flags_of, given, refuse_unknown, sentence
 from meshway.launch.invocation import MACROS, Invocation
+from meshway.launch.recipe.t5x_names import FLAGS
 from meshway.launch.verbs import USAGE, VERBS, ProcessFlags, RecipeFlags, module_of
 
 _FILES = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)  # what holds text back until it is flushed
@@ -194,6 +195,8 @@ def _refuse(verb: str, subject: str | None, word: str) -> None:
     others = {_command(verb, other): _flags(verb, other) for other in entry.subjects if other != subject}
     if (macro := name.lstrip("-").upper()) in MACROS:
         raise UserError(f"unknown flag {name}; did you mean --gin.{macro}=...?")
+    if name in FLAGS:
+        raise UserError(f"{_command(verb, subject)}: {name} is a flag of T5X's; here it is {FLAGS[name]}")
     refuse_unknown(name, _command(verb, subject), _flags(verb, subject), others)
 
 

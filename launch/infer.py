@@ -24,7 +24,7 @@ from meshway.framework.errors import UserError
 from meshway.framework.files import local_path
 from meshway.framework.inference.beam_search import BeamSearch
 from meshway.framework.inference.bulk.batches import Predict, Score, Work, compute
-from meshway.framework.inference.bulk.inputs import Preprocess, Reader
+from meshway.framework.inference.bulk.inputs import Preprocess, Reader, Share
 from meshway.framework.inference.bulk.job import Job, JobProgress, Policy, summary
 from meshway.framework.inference.bulk.sources import PromptSource, Source, TaskSource, open_source
 from meshway.framework.inference.bulk.store import ChunkStore
@@ -34,6 +34,7 @@ from meshway.framework.inference.predictor import RecipeModel, Session, open_ses
 from meshway.framework.inference.rows import doubling
 from meshway.framework.interfaces import Model
 from meshway.framework.partitioning.partitioner import Layout
+from meshway.framework.terminal import count_of
 from meshway.launch.evaluate import split_tasks
 from meshway.launch.infer_flags import by_flag, refuse_idle
 
@@ -54,7 +55,7 @@ class Inputs:
       where: a file, a glob, or '-' for standard input.
       split: a split of the recipe's task (MIXTURE_OR_TASK_NAME) instead of `where`.
       prompts: a text, or texts, to answer, instead of both.
-      format: 'jsonl', 'tsv', 'text' or 'parquet'; None derives it from the file's name.
+      format: 'jsonl', 'tsv', 'text', 'parquet' or 'tfrecord'; None derives it from the file's name.
       columns: names of TSV columns without a header, 'a,b'.
       inputs_field, targets_field: the fields that hold text, or token ids.
       begin_field: the field with what a prediction must begin with; None for none.
@@ -95,12 +96,25 @@ class Inputs:
 @dataclasses.dataclass(frozen=True)
 class Output:
     """Where results go: see `ChunkStore`; None prints answers to prompts. `chunk_size` records are committed at a time;
-    None for 16 batches."""
+    None for 16 batches. Of `num_shards` independent jobs over one input into one output, this is `shard_id`, from 0."""
 
     where: str | None = None
     format: str | None = None
     overwrite: bool = False
     chunk_size: int | None = None
+    num_shards: int | None = None
+    shard_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.num_shards is None) != (self.shard_id is None):
+            lacks = "--shard_id=I, which of them this is," if self.shard_id is None else "--num_shards=N, of how many,"
+            raise UserError(f"{lacks} is missing: both are given, or none")
+        self.share  # noqa: B018 to check both
+
+    @property
+    def share(self) -> Share:
+        """The part of the job that is computed here."""
+        return Share(self.shard_id or 0, 1 if self.num_shards is None else self.num_shards)
 
 
 def infer(
@@ -160,7 +174,8 @@ def infer(
     )
     if not output.where:
         return _answer(source, reader, work, batch_size)
-    policy = Policy(output.chunk_size or _CHUNK_BATCHES * batch_size, inputs.on_bad == "skip", output.overwrite)
+    size = output.chunk_size or _CHUNK_BATCHES * batch_size
+    policy = Policy(size, inputs.on_bad == "skip", output.overwrite, output.share)
     facts = {
         **(settings or {}),
         "checkpoint": str((session.run / "checkpoints" / str(session.step)).absolute()),
@@ -168,10 +183,12 @@ def infer(
         "chunk size": str(policy.chunk_size),
     }
     agree(facts)
-    with JobProgress(source.total if processes.is_primary() else None, silent=not processes.is_primary()) as progress:
+    total = source.total if processes.is_primary() else None
+    total = None if total is None else policy.records_of_share(total)
+    with JobProgress(total, silent=not processes.is_primary()) as progress:
         began = time.monotonic()
         counts = _run(source, reader, work, output, facts, policy, batch_size, progress)
-        if not counts.get("finished_before"):
+        if "examples" in counts:
             counts |= {"programs": engine.num_compiled, "wall_seconds": round(time.monotonic() - began, 3)}
             if processes.is_primary():
                 _say(counts, output)
@@ -229,7 +246,8 @@ def _run(
 ) -> dict[str, Any]:
     """Runs the job and finishes its output; returns its summary."""
     primary = processes.is_primary()
-    store = ChunkStore(local_path(output.where or ""), facts, output.format, output.overwrite) if primary else None
+    where = local_path(output.where or "")
+    store = ChunkStore(where, facts, output.format, output.overwrite, output.share) if primary else None
     with contextlib.ExitStack() as stack:
         if store is not None:
             stack.callback(store.close)
@@ -239,11 +257,15 @@ def _run(
             progress.note(f"{output.where}: this very job is finished; --overwrite runs it again")
             return {"finished_before": True}
         job = Job(source.records(), reader, work, store, policy, batch_size, progress)
-        num_chunks = job.run()
+        digests = job.run()
         if store is None:
             return {}
+        missing = store.missing(digests)
+        if missing or store.finished:
+            progress.note(_of_shares(output, len(digests), missing))
+            return {"missing_chunks": len(missing)}
         counts = summary(store)
-        store.finish(num_chunks, counts)
+        store.finish(len(digests), counts)
         return counts
 
 
@@ -302,6 +324,18 @@ def _preprocess(inputs: Inputs, lengths: Mapping[str, int]) -> Preprocess | None
     if inputs.preprocess is None:
         return None
     return preprocess(inputs.preprocess, module_names(inputs.module), lengths)
+
+
+def _of_shares(output: Output, num_chunks: int, missing: Sequence[int]) -> str:
+    """Returns what one of several jobs says when it is done and has not made the result."""
+    done = f"{output.where}: shard {output.shard_id} of {output.num_shards} is done"
+    if not missing:
+        return f"{done}, and another job has made the result of all"
+    shards = ", ".join(str(shard) for shard in sorted({number % output.share.count for number in missing}))
+    return (
+        f"{done}; {len(missing):,} of {count_of(num_chunks, 'chunk')} are to come from shards {shards}: the job that "
+        "ends last makes the result, or the same command without --num_shards and --shard_id"
+    )
 
 
 def _note(line: str) -> None:

@@ -73,7 +73,7 @@ def _rules(given: Collection[str], arguments: Mapping[str, Any]) -> list[_Rule]:
         _Rule(bool(inputs.prompts), ("--begin_field",), "with --prompt, which has no other fields"),
         _Rule(
             arguments["output"].where is None,
-            ("--aux", "--mode", "--chunk_size", "--overwrite", "--output_format", "--on_bad"),
+            ("--aux", "--mode", "--chunk_size", "--overwrite", "--output_format", "--on_bad", "--num_shards"),
             "without --output: predictions are printed",
             "give --output=FILE.jsonl, or leave it out",
         ),

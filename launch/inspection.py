@@ -214,7 +214,7 @@ def layout(
     Raises:
       UserError: the model does not fit the layout.
     """
-    from meshway.framework.partitioning.explain import format_rows
+    from meshway.framework.partitioning.sharded_model import format_rows
     from meshway.framework.planning import waste
     from meshway.framework.planning.memory import step_memory
     from meshway.framework.training.run_directory import summarize

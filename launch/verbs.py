@@ -72,7 +72,7 @@ class InferFlags:
         "MODEL_DIR", "the run, or one of its checkpoints; its own recipe serves without --gin_file", "DIR"
     )
     input: str | None = binds(
-        "infer.Inputs.where", "a .jsonl, .tsv, .txt or .parquet file, a quoted glob, or - for stdin", "FILE"
+        "infer.Inputs.where", "a .jsonl, .tsv, .txt, .parquet or .tfrecord file, a quoted glob, or - for stdin", "FILE"
     )
     prompt: tuple[str, ...] | None = binds(
         "infer.Inputs.prompts",
@@ -107,8 +107,8 @@ class InferFlags:
     stop: tuple[str, ...] | None = binds(
         "infer.infer.stop", "a text that ends a prediction, which it is part of; repeat for more", "TEXT"
     )
-    format: Literal["jsonl", "tsv", "text", "parquet"] | None = binds(
-        "infer.Inputs.format", "jsonl, tsv, text or parquet, where the file's name does not tell", "FORMAT"
+    format: Literal["jsonl", "tsv", "text", "parquet", "tfrecord"] | None = binds(
+        "infer.Inputs.format", "jsonl, tsv, text, parquet or tfrecord, where the file's name does not tell", "FORMAT"
     )
     columns: str | None = binds(
         "infer.Inputs.columns", "names of TSV columns without a header (inputs,targets)", "NAMES"
@@ -131,6 +131,10 @@ class InferFlags:
         "infer.Output.format", "jsonl (default) or parquet, of a folder's shards", "FORMAT"
     )
     overwrite: bool = binds("infer.Output.overwrite", "remove what an earlier job left there")
+    num_shards: int | None = binds(
+        "infer.Output.num_shards", "share the input among N independent jobs with one --output", "N"
+    )
+    shard_id: int | None = binds("infer.Output.shard_id", "which of them this is, from 0", "I", least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +191,9 @@ class ConvertFlags:
     to: str | None = binds(
         "convert.convert.target", "the directory to make: a run directory, or a Hugging Face one", "DIR"
     )
-    family: str | None = binds("convert.convert.family", "what the model is (default: as in config.json)", "FAMILY")
+    family: str | None = binds(
+        "convert.convert.family", "what the model is (default: as in config.json); t5x writes a run for T5X", "FAMILY"
+    )
     dtype: Literal["float32", "bfloat16", "float16", "keep"] | None = binds(
         "convert.convert.dtype", "float32, bfloat16, float16 or keep (default: keep)", "DTYPE"
     )
@@ -195,6 +201,9 @@ class ConvertFlags:
     max_shard_size: str | None = binds("convert.convert.max_shard_size", "of a safetensors file (default: 5GB)", "SIZE")
     vocabulary: str | None = binds(
         "convert.convert.vocabulary", "the SentencePiece model of a T5X checkpoint's task", "FILE"
+    )
+    optimizer_state: bool = binds(
+        "convert.convert.optimizer_state", "with a T5X checkpoint, in or out, its Adafactor's state too"
     )
     ignore_fields: str | None = binds(
         "convert.convert.ignore_fields", "of config.json, that change nothing (a,b)", "FIELDS"
@@ -357,6 +366,7 @@ USAGE = """examples:
   meshway infer --model_dir=runs/quickstart --input=questions.jsonl --output=answers.jsonl
   meshway infer --model_dir=runs/quickstart --prompt="Return the <extra_id_0> of the list." --max_new_tokens=20
   meshway infer --model_dir=runs/quickstart --split=validation --mode=score --output=scores.parquet
+  meshway infer --model_dir=runs/quickstart --input=questions.jsonl --output=answers.jsonl --num_shards=4 --shard_id=0
   meshway infer --model_dir=runs/llama --input=prompts.txt --output=out --temperature=0.8 --top_p=0.95 --num_decodes=4
   meshway status runs/quickstart
   meshway inspect --gin_file=quickstart --gin.LAYOUT=fsdp --simulated_devices=8

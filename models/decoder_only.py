@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from meshway.models.layers.cache import DecodingCache, take_copies
 from meshway.models.layers.masks import Mask, make_attention_mask, row_metadata, row_positions
-from meshway.models.losses import CrossEntropy, OutputLayer, TokenSpec, token_spec, token_targets
+from meshway.models.losses import CrossEntropy, OutputLayer, TokenSpec, text_spec, token_targets
 from meshway.models.module import NetworkFactory
 from meshway.models.objective import Batch, Objective
 
@@ -33,12 +33,8 @@ class DecoderOnly(Objective):
         self._prefix = prefix
 
     def batch_spec(self, batch_size: int, lengths: Mapping[str, int]) -> dict[str, TokenSpec]:
-        """Returns the features of a batch; `lengths` needs "targets", and for a prefix LM "inputs"; rows hold both, and
-        "suffixes" where seqio's prefix-suffix converter makes them."""
-        names = ["input_tokens", "target_tokens", "loss_weights", "segment_ids", "positions"]
-        inputs = lengths["inputs"] if self._prefix else lengths.get("inputs", 0)
-        length = lengths["targets"] + inputs + lengths.get("suffixes", 0)
-        return token_spec(batch_size, length, "decoder", [*names, "prefix_mask"] if self._prefix else names)
+        """Returns the features of a batch; `lengths` needs "targets", and for a prefix LM "inputs"; rows hold both."""
+        return text_spec(batch_size, lengths, encoder=False, prefix=self._prefix)
 
     def hidden(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, OutputLayer]:
         """Returns what the output layer reads of each target, [batch, length, d_model], and that layer."""

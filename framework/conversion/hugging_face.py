@@ -1,4 +1,5 @@
-"""A Hugging Face directory as parameters and bindings; what of it is left over is named."""
+"""The families that can be converted, and a Hugging Face directory as parameters and bindings; what of it is left over
+is named."""
 
 import dataclasses
 import json
@@ -9,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from meshway.framework.conversion.families import registry
+from meshway.framework.conversion.families.decoders import GEMMA2, GEMMA3, GPT2, LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3
+from meshway.framework.conversion.families.t5 import MT5, T5
 from meshway.framework.conversion.family import Family, read_config
 from meshway.framework.conversion.rules import Shape, pieces_of
 from meshway.framework.conversion.settings import Bindings
 from meshway.framework.conversion.tensor_files import INDEX, SINGLE, TensorFiles, same_values
 from meshway.framework.conversion.values import Values, complete_values
-from meshway.framework.errors import UserError
+from meshway.framework.errors import UserError, did_you_mean
 
 _OWN = re.compile(r"model(-\d+-of-\d+)?\.safetensors")  # what transformers would call the model's own weights
 _OTHERS = ("*.safetensors", "*.safetensors.index*.json", "*.bin", "*.pth", "*.msgpack", "*.h5", "*.gguf")
@@ -157,7 +159,7 @@ def open_model(directory: Path, family: str | None = None, ignoring: Sequence[st
     """
     directory = Path(directory)
     config = read_config(directory)
-    found = registry.detect(config, family)
+    found = detect(config, family)
     tensors = TensorFiles(directory)
     left_over = find_leftovers(tensors)
     base = found.base_of(list(tensors))
@@ -211,3 +213,45 @@ def _checked(copies: Mapping[str, str], tensors: TensorFiles, tied: bool) -> dic
             f"{copies[_HEAD]}; set tie_word_embeddings to false if it is a layer of its own"
         )
     return dict(copies)
+
+
+FAMILIES: Mapping[str, Family] = {
+    family.name: family for family in (T5, MT5, GPT2, LLAMA, GEMMA2, GEMMA3, QWEN2, QWEN3, MISTRAL, MIXTRAL)
+}
+
+
+def named(name: str) -> Family:
+    """Returns a family by its name; raises UserError where there is none."""
+    if name not in FAMILIES:
+        near = did_you_mean(name, FAMILIES) or f"; they are {', '.join(FAMILIES)}"
+        raise UserError(f"--family={name}: there is no such family{near}")
+    return FAMILIES[name]
+
+
+def detect(config: Mapping[str, Any], wanted: str | None = None) -> Family:
+    """Returns the family of a config.json.
+
+    Args:
+      config: config.json.
+      wanted: the family the user named, None for none.
+
+    Raises:
+      UserError: the model is of an unknown family, or of another than `wanted`; or its head is not a language model's.
+    """
+    kind, architectures = config.get("model_type"), config.get("architectures") or []
+    found = next((family for family in FAMILIES.values() if kind in family.model_types), None)
+    if found is None and kind is None and wanted is not None:
+        found = named(wanted)
+    if wanted is not None and found is not named(wanted):
+        own = f"of family {found.name}" if found else "of no family known here"
+        raise UserError(f"--family={wanted}, but config.json says model_type {kind!r}, {own}")
+    if found is None:
+        types = [each for family in FAMILIES.values() for each in family.model_types]
+        near = did_you_mean(str(kind), types, limit=1) or f"; known are {', '.join(types)}"
+        raise UserError(f"config.json: model_type {kind!r} is of no family that is converted{near}")
+    if architectures and found.architecture not in architectures:
+        raise UserError(
+            f"config.json: architectures {architectures} is not {found.architecture}, the only one of model_type "
+            f"{kind!r} that is converted"
+        )
+    return found

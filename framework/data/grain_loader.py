@@ -14,14 +14,15 @@ from typing import Any
 
 from meshway.framework.data import seqio_adapter, seqio_caches, seqio_steps, task_data
 from meshway.framework.data.cache import builder as cache_builder
-from meshway.framework.data.cache.directory import cache_directory
 from meshway.framework.data.cache.format import CachedSplit, features_from_json, read_json
+from meshway.framework.data.cache.shards import cache_directory
 from meshway.framework.data.eval_task import EVAL_SEED, TaskEvaluation
 from meshway.framework.data.objective import Converter, Objective, TaskInfo
 from meshway.framework.data.prefetch import WorkerStream
 from meshway.framework.data.rows.examples import Examples, First, InMemory, Stepped, numpy_steps
 from meshway.framework.data.rows.mixing import Rates, periods
 from meshway.framework.data.rows.online_source import OnlineSource
+from meshway.framework.data.rows.row_counts import RowTable
 from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.data.rows.row_stream import RowStream, Source
 from meshway.framework.data.seqio_converters import adapted
@@ -316,11 +317,11 @@ class CachedData:
         promised = features_from_json(task.info["declared"])
         if steps is not None:
             # A text task in T5's style declares `inputs` that are empty in every example.
-            empty = {name for name, sizes in cached.sizes.items() if len(sizes) and not sizes.max()}
+            empty = cached.empty
             promised = {name: cached.features[name] for name in promised if name in cached.features.keys() - empty}
         else:
-            empty = set()
-        info = TaskInfo(task.name, promised, start, frozenset(empty), bos)
+            empty = frozenset()
+        info = TaskInfo(task.name, promised, start, empty, bos)
         objective = self.converter.bind(info, self.lengths)
         return objective, Stepped(cached, steps, objective.trims) if steps else cached, steps is None
 
@@ -328,8 +329,14 @@ class CachedData:
         sizes = vocabulary_sizes(self._vocabularies, self.lengths)
         arguments = (objective, self.converter.pack, self._shuffle, self._seed, sizes)
         if not online:
-            return RowSource(task.name, examples, *arguments)
+            read = examples.examples if isinstance(examples, Stepped) else examples
+            table = RowTable(self._row_folders(read), read.identity) if isinstance(read, CachedSplit) else None
+            return RowSource(task.name, examples, *arguments, table)
         return OnlineSource(task.name, examples, self._steps(task), *arguments)
+
+    def _row_folders(self, read: CachedSplit) -> list[Path]:
+        """Returns where counts of rows are kept: beside the examples or, if that may only be read, with the user's."""
+        return [read.directory, cache_directory().parent / "rows"]
 
     def _steps(self, task: CachedTask) -> Callable[[list[Any], int], list[Any]]:
         """Returns (examples, seed) -> those examples after the task's steps that come after the cache."""

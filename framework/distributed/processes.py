@@ -19,10 +19,9 @@ from jax.experimental import multihost_utils
 from meshway.framework import terminal
 from meshway.framework.distributed import rendezvous
 from meshway.framework.distributed import watch as watch_lib
-from meshway.framework.distributed.barrier import Deadlines, named
+from meshway.framework.distributed.barrier import CoordinationStore, Deadlines, named, place
 from meshway.framework.distributed.barrier import barrier as wait_at_barrier
 from meshway.framework.distributed.cluster import Cluster, ProcessArguments, recognise, split_address
-from meshway.framework.distributed.store import CoordinationStore, place
 from meshway.framework.distributed.watch import LOST_A_PEER, Watch
 from meshway.framework.errors import EnvironmentFailure, UserError, report
 from meshway.framework.terminal import installed_version

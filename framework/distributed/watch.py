@@ -17,9 +17,8 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NoReturn, TextIO
 
-from meshway.framework.distributed.barrier import named
+from meshway.framework.distributed.barrier import Store, named
 from meshway.framework.distributed.cluster import split_address
-from meshway.framework.distributed.store import Store
 
 LOST_A_PEER = 75  # EX_TEMPFAIL: the same command, started again, resumes from the last checkpoint
 _FOR_ALL = (2, 130)  # a user's mistake, or an interruption: all processes end with that exit code

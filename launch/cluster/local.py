@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from meshway.framework.errors import UserError
 from meshway.framework.files import local_path
-from meshway.launch.cluster.children import Child, Children
-from meshway.launch.cluster.supervisor import grace, model_directory, run_attempts, say
+from meshway.launch.cluster.supervisor import Child, Children, grace, model_directory, run_attempts, say
 
 _OF_CLUSTERS = ("MESHWAY_COORDINATOR_ADDRESS", "MESHWAY_NUM_PROCESSES", "MESHWAY_PROCESS_ID")
 

@@ -135,7 +135,7 @@ def run_on_ray(
       UserError: Ray is not installed.
       EnvironmentFailure: the cluster cannot be reached or has not the resources.
     """
-    from meshway.launch.cluster.children import Notice  # imports jax, which `--help` must not
+    from meshway.launch.cluster.supervisor import Notice  # imports jax, which `--help` must not
 
     ray = _connect(address, processes)
     variables = {"MESHWAY_CLUSTER": "none", **(environment or {})}  # the ranks are given, whatever the nodes are

@@ -1,19 +1,174 @@
-"""Starting a run again after a failure: it goes on from its last complete checkpoint."""
+"""The processes of one attempt at a run, and starting a run again after a failure: it goes on from its last complete
+checkpoint."""
 
+import contextlib
+import dataclasses
 import os
 import signal
+import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
+from typing import IO, Any
 
 from meshway.framework.distributed.barrier import Deadlines
 from meshway.framework.distributed.watch import LOST_A_PEER
 from meshway.framework.files import local_path
-from meshway.launch.cluster.children import Child, Children, Notice
+from meshway.launch.cluster import job
 
 _FINAL = (0, 2, 130)  # done; a user's mistake, which another try repeats; an interruption
 _PAUSE_SECONDS = 1.0  # before another try
+
+
+_POLL_SECONDS = 0.05
+_LAST_WORDS_SECONDS = 10.0  # for the others once one has said that a peer is lost: the alarm reached them all
+_TERM_SECONDS = 3.0  # between SIGTERM and SIGKILL: joined processes take SIGTERM for a notice, and may never look
+_TAIL_BYTES = 16384
+
+
+@dataclasses.dataclass
+class Child:
+    """One process: its words, its log (None: this process's own streams), and how it ended."""
+
+    index: int
+    words: Sequence[str]
+    log: Path | None = None
+    aloud: bool = False  # what it prints is shown here too
+    process: subprocess.Popen | None = None
+    code: int | None = None
+    ended_by_us: bool = False
+
+    def outcome(self) -> str:
+        """Returns how it ended, in words."""
+        if self.ended_by_us:
+            return f"process {self.index} did not end with the others and was killed"
+        if self.code is not None and self.code < 0:
+            return f"process {self.index} was killed by {signal.Signals(-self.code).name}"
+        said = self.last_words()
+        return f"process {self.index} exited with {self.code}" + (f" ({said})" if said else "")
+
+    def last_words(self) -> str:
+        """Returns the last line of its log that is meshway's own."""
+        if self.log is None:
+            return ""
+        with open(self.log, "rb") as file:
+            file.seek(max(os.path.getsize(self.log) - _TAIL_BYTES, 0))
+            lines = file.read().decode("utf-8", "replace").split("\n")
+        return next((line.removeprefix("meshway: ") for line in reversed(lines) if line.startswith("meshway: ")), "")
+
+
+class Children:
+    """The processes of one attempt."""
+
+    def __init__(self, children: Sequence[Child], environment: Mapping[str, str], grace: float) -> None:
+        """`grace`: seconds that the others get to end by themselves, and report why, after the first has ended."""
+        self.children, self._environment, self._grace = list(children), dict(environment), grace
+        self._echoes: list[threading.Thread] = []
+        self.ended: list[Child] = []  # in the order in which they were found to have ended
+
+    def start(self, title: str) -> None:
+        """Starts all; `title` heads each log."""
+        for child in self.children:
+            streams: dict[str, Any] = {}
+            environment = self._environment
+            if child.log is not None:
+                if child.aloud:  # a terminal does not get stacks
+                    environment = environment | {"MESHWAY_STACKS": str(child.log)}
+                file = open(child.log, "ab", buffering=0)  # noqa: SIM115 the child's, or its echo's, until it ends
+                streams = {"stdout": subprocess.PIPE if child.aloud else file, "stderr": subprocess.STDOUT}
+            child.process = subprocess.Popen(
+                job.command(child.words), stdin=subprocess.PIPE, env=environment, process_group=0, **streams
+            )
+            if child.log is not None:
+                file.write(f"--- {title}, process {child.index}: pid {child.process.pid}\n".encode())
+            if child.aloud and child.process.stdout:
+                echo = threading.Thread(target=_echo, args=(child.process.stdout, file), daemon=True)
+                echo.start()
+                self._echoes.append(echo)
+
+    def send(self, number: int) -> None:
+        """Sends a signal to those that run."""
+        for child in self.children:
+            if child.process is not None and child.code is None:
+                child.process.send_signal(number)
+
+    def wait(self, notice: "Notice") -> None:
+        """Returns once all have ended: by themselves, or ended here some time after the first."""
+        deadline = None
+        told = 0
+        while running := self._running():
+            if notice.count > told:
+                told = notice.count
+                self.send(signal.SIGTERM if told == 1 else signal.SIGKILL)
+            if self.ended:
+                lost = any(child.code == LOST_A_PEER for child in self.ended)
+                end = time.monotonic() + (min(self._grace, _LAST_WORDS_SECONDS) if lost else self._grace)
+                deadline = end if deadline is None else min(deadline, end)
+                if time.monotonic() >= deadline:
+                    self._end(running)
+            time.sleep(_POLL_SECONDS)
+        for echo in self._echoes:
+            echo.join(_TERM_SECONDS)
+
+    def _running(self) -> list[Child]:
+        """Returns those that have not ended, and notes those that have."""
+        for child in self.children:
+            if child.code is None and child.process is not None:
+                child.code = child.process.poll()
+                if child.code is not None:
+                    self.ended.append(child)
+        return [child for child in self.children if child.code is None]
+
+    def _end(self, running: Sequence[Child]) -> None:
+        for child in running:
+            child.ended_by_us = True
+        self.send(signal.SIGTERM)
+        end = time.monotonic() + _TERM_SECONDS
+        while self._running() and time.monotonic() < end:
+            time.sleep(_POLL_SECONDS)
+        self.send(signal.SIGKILL)
+
+
+class Notice:
+    """Counts SIGTERM and Ctrl-C instead of ending at them: the first lets the run save and stop, a second ends it."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.interrupted = False  # the first was Ctrl-C
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Notice":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def code(self, stopped: int) -> int:
+        """Returns the exit code of a run that ended well: 0; `stopped` once SIGTERM has come, 130 once Ctrl-C has."""
+        if self.interrupted:
+            return 128 + signal.SIGINT
+        return stopped if self.count else 0
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.interrupted |= not self.count and number == signal.SIGINT
+        self.count += 1
+
+
+def _echo(stream: IO[bytes], log: IO[bytes]) -> None:
+    """Copies what a process prints to its log and to standard output, as it comes."""
+    while chunk := os.read(stream.fileno(), 65536):
+        log.write(chunk)
+        with contextlib.suppress(BrokenPipeError):  # nobody listens; the run goes on, and its log is whole
+            sys.stdout.write(chunk.decode("utf-8", "replace"))
+            sys.stdout.flush()
+    log.close()
 
 
 def supervise(words: Sequence[str], restarts: int) -> int:

@@ -22,7 +22,7 @@ from tiny import program
 
 from meshway.framework.checkpoints.manager import Checkpoints
 from meshway.framework.checkpoints.mapping import Initial
-from meshway.framework.conversion.families.registry import FAMILIES
+from meshway.framework.conversion.hugging_face import FAMILIES
 from meshway.framework.conversion.settings import Reference
 from meshway.framework.conversion.tensor_files import TensorFiles
 from meshway.framework.data import vocabularies

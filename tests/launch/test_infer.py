@@ -123,6 +123,20 @@ def test_json_lines_in_json_lines_out(run, questions, tmp_path, capsys):
     assert total["examples"] == 5 and total["read_tokens"] == sum(len(text) + 1 for text in TEXTS)
 
 
+def test_shards_of_a_job_are_together_what_one_job_writes(run, questions, tmp_path, capsys):
+    """Sampled, so that an example that is numbered otherwise would show. The last one makes the result."""
+    words = (f"--model_dir={run}", f"--input={questions}", "--chunk_size=1", "--max_new_tokens=4", "--temperature=1")
+    assert infer(*words, f"--output={tmp_path / 'alone.jsonl'}") == 0
+    for shard in (2, 0, 1):
+        assert not (tmp_path / "out.jsonl").exists()
+        assert infer(*words, f"--output={tmp_path / 'out.jsonl'}", "--num_shards=3", f"--shard_id={shard}") == 0
+        said = capsys.readouterr().err
+        assert shard == 1 or f"shard {shard} of 3 is done; " in said
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
+    assert infer(*words, f"--output={tmp_path / 'out.jsonl'}", "--num_shards=3", "--shard_id=0") == 0
+    assert "this very job is finished" in capsys.readouterr().err
+
+
 def test_one_checkpoint_serves_as_well_as_its_run(run, questions, tmp_path):
     words = (f"--input={questions}", "--max_new_tokens=2")
     for name, model_dir in (("run", run), ("checkpoint", run / "checkpoints" / "7")):
@@ -347,6 +361,12 @@ MISTAKES = {
         "--gin.infer.infer.beams: infer.infer.beams = -1: it must be at least 1",
     ),
     "an empty stop": (["--stop="], "stop: '' is not a text"),
+    "a shard of none": (["--shard_id=1"], "--num_shards=N, of how many, is missing: both are given, or none"),
+    "shards of which this is none": (["--num_shards=2"], "--shard_id=I, which of them this is, is missing: both"),
+    "a shard that there is not": (
+        ["--num_shards=2", "--shard_id=2"],
+        "shard_id=2 is not one of 2 shards, which are 0 to 1",
+    ),
     "an unknown policy": (["--on_bad=ignore"], "argument --on_bad: 'ignore' is not one of fail, skip"),
 }
 

@@ -20,8 +20,7 @@ from meshway.framework.data import seqio_adapter, seqio_caches, seqio_steps
 from meshway.framework.data.cache import fingerprint as task_fingerprint
 from meshway.framework.data.cache import format as cache_format
 from meshway.framework.data.cache import shards as cache_shards
-from meshway.framework.data.cache.directory import working
-from meshway.framework.data.cache.shards import BuiltSplit, Shard, failures_of, finished_shard, replace
+from meshway.framework.data.cache.shards import BuiltSplit, Shard, failures_of, finished_shard, replace, working
 from meshway.framework.data.cache.workers import CacheProgress, Job, run_jobs
 from meshway.framework.data.objective import FeatureInfo
 from meshway.framework.data.seqio_caches import SeqioCache

@@ -1,4 +1,4 @@
-"""One shard of a cache, written atomically, and the index, statistics and vocabularies of a task.
+"""Where caches are kept; one shard, written atomically; the index, statistics and vocabularies of a task.
 
 Beside SPLIT/00003-of-00008.array_record is 00003-of-00008.json: its examples, bytes, crc32, the sizes of its
 examples, and the fingerprint it was built under. It is written after the shard: a shard with that file is complete.
@@ -7,8 +7,11 @@ examples, and the fingerprint it was built under. It is written after the shard:
 import base64
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
+import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,9 +24,11 @@ from meshway.framework.data.objective import FeatureInfo
 from meshway.framework.data.rows.packing import Example
 from meshway.framework.data.vocabularies import of_seqio
 from meshway.framework.errors import EnvironmentFailure, UserError
-from meshway.framework.files import replace_file, sync
+from meshway.framework.files import local_path, replace_file, sync
 
-_WRITER = "group_size:1"  # examples are read one by one, in random order
+# Examples are read one by one, in random order, and a reader keeps 8 bytes in memory for each group. A group is read as
+# a whole, which takes 10 us more than one of 1; eight together take a third less space, and half the time to write.
+_WRITER = "group_size:8"
 _REPORT = 512  # examples between reports of progress
 
 
@@ -295,3 +300,67 @@ def _statistics(sizes: np.ndarray) -> dict[str, Any]:
 
 def _text(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=1) + "\n").encode()
+
+
+def cache_directory() -> Path:
+    """Returns $MESHWAY_CACHE_DIR/tasks, else $XDG_CACHE_HOME/meshway/tasks, else ~/.cache/meshway/tasks."""
+    if own := os.environ.get("MESHWAY_CACHE_DIR"):
+        return local_path(own) / "tasks"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "meshway" / "tasks"
+
+
+_PREFIX = ".building-"
+_LOCK = "lock"
+
+
+@contextlib.contextmanager
+def working(directory: Path) -> Iterator[Path]:
+    """Yields a new folder inside `directory` for this process alone, removed after the block.
+
+    It is locked in the block; folders that no living process has locked are removed first.
+
+    Raises:
+      EnvironmentFailure: the directory cannot be written.
+    """
+    with failures_of(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        for left in directory.glob(f"{_PREFIX}*"):
+            _remove_if_dead(left)
+        work, lock = _new_folder(directory)
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        os.close(lock)
+
+
+def _new_folder(directory: Path) -> tuple[Path, int]:
+    """Returns a fresh folder and its lock, held."""
+    while True:  # until it is locked before another builder removes it as abandoned
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=directory))
+        try:
+            lock = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR)
+        except FileNotFoundError:
+            continue
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (folder / _LOCK).exists():
+            return folder, lock
+        os.close(lock)
+
+
+def _remove_if_dead(folder: Path) -> None:
+    """Removes a builder's folder unless it is locked; without a lock file its builder died or just starts."""
+    try:
+        lock = os.open(folder / _LOCK, os.O_RDWR)
+    except OSError:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # only if empty
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(lock)

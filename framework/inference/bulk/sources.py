@@ -1,8 +1,11 @@
 """Sources of records for a job: files, globs, standard input, prompts of the command line, tasks."""
 
+import contextlib
+import gzip
 import json
 import os
 import sys
+import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -10,6 +13,7 @@ import numpy as np
 
 from meshway.framework.errors import UserError
 from meshway.framework.files import local_path
+from meshway.framework.inference.bulk.batches import numbers
 from meshway.framework.inference.bulk.inputs import Record, check_format, find_files, format_of
 from meshway.framework.inference.bulk.lines import INPUTS, STDIN, LineSource, read_again
 from meshway.framework.inference.bulk.parquet import ParquetSource
@@ -44,14 +48,15 @@ def open_source(where: str, format: str | None = None, columns: Sequence[str] = 
     """Opens an input.
 
     Formats: 'jsonl', on each line a JSON object, or a string, which becomes the field `inputs`; 'tsv', cells of text
-    separated by tabs, without quoting, under a header line; 'text', each line the field `inputs`; 'parquet'. A problem
-    of a single record is its `problem`; one of the whole input is raised here, if the first lines of files show it.
+    separated by tabs, without quoting, under a header line; 'text', each line the field `inputs`; 'parquet';
+    'tfrecord', of tf.train.Examples. A problem of a single record is its `problem`; one of the whole input is raised
+    here, if the first lines of files show it.
 
     Args:
-      where: a file, a glob (its files sorted by name) or "-" for standard input. Line formats may be compressed
-        (`.gz`).
+      where: a file, a glob (its files sorted by name) or "-" for standard input. Lines and TFRecord files may be
+        compressed (`.gz`).
       format: the format; None chooses by the suffix (`.jsonl`, `.json`, `.ndjson`, `.tsv`, `.txt`, `.text`,
-        `.parquet`), and JSON lines for standard input.
+        `.parquet`, `.tfrecord`, `.tfrecord-00000-of-00008`), and JSON lines for standard input.
       columns: the names of TSV columns, in files without a header; or which columns of Parquet files to read.
 
     Raises:
@@ -60,8 +65,8 @@ def open_source(where: str, format: str | None = None, columns: Sequence[str] = 
     if where == STDIN:
         format = format or "jsonl"
         check_format(format)
-        if format == "parquet":
-            raise UserError("Parquet cannot be read from standard input: give the file's name")
+        if format in (no_stream := {"parquet": "Parquet", "tfrecord": "TFRecord"}):
+            raise UserError(f"{no_stream[format]} cannot be read from standard input: give the file's name")
         return LineSource([STDIN], format, columns, f"standard input ({format})")
     paths = find_files(str(local_path(where)))
     format = format_of(paths, format)
@@ -70,6 +75,10 @@ def open_source(where: str, format: str | None = None, columns: Sequence[str] = 
     description = f"{where} ({files}{format}, {size:,} bytes)"
     if format == "parquet":
         return ParquetSource(paths, columns, description)
+    if format == "tfrecord":
+        if columns:
+            raise UserError("columns name the cells of tsv files, and choose those of parquet; tfrecord has none")
+        return TFRecordSource(paths, description)
     return LineSource(paths, format, columns, description)
 
 
@@ -89,6 +98,167 @@ class PromptSource:
         """Yields the records from index `start` on."""
         for index, text in enumerate(self._prompts[start:], start):
             yield Record(index, {self._field: text}, f"prompt {index + 1}", json.dumps(text).encode())
+
+
+class TFRecordSource:
+    """TFRecord files of tf.train.Examples, one after the other; read without TensorFlow.
+
+    A record has the features by name: text where bytes are UTF-8, numbers, and lists where there is not exactly one
+    value, as the format does not tell one value from a list of one.
+
+    Attributes:
+      description: what is read, for messages.
+    """
+
+    def __init__(self, paths: Sequence[str], description: str) -> None:
+        """Reads the beginning of each file. Raises UserError if it cannot be read or is no TFRecord file."""
+        self.description = description
+        self._paths = list(paths)
+        for path in self._paths:
+            next(_framed(path), None)
+
+    @property
+    def total(self) -> int | None:
+        """None: only reading them all would tell."""
+        return None
+
+    def records(self, start: int = 0) -> Iterator[Record]:
+        """Yields the records from index `start` on; those before are not parsed.
+
+        Raises:
+          UserError: there is no record at all (also before `start`), or a file cannot be read, or is damaged where it
+            says how long a record is.
+        """
+        index = 0
+        for path in self._paths:
+            for number, (content, checksum) in enumerate(_framed(path), 1):
+                if index >= start:
+                    yield _example(index, content, checksum, f"{path} record {number}")
+                index += 1
+        if not index:
+            raise UserError(f"the input is empty: {self.description}")
+
+
+def _framed(path: str) -> Iterator[tuple[bytes, int]]:
+    """Yields (content, its masked CRC-32C) of each record: its length (uint64) and the CRC of that stand before it,
+    its own CRC after it, all little-endian."""
+    number = 0
+    try:
+        with open(path, "rb") as raw:
+            head = raw.read(12)
+            is_packed = head.startswith(b"\x1f\x8b") and not _is_length(head)
+            raw.seek(0)
+            with gzip.open(raw) if is_packed else contextlib.nullcontext(raw) as file:
+                while head := file.read(12):
+                    number += 1
+                    length = int.from_bytes(head[:8], "little")
+                    if not _is_length(head):
+                        what = "is not a TFRecord file" if number == 1 else f"is damaged at record {number}"
+                        raise UserError(f"{path} {what}: no length of a record with its checksum stands there")
+                    rest = file.read(length + 4)
+                    if len(rest) < length + 4:
+                        raise UserError(f"{path} is cut off: record {number} has {len(rest):,} of {length + 4:,} bytes")
+                    yield rest[:-4], int.from_bytes(rest[-4:], "little")
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(
+            f"cannot read {path}, after record {number}: {getattr(error, 'strerror', None) or error}"
+        ) from error
+
+
+def _is_length(head: bytes) -> bool:
+    return len(head) == 12 and _masked_crc32c(head[:8]) == int.from_bytes(head[8:], "little")
+
+
+def _crc_table() -> list[int]:
+    table = []
+    for value in range(256):
+        for _ in range(8):
+            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
+        table.append(value)
+    return table
+
+
+_CRC_TABLE = _crc_table()
+
+
+def _masked_crc32c(content: bytes) -> int:
+    """Returns the CRC-32C (Castagnoli), rotated and shifted as TFRecord files have it."""
+    crc, table = 0xFFFFFFFF, _CRC_TABLE
+    for byte in content:
+        crc = table[(crc ^ byte) & 0xFF] ^ crc >> 8
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def _example(index: int, content: bytes, checksum: int, place: str) -> Record:
+    """Returns the record of a tf.train.Example."""
+    if _masked_crc32c(content) != checksum:
+        return Record(index, {}, place, content, "it is damaged: its checksum is another one")
+    try:
+        found = _features_of(content)
+    except (ValueError, IndexError) as error:
+        return Record(index, {}, place, content, f"not a tf.train.Example: {error}")
+    ids = {name: values for name, values in found.items() if values and isinstance(values[0], int)}
+    return Record(index, {n: each[0] if len(each) == 1 else each for n, each in found.items()}, place, content, ids=ids)
+
+
+def _features_of(content: bytes) -> dict[str, list[Any]]:
+    """Returns the values of each feature of a tf.train.Example: Example.features (1), whose map `feature` (1) has
+    entries of a name (1) and a Feature (2), which is a list of bytes (1), of floats (2) or of int64 (3)."""
+    found: dict[str, list[Any]] = {}
+    for features in _sub(memoryview(content), 1):
+        for entry in _sub(features, 1):
+            name = b"".join(_sub(entry, 1)).decode()
+            found[name] = []
+            for feature in _sub(entry, 2):
+                found[name] += [_text(each) for texts in _sub(feature, 1) for each in _sub(texts, 1)]
+                for floats in _sub(feature, 2):
+                    found[name] += numbers(np.frombuffer(b"".join(_sub(floats, 1, 5)), "<f4"))
+                for integers in _sub(feature, 3):
+                    packed = memoryview(b"".join(_sub(integers, 1, 0)))
+                    while packed:
+                        value, packed = _varint(packed)
+                        found[name].append(value - (value >> 63 << 64))
+    return found
+
+
+def _sub(content: memoryview, number: int, wire_type: int = 2) -> list[memoryview]:
+    """Returns the content of each field of a protobuf message that has this number: of wire type 2 (length-delimited),
+    or also `wire_type`, that of its elements where they are not packed."""
+    found = []
+    while content:
+        key, content = _varint(content)
+        kind, before = key & 7, content
+        if kind == 0:
+            _, content = _varint(content)
+            size = len(before) - len(content)
+        elif kind == 2:
+            size, before = _varint(content)
+        else:
+            size = {1: 8, 5: 4}[kind] if kind in (1, 5) else -1
+        if not 0 <= size <= len(before):
+            raise ValueError("a field is cut off, or of an unknown kind")
+        value, content = before[:size], before[size:]
+        if key >> 3 == number and kind in (2, wire_type):
+            found.append(value)
+    return found
+
+
+def _varint(content: memoryview) -> tuple[int, memoryview]:
+    """Returns the integer at the beginning, seven bits a byte, and what follows."""
+    value = 0
+    for place in range(10):
+        value |= (content[place] & 0x7F) << 7 * place
+        if content[place] < 0x80:
+            return value & 0xFFFFFFFFFFFFFFFF, content[place + 1 :]
+    raise ValueError("an integer is longer than 64 bits")
+
+
+def _text(value: memoryview) -> str | bytes:
+    try:
+        return bytes(value).decode()
+    except UnicodeDecodeError:
+        return bytes(value)
 
 
 class ReadableTask(Protocol):

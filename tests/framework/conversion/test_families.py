@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from meshway.framework.conversion.families.registry import FAMILIES, detect
 from meshway.framework.conversion.family import KINDS, read_config
+from meshway.framework.conversion.hugging_face import FAMILIES, detect
 from meshway.framework.conversion.rules import check_tensors, pieces_of
 from meshway.framework.conversion.settings import Reference
 from meshway.framework.errors import UserError

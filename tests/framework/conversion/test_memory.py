@@ -9,7 +9,7 @@ import textwrap
 import numpy as np
 import pytest
 
-from meshway.framework.conversion.families.registry import FAMILIES
+from meshway.framework.conversion.hugging_face import FAMILIES
 from meshway.framework.conversion.rules import pieces_of
 from meshway.framework.conversion.tensor_files import Spec, write_tensors
 

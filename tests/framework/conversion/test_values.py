@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from meshway.framework.conversion.families.registry import FAMILIES
+from meshway.framework.conversion.hugging_face import FAMILIES
 from meshway.framework.conversion.rules import pieces_of
 from meshway.framework.conversion.values import values_of
 from meshway.framework.errors import UserError

@@ -3,7 +3,7 @@
 import pytest
 import tiny
 
-from meshway.framework.partitioning.explain import Row
+from meshway.framework.partitioning.sharded_model import Row
 from meshway.framework.planning.collectives import Collective
 from meshway.framework.planning.communication import Setting
 from meshway.framework.planning.hlo import Array

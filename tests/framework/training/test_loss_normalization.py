@@ -7,7 +7,7 @@ from tiers import tiers
 from tiny import program
 
 from meshway.framework.errors import UserError
-from meshway.framework.training.loss_normalization import reweighted
+from meshway.framework.training.step import reweighted
 
 SEGMENTS = np.array([[1] * 5 + [2] * 3 + [3] * 8, [1] * 16, [1] * 2 + [2] * 9 + [0] * 5, [0] * 16] * 4, np.int32)
 

@@ -12,7 +12,7 @@ from running import environment
 from meshway.framework.distributed.watch import LOST_A_PEER
 from meshway.framework.errors import UserError
 from meshway.launch.cluster import job, local, supervisor
-from meshway.launch.cluster.children import Child, Children
+from meshway.launch.cluster.supervisor import Child, Children
 
 # What a process does, by attempt and place; `words` are: a folder that counts the attempts, and a script.
 SCRIPT = """
@@ -32,8 +32,8 @@ def small(monkeypatch):
     monkeypatch.setattr(job, "command", lambda words: [sys.executable, "-c", SCRIPT, *words])
     monkeypatch.setattr(supervisor, "_PAUSE_SECONDS", 0.0)
     monkeypatch.setenv("MESHWAY_HEARTBEAT_SECONDS", "0.5")
-    monkeypatch.setattr("meshway.launch.cluster.children._TERM_SECONDS", 0.3)
-    monkeypatch.setattr("meshway.launch.cluster.children._LAST_WORDS_SECONDS", 1.0)
+    monkeypatch.setattr("meshway.launch.cluster.supervisor._TERM_SECONDS", 0.3)
+    monkeypatch.setattr("meshway.launch.cluster.supervisor._LAST_WORDS_SECONDS", 1.0)
 
 
 def began(folder, process=0):

@@ -13,8 +13,8 @@ from meshway.framework.data import seqio_adapter
 from meshway.framework.data.cache import builder as cache_builder
 from meshway.framework.data.cache import fingerprint as task_fingerprint
 from meshway.framework.data.cache import workers as cache_workers
-from meshway.framework.data.cache.directory import working
 from meshway.framework.data.cache.format import CachedSplit, shard_name
+from meshway.framework.data.cache.shards import working
 from meshway.framework.data.vocabularies import load
 from meshway.framework.errors import EnvironmentFailure, UserError
 

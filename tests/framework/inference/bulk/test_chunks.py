@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from meshway.framework.errors import EnvironmentFailure, UserError
+from meshway.framework.inference.bulk.inputs import Share
 from meshway.framework.inference.bulk.store import ChunkStore, Committed
 
 JOB = {"recipe": "abc", "step": "100"}
@@ -229,7 +230,7 @@ def test_a_job_that_failed_before_its_first_chunk_leaves_nothing(tmp_path):
         store(tmp_path / name).close()
         assert not tree(tmp_path)
     chunks = store(tmp_path / "out.jsonl")
-    os.close(chunks._lock._descriptor)  # killed
+    os.close(chunks._lock._own)  # killed
     assert tree(tmp_path)
     store(tmp_path / "out.jsonl", OTHER).close()
     assert not tree(tmp_path)
@@ -382,6 +383,39 @@ def test_one_process_at_a_time(tmp_path):
         holder.kill()
         holder.communicate()
     job_of(output)
+
+
+def test_shares_work_side_by_side_and_nobody_else(tmp_path):
+    output = tmp_path / "out.jsonl"
+    digests = [f"digest {number}" for number in range(4)]
+    job_of(tmp_path / "whole.jsonl")
+    with contextlib.closing(store(output, share=Share(0, 2))) as even:
+        for options, message in (
+            ({"share": Share(0, 2)}, r"working on this output .*00000-of-00002.lock is locked"),
+            ({}, r"working on this output .*00000-of-00002.lock is locked"),
+            (
+                {"share": Share(1, 2), "job": OTHER, "overwrite": True},
+                r"as its job is another one \(step: 100 there, 200",
+            ),
+        ):
+            with pytest.raises(UserError, match=message):
+                store(output, **options)
+        with contextlib.closing(store(output, share=Share(1, 2))) as odd:
+            commit(odd, (1, 3))
+            assert odd.missing(digests) == [0, 2]
+        commit(even, (0, 2))
+        assert even.missing(digests) == [] and not even.finished
+        even.finish(4, {"checkpoint": "somewhere"})
+    assert (
+        output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not (tmp_path / "out.jsonl.parts").exists()
+    )
+    with contextlib.closing(store(output, share=Share(1, 2))) as odd:
+        assert odd.finished
+    # What shares left is completed by a process alone.
+    with contextlib.closing(store(tmp_path / "left.jsonl", share=Share(1, 2))) as odd:
+        commit(odd, (1, 3))
+    with contextlib.closing(store(tmp_path / "left.jsonl")) as whole:
+        assert list(whole.committed()) == [1, 3]
 
 
 def test_names_that_do_not_fit_are_told(tmp_path):
