@@ -23,6 +23,7 @@ from meshway.framework.data.rows.online_source import OnlineSource
 from meshway.framework.data.rows.row_counts import RowTable
 from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.data.rows.row_stream import RowStream, Source
+from meshway.framework.data.seqio_converters import adapted
 from meshway.framework.data.source import SplitRead
 from meshway.framework.data.task_data import (
     CachedTask,
@@ -92,7 +93,7 @@ class CachedData:
         self.name = mixture_or_task_name
         self.lengths = dict(lengths)
         self.batch_size = batch_size
-        self.converter = converter
+        self.converter = adapted(converter)
         self.modules = module_names(module)
         self._seed = seed
         self.train_split = train_split
@@ -144,11 +145,11 @@ class CachedData:
         opened = [self.open_task(task, self.train_split) for task in tasks]
         spec = self.converter.spec(self.lengths, self.batch_size)
         rates = {task.name: task.rate for task in tasks}
-        online = any(steps for _, _, steps in opened)
+        online = any(steps for _, _, steps in opened) or getattr(self.converter, "needs_tensorflow", False)
         if online and self._num_workers:
             raise UserError(
-                f"{self.name!r} has steps after the cache that need TensorFlow, which cannot run in worker processes: "
-                "set CachedData.num_workers to 0"
+                f"{self.name!r} has steps after the cache, or a converter, that need TensorFlow, which cannot run in "
+                "worker processes: set CachedData.num_workers to 0"
             )
         if not all(task.is_cached for task in tasks):
             periods([task.name for task in tasks], rates, self._changes)

@@ -26,6 +26,7 @@ from meshway.framework.data.rows.mixing import key_of
 from meshway.framework.data.rows.online_source import StreamedSource
 from meshway.framework.data.rows.packing import Example
 from meshway.framework.data.rows.row_stream import RowStream
+from meshway.framework.data.seqio_converters import adapted
 from meshway.framework.data.source import SplitRead
 from meshway.framework.data.task_data import check_arguments, framing_of, module_names, vocabularies_of, with_split
 from meshway.framework.data.vocabulary import Framing, Vocabulary, vocabulary_sizes
@@ -84,7 +85,7 @@ class SeqioData:
         self.name = mixture_or_task_name
         self.lengths = dict(lengths)
         self.batch_size = batch_size
-        self.converter = converter
+        self.converter = adapted(converter)
         self._modules = module_names(module)
         self._seed = seed
         self._train_split = train_split
