@@ -255,6 +255,9 @@ class BenchDataFlags:
     seconds: int | None = binds("bench.data.measure.seconds", "how long to time (default: 45)", "N")
     batches: int | None = binds("bench.data.measure.batches", "over how many batches memory is watched", "N")
     workers: int | None = binds("bench.data.measure.workers", "processes (default: one a core, 4 at most)", "N")
+    corpus_size: str | None = binds(
+        "bench.data.measure.corpus_size", "measure synthetic corpora of so many examples instead", "N,N"
+    )
     json: bool = binds("bench.data.measure.as_json", "print the results as JSON too")
 
 

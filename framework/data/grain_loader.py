@@ -158,6 +158,19 @@ class CachedData:
         stream = RowStream(self.name, sources, rates, self._changes, spec, self.batch_size, rows, self._seed)
         return stream if online or self._num_workers == 0 else WorkerStream(stream, self._num_workers)
 
+    def count_rows(self) -> dict[str, list[int]]:
+        """Counts the rows of training tasks that are packed, and keeps them beside their caches for every run.
+
+        Returns:
+          task -> rows of each pass, until they repeat; not of tasks whose rows are known only as they are read.
+        """
+        found = {}
+        for task in self._training:
+            source = self._source(task, *self.open_task(task, self.train_split))
+            if isinstance(source, RowSource):
+                found[task.name] = source.count_rounds()
+        return found
+
     def eval_tasks(self, split: str | None = None) -> list[eval_task.TaskEvaluation]:
         """Opens a split, by default `eval_split`, of each sub-task that has it; raises UserError when none has."""
         split = split or self.eval_split

@@ -166,7 +166,7 @@ class SeqioConverter:
             found = {}
             for name, info in reads.items():
                 length = lengths.get(name, max(lengths.values(), default=1))
-                shape = () if not info.shape else (max(1, length // share), *info.shape[1:])
+                shape: Any = () if not info.shape else (max(1, length // share), *info.shape[1:])
                 found[name] = np.ones(shape, info.dtype)
             return found
 
