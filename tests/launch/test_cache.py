@@ -161,7 +161,7 @@ def source_of(recipe):
 def test_processes_that_write_caches_are_told_what_the_recipe_imports(imports, monkeypatch):
     recipe, modules = imports
     found = []
-    monkeypatch.setattr(cache, "cache", lambda **given: found.append(given))
+    monkeypatch.setattr(cache, "cache", lambda **given: found.append(given) or [])
     cache.run(Invocation("cache", None, (str(recipe),)))
     assert found[0]["imported"] == modules == source_of(recipe).modules
     resolved = config.load(Invocation("inspect", "data", (str(recipe),))).resolved
