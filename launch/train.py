@@ -122,7 +122,11 @@ def train(
             stream = stack.enter_context(contextlib.closing(prefetch(dataset)))  # reads while the step compiles
             with timeline.phase("compile"), terminal.stage("compiling the training step"):
                 step = SizedSteps(
-                    program, batch_size_schedule, start, periods.last + sum(b - a + 1 for a, b in skip_batches)
+                    program,
+                    batch_size_schedule,
+                    start,
+                    periods.last + sum(b - a + 1 for a, b in skip_batches),
+                    checkpoints.first_step,
                 )
             timeline.mark("compiled", devices=program.partitioner.mesh.size)
             if restored is None:
