@@ -7,6 +7,7 @@ Run the same command again to go on where it stopped.
 
 import contextlib
 import functools
+import re
 import signal
 import sys
 import textwrap
@@ -133,7 +134,7 @@ def train(
                 state = _fresh(program, initial, start, framing, functools.partial(_say, primary))
             tasks = _tasks(data) if periods.evaluate else []
             if primary:
-                directory.describe(resolved, rows, summarize(program, rows))
+                directory.describe(_with_end(resolved, periods.last), rows, summarize(program, rows))
             progress = _progress(periods, start, primary)
             stack.callback(progress.close)
             evaluator = Evaluator(program.sharded, program.batch_size, program.lengths, tasks, evaluation)
@@ -225,6 +226,14 @@ def _counted(
     initial = None if initial is None or initial.path is None else initial
     checkpoints.first_step = continuation.first_step(initial, periods.relative, checkpoints if last else None)
     return periods.counted_from(checkpoints.first_step), initial
+
+
+def _with_end(resolved: str, last: int) -> str:
+    """Returns a resolved recipe for `config.gin`: where steps are relative, TRAIN_STEPS, which training does not read
+    then, is the step at which it ends, for whoever looks for that there."""
+    if not re.search(r"^TRAIN_STEPS_RELATIVE = \d", resolved, re.MULTILINE):
+        return resolved
+    return re.sub(r"^TRAIN_STEPS = .*$", f"TRAIN_STEPS = {last}", resolved, flags=re.MULTILINE)
 
 
 def _agree(resolved: str, start: int) -> None:

@@ -10,6 +10,7 @@ from running import lines, meshway, start, state_hash
 from tiers import tiers
 
 from meshway.framework.telemetry.timeline import read_goodput
+from meshway.launch.status import read_status
 
 ARGUMENTS = ("train", "--gin_file=t5.gin")
 
@@ -171,3 +172,4 @@ def test_a_run_counts_on_from_another_and_resumes_without_it(undisturbed, tmp_pa
     assert done.returncode == 0 and "done: step 45" in done.stdout, done.stdout + done.stderr
     found = [line["step"] for line in lines(tmp_path / "tuned" / "metrics.jsonl")]
     assert found == [30, 35, 40, 45]
+    assert read_status(tmp_path / "tuned").total == 45
