@@ -103,7 +103,7 @@ def program_of(run, *bindings):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "direct"),
-    [("scalable_orbax", True), ("scalable_orbax", False), ("momentum_native", False), ("sized_native", True)],
+    [("scalable_orbax", False), ("momentum_native", True), ("sized_native", False)],
 )
 def test_the_next_losses_are_t5x_own(runs, taken_in, kind, direct):
     """From a converted run, and from T5X's checkpoint itself, read into the shards."""
