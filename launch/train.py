@@ -7,6 +7,7 @@ Run the same command again to go on where it stopped.
 
 import contextlib
 import functools
+import re
 import signal
 import sys
 import time
@@ -126,13 +127,17 @@ def train(
             stream = stack.enter_context(contextlib.closing(prefetch(dataset)))  # reads while the step compiles
             with timeline.phase("compile"), terminal.stage("compiling the training step"):
                 step = SizedSteps(
-                    program, batch_size_schedule, start, periods.last + sum(b - a + 1 for a, b in skip_batches)
+                    program,
+                    batch_size_schedule,
+                    start,
+                    periods.last + sum(b - a + 1 for a, b in skip_batches),
+                    checkpoints.first_step,
                 )
             timeline.mark("compiled", devices=program.partitioner.mesh.size)
             begin = functools.partial(_fresh, program, initial, start, framing, functools.partial(_say, primary))
             state = restored[1] if restored else begin()
             if primary:
-                directory.describe(resolved, rows, summarize(program, rows))
+                directory.describe(_with_end(resolved, periods.last), rows, summarize(program, rows))
             progress = _progress(periods, start, primary)
             stack.callback(progress.close)
             first, say = checkpoints.first_step, progress.note
@@ -173,6 +178,14 @@ def _counted(
     initial = None if initial is None or initial.path is None else initial
     checkpoints.first_step = continuation.first_step(initial, periods.relative, checkpoints if last else None)
     return periods.counted_from(checkpoints.first_step), initial
+
+
+def _with_end(resolved: str, last: int) -> str:
+    """Returns a resolved recipe for `config.gin`: where steps are relative, TRAIN_STEPS, which training does not read
+    then, is the step at which it ends, for whoever looks for that there."""
+    if not re.search(r"^TRAIN_STEPS_RELATIVE = \d", resolved, re.MULTILINE):
+        return resolved
+    return re.sub(r"^TRAIN_STEPS = .*$", f"TRAIN_STEPS = {last}", resolved, flags=re.MULTILINE)
 
 
 def _agree(resolved: str, start: int) -> None:

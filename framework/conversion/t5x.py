@@ -32,6 +32,9 @@ _LAYER = re.compile(r"(encoder|decoder)/(?:layers_(?P<layer>\d+)|(?P<scanned>lay
 _BIAS = "relpos_bias/rel_embedding"  # of a stack, or of each of its layers (umT5, T5X's scalable examples)
 # Arguments of T5X's Adafactor that ours calls the same; beta1 is one where there is momentum.
 _ADAFACTOR = ("decay_rate", "step_offset", "clipping_threshold", "multiply_by_parameter_scale", "epsilon1", "epsilon2")
+_FACTORS = ("factors", "decay_factor", "steps_per_decay", "steps_per_cycle", "step_offset")
+_SCHEDULE = {"base_learning_rate": "LEARNING_RATE", "warmup_steps": "WARMUP_STEPS"}
+_SCHEDULE |= {name: f"schedules.t5_factors.{name}" for name in _FACTORS}
 Table = tuple[tuple[str, str, str], ...]  # T5X's name, ours, how dimensions differ
 
 _VECTOR, _MATRIX = "embed -> embed", "rows columns -> rows columns"
@@ -148,6 +151,13 @@ class T5XNetwork:
         if not kind.factored:
             return found | {"factored": False}
         return found | ({"logical_factor_rules": kind.rules} if kind.rules else {})
+
+    @staticmethod
+    def schedule(files: T5XFiles) -> Bindings:
+        """Returns the bindings of the learning rate that the `config.gin` beside a checkpoint tells, of
+        `optimizers/adafactor.gin`."""
+        bound = files.bound_to("create_learning_rate_scheduler")
+        return {ours: bound[theirs] for theirs, ours in _SCHEDULE.items() if theirs in bound}
 
     def optimizer_state(self, files: T5XFiles, shapes: Params, axes: Axes) -> OptimizerState:
         """Returns the state of `optimizers.adafactor` in a checkpoint.

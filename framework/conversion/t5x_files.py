@@ -367,14 +367,14 @@ def _zarr_spec(name: str, array: TensorSpec) -> Spec:
         "dtype": array.dtype.name,
         "kvstore": {"driver": "file", "path": f"{name.replace('/', '.')}/"},
         "metadata": {
-            "chunks": _chunks(array),
+            "chunks": chunks_of(array),
             "compressor": {"id": "gzip", "level": 1},
             "shape": list(array.shape),
         },
     }
 
 
-def _chunks(array: TensorSpec) -> list[int]:
+def chunks_of(array: TensorSpec) -> list[int]:
     """Returns the shape of chunks of at most `_CHUNK_BYTES`, which divide the array: the largest dimension is cut."""
     chunk = list(array.shape)
     while math.prod(chunk) * array.dtype.itemsize > _CHUNK_BYTES:

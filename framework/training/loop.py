@@ -25,8 +25,12 @@ Step = Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Any]]
 class SizedSteps:
     """The compiled steps of a run's batch sizes, all that are still to come: called as one of them is."""
 
-    def __init__(self, program: TrainProgram, schedule: Sequence[tuple[int, int]], start: int, end: int):
-        """Compiles those of batches `start` + 1 to `end`; raises as `TrainProgram.compile_step`."""
+    def __init__(
+        self, program: TrainProgram, schedule: Sequence[tuple[int, int]], start: int, end: int, first: int = 0
+    ):
+        """Compiles those of steps `start` + 1 to `end`, of a run whose first batch is in step `first` + 1; raises as
+        `TrainProgram.compile_step`."""
+        self._first, start, end = first, start - first, end - first
         self._sizes = sizes = BatchSizes(program.batch_size, schedule)
         wanted = [size for size in sizes.after(start) if any(sizes.at(n) == size for n in _ends(sizes, start, end))]
         self._programs = {size: program.of_size(size) for size in wanted}
@@ -43,7 +47,7 @@ class SizedSteps:
 
     def flops(self, step: int) -> float:
         """Returns the model FLOPs of a step."""
-        return self._programs[self._sizes.at(step)].flops
+        return self._programs[self._sizes.at(step - self._first)].flops
 
     def planned(self) -> str:
         """Returns what memory the step of the largest batch needs, for people."""
