@@ -40,6 +40,7 @@ def convert(
     max_shard_size: str | None = None,
     ignore_fields: str = "",
     vocabulary: str | None = None,
+    averaged: bool = False,
 ) -> None:
     """Converts a Hugging Face directory to a run directory, or a run's checkpoint to a Hugging Face directory.
 
@@ -52,6 +53,7 @@ def convert(
       max_shard_size: of one safetensors file, as '800MB'; None for 5GB.
       ignore_fields: fields of config.json, 'a,b', that change nothing of what the model computes.
       vocabulary: a SentencePiece model for T5X's checkpoints, which keep none; T5's 100 sentinels go above it.
+      averaged: whether to write out the averages of parameters that the run kept (EMA_DECAY).
 
     Raises:
       UserError: anything that does not fit; nothing is left behind then.
@@ -63,7 +65,7 @@ def convert(
     if not origin.exists():
         raise UserError(f"--from={source}: there is no such directory")
     wanted = _dtype(dtype)
-    run = convert_out.find_run(origin, step)
+    run = convert_out.find_run(origin, step, averaged)
     is_t5x = run is None and t5x_files.is_run(origin)
     if run is None and not is_t5x and not hugging_face.is_model(origin):
         raise UserError(
@@ -78,6 +80,8 @@ def convert(
         )
     if vocabulary is not None and not is_t5x:
         raise UserError("--vocabulary is for T5X's checkpoints: other directories hold their own")
+    if averaged and run is None:
+        raise UserError("--averaged is about a run that kept averages, and --from is to be taken in")
     if max_shard_size is not None and run is None:
         raise UserError("--max_shard_size is about files to write out, and --from is to be taken in")
     with fresh_directory(goal) as folder:

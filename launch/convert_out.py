@@ -32,11 +32,13 @@ class Run:
       root: the run directory.
       checkpoints: its folder of checkpoints.
       step: which one.
+      averaged: whether averages of parameters are meant, where it has them.
     """
 
     root: Path
     checkpoints: Path
     step: int
+    averaged: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +56,10 @@ class Origin:
     config: Mapping[str, Any]
 
 
-def find_run(path: Path, step: int | None) -> Run | None:
+def find_run(path: Path, step: int | None, averaged: bool = False) -> Run | None:
     """Returns the checkpoint that --from means, None where it means none; raises as `find_checkpoint` does."""
     found = find_checkpoint(path, step, "--from")
-    return None if found is None else Run(found[0].parent, *found)
+    return None if found is None else Run(found[0].parent, *found, averaged)
 
 
 def to_hugging_face(
@@ -77,11 +79,12 @@ def to_hugging_face(
       UserError: the model is of no family, or its recipe computes something that its config.json cannot express.
     """
     max_bytes = size_in_bytes(max_shard_size)
-    saved = Checkpoints(run.checkpoints, read_only=True).recipe(run.step)
+    checkpoints = Checkpoints(run.checkpoints, read_only=True)
+    saved, averages = checkpoints.recipe(run.step), checkpoints.averages(run.step) if run.averaged else ()
     bindings = recipe_bindings.bindings_of(saved["gin"], f"the recipe of {run.root}")
     origin = _origin(run, bindings)
     found = _family(family, origin, run)
-    stored = StoredParams(run.checkpoints / str(run.step) / "state", saved["schema"])
+    stored = StoredParams(run.checkpoints / str(run.step) / "state", saved["schema"], averages)
     base = origin.notes["base"] if origin else found.bases[0]
     pieces = pieces_of(found.rules, base, stored.shapes)
     specs = {piece.theirs: stored.spec(piece, dtype) for piece in pieces}

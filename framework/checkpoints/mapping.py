@@ -46,6 +46,8 @@ class Initial:
     logits ...) keep the entries that they have, bit for bit, and new ones are the 'mean' of those or stay 'fresh'.
     'shrink' drops those beyond the model's vocabulary. With None another size is an error.
 
+    `averaged` takes the averages of parameters that the run kept (EMA_DECAY) instead of them.
+
     Two more let a mixture of experts start from a dense model (sparse upcycling, Komatsuzaki et al. 2022, section 2):
 
     - `by_depth`: a stack whose pattern of blocks is n times as long as the checkpoint's takes layers by depth: block j
@@ -60,6 +62,7 @@ class Initial:
     by_depth: bool = False
     repeat_along: Sequence[str] = ()
     resize: str | None = None
+    averaged: bool = False
 
     def __post_init__(self) -> None:
         local_path(self.path)  # checked now: parameters are first read after the step was compiled
@@ -142,7 +145,10 @@ class Initial:
             return self._hugging_face(directory)
         found = find_checkpoint(directory, self.step, "Initial.path")
         if found is not None:
-            return Checkpoints(found[0], read_only=True), found[1]
+            checkpoints = Checkpoints(found[0], read_only=True, averaged=self.averaged)
+            if self.averaged:
+                checkpoints.averages(found[1])  # raises now where there are none
+            return checkpoints, found[1]
         if t5x_files.is_run(directory):
             return self._t5x(directory)
         raise UserError(

@@ -1,7 +1,7 @@
 """Checkpoints read and written parameter by parameter, never in memory as a whole."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,13 @@ _MOST_CACHE_BYTES = 4 * 2**30
 class StoredParams:
     """What a checkpoint's `state` holds under "params", opened and not read."""
 
-    def __init__(self, state: Path, schema: Schema):
-        """Raises DamagedCheckpoint: a parameter that the checkpoint's own list names is not there."""
-        self._state = state
+    def __init__(self, state: Path, schema: Schema, averages: Collection[str] = ()):
+        """Opens each parameter, or its average where it is among `averages`.
+
+        Raises:
+          DamagedCheckpoint: a parameter that the checkpoint's own list names is not there.
+        """
+        self._state, self._averages = state, averages
         names = [name.removeprefix("params/") for name in schema if name.startswith("params/")]
         self._arrays = {name: self._open(name, tensorstore.Context()) for name in names}
         # A stack that was saved from few devices lies in chunks of many layers: one is kept while its layers are read.
@@ -61,7 +65,7 @@ class StoredParams:
         return piece.form.to_theirs(value, piece.sizes).astype(self.spec(piece, dtype).dtype, copy=False)
 
     def _open(self, name: str, context: tensorstore.Context) -> tensorstore.TensorStore:
-        key = ".".join(["params", *name.split("/")])
+        key = ".".join(["average" if name in self._averages else "params", *name.split("/")])
         base = {"driver": "file", "path": f"{self._state.absolute()}/"}
         spec: dict[str, Any] = {
             "driver": "zarr3",
