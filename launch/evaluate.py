@@ -59,6 +59,7 @@ def evaluate(
     max_predictions: int | None = None,
     again: bool = False,
     finished: bool = False,
+    averaged: bool = False,
     fingerprint: str = "",
 ) -> int:
     """Evaluates checkpoints in `model_dir`, and writes `eval/<task>.jsonl`, TensorBoard's events and `report.html`.
@@ -77,6 +78,7 @@ def evaluate(
       max_predictions: of each task; None predicts and scores all examples.
       again: whether to evaluate what has been evaluated.
       finished: whether to refuse a run whose checkpoint of step `train_steps` is not there.
+      averaged: whether to evaluate the averages of parameters that the run kept (EMA_DECAY).
       fingerprint: of what is evaluated: a step that has records of the same one is passed over.
 
     Returns:
@@ -122,7 +124,9 @@ def evaluate(
         )
         skip_removed = (watch or not listed) and not finished  # which one before the last does not tell
         abstract = sharded.abstract_params
-        job = EvaluationJob(directory, evaluator, abstract, queue, records, fingerprint, split, display, skip_removed)
+        job = EvaluationJob(
+            directory, evaluator, abstract, queue, records, fingerprint, split, display, skip_removed, averaged
+        )
         count = job.run()
         _say_goodbye(directory, queue, count, display)
     return count
