@@ -52,23 +52,23 @@ def measure(data: CachedData, sizes: Sequence[int]) -> list[dict[str, Any]]:
     found = []
     for size in sizes:
         with tempfile.TemporaryDirectory(prefix="meshway-corpus-") as directory:
-            write(Path(directory) / NAME, size, data.converter, data.lengths)
+            count = write(Path(directory) / NAME, size, data.converter, data.lengths)
             given = (data.lengths, data.batch_size, data.converter, directory)
             rows = _in_fresh_process(_count, given)
             last = int(rows["rows"]) // data.batch_size - 1  # the last whole batch of the first pass
             batches = {name: last * number + (number > 1) for name, number in _TO.items()}
             figures = {name: _in_fresh_process(_go, given, batch) for name, batch in batches.items()}
-        found.append({"examples": size, "rows": rows, "figures": figures})
+        found.append({"examples": count, "rows": rows, "figures": figures})
     print(format_table(found, data))
     return found
 
 
-def write(task_directory: Path, count: int, converter: Converter, lengths: Mapping[str, int]) -> None:
-    """Writes the cache of a synthetic task in `task_directory`, its split `train` with `count` examples."""
+def write(task_directory: Path, count: int, converter: Converter, lengths: Mapping[str, int]) -> int:
+    """Writes the cache of a synthetic task, its split `train` with about `count` examples; returns how many."""
     # Of text, a converter that makes pairs of it reads the targets alone.
     names = ["targets"] if isinstance(converter, WindowedTextConverter) else list(converter.task_features)
-    vocabulary = Bytes()
-    feature = FeatureInfo("int32", (None,), VocabularyInfo(vocabulary.size, vocabulary.eos_id))
+    vocabulary = Bytes(100)
+    feature = FeatureInfo("int32", (None,), VocabularyInfo(vocabulary.size, vocabulary.eos_id, vocabulary.extra_ids))
     features = dict.fromkeys(names, feature)
     split, work = task_directory / "train", task_directory / "work"
     for path in (split, work, task_directory / "vocabularies"):
@@ -90,11 +90,13 @@ def write(task_directory: Path, count: int, converter: Converter, lengths: Mappi
         ({name: np.full(columns[name][at], _ID, np.int32) for name in names} for at in range(shard)),
         *(features, split, 0, 1, NAME, [], work),
     )
-    whole = max(1, count // shard)
-    for number in range(whole):
-        os.link(split / cache_format.shard_name(0, 1), split / cache_format.shard_name(number, whole))
-    (split / cache_format.shard_name(0, 1)).unlink() if whole > 1 else None
+    whole = count // shard
+    if whole > 1:
+        for number in range(whole):
+            os.link(split / cache_format.shard_name(0, 1), split / cache_format.shard_name(number, whole))
+        (split / cache_format.shard_name(0, 1)).unlink()
     write_index(split, [made] * whole, NAME, work)
+    return whole * shard
 
 
 def _open(given: tuple[Mapping[str, int], int, Converter, str]) -> RowStream:
