@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from meshway.framework.errors import UserError
 from meshway.framework.evaluation.records import Records
 from meshway.framework.files import Holder, holder_of, local_path
-from meshway.framework.telemetry.goodput import Goodput, goodput, in_one_line, read_goodput
+from meshway.framework.telemetry.timeline import Goodput, goodput, in_one_line, read_goodput
 from meshway.framework.terminal import format_duration
 
 if TYPE_CHECKING:

@@ -10,8 +10,7 @@ from jax.sharding import NamedSharding
 
 from meshway.framework.axes import sharded_by
 from meshway.framework.interfaces import Model
-from meshway.framework.partitioning.activations import Activations
-from meshway.framework.partitioning.partitioner import Partitioner, path_name
+from meshway.framework.partitioning.partitioner import Activations, Partitioner, path_name
 from meshway.framework.planning.communication import Setting
 from meshway.framework.planning.products import Uses, Weight, find_uses
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from meshway.framework.axes import sharded_by
-from meshway.framework.partitioning.activations import Activations
+from meshway.framework.partitioning.partitioner import Activations
 from meshway.framework.partitioning.sharded_model import Row
 from meshway.framework.planning.collectives import Collective
 from meshway.framework.planning.communication import ACTIVATIONS, WEIGHTS, Setting, minimum

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from meshway.framework.report.plots import Points
-from meshway.framework.telemetry.goodput import Goodput, goodput
-from meshway.framework.telemetry.timeline import parse_line
+from meshway.framework.telemetry.timeline import Goodput, goodput, parse_line
 
 
 @dataclasses.dataclass

@@ -146,7 +146,7 @@ def _checked(invocation: Invocation) -> "Recipe | None":
         if isinstance(directory := recipe.macro("MODEL_DIR"), str):
             check_model_dir(directory, invocation.place)
         if command.verb == "train" and isinstance(invocation.place, Renderer):  # others say so at once
-            from meshway.launch.cluster.checked import check_training
+            from meshway.launch.dry_run import check_training
 
             for line in check_training(recipe, invocation.place.chips):
                 print(f"meshway: note: {line}", file=sys.stderr)

@@ -8,7 +8,7 @@ import pytest
 from running import lines, meshway, start, state_hash
 from tiers import tiers
 
-from meshway.framework.telemetry.goodput import read_goodput
+from meshway.framework.telemetry.timeline import read_goodput
 
 ARGUMENTS = ("train", "--gin_file=t5.gin")
 

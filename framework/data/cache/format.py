@@ -15,7 +15,8 @@ A record holds the features in the order of info.json: for each its dimensions (
 
 info.json: format, task; fingerprint, parts (fingerprint.py); features (as in records) and declared (after all
 steps), each `features_to_json`; cut: cached and online (names of steps), online_from, reason
-(seqio_steps.DividedSteps); online (rows/examples.py); vocabularies: kind, text, fingerprint by feature.
+(seqio_steps.DividedSteps); online (rows/examples.py); vocabularies: kind, text, fingerprint by feature; seqio_cache,
+where a cache of seqio's was imported: directory, infos and stats by split.
 index.json: format, fingerprint, bad_examples, shards: examples, bytes, crc32.
 stats.json: task, fingerprint, splits: examples, bytes, bad_examples, features: tokens, min, max, mean, histogram.
 """
@@ -292,7 +293,7 @@ def _read_sizes(column: np.ndarray, start: int, stop: int) -> np.ndarray:
     if not isinstance(column, np.memmap) or column.filename is None:
         return column[start:stop]
     offset = column.offset + start * column.itemsize
-    return np.fromfile(column.filename, column.dtype, max(0, stop - start), offset=offset)
+    return np.fromfile(str(column.filename), column.dtype, max(0, stop - start), offset=offset)
 
 
 def _gather(column: np.ndarray, which: np.ndarray) -> np.ndarray:

@@ -67,6 +67,29 @@ class Shard:
         return Shard(**entry | {"sizes": sizes})
 
 
+@dataclasses.dataclass(frozen=True)
+class BuiltSplit:
+    """One split as it is now on disk.
+
+    Attributes:
+      task: its task.
+      split: its name.
+      examples: how many.
+      tokens: feature -> tokens of all examples.
+      bytes: of all shards.
+      bad: one line for each source example left out.
+      seconds: from the first shard's start to the last one's end; 0 if no shard had to be built.
+    """
+
+    task: str
+    split: str
+    examples: int
+    tokens: dict[str, int]
+    bytes: int
+    bad: list[str]
+    seconds: float
+
+
 def side_path(split_directory: Path, shard: int, num_shards: int) -> Path:
     """Returns the path of the file beside a shard."""
     return (split_directory / shard_name(shard, num_shards)).with_suffix(".json")

@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshway.framework.telemetry.goodput import KINDS, Goodput, goodput, in_one_line
-from meshway.framework.telemetry.timeline import PHASES
+from meshway.framework.telemetry.timeline import KINDS, PHASES, Goodput, goodput, in_one_line
 
 
 def line(began: float, start_step: int, step: int, event: str = "report", **seconds: Any) -> dict[str, Any]:

@@ -9,8 +9,7 @@ import pytest
 
 from meshway.framework.errors import UserError
 from meshway.framework.telemetry import timeline
-from meshway.framework.telemetry.goodput import read_goodput
-from meshway.framework.telemetry.timeline import PHASES, Timeline, parse_line, process_began
+from meshway.framework.telemetry.timeline import PHASES, Timeline, parse_line, process_began, read_goodput
 
 
 class Clock:
