@@ -38,19 +38,23 @@ _PASS = 5  # the pass into which one figure seeks, from 1
 _TO = {"first batch": 0, "end of a pass": 1, "fifth pass": _PASS}
 
 
-def measure(data: CachedData, sizes: Sequence[int]) -> list[dict[str, Any]]:
+def measure(data: CachedData, sizes: str | int, as_json: bool = False) -> dict[str, Any]:
     """Makes corpora of these sizes one after the other, measures each, and prints a table of all.
 
     Args:
       data: the recipe's; its converter and lengths are those of the corpora.
-      sizes: how many examples.
+      sizes: how many examples, as '1000000,50000000'.
+      as_json: print everything as JSON too, on one line that begins with RESULT.
 
     Returns:
-      what was measured of each: examples; rows, seconds and MiB of counting the rows of a pass; and by figure of `_TO`
-      the batch, seconds to open, seconds in all, and MiB.
+      `corpora`, a list: examples; rows, seconds and MiB of counting the rows of a pass; and by figure of `_TO` the
+      batch, seconds to open, seconds in all, and MiB.
+
+    Raises:
+      UserError: a size is no number above 0.
     """
     found = []
-    for size in sizes:
+    for size in _numbers(sizes):
         with tempfile.TemporaryDirectory(prefix="meshway-corpus-") as directory:
             count = write(Path(directory) / NAME, size, data.converter, data.lengths)
             given = (data.lengths, data.batch_size, data.converter, directory)
@@ -60,7 +64,18 @@ def measure(data: CachedData, sizes: Sequence[int]) -> list[dict[str, Any]]:
             figures = {name: _in_fresh_process(_go, given, batch) for name, batch in batches.items()}
         found.append({"examples": count, "rows": rows, "figures": figures})
     print(format_table(found, data))
-    return found
+    if as_json:
+        print(f"\nRESULT {json.dumps({'corpora': found})}", flush=True)
+    return {"corpora": found}
+
+
+def _numbers(text: str | int) -> list[int]:
+    parts = str(text).replace("_", "").split(",")
+    if not all(part.strip().isdigit() and int(part) for part in parts):
+        raise UserError(
+            f"bench.data.measure.corpus_size must be numbers of examples, such as 1000000,50000000, not {text!r}"
+        )
+    return [int(part) for part in parts]
 
 
 def write(task_directory: Path, count: int, converter: Converter, lengths: Mapping[str, int]) -> int:

@@ -172,10 +172,7 @@ class Bench:
         if self._with_seqio and leaf.twin:
             name = f"pack {leaf.name}: seqio"
             lengths = leaf.objective.row_lengths
-            self._add_twin(
-                ours.name,
-                lambda: stages.SeqioPacking(name, ours.converted, lengths, self.data.batch_size),
-            )
+            self._add_twin(ours.name, lambda: stages.SeqioPacking(name, ours.converted, lengths, self.data.batch_size))
 
     def _add_loaders(self) -> None:
         name = self.data.name
@@ -257,8 +254,7 @@ def measure(
       workers: the loader is timed with 1, 2, ... so many processes; None for one a core, 4 at most.
       as_json: print everything as JSON too, on one line that begins with RESULT.
       imported: modules that the recipe itself imports, which may register tasks.
-      corpus_size: examples of synthetic corpora under the recipe's converter and lengths, as '1000000,50000000', which
-        are measured instead of the recipe's own.
+      corpus_size: `sizes` of `corpus.measure`, which is then called instead.
 
     Returns:
       what was printed, as JSON holds it.
@@ -276,11 +272,7 @@ def measure(
         return made
 
     if corpus_size is not None:
-        _say("making synthetic corpora in a temporary directory")
-        corpora = {"corpora": corpus.measure(make(num_workers=0), _sizes_of(corpus_size))}
-        if as_json:
-            print(f"\nRESULT {json.dumps(corpora)}", flush=True)
-        return corpora
+        return corpus.measure(make(num_workers=0), corpus_size, as_json)
     bench = Bench(make, seconds, min(cores, 4) if workers is None else workers, cores)
     _say(f"watching memory while {bench.data.name} is read")
     memory = bench.measure_memory(batches)
@@ -306,16 +298,6 @@ def measure(
     if as_json:
         print(f"\nRESULT {json.dumps(found)}", flush=True)
     return found
-
-
-def _sizes_of(text: str | int) -> list[int]:
-    """Returns the numbers of a text such as '1000000,50000000'."""
-    parts = str(text).replace("_", "").split(",")
-    if not all(part.strip().isdigit() and int(part) for part in parts):
-        raise UserError(
-            f"bench.data.measure.corpus_size must be numbers of examples, such as 1000000,50000000, not {text!r}"
-        )
-    return [int(part) for part in parts]
 
 
 def _timed(bench: Bench) -> dict[str, list[Sample]]:
