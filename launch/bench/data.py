@@ -16,7 +16,6 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from meshway.framework.data import seqio_adapter
-from meshway.framework.data.cache import builder as cache_builder
 from meshway.framework.data.features import EncoderDecoder, LanguageModel
 from meshway.framework.data.grain_loader import CachedData
 from meshway.framework.data.objective import FeatureInfo, Objective, TaskInfo, VocabularyInfo
@@ -107,20 +105,6 @@ class Bench:
             self._add_packing(_mix(lengths))
         self._add_loaders()
         self.stages.append(Seeking(lambda: self._stream(self.data.name, 0), _SEEK))
-
-    def build_cache(self) -> Sample:
-        """Builds the training splits of all tasks once more, in a temporary directory."""
-        with tempfile.TemporaryDirectory(prefix="meshway-bench-") as directory:
-            begin = time.perf_counter()
-            splits = [self.data.train_split]
-            built = cache_builder.build([self.data.name], self.data.modules, directory, splits=splits, progress=False)
-            passed = time.perf_counter() - begin
-        counts = {
-            "examples": sum(one.examples for one in built),
-            "tokens": sum(sum(one.tokens.values()) for one in built),
-            "megabytes": sum(one.bytes for one in built) / 1e6,
-        }
-        return Sample(passed, counts)
 
     def measure_memory(self, batches: int | None) -> dict[str, float]:
         """Reads batches as training does; returns how many, and MiB resident at the start and along the way.
@@ -279,7 +263,8 @@ def measure(
     cached: dict[str, dict[str, Any]] = {}
     if seqio_adapter.installed():
         _say("building the cache once more, in a temporary directory")
-        cached["cache"] = summary([bench.build_cache()])
+        cached = {name: summary([sample]) for name, sample in corpus.caching(bench.data).items()}
+        bench.pairs.append(("cache", "cache: seqio"))
     samples = _timed(bench)
     timed = cached | {name: summary(taken) for name, taken in samples.items()}
     ratios = [{"ours": ours, "seqio": theirs, "ratio": _ratio(timed, ours, theirs)} for ours, theirs in bench.pairs]

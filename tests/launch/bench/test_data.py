@@ -41,7 +41,7 @@ def test_a_run_measures_every_stage_and_prints_it(make_data, capsys):
     tasks = ("kept_plain", "log-normal 32/16")
     ours |= {f"{stage} {name}" for name in tasks for stage in ("plan", "pack")}
     theirs = {f"pack {name}: seqio" for name in tasks}
-    theirs |= {f"load kept_plain: seqio, {source}" for source in ("its source", "from memory")}
+    theirs |= {f"load kept_plain: seqio, {source}" for source in ("its source", "from memory")} | {"cache: seqio"}
     assert found["stages"].keys() == ours | theirs and found["notes"] == []
     assert {entry["seqio"] for entry in found["ratios"]} == theirs
     assert all(stage["tokens/s"] > 0 for name, stage in found["stages"].items() if name != "seek")
