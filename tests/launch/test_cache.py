@@ -88,6 +88,15 @@ def test_a_recipes_task_is_cached(tmp_path, capsys, recipe):
     assert name in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_rows_of_a_recipe_s_large_tasks_are_counted(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cache, "PARALLEL", 0)
+    assert cli.main(["cache", "--gin_file=t5.gin", "--num_shards=1"]) == 0
+    assert "task 'lab_halves': " in (printed := capsys.readouterr().out) and "rows a pass; kept" in printed
+    assert cli.main(["cache", "--gin_file=t5.gin", "--gin.TASK_FEATURE_LENGTHS={'inputs': 9}"]) == 0
+    assert "rows are not counted yet, the first run will: " in capsys.readouterr().out
+
+
 def test_bad_examples_and_empty_splits_are_reported(monkeypatch, capsys):
     bad = ["task 'a', split 'train', example 3 of shard 0 of 8: ValueError: no"]
     built = [
