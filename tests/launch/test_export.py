@@ -39,7 +39,7 @@ def documented() -> str:
 
 def test_the_documented_lines_predict_without_meshway_what_infer_does(run, tmp_path):
     """Lowered for machines that are not there, too."""
-    folder = tmp_path / "exported"
+    folder = tmp_path / "programs"
     words = ("--platforms=cpu,tpu,cuda", "--modes=predict", "--max_input_length=16", "--max_new_tokens=6")
     assert export(f"--model_dir={run}", f"--output={folder}", *words) == 0
     manifest = json.loads((folder / "manifest.json").read_text())
