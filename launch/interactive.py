@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from meshway.framework.checkpoints import continuation
 from meshway.framework.checkpoints.manager import Checkpoints, find_checkpoint
 from meshway.framework.checkpoints.mapping import Initial
 from meshway.framework.data import vocabularies as saved_vocabularies
@@ -110,7 +111,7 @@ class InteractiveModel:
         check_vocabularies(self.program, self._vocabularies)
         self.state = _restored(self.program, *found) if found else _fresh(self.program, initial)
         self._decoder, self._seed = decoder, seed
-        self._evaluated = _Current()
+        self._evaluated = _Current(self.program.batch_size, self.program.lengths)
 
     @property
     def step(self) -> int:
@@ -227,7 +228,7 @@ class InteractiveModel:
         program = self.program
         settings = Evaluation(max_predictions=None, num_samples=0, decoder=self._decoder)
         tasks: Any = [self._evaluated]
-        return Evaluator(program.sharded, program.batch_size, program.lengths, tasks, settings)
+        return Evaluator(program.sharded, tasks, settings)
 
     def _at_hand(self) -> Predictor:
         self._predictor.use(self.state.params)
@@ -294,7 +295,9 @@ class InteractiveModel:
 class _Current:
     """Stands for the examples that are evaluated just now, as a task of an `Evaluator`."""
 
-    task: Any = SimpleNamespace(name=_NAME, has_metrics=False, has_score_metrics=False)
+    def __init__(self, batch_size: int, lengths: Mapping[str, int]):
+        nothing = {"has_metrics": False, "has_score_metrics": False, "left_out": ()}
+        self.task: Any = SimpleNamespace(name=_NAME, batch_size=batch_size, lengths=lengths, **nothing)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.task, name)
@@ -329,7 +332,11 @@ def _vocabularies(
 
 def _fresh(program: TrainProgram, initial: Initial | None) -> TrainState:
     state = program.init()
-    return state if initial is None else dataclasses.replace(state, params=initial.restore(state.params, program.axes))
+    if initial is None or initial.path is None:
+        return state
+    first = continuation.first_step(initial)
+    begun = continuation.begin(initial, state, program.axes, first)
+    return program.with_params(begun, begun.params)
 
 
 def _restored(program: TrainProgram, folder: Path, step: int) -> TrainState:
@@ -338,7 +345,7 @@ def _restored(program: TrainProgram, folder: Path, step: int) -> TrainState:
     if any(name.startswith("opt_state/") for name in checkpoints.recipe(step)["schema"]):
         return checkpoints.restore(step, program.abstract_state)[0]
     state = program.init()
-    return dataclasses.replace(state, params=checkpoints.load_params(step, program.sharded.abstract_params))
+    return program.with_params(state, checkpoints.load_params(step, program.sharded.abstract_params))
 
 
 def _as_task(

@@ -223,7 +223,9 @@ class ConvertFlags:
     to: str | None = binds(
         "convert.convert.target", "the directory to make: a run directory, or a Hugging Face one", "DIR"
     )
-    family: str | None = binds("convert.convert.family", "what the model is (default: as in config.json)", "FAMILY")
+    family: str | None = binds(
+        "convert.convert.family", "what the model is (default: as in config.json); t5x writes a run for T5X", "FAMILY"
+    )
     dtype: Literal["float32", "bfloat16", "float16", "keep"] | None = binds(
         "convert.convert.dtype", "float32, bfloat16, float16 or keep (default: keep)", "DTYPE"
     )
@@ -231,6 +233,9 @@ class ConvertFlags:
     max_shard_size: str | None = binds("convert.convert.max_shard_size", "of a safetensors file (default: 5GB)", "SIZE")
     vocabulary: str | None = binds(
         "convert.convert.vocabulary", "the SentencePiece model of a T5X checkpoint's task", "FILE"
+    )
+    optimizer_state: bool = binds(
+        "convert.convert.optimizer_state", "with a T5X checkpoint, in or out, its Adafactor's state too"
     )
     ignore_fields: str | None = binds(
         "convert.convert.ignore_fields", "of config.json, that change nothing (a,b)", "FIELDS"
@@ -250,6 +255,9 @@ class BenchDataFlags:
     seconds: int | None = binds("bench.data.measure.seconds", "how long to time (default: 45)", "N")
     batches: int | None = binds("bench.data.measure.batches", "over how many batches memory is watched", "N")
     workers: int | None = binds("bench.data.measure.workers", "processes (default: one a core, 4 at most)", "N")
+    corpus_size: str | None = binds(
+        "bench.data.measure.corpus_size", "measure synthetic corpora of so many examples instead", "N,N"
+    )
     json: bool = binds("bench.data.measure.as_json", "print the results as JSON too")
 
 

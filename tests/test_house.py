@@ -15,6 +15,7 @@ HEAVY = {"tensorflow", "seqio", "tensorflow_datasets", "tensorflow_text", "t5", 
 DOORS = {
     "framework/data/seqio_adapter.py",
     "framework/data/seqio_caches.py",
+    "framework/data/seqio_converters.py",
     "framework/data/seqio_loader.py",
     "framework/data/seqio_steps.py",
     "launch/bench/stages.py",  # runs seqio beside us, to time both

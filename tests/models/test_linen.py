@@ -1,15 +1,12 @@
 """A user's own flax.linen module, and a model written for T5X, train as their own loops would, on any layout."""
 
-import importlib.util
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax.core import meta
-from tiny import greedy
+from tiny import greedy, loaded
 
 from meshway.framework.errors import UserError
 from meshway.framework.optimizers.optimizers import Optimizer
@@ -19,16 +16,12 @@ from meshway.framework.training.program import TrainProgram
 from meshway.models.linen import Linen
 from meshway.models.t5x_model import T5XModel, T5XTransformer
 
-LAB = Path(__file__).parent.parent / "lab/models/linen_lm.py"
 LENGTHS = {"targets": 12}
 VOCAB = 32
 
 
 def lab():
-    spec = importlib.util.spec_from_file_location("linen_lm", LAB)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded("models/linen_lm.py")
 
 
 def layout(where, *shared):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiers import tiers
-from tiny import FAMILIES, losses, program
+from tiny import FAMILIES, Descent, Quadratic, losses, program
 
 from meshway.framework.errors import UserError
 from meshway.framework.training.program import TrainProgram
@@ -135,24 +135,6 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
         np.any(a != b)
         for a, b in zip(jax.tree.leaves(before.params), jax.tree.leaves(jax.device_get(state.params)), strict=True)
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Quadratic:
-    """loss(w) = sum over rows of (row . w)^2 / 2: gradients are known in closed form."""
-
-    def loss(self, params, batch, rng):
-        loss = 0.5 * jnp.sum((batch["rows"] @ params["w"]) ** 2)
-        weight = jnp.asarray(batch["rows"].shape[0], jnp.float32)
-        return loss, weight, {}
-
-
-class Descent:
-    """w <- w - g, with the interface of a bound optimizer."""
-
-    def update(self, gradients, state, params):
-        norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradients)))
-        return jax.tree.map(lambda p, g: p - g, params, gradients), state, {"grad_norm": norm}
 
 
 class DecodeState(Quadratic):
