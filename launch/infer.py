@@ -34,6 +34,7 @@ from meshway.framework.inference.predictor import RecipeModel, Session, open_ses
 from meshway.framework.inference.rows import doubling
 from meshway.framework.interfaces import Model
 from meshway.framework.partitioning.partitioner import Layout
+from meshway.framework.terminal import count_of
 from meshway.launch.evaluate import split_tasks
 from meshway.launch.infer_flags import by_flag, refuse_idle
 
@@ -206,6 +207,8 @@ def _answer(source: Source, reader: Reader, work: Work, batch_size: int) -> dict
     examples, problems = reader.read(list(source.records()))
     if problems:
         raise UserError("\n  ".join(problems))
+    if processes.is_primary():
+        _say_truncated(sum(example.truncated for example in examples))
     found: dict[int, dict[str, Any]] = {}
     for places, done in compute(work, examples, batch_size):
         found |= dict(zip(places, done.rows, strict=True))
@@ -319,11 +322,17 @@ def _say(counts: Mapping[str, Any], output: Output) -> None:
         f"{counts['programs']} programs compiled",
         file=sys.stderr,
     )
+    _say_truncated(counts["truncated"])
     for line in left_out[:20]:
         print(f"left out: {line}", file=sys.stderr)
     if len(left_out) > 20:
         print(f"left out: and {len(left_out) - 20:,} more, listed in the summary", file=sys.stderr)
     print(f"written: {output.where}", file=sys.stderr)
+
+
+def _say_truncated(count: int) -> None:
+    if count:
+        print(f"truncated: the inputs of {count_of(count, 'example')}, which were too long", file=sys.stderr)
 
 
 def run(invocation: "Invocation") -> None:

@@ -123,6 +123,7 @@ class Job:
             )
         rows, counts = self._rows(examples)
         counts |= {"examples": len(examples), "skipped": len(problems), "seconds": time.monotonic() - began}
+        counts["truncated"] = sum(each.truncated for each in examples)
         if self._store is not None:
             self._store.commit(number, rows, digest, counts, problems)
         for problem in problems:
@@ -157,6 +158,7 @@ def summary(store: ChunkStore) -> dict[str, Any]:
     return {
         "examples": int(counts["examples"]),
         "skipped": int(counts["skipped"]),
+        "truncated": int(counts["truncated"]),
         "read_tokens": int(counts["read_tokens"]),
         "made_tokens": int(counts["made_tokens"]),
         "padding": round(counts["padded_tokens"] / places, 4) if places else 0.0,
