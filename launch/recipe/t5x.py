@@ -70,12 +70,11 @@ def answers(statements: Sequence[Statement]) -> list[str]:
 def _run_before_model(statements: Sequence[Statement]) -> Include | None:
     """Returns T5X's run file (pretrain.gin, finetune.gin) where a model is included after it; None where the order is
     ours: T5X's model files leave DROPOUT_RATE open, here they have values that what follows changes."""
-    run = None
+    run: Include | None = None
     for each in statements:
-        answer = includes(each.file) if isinstance(each, Include) else ""
-        if "recipes/" in answer:
+        if isinstance(each, Include) and "recipes/" in includes(each.file):
             run = each
-        elif "models/" in answer:
+        elif isinstance(each, Include) and "models/" in includes(each.file):
             return run
     return None
 

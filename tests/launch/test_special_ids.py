@@ -192,7 +192,7 @@ def test_texts_end_with_the_eos_of_the_tokenizers_files_and_predictions_there_to
 
 def test_inputs_that_are_to_end_in_an_eos_that_is_none_are_refused(tmp_path):
     RunDirectory(tmp_path).save_vocabularies({"targets": Opaque("endless", 400)})
-    with pytest.raises(UserError, match="append_eos: inputs cannot end with EOS, as .*endless of .* has none"):
+    with pytest.raises(UserError, match="append_eos: inputs cannot end with EOS, as the run's .*endless has none"):
         load_text(tmp_path, has_encoder=False, append_eos=True)
 
 
