@@ -9,7 +9,6 @@ import contextlib
 import functools
 import signal
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,15 +20,15 @@ from meshway.framework.checkpoints import continuation
 from meshway.framework.checkpoints.manager import Checkpoints, DamagedCheckpoint, Keep
 from meshway.framework.checkpoints.mapping import Initial
 from meshway.framework.data.prefetch import prefetch
-from meshway.framework.data.source import DataSource, EvalTask
+from meshway.framework.data.source import DataSource
 from meshway.framework.data.vocabulary import Framing
 from meshway.framework.distributed import processes
 from meshway.framework.distributed.processes import agree
 from meshway.framework.errors import at_the_end
-from meshway.framework.evaluation.evaluation import Evaluation, Evaluator, Report
+from meshway.framework.evaluation.evaluation import Evaluation
 from meshway.framework.evaluation.records import Records
+from meshway.framework.evaluation.schedule import OWN, EvalDataset, EvaluationLog, Schedule, begin_hooks
 from meshway.framework.files import local_path
-from meshway.framework.interfaces import Params
 from meshway.framework.planning.hardware import peak_flops
 from meshway.framework.report.page import write_report
 from meshway.framework.telemetry.reporter import Progress, Reporter
@@ -50,6 +49,8 @@ def train(
     model_dir: str,
     periods: Periods,
     evaluation: Evaluation = Evaluation(),
+    train_eval: Sequence[EvalDataset] | None = OWN,
+    infer_eval: Sequence[EvalDataset] | None = OWN,
     keep: Keep = Keep(),
     initial: Initial | None = None,
     hooks: Sequence[Hook] = (),
@@ -59,7 +60,7 @@ def train(
     resolved: str = "",
     began: float | None = None,
 ) -> None:
-    """Trains until `periods.total`, resuming from the latest checkpoint in `model_dir` if there is one.
+    """Trains until `periods.last`, resuming from the latest checkpoint in `model_dir` if there is one.
 
     Order of what parameters start from: 1. the latest checkpoint in `model_dir`; 2. `initial`; 3. fresh ones.
     Steps count from 0, or from those of `initial` (`Initial.count_on`, `Periods.relative`).
@@ -70,6 +71,8 @@ def train(
       model_dir: the run directory.
       periods: how long, and how often to report, evaluate and save.
       evaluation: what evaluation does.
+      train_eval: of what the loss is found every so often, teacher-forced; None for nothing.
+      infer_eval: of what predictions are made and scores found for the tasks' metrics; None for nothing.
       keep: which checkpoints stay.
       initial: another run's parameters to start from; None, or one without a path, for fresh ones.
       hooks: called after each step.
@@ -109,6 +112,8 @@ def train(
         restored = _restore_last(checkpoints, program, primary) if start else None
         restored_seconds = time.time() - restoring
         start = restored[0] if restored else checkpoints.first_step
+        passes = Schedule(train_eval, infer_eval, periods.evaluate, evaluation).open(program.sharded, data)
+        begin_hooks(hooks, passes, Records(directory.evaluations) if primary else None, start)
         with contextlib.ExitStack() as stack:
             if primary:
                 stack.enter_context(at_the_end(lambda: write_report(directory.root)))
@@ -116,8 +121,7 @@ def train(
             timeline.mark("ready")
             if restored:
                 timeline.move(restored_seconds, "checkpoint")
-                _, state, position = restored
-                dataset.restore(position)
+                dataset.restore(restored[2])
                 _say(primary, f"resuming from {directory.checkpoints / str(start)}")
             stream = stack.enter_context(contextlib.closing(prefetch(dataset)))  # reads while the step compiles
             with timeline.phase("compile"), terminal.stage("compiling the training step"):
@@ -125,15 +129,14 @@ def train(
                     program, batch_size_schedule, start, periods.last + sum(b - a + 1 for a, b in skip_batches)
                 )
             timeline.mark("compiled", devices=program.partitioner.mesh.size)
-            if restored is None:
-                state = _fresh(program, initial, start, framing, functools.partial(_say, primary))
-            tasks = _tasks(data) if periods.evaluate else []
+            begin = functools.partial(_fresh, program, initial, start, framing, functools.partial(_say, primary))
+            state = restored[1] if restored else begin()
             if primary:
                 directory.describe(resolved, rows, summarize(program, rows))
             progress = _progress(periods, start, primary)
             stack.callback(progress.close)
-            evaluator = Evaluator(program.sharded, program.batch_size, program.lengths, tasks, evaluation)
-            evaluate = EvaluationLog(evaluator, directory, start, primary, progress.note, program.evaluated)
+            first, say = checkpoints.first_step, progress.note
+            evaluate = EvaluationLog(passes, periods.last, directory, start, primary, say, program.evaluated, first)
             reporter = _reporter(directory, start, primary, progress, timeline, program, resolved, step)
             stack.enter_context(at_the_end(reporter.close))
             loop = Loop(
@@ -146,7 +149,7 @@ def train(
                 save=checkpoints.save,
                 hooks=hooks,
                 max_skipped_in_a_row=max_skipped_in_a_row,
-                first=checkpoints.first_step,
+                first=first,
                 also_refused=program.also_refused,
             )
             last = loop.run(state, start)
@@ -154,60 +157,9 @@ def train(
                 checkpoints.close()
             timeline.outcome = "done" if last == periods.last else "stopped"
         if primary:
-            _say_goodbye(directory, last, periods, evaluate.samples())
+            _say_goodbye(directory, last, periods, evaluate.samples(), loop.reason)
         if last < periods.last and loop.stop.number == signal.SIGINT:
             raise KeyboardInterrupt  # what comes after this command takes it for done otherwise
-
-
-class EvaluationLog:
-    """Evaluates, and keeps each task's results in `eval/<task>.jsonl`.
-
-    Args:
-      evaluator: what evaluates.
-      directory: the run.
-      start: the step from which the run goes on: what was found at later ones is removed.
-      primary: whether this process writes and speaks.
-      say: prints a line.
-      params_of: which parameters of the state are evaluated.
-    """
-
-    def __init__(
-        self,
-        evaluator: Evaluator,
-        directory: RunDirectory,
-        start: int,
-        primary: bool,
-        say: Callable[[str], None],
-        params_of: Callable[[TrainState], Params] = lambda state: state.params,
-    ):
-        self._params_of = params_of
-        self._records = Records(directory.evaluations) if primary else None
-        self._evaluator, self._say = evaluator, say
-        self._reports: dict[str, Report] = {}
-        if self._records is not None:
-            self._records.keep_up_to(start)
-        for line in evaluator.left_out:
-            say(line)
-
-    def __call__(self, state: TrainState, step: int) -> dict[str, float]:
-        first = not self._reports  # it compiles its programs
-        with terminal.stage(f"evaluating step {step}") if first else contextlib.nullcontext():
-            scalars, self._reports = self._evaluator.evaluate(self._params_of(state))
-        if self._records is not None:
-            self._records.add(step, self._reports)
-        for name, report in self._reports.items():
-            for function, message in report.get("failed", {}).items():
-                self._say(f"evaluation at step {step}: task {name!r}, {function} raised {message}")
-        return scalars
-
-    def samples(self, limit: int = 3) -> str:
-        """Returns a few predictions of the last evaluation as text, for a terminal."""
-        lines = []
-        for name, report in self._reports.items():
-            for sample in report["predictions"][:limit]:
-                shown = {part: textwrap.shorten(sample[part], 100) for part in ("input", "target", "prediction")}
-                lines += [f"{name}", *[f"  {part:10}  {text}" for part, text in shown.items()]]
-        return "\n".join(lines)
 
 
 def _counted(
@@ -227,11 +179,6 @@ def _agree(resolved: str, start: int) -> None:
     """Raises UserError unless all processes would train the same, from the same step."""
     devices = f"{jax.local_device_count()} {jax.default_backend()}"
     agree({"recipe": resolved, "last checkpoint": str(start), "jax": jax.__version__, "devices": devices})
-
-
-def _tasks(data: DataSource) -> Sequence[EvalTask]:
-    with terminal.stage("opening the evaluation data"):
-        return data.eval_tasks()
 
 
 def _restore_last(
@@ -323,12 +270,13 @@ def _say(primary: bool, line: str) -> None:
         print(line, flush=True)
 
 
-def _say_goodbye(directory: RunDirectory, last: int, periods: Periods, samples: str) -> None:
+def _say_goodbye(directory: RunDirectory, last: int, periods: Periods, samples: str, reason: str) -> None:
     if samples:
         print(samples)
     print(in_one_line(read_goodput(directory.timeline)))
     if last < periods.last:
-        print(f"stopped after step {last} of {periods.last}, saved; run the same command again to go on")
+        why = f", saved. {reason}. Run" if reason else ", saved; run"
+        print(f"stopped after step {last} of {periods.last}{why} the same command again to go on")
     else:
         print(f"done: step {last}; report: {directory.root / 'report.html'}")
 
@@ -350,6 +298,8 @@ def run(invocation: "Invocation") -> None:
             model_dir: str = part("model_dir")  # MODEL_DIR
             periods: Periods = part("periods")  # TRAIN_STEPS, REPORT_PERIOD, EVAL_PERIOD, CHECKPOINT_PERIOD
             evaluation: Evaluation = part("evaluation")
+            train_eval: Sequence[EvalDataset] | None = part("train_eval")  # TRAIN_EVAL
+            infer_eval: Sequence[EvalDataset] | None = part("infer_eval")  # INFER_EVAL
             keep: Keep = part("keep")
             initial: Initial | None = part("initial")  # INITIAL_CHECKPOINT_PATH; gin/initial/*.gin
             hooks: Sequence[Hook] = part("hooks")
@@ -360,7 +310,8 @@ def run(invocation: "Invocation") -> None:
             from meshway.launch.dry_run import check, described
             from meshway.launch.inspection import layout
 
-            found = layout(program), "", described(check(program, data, model_dir, periods, evaluation, keep, initial))
+            arguments = (program, data, model_dir, periods, evaluation, keep, initial, train_eval, infer_eval, hooks)
+            found = layout(program), "", described(check(*arguments))
             if processes.is_primary():
                 print(recipe.resolved, *found, sep="\n")
             return
@@ -370,6 +321,8 @@ def run(invocation: "Invocation") -> None:
             model_dir=model_dir,
             periods=periods,
             evaluation=evaluation,
+            train_eval=train_eval,
+            infer_eval=infer_eval,
             keep=keep,
             initial=initial,
             hooks=hooks,
