@@ -163,9 +163,7 @@ def network_of(files: MeshTensorFlowFiles) -> t5x.T5XNetwork:
     network = t5x.network_of(files.renamed(names.to_t5x(files)))
     named = [(rule, names.of_t5x(rule.theirs)) for rule in network.rules]
     rules = tuple(dataclasses.replace(rule, theirs=own) for rule, own in named if own is not None)
-    for pattern, what in _REFUSED:
-        if match := re.search(rf"^[^#\n]*({pattern})", files.config, re.MULTILINE):
-            raise UserError(f"{files.config_file}: {match[1]}: {what}, which meshway's T5 has not")
+    files.check_config(_REFUSED)
     return dataclasses.replace(network, rules=rules)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from meshway.framework.conversion import flaxformer
 from meshway.framework.conversion.rules import Form, Rule, Shape, pieces_of
 from meshway.framework.conversion.settings import Bindings
 from meshway.framework.conversion.t5x_files import T5XArrays, T5XFiles
@@ -92,10 +93,12 @@ class Layout:
     Attributes:
       scanned: the name under which all layers lie in one array, '' where they lie side by side.
       splits_heads: whether heads and their size are two dimensions of an attention's kernels.
+      fused: arrays of a layer that hold several kernels (Flaxformer's), as 'self_attention/qkv_fused/kernel'.
     """
 
     scanned: str = ""
     splits_heads: bool = False
+    fused: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +135,10 @@ class T5XNetwork:
         Raises:
           UserError: the state is another optimizer's; it has momentum, and nothing tells its beta1.
         """
+        if any(rule.form.has_parts or "/expert/" in rule.theirs for rule in self.rules):
+            raise UserError(
+                f"{files.directory} has Flaxformer's fused kernels or experts, whose optimizer state is not converted"
+            )
         kind = Kind.of(files.moments, files, self.factor_rules)
         bound = files.bound_to("Adafactor")
         defaults = inspect.signature(adafactor).parameters
@@ -195,6 +202,9 @@ def network_of(files: T5XFiles) -> T5XNetwork:
     encoder, decoder = stacks["encoder"], stacks["decoder"]
     if decoder is None:
         raise UserError(f"{files.directory} is neither a T5 nor a decoder of T5X: it has no layers in 'decoder'")
+    flaxformer.check(files)
+    layers = {name: stack.num_layers for name, stack in stacks.items() if stack}
+    mixture = flaxformer.mixture(files, layers, decoder.has_biases)
     around = _AROUND_LM if encoder is None else _AROUND_T5
     vocab_size, d_model = _shape_of(around[0][0], shapes)
     by_layer = decoder.has_biases
@@ -214,10 +224,14 @@ def network_of(files: T5XFiles) -> T5XNetwork:
         "NUM_BUCKETS": num_buckets,
         "ACTIVATIONS": activations,
         "TIED_LOGITS": tied,
+        **flaxformer.scaling(files),
     }
-    layers = {name: stack.num_layers for name, stack in stacks.items() if stack}
     layouts = {name: stack.layout for name, stack in stacks.items() if stack}
-    return _network(bindings, layers, layouts, gated, by_layer)
+    network = _network(bindings, layers, layouts, gated, by_layer)
+    if mixture is None:
+        return network
+    bindings, rules = network.bindings | mixture.bindings, network.rules + mixture.rules
+    return dataclasses.replace(network, include=mixture.include, bindings=bindings, rules=rules)
 
 
 def network_for(shapes: Mapping[str, Shape], layouts: Mapping[str, Layout] | None, activations: Any) -> T5XNetwork:
@@ -305,7 +319,7 @@ class _Stack:
     @property
     def is_gated(self) -> bool:
         """Whether the MLP has two inner layers."""
-        return "mlp/wi_1/kernel" in self.first
+        return "mlp/wi_1/kernel" in self.first or self.first.get("mlp/wi_fused/kernel", (1, 1))[-2] > 1
 
     @property
     def splits_heads(self) -> bool:
@@ -315,7 +329,7 @@ class _Stack:
     @property
     def layout(self) -> Layout:
         """How its layers lie."""
-        return Layout(self.scanned, self.splits_heads)
+        return Layout(self.scanned, self.splits_heads, flaxformer.fused_arrays(self.first))
 
     @property
     def has_biases(self) -> bool:
@@ -331,14 +345,14 @@ class _Stack:
 def _stack_rules(stack: str, layout: Layout, gated: bool, by_layer: bool) -> Iterator[Rule]:
     """Yields where the parameters of a stack's layers lie."""
     biases = ((_BIAS, "position_bias/embedding", _TABLE),) if by_layer else ()
-    for theirs, ours, form in (*_LAYER_NAMES[stack], *(_GATED if gated else _PLAIN), *biases):
+    table = (*_LAYER_NAMES[stack], *(_GATED if gated else _PLAIN), *biases)
+    for theirs, ours, form in flaxformer.as_fused(table, layout.fused):
         if layout.splits_heads:
             form = form.replace("(heads head_dim)", "heads head_dim")
         if layout.scanned:
-            left, right = form.split(" -> ")
-            first, *others = re.findall(r"\(.*?\)|\w+", left)
-            form = f"{' '.join((first, 'layers', *others))} -> layers {right}"
-        yield Rule(f"{stack}/{layout.scanned or 'layers_{layer}'}/{theirs}", f"{stack}/{{block}}/{ours}", Form(form))
+            form = flaxformer.scanned(form)
+        name = f"{stack}/{layout.scanned or 'layers_{layer}'}/{theirs}"
+        yield Rule(name, flaxformer.paths(stack, ours), Form(form))
 
 
 def _layers(names: Mapping[str, Shape]) -> Iterator[tuple[re.Match[str], Shape]]:
