@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 
@@ -28,6 +28,7 @@ from meshway.framework.evaluation.evaluation import Evaluation
 from meshway.framework.evaluation.records import Records
 from meshway.framework.evaluation.schedule import OWN, EvalDataset, EvaluationLog, Schedule, begin_hooks
 from meshway.framework.files import local_path
+from meshway.framework.interfaces import Writer
 from meshway.framework.planning.hardware import peak_flops
 from meshway.framework.report.page import write_report
 from meshway.framework.telemetry.profiler import planned
@@ -54,6 +55,7 @@ def train(
     keep: Keep = Keep(),
     initial: Initial | None = None,
     hooks: Sequence[Hook] = (),
+    loggers: Sequence[Writer] = (),
     max_skipped_in_a_row: int = 10,
     resolved: str = "",
     began: float | None = None,
@@ -72,7 +74,8 @@ def train(
       infer_eval: of what predictions are made and scores found for the tasks' metrics; None for nothing.
       keep: which checkpoints stay.
       initial: another run's parameters to start from.
-      hooks: called after each step.
+      hooks: called after each step; those that have `after_evaluation` see what evaluations find, and may stop the run.
+      loggers: what takes each report, beside TensorBoard and `metrics.jsonl`.
       max_skipped_in_a_row: non-finite steps in a row after which the run stops.
       resolved: the resolved recipe, written to the run directory and into checkpoints.
       began: when this attempt at the run began, in seconds since 1970; None means now.
@@ -127,10 +130,12 @@ def train(
                 state = _fresh(program, initial, framing, functools.partial(_say, primary))
             if primary:
                 directory.describe(resolved, rows, summarize(program, rows))
-            progress = _progress(periods, start, primary)
-            stack.callback(progress.close)
-            evaluate = EvaluationLog(passes, periods.total, directory, start, primary, progress.note)
-            reporter = _reporter(directory, start, primary, progress, timeline, program, resolved, planned(step))
+            progress = stack.enter_context(contextlib.closing(_progress(periods, start, primary)))
+            writers = _writers(directory, start, resolved, loggers) if primary else Writers([])
+            evaluate = EvaluationLog(
+                passes, periods.total, directory, start, primary, progress.note, writers.write_values
+            )
+            reporter = _reporter(writers, progress, timeline, program, planned(step))
             stack.enter_context(at_the_end(reporter.close))
             loop = Loop(
                 step=step,
@@ -209,21 +214,15 @@ def _progress(periods: Periods, start: int, primary: bool) -> Progress:
     return Progress(periods.total, start, peak_name="of matmul peak" if measured else "mfu", silent=not primary)
 
 
+def _writers(directory: RunDirectory, start: int, resolved: str, loggers: Sequence[Writer]) -> Writers:
+    board = TensorBoardWriter(directory.tensorboard, start)
+    board.text("recipe", resolved, start)
+    return Writers([JsonlWriter(directory.metrics, start), board, *loggers])
+
+
 def _reporter(
-    directory: RunDirectory,
-    start: int,
-    primary: bool,
-    progress: Progress,
-    timeline: Timeline,
-    program: TrainProgram,
-    resolved: str,
-    step_memory: str,
+    writers: Writers, progress: Progress, timeline: Timeline, program: TrainProgram, step_memory: str
 ) -> Reporter:
-    writers: list[Any] = []
-    if primary:
-        board = TensorBoardWriter(directory.tensorboard, start)
-        board.text("recipe", resolved, start)
-        writers = [JsonlWriter(directory.metrics, start), board]
     devices = program.partitioner.mesh.devices.flatten().tolist()
     # The usual convention holds accelerators against their bfloat16 peak, whatever a recipe computes in.
     with terminal.stage("finding the matmul peak"):
@@ -231,7 +230,7 @@ def _reporter(
     progress.note(f"matmul peak {peak / 1e9:,.0f} GFLOP/s ({source})")
     if step_memory:
         progress.note(step_memory)
-    return Reporter(Writers(writers), progress, timeline, program.flops, peak, jax.local_devices())
+    return Reporter(writers, progress, timeline, program.flops, peak, jax.local_devices())
 
 
 def _say(primary: bool, line: str) -> None:
@@ -272,6 +271,7 @@ def run(invocation: "Invocation") -> None:
             keep: Keep = part("keep")
             initial: Initial | None = part("initial")  # bound by gin/initial/*.gin, and by who fine-tunes
             hooks: Sequence[Hook] = part("hooks")
+            loggers: Sequence[Writer] = part("loggers")
             max_skipped_in_a_row: int = part("max_skipped_in_a_row")
         if invocation.dry_run:
             from meshway.launch.dry_run import check, described
@@ -293,6 +293,7 @@ def run(invocation: "Invocation") -> None:
             keep=keep,
             initial=initial,
             hooks=hooks,
+            loggers=loggers,
             max_skipped_in_a_row=max_skipped_in_a_row,
             resolved=recipe.resolved,
             began=process_began(),
