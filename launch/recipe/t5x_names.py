@@ -38,7 +38,7 @@ def _seed(value: Any) -> str:
 
 
 def _factored(value: Any) -> str:
-    return "# factored by the names of a parameter's axes, as T5X's standard rules are"
+    return "# layers are matrices, factored by size; `meshway convert --optimizer_state` binds what a checkpoint needs"
 
 
 def _initial(value: Any) -> str:
@@ -229,7 +229,7 @@ BINDINGS: Mapping[str, Answer] = {
     "decoding.beam_search.alpha": "beam_search.BeamSearch.alpha = {value}",
     "adafactor.Adafactor.decay_rate": "optimizers.adafactor.decay_rate = {value}",
     "adafactor.Adafactor.step_offset": "optimizers.adafactor.step_offset = {value}",
-    "adafactor.Adafactor.beta1": "optimizers.adafactor.momentum = {value}",
+    "adafactor.Adafactor.beta1": "optimizers.adafactor.beta1 = {value}",
     "adafactor.Adafactor.logical_factor_rules": _factored,
     **_under("network.T5Config", _SIZES),
     **_under("network.TransformerConfig", _SIZES),
