@@ -7,7 +7,6 @@ array whose second dimension is the layers ("encoder/layers/mlp/wo/kernel"; unti
 import ast
 import dataclasses
 import functools
-import inspect
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -20,7 +19,7 @@ from meshway.framework.conversion import flaxformer
 from meshway.framework.conversion.rules import Form, Rule, Shape, pieces_of
 from meshway.framework.conversion.settings import Bindings
 from meshway.framework.conversion.t5x_files import T5XArrays, T5XFiles
-from meshway.framework.conversion.t5x_optimizer import Kind, factor_rules, filled, slots_in
+from meshway.framework.conversion.t5x_optimizer import Kind, factor_rules, filled, settings_of, slots_in
 from meshway.framework.conversion.values import Values, complete_values
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Axes, Params
@@ -31,11 +30,6 @@ from meshway.framework.trees import flatten
 _ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu", "linear": "linear"}
 _LAYER = re.compile(r"(encoder|decoder)/(?:layers_(?P<layer>\d+)|(?P<scanned>layers|encoder|decoder))/(?P<rest>.+)")
 _BIAS = "relpos_bias/rel_embedding"  # of a stack, or of each of its layers (umT5, T5X's scalable examples)
-# Arguments of T5X's Adafactor that ours calls the same; beta1 is one where there is momentum.
-_ADAFACTOR = ("decay_rate", "step_offset", "clipping_threshold", "multiply_by_parameter_scale", "epsilon1", "epsilon2")
-_FACTORS = ("factors", "decay_factor", "steps_per_decay", "steps_per_cycle", "step_offset")
-_SCHEDULE = {"base_learning_rate": "LEARNING_RATE", "warmup_steps": "WARMUP_STEPS"}
-_SCHEDULE |= {name: f"schedules.t5_factors.{name}" for name in _FACTORS}
 Table = tuple[tuple[str, str, str], ...]  # T5X's name, ours, how dimensions differ
 
 _VECTOR, _MATRIX = "embed -> embed", "rows columns -> rows columns"
@@ -139,32 +133,7 @@ class T5XNetwork:
             raise UserError(
                 f"{files.directory} has Flaxformer's fused kernels or experts, whose optimizer state is not converted"
             )
-        kind = Kind.of(files.moments, files, self.factor_rules)
-        bound = files.bound_to("Adafactor")
-        defaults = inspect.signature(adafactor).parameters
-        found = {
-            name: bound[name]
-            for name in _ADAFACTOR
-            if bound.get(name, defaults[name].default) != defaults[name].default
-        }
-        if kind.momentum:
-            if not isinstance(bound.get("beta1"), float):
-                raise UserError(
-                    f"{files.directory} has Adafactor's momentum, and arrays do not tell its beta1: put T5X's "
-                    f"config.gin, with adafactor.Adafactor.beta1, into {files.config_file.parent}, or take the "
-                    "parameters alone"
-                )
-            found["beta1"] = bound["beta1"]
-        if not kind.factored:
-            return found | {"factored": False}
-        return found | ({"logical_factor_rules": kind.rules} if kind.rules else {})
-
-    @staticmethod
-    def schedule(files: T5XFiles) -> Bindings:
-        """Returns the bindings of the learning rate that the `config.gin` beside a checkpoint tells, of
-        `optimizers/adafactor.gin`."""
-        bound = files.bound_to("create_learning_rate_scheduler")
-        return {ours: bound[theirs] for theirs, ours in _SCHEDULE.items() if theirs in bound}
+        return settings_of(files, Kind.of(files.moments, files, self.factor_rules))
 
     def optimizer_state(self, files: T5XFiles, shapes: Params, axes: Axes) -> OptimizerState:
         """Returns the state of `optimizers.adafactor` in a checkpoint.

@@ -38,7 +38,7 @@ def _seed(value: Any) -> str:
 
 
 def _factored(value: Any) -> str:
-    return "# factored by the names of a parameter's axes, as T5X's standard rules are"
+    return "# layers are matrices, factored by size; `meshway convert --optimizer_state` binds what a checkpoint needs"
 
 
 def _initial(value: Any) -> str:
