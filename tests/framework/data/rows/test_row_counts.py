@@ -251,3 +251,13 @@ def test_sizes_of_some_examples():
             np.testing.assert_array_equal(column, examples.sizes[name][which])
     few = row_examples.First(InMemory([examples.read([i])[0] for i in range(50)]), 5)
     assert len(sizes_at(few, slice(0, 50))["inputs"]) == 5
+
+
+@pytest.mark.parametrize("converter", [EncoderDecoder(), MixtureOfDenoisers()])
+def test_a_row_is_in_the_pass_in_which_it_is_counted(converter):
+    rows = [source(600, converter).rows_in_round(number) for number in range(17)]
+    one = source(600, converter)
+    for number in (16, 0, 15, 7, 8):
+        first = sum(rows[:number])
+        assert [one.locate(first + at).round for at in (0, rows[number] - 1)] == [number, number]
+        assert one.locate(first)[1:] == (0, 0)
