@@ -20,6 +20,7 @@ from meshway.framework.data.rows.packing import best_fit, count_rows
 from meshway.framework.data.rows.row_counts import RowTable
 from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.data.rows.row_stream import RowStream
+from meshway.framework.errors import UserError
 
 CONVERTERS = [EncoderDecoder(), LanguageModel(), SpanCorruption(), MixtureOfDenoisers(), EncoderDecoder(pack=False)]
 LENGTHS = {"inputs": 40, "targets": 40}
@@ -50,7 +51,7 @@ def forbidden(*_):
 
 @settings(deadline=None, max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    counts=st.lists(st.integers(150, 400), min_size=1, max_size=2),
+    counts=st.lists(st.integers(240, 400), min_size=1, max_size=2),
     converter=st.sampled_from(CONVERTERS),
     seed=st.integers(0, 99),
     batches=st.lists(st.integers(0, 150), min_size=3, max_size=3),
@@ -137,6 +138,14 @@ def test_a_table_with_wrong_counts_is_found_out_by_the_first_plan(tmp_path, caps
     expected, _ = source(400).take(np.arange(50, 90))
     np.testing.assert_array_equal(found["decoder_target_tokens"], expected["decoder_target_tokens"])
     assert "the kept rows of 'a_task' are wrong" in capsys.readouterr().err
+
+
+def test_an_objective_that_measures_otherwise_each_time_is_told():
+    one = source(400)
+    one.count_rounds()
+    one._rows += 1
+    with pytest.raises(UserError, match="task 'a_task': TokenObjective.measure gives other sizes of the same items"):
+        one.take(np.arange(4))
 
 
 @pytest.mark.parametrize("changed", ["seed", "examples", "lengths", "policy"])
@@ -251,3 +260,13 @@ def test_sizes_of_some_examples():
             np.testing.assert_array_equal(column, examples.sizes[name][which])
     few = row_examples.First(InMemory([examples.read([i])[0] for i in range(50)]), 5)
     assert len(sizes_at(few, slice(0, 50))["inputs"]) == 5
+
+
+@pytest.mark.parametrize("converter", [EncoderDecoder(), MixtureOfDenoisers()])
+def test_a_row_is_in_the_pass_in_which_it_is_counted(converter):
+    rows = [source(600, converter).rows_in_round(number) for number in range(17)]
+    one = source(600, converter)
+    for number in (16, 0, 15, 7, 8):
+        first = sum(rows[:number])
+        assert [one.locate(first + at).round for at in (0, rows[number] - 1)] == [number, number]
+        assert one.locate(first)[1:] == (0, 0)
