@@ -177,16 +177,16 @@ def vocabulary_bindings(run: Path, features: Sequence[str], framing: Framing) ->
         "VOCABULARY": Reference("vocabularies.load"),
         "vocabularies.load.directory": str(run / "vocabularies"),
         "vocabularies.load.name": features[-1],
-        "grain_loader.CachedData.vocabularies": {feature: Macro("VOCABULARY") for feature in features},
-        "grain_loader.CachedData.start": list(framing.start),
-        "grain_loader.CachedData.stop_ids": list(framing.stop),
+        "VOCABULARIES": {feature: Macro("VOCABULARY") for feature in features},
+        "START": list(framing.start),
+        "STOP_IDS": list(framing.stop),
     }
 
 
 def framing_bindings(framing: Framing) -> Bindings:
     """Returns the bindings of what is known to stand around texts where there is no vocabulary."""
-    said = {"start": list(framing.start), "stop_ids": list(framing.stop)}
-    return {f"grain_loader.CachedData.{name}": ids for name, ids in said.items() if ids}
+    said = {"START": list(framing.start), "STOP_IDS": list(framing.stop)}
+    return {name: ids for name, ids in said.items() if ids}
 
 
 def _keep_origin(model: HuggingFaceModel, folder: Path) -> list[str]:

@@ -58,10 +58,10 @@ def llama(tmp_path, template=(1,), generation=None, **fields):
     return directory
 
 
-def data_of(run, *features):
+def data_of(run, *features, recipe=None):
     lengths = dict.fromkeys((*features, "targets"), 8)
     given = ("BATCH_SIZE=8", f"TASK_FEATURE_LENGTHS={lengths}", "MODEL_DIR='x'", "TRAIN_STEPS=1")
-    files = (str(run / "recipe.gin"), "optimizers/sgd.gin")
+    files = (str(recipe or run / "recipe.gin"), "optimizers/sgd.gin")
     invocation = Invocation("train", gin_files=files, bindings=(*given, "MIXTURE_OR_TASK_NAME='x'"))
     return config.load(invocation).build("train.train", given=["resolved"])["data"]
 
@@ -286,3 +286,12 @@ def test_a_run_that_starts_otherwise_than_its_initial_parameters_says_so(tmp_pat
     (tmp_path / "run" / "vocabularies.json").unlink()
     (directory / "tokenizer.json").unlink()
     assert Initial(str(tmp_path / "run")).start() is Initial(str(directory)).start() is None
+
+
+@pytest.mark.parametrize("template", [(1,), ()], ids=str)
+def test_streamed_data_start_and_stop_as_cached_data_do(tmp_path, template):
+    convert(str(llama(tmp_path, template, {"eos_token_id": [2, 3]})), str(tmp_path / "run"))
+    (tmp_path / "streamed.gin").write_text(f"include '{tmp_path}/run/recipe.gin'\ninclude 'data/streamed.gin'\n")
+    data = data_of(tmp_path / "run", recipe=tmp_path / "streamed.gin")
+    assert type(data).__name__ == "SeqioData" and list(data._named) == ["targets"]
+    assert (data._start, data._stop_ids) == (list(template), [2, 3])
