@@ -204,7 +204,6 @@ def network_of(files: T5XFiles) -> T5XNetwork:
         )
     num_heads, num_buckets = decoder.shape(_BIAS) if by_layer else _shape_of(f"decoder/{_BIAS}", shapes)
     gated, tied = decoder.is_gated, "decoder/logits_dense/kernel" not in shapes
-    activations = _activations(files, gated)
     bindings: Bindings = {
         "VOCAB_SIZE": vocab_size,
         "D_MODEL": d_model,
@@ -212,7 +211,7 @@ def network_of(files: T5XFiles) -> T5XNetwork:
         "NUM_HEADS": num_heads,
         "HEAD_DIM": math.prod(decoder.shape("self_attention/out/kernel")[:-1]) // num_heads,
         "NUM_BUCKETS": num_buckets,
-        "ACTIVATIONS": activations,
+        "ACTIVATIONS": _activations(files, gated),
         "TIED_LOGITS": tied,
         **flaxformer.scaling(files),
     }

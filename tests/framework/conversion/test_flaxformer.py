@@ -58,7 +58,7 @@ def whole(folder, recipe):
     return {path: each.shard((slice(None),) * each.ndim) for path, each in values.items()}
 
 
-@pytest.mark.parametrize("kind", tiers(KINDS, slow=["fused", "fused_scanned", "switch", "top_2"]))
+@pytest.mark.parametrize("kind", tiers(KINDS, quick=["fused"], slow=["t5_1_1", "fused_scanned", "switch", "top_2"]))
 def test_logits_are_flaxformers(kind, tmp_path):
     arrays, batch, logits = golden(kind)
     source = written(tmp_path / "t5x", arrays, "NUM_SELECTED_EXPERTS = 2\n" if kind == "top_2" else "")
