@@ -248,6 +248,7 @@ def from_t5x(
     if optimizer_state:
         includes.append("optimizers/adafactor.gin")
         bindings |= {f"optimizers.adafactor.{name}": value for name, value in network.adafactor(files).items()}
+        bindings |= network.schedule(files)
         bindings |= {"mapping.Initial.optimizer_state": True, "mapping.Initial.count_on": True}
 
     def state(model: Model) -> dict[str, Any]:

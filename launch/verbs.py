@@ -64,6 +64,7 @@ class EvalFlags:
     )
     finished: bool = binds("evaluate.evaluate.finished", "refuse (exit 2) a run that has not saved its last step")
     again: bool = binds("evaluate.evaluate.again", "evaluate what has been evaluated, too")
+    averaged: bool = binds("evaluate.evaluate.averaged", "evaluate the averages of parameters that the run kept")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +110,7 @@ class InferFlags(SamplingFlags):
         "infer.infer.aux", "predict_with_aux: intermediate values by name, as decoder_output", "NAMES"
     )
     step: int | None = binds("infer.infer.step", "which checkpoint (default: the latest)", "N", least=0)
+    averaged: bool = binds("infer.infer.averaged", "read the averages of parameters that the run kept (EMA_DECAY)")
     batch_size: int | None = binds("infer.infer.batch_size", "examples in a batch (default: 32)", "N")
     max_input_length: int | None = binds("infer.infer.max_input_length", "tokens of the longest prompt", "N")
     max_new_tokens: int | None = binds("infer.infer.max_new_tokens", "most tokens of a prediction", "N")
@@ -230,6 +232,7 @@ class ConvertFlags:
         "convert.convert.dtype", "float32, bfloat16, float16 or keep (default: keep)", "DTYPE"
     )
     step: int | None = binds("convert.convert.step", "which checkpoint of a run (default: the latest)", "N", least=0)
+    averaged: bool = binds("convert.convert.averaged", "write out the averages of parameters that a run kept")
     max_shard_size: str | None = binds("convert.convert.max_shard_size", "of a safetensors file (default: 5GB)", "SIZE")
     vocabulary: str | None = binds(
         "convert.convert.vocabulary", "the SentencePiece model of a T5X checkpoint's task", "FILE"

@@ -94,7 +94,7 @@ class T5XFiles(T5XArrays):
     Only descriptions are read at first, of all parameters; those of the optimizer's state where it is asked for.
     """
 
-    ACTIVATIONS = "mlp_activations"  # a pattern of what `config` binds an MLP's activations to
+    ACTIVATIONS = r"(?:mlp_|MlpBlock\.)?activations"  # a pattern of what `config` binds an MLP's activations to
 
     def __init__(self, directory: Path, step: int | None = None):
         """`directory` holds `checkpoint_STEP` folders (`step` None is the latest) or is one of them.
@@ -377,14 +377,14 @@ def _zarr_spec(name: str, array: TensorSpec) -> Spec:
         "dtype": array.dtype.name,
         "kvstore": {"driver": "file", "path": f"{name.replace('/', '.')}/"},
         "metadata": {
-            "chunks": _chunks(array),
+            "chunks": chunks_of(array),
             "compressor": {"id": "gzip", "level": 1},
             "shape": list(array.shape),
         },
     }
 
 
-def _chunks(array: TensorSpec) -> list[int]:
+def chunks_of(array: TensorSpec) -> list[int]:
     """Returns the shape of chunks of at most `_CHUNK_BYTES`, which divide the array: the largest dimension is cut."""
     chunk = list(array.shape)
     while math.prod(chunk) * array.dtype.itemsize > _CHUNK_BYTES:

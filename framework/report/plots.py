@@ -199,6 +199,47 @@ def _scale(names: Sequence[str]) -> str:
     return f'<span class="keys">{escape(names[0])}{scale}{escape(names[-1])}</span>'
 
 
+def histogram(edges: Sequence[float], counts: Sequence[float]) -> str:
+    """Returns an `<svg>` of bars [bins] over `edges` [bins + 1], with their range and how many values there are."""
+    if len(edges) != len(counts) + 1 or not counts:
+        return ""
+    width, most = (edges[-1] - edges[0]) or 1.0, max(counts) or 1
+    bars = "".join(
+        f'<rect x="{300 * (left - edges[0]) / width:.1f}" y="{80 - 80 * count / most:.1f}" '
+        f'width="{300 * (right - left) / width:.1f}" height="{80 * count / most:.1f}" fill="var(--c0)"/>'
+        for left, right, count in zip(edges[:-1], edges[1:], counts, strict=True)
+    )
+    said = f"{sum(counts):,g} values from {edges[0]:.4g} to {edges[-1]:.4g}"
+    return f'<svg role="img" viewBox="0 0 300 80" width="300">{bars}</svg><p class="muted">{said}</p>'
+
+
+_MAX_TEXT = 4000  # characters shown of a text
+
+
+def shown_value(value: Mapping[str, Any]) -> str:
+    """Returns a text, image, sound, histogram or tensor of a metric, as `task_metrics.plain_values` has it."""
+    kind = value.get("kind")
+    if kind == "text":
+        text = str(value.get("text", ""))
+        return f"<pre>{escape(text if len(text) <= _MAX_TEXT else text[:_MAX_TEXT] + ' ...')}</pre>"
+    if kind == "image":
+        images = (escape(each) for each in _of(value.get("png"), str))
+        return "".join(f'<img alt="" src="data:image/png;base64,{each}">' for each in images)
+    if kind == "audio":
+        sounds = (escape(each) for each in _of(value.get("wav"), str))
+        return "".join(f'<audio controls src="data:audio/wav;base64,{each}"></audio>' for each in sounds)
+    if kind == "histogram":
+        edges, counts = (_of(value.get(name), (int, float)) for name in ("edges", "counts"))
+        return histogram(*([each for each in numbers if abs(each) < 1e300] for numbers in (edges, counts)))
+    said = f"{value.get('dtype')} {value.get('shape')}, in TensorBoard"
+    return f"<pre>{escape(said)}</pre>"
+
+
+def _of(values: Any, kind: Any) -> list[Any]:
+    """Returns the members of a list that are of a kind; [] for anything else."""
+    return [each for each in values if isinstance(each, kind)] if isinstance(values, list) else []
+
+
 def folded(name: str, text: str) -> str:
     """Returns a text that is shown on a click."""
     return f"<details><summary>{name}</summary><pre>{escape(text)}</pre></details>"

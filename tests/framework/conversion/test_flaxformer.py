@@ -141,6 +141,13 @@ def test_what_meshway_has_not_is_named(kind, change, config, message, tmp_path):
 
 
 @pytest.mark.slow
+def test_activations_are_those_of_its_config(tmp_path):
+    bound = "activations = ('swish', 'linear')\n"
+    source = written(tmp_path, golden("t5_1_1")[0], f"dense.MlpBlock:\n  {bound}expert/dense.MlpBlock.{bound}")
+    assert network_of(T5XFiles(source)).bindings["ACTIVATIONS"] == ("silu", "linear")
+
+
+@pytest.mark.slow
 def test_the_optimizers_state_of_fused_kernels_is_refused(tmp_path):
     source = written(tmp_path / "t5x", golden("fused")[0])
     with pytest.raises(UserError, match="Flaxformer's fused kernels or experts, whose optimizer state is not"):

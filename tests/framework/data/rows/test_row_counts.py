@@ -41,7 +41,7 @@ def source(count, converter=CONVERTERS[0], table=None, seed=0, name="a_task"):
 def stream(sources, converter, seed=0):
     spec = converter.spec({name: LENGTHS[name] for name in converter.task_features}, 8)
     rates = {one.name: 1.0 + place for place, one in enumerate(sources)}
-    return RowStream("m", sources, rates, (), spec, 8, slice(2, 6), seed)
+    return RowStream("m", sources, rates, (), spec, 8, slice(2, 14), seed)
 
 
 def forbidden(*_):
@@ -225,15 +225,14 @@ class Synthetic:
         return {"targets": (numbers % 71).astype(np.int32)}
 
 
-@pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(monkeypatch, tmp_path):
     """By what numpy and Python allocate, and by what a source holds: an eighth of a byte an example, and its counts."""
     monkeypatch.setattr(row_source, "POOL_ITEMS", 16384)
     monkeypatch.setattr(row_source.RowSource, "count", lambda self, phase, pool: 4000)
-    monkeypatch.setattr(row_counts.os, "cpu_count", lambda: 0)
+    monkeypatch.setattr(row_counts, "_sent", lambda source: None)  # this process counts
     objective = LanguageModel().bind(task("targets"), {"targets": 40})
     peaks, held = [], []
-    for millions in (2, 6):
+    for millions in (2, 14):
         tracemalloc.start()
         one = RowSource("a_task", Synthetic(millions << 20), objective, True, table=RowTable([tmp_path], "these"))
         one.locate(one.count_rounds()[0] * 5 - 1)
@@ -241,7 +240,7 @@ def test_memory_does_not_grow_with_the_corpus(monkeypatch, tmp_path):
         peaks.append(tracemalloc.get_traced_memory()[1] >> 20)
         tracemalloc.stop()
         held.append(len(pickle.dumps(one)))
-    assert held[1] - held[0] < (4 << 20) / 7  # 1/8 byte an example, and 8 bytes for 16,384 items
+    assert held[1] - held[0] < (12 << 20) / 7  # 1/8 byte an example, and 8 bytes for 16,384 items
     assert peaks[1] < 1.3 * peaks[0] + 4 and peaks[0] < 160, peaks
 
 
