@@ -217,7 +217,7 @@ class CacheFlags:
 class ConvertFlags:
     source: str = binds(
         "convert.convert.source",
-        "a Hugging Face directory, T5X checkpoints, or a run to write out",
+        "a Hugging Face directory, a checkpoint of T5X or Mesh-TensorFlow, or a run to write out",
         "DIR",
         name="--from",
         required=True,

@@ -92,6 +92,13 @@ class Initial:
     def _directory(self) -> Path:
         return local_path(self.path or "")
 
+    @property
+    def is_here(self) -> bool:
+        """Whether there is anything at `path`, which may be the prefix of some files' names."""
+        from meshway.framework.conversion import mesh_tensorflow
+
+        return self._directory.exists() or mesh_tensorflow.is_checkpoint(self._directory)
+
     def start(self) -> tuple[int, ...] | None:
         """Returns the ids that the decoder of that model starts from; None if its directory does not tell."""
         from meshway.framework.conversion import hugging_face, tokenizer_files

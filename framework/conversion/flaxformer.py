@@ -1,11 +1,12 @@
 """What Flaxformer's checkpoints (written by T5X) have beyond those of T5X's own networks: several kernels in one array,
-and layers with experts.
+and layers with experts; and what only the config beside a checkpoint tells, of T5X's networks too.
 
 Flaxformer names a dense T5 as T5X does. With `kernels_to_fuse` an attention's queries, keys and values lie in one array
 [embed, 3, heads, head_dim], or keys and values alone; with `fuse_kernels` an MLP's inner layers in one [embed, 2, mlp].
 Its Switch Transformer and token-choice mixtures have an array [expert, ...] in every second or fourth layer's MLP.
 """
 
+import ast
 import dataclasses
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -31,6 +32,7 @@ _ROUTER: Table = (("mlp/router/router_weights/w/kernel", "mlp/router/kernel", "e
 # Which of every so many layers have experts -> the family that has them so (the last of each), how many a token takes.
 _FAMILIES = {2: ("models/switch/common.gin", 1), 4: ("models/st_moe/common.gin", 2)}
 
+_ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu", "linear": "linear"}
 _SELECTED = r"\b(?:NUM_SELECTED_EXPERTS|num_selected_experts)\s*=\s*(\d+)"
 _SCALED = r"^[^#\n]*\brescale_logits\s*=\s*True"
 _SPARSE = re.compile(r"(encoder|decoder)/layers_(\d+)/(mlp/expert/.+)")
@@ -88,6 +90,30 @@ def _with_parts(form: str) -> str:
     names = re.findall(r"\w+", left)
     inputs = 2 if names[0] == "experts" else 1
     return f"{' '.join((*names[:inputs], 'part', *names[inputs:]))} -> part {right}"
+
+
+def activations(files: T5XFiles, gated: bool) -> tuple[str, ...]:
+    """Returns the MLP's activations that a run's config binds, else those of T5 1.1 or 1.0.
+
+    Raises:
+      UserError: they cannot be read, differ by layer, are not as many as the MLP has, or meshway lacks one.
+    """
+    found = re.findall(rf"\b({files.ACTIVATIONS})\s*=\s*([(\[][^)\]]*[)\]]|'\w+'|\"\w+\")", files.config)
+    if not found:
+        return ("gelu", "linear") if gated else ("relu",)
+    said = f"{files.config_file}: {found[0][0]} = {' and '.join(dict.fromkeys(value for _, value in found))}"
+    try:
+        values = [ast.literal_eval(value) for _, value in found]
+    except (ValueError, SyntaxError) as error:
+        raise UserError(f"{said} cannot be read") from error
+    names, *others = [[value] if isinstance(value, str) else [str(name) for name in value] for value in values]
+    if any(other != names for other in others):
+        raise UserError(f"{said}: several, and meshway's networks have the same in all their layers")
+    unknown = [name for name in names if name not in _ACTIVATIONS]
+    if unknown or len(names) != 1 + gated:
+        wanted = f"{1 + gated} of {', '.join(_ACTIVATIONS)}"
+        raise UserError(f"{said} is not what the checkpoint can be converted with: {wanted}")
+    return tuple(_ACTIVATIONS[name] for name in names)
 
 
 def scaling(files: T5XFiles) -> Bindings:

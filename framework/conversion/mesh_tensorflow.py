@@ -291,11 +291,17 @@ def _step_of(prefix: Path) -> int | None:
 
 
 def _reader(prefix: Path) -> Any:
-    from meshway.framework.data.seqio_adapter import import_tensorflow
+    from meshway.framework.data.seqio_adapter import dropped
 
-    tensorflow = import_tensorflow("Mesh-TensorFlow's checkpoints need TensorFlow")
     try:
-        return tensorflow.train.load_checkpoint(str(prefix))
+        with dropped():
+            import tensorflow as tf
+    except ImportError as error:
+        raise UserError(
+            f"{prefix}: Mesh-TensorFlow's checkpoints need TensorFlow, which cannot be imported: {error}"
+        ) from error
+    try:
+        return tf.train.load_checkpoint(str(prefix))
     except Exception as error:  # TensorFlow's own, of which some are no OpError
         raise UserError(f"{prefix}.index is truncated or damaged: {first_line(error)}") from error
 

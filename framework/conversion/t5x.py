@@ -4,7 +4,6 @@ A stack's layers lie in T5X either side by side ("encoder/layers_3/mlp/wo/kernel
 array whose second dimension is the layers ("encoder/layers/mlp/wo/kernel"; until 2023 "encoder/encoder/...").
 """
 
-import ast
 import dataclasses
 import functools
 import math
@@ -27,7 +26,6 @@ from meshway.framework.optimizers.adafactor import FactorRules
 from meshway.framework.optimizers.optimizers import Optimizer, OptimizerState, adafactor
 from meshway.framework.trees import flatten
 
-_ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu", "linear": "linear"}
 _LAYER = re.compile(r"(encoder|decoder)/(?:layers_(?P<layer>\d+)|(?P<scanned>layers|encoder|decoder))/(?P<rest>.+)")
 _BIAS = "relpos_bias/rel_embedding"  # of a stack, or of each of its layers (umT5, T5X's scalable examples)
 Table = tuple[tuple[str, str, str], ...]  # T5X's name, ours, how dimensions differ
@@ -183,7 +181,6 @@ def network_of(files: T5XFiles) -> T5XNetwork:
         )
     num_heads, num_buckets = decoder.shape(_BIAS) if by_layer else _shape_of(f"decoder/{_BIAS}", shapes)
     gated, tied = decoder.is_gated, "decoder/logits_dense/kernel" not in shapes
-    activations = _activations(files, gated)
     bindings: Bindings = {
         "VOCAB_SIZE": vocab_size,
         "D_MODEL": d_model,
@@ -191,7 +188,7 @@ def network_of(files: T5XFiles) -> T5XNetwork:
         "NUM_HEADS": num_heads,
         "HEAD_DIM": math.prod(decoder.shape("self_attention/out/kernel")[:-1]) // num_heads,
         "NUM_BUCKETS": num_buckets,
-        "ACTIVATIONS": activations,
+        "ACTIVATIONS": flaxformer.activations(files, gated),
         "TIED_LOGITS": tied,
         **flaxformer.scaling(files),
     }
@@ -353,26 +350,6 @@ def _stack_biases(stacks: Collection[str], by_layer: bool) -> Table:
     if "encoder" not in stacks:
         return ((f"decoder/{_BIAS}", "position_bias/embedding", _TABLE),)
     return tuple((f"{stack}/{_BIAS}", f"{stack}_position_bias/embedding", _TABLE) for stack in stacks)
-
-
-def _activations(files: T5XFiles, gated: bool) -> tuple[str, ...]:
-    """Returns the MLP's activations that a run's config binds, else those of T5 1.1 or 1.0."""
-    found = re.findall(rf"\b({files.ACTIVATIONS})\s*=\s*([(\[][^)\]]*[)\]]|'\w+'|\"\w+\")", files.config)
-    if not found:
-        return ("gelu", "linear") if gated else ("relu",)
-    said = f"{files.config_file}: {found[0][0]} = {' and '.join(dict.fromkeys(value for _, value in found))}"
-    try:
-        values = [ast.literal_eval(value) for _, value in found]
-    except (ValueError, SyntaxError) as error:
-        raise UserError(f"{said} cannot be read") from error
-    names, *others = [[value] if isinstance(value, str) else [str(name) for name in value] for value in values]
-    if any(other != names for other in others):
-        raise UserError(f"{said}: several, and meshway's networks have the same in all their layers")
-    unknown = [name for name in names if name not in _ACTIVATIONS]
-    if unknown or len(names) != 1 + gated:
-        wanted = f"{1 + gated} of {', '.join(_ACTIVATIONS)}"
-        raise UserError(f"{said} is not what the checkpoint can be converted with: {wanted}")
-    return tuple(_ACTIVATIONS[name] for name in names)
 
 
 def _some(names: Iterable[str], limit: int = 4) -> str:

@@ -94,7 +94,7 @@ class T5XFiles(T5XArrays):
     Only descriptions are read at first, of all parameters; those of the optimizer's state where it is asked for.
     """
 
-    ACTIVATIONS = "mlp_activations"  # a pattern of what `config` binds an MLP's activations to
+    ACTIVATIONS = r"(?:mlp_|MlpBlock\.)?activations"  # a pattern of what `config` binds an MLP's activations to
 
     def __init__(self, directory: Path, step: int | None = None):
         """`directory` holds `checkpoint_STEP` folders (`step` None is the latest) or is one of them.

@@ -58,7 +58,7 @@ def whole(folder, recipe):
     return {path: each.shard((slice(None),) * each.ndim) for path, each in values.items()}
 
 
-@pytest.mark.parametrize("kind", tiers(KINDS, slow=["fused", "fused_scanned", "switch", "top_2"]))
+@pytest.mark.parametrize("kind", tiers(KINDS, quick=["fused"], slow=["t5_1_1", "fused_scanned", "switch", "top_2"]))
 def test_logits_are_flaxformers(kind, tmp_path):
     arrays, batch, logits = golden(kind)
     source = written(tmp_path / "t5x", arrays, "NUM_SELECTED_EXPERTS = 2\n" if kind == "top_2" else "")
@@ -138,6 +138,13 @@ def test_what_meshway_has_not_is_named(kind, change, config, message, tmp_path):
     change(arrays)
     with pytest.raises(UserError, match=message):
         network_of(T5XFiles(written(tmp_path, arrays, config)))
+
+
+@pytest.mark.slow
+def test_activations_are_those_of_its_config(tmp_path):
+    bound = "activations = ('swish', 'linear')\n"
+    source = written(tmp_path, golden("t5_1_1")[0], f"dense.MlpBlock:\n  {bound}expert/dense.MlpBlock.{bound}")
+    assert network_of(T5XFiles(source)).bindings["ACTIVATIONS"] == ("silu", "linear")
 
 
 @pytest.mark.slow
