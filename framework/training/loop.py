@@ -10,8 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 
 from meshway.framework.data.prefetch import BatchSizes
-from meshway.framework.distributed.processes import StopSignal, barrier
-from meshway.framework.distributed.step_watch import StepWatch
+from meshway.framework.distributed.processes import StepWatch, StopSignal, barrier
 from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.interfaces import Batch
 from meshway.framework.telemetry.profiler import planned
