@@ -116,10 +116,15 @@ class CachedData:
 
         For a task that is not cached yet, `train` and `eval_tasks` provide only specs and counts.
         """
+        source = self._copy()
+        source._is_dry = True
+        return source
+
+    def _copy(self) -> "CachedData":
+        """Returns the same source, which has not looked at any cache yet."""
         source = copy.copy(self)
         for name in ("tasks", "_framing", "_training"):
             vars(source).pop(name, None)
-        source._is_dry = True
         return source
 
     def reads(self, evaluate: bool) -> list[SplitRead]:
@@ -154,6 +159,9 @@ class CachedData:
         if not all(task.is_cached for task in tasks):
             periods([task.name for task in tasks], rates, self._changes)
             return task_data.Unread(spec)
+        for task, (objective, examples, steps) in zip(tasks, opened, strict=True):
+            if not steps and processes.is_primary() and not self._is_dry:
+                task_data.say_cut(task.name, examples, objective, list(self.lengths))
         sources = [self._source(task, *each) for task, each in zip(tasks, opened, strict=True)]
         stream = RowStream(self.name, sources, rates, self._changes, spec, self.batch_size, rows, self._seed)
         return stream if online or self._num_workers == 0 else WorkerStream(stream, self._num_workers)
@@ -163,10 +171,14 @@ class CachedData:
 
         Returns:
           task -> rows of each pass, until they repeat; not of tasks whose rows are known only as they are read.
+
+        Raises:
+          UserError: a task is not cached: nothing is built here.
         """
-        found = {}
-        for task in self._training:
-            source = self._source(task, *self.open_task(task, self.train_split))
+        cached, found = self._copy(), {}
+        cached._build = False
+        for task in cached._training:
+            source = cached._source(task, *cached.open_task(task, cached.train_split))
             if isinstance(source, RowSource):
                 found[task.name] = source.count_rounds()
         return found
