@@ -210,9 +210,10 @@ def of_shares(share: Share, num_chunks: int, missing: Sequence[int]) -> str:
         done += f" ({count_of(num_chunks, 'chunk')} are too few for all: give a smaller --chunk_size)"
     if not missing:
         return f"{done}, and another job has made the result of all"
-    shards = ", ".join(str(shard) for shard in sorted({number % share.count for number in missing}))
+    shards = sorted({number % share.count for number in missing})
+    whose = f"shard{'s' if len(shards) > 1 else ''} {', '.join(map(str, shards))}"
     return (
-        f"{done}; {len(missing):,} of {count_of(num_chunks, 'chunk')} are to come from shards {shards}: the job that "
+        f"{done}; {len(missing):,} of {count_of(num_chunks, 'chunk')} are to come from {whose}: the job that "
         "ends last makes the result, or the same command without --num_shards and --shard_id"
     )
 

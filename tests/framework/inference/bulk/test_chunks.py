@@ -479,6 +479,21 @@ def test_shares_work_side_by_side_and_nobody_else(tmp_path):
             store(tmp_path / "left.jsonl", share=Share(0, 2))
 
 
+def test_chunks_of_shares_on_several_disks_may_be_copied_together(tmp_path):
+    for place in (0, 1):
+        (tmp_path / str(place)).mkdir()
+        with contextlib.closing(store(tmp_path / str(place) / "out.jsonl", share=Share(place, 2))) as chunks:
+            commit(chunks, range(place, 4, 2))
+    parts = [tmp_path / place / "out.jsonl.parts" for place in ("0", "1")]
+    for path in parts[1].glob("chunk-*"):
+        path.rename(parts[0] / path.name)
+    job_of(tmp_path / "whole.jsonl")
+    with contextlib.closing(store(tmp_path / "0" / "out.jsonl")) as chunks:
+        assert not chunks.missing([f"digest {number}" for number in range(4)])
+        chunks.finish(4, {"checkpoint": "somewhere"})
+    assert (tmp_path / "0" / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
 def test_names_that_do_not_fit_are_told(tmp_path):
     (tmp_path / "results").mkdir()
     (tmp_path / "file").write_text("")
