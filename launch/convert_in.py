@@ -16,6 +16,7 @@ from meshway.framework.conversion.hugging_face import HuggingFaceModel, open_mod
 from meshway.framework.conversion.mesh_tensorflow import MeshTensorFlowFiles, open_checkpoint
 from meshway.framework.conversion.rules import Shape
 from meshway.framework.conversion.settings import Bindings, Reference
+from meshway.framework.conversion.t5x_optimizer import schedule_of
 from meshway.framework.conversion.values import Tensors, Values
 from meshway.framework.data.vocabulary import Framing
 from meshway.framework.errors import UserError
@@ -248,6 +249,7 @@ def from_t5x(
     if optimizer_state:
         includes.append("optimizers/adafactor.gin")
         bindings |= {f"optimizers.adafactor.{name}": value for name, value in network.adafactor(files).items()}
+        bindings |= schedule_of(files)
         bindings |= {"mapping.Initial.optimizer_state": True, "mapping.Initial.count_on": True}
 
     def state(model: Model) -> dict[str, Any]:

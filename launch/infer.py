@@ -145,6 +145,7 @@ def infer(
     aux: str = "",
     stop: str | Sequence[str] = (),
     seed: int = 0,
+    averaged: bool = False,
     data: DataSource | None = None,
     settings: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
@@ -164,6 +165,7 @@ def infer(
       aux: names of intermediate values, 'encoder_output,decoder_output'.
       stop: text, or texts, that end a prediction, wherever they occur in it.
       seed: of sampling.
+      averaged: whether to read the averages of parameters that the run kept (EMA_DECAY).
       data: the tasks of `inputs.split`.
       settings: of the recipe, by name: a job continues what one of the same settings left.
 
@@ -181,7 +183,7 @@ def infer(
     source = _source(inputs, mode, data)
     if mode != SCORE:
         decoding_model(opened.model, SCORE_INSTEAD)
-    session = open_session(opened.model, opened.layout, model_dir, step, inputs.append_eos, stop, _note)
+    session = open_session(opened.model, opened.layout, model_dir, step, inputs.append_eos, stop, _note, averaged)
     engine = session.engine(decoder, batch_size, seed)
     reader, work = _reader_and_work(
         inputs, opened.limits(max_input_length, max_new_tokens), session, engine, mode, names

@@ -89,6 +89,8 @@ class InteractiveModel:
         Raises:
           UserError: anything the user can mend.
         """
+        if jax.process_count() > 1:
+            raise UserError("InteractiveModel is for one process; several train by meshway train")
         directory = None if model_dir is None else local_path(model_dir)
         found = None if directory is None else find_checkpoint(directory, step, "model_dir")
         if directory is not None and found is None:

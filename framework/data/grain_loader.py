@@ -116,10 +116,15 @@ class CachedData:
 
         For a task that is not cached yet, `train` and `eval_tasks` provide only specs and counts.
         """
+        source = self._copy()
+        source._is_dry = True
+        return source
+
+    def _copy(self) -> "CachedData":
+        """Returns the same source, which has not looked at any cache yet."""
         source = copy.copy(self)
         for name in ("tasks", "_framing", "_training"):
             vars(source).pop(name, None)
-        source._is_dry = True
         return source
 
     def reads(self, evaluate: bool) -> list[SplitRead]:
@@ -166,10 +171,14 @@ class CachedData:
 
         Returns:
           task -> rows of each pass, until they repeat; not of tasks whose rows are known only as they are read.
+
+        Raises:
+          UserError: a task is not cached: nothing is built here.
         """
-        found = {}
-        for task in self._training:
-            source = self._source(task, *self.open_task(task, self.train_split))
+        cached, found = self._copy(), {}
+        cached._build = False
+        for task in cached._training:
+            source = cached._source(task, *cached.open_task(task, cached.train_split))
             if isinstance(source, RowSource):
                 found[task.name] = source.count_rounds()
         return found

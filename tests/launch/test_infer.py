@@ -123,6 +123,7 @@ def test_json_lines_in_json_lines_out(run, questions, tmp_path, capsys):
     assert total["examples"] == 5 and total["read_tokens"] == sum(len(text) + 1 for text in TEXTS)
 
 
+@pytest.mark.slow
 def test_shards_of_a_job_are_together_what_one_job_writes(run, questions, tmp_path, capsys):
     """Sampled, so that an example that is numbered otherwise would show. The last one makes the result."""
     words = (f"--model_dir={run}", f"--input={questions}", "--chunk_size=1", "--max_new_tokens=4", "--temperature=1")
@@ -137,6 +138,7 @@ def test_shards_of_a_job_are_together_what_one_job_writes(run, questions, tmp_pa
     assert "this very job is finished" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_class_of_ones_own_writes_its_format(run, questions, tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "own_writers.py").write_text(

@@ -8,11 +8,13 @@ import base64
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 import shutil
 import tempfile
 import zlib
+from array import array as growing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,7 +128,7 @@ def write_shard(
     path = split_directory / shard_name(shard, num_shards)
     temporary = work / f"{split_directory.name}.{path.name}"
     names = sized(features)
-    sizes: list[list[int]] = [[] for _ in names]
+    sizes = [growing("i") for _ in names]  # of int32
     with failures_of(path):
         writer = ArrayRecordWriter(str(temporary), _WRITER)
         count = 0
@@ -226,9 +228,9 @@ def write_index(split_directory: Path, shards: Sequence[Shard], fingerprint: str
     }
     with failures_of(split_directory):
         for name in shards[0].sizes:
-            path = work / f"{split_directory.name}.{name}.npy"
-            np.save(path, np.concatenate([shard.sizes[name] for shard in shards]))
-            replace(split_directory / f"sizes.{name}.npy", path.read_bytes(), work)
+            column = np.concatenate([shard.sizes[name] for shard in shards])
+            save = functools.partial(np.save, arr=column)
+            replace_file(split_directory / f"sizes.{name}.npy", save, work / f"{split_directory.name}.{name}.npy")
         replace(split_directory / "index.json", _text(index), work)
 
 

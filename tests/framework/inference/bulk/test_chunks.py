@@ -473,6 +473,10 @@ def test_shares_work_side_by_side_and_nobody_else(tmp_path):
         commit(odd, (1, 3))
     with contextlib.closing(store(tmp_path / "left.jsonl")) as whole:
         assert list(whole.committed()) == [1, 3]
+        with pytest.raises(
+            UserError, match=r"is working on this output .*left.jsonl.parts/lock is locked.: wait for it"
+        ):
+            store(tmp_path / "left.jsonl", share=Share(0, 2))
 
 
 def test_names_that_do_not_fit_are_told(tmp_path):
