@@ -118,7 +118,8 @@ def say_cut(name: str, examples: Examples, objective: Objective, read: Sequence[
     of = "" if count == len(examples) else "the first "
     print(
         f"data: task {name!r}: {cut:,} of {of}{count:,} examples are longer than TASK_FEATURE_LENGTHS, and "
-        f"{100 * int(lost.sum()) / max(tokens, 1):.2g} % of all tokens in no row: see `meshway inspect data`",
+        f"{100 * int(lost.sum()) / max(tokens, 1):.2g} % of all tokens in no row: raise them, or "
+        "choose the converter's `overlong`",
         file=sys.stderr,
     )
 

@@ -62,6 +62,13 @@ def test_a_step_is_one_on_a_batch_of_these_examples(model):
     assert len(model.train_steps(EXAMPLES, 3)) == 3 and model.step == before + 4
 
 
+def test_examples_that_are_cut_are_said(model, capsys):
+    model.train_step([{"inputs": "x" * 50, "targets": "y"}, *EXAMPLES[:1]])
+    assert "'examples in memory': 1 of 2 examples are longer than TASK_FEATURE_LENGTHS" in capsys.readouterr().err
+    model.train_step(EXAMPLES)
+    assert "longer" not in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_saved_model_is_a_run_and_goes_on_bit_for_bit(model, tmp_path):
     model.train_steps(EXAMPLES, 2)

@@ -16,6 +16,7 @@ from tiers import tiers
 
 from meshway.framework.conversion.tensor_files import TensorFiles
 from meshway.framework.conversion.tokenizer_files import read_framing, read_vocabulary
+from meshway.framework.data.inspection.decoded_rows import decode_rows
 from meshway.framework.data.seqio_adapter import import_seqio
 from meshway.framework.data.vocabularies import load
 from meshway.framework.data.vocabularies import read_framing as read_saved_framing
@@ -152,6 +153,17 @@ def test_rows_of_a_converted_run_equal_transformers(family, tmp_path):
         assert text.write(each["ids"]) == each["decoded"]
         stream = text.stream()
         assert "".join([*map(stream.feed, each["ids"]), stream.finish()]) == each["decoded"]
+
+
+@pytest.mark.parametrize(
+    ("family", "ids", "special"), [("gpt2", [0, 64, 316], "..x"), ("gemma3", [2, 0, 300, 6], "xx.x")]
+)
+def test_pages_show_an_id_0_that_is_text_as_text(family, ids, special):
+    vocabulary = read_vocabulary(GOLDENS / family, json.loads((GOLDENS / family / "config.json").read_text()))
+    batch = {"decoder_target_tokens": np.array([ids]), "decoder_segment_ids": np.ones((1, len(ids)), np.int32)}
+    ((lane,),) = [row.lanes for row in decode_rows(batch, {"targets": vocabulary})]
+    assert ["x" if token.special else "." for token in lane.tokens] == list(special)
+    assert vocabulary.decode(ids[:1]) == ("!" if family == "gpt2" else "<bos>")
 
 
 def assert_teaches(rows, row, whole, known):
