@@ -84,8 +84,9 @@ def _numbers(text: str | int) -> list[int]:
 
 def write(task_directory: Path, count: int, converter: Converter, lengths: Mapping[str, int]) -> int:
     """Writes the cache of a synthetic task, its split `train` with about `count` examples; returns how many."""
-    # Of text, a converter that makes pairs of it reads the targets alone.
-    names = ["targets"] if isinstance(converter, WindowedTextConverter) else list(converter.task_features)
+    # Of text, a converter that makes pairs of it reads the targets alone, and divides those that are too long.
+    is_text = isinstance(converter, WindowedTextConverter)
+    names = ["targets"] if is_text else list(converter.task_features)
     vocabulary = Bytes(100)
     feature = FeatureInfo("int32", (None,), VocabularyInfo(vocabulary.size, vocabulary.eos_id, vocabulary.extra_ids))
     features = dict.fromkeys(names, feature)
@@ -102,8 +103,8 @@ def write(task_directory: Path, count: int, converter: Converter, lengths: Mappi
     shard = min(_SHARD, count)
     columns = {}
     for place, name in enumerate(names):
-        longest = lengths[name] * (4 if len(names) == 1 else 1)  # alone it may be split
-        median = max(1.0, min(np.exp(5 - 2 * place), lengths[name] / 3))
+        length = sum(lengths.values()) if is_text else lengths[name]
+        longest, median = length * (4 if len(names) == 1 else 1), max(1.0, min(np.exp(5 - 2 * place), length / 3))
         columns[name] = np.clip(random.lognormal(np.log(median), 0.8, shard), 1, longest).astype(np.int32)
     made = write_shard(
         ({name: np.full(columns[name][at], _ID, np.int32) for name in names} for at in range(shard)),
