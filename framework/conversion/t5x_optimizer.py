@@ -31,6 +31,8 @@ _ADAFACTOR = ("decay_rate", "step_offset", "clipping_threshold", "multiply_by_pa
 _FACTORS = ("factors", "decay_factor", "steps_per_decay", "steps_per_cycle", "step_offset")
 _SCHEDULE = {"base_learning_rate": "LEARNING_RATE", "warmup_steps": "WARMUP_STEPS"}
 _SCHEDULE |= {name: f"schedules.t5_factors.{name}" for name in _FACTORS}
+# Those that change updates and that ours has not, or not so: its weight decay leaves vectors out.
+_NOT_TAKEN = ("weight_decay_rate", "weight_decay_rate_lr_exponent", "max_parameter_scale", "skip_nan_updates")
 MIN_DIM_SIZE = 128  # T5X's min_dim_size_to_factor, as it is where no recipe binds it
 UNUSED = (1,)  # the shape of a slot without values, in both
 _ATTENTION = {"embed": ROW, "heads": COLUMN, "kv_heads": COLUMN, "head_dim": COLUMN}
@@ -167,10 +169,18 @@ def settings_of(files: T5XFiles, kind: Kind) -> dict[str, Any]:
 
 
 def schedule_of(files: T5XFiles) -> Bindings:
-    """Returns the bindings of the learning rate that the `config.gin` beside a checkpoint tells, for a recipe with
-    `optimizers/adafactor.gin`."""
+    """Returns the bindings of the learning rate and of clipping that the `config.gin` beside a checkpoint tells, for a
+    recipe with `optimizers/adafactor.gin`."""
     bound = files.bound_to("create_learning_rate_scheduler")
-    return {ours: bound[theirs] for theirs, ours in _SCHEDULE.items() if theirs in bound}
+    found: Bindings = {ours: bound[theirs] for theirs, ours in _SCHEDULE.items() if theirs in bound}
+    norm = files.bound_to("Adafactor").get("global_norm_clip_threshold")
+    return found | ({"optimizers.Optimizer.max_grad_norm": norm} if norm else {})
+
+
+def not_taken(files: T5XFiles) -> str:
+    """Returns what the `config.gin` beside a checkpoint binds to Adafactor and ours has not, '' for nothing."""
+    bound = files.bound_to("Adafactor")
+    return ", ".join(f"{name} = {bound[name]!r}" for name in _NOT_TAKEN if bound.get(name))
 
 
 def slots_in(

@@ -180,7 +180,7 @@ def test_other_states_are_refused_in_one_message(runs, tmp_path, state, message)
 
 
 @pytest.mark.slow
-def test_what_a_config_binds_to_adafactor_is_bound_here(runs, tmp_path):
+def test_what_a_config_binds_to_adafactor_is_bound_here(runs, tmp_path, capsys):
     text = "adafactor.Adafactor:\n    beta1 = 0.9\n    decay_rate = 0.7\n    step_offset = 0\n"
     text += (
         "utils.create_learning_rate_scheduler:\n    base_learning_rate = 0.5\n    factors = 'constant * rsqrt_decay'\n"
@@ -190,6 +190,8 @@ def test_what_a_config_binds_to_adafactor_is_bound_here(runs, tmp_path):
     recipe = (tmp_path / "in" / "recipe.gin").read_text()
     assert "optimizers.adafactor.decay_rate = 0.7" in recipe and "optimizers.adafactor.beta1 = 0.9" in recipe
     assert "\nLEARNING_RATE = 0.5\n" in recipe and "schedules.t5_factors.factors = 'constant * rsqrt_decay'" in recipe
+    assert "optimizers.Optimizer.max_grad_norm = 2.0" in recipe
+    assert "not taken" in (said := capsys.readouterr().out) and "weight_decay_rate = 0.01, which config.gin" in said
     assert "step_offset" not in recipe and "'kv_heads': 'column'" in recipe
 
 
