@@ -6,7 +6,6 @@ Run the same command again and what was evaluated is passed over.
 """
 
 import dataclasses
-import inspect
 import signal
 import sys
 from collections.abc import Sequence
@@ -15,14 +14,23 @@ from typing import TYPE_CHECKING
 import jax
 
 from meshway.framework import terminal
-from meshway.framework.data.source import DataSource, EvalTask
+from meshway.framework.data.source import DataSource, EvalTask, tasks_of
 from meshway.framework.data.vocabulary import source_framing
 from meshway.framework.distributed import processes
 from meshway.framework.distributed.processes import agree
 from meshway.framework.errors import UserError
 from meshway.framework.evaluation.evaluation import Evaluation, Evaluator
-from meshway.framework.evaluation.job import EvaluationDisplay, EvaluationJob, is_done, record_name
-from meshway.framework.evaluation.records import ALL, LATEST, Claims, Records, StepQueue, Wanted, complete_steps
+from meshway.framework.evaluation.job import EvaluationDisplay, EvaluationJob, is_done
+from meshway.framework.evaluation.records import (
+    ALL,
+    LATEST,
+    Claims,
+    Records,
+    StepQueue,
+    Wanted,
+    complete_steps,
+    record_name,
+)
 from meshway.framework.files import local_path
 from meshway.framework.interfaces import Model
 from meshway.framework.partitioning.partitioner import Layout
@@ -99,7 +107,7 @@ def evaluate(
     with terminal.stage("opening the evaluation data"):
         tasks = split_tasks(data, split)
     settings = dataclasses.replace(evaluation, max_predictions=max_predictions)
-    evaluator = Evaluator(sharded, data.batch_size, data.lengths, tasks, settings)
+    evaluator = Evaluator(sharded, tasks, settings)
     with EvaluationDisplay(silent=not processes.is_primary()) as display:
         for line in evaluator.left_out:
             display.say(line)
@@ -126,12 +134,7 @@ def evaluate(
 
 def split_tasks(data: DataSource, split: str | None) -> Sequence[EvalTask]:
     """Returns the tasks of a split; UserError where there are none, or no splits to choose from."""
-    if split is None:
-        tasks = data.eval_tasks()
-    elif inspect.signature(data.eval_tasks).parameters:
-        tasks = data.eval_tasks(split)
-    else:
-        raise UserError(f"--split={split}: {type(data).__name__} has no splits to choose from; leave it out")
+    tasks = tasks_of(data, split)
     if not tasks:
         raise UserError(f"{type(data).__name__} has no tasks to evaluate on")
     return tasks

@@ -9,7 +9,6 @@ import contextlib
 import functools
 import signal
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,18 +16,19 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from meshway.framework import terminal
+from meshway.framework.checkpoints import continuation
 from meshway.framework.checkpoints.manager import Checkpoints, DamagedCheckpoint, Keep
 from meshway.framework.checkpoints.mapping import Initial
 from meshway.framework.data.prefetch import prefetch
-from meshway.framework.data.source import DataSource, EvalTask
+from meshway.framework.data.source import DataSource
 from meshway.framework.data.vocabulary import Framing
 from meshway.framework.distributed import processes
 from meshway.framework.distributed.processes import agree
 from meshway.framework.errors import at_the_end
-from meshway.framework.evaluation.evaluation import Evaluation, Evaluator, Report
+from meshway.framework.evaluation.evaluation import Evaluation
 from meshway.framework.evaluation.records import Records
+from meshway.framework.evaluation.schedule import OWN, EvalDataset, EvaluationLog, Schedule, begin_hooks
 from meshway.framework.files import local_path
-from meshway.framework.interfaces import Params
 from meshway.framework.planning.hardware import peak_flops
 from meshway.framework.report.page import write_report
 from meshway.framework.telemetry.reporter import Progress, Reporter
@@ -49,6 +49,8 @@ def train(
     model_dir: str,
     periods: Periods,
     evaluation: Evaluation = Evaluation(),
+    train_eval: Sequence[EvalDataset] | None = OWN,
+    infer_eval: Sequence[EvalDataset] | None = OWN,
     keep: Keep = Keep(),
     initial: Initial | None = None,
     hooks: Sequence[Hook] = (),
@@ -58,9 +60,10 @@ def train(
     resolved: str = "",
     began: float | None = None,
 ) -> None:
-    """Trains until `periods.total`, resuming from the latest checkpoint in `model_dir` if there is one.
+    """Trains until `periods.last`, resuming from the latest checkpoint in `model_dir` if there is one.
 
     Order of what parameters start from: 1. the latest checkpoint in `model_dir`; 2. `initial`; 3. fresh ones.
+    Steps count from 0, or from those of `initial` (`Initial.count_on`, `Periods.relative`).
 
     Args:
       program: model, optimizer and layout.
@@ -68,12 +71,15 @@ def train(
       model_dir: the run directory.
       periods: how long, and how often to report, evaluate and save.
       evaluation: what evaluation does.
+      train_eval: of what the loss is found every so often, teacher-forced; None for nothing.
+      infer_eval: of what predictions are made and scores found for the tasks' metrics; None for nothing.
       keep: which checkpoints stay.
-      initial: another run's parameters to start from.
+      initial: another run's parameters to start from; None, or one without a path, for fresh ones.
       hooks: called after each step.
       max_skipped_in_a_row: steps in a row whose updates were left out, after which the run stops.
-      batch_size_schedule: (last step, examples of a batch up to it), in order, before the program's batch size.
-      skip_batches: (first, last) numbers of batches that no step takes; batches are counted from 1, as steps are.
+      batch_size_schedule: (last step, examples of a batch up to it), in order, before the program's batch size. Here
+        and below 1 is the run's own first step.
+      skip_batches: (first, last) numbers of batches that no step takes, as of the steps that would take them.
       resolved: the resolved recipe, written to the run directory and into checkpoints.
       began: when this attempt at the run began, in seconds since 1970; None means now.
 
@@ -89,10 +95,10 @@ def train(
             directory.prepare(sum(row.total_bytes for row in rows if not row.name.startswith("batch")))
         checkpoints = Checkpoints(directory.checkpoints, keep, resolved)
         start = max(checkpoints.steps(), default=0)
-        devices = f"{jax.local_device_count()} {jax.default_backend()}"
-        agree({"recipe": resolved, "last checkpoint": str(start), "jax": jax.__version__, "devices": devices})
-        if start >= periods.total:
-            print(f"step {start} of {periods.total} is already reached in {directory.root}; raise TRAIN_STEPS to go on")
+        periods, initial = _counted(periods, checkpoints, start, initial)
+        _agree(resolved, start)
+        if start >= periods.last:
+            print(f"step {start} of {periods.last} is already reached in {directory.root}; raise TRAIN_STEPS to go on")
             return
         with terminal.stage("opening the training data"):
             dataset, vocabularies, framing = open_data(program, data, batch_size_schedule, skip_batches)
@@ -100,13 +106,15 @@ def train(
             directory.check_vocabularies(vocabularies, framing)
         agree({f"vocabulary of {name!r}": each.fingerprint for name, each in vocabularies.items()})
         if initial is not None and not start:
-            initial.check(program.param_shapes, program.axes)  # now, not once the step is compiled
+            continuation.check(initial, program.state_shapes, program.axes)  # now, not once the step is compiled
         if primary:
             directory.save_vocabularies(vocabularies, framing)
         restoring = time.time()
         restored = _restore_last(checkpoints, program, primary) if start else None
         restored_seconds = time.time() - restoring
-        start = restored[0] if restored else 0
+        start = restored[0] if restored else checkpoints.first_step
+        passes = Schedule(train_eval, infer_eval, periods.evaluate, evaluation).open(program.sharded, data)
+        begin_hooks(hooks, passes, Records(directory.evaluations) if primary else None, start)
         with contextlib.ExitStack() as stack:
             if primary:
                 stack.enter_context(at_the_end(lambda: write_report(directory.root)))
@@ -114,25 +122,23 @@ def train(
             timeline.mark("ready")
             if restored:
                 timeline.move(restored_seconds, "checkpoint")
-                _, state, position = restored
-                dataset.restore(position)
+                dataset.restore(restored[2])
                 _say(primary, f"resuming from {directory.checkpoints / str(start)}")
             stream = stack.enter_context(contextlib.closing(prefetch(dataset)))  # reads while the step compiles
             with timeline.phase("compile"), terminal.stage("compiling the training step"):
-                step = SizedSteps(
-                    program, batch_size_schedule, start, periods.total + sum(b - a + 1 for a, b in skip_batches)
-                )
+                first = checkpoints.first_step
+                step = SizedSteps(program, batch_size_schedule, start - first, periods.last - first, skip_batches)
             timeline.mark("compiled", devices=program.partitioner.mesh.size)
-            if not start:
-                state = _fresh(program, initial, framing, functools.partial(_say, primary))
-            tasks = _tasks(data) if periods.evaluate else []
+            begin = functools.partial(_fresh, program, initial, start, framing, functools.partial(_say, primary))
+            state = restored[1] if restored else begin()
             if primary:
                 directory.describe(resolved, rows, summarize(program, rows))
             progress = _progress(periods, start, primary)
             stack.callback(progress.close)
-            evaluator = Evaluator(program.sharded, program.batch_size, program.lengths, tasks, evaluation)
-            evaluate = EvaluationLog(evaluator, directory, start, primary, progress.note, program.evaluated)
-            reporter = _reporter(directory, start, primary, progress, timeline, program, resolved, step)
+            evaluate = EvaluationLog(
+                passes, periods.last, directory, start, primary, progress.note, program.evaluated, first
+            )
+            reporter = _reporter(directory, start, primary, progress, timeline, program, resolved, step, first)
             stack.enter_context(at_the_end(reporter.close))
             loop = Loop(
                 step=step,
@@ -144,72 +150,36 @@ def train(
                 save=checkpoints.save,
                 hooks=hooks,
                 max_skipped_in_a_row=max_skipped_in_a_row,
+                first=first,
                 also_refused=program.also_refused,
             )
             last = loop.run(state, start)
             with timeline.phase("checkpoint"):
                 checkpoints.close()
-            timeline.outcome = "done" if last == periods.total else "stopped"
+            timeline.outcome = "done" if last == periods.last else "stopped"
         if primary:
-            _say_goodbye(directory, last, periods, evaluate.samples())
-        if last < periods.total and loop.stop.number == signal.SIGINT:
+            _say_goodbye(directory, last, periods, evaluate.samples(), loop.reason)
+        if last < periods.last and loop.stop.number == signal.SIGINT:
             raise KeyboardInterrupt  # what comes after this command takes it for done otherwise
 
 
-class EvaluationLog:
-    """Evaluates, and keeps each task's results in `eval/<task>.jsonl`.
+def _counted(
+    periods: Periods, checkpoints: Checkpoints, last: int, initial: Initial | None
+) -> tuple[Periods, Initial | None]:
+    """Finds the step that the run began with, or begins with where it has no checkpoint (`last` 0): `first_step`.
 
-    Args:
-      evaluator: what evaluates.
-      directory: the run.
-      start: the step from which the run goes on: what was found at later ones is removed.
-      primary: whether this process writes and speaks.
-      say: prints a line.
-      params_of: which parameters of the state are evaluated.
+    Returns:
+      (the periods, with a total; what the run starts from, None for fresh parameters).
     """
-
-    def __init__(
-        self,
-        evaluator: Evaluator,
-        directory: RunDirectory,
-        start: int,
-        primary: bool,
-        say: Callable[[str], None],
-        params_of: Callable[[TrainState], Params] = lambda state: state.params,
-    ):
-        self._params_of = params_of
-        self._records = Records(directory.evaluations) if primary else None
-        self._evaluator, self._say = evaluator, say
-        self._reports: dict[str, Report] = {}
-        if self._records is not None:
-            self._records.keep_up_to(start)
-        for line in evaluator.left_out:
-            say(line)
-
-    def __call__(self, state: TrainState, step: int) -> dict[str, float]:
-        first = not self._reports  # it compiles its programs
-        with terminal.stage(f"evaluating step {step}") if first else contextlib.nullcontext():
-            scalars, self._reports = self._evaluator.evaluate(self._params_of(state))
-        if self._records is not None:
-            self._records.add(step, self._reports)
-        for name, report in self._reports.items():
-            for function, message in report.get("failed", {}).items():
-                self._say(f"evaluation at step {step}: task {name!r}, {function} raised {message}")
-        return scalars
-
-    def samples(self, limit: int = 3) -> str:
-        """Returns a few predictions of the last evaluation as text, for a terminal."""
-        lines = []
-        for name, report in self._reports.items():
-            for sample in report["predictions"][:limit]:
-                shown = {part: textwrap.shorten(sample[part], 100) for part in ("input", "target", "prediction")}
-                lines += [f"{name}", *[f"  {part:10}  {text}" for part, text in shown.items()]]
-        return "\n".join(lines)
+    initial = None if initial is None or initial.path is None else initial
+    checkpoints.first_step = continuation.first_step(initial, periods.relative, checkpoints if last else None)
+    return periods.counted_from(checkpoints.first_step), initial
 
 
-def _tasks(data: DataSource) -> Sequence[EvalTask]:
-    with terminal.stage("opening the evaluation data"):
-        return data.eval_tasks()
+def _agree(resolved: str, start: int) -> None:
+    """Raises UserError unless all processes would train the same, from the same step."""
+    devices = f"{jax.local_device_count()} {jax.default_backend()}"
+    agree({"recipe": resolved, "last checkpoint": str(start), "jax": jax.__version__, "devices": devices})
 
 
 def _restore_last(
@@ -241,14 +211,17 @@ def _restore_last(
 
 
 def _fresh(
-    program: TrainProgram, initial: Initial | None, framing: Framing | None, say: Callable[[str], None]
+    program: TrainProgram, initial: Initial | None, first: int, framing: Framing | None, say: Callable[[str], None]
 ) -> TrainState:
     _say_start(initial, framing, say)
+    if note := continuation.restart_note(initial, first):
+        say(note)
     with terminal.stage("making the initial parameters"):
         state = program.init()
         if initial is None:
             return state
-        return program.with_params(state, initial.restore(state.params, program.axes))
+        begun = continuation.begin(initial, state, program.axes, first)
+        return program.with_params(begun, begun.params)
 
 
 def _say_start(initial: Initial | None, framing: Framing | None, say: Callable[[str], None]) -> None:
@@ -265,7 +238,7 @@ def _say_start(initial: Initial | None, framing: Framing | None, say: Callable[[
 
 def _progress(periods: Periods, start: int, primary: bool) -> Progress:
     measured = jax.default_backend() == "cpu"
-    return Progress(periods.total, start, peak_name="of matmul peak" if measured else "mfu", silent=not primary)
+    return Progress(periods.last, start, peak_name="of matmul peak" if measured else "mfu", silent=not primary)
 
 
 def _reporter(
@@ -277,6 +250,7 @@ def _reporter(
     program: TrainProgram,
     resolved: str,
     step: SizedSteps,
+    first: int,
 ) -> Reporter:
     writers: list[Any] = []
     if primary:
@@ -290,7 +264,9 @@ def _reporter(
     progress.note(f"matmul peak {peak / 1e9:,.0f} GFLOP/s ({source})")
     if step_memory := step.planned():
         progress.note(step_memory)
-    return Reporter(Writers(writers), progress, timeline, step.flops, peak, jax.local_devices())
+    return Reporter(
+        Writers(writers), progress, timeline, lambda number: step.flops(number - first), peak, jax.local_devices()
+    )
 
 
 def _say(primary: bool, line: str) -> None:
@@ -298,12 +274,13 @@ def _say(primary: bool, line: str) -> None:
         print(line, flush=True)
 
 
-def _say_goodbye(directory: RunDirectory, last: int, periods: Periods, samples: str) -> None:
+def _say_goodbye(directory: RunDirectory, last: int, periods: Periods, samples: str, reason: str) -> None:
     if samples:
         print(samples)
     print(in_one_line(read_goodput(directory.timeline)))
-    if last < periods.total:
-        print(f"stopped after step {last} of {periods.total}, saved; run the same command again to go on")
+    if last < periods.last:
+        why = f", saved. {reason}. Run" if reason else ", saved; run"
+        print(f"stopped after step {last} of {periods.last}{why} the same command again to go on")
     else:
         print(f"done: step {last}; report: {directory.root / 'report.html'}")
 
@@ -325,8 +302,10 @@ def run(invocation: "Invocation") -> None:
             model_dir: str = part("model_dir")  # MODEL_DIR
             periods: Periods = part("periods")  # TRAIN_STEPS, REPORT_PERIOD, EVAL_PERIOD, CHECKPOINT_PERIOD
             evaluation: Evaluation = part("evaluation")
+            train_eval: Sequence[EvalDataset] | None = part("train_eval")  # TRAIN_EVAL
+            infer_eval: Sequence[EvalDataset] | None = part("infer_eval")  # INFER_EVAL
             keep: Keep = part("keep")
-            initial: Initial | None = part("initial")  # bound by gin/initial/*.gin, and by who fine-tunes
+            initial: Initial | None = part("initial")  # INITIAL_CHECKPOINT_PATH; gin/initial/*.gin
             hooks: Sequence[Hook] = part("hooks")
             max_skipped_in_a_row: int = part("max_skipped_in_a_row")
             batch_size_schedule: Sequence[tuple[int, int]] = part("batch_size_schedule")  # BATCH_SIZE_SCHEDULE
@@ -335,7 +314,8 @@ def run(invocation: "Invocation") -> None:
             from meshway.launch.dry_run import check, described
             from meshway.launch.inspection import layout
 
-            found = layout(program), "", described(check(program, data, model_dir, periods, evaluation, keep, initial))
+            arguments = (program, data, model_dir, periods, evaluation, keep, initial, train_eval, infer_eval, hooks)
+            found = layout(program), "", described(check(*arguments))
             if processes.is_primary():
                 print(recipe.resolved, *found, sep="\n")
             return
@@ -345,6 +325,8 @@ def run(invocation: "Invocation") -> None:
             model_dir=model_dir,
             periods=periods,
             evaluation=evaluation,
+            train_eval=train_eval,
+            infer_eval=infer_eval,
             keep=keep,
             initial=initial,
             hooks=hooks,

@@ -41,6 +41,7 @@ def text_spec(batch_size: int, lengths: Mapping[str, int], encoder: bool, prefix
         inputs = token_spec(batch_size, lengths["inputs"], "encoder", ["input_tokens", "segment_ids", "positions"])
         return inputs | token_spec(batch_size, lengths["targets"], "decoder", names)
     inputs_length = lengths["inputs"] if prefix else lengths.get("inputs", 0)
+    inputs_length += lengths.get("suffixes", 0)  # which seqio's prefix-suffix converter puts behind the targets
     names += ["prefix_mask"] if prefix else []
     return token_spec(batch_size, lengths["targets"] + inputs_length, "decoder", names)
 

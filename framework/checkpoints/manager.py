@@ -1,10 +1,9 @@
 """Checkpoints of a run: state, data position and recipe, saved together and atomically, restored on any mesh."""
 
+import contextlib
 import dataclasses
-import functools
 import itertools
 import logging
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +15,14 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from meshway.framework.checkpoints.sources import differences, schema_of
 from meshway.framework.distributed import processes
-from meshway.framework.errors import EnvironmentFailure, UserError, first_line, nearest_steps
+from meshway.framework.errors import (
+    EnvironmentFailure,
+    UserError,
+    first_line,
+    innermost,
+    nearest_steps,
+    quiet_closed_loops,
+)
 from meshway.framework.interfaces import Params
 from meshway.framework.terminal import installed_version
 from meshway.framework.training.step import TrainState
@@ -91,6 +97,7 @@ class Checkpoints:
           UserError: the folder cannot be created.
         """
         _quiet_orbax()
+        self.first_step = 0  # the step that the run began with: saved in each checkpoint
         self.folder, self._recipe, self._read_only = Path(folder).absolute(), recipe, read_only
         self._is_averaged = averaged
         try:
@@ -129,12 +136,15 @@ class Checkpoints:
         """
         self._save(_as_tree(state), step, position, metrics)
 
-    def save_params(self, params: Params, step: int) -> None:
-        """Saves parameters alone, such as a converted model's: `restore_params` and `Initial` read them."""
-        self._save({"params": params}, step, {}, {})
+    def save_params(self, params: Params, step: int, rest: Mapping[str, Any] | None = None) -> None:
+        """Saves parameters without a data position, such as a converted model's, and what `rest` has of the other
+        fields of a state: `restore_params` and `Initial` read them."""
+        self._save({"params": params, **(rest or {})}, step, {}, {})
 
     def _save(self, tree: dict[str, Any], step: int, position: Mapping[str, int], metrics: Mapping[str, float]) -> None:
-        recipe = {"gin": self._recipe, "version": installed_version(), "schema": schema_of(tree)}
+        recipe: dict[str, Any] = {"gin": self._recipe, "version": installed_version(), "schema": schema_of(tree)}
+        if self.first_step:
+            recipe["first_step"] = self.first_step
         arguments = ocp.args.Composite(
             state=ocp.args.PyTreeSave(tree),
             data=ocp.args.JsonSave(dict(position)),
@@ -154,6 +164,13 @@ class Checkpoints:
     def recipe(self, step: int) -> dict[str, Any]:
         """Returns {"gin", "version", "schema"} of a checkpoint; raises DamagedCheckpoint if it cannot be read."""
         return self._read(step, recipe=ocp.args.JsonRestore())["recipe"]
+
+    def read_first_step(self) -> int:
+        """Returns the step that the run began with, as its latest readable checkpoint says."""
+        for step in reversed(self.steps()):
+            with contextlib.suppress(DamagedCheckpoint):
+                return int(self.recipe(step).get("first_step", 0))
+        return 0
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, int]]:
         """Restores a checkpoint, saved on any mesh, with the shardings of `abstract` (ShapeDtypeStructs).
@@ -252,17 +269,22 @@ class Checkpoints:
     def restore_params(self, step: int, params: Any) -> Any:
         """Restores only the parameters named in `params`, a tree of ShapeDtypeStructs with shardings; where the folder
         was opened for averaged ones, raises UserError if the checkpoint has none."""
-        tree = {"params": params}
-        if self._is_averaged:
-            wanted, kept = flatten(params), self.averages(step)
-            there = {path: leaf for path, leaf in wanted.items() if path not in kept}
-            tree = {"average": unflatten({path: leaf for path, leaf in wanted.items() if path in kept})}
-            tree |= {"params": unflatten(there)} if there else {}  # those that were not trained have none
+        if not self._is_averaged:
+            return self.restore_part(step, {"params": params})["params"]
+        wanted, kept = flatten(params), self.averages(step)
+        there = {path: leaf for path, leaf in wanted.items() if path not in kept}
+        tree = {"average": unflatten({path: leaf for path, leaf in wanted.items() if path in kept})}
+        tree |= {"params": unflatten(there)} if there else {}  # those that were not trained have none
+        found = self.restore_part(step, tree)
+        return merge(found.get("params", {}), found["average"])
+
+    def restore_part(self, step: int, tree: dict[str, Any]) -> Any:
+        """Restores only the fields of a state, and of these only the leaves, that are in `tree`, ShapeDtypeStructs with
+        shardings."""
         arguments = ocp.args.PyTreeRestore(
             tree, ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
         )
-        found = self._read(step, state=arguments)["state"]
-        return merge(found.get("params", {}), found["average"]) if self._is_averaged else found["params"]
+        return self._read(step, state=arguments)["state"]
 
     def averages(self, step: int) -> frozenset[str]:
         """Returns the paths of the parameters of which a checkpoint has averages; UserError if there are none."""
@@ -284,7 +306,7 @@ class Checkpoints:
                 advice = f"Step {others[-1]} is there too"
             raise DamagedCheckpoint(
                 f"checkpoint {self.folder / str(step)} cannot be read: it is truncated, damaged or not meshway's "
-                f"({first_line(_innermost(error))}). {advice}"
+                f"({first_line(innermost(error))}). {advice}"
             ) from error
 
     def _guard(self, action: Callable[[], Any], step: int | None) -> None:
@@ -361,35 +383,13 @@ def read_last(
     raise DamagedCheckpoint(first)
 
 
-def _innermost(error: BaseException) -> BaseException:
-    """Returns the first cause of an Orbax error: it names the file or the array, the error itself only an index."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
 def _quiet_orbax() -> None:
     """Turns off logs: Orbax logs every save and every file that it cannot parse, and after a failed save asyncio logs a
     traceback for each array, in addition to the error that `_guard` reports."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
-    _quiet_closed_loops()
-
-
-@functools.cache
-def _quiet_closed_loops() -> None:
-    """Drops the tracebacks after a failed read: Orbax closes its event loop and leaves its coroutines, and each array
-    whose read ends after that, and each coroutine that is thrown away, raises another error."""
-    before = sys.unraisablehook
-
-    def hook(found: Any) -> None:
-        closed = isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"
-        left = getattr(getattr(found.object, "cr_code", None), "co_filename", "")  # of a coroutine
-        if not closed and "orbax" not in Path(left).parts:
-            before(found)
-
-    sys.unraisablehook = hook
+    quiet_closed_loops()
 
 
 def _as_tree(state: TrainState) -> dict[str, Any]:

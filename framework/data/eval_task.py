@@ -1,21 +1,102 @@
 """A task's validation split as the framework's `EvalTask`; handed a seqio task, it imports no seqio."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
-from meshway.framework.data.objective import Converter, Objective
-from meshway.framework.data.rows.examples import Examples, check_ids
+from meshway.framework.data.objective import Converter, Objective, Sizes
+from meshway.framework.data.rows.examples import Examples, check_ids, whole_sizes
 from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.data.rows.row_stream import RowStream
-from meshway.framework.data.source import Measured
+from meshway.framework.data.source import Measured, Overlong
 from meshway.framework.data.vocabulary import Vocabulary, before_stop, vocabulary_sizes
-from meshway.framework.errors import UserError, first_line
+from meshway.framework.errors import UserError, did_you_mean, first_line
 from meshway.framework.interfaces import Batch
 
 EVAL_SEED = 42  # the same for every run, so that runs of different seeds are measured on the same examples
+
+
+# Tokens by task feature that evaluation has room for: a number, or None for the longest that the split has, which is
+# also taken for a feature that is not named, or of all of them; or those of training.
+EvalLengths = Mapping[str, int | None] | Literal["training"] | None
+_MUCH = 2**20  # tokens
+
+
+def given_lengths(kind: str, given: EvalLengths, lengths: Mapping[str, int]) -> dict[str, int]:
+    """Returns the lengths of evaluation that need no measuring.
+
+    Args:
+      kind: the data source, for messages.
+      given: the recipe's EVAL_FEATURE_LENGTHS.
+      lengths: its TASK_FEATURE_LENGTHS.
+
+    Raises:
+      UserError: `given` names a feature that `lengths` lacks, or something else than a number of tokens.
+    """
+    if given == "training":
+        return dict(lengths)
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise UserError(
+            f"{kind}.eval_lengths (EVAL_FEATURE_LENGTHS) is {given!r}: tokens by feature, None for the longest of the "
+            "split, or 'training' for TASK_FEATURE_LENGTHS"
+        )
+    for name, length in given.items():
+        if name not in lengths:
+            raise UserError(
+                f"EVAL_FEATURE_LENGTHS gives a length for {name!r}, which TASK_FEATURE_LENGTHS lacks: it has "
+                f"{list(lengths)}{did_you_mean(name, lengths)}"
+            )
+        if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
+            raise UserError(
+                f"EVAL_FEATURE_LENGTHS[{name!r}] must be a whole number of tokens, or None for the longest, not "
+                f"{length!r}"
+            )
+    return {name: length for name, length in given.items() if length is not None}
+
+
+def measured_lengths(
+    opened: Iterable[tuple[Objective, Examples]], given: Mapping[str, int], lengths: Mapping[str, int]
+) -> dict[str, int]:
+    """Returns `lengths` with room for the longest example of all tasks, as seqio measures it, but rounded up.
+
+    Only examples that would lose tokens, were they longer, are measured: text that is split into windows loses none,
+    and is read in windows of `lengths`.
+
+    Args:
+      opened: (objective under `lengths`, examples) of each task.
+      given: lengths that stay.
+      lengths: TASK_FEATURE_LENGTHS.
+    """
+    found: dict[str, int] = {}
+    for objective, examples in opened:
+        if not objective.row_lengths:
+            continue
+        cut = _would_lose(objective, examples.sizes)
+        for name, sizes in whole_sizes(examples).items():
+            if name in lengths and name not in given and cut.any():
+                least = 1 if cut.all() else lengths[name]
+                found[name] = max(found.get(name, 0), least, int(np.max(sizes[cut])))
+    return {**lengths, **{name: _rounded(length) for name, length in found.items()}, **given}
+
+
+def _would_lose(objective: Objective, sizes: Sizes) -> np.ndarray:
+    """Returns which examples would be truncated, left out or refused if they were much longer, bool [examples]."""
+    longer = {name: np.where(np.asarray(column) > 0, column + _MUCH, 0) for name, column in sizes.items()}
+    try:
+        objective.parts(longer)
+    except UserError:
+        return np.ones(len(next(iter(sizes.values()))), bool)
+    return objective.lost(longer) > 0
+
+
+def _rounded(length: int) -> int:
+    """Returns `length` or at most an eighth more: a multiple of 8, and of more where it is long, that meshes divide."""
+    step = max(8, 1 << max(0, length.bit_length() - 4))
+    return -(-length // step) * step
 
 
 class TaskEvaluation:
@@ -26,7 +107,7 @@ class TaskEvaluation:
       examples: the split, as the objective reads it.
       objective: what becomes of the examples.
       converter: what the objective is of.
-      lengths: TASK_FEATURE_LENGTHS, in tokens.
+      lengths: tokens by task feature that a row has room for.
       batch_size: rows of a batch.
       vocabularies: of the features that hold text, for people to read.
       task: the seqio Task, for its vocabulary, postprocessor and metric functions; None: no metrics.
@@ -46,11 +127,11 @@ class TaskEvaluation:
         stop_ids: Sequence[int] | None = None,
     ) -> None:
         self.name = name
+        self.batch_size = batch_size
+        self.lengths: Mapping[str, int] = dict(lengths)
         self._examples = examples
         self._objective = objective
         self._converter = converter
-        self._lengths = dict(lengths)
-        self._batch_size = batch_size
         self._vocabularies = vocabularies
         self._task = task
         self._stop_ids = stop_ids
@@ -98,6 +179,19 @@ class TaskEvaluation:
             found.append(f"{more} of its metric_objs, as only metric functions are run")
         return found
 
+    def overlong(self, rows: int, examples: int) -> Overlong:
+        """Returns how many of the examples in the first `rows` rows of `batches`, and of the first `examples` examples,
+        do not fit `lengths`. What a task's own preprocessors in TensorFlow cut is not seen here."""
+        if not self._objective.row_lengths:
+            return Overlong(0, 0)
+        truncated, skipped = self._overlong
+        read = np.zeros(len(truncated), bool)
+        read[:examples] = True
+        if rows:
+            read[self._rows.examples_of(np.arange(rows))] = True
+        passed = read | (rows > 0 and rows == self.num_rows)  # no row shows an example that is left out
+        return Overlong(int(np.sum(truncated & read)), int(np.sum(skipped & passed)))
+
     def batches(self) -> Iterator[tuple[Batch, int]]:
         """Yields (global batch, real rows), packed if the converter packs; padding rows are all 0."""
         return ((batch, len(numbers)) for batch, numbers in self._batches_of(self._rows))
@@ -119,7 +213,7 @@ class TaskEvaluation:
         Raises:
           UserError: the converter has nothing to predict from.
         """
-        size = batch_size or self._batch_size
+        size = batch_size or self.batch_size
         for start in range(0, self.num_examples, size):
             indices = np.arange(start, min(start + size, self.num_examples))
             # A repeated row ends its search when the row it repeats does; an empty one might never.
@@ -141,7 +235,7 @@ class TaskEvaluation:
         example = self._example(index)
         if "inputs" not in example or np.ndim(example["inputs"]) != 1:
             return ""
-        return str(self._decode("inputs", example["inputs"][: self._lengths.get("inputs")]))
+        return str(self._decode("inputs", example["inputs"][: self.lengths.get("inputs")]))
 
     def postprocess(self, index: int, tokens: np.ndarray) -> Any:
         """Turns predicted ids [length] of example `index`, read up to what ends it, into what the metrics compare."""
@@ -230,7 +324,16 @@ class TaskEvaluation:
 
     @property
     def _vocabulary_sizes(self) -> dict[str, int]:
-        return vocabulary_sizes(self._vocabularies, self._lengths)
+        return vocabulary_sizes(self._vocabularies, self.lengths)
+
+    @functools.cached_property
+    def _overlong(self) -> tuple[np.ndarray, np.ndarray]:
+        """Which examples are truncated, and which are left out because they are too long; bool [examples] each."""
+        sizes = self._examples.sizes
+        lost, kept = self._objective.lost(sizes) > 0, self._objective.parts(sizes) > 0
+        for name, whole in whole_sizes(self._examples).items():
+            lost |= whole > sizes[name]
+        return lost & kept, lost & ~kept
 
     @functools.cached_property
     def _rows(self) -> RowSource:
@@ -238,8 +341,8 @@ class TaskEvaluation:
 
     def _batches_of(self, source: RowSource) -> Iterator[tuple[Batch, np.ndarray]]:
         """Yields (global batch, numbers of its real rows) of one pass."""
-        total, size = source.rows_in_round(0), self._batch_size
-        spec = self._converter.spec(self._lengths, size)
+        total, size = source.rows_in_round(0), self.batch_size
+        spec = self._converter.spec(self.lengths, size)
         stream = RowStream(self.name, [source], {self.name: 1.0}, [], spec, size, slice(0, size), limit=total)
         for start in range(0, total, size):
             yield next(stream), np.arange(start, min(start + size, total))

@@ -20,6 +20,8 @@ from meshway.framework.data.rows.examples import TENSORFLOW, TWINS, wrong_id
 from meshway.framework.data.rows.mixing import key_of
 from meshway.framework.data.rows.packing import Example
 from meshway.framework.data.seqio_adapter import (
+    columns_of,
+    dataset_of,
     draws_random_numbers,
     import_seqio,
     in_order,
@@ -251,7 +253,7 @@ def online(
     """
     with task_errors(task.name, f"preprocessors after the cache, lengths {dict(lengths)}"):
         with _seeded(seed):
-            dataset = _dataset_of(examples, features)
+            dataset = dataset_of(columns_of(examples, features), features, 0, len(examples))
             dataset = task._preprocess_dataset(dataset, task.preprocessors[online_from:], dict(lengths))
             dataset = in_order(task._validate_preprocessing(dataset))
         return list(numpy_examples(dataset))
@@ -346,30 +348,6 @@ def _empty_like(spec: Any) -> Any:
     import tensorflow as tf
 
     return tf.data.Dataset.from_generator(lambda: iter(()), output_signature=spec)
-
-
-def _dataset_of(examples: Sequence[Example], features: Mapping[str, FeatureInfo]) -> Any:
-    """Returns a dataset of numpy examples: features are concatenated, then split again; a generator is slow."""
-    import tensorflow as tf
-
-    columns = []
-    for name, info in features.items():
-        dtype = object if info.dtype == BYTES else np.dtype(info.dtype)
-        arrays = [np.asarray(example[name], dtype) for example in examples]
-        shapes = np.array([array.shape for array in arrays], np.int32).reshape(len(arrays), len(info.shape))
-        ends = np.cumsum([0, *(array.size for array in arrays)])
-        flat = np.concatenate([array.ravel() for array in arrays]) if arrays else np.zeros(0, dtype)
-        tensors = tf.constant(flat, tf.string if info.dtype == BYTES else dtype), tf.constant(ends), tf.constant(shapes)
-        columns.append((name, info.shape, tensors))
-
-    def example(index: Any) -> dict[str, Any]:
-        row = {}
-        for name, shape, (flat, ends, shapes) in columns:
-            row[name] = tf.reshape(flat[ends[index] : ends[index + 1]], shapes[index])
-            row[name].set_shape(shape)
-        return row
-
-    return tf.data.Dataset.range(len(examples)).map(example)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,13 @@
 """What data is to the rest of the framework: nothing here is inherited, all is met by shape."""
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from meshway.framework.data.vocabulary import Framing, Vocabulary
+from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Batch
 
 
@@ -78,6 +80,19 @@ class DataSource(Protocol):
         ...
 
 
+def tasks_of(data: DataSource, split: str | None) -> Sequence["EvalTask"]:
+    """Returns the tasks of a split, by default those of the validation split.
+
+    Raises:
+      UserError: the source has no such split, or none to choose from.
+    """
+    if split is None:
+        return data.eval_tasks()
+    if not inspect.signature(data.eval_tasks).parameters:
+        raise UserError(f"split {split!r}: {type(data).__name__} has no splits to choose from; leave it out")
+    return data.eval_tasks(split)
+
+
 class Measured(NamedTuple):
     """What metric functions found.
 
@@ -90,10 +105,32 @@ class Measured(NamedTuple):
     failures: dict[str, str]
 
 
+class Overlong(NamedTuple):
+    """How many examples do not fit their lengths.
+
+    Attributes:
+      truncated: a part of them is not read.
+      skipped: they are left out.
+    """
+
+    truncated: int
+    skipped: int
+
+
 class EvalTask(Protocol):
     """One split of a task, read once, in a fixed order, and its metrics."""
 
     name: str
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of a batch, over all processes."""
+        ...
+
+    @property
+    def lengths(self) -> Mapping[str, int]:
+        """Tokens by task feature that a row has room for."""
+        ...
 
     @property
     def num_examples(self) -> int:
@@ -123,6 +160,11 @@ class EvalTask(Protocol):
     @property
     def left_out(self) -> Sequence[str]:
         """What of its metrics cannot be run, in words."""
+        ...
+
+    def overlong(self, rows: int, examples: int) -> "Overlong":
+        """Returns how many of the examples in the first `rows` rows of `batches`, and of the first `examples` examples,
+        do not fit `lengths`."""
         ...
 
     def batches(self) -> Iterator[tuple[Batch, int]]:

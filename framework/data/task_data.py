@@ -1,14 +1,19 @@
 """What the data sources share: arguments, vocabularies, preprocessors on other records, tasks not cached yet."""
 
 import dataclasses
+import functools
+import inspect
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
 from meshway.framework.data import seqio_adapter, seqio_caches, seqio_steps
+from meshway.framework.data.cache.fingerprint import qualified_name
+from meshway.framework.data.cache.format import read_json
 from meshway.framework.data.objective import Converter, FeatureInfo, Objective, Spec, TaskInfo
 from meshway.framework.data.rows.examples import TENSORFLOW, Examples
 from meshway.framework.data.seqio_adapter import task_errors
@@ -84,6 +89,29 @@ def with_split(tasks: Mapping[str, Sequence[str]], split: str, purpose: str, nam
     if lacking := [task for task in tasks if task not in having]:
         print(f"data: {purpose} leaves out {', '.join(lacking)}: no split {split!r}", file=sys.stderr)
     return having
+
+
+def trims(steps: Sequence[Callable[..., Any]]) -> bool:
+    """Returns whether preprocessors have seqio's append_eos_after_trim among them, and none needs `sequence_length`."""
+    return seqio_adapter.import_seqio().preprocessors.append_eos_after_trim in steps and not any(
+        map(_needs_lengths, steps)
+    )
+
+
+def _needs_lengths(step: Callable[..., Any]) -> bool:
+    parameter = inspect.signature(step).parameters.get("sequence_length")
+    return parameter is not None and parameter.default is inspect.Parameter.empty
+
+
+def check_measurable(name: str, steps: Sequence[Callable[..., Any]], lengths: Mapping[str, int]) -> None:
+    """Raises UserError where `lengths` are none, and a preprocessor of task `name` needs some: then its longest example
+    cannot be measured (as seqio's Evaluator has it)."""
+    for step in () if lengths else steps:
+        if _needs_lengths(step):
+            raise UserError(
+                f"task {name!r}: its preprocessor {qualified_name(step)!r} needs sequence_length, so its longest "
+                "example cannot be measured: give EVAL_FEATURE_LENGTHS"
+            )
 
 
 _KINDS: tuple[tuple[type, str], ...] = ((bool, "bool"), (int, "int64"), (float, "float32"), (str, "bytes"))
@@ -239,3 +267,47 @@ def _empty(task: Any, split: str, imported: SeqioCache | None) -> set[str]:
     seqio_steps.release_sources()
     names = set.intersection(*(set(example) for example in examples)) if examples else set()
     return {name for name in names if all(np.ndim(each[name]) and not len(each[name]) for each in examples)}
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedTask:
+    """A task with its cache.
+
+    Attributes:
+      name: its name.
+      rate: its share of the mixture, relative to the others'.
+      directory: where it is cached.
+      task: the seqio Task; None on a machine without seqio.
+      is_cached: whether all of it is cached; False is possible only in a dry run, which caches nothing.
+    """
+
+    name: str
+    rate: float
+    directory: Path
+    task: Any
+    is_cached: bool = True
+
+    @functools.cached_property
+    def info(self) -> dict[str, Any]:
+        """info.json."""
+        return read_json(self.directory / "info.json")
+
+    @functools.cached_property
+    def splits(self) -> list[str]:
+        """The splits that are cached, or will be."""
+        if not self.is_cached:
+            return seqio_caches.splits(self.task, self.directory)
+        return sorted(path.parent.name for path in self.directory.glob("*/index.json"))
+
+    def num_examples(self, split: str) -> int | None:
+        """Returns how many examples a split has; if not cached, how many its source reports, None if it does not."""
+        if not self.is_cached:
+            imported = seqio_caches.origin(self.task, self.directory)
+            return imported.count(split) if imported else seqio_steps.source_count(self.task, split)
+        return counts(self.directory)[split]
+
+
+def counts(directory: Path) -> dict[str, int]:
+    """Returns how many examples each split of a cached task has."""
+    indices = {path.parent.name: read_json(path) for path in directory.glob("*/index.json")}
+    return {split: sum(shard["examples"] for shard in index["shards"]) for split, index in indices.items()}

@@ -11,7 +11,7 @@ from meshway.framework.checkpoints.manager import Checkpoints, DamagedCheckpoint
 from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError
 from meshway.framework.evaluation.evaluation import Evaluator
-from meshway.framework.evaluation.records import Record, Records, StepQueue, complete_steps
+from meshway.framework.evaluation.records import Record, Records, StepQueue, complete_steps, record_name
 from meshway.framework.interfaces import Params
 from meshway.framework.progress import Bar, Display, Screen, seconds_left
 from meshway.framework.report.page import is_of_router, write_report
@@ -128,6 +128,7 @@ class EvaluationJob:
         self._primary, self._averaged = processes.is_primary(), averaged
         self._checkpoints: Checkpoints | None = None
         self._failures: list[str] = []
+        self._noted: list[str] = []
         self._damaged: list[str] = []
 
     def run(self) -> int:
@@ -204,8 +205,11 @@ class EvaluationJob:
     def _evaluate(self, step: int, params: Params) -> None:
         self._display.begin(step)
         records: dict[str, Record] = {}
-        for name, report, _ in self._evaluator.results(params, self._display.observe):
+        for name, report, _, note in self._evaluator.results(params, self._display.observe):
             self._display.found(name, report)
+            if note and note not in self._noted:
+                self._noted.append(note)
+                self._display.say(note)
             for function, message in report.get("failed", {}).items():
                 self._failures.append(f"task {name!r}, {function}: {message}")
                 self._display.say(f"step {step}  {name}  {function} raised {message}")
@@ -226,12 +230,6 @@ class EvaluationJob:
         writer = TensorBoardWriter(self._directory.tensorboard / "eval", start_step=None)
         with contextlib.closing(writer):
             writer.write(step, scalars)
-
-
-def record_name(task: str, split: str | None) -> str:
-    """Returns the name under which a task's records are kept: its own, with the split where that is another than the
-    recipe's validation split."""
-    return f"{task}.{split.replace('/', '_')}" if split else task
 
 
 def is_done(records: Records, names: list[str], fingerprint: str) -> Callable[[int], bool]:

@@ -43,6 +43,12 @@ class Claims:
 Record = dict[str, Any]  # `step`, and what was found there
 
 
+def record_name(task: str, split: str | None) -> str:
+    """Returns the name under which a task's records are kept: its own, with the split where that is another than the
+    recipe's validation split."""
+    return f"{task}.{split.replace('/', '_')}" if split else task
+
+
 class Records:
     """The files `<name>.jsonl` of a run's folder `eval`: a record a step, in order of steps.
 

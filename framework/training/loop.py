@@ -3,12 +3,12 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
 from meshway.framework.data.prefetch import BatchSizes
-from meshway.framework.distributed.processes import StopSignal
+from meshway.framework.distributed.processes import StopSignal, barrier
 from meshway.framework.distributed.step_watch import StepWatch
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Batch
@@ -17,15 +17,29 @@ from meshway.framework.telemetry.reporter import Reporter
 from meshway.framework.training.program import TrainProgram
 from meshway.framework.training.step import TrainState
 
+# What an evaluation found, by the name of the record: `metrics`, `counts`, `predictions` and, if any, `failed`.
+Found = Mapping[str, Mapping[str, Any]]
 Step = Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Any]]
 
 
 class SizedSteps:
     """The compiled steps of a run's batch sizes, all that are still to come: called as one of them is."""
 
-    def __init__(self, program: TrainProgram, schedule: Sequence[tuple[int, int]], start: int, end: int):
-        """Compiles those of batches `start` + 1 to `end`; raises as `TrainProgram.compile_step`."""
-        self._sizes = sizes = BatchSizes(program.batch_size, schedule)
+    def __init__(
+        self,
+        program: TrainProgram,
+        schedule: Sequence[tuple[int, int]],
+        start: int,
+        end: int,
+        skipped: Sequence[tuple[int, int]] = (),
+    ):
+        """Compiles those of the run's steps `start` + 1 to `end`, as if every batch that is `skipped` were before them.
+
+        Raises:
+          UserError: as `TrainProgram.compile_step`.
+        """
+        self._program, self._sizes = program, BatchSizes(program.batch_size, schedule)
+        sizes, end = self._sizes, end + sum(last - first + 1 for first, last in skipped)
         wanted = [size for size in sizes.after(start) if any(sizes.at(n) == size for n in _ends(sizes, start, end))]
         self._programs = {size: program.of_size(size) for size in wanted}
         self._steps = {size: each.compile_step() for size, each in self._programs.items()}
@@ -40,8 +54,9 @@ class SizedSteps:
         return self._by_rows[len(next(iter(batch.values())))].shard_batch(batch)
 
     def flops(self, step: int) -> float:
-        """Returns the model FLOPs of a step."""
-        return self._programs[self._sizes.at(step)].flops
+        """Returns the model FLOPs of the run's step of this number, from 1."""
+        size = self._sizes.at(step)
+        return (self._programs.get(size) or self._program.of_size(size)).flops
 
     def planned(self) -> str:
         """Returns what memory the step of the largest batch needs, for people."""
@@ -61,14 +76,61 @@ class Hook(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class EvaluationHook(Hook, Protocol):
+    """A hook that sees what evaluations find, and may stop the run.
+
+    Every process calls it with the same; that of process 0 decides for all.
+    """
+
+    def begin(self, names: Sequence[str], earlier: Mapping[int, Found]) -> None:
+        """Called before anything is compiled.
+
+        Args:
+          names: of the records that evaluations of this run write: a task, or `<task>.<split>`.
+          earlier: what a run that is resumed had found up to there, by step.
+
+        Raises:
+          UserError: the hook asks for what no evaluation finds.
+        """
+        ...
+
+    def after_evaluation(self, step: int, found: Found) -> str | None:
+        """Returns why the run is to stop after `step`, once that is saved; None to go on."""
+        ...
+
+
+class Evaluate(Protocol):
+    """The evaluations of a run; `schedule.EvaluationLog` is one.
+
+    Attributes:
+      reports: what the last evaluation found, by the name of the record.
+    """
+
+    reports: dict[str, dict[str, Any]]
+
+    def due(self, step: int) -> bool:
+        """Whether to evaluate after `step`."""
+        ...
+
+    def __call__(self, state: TrainState, step: int) -> dict[str, float]:
+        """Evaluates, and returns scalars to report."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Periods:
-    """How often, in steps: reports, evaluations (None never), checkpoints (None only at the end)."""
+    """How often, in steps: reports, evaluations (None never), checkpoints (None only at the end).
 
-    total: int
+    `total` is the step at which training ends. `relative` instead counts steps from the one that the run begins with,
+    that of the checkpoint which it starts from (TRAIN_STEPS_RELATIVE); `total` is ignored then, as in T5X.
+    """
+
+    total: int | None
     report: int = 100
     evaluate: int | None = None
     checkpoint: int | None = None
+    relative: int | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -76,20 +138,42 @@ class Periods:
             if value is not None and value < 1:
                 raise UserError(f"the period {field.name!r} is {value}; it must be at least 1")
 
-    def evaluates(self, step: int) -> bool:
-        """Whether to evaluate after `step`: every period, and at the end."""
-        return self.evaluate is not None and (step % self.evaluate == 0 or step == self.total)
+    def counted_from(self, first: int) -> "Periods":
+        """Returns the periods of a run that begins with step `first`, with a total.
+
+        Raises:
+          UserError: the run would end before it begins.
+        """
+        if self.relative is not None:
+            return dataclasses.replace(self, total=first + self.relative, relative=None)
+        if first and first >= self.last:
+            raise UserError(
+                f"TRAIN_STEPS={self.total} is the step at which training ends, and this run counts on from step "
+                f"{first}: set TRAIN_STEPS_RELATIVE to the number of further steps, or TRAIN_STEPS to more than that"
+            )
+        return self
+
+    @property
+    def last(self) -> int:
+        """The step at which training ends.
+
+        Raises:
+          UserError: the recipe does not say it.
+        """
+        if self.total is None:
+            raise UserError("TRAIN_STEPS is None: set the step at which training ends, or TRAIN_STEPS_RELATIVE")
+        return self.total
 
     def saves(self, step: int) -> bool:
         """Whether to save after `step`: every period, and at the end."""
-        return step == self.total or (self.checkpoint is not None and step % self.checkpoint == 0)
+        return step == self.last or (self.checkpoint is not None and step % self.checkpoint == 0)
 
 
 @dataclasses.dataclass
 class Loop:
     """The parts of a run; `run` turns them.
 
-    `shard_batch` puts a batch on devices. `evaluate(state, step)` returns scalars to report. `save(state, step,
+    `shard_batch` puts a batch on devices. `save(state, step,
     position, scalars)` starts a checkpoint; it gets the last evaluation's scalars, by which best checkpoints are kept.
     """
 
@@ -98,13 +182,15 @@ class Loop:
     stream: Iterator[tuple[Batch, dict[str, int]]]
     periods: Periods
     reporter: Reporter
-    evaluate: Callable[[TrainState, int], dict[str, float]]
+    evaluate: Evaluate
     save: Callable[[TrainState, int, Mapping[str, int], Mapping[str, float]], None]
     hooks: Sequence[Hook] = ()
     max_skipped_in_a_row: int = 10
+    first: int = 0  # the step that the run began with
     also_refused: str = ""  # what else than infinities the step leaves updates out for, as ", or ..."
     watch: StepWatch = dataclasses.field(default_factory=StepWatch)
     stop: StopSignal = dataclasses.field(default_factory=StopSignal)
+    reason: str = dataclasses.field(default="", init=False)  # why a hook stopped the run
 
     def run(self, state: TrainState, start: int) -> int:
         """Trains from after step `start` to the end or a stop signal; returns the last step, whose save has begun.
@@ -114,10 +200,11 @@ class Loop:
         """
         streaks: list[tuple[int, jax.Array]] = []
         scalars: dict[str, float] = {}
-        if start == 0 and self.periods.evaluate is not None:
+        if start == self.first and self.evaluate.due(start):
             with self.reporter.pause("evaluation", state.step):
-                scalars = self.evaluate(state, 0)
-            self.reporter.evaluated(0, scalars)
+                scalars = self.evaluate(state, start)
+            self.reporter.evaluated(start, scalars)
+            self.reason = self._ask_hooks(start)
         step = start
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(self.stop)
@@ -125,19 +212,22 @@ class Loop:
             for hook in self.hooks:
                 stack.callback(hook.close)
             watch = stack.enter_context(self.watch)
-            for step in range(start + 1, self.periods.total + 1):
+            for step in range(start + 1, self.periods.last + 1):
                 with self.reporter.waiting():
                     batch, position = next(self.stream)
-                state, metrics = self.step(state, self.shard_batch(batch))
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):  # steps, by number, in a profile
+                    state, metrics = self.step(state, self.shard_batch(batch))
                 self.reporter.add(step, metrics)
                 streaks = self._await_step_before_last(streaks, step, metrics)
-                if self.periods.evaluates(step):
+                if self.evaluate.due(step):
                     with self.reporter.pause("evaluation", state.step), watch.paused():
-                        scalars = self.evaluate(state, step)
-                    self.reporter.evaluated(step, scalars)
+                        found = self.evaluate(state, step)
+                        self.reason = self._ask_hooks(step)
+                    scalars = scalars | found
+                    self.reporter.evaluated(step, found)
                 elif step % self.periods.report == 0:
                     self.reporter.report(step)
-                stopping = stop.requested(step)
+                stopping = stop.requested(step) or bool(self.reason)
                 if self.periods.saves(step) or stopping:
                     with self.reporter.pause("checkpoint", state.step), watch.paused():
                         # A report of a step that will never run again must be on disk before its checkpoint is.
@@ -150,6 +240,13 @@ class Loop:
                 if stopping:
                     break
         return step
+
+    def _ask_hooks(self, step: int) -> str:
+        """Returns why hooks want the run to stop, the same on every process; "" where none does."""
+        hooks = [hook for hook in self.hooks if isinstance(hook, EvaluationHook)]
+        said = [(type(hook).__name__, hook.after_evaluation(step, self.evaluate.reports)) for hook in hooks]
+        reason = "; ".join(f"{name}: {why}" for name, why in said if why)
+        return barrier(f"the hooks after evaluation {step}", None, reason)[0] if hooks else ""
 
     def _await_step_before_last(
         self, streaks: list[tuple[int, jax.Array]], step: int, metrics: Any

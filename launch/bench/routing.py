@@ -85,8 +85,6 @@ def compare(invocation: "Invocation") -> Accuracies:
             tasks = chosen.data.eval_tasks()
             evaluators[priority, ratio] = Evaluator(
                 chosen.program.sharded,
-                chosen.program.batch_size,
-                chosen.program.lengths,
                 tasks,
                 Evaluation(max_predictions=0),
             )

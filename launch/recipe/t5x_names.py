@@ -67,10 +67,6 @@ def _two_dimensions(value: Any) -> str:
     return "LAYOUT = 'model_2d'" if value == 2 else "# the default of LAYOUT = 'model_1d'"
 
 
-def _use_hardware_rng(value: Any) -> str:
-    return "# jax.config's own: JAX_DEFAULT_PRNG_IMPL=rbg in the environment" if value else "# the default"
-
-
 _DATA: Mapping[str, Answer] = {
     "mixture_or_task_name": "MIXTURE_OR_TASK_NAME = {value}",
     "task_feature_lengths": "TASK_FEATURE_LENGTHS = {value}",
@@ -105,7 +101,7 @@ _TRAIN: Mapping[str, Answer] = {
     "stats_period": "REPORT_PERIOD = {value}",
     "eval_steps": "evaluation.Evaluation.max_batches = {value}",
     "random_seed": _seed,
-    "use_hardware_rng": _use_hardware_rng,
+    "use_hardware_rng": "USE_HARDWARE_RNG = {value}",
     "model_dir": "MODEL_DIR = {value}",
     "model": "MODEL = {value}",
     "infer_eval_dataset_cfg": "# tasks with metric functions are decoded at each evaluation",
@@ -170,7 +166,14 @@ BINDINGS: Mapping[str, Answer] = {
     "main.infer.restore_checkpoint_cfg": _EVAL,
     "main.infer.num_shards": "# meshway infer --num_shards=N --shard_id=I",
     "main.infer.shard_id": "# meshway infer --num_shards=N --shard_id=I",
-    "main.create_task_from_tfexample_file.*": "# meshway infer --input=FILES reads them by name",
+    "main.infer.write_fn": "# meshway infer --writer=mylab.writers.Csv, a class with suffix and encode(rows, name)",
+    "main.infer.merge_fn": "# the method merge(paths, file) of that class",
+    "main.infer.merge_chunked_results": "# meshway infer --output=FILE.jsonl is merged, --output=DIR is not",
+    "main.infer.file_extension": "# that of --output",
+    "main.write_inferences_to_file.include_all_inputs": "# meshway infer --fields=all",
+    "main.write_inferences_to_file.input_fields_to_include": "# meshway infer --fields=a,b",
+    "main.write_inferences_to_file.output_ids": "# always: the field tokens",
+    "main.create_task_from_tfexample_file.*": "# meshway infer --input=FILES --inputs_field=NAME --targets_field=NAME",
     "main.precompile.*": "# `meshway train --dry_run` compiles nothing, and tells the memory of the step",
     "export_lib.*": "# meshway export --model_dir=DIR --output=DIR",
     "models.get_input_vocabulary.*": _OF_TASK,
@@ -242,7 +245,6 @@ MACROS: Mapping[str, Answer] = {
     "USE_CACHED_TASKS": _CACHED,
     "RANDOM_SEED": _seed,
     "SHUFFLE_TRAIN_EXAMPLES": "grain_loader.CachedData.shuffle = {value}",
-    "USE_HARDWARE_RNG": _use_hardware_rng,
     "EVAL_STEPS": "evaluation.Evaluation.max_batches = {value}",
     "EVALUATOR_NUM_EXAMPLES": "evaluation.Evaluation.max_predictions = {value}",
     "EVALUATOR_USE_MEMORY_CACHE": "# evaluation reads the cache",

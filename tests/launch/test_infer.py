@@ -137,6 +137,28 @@ def test_shards_of_a_job_are_together_what_one_job_writes(run, questions, tmp_pa
     assert "this very job is finished" in capsys.readouterr().err
 
 
+def test_a_class_of_ones_own_writes_its_format(run, questions, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "own_writers.py").write_text(
+        "class Pairs:\n    suffix = '.pairs'\n\n    def encode(self, rows, name):\n"
+        "        return ''.join(f'{row[\"id\"]}={row[\"tokens\"]}\\n' for row in rows)\n\n"
+        "class Other(Pairs):\n    def __init__(self, needed):\n        pass\n"
+    )
+    words = (f"--model_dir={run}", f"--input={questions}", "--max_new_tokens=4", f"--output={tmp_path / 'out.pairs'}")
+    for writer, message in (
+        ("Pairs", "--writer=Pairs is no class in a module: write it as mylab.writers.Pairs"),
+        ("own_writer.Pairs", "--writer=own_writer.Pairs: there is no module own_writer"),
+        ("own_writers.Pair", "module own_writers has no 'Pair'; did you mean 'Pairs'?"),
+        ("own_writers.Other", "cannot be made without arguments"),
+    ):
+        assert infer(*words, f"--writer={writer}") == 2
+        assert message in capsys.readouterr().err
+    assert infer(*words, "--writer=own_writers.Pairs") == 0
+    assert infer(*words[:3], f"--output={tmp_path / 'out.jsonl'}") == 0
+    wanted = [f"{row['id']}={row['tokens']}" for row in rows_of(tmp_path / "out.jsonl")]
+    assert (tmp_path / "out.pairs").read_text().splitlines() == wanted
+
+
 def test_one_checkpoint_serves_as_well_as_its_run(run, questions, tmp_path):
     words = (f"--input={questions}", "--max_new_tokens=2")
     for name, model_dir in (("run", run), ("checkpoint", run / "checkpoints" / "7")):

@@ -23,9 +23,16 @@ NEEDED = {  # what a recipe leaves open
     "bench_moe": (),
     "bench_decode": (),
     "v_moe_digits": ("MODEL_DIR='run'",),
+    "finetune": (
+        "MODEL_DIR='run'",
+        "MIXTURE_OR_TASK_NAME='mine'",
+        "TASK_FEATURE_LENGTHS={'inputs': 16, 'targets': 8}",
+        "TRAIN_STEPS_RELATIVE=20000",
+        "INITIAL_CHECKPOINT_PATH='pretrained'",
+    ),
     "pretrain": ("MODEL_DIR='run'", "MIXTURE_OR_TASK_NAME='c4'", "TRAIN_STEPS=5", "TASK_FEATURE_LENGTHS={}"),
 }
-BEFORE = {"pretrain": ("models/t5_1_1/tiny.gin",)}  # files that a recipe is made to follow
+BEFORE = dict.fromkeys(("pretrain", "finetune"), ("models/t5_1_1/tiny.gin",))  # files that a recipe is made to follow
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -7,7 +7,7 @@ features that get an EOS, with its id. It holds TENSORFLOW where a step has no n
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -225,6 +225,12 @@ class InMemory:
         return [self._examples[int(index)] for index in indices]
 
 
+def whole_sizes(examples: Examples) -> Mapping[str, np.ndarray]:
+    """Returns what the sizes of examples would be if no step of ours trimmed them."""
+    sizes: Mapping[str, np.ndarray] = getattr(examples, "whole", examples.sizes)
+    return sizes
+
+
 class First:
     """The first `count` of other examples."""
 
@@ -243,8 +249,45 @@ class First:
         within = slice(*which.indices(self._count)) if isinstance(which, slice) else which
         return sizes_at(self._examples, within)
 
+    @property
+    def whole(self) -> dict[str, np.ndarray]:
+        """What `sizes` would be if no step trimmed."""
+        return {name: column[: self._count] for name, column in whole_sizes(self._examples).items()}
+
     def read(self, indices: Sequence[int] | np.ndarray) -> list[Any]:
         return self._examples.read(indices)
+
+
+class Lazy:
+    """Examples that are read into memory when they are first needed.
+
+    Args:
+      read: reads them.
+      read_whole: reads them with all of their tokens, where `read` trims; None where it trims nothing.
+    """
+
+    def __init__(self, read: Callable[[], Sequence[Example]], read_whole: Callable[[], Sequence[Example]] | None):
+        self._read, self._read_whole = read, read_whole
+
+    def __len__(self) -> int:
+        return len(self._loaded)
+
+    @property
+    def sizes(self) -> Mapping[str, np.ndarray]:
+        return self._loaded.sizes
+
+    @functools.cached_property
+    def whole(self) -> Mapping[str, np.ndarray]:
+        """What `sizes` would be if `read` did not trim."""
+        whole = None if self._read_whole is None else InMemory(self._read_whole())
+        return self.sizes if whole is None or len(whole) != len(self) else whole.sizes
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> list[Example]:
+        return self._loaded.read(indices)
+
+    @functools.cached_property
+    def _loaded(self) -> InMemory:
+        return InMemory(self._read())
 
 
 class Stepped:

@@ -113,8 +113,10 @@ class RowTable:
         """Waits until no other process counts a phase, and keeps others waiting during a `with` block."""
         lock = None
         with contextlib.suppress(OSError):  # without a folder to write to, each process counts
+            seconds = _RETRY_SECONDS / 32
             while (lock := self.claim(key, phase)) is None:
-                time.sleep(_RETRY_SECONDS)
+                time.sleep(seconds)
+                seconds = min(2 * seconds, _RETRY_SECONDS)
         try:
             yield
         finally:

@@ -29,7 +29,7 @@ from meshway.framework.errors import UserError
 
 POOL_ITEMS = 16384
 _SAMPLED_POOLS = 16  # from which the mean number of items per row is computed
-_WALK = 2  # pools planned on the way to a row before those of the whole round are counted
+_WALK = 2  # pools planned on the way to a row before those of the whole round are counted, and kept
 _PROBED = 1024  # examples whose sizes under the objective tell it from others
 
 
@@ -110,6 +110,8 @@ class RowSource:
         if not self._pack:
             return 1.0
         pools = range(min(self._num_pools, _SAMPLED_POOLS))
+        if self._num_pools <= _SAMPLED_POOLS:
+            self.count_round(0)
         items = int(self._pool_items[: len(pools)].sum())
         return items / max(1, sum(self._rows_of(0, pool) for pool in pools))
 
@@ -161,7 +163,7 @@ class RowSource:
         unknown = np.flatnonzero(self._rows[phase] < 0)
         if not self._pack or not len(unknown):
             return
-        if self._table is None:
+        if self._table is None or self._num_pools <= _WALK:
             self._rows[phase, unknown] = row_counts.count(self, phase, unknown, 0)
             return
         with self._table.claimed(self._identity, phase):
@@ -172,6 +174,10 @@ class RowSource:
                 rows[unknown] = row_counts.count(self, phase, unknown, processes)
                 self._table.save(self._identity, phase, rows)
             self._rows[phase] = rows
+
+    def count_rounds(self) -> list[int]:
+        """Returns the rows of each round until plans repeat, and keeps those of its pools in the table."""
+        return [self.rows_in_round(number) for number in range(self._cycle)]
 
     def count(self, phase: int, pool: int) -> int:
         """Returns how many rows a pool makes in rounds of a phase."""

@@ -19,7 +19,7 @@ from meshway.framework.terminal import count_of
 FILE_FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "txt"}  # of one merged file
 SHARD_FORMATS = ("jsonl", "parquet")
 _NOT_WRITTEN = (".csv", ".tsv", ".ndjson", ".text", ".gz", ".bz2", ".xz", ".zst", ".zip", ".arrow", ".pq")
-_OURS = re.compile(r"chunk-\d{6,}\.(jsonl|parquet|txt|json)|temporary(-\d+-of-\d+)?")
+_OURS = re.compile(r"chunk-\d{6,}\.\w+|temporary(-\d+-of-\d+)?")
 _POLL_SECONDS = 0.05
 _TRIES = 20  # of a lock that another process may hold for a moment, to see whether it is stale
 
@@ -30,7 +30,7 @@ class OutputPaths:
 
     Attributes:
       output: the merged file, or the folder of shards.
-      format: 'jsonl', 'parquet' or 'txt'.
+      format: 'jsonl', 'parquet', 'txt', or that of a writer of one's own: its suffix.
       sharded: whether it is a folder, each chunk a shard.
       share: the part of the job that this process computes.
     """
@@ -101,7 +101,9 @@ class OutputPaths:
     def existing_results(self) -> list[Path]:
         """Returns existing files with the name of a result, for any number of shards."""
         if self.sharded:
-            found = (path for suffix in SHARD_FORMATS for path in self.output.glob(f"part-*-of-*.{suffix}"))
+            found = (
+                path for suffix in {*SHARD_FORMATS, self.format} for path in self.output.glob(f"part-*-of-*.{suffix}")
+            )
             return sorted(found)
         return [self.output] if self.output.exists() else []
 
@@ -113,12 +115,25 @@ class OutputPaths:
         return self.output.with_name(f"{self.output.name}.{what}")
 
 
-def output_paths(output: Path, format: str | None, share: Share = Share()) -> OutputPaths:
+def output_paths(output: Path, format: str | None, share: Share = Share(), own: str | None = None) -> OutputPaths:
     """Returns the paths of an output: one file if it ends in a known suffix, else a folder of shards.
+
+    Args:
+      output, share: see `OutputPaths`.
+      format: 'jsonl' or 'parquet', of shards; None for what the name says.
+      own: the suffix of a writer of one's own, instead of all others.
 
     Raises:
       UserError: the format contradicts the name, or there is no such format.
     """
+    if own is not None:
+        if format is not None:
+            raise UserError(f"no format of shards is chosen where a writer has its own ({own}): leave out {format!r}")
+        if output.suffix not in ("", own) and output.suffix in (*FILE_FORMATS, *_NOT_WRITTEN):
+            raise UserError(f"output {output}: the writer writes {own}: end it in that, or name a folder")
+        if output.is_dir() and output.suffix == own or output.is_file() and output.suffix != own:
+            raise UserError(f"output {output}: a {'file' if output.is_dir() else 'folder'} is written there")
+        return OutputPaths(output, own[1:], output.suffix != own, share)
     known = FILE_FORMATS.get(output.suffix)
     if known is not None:
         if format not in (None, known):

@@ -5,6 +5,7 @@ import os
 import shutil
 
 import pytest
+from tiers import tiers
 
 from meshway.framework.data import seqio_caches
 from meshway.framework.data.cache import builder as cache_builder
@@ -94,6 +95,7 @@ def test_a_run_finds_a_cache_in_seqios_directories(tasks, written, tmp_path, mon
     assert task.num_examples == tasks.COUNTS["validation"] and task.target(0) == "pair 0!"
 
 
+@pytest.mark.slow
 def test_an_imported_cache_outlives_its_origin_and_its_preprocessors(tasks, copied, tmp_path):
     ours = tmp_path / "ours"
     cache_builder.build(["old_pairs"], MODULES, ours, ["train"], from_seqio=str(copied), **BUILD)
@@ -147,7 +149,7 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("harm", "message"), MISTAKES)
+@pytest.mark.parametrize(("harm", "message"), tiers(MISTAKES, quick=MISTAKES[1::3], slow=MISTAKES))
 def test_a_damaged_or_different_cache_is_one_message(tasks, copied, tmp_path, harm, message):
     harm(copied / "old_pairs")
     with pytest.raises(UserError, match=message) as raised:

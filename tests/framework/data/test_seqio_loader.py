@@ -7,6 +7,7 @@ from tasks_in_memory import task
 
 from meshway.framework.data.denoising import SpanCorruption
 from meshway.framework.data.features import EncoderDecoder, LanguageModel, PrefixLanguageModel
+from meshway.framework.data.grain_loader import CachedData
 from meshway.framework.data.rows.online_source import BUFFER, StreamedSource
 from meshway.framework.data.seqio_loader import SeqioData
 from meshway.framework.errors import UserError
@@ -196,6 +197,42 @@ def test_predictions_go_through_the_task_s_own_functions(seqio):
     twice = data("tiny_twice").eval_tasks()[0].metrics(predictions)
     assert twice.values["accuracy"] == 100.0
     assert twice.failures == {"accuracy": "ValueError: another metric function returns 'accuracy' too"}
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_lengths_of_evaluation_are_those_that_seqio_measures(seqio, tmp_path, cached):
+    """Rounded up to multiples of 8. tiny_c ends in append_eos_after_trim: what that trims is counted too."""
+
+    def opened(**more):
+        if cached:
+            return CachedData("tiny_c", LENGTHS, 4, EncoderDecoder(), cache_dir=str(tmp_path), **more).eval_tasks()[0]
+        return data("tiny_c", **more).eval_tasks()[0]
+
+    evaluator = seqio.Evaluator("tiny_c", seqio.EncDecFeatureConverter(pack=False))
+    theirs = evaluator.model_feature_shapes
+    task = opened(eval_lengths=None)
+    assert task.lengths == {
+        "inputs": -(-theirs["encoder_input_tokens"][0] // 8) * 8,
+        "targets": -(-theirs["decoder_target_tokens"][0] // 8) * 8,
+    }
+    assert task.lengths != LENGTHS and task.overlong(0, 7) == (0, 0)
+    short = opened(eval_lengths={"inputs": 4, "targets": None})
+    assert short.lengths == {"inputs": 4, "targets": task.lengths["targets"]} and short.overlong(0, 7) == (7, 0)
+    batch, _ = next(short.batches())
+    assert batch["encoder_input_tokens"].shape == (4, 4)
+
+
+def test_a_preprocessor_that_needs_lengths_cannot_be_measured(seqio):
+    def halved(dataset, sequence_length):
+        return dataset
+
+    kept = seqio.TaskRegistry.get("tiny_b")
+    seqio.TaskRegistry.remove("tiny_halved")
+    steps = [*kept.preprocessors, halved]
+    seqio.TaskRegistry.add("tiny_halved", kept.source, kept.output_features, steps)
+    with pytest.raises(UserError, match="its preprocessor '.*halved' needs sequence_length.*give EVAL_FEATURE_LENGTHS"):
+        data("tiny_halved", eval_lengths=None).eval_tasks()
+    assert data("tiny_halved", eval_lengths={"inputs": 8, "targets": 8}).eval_tasks()
 
 
 def test_eval_examples_takes_the_first(seqio):

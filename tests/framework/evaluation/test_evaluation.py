@@ -20,9 +20,9 @@ def params():
     return bigram_table.BigramTable().init(jax.random.key(3))
 
 
-def evaluate(params, *tasks, data=1, batch_size=4, lengths=bigram_table.LENGTHS, **settings):
+def evaluate(params, *tasks, data=1, **settings):
     settings = Evaluation(**{"max_predictions": None} | settings)
-    return Evaluator(bigram_table.sharded(data), batch_size, lengths, tasks, settings).evaluate(params)
+    return Evaluator(bigram_table.sharded(data), tasks, settings).evaluate(params)
 
 
 def log_prob(params, inputs, targets):
@@ -77,6 +77,7 @@ def test_what_is_found_is_what_a_hand_counts(params, data, pack):
         "tokens": tokens,
         "predictions": 6,
         "scores": 6,
+        "truncated": 0,
     }
     assert pack == (task.num_rows < 6)
     assert report["metrics"]["loss"] == pytest.approx(-sum(scores) / tokens, rel=1e-5)
@@ -104,10 +105,29 @@ def test_the_score_of_a_split_example_is_that_of_all_its_parts(params):
     task = bigram_table.task(
         [([], long), ([], short)], LanguageModel(), lengths=lengths, score_metric_fns=functions["score_metric_fns"]
     )
-    report = evaluate(params, task, lengths=lengths)[1]["ids"]
+    report = evaluate(params, task)[1]["ids"]
     windows = log_prob(params, [], long[:4]) + log_prob(params, [], long[4:])
     np.testing.assert_allclose(seen["scores"][1], [windows, log_prob(params, [], short)], rtol=1e-5)
     assert report["counts"]["scores"] == 2 and report["counts"]["tokens"] == 9
+
+
+def test_examples_that_are_truncated_are_counted_and_said(params):
+    short, long = bigram_table.task(EXAMPLES), bigram_table.task([*EXAMPLES, ([2] * 9, [3, 1])], name="long")
+    results = Evaluator(bigram_table.sharded(), [short, long], Evaluation()).results(params)
+    (report, note), (longer, said) = [(result.report, result.note) for result in results]
+    assert report["counts"]["truncated"] == 0 and not note
+    assert longer["counts"]["truncated"] == 1
+    lengths = "{'inputs': 3, 'targets': 7}"
+    assert said == f"long: 1 example was truncated, longer than {lengths}; EVAL_FEATURE_LENGTHS=None has room for all"
+
+
+def test_each_task_has_lengths_and_batches_of_its_own(params):
+    """What is found does not hang on them."""
+    functions = recorders()[1]
+    other = {"batch_size": 2, "lengths": {"inputs": 8, "targets": 16}}
+    tasks = [bigram_table.task(EXAMPLES, **functions), bigram_table.task(EXAMPLES, name="other", **other, **functions)]
+    reports = evaluate(params, *tasks)[1]
+    assert reports["ids"]["metrics"] == pytest.approx(reports["other"]["metrics"], rel=1e-6)
 
 
 def test_a_bound_on_predictions_bounds_scores_too(params):
@@ -152,7 +172,7 @@ def test_what_fails_in_one_task_stops_nothing_else(params):
 def test_progress_is_told_to_the_last_example(params):
     told = []
     task = bigram_table.task(EXAMPLES, PrefixLanguageModel(pack=False), **recorders()[1])
-    evaluator = Evaluator(bigram_table.sharded(), 4, bigram_table.LENGTHS, [task], Evaluation(max_predictions=5))
+    evaluator = Evaluator(bigram_table.sharded(), [task], Evaluation(max_predictions=5))
     list(evaluator.results(params, lambda *what: told.append(what)))
     assert [what[2:] for what in told if what[1] == "loss"] == [(4, 6), (6, 6)]
     for what in ("predictions", "scores"):
@@ -213,6 +233,6 @@ def test_a_model_that_does_not_decode_is_told_so_at_once_where_tasks_have_metric
     _, functions = recorders()
     task = bigram_table.task(EXAMPLES, **functions)
     with pytest.raises(UserError, match=r"BigramTable does not decode.* no method prefill .*max_predictions to 0"):
-        Evaluator(bigram_table.sharded(), 4, bigram_table.LENGTHS, [task], Evaluation())
+        Evaluator(bigram_table.sharded(), [task], Evaluation())
     assert evaluate(params, task, max_predictions=0)[1]["ids"]["counts"]["rows"]
     assert evaluate(params, bigram_table.task(EXAMPLES))[1]["ids"]["counts"]["rows"]

@@ -41,7 +41,7 @@ class Work:
         self.said = []
         task = bigram_table.task([([2], [3, 1]), ([4], [5, 1])], predict_metric_fns=list(metric_fns))
         sharded = bigram_table.sharded()
-        evaluator = Evaluator(sharded, 4, bigram_table.LENGTHS, [task], Evaluation())
+        evaluator = Evaluator(sharded, [task], Evaluation())
         directory = RunDirectory(folder)
         self.records = Records(directory.evaluations)
         done = is_done(self.records, [record_name("ids", split)], "print")
