@@ -53,9 +53,7 @@ class EvalFlags:
     )
     task: str | None = binds("MIXTURE_OR_TASK_NAME", "the registered task or mixture, if not the recipe's", "NAME")
     module: str | None = binds("MIXTURE_OR_TASK_MODULE", "the Python module that registers it (mylab.tasks)", "MODULE")
-    split: str | None = binds(
-        "evaluate.evaluate.split", "which split (default: the recipe's validation split)", "SPLIT"
-    )
+    split: str | None = binds("evaluate.evaluate.split", "which split (default: the recipe's for validation)", "SPLIT")
     max_predictions: int | None = binds(
         "evaluate.evaluate.max_predictions",
         "examples of each task to predict and to score for its metric functions (default: all)",

@@ -34,7 +34,7 @@ class StoredParams:
         """Opens each array of a part of the state; of parameters the average where one is among `averages`.
 
         Raises:
-          DamagedCheckpoint: a parameter that the checkpoint's own list names is not there.
+          DamagedCheckpoint: one that the checkpoint's own list names is not there.
         """
         self._state, self._part, self._averages = state, part, averages
         names = [name.removeprefix(f"{part}/") for name in schema if name.startswith(f"{part}/")]

@@ -64,6 +64,7 @@ _NAMES = (
         _POSITIVE,
         "epsilon base capacity_factor eval_capacity_factor soft_cap logits_soft_cap factor query_scale gate_scale "
         "low_frequency_factor high_frequency_factor beta_fast beta_slow clipping_threshold decay_rate decay_factor "
+        "max_parameter_scale global_norm_clip_threshold "
         "loss_normalizing_factor",
     ),
 )

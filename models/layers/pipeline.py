@@ -2,8 +2,8 @@
 
 Everything happens in one jitted program. All stages compute at once, as one `vmap` over an axis that the mesh shards;
 between time steps their outputs move on by one stage, which compiles to a collective-permute (GPipe in GSPMD, Xu et al.
-2021, section 3.3). A scan over time reads the schedule's arrays (`circular`), and its derivative is the backward pipeline.
-A network split into S stages and V repeats is a chain of S * V parts; part p is on stage p % S and runs in repeat p // S.
+2021, section 3.3). A scan over time reads the schedule (`circular`), and its derivative is the backward pipeline. A
+network split into S stages and V repeats is a chain of S * V parts; part p is on stage p % S, in repeat p // S.
 """
 
 import dataclasses

@@ -1,5 +1,8 @@
 """Adafactor by axis names equals optax's on matrices, and treats stacked layers as separate ones."""
 
+import importlib.util
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +12,8 @@ import pytest
 from meshway.framework.errors import UserError
 from meshway.framework.optimizers.adafactor import factored_dims, matrix_dims, scale_by_adafactor
 from meshway.framework.optimizers.optimizer_state import transformation_axes
+from meshway.framework.optimizers.transforms import adafactor
+from meshway.framework.trees import flatten
 
 STEPS = 5
 
@@ -208,3 +213,48 @@ def test_rules_that_do_not_fit_are_told() -> None:
         scale_by_adafactor({"w": ("embed", "mlp")}, logical_factor_rules={"embed": "rows"})
     with pytest.raises(UserError, match="is no matrix of a row and a column"):
         factored_dims(("embed", "heads", "mlp"), (4, 4, 4), 1, RULES)
+
+
+def _t5x():
+    """The script that made T5X's numbers: its options, parameters and gradients."""
+    path = Path(__file__).parents[2] / "goldens" / "make_t5x_adafactor.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module, np.load(path.parent / "t5x" / "adafactor.npz")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n == "momentum" else ()) for n in _t5x()[0].CASES]
+)
+def test_options_equal_those_of_t5x(name: str) -> None:
+    made, expected = _t5x()
+    case, offset = made.CASES[name], made.CASES[name].get("step_offset", 0)
+    options = {key: value for key, value in case.items() if key != "nan_at"}
+    axes = {"table": ("vocab", "embed"), "dense": {"kernel": ("embed", "mlp"), "bias": ("mlp",)}, "norm": ("embed",)}
+    rates = jnp.asarray(made.LEARNING_RATES)
+    transform = adafactor(lambda step: rates[step], min_dim_size_to_factor=8, decay_vectors=True, **options).build(axes)
+    params = made.tree(0, 0.5)
+    state = transform.init(params)
+    if offset:
+        state = (state[0]._replace(step=jnp.int32(offset)), *state[1:])
+    # Compiled as a whole, products in bfloat16 are not rounded in between, as those of T5X's numbers are.
+    update = transform.update if "dtype_momentum" in options else jax.jit(transform.update)
+    for gradient in made.gradients(case):
+        updates, state = update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    if "dtype_momentum" in options:
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(state[-1].ema)} == {"bfloat16"}
+    for path, value in flatten(params).items():
+        np.testing.assert_allclose(value, expected[f"{name}/{path}"], rtol=2e-5, atol=1e-6, err_msg=path)
+    if name != "plain":
+        different = [np.abs(expected[f"{name}/{path}"] - expected[f"plain/{path}"]).max() for path in flatten(params)]
+        assert name == "offset" or max(different) > 1e-3, "the option does something here"
+
+
+def test_patterns_of_the_parameter_scale_are_all_used_and_cover_all() -> None:
+    axes = {"a": ("embed",), "b": ("embed",)}
+    with pytest.raises(UserError, match="no pattern matches 'b'"):
+        scale_by_adafactor(axes, multiply_by_parameter_scale=[("a", False)])
+    with pytest.raises(UserError, match="'c' matches no"):
+        scale_by_adafactor(axes, multiply_by_parameter_scale=[("c", False), (".*", True)])

@@ -102,7 +102,7 @@ def test_averages_are_saved_restored_exactly_and_read_alone(averaged, tmp_path):
     schema = checkpoints.recipe(4)["schema"]
     for averaged, expected in ((True, state.average), (False, state.params)):
         equal(Initial(str(run.parent), averaged=averaged).restore(made.init().params, made.axes), expected)
-        stored = StoredParams(tmp_path / "4" / "state", schema, checkpoints.averages(4) if averaged else ())
+        stored = StoredParams(tmp_path / "4" / "state", schema, averages=checkpoints.averages(4) if averaged else ())
         equal({name: stored._read(name, ()) for name in stored.shapes}, expected)
     with pytest.raises(UserError, match="was saved with EMA_DECAY, and the recipe has none"):
         checkpoints.restore(4, small().abstract_state)
