@@ -57,6 +57,27 @@ class Model(Protocol):
         ...
 
 
+class Updates(Protocol):
+    """What a model with variables that its loss itself updates, such as batch statistics, has beside `Model`. They are
+    among its parameters, of `init` and `axes`; evaluation and decoding read them there."""
+
+    def untrained(self) -> Collection[str]:
+        """Returns the '/'-joined paths of these variables: no gradient trains them."""
+        ...
+
+    def loss_and_updates(
+        self, params: Params, batch: Batch, rng: jax.Array
+    ) -> tuple[jax.Array, jax.Array, Metrics, Params]:
+        """Returns what `loss` does, and the new values of `untrained`, a part of the tree of `params`."""
+        ...
+
+
+def untrained(model: Model) -> Collection[str]:
+    """Returns the paths of the variables that a model's loss updates itself; () of a model without (see `Updates`)."""
+    paths = getattr(model, "untrained", None)
+    return () if paths is None else paths()
+
+
 class Decodes(Protocol):
     """What prediction needs of a model beside `Model`: decoding with a cache, one token of each row at a time."""
 

@@ -2,17 +2,26 @@
 
     meshway cache --gin_file=recipes/quickstart.gin
     meshway cache --task=NAME --module=mylab.tasks --directory=/data/cache
+    meshway cache --task=NAME --module=mylab.tasks --from_seqio=/data/seqio_cache
+    meshway cache --gin_file=pretrain.gin --directory=/shared/cache --part=1/4    # of four machines
 
-Every leaf of a mixture is cached, all its splits. A run that was killed goes on where it was when run again.
+Every leaf of a mixture is cached, all its splits. A run that was killed goes on where it was when run again. Of a
+recipe's large tasks the rows that training will read are counted too, at the recipe's lengths and seed.
 """
 
+import dataclasses
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from meshway.framework.data.cache.builder import BuiltSplit, build
-from meshway.framework.data.cache.shards import cache_directory
+from meshway.framework.data import seqio_caches
+from meshway.framework.data.cache.builder import build
+from meshway.framework.data.cache.shards import BuiltSplit, cache_directory
+from meshway.framework.data.rows.row_counts import PARALLEL
+from meshway.framework.data.rows.row_source import POOL_ITEMS
 from meshway.framework.data.task_data import module_names
+from meshway.framework.errors import UserError
 from meshway.framework.terminal import format_columns
 
 if TYPE_CHECKING:
@@ -28,6 +37,9 @@ def cache(
     workers: int | None = None,
     overwrite: bool = False,
     max_bad_examples: int = 0,
+    from_seqio: str | None = None,
+    seqio_cache_dirs: str | Sequence[str] = (),
+    part: str | None = None,
     imported: Sequence[str] = (),
 ) -> list[BuiltSplit]:
     """Caches a task, or every leaf of a mixture, and prints what it found.
@@ -41,6 +53,10 @@ def cache(
       workers: processes; None for one a core, or only this one for little data.
       overwrite: remove the tasks' caches first, all splits of them.
       max_bad_examples: source examples of a split that may fail; they are left out and reported.
+      from_seqio: where seqio's script cached these tasks, all of them: its examples are taken as they are.
+      seqio_cache_dirs: where it may have cached some of them, beside seqio's global cache directories.
+      part: 'I/N', which of N parts of the shards this machine builds; the last to end, or a call without it, completes
+        the cache.
       imported: modules that the recipe itself imports, which may register tasks.
 
     Raises:
@@ -49,6 +65,7 @@ def cache(
     modules = module_names(module)
     chosen = splits.split(",") if isinstance(splits, str) else splits
     root = directory or str(cache_directory())
+    seqio_caches.add_directories(module_names(seqio_cache_dirs))
     built = build(
         [mixture_or_task_name],
         [*imported, *modules],
@@ -58,7 +75,12 @@ def cache(
         num_workers=workers,
         overwrite=overwrite,
         max_bad_examples=max_bad_examples,
+        from_seqio=from_seqio,
+        part=_part(part),
     )
+    if part and not built:
+        print(f"part {part} is built in {root}; not all parts are there: the last of them completes the cache")
+        return built
     print(format_table(built))
     for one in built:
         if one.bad:
@@ -67,6 +89,13 @@ def cache(
             print(f"task {one.task!r}, split {one.split!r} has no examples")
     print(f"cached in {root}")
     return built
+
+
+def _part(text: str | None) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text or "1/1")
+    if not found:
+        raise UserError(f"--part must be as 1/4, the first of four parts, not {text!r}")
+    return int(found[1]), int(found[2])
 
 
 def format_table(built: Sequence[BuiltSplit]) -> str:
@@ -84,7 +113,29 @@ def run(invocation: "Invocation") -> None:
     from meshway.launch.recipe import config
 
     recipe = config.load(invocation)
-    cache(**recipe.build("cache.cache"), imported=recipe.registering)
+    built = cache(**recipe.build("cache.cache"), imported=recipe.registering)
+    is_large = any(one.examples >= PARALLEL * POOL_ITEMS for one in built)
+    if is_large and recipe.macro("TASK_FEATURE_LENGTHS"):  # else nothing says yet how they will be read
+        count_rows(invocation)
+
+
+def count_rows(invocation: "Invocation") -> None:
+    """Counts the rows that training will read of what is cached, as far as the recipe says how."""
+    import jax
+
+    from meshway.framework.data.grain_loader import CachedData
+    from meshway.launch.recipe import config
+
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        read = config.load(dataclasses.replace(invocation, verb="inspect", subject="data", options=None))
+        source = read.build("inspection.data")["source"]
+        counted = source.count_rows() if isinstance(source, CachedData) else {}
+    except UserError as error:
+        print(f"rows are not counted yet, the first run will: {error}")
+        return
+    for name, rows in counted.items():
+        print(f"task {name!r}: {', '.join(f'{each:,}' for each in rows)} rows a pass; kept beside the cache")
 
 
 if __name__ == "__main__":

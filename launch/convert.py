@@ -1,10 +1,11 @@
-"""meshway convert: weights of Hugging Face models in and out.
+"""meshway convert: weights of Hugging Face models and of T5X's checkpoints in and out.
 
     meshway convert --from=DIR --to=runs/llama
     meshway convert --from=runs/llama --to=DIR
+    meshway convert --from=runs/t5 --to=DIR --family=t5x
 
 The first makes a run directory with a recipe, from which `meshway` goes on at once; the second a directory that
-transformers loads. Weights pass through memory tensor by tensor.
+transformers loads, the third one that T5X does. Weights pass through memory tensor by tensor.
 """
 
 import contextlib
@@ -40,35 +41,39 @@ def convert(
     max_shard_size: str | None = None,
     ignore_fields: str = "",
     vocabulary: str | None = None,
+    optimizer_state: bool = False,
 ) -> None:
-    """Converts a Hugging Face directory to a run directory, or a run's checkpoint to a Hugging Face directory.
+    """Converts a Hugging Face directory or a T5X checkpoint to a run directory, or a run's checkpoint to one of these.
 
     Args:
-      source: a Hugging Face directory, T5X's checkpoints or one of them, a run directory, or one of its checkpoints.
+      source: a Hugging Face directory, checkpoints of T5X or Mesh-TensorFlow or one of them, a run directory, or one of
+        its checkpoints.
       target: the directory to make; it must not be there yet.
-      family: what the model is, None to find out.
+      family: what the model is, None to find out; 't5x' writes a run as a checkpoint of T5X.
       dtype: what weights are written as: 'float32', 'bfloat16', 'float16', or 'keep' for what they are.
       step: which checkpoint of a run, T5X's too, None for the latest.
       max_shard_size: of one safetensors file, as '800MB'; None for 5GB.
       ignore_fields: fields of config.json, 'a,b', that change nothing of what the model computes.
+      optimizer_state: the state of T5X's Adafactor too, in (training then goes on from it and from its step) or out.
       vocabulary: a SentencePiece model for T5X's checkpoints, which keep none; T5's 100 sentinels go above it.
 
     Raises:
       UserError: anything that does not fit; nothing is left behind then.
     """
-    from meshway.framework.conversion import hugging_face, t5x_files
+    from meshway.framework.conversion import hugging_face, mesh_tensorflow, t5x_files
     from meshway.launch import convert_in, convert_out
 
     origin, goal = local_path(source), local_path(target)
-    if not origin.exists():
+    is_mesh = mesh_tensorflow.is_checkpoint(origin)
+    if not (is_mesh or origin.exists()):
         raise UserError(f"--from={source}: there is no such directory")
     wanted = _dtype(dtype)
     run = convert_out.find_run(origin, step)
-    is_t5x = run is None and t5x_files.is_run(origin)
+    is_t5x = run is None and (is_mesh or t5x_files.is_run(origin))
     if run is None and not is_t5x and not hugging_face.is_model(origin):
         raise UserError(
             f"--from={source} is neither a Hugging Face directory (config.json, model.safetensors) nor a run directory "
-            "(checkpoints/) nor a checkpoint, nor T5X's (checkpoint_STEP/)"
+            "(checkpoints/) nor a checkpoint, nor T5X's (checkpoint_STEP/) or Mesh-TensorFlow's (model.ckpt-STEP.index)"
         )
     if is_t5x and family is not None:
         raise UserError("--family is not for T5X's checkpoints, whose arrays tell what the model is")
@@ -78,13 +83,18 @@ def convert(
         )
     if vocabulary is not None and not is_t5x:
         raise UserError("--vocabulary is for T5X's checkpoints: other directories hold their own")
-    if max_shard_size is not None and run is None:
-        raise UserError("--max_shard_size is about files to write out, and --from is to be taken in")
+    to_t5x = run is not None and family == convert_out.T5X
+    if optimizer_state and not is_t5x and not to_t5x:
+        raise UserError("--optimizer_state is for T5X's checkpoints, in and (with --family=t5x) out")
+    if max_shard_size is not None and (run is None or to_t5x):
+        raise UserError("--max_shard_size is about safetensors files to write out, and none are written here")
     with fresh_directory(goal) as folder:
-        if run is not None:
+        if run is not None and to_t5x:
+            summary = convert_out.to_t5x(run, folder, wanted, optimizer_state)
+        elif run is not None:
             summary = convert_out.to_hugging_face(run, folder, family, wanted, max_shard_size or _SHARD)
         elif is_t5x:
-            summary = convert_in.from_t5x(origin, folder, goal.absolute(), wanted, step, vocabulary)
+            summary = convert_in.from_t5x(origin, folder, goal.absolute(), wanted, step, vocabulary, optimizer_state)
         else:
             if step is not None:
                 raise UserError("--step names a checkpoint of a run, and --from is a Hugging Face directory")

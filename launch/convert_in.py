@@ -1,5 +1,6 @@
 """A Hugging Face directory or a T5X checkpoint as a run directory: checkpoint, recipe, vocabulary."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -12,10 +13,9 @@ import numpy as np
 from meshway.framework.checkpoints.stored import write_checkpoint
 from meshway.framework.conversion import tokenizer_files
 from meshway.framework.conversion.hugging_face import HuggingFaceModel, open_model
+from meshway.framework.conversion.mesh_tensorflow import MeshTensorFlowFiles, open_checkpoint
 from meshway.framework.conversion.rules import Shape
 from meshway.framework.conversion.settings import Bindings, Reference
-from meshway.framework.conversion.t5x import network_of
-from meshway.framework.conversion.t5x_files import T5XFiles
 from meshway.framework.conversion.values import Tensors, Values
 from meshway.framework.data.vocabulary import Framing
 from meshway.framework.errors import UserError
@@ -29,6 +29,7 @@ from meshway.launch.recipe import bindings as recipe_bindings
 from meshway.launch.recipe.text import Macro
 
 ORIGIN, NOTES, RECIPE = "hugging_face", "conversion.json", "recipe.gin"
+T5X_NOTES = "t5x.json"  # how layers lay in the T5X checkpoint, for the way back
 
 
 def from_hugging_face(
@@ -63,7 +64,7 @@ def from_hugging_face(
     text = recipe_text(
         f"{model.family.name} model",
         model.directory.absolute(),
-        model.family.include(model.config),
+        [model.family.include(model.config)],
         model.bindings | bindings,
         goal,
         f"Not read of its config.json: {', '.join(ignoring)}." if ignoring else "",
@@ -84,13 +85,15 @@ def from_hugging_face(
     }
 
 
-def recipe_text(what: str, source: Path, include: str, bindings: Bindings, goal: Path, note: str = "") -> str:
+def recipe_text(
+    what: str, source: Path, includes: Sequence[str], bindings: Bindings, goal: Path, note: str = ""
+) -> str:
     """Returns the recipe of a converted model, from whose weights runs start.
 
     Args:
       what: the model, in two or three words.
       source: where it was read.
-      include: the shipped file that the recipe begins with.
+      includes: the shipped files that the recipe begins with.
       bindings: further bindings of the recipe.
       goal: the run directory, where it will be in the end.
       note: a last line for people.
@@ -100,11 +103,15 @@ def recipe_text(what: str, source: Path, include: str, bindings: Bindings, goal:
         f"Runs that include this file start from its weights: if this directory moves, change its path below.\n{note}"
     )
     initial = {"train.train.initial": Reference("mapping.Initial"), "mapping.Initial.path": str(goal)}
-    return recipe_bindings.text_of(include, initial | bindings, heading)
+    return recipe_bindings.text_of(includes, initial | bindings, heading)
 
 
 def write_run(
-    folder: Path, text: str, values_for: Callable[[Mapping[str, Shape]], dict[str, Values]]
+    folder: Path,
+    text: str,
+    values_for: Callable[[Mapping[str, Shape]], dict[str, Values]],
+    step: int = 0,
+    rest_for: Callable[[Model], dict[str, Any]] | None = None,
 ) -> dict[str, Values]:
     """Makes a run directory of one checkpoint.
 
@@ -112,6 +119,8 @@ def write_run(
       folder: where, empty.
       text: the recipe to write.
       values_for: returns the parameters of its model, given their shapes.
+      step: the number of its checkpoint.
+      rest_for: returns other parts of the state; see `write_checkpoint`.
 
     Returns:
       the parameters, written.
@@ -123,10 +132,11 @@ def write_run(
     path.write_text(text, encoding="utf-8")
     built, recipe = recipe_bindings.build_network(path)
     values = values_for(shapes_of(built))
-    total = sum(each.nbytes for each in values.values())
+    rest = rest_for(built) if rest_for else {}
+    total = sum(each.nbytes for each in (*values.values(), *jax.tree.leaves(rest)))
     _check_room(folder, total)
     with progress_of_bytes(total, "reading tensors") as wrote:
-        write_checkpoint(folder / "checkpoints", 0, values, recipe.resolved, wrote)
+        write_checkpoint(folder / "checkpoints", step, values, recipe.resolved, wrote, rest)
     (folder / "config.gin").write_text(recipe.resolved, encoding="utf-8")
     return values
 
@@ -200,44 +210,66 @@ def _check_room(folder: Path, needed: int) -> None:
 
 
 def from_t5x(
-    source: Path, folder: Path, goal: Path, dtype: np.dtype | None, step: int | None, vocabulary: str | None = None
+    source: Path,
+    folder: Path,
+    goal: Path,
+    dtype: np.dtype | None,
+    step: int | None,
+    vocabulary: str | None = None,
+    optimizer_state: bool = False,
 ) -> dict[str, str]:
-    """Makes a run directory of the parameters in a T5X checkpoint; the optimizer's state is left out.
+    """Makes a run directory of a checkpoint of T5X or Mesh-TensorFlow, at its step.
 
     Args:
-      source: a folder of `checkpoint_STEP` folders, or one of those.
+      source: a folder of `checkpoint_STEP` folders, or one of those; or Mesh-TensorFlow's, see `MeshTensorFlowFiles`.
       folder: where it is made, empty.
       goal: where it will be in the end, for paths in the recipe.
       dtype: what weights are written as, None for what they are.
       step: which checkpoint, None for the latest.
       vocabulary: the SentencePiece model of its task, None for no text.
+      optimizer_state: whether Adafactor's state comes too, and training goes on from both; else it is left out.
 
     Returns:
       what was done, for people.
 
     Raises:
-      UserError: there is no such checkpoint, it is damaged, or it is of another network; the vocabulary cannot be read
-        or is not the network's; the disk refuses.
+      UserError: there is no such checkpoint, it is damaged, or it is of another network or optimizer; the vocabulary
+        cannot be read or is not the network's; the disk refuses.
     """
-    files = T5XFiles(source, step)
-    network = network_of(files)
+    files, network = open_checkpoint(source, step)
+    system = "Mesh-TensorFlow" if isinstance(files, MeshTensorFlowFiles) else "T5X"
     text = None if vocabulary is None else tokenizer_files.read_sentence_pieces(local_path(vocabulary))
     if text is not None:
         tokenizer_files.check_size(text, network.bindings["VOCAB_SIZE"], Path(str(vocabulary)))
     features = features_of(network.bindings)
     framing = None if text is None else Framing.of(text, start=(0,))  # T5X starts from 0, whatever the vocabulary
     bindings = network.bindings | (vocabulary_bindings(goal, features, framing) if framing else {})
+    includes = [network.include]
+    if optimizer_state:
+        includes.append("optimizers/adafactor.gin")
+        bindings |= {f"optimizers.adafactor.{name}": value for name, value in network.adafactor(files).items()}
+        bindings |= {"mapping.Initial.optimizer_state": True, "mapping.Initial.count_on": True}
 
-    recipe = recipe_text("network of T5X", files.directory, network.include, bindings, goal)
-    written = write_run(folder, recipe, lambda shapes: network.values(files, shapes, dtype))
+    def state(model: Model) -> dict[str, Any]:
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        return {"opt_state": network.optimizer_state(files, shapes, model.axes())}
+
+    recipe = recipe_text(f"network of {system}", files.directory, includes, bindings, goal)
+    rest = state if optimizer_state else None
+    written = write_run(folder, recipe, lambda shapes: network.values(files, shapes, dtype), files.step, rest)
+    layouts = {stack: dataclasses.asdict(layout) for stack, layout in network.layouts.items()}
+    (folder / T5X_NOTES).write_text(json.dumps(layouts, indent=1) + "\n", encoding="utf-8")
     if text is not None:
         RunDirectory(folder).save_vocabularies(dict.fromkeys(features, text), framing)
+    more = "; --optimizer_state takes Adafactor's in" if system == "T5X" else ""
+    left_out = {} if optimizer_state else {"left out": f"the optimizer's state{more}"}
     return {
         "network": network.include,
         "checkpoint": f"step {files.step} of {files.directory}",
-        "left out": "the optimizer's state",
+        **({"optimizer": "Adafactor, with its state"} if optimizer_state else {}),
+        **left_out,
         **described(written, files),
         "activations": f"{network.bindings['ACTIVATIONS']}; arrays do not tell: if it had others, bind ACTIVATIONS",
-        "tokenizer": "T5X keeps none: for text give its task's, --vocabulary=FILE.model" if text is None else str(text),
+        "tokenizer": str(text or f"{system} keeps none: for text give its task's, --vocabulary=FILE.model"),
         "recipe": str(goal / RECIPE),
     }

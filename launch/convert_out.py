@@ -1,27 +1,34 @@
-"""A run's checkpoint as a Hugging Face directory: weights, config.json, tokenizer."""
+"""A run's checkpoint as a Hugging Face directory (weights, config.json, tokenizer) or as one of T5X's."""
 
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from meshway.framework.checkpoints.manager import Checkpoints, find_checkpoint
-from meshway.framework.checkpoints.stored import StoredParams
+from meshway.framework.checkpoints.stored import StoredMoments, StoredParams
 from meshway.framework.conversion import hugging_face, tokenizer_files
 from meshway.framework.conversion.family import Family, read_config
 from meshway.framework.conversion.rules import pieces_of
 from meshway.framework.conversion.settings import Reference
+from meshway.framework.conversion.t5x import Layout, network_for
+from meshway.framework.conversion.t5x_files import write_native
 from meshway.framework.conversion.tensor_files import size_in_bytes, write_tensors
 from meshway.framework.data.vocabularies import load, read_framing
 from meshway.framework.errors import UserError
 from meshway.framework.files import local_path
+from meshway.framework.interfaces import Model
 from meshway.framework.progress import progress_of_bytes
 from meshway.framework.terminal import count_of, format_bytes
-from meshway.launch.convert_in import NOTES, ORIGIN
+from meshway.framework.trees import flatten
+from meshway.launch.convert_in import NOTES, ORIGIN, T5X_NOTES
 from meshway.launch.recipe import bindings as recipe_bindings
+
+T5X = "t5x"  # the family that is no Hugging Face directory's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +118,7 @@ def _family(wanted: str | None, origin: Origin | None, run: Run) -> Family:
         if wanted is None:
             raise UserError(
                 f"{run.root} was not converted from a Hugging Face directory: give the family to write by --family, "
-                f"one of {', '.join(hugging_face.FAMILIES)}"
+                f"one of {', '.join(hugging_face.FAMILIES)}, or {T5X} for a checkpoint of T5X"
             )
         return hugging_face.named(wanted)
     own = hugging_face.named(origin.notes["family"])
@@ -122,16 +129,28 @@ def _family(wanted: str | None, origin: Origin | None, run: Run) -> Family:
 
 def _origin(run: Run, bindings: Mapping[str, Any]) -> Origin | None:
     """Returns what import kept: in the run directory, or in the one that the run started from."""
+    found = _kept(run, bindings, f"{ORIGIN}/{NOTES}")
+    return None if found is None else Origin(found[0].parent, found[1], read_config(found[0].parent))
+
+
+def _kept(run: Run, bindings: Mapping[str, Any], name: str) -> tuple[Path, Any] | None:
+    """Returns (path, content) of a JSON file that import kept in the run directory, or in the one that the run started
+    from; None where there is none."""
     started = bindings.get("mapping.Initial.path")
     for root in (run.root, *([local_path(started)] if isinstance(started, str) else [])):
-        path = root / ORIGIN / NOTES
+        path = root / name
         if path.is_file():
             try:
-                notes = json.loads(path.read_text("utf-8"))
+                return path, json.loads(path.read_text("utf-8"))
             except ValueError as error:
                 raise UserError(f"{path} cannot be read: {error}") from error
-            return Origin(path.parent, notes, read_config(path.parent))
     return None
+
+
+def _layouts(run: Run, bindings: Mapping[str, Any]) -> dict[str, Layout] | None:
+    """Returns how layers lay in the T5X checkpoint that a run came from, None where it came from none."""
+    found = _kept(run, bindings, T5X_NOTES)
+    return None if found is None else {stack: Layout(**each) for stack, each in found[1].items()}
 
 
 def _config(
@@ -188,23 +207,95 @@ def _check_nothing_lost(family: Family, config: Mapping[str, Any], gin: str, own
 
     The recipe that import would write for `config` is resolved, and compared with the run's own.
     """
-    path = folder / "compared.gin"
     again = family.read(config, own_output, list(config))
-    path.write_text(recipe_bindings.text_of(family.include(config), again), encoding="utf-8")
-    _, recipe = recipe_bindings.build_network(path)
+    kind = f"{family.name} model"
+    _compare(
+        gin, family.include(config), again, folder, f"a {kind} of this config.json", f"no {kind} that transformers"
+    )
+
+
+def _compare(gin: str, include: str, bindings: Mapping[str, Any], folder: Path, there: str, none: str) -> Model:
+    """Compares a run's model with another one.
+
+    Args:
+      gin: the run's resolved recipe.
+      include, bindings: the other one's recipe.
+      folder: where that can be written for a moment.
+      there: the other one, in words.
+      none: what the run's model is not where they differ, in words.
+
+    Returns:
+      the other one.
+
+    Raises:
+      UserError: they compute something else.
+    """
+    path = folder / "compared.gin"
+    path.write_text(recipe_bindings.text_of(include, bindings), encoding="utf-8")
+    model, recipe = recipe_bindings.build_network(path)
     path.unlink()
     expected = recipe_bindings.model_of(recipe.resolved, "the recipe of the exported model")
     found = recipe_bindings.model_of(gin, "the recipe of the run")
     other = [
-        f"{name} is {found.get(name, 'not bound')!r} in the recipe and {expected.get(name, 'not bound')!r} in a "
-        f"{family.name} model of this config.json"
+        f"{name} is {found.get(name, 'not bound')!r} in the recipe and {expected.get(name, 'not bound')!r} in {there}"
         for name in recipe_bindings.differences(found, expected)
     ]
     if other:
         more = f"; and {len(other) - 4} more" if len(other) > 4 else ""
-        raise UserError(
-            f"the model is no {family.name} model that transformers could load: {'; '.join(other[:4])}{more}"
-        )
+        raise UserError(f"the model is {none} could load: {'; '.join(other[:4])}{more}")
+    return model
+
+
+def to_t5x(run: Run, folder: Path, dtype: np.dtype | None, optimizer_state: bool) -> dict[str, str]:
+    """Writes a checkpoint in T5X's own format, as `checkpoint_STEP` in a folder.
+
+    Args:
+      run: the checkpoint.
+      folder: where, empty.
+      dtype: what parameters are written as, None for what they are.
+      optimizer_state: whether Adafactor's state goes with them.
+
+    Returns:
+      what was done, for people.
+
+    Raises:
+      UserError: the model is none of T5X's networks, or the state not that of T5X's Adafactor.
+    """
+    saved = Checkpoints(run.checkpoints, read_only=True).recipe(run.step)
+    gin, schema, state = saved["gin"], saved["schema"], run.checkpoints / str(run.step) / "state"
+    bindings = recipe_bindings.bindings_of(gin, f"the recipe of {run.root}")
+    stored = StoredParams(state, schema)
+    network = network_for(stored.shapes, _layouts(run, bindings), bindings.get("ACTIVATIONS"))
+    there, none = f"T5X's network of {network.include}", "no network of T5X's examples that T5X"
+    model = _compare(gin, network.include, network.bindings, folder, there, none)
+    pieces = pieces_of(network.rules, "", stored.shapes)
+    specs = {f"target/{piece.theirs}": stored.spec(piece, dtype) for piece in pieces}
+    readers: dict[str, Callable[[], np.ndarray]] = {
+        f"target/{piece.theirs}": functools.partial(stored.tensor, piece, dtype) for piece in pieces
+    }
+    inline, notes = {"state/step": np.asarray(run.step, np.int32)}, dict[str, str]()
+    if optimizer_state:
+        moments = StoredMoments(state, schema)
+        if moments.num_updates != run.step:
+            notes["for T5X"] = f"adafactor.Adafactor.step_offset = {run.step - moments.num_updates}, where decay began"
+        for name, spec, read in moments.arrays(network.factor_rules, pieces, stored.shapes, flatten(model.axes())):
+            if spec is None:
+                inline[f"state/param_states/{name}"] = read()
+            else:
+                specs[f"state/param_states/{name}"], readers[f"state/param_states/{name}"] = spec, read
+    total = sum(spec.num_bytes for spec in specs.values())
+    with progress_of_bytes(total, "writing arrays") as wrote:
+        write_native(folder / f"checkpoint_{run.step}", specs, lambda name: readers[name](), inline, wrote)
+    return {
+        "network": network.include,
+        "checkpoint": f"step {run.step} of {run.root}",
+        "optimizer": "Adafactor, with its state"
+        if optimizer_state
+        else "left out; --optimizer_state writes Adafactor's",
+        "arrays": f"{len(specs)} in T5X's own format, {format_bytes(total)}",
+        "dtype": ", ".join(sorted({stored.spec(piece, dtype).dtype.name for piece in pieces})),
+        **notes,
+    }
 
 
 def _special_ids(run: Run, folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:

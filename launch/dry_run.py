@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from meshway.framework.checkpoints import continuation
 from meshway.framework.checkpoints.manager import Checkpoints, Keep
 from meshway.framework.checkpoints.mapping import Initial
 from meshway.framework.data.source import DataSource, SplitRead
@@ -58,19 +59,23 @@ def check(
     Raises:
       UserError: as `train.train`.
     """
+    initial = None if initial is None or initial.path is None else initial
     schedule, own = Schedule(train_eval, infer_eval, periods.evaluate, evaluation), data
     data = getattr(data, "for_dry_run", lambda: data)()
-    directory, notes = None, list[str]()
-    if model_dir is not None:
-        directory = RunDirectory(local_path(model_dir))
-        notes = _look(directory, program, periods, keep)
+    directory = None if model_dir is None else RunDirectory(local_path(model_dir))
     resumed = directory if directory is not None and _last(directory, keep) else None
+    checkpoints = None if resumed is None else _checkpoints(resumed, keep)
+    first = continuation.first_step(initial, periods.relative, checkpoints)
+    periods, notes = periods.counted_from(first), list[str]()
+    if directory is not None:
+        notes = _look(directory, program, periods, keep)
     _, vocabularies, framing = open_data(program, data)
     if resumed is not None:
         resumed.check_vocabularies(vocabularies, framing)
     elif initial is not None:
-        initial.check(program.param_shapes, program.axes)
+        continuation.check(initial, program.state_shapes, program.axes)
         notes.append(f"parameters start from {initial.path}")
+        notes += filter(None, [continuation.restart_note(initial, first)])
     passes = schedule.open(program.sharded, own, is_dry=True)
     begin_hooks(hooks, passes, None, 0)
     notes += [line for each in passes for line in each.evaluator.left_out]
@@ -97,8 +102,8 @@ def _look(directory: RunDirectory, program: TrainProgram, periods: Periods, keep
     if holder := holder_of(directory.lock):
         notes.append(f"{directory.root} is being trained by {holder}: a second run would be refused")
     if last := _last(directory, keep):
-        Checkpoints(directory.checkpoints, keep, read_only=True).check(last, program.abstract_state)
-        reached = f"; TRAIN_STEPS={periods.total} is reached already" if last >= periods.total else ""
+        _checkpoints(directory, keep).check(last, program.abstract_state)
+        reached = f"; step {periods.last} is reached already" if last >= periods.last else ""
         notes.append(f"{directory.root} goes on from its checkpoint {last}{reached}")
     return notes
 
@@ -108,7 +113,11 @@ def _last(directory: RunDirectory, keep: Keep) -> int:
     keep.policy()
     if not directory.checkpoints.is_dir():
         return 0
-    return max(Checkpoints(directory.checkpoints, keep, read_only=True).steps(), default=0)
+    return max(_checkpoints(directory, keep).steps(), default=0)
+
+
+def _checkpoints(directory: RunDirectory, keep: Keep) -> Checkpoints:
+    return Checkpoints(directory.checkpoints, keep, read_only=True)
 
 
 def _resolved(

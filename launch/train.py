@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from meshway.framework import terminal
+from meshway.framework.checkpoints import continuation
 from meshway.framework.checkpoints.manager import Checkpoints, DamagedCheckpoint, Keep
 from meshway.framework.checkpoints.mapping import Initial
 from meshway.framework.data.prefetch import prefetch
@@ -31,11 +32,10 @@ from meshway.framework.files import local_path
 from meshway.framework.interfaces import Writer
 from meshway.framework.planning.hardware import peak_flops
 from meshway.framework.report.page import write_report
-from meshway.framework.telemetry.profiler import planned
 from meshway.framework.telemetry.reporter import Progress, Reporter
 from meshway.framework.telemetry.timeline import Timeline, in_one_line, process_began, read_goodput
 from meshway.framework.telemetry.writers import JsonlWriter, TensorBoardWriter, Writers
-from meshway.framework.training.loop import Hook, Loop, Periods
+from meshway.framework.training.loop import Hook, Loop, Periods, SizedSteps
 from meshway.framework.training.program import TrainProgram, open_data
 from meshway.framework.training.run_directory import RunDirectory, summarize
 from meshway.framework.training.step import TrainState
@@ -57,12 +57,15 @@ def train(
     hooks: Sequence[Hook] = (),
     loggers: Sequence[Writer] = (),
     max_skipped_in_a_row: int = 10,
+    batch_size_schedule: Sequence[tuple[int, int]] = (),
+    skip_batches: Sequence[tuple[int, int]] = (),
     resolved: str = "",
     began: float | None = None,
 ) -> None:
-    """Trains until `periods.total`, resuming from the latest checkpoint in `model_dir` if there is one.
+    """Trains until `periods.last`, resuming from the latest checkpoint in `model_dir` if there is one.
 
     Order of what parameters start from: 1. the latest checkpoint in `model_dir`; 2. `initial`; 3. fresh ones.
+    Steps count from 0, or from those of `initial` (`Initial.count_on`, `Periods.relative`).
 
     Args:
       program: model, optimizer and layout.
@@ -73,10 +76,12 @@ def train(
       train_eval: of what the loss is found every so often, teacher-forced; None for nothing.
       infer_eval: of what predictions are made and scores found for the tasks' metrics; None for nothing.
       keep: which checkpoints stay.
-      initial: another run's parameters to start from.
+      initial: another run's parameters to start from; None, or one without a path, for fresh ones.
       hooks: called after each step; those that have `after_evaluation` see what evaluations find, and may stop the run.
       loggers: what takes each report, beside TensorBoard and `metrics.jsonl`.
-      max_skipped_in_a_row: non-finite steps in a row after which the run stops.
+      max_skipped_in_a_row: steps in a row whose updates were left out, after which the run stops.
+      batch_size_schedule: (last step, examples of a batch up to it), in order, before the program's batch size.
+      skip_batches: (first, last) numbers of batches that no step takes; batches are counted from 1, as steps are.
       resolved: the resolved recipe, written to the run directory and into checkpoints.
       began: when this attempt at the run began, in seconds since 1970; None means now.
 
@@ -92,24 +97,24 @@ def train(
             directory.prepare(sum(row.total_bytes for row in rows if not row.name.startswith("batch")))
         checkpoints = Checkpoints(directory.checkpoints, keep, resolved)
         start = max(checkpoints.steps(), default=0)
-        devices = f"{jax.local_device_count()} {jax.default_backend()}"
-        agree({"recipe": resolved, "last checkpoint": str(start), "jax": jax.__version__, "devices": devices})
-        if start >= periods.total:
-            print(f"step {start} of {periods.total} is already reached in {directory.root}; raise TRAIN_STEPS to go on")
+        periods, initial = _counted(periods, checkpoints, start, initial)
+        _agree(resolved, start)
+        if start >= periods.last:
+            print(f"step {start} of {periods.last} is already reached in {directory.root}; raise TRAIN_STEPS to go on")
             return
         with terminal.stage("opening the training data"):
-            dataset, vocabularies, framing = open_data(program, data)
+            dataset, vocabularies, framing = open_data(program, data, batch_size_schedule, skip_batches)
         if start:
             directory.check_vocabularies(vocabularies, framing)
         agree({f"vocabulary of {name!r}": each.fingerprint for name, each in vocabularies.items()})
         if initial is not None and not start:
-            initial.check(program.param_shapes, program.axes)  # now, not once the step is compiled
+            continuation.check(initial, program.state_shapes, program.axes)  # now, not once the step is compiled
         if primary:
             directory.save_vocabularies(vocabularies, framing)
         restoring = time.time()
         restored = _restore_last(checkpoints, program, primary) if start else None
         restored_seconds = time.time() - restoring
-        start = restored[0] if restored else 0
+        start = restored[0] if restored else checkpoints.first_step
         passes = Schedule(train_eval, infer_eval, periods.evaluate, evaluation).open(program.sharded, data)
         begin_hooks(hooks, passes, Records(directory.evaluations) if primary else None, start)
         with contextlib.ExitStack() as stack:
@@ -119,27 +124,27 @@ def train(
             timeline.mark("ready")
             if restored:
                 timeline.move(restored_seconds, "checkpoint")
-                _, state, position = restored
-                dataset.restore(position)
+                dataset.restore(restored[2])
                 _say(primary, f"resuming from {directory.checkpoints / str(start)}")
             stream = stack.enter_context(contextlib.closing(prefetch(dataset)))  # reads while the step compiles
             with timeline.phase("compile"), terminal.stage("compiling the training step"):
-                step = program.compile_step()
+                step = SizedSteps(
+                    program, batch_size_schedule, start, periods.last + sum(b - a + 1 for a, b in skip_batches)
+                )
             timeline.mark("compiled", devices=program.partitioner.mesh.size)
-            if not start:
-                state = _fresh(program, initial, framing, functools.partial(_say, primary))
+            begin = functools.partial(_fresh, program, initial, start, framing, functools.partial(_say, primary))
+            state = restored[1] if restored else begin()
             if primary:
                 directory.describe(resolved, rows, summarize(program, rows))
             progress = stack.enter_context(contextlib.closing(_progress(periods, start, primary)))
             writers = _writers(directory, start, resolved, loggers) if primary else Writers([])
-            evaluate = EvaluationLog(
-                passes, periods.total, directory, start, primary, progress.note, writers.write_values
-            )
-            reporter = _reporter(writers, progress, timeline, program, planned(step))
+            says = (progress.note, program.evaluated, checkpoints.first_step, writers.write_values)
+            evaluate = EvaluationLog(passes, periods.last, directory, start, primary, *says)
+            reporter = _reporter(writers, progress, timeline, program, step)
             stack.enter_context(at_the_end(reporter.close))
             loop = Loop(
                 step=step,
-                shard_batch=program.shard_batch,
+                shard_batch=step.shard_batch,
                 stream=stream,
                 periods=periods,
                 reporter=reporter,
@@ -147,15 +152,36 @@ def train(
                 save=checkpoints.save,
                 hooks=hooks,
                 max_skipped_in_a_row=max_skipped_in_a_row,
+                first=checkpoints.first_step,
+                also_refused=program.also_refused,
             )
             last = loop.run(state, start)
             with timeline.phase("checkpoint"):
                 checkpoints.close()
-            timeline.outcome = "done" if last == periods.total else "stopped"
+            timeline.outcome = "done" if last == periods.last else "stopped"
         if primary:
             _say_goodbye(directory, last, periods, evaluate.samples(), loop.reason)
-        if last < periods.total and loop.stop.number == signal.SIGINT:
+        if last < periods.last and loop.stop.number == signal.SIGINT:
             raise KeyboardInterrupt  # what comes after this command takes it for done otherwise
+
+
+def _counted(
+    periods: Periods, checkpoints: Checkpoints, last: int, initial: Initial | None
+) -> tuple[Periods, Initial | None]:
+    """Finds the step that the run began with, or begins with where it has no checkpoint (`last` 0): `first_step`.
+
+    Returns:
+      (the periods, with a total; what the run starts from, None for fresh parameters).
+    """
+    initial = None if initial is None or initial.path is None else initial
+    checkpoints.first_step = continuation.first_step(initial, periods.relative, checkpoints if last else None)
+    return periods.counted_from(checkpoints.first_step), initial
+
+
+def _agree(resolved: str, start: int) -> None:
+    """Raises UserError unless all processes would train the same, from the same step."""
+    devices = f"{jax.local_device_count()} {jax.default_backend()}"
+    agree({"recipe": resolved, "last checkpoint": str(start), "jax": jax.__version__, "devices": devices})
 
 
 def _restore_last(
@@ -187,14 +213,17 @@ def _restore_last(
 
 
 def _fresh(
-    program: TrainProgram, initial: Initial | None, framing: Framing | None, say: Callable[[str], None]
+    program: TrainProgram, initial: Initial | None, first: int, framing: Framing | None, say: Callable[[str], None]
 ) -> TrainState:
     _say_start(initial, framing, say)
+    if note := continuation.restart_note(initial, first):
+        say(note)
     with terminal.stage("making the initial parameters"):
         state = program.init()
         if initial is None:
             return state
-        return TrainState(**(vars(state) | {"params": initial.restore(state.params, program.axes)}))
+        begun = continuation.begin(initial, state, program.axes, first)
+        return program.with_params(begun, begun.params)
 
 
 def _say_start(initial: Initial | None, framing: Framing | None, say: Callable[[str], None]) -> None:
@@ -211,7 +240,7 @@ def _say_start(initial: Initial | None, framing: Framing | None, say: Callable[[
 
 def _progress(periods: Periods, start: int, primary: bool) -> Progress:
     measured = jax.default_backend() == "cpu"
-    return Progress(periods.total, start, peak_name="of matmul peak" if measured else "mfu", silent=not primary)
+    return Progress(periods.last, start, peak_name="of matmul peak" if measured else "mfu", silent=not primary)
 
 
 def _writers(directory: RunDirectory, start: int, resolved: str, loggers: Sequence[Writer]) -> Writers:
@@ -221,16 +250,16 @@ def _writers(directory: RunDirectory, start: int, resolved: str, loggers: Sequen
 
 
 def _reporter(
-    writers: Writers, progress: Progress, timeline: Timeline, program: TrainProgram, step_memory: str
+    writers: Writers, progress: Progress, timeline: Timeline, program: TrainProgram, step: SizedSteps
 ) -> Reporter:
     devices = program.partitioner.mesh.devices.flatten().tolist()
     # The usual convention holds accelerators against their bfloat16 peak, whatever a recipe computes in.
     with terminal.stage("finding the matmul peak"):
         peak, source = peak_flops(devices, "float32" if devices[0].platform == "cpu" else "bfloat16")
     progress.note(f"matmul peak {peak / 1e9:,.0f} GFLOP/s ({source})")
-    if step_memory:
+    if step_memory := step.planned():
         progress.note(step_memory)
-    return Reporter(writers, progress, timeline, program.flops, peak, jax.local_devices())
+    return Reporter(writers, progress, timeline, step.flops, peak, jax.local_devices())
 
 
 def _say(primary: bool, line: str) -> None:
@@ -242,9 +271,9 @@ def _say_goodbye(directory: RunDirectory, last: int, periods: Periods, samples: 
     if samples:
         print(samples)
     print(in_one_line(read_goodput(directory.timeline)))
-    if last < periods.total:
+    if last < periods.last:
         why = f", saved. {reason}. Run" if reason else ", saved; run"
-        print(f"stopped after step {last} of {periods.total}{why} the same command again to go on")
+        print(f"stopped after step {last} of {periods.last}{why} the same command again to go on")
     else:
         print(f"done: step {last}; report: {directory.root / 'report.html'}")
 
@@ -269,10 +298,12 @@ def run(invocation: "Invocation") -> None:
             train_eval: Sequence[EvalDataset] | None = part("train_eval")  # TRAIN_EVAL
             infer_eval: Sequence[EvalDataset] | None = part("infer_eval")  # INFER_EVAL
             keep: Keep = part("keep")
-            initial: Initial | None = part("initial")  # bound by gin/initial/*.gin, and by who fine-tunes
+            initial: Initial | None = part("initial")  # INITIAL_CHECKPOINT_PATH; gin/initial/*.gin
             hooks: Sequence[Hook] = part("hooks")
             loggers: Sequence[Writer] = part("loggers")
             max_skipped_in_a_row: int = part("max_skipped_in_a_row")
+            batch_size_schedule: Sequence[tuple[int, int]] = part("batch_size_schedule")  # BATCH_SIZE_SCHEDULE
+            skip_batches: Sequence[tuple[int, int]] = part("skip_batches")  # SKIP_BATCHES
         if invocation.dry_run:
             from meshway.launch.dry_run import check, described
             from meshway.launch.inspection import layout
@@ -295,6 +326,8 @@ def run(invocation: "Invocation") -> None:
             hooks=hooks,
             loggers=loggers,
             max_skipped_in_a_row=max_skipped_in_a_row,
+            batch_size_schedule=batch_size_schedule,
+            skip_batches=skip_batches,
             resolved=recipe.resolved,
             began=process_began(),
         )

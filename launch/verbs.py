@@ -1,4 +1,4 @@
-"""The verbs of the command line, their flags, and examples of them. Light: `--help` must be quick.
+"""The verbs of the command line, and their flags. Light: `--help` must be quick.
 
 A flag of a verb is short for a binding of its recipe; see `launch/flags.py`.
 """
@@ -67,12 +67,26 @@ class EvalFlags:
 
 
 @dataclasses.dataclass(frozen=True)
-class InferFlags:
+class SamplingFlags:
+    """How predictions are drawn."""
+
+    temperature: float | None = binds(
+        "sampling.Sampling.temperature", "0 (default) takes the likeliest token", "X", reads=not_negative
+    )
+    top_k: int | None = binds("sampling.Sampling.top_k", "draw from the k likeliest tokens", "K")
+    top_p: float | None = binds(
+        "sampling.Sampling.top_p", "draw from the likeliest that together reach p", "P", reads=share
+    )
+    num_decodes: int | None = binds("sampling.Sampling.num_decodes", "predictions of each example", "N")
+
+
+@dataclasses.dataclass(frozen=True)
+class InferFlags(SamplingFlags):
     model_dir: str | None = binds(
         "MODEL_DIR", "the run, or one of its checkpoints; its own recipe serves without --gin_file", "DIR"
     )
     input: str | None = binds(
-        "infer.Inputs.where", "a .jsonl, .tsv, .txt or .parquet file, a quoted glob, or - for stdin", "FILE"
+        "infer.Inputs.where", "a .jsonl, .tsv, .txt, .parquet or .tfrecord file, a quoted glob, or - for stdin", "FILE"
     )
     prompt: tuple[str, ...] | None = binds(
         "infer.Inputs.prompts",
@@ -80,6 +94,11 @@ class InferFlags:
         "TEXT",
     )
     split: str | None = binds("infer.Inputs.split", "read this split of the recipe's task (or --task) instead", "SPLIT")
+    fields: str | None = binds(
+        "infer.Inputs.fields",
+        "with --split: features to keep beside text (id,inputs; all; default: *_pretokenized)",
+        "NAMES",
+    )
     output: str | None = binds(
         "infer.Output.where", "a .jsonl, .parquet or .txt file to make, or a folder of shards", "FILE"
     )
@@ -94,21 +113,13 @@ class InferFlags:
     max_input_length: int | None = binds("infer.infer.max_input_length", "tokens of the longest prompt", "N")
     max_new_tokens: int | None = binds("infer.infer.max_new_tokens", "most tokens of a prediction", "N")
     truncate: bool = binds("infer.Inputs.truncate", "truncate longer prompts instead of refusing them")
-    temperature: float | None = binds(
-        "sampling.Sampling.temperature", "0 (default) takes the likeliest token", "X", reads=not_negative
-    )
-    top_k: int | None = binds("sampling.Sampling.top_k", "draw from the k likeliest tokens", "K")
-    top_p: float | None = binds(
-        "sampling.Sampling.top_p", "draw from the likeliest that together reach p", "P", reads=share
-    )
-    num_decodes: int | None = binds("sampling.Sampling.num_decodes", "predictions of each example", "N")
     beams: int | None = binds("infer.infer.beams", "beam search with so many beams", "N")
     seed: int | None = binds("infer.infer.seed", "of sampling (default: 0)", "N", least=0)
     stop: tuple[str, ...] | None = binds(
         "infer.infer.stop", "a text that ends a prediction, which it is part of; repeat for more", "TEXT"
     )
-    format: Literal["jsonl", "tsv", "text", "parquet"] | None = binds(
-        "infer.Inputs.format", "jsonl, tsv, text or parquet, where the file's name does not tell", "FORMAT"
+    format: Literal["jsonl", "tsv", "text", "parquet", "tfrecord"] | None = binds(
+        "infer.Inputs.format", "jsonl, tsv, text, parquet or tfrecord, where the file's name does not tell", "FORMAT"
     )
     columns: str | None = binds(
         "infer.Inputs.columns", "names of TSV columns without a header (inputs,targets)", "NAMES"
@@ -130,7 +141,32 @@ class InferFlags:
     output_format: Literal["jsonl", "parquet"] | None = binds(
         "infer.Output.format", "jsonl (default) or parquet, of a folder's shards", "FORMAT"
     )
+    writer: str | None = binds(
+        "infer.Output.writer", "a class that writes a format of its own (mylab.writers.Csv)", "CLASS"
+    )
     overwrite: bool = binds("infer.Output.overwrite", "remove what an earlier job left there")
+    num_shards: int | None = binds(
+        "infer.Output.num_shards", "share the input among N independent jobs with one --output", "N"
+    )
+    shard_id: int | None = binds("infer.Output.shard_id", "which of them this is, from 0", "I", least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportFlags(SamplingFlags):
+    model_dir: str | None = binds(
+        "MODEL_DIR", "the run, or one of its checkpoints; its own recipe serves without --gin_file", "DIR"
+    )
+    output: str | None = binds("export.export.output", "the folder to make", "DIR")
+    platforms: str | None = binds(
+        "export.export.platforms", "cpu, tpu, cuda or rocm, as cpu,tpu (default: this machine's)", "NAMES"
+    )
+    modes: str | None = binds("export.export.modes", "predict, score or both (default)", "NAMES")
+    step: int | None = binds("export.export.step", "which checkpoint (default: the latest)", "N", least=0)
+    batch_size: int | None = binds("export.export.batch_size", "rows of a batch (default: 8)", "N")
+    max_input_length: int | None = binds("export.export.max_input_length", "tokens of the longest prompt", "N")
+    max_new_tokens: int | None = binds("export.export.max_new_tokens", "most tokens of a prediction", "N")
+    beams: int | None = binds("export.export.beams", "beam search with so many beams", "N")
+    saved_model: bool = binds("export.export.saved_model", "write a TensorFlow SavedModel too")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +199,10 @@ class CacheFlags:
     num_shards: int | None = binds("cache.cache.num_shards", "files of each split (default: 8)", "N")
     workers: int | None = binds("cache.cache.workers", "processes (default: one a core)", "N")
     overwrite: bool = binds("cache.cache.overwrite", "remove what is cached of the task first, all splits of it")
+    from_seqio: str | None = binds(
+        "cache.cache.from_seqio", "take the examples that seqio_cache_tasks wrote there; no preprocessor runs", "DIR"
+    )
+    part: str | None = binds("cache.cache.part", "build part I of N of the shards, on each of N machines one", "I/N")
     max_bad_examples: int | None = binds(
         "cache.cache.max_bad_examples",
         "examples of a split that may fail in a preprocessor; they are left out and reported (default: 0)",
@@ -183,7 +223,9 @@ class ConvertFlags:
     to: str | None = binds(
         "convert.convert.target", "the directory to make: a run directory, or a Hugging Face one", "DIR"
     )
-    family: str | None = binds("convert.convert.family", "what the model is (default: as in config.json)", "FAMILY")
+    family: str | None = binds(
+        "convert.convert.family", "what the model is (default: as in config.json); t5x writes a run for T5X", "FAMILY"
+    )
     dtype: Literal["float32", "bfloat16", "float16", "keep"] | None = binds(
         "convert.convert.dtype", "float32, bfloat16, float16 or keep (default: keep)", "DTYPE"
     )
@@ -191,6 +233,9 @@ class ConvertFlags:
     max_shard_size: str | None = binds("convert.convert.max_shard_size", "of a safetensors file (default: 5GB)", "SIZE")
     vocabulary: str | None = binds(
         "convert.convert.vocabulary", "the SentencePiece model of a T5X checkpoint's task", "FILE"
+    )
+    optimizer_state: bool = binds(
+        "convert.convert.optimizer_state", "with a T5X checkpoint, in or out, its Adafactor's state too"
     )
     ignore_fields: str | None = binds(
         "convert.convert.ignore_fields", "of config.json, that change nothing (a,b)", "FIELDS"
@@ -210,6 +255,9 @@ class BenchDataFlags:
     seconds: int | None = binds("bench.data.measure.seconds", "how long to time (default: 45)", "N")
     batches: int | None = binds("bench.data.measure.batches", "over how many batches memory is watched", "N")
     workers: int | None = binds("bench.data.measure.workers", "processes (default: one a core, 4 at most)", "N")
+    corpus_size: str | None = binds(
+        "bench.data.measure.corpus_size", "measure synthetic corpora of so many examples instead", "N,N"
+    )
     json: bool = binds("bench.data.measure.as_json", "print the results as JSON too")
 
 
@@ -277,6 +325,13 @@ VERBS = {
         instead="--model_dir",
         macros=("MODEL_DIR", "MIXTURE_OR_TASK_NAME", "TASK_FEATURE_LENGTHS", "CACHE_DIR", "LAYOUT"),
     ),
+    "export": Verb(
+        "meshway.launch.export",
+        "write predict and score of a run's checkpoint as StableHLO programs, which run without meshway",
+        flags=ExportFlags,
+        instead="--model_dir",
+        macros=("MODEL_DIR", "TASK_FEATURE_LENGTHS", "LAYOUT"),
+    ),
     "status": Verb(
         "meshway.launch.status",
         "show the state of a run: who runs it, steps reported and saved, rate, time left, last evaluation",
@@ -342,37 +397,3 @@ def module_of(verb: str, subject: str | None) -> str:
     """Returns the name of the module whose `run` does a command's work."""
     entry = VERBS[verb]
     return f"{entry.module}.{subject}" if entry.is_room else entry.module
-
-
-USAGE = """examples:
-  meshway train --gin_file=recipes/quickstart.gin --gin.MODEL_DIR=runs/quickstart
-  meshway train --gin_file=my.gin --gin.MODEL_DIR=/tmp/run --gin.LAYOUT=fsdp --dry_run
-  meshway eval --model_dir=runs/quickstart
-  meshway eval --model_dir=runs/quickstart --steps=all --split=train --max_predictions=100
-  meshway eval --model_dir=runs/quickstart --watch --idle_timeout=3600
-  meshway infer --model_dir=runs/quickstart --input=questions.jsonl --output=answers.jsonl
-  meshway infer --model_dir=runs/quickstart --prompt="Return the <extra_id_0> of the list." --max_new_tokens=20
-  meshway infer --model_dir=runs/quickstart --split=validation --mode=score --output=scores.parquet
-  meshway infer --model_dir=runs/llama --input=prompts.txt --output=out --temperature=0.8 --top_p=0.95 --num_decodes=4
-  meshway status runs/quickstart
-  meshway inspect --gin_file=quickstart --gin.LAYOUT=fsdp --simulated_devices=8
-  meshway inspect data --gin_file=quickstart --rows=5 --html=data.html
-  meshway bench train --gin_file=quickstart
-  meshway bench data --gin_file=quickstart
-  meshway bench parallel --gin_file=quickstart --simulated_devices=8
-  meshway bench routing --gin_file=v_moe_digits
-  meshway bench moe --gin_file=bench_moe --simulated_devices=8 --gin.LAYOUT=expert
-  meshway bench attention --gin_file=bench_attention
-  meshway bench decode --gin_file=bench_decode
-  meshway cache --gin_file=quickstart
-  meshway cache --task=my_task --module=mylab.tasks --directory=/data/cache
-  meshway convert --from=models/Llama-3.2-1B --to=runs/llama
-  meshway convert --from=runs/llama --to=exported --dtype=bfloat16
-  meshway launch local --processes=4 --devices=2 -- train --gin_file=quickstart --gin.MODEL_DIR=runs/four
-
-Exit codes: 0 done, 1 the machine or the program failed, 2 the command or the recipe is wrong, 75 another process of the
-run was lost (started again, it goes on from the last checkpoint), 130 Ctrl-C (training saves first), 143 SIGTERM
-(training saves and exits with 0, under `launch worker` with 143), 141 nobody reads its output any more. After
-`train ... &&`, `eval --finished ...` evaluates no run that was stopped.
-MESHWAY_TRACEBACK=1 shows the traceback of every error. `meshway VERB --help` lists a verb's options.
-"""

@@ -24,12 +24,7 @@ class Classifier(Objective):
 
     def batch_spec(self, batch_size: int, lengths: Mapping[str, int]) -> dict[str, TokenSpec]:
         """Returns the features of a batch; `lengths` are not read."""
-        image = (batch_size, *self._image_shape)
-        return {
-            "image": TokenSpec(image, np.dtype("float32"), ("batch", *[None] * len(self._image_shape))),
-            "label": TokenSpec((batch_size,), np.dtype("int32"), ("batch",)),
-            "loss_weights": TokenSpec((batch_size,), np.dtype("float32"), ("batch",)),
-        }
+        return image_spec(batch_size, self._image_shape)
 
     def hidden(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, OutputLayer]:
         """Returns the logits of each class, float32 [batch, classes]: nothing is gained by computing them later."""
@@ -42,3 +37,12 @@ class Classifier(Objective):
     def score(self, params: dict[str, Any], batch: Batch) -> jax.Array:
         """Returns the log-probability of each label, float32 [batch, 1], 0 on padding."""
         return super().score(params, batch)[:, None]
+
+
+def image_spec(batch_size: int, image_shape: Sequence[int]) -> dict[str, TokenSpec]:
+    """Returns the features of a batch of labelled images."""
+    return {
+        "image": TokenSpec((batch_size, *image_shape), np.dtype("float32"), ("batch", *[None] * len(image_shape))),
+        "label": TokenSpec((batch_size,), np.dtype("int32"), ("batch",)),
+        "loss_weights": TokenSpec((batch_size,), np.dtype("float32"), ("batch",)),
+    }

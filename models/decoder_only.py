@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from meshway.models.layers.cache import DecodingCache, take_copies
 from meshway.models.layers.masks import Mask, make_attention_mask, row_metadata, row_positions
-from meshway.models.losses import CrossEntropy, OutputLayer, TokenSpec, token_spec, token_targets
+from meshway.models.losses import CrossEntropy, OutputLayer, TokenSpec, text_spec, token_targets
 from meshway.models.module import NetworkFactory
 from meshway.models.objective import Batch, Objective
 
@@ -34,10 +34,7 @@ class DecoderOnly(Objective):
 
     def batch_spec(self, batch_size: int, lengths: Mapping[str, int]) -> dict[str, TokenSpec]:
         """Returns the features of a batch; `lengths` needs "targets", and for a prefix LM "inputs"; rows hold both."""
-        names = ["input_tokens", "target_tokens", "loss_weights", "segment_ids", "positions"]
-        if self._prefix:
-            return token_spec(batch_size, lengths["targets"] + lengths["inputs"], "decoder", [*names, "prefix_mask"])
-        return token_spec(batch_size, lengths["targets"] + lengths.get("inputs", 0), "decoder", names)
+        return text_spec(batch_size, lengths, encoder=False, prefix=self._prefix)
 
     def hidden(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, OutputLayer]:
         """Returns what the output layer reads of each target, [batch, length, d_model], and that layer."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from meshway.models.layers.cache import DecodingCache, take_copies
-from meshway.models.losses import CrossEntropy, OutputLayer, TokenSpec, token_spec, token_targets
+from meshway.models.losses import CrossEntropy, OutputLayer, TokenSpec, text_spec, token_targets
 from meshway.models.module import NetworkFactory
 from meshway.models.objective import Batch, Objective
 
@@ -24,9 +24,7 @@ class EncoderDecoder(Objective):
 
     def batch_spec(self, batch_size: int, lengths: Mapping[str, int]) -> dict[str, TokenSpec]:
         """Returns the features of a batch; `lengths` needs "inputs" and "targets"."""
-        encoder = token_spec(batch_size, lengths["inputs"], "encoder", ["input_tokens", "segment_ids", "positions"])
-        names = ["input_tokens", "target_tokens", "loss_weights", "segment_ids", "positions"]
-        return encoder | token_spec(batch_size, lengths["targets"], "decoder", names)
+        return text_spec(batch_size, lengths, encoder=True)
 
     def hidden(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, OutputLayer]:
         """Returns what the output layer reads of each target, [batch, length, d_model], and that layer."""

@@ -33,6 +33,19 @@ def token_spec(batch_size: int, length: int, side: str, names: Iterable[str]) ->
     }
 
 
+def text_spec(batch_size: int, lengths: Mapping[str, int], encoder: bool, prefix: bool = False) -> dict[str, TokenSpec]:
+    """Returns the features of a batch of texts: with `encoder` inputs and targets apart, else both in a decoder's row,
+    with `prefix` their inputs marked. Raises KeyError where one of `lengths` is missing."""
+    names = ["input_tokens", "target_tokens", "loss_weights", "segment_ids", "positions"]
+    if encoder:
+        inputs = token_spec(batch_size, lengths["inputs"], "encoder", ["input_tokens", "segment_ids", "positions"])
+        return inputs | token_spec(batch_size, lengths["targets"], "decoder", names)
+    inputs_length = lengths["inputs"] if prefix else lengths.get("inputs", 0)
+    inputs_length += lengths.get("suffixes", 0)  # which seqio's prefix-suffix converter puts behind the targets
+    names += ["prefix_mask"] if prefix else []
+    return token_spec(batch_size, lengths["targets"] + inputs_length, "decoder", names)
+
+
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy:
     """Cross entropy with label smoothing and z-loss.

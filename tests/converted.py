@@ -25,12 +25,13 @@ def model_of(run: Path) -> Model:
     return build_network(run / "recipe.gin")[0]
 
 
-def params_of(run: Path, model: Model, step: int = 0) -> dict:
-    """Returns a run's parameters, float32, on one device."""
+def params_of(run: Path, model: Model, step: int | None = None) -> dict:
+    """Returns a run's parameters, float32, on one device; of its latest checkpoint where `step` is None."""
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = flatten(jax.eval_shape(model.init, jax.random.key(0)))
     wanted = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where) for name, leaf in shapes.items()}
-    return Checkpoints(run / "checkpoints", read_only=True).restore_params(step, unflatten(wanted))
+    checkpoints = Checkpoints(run / "checkpoints", read_only=True)
+    return checkpoints.restore_params(checkpoints.steps()[-1] if step is None else step, unflatten(wanted))
 
 
 def logits_of(directory: Path, run: Path, batch: Batch) -> np.ndarray:

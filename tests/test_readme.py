@@ -12,8 +12,7 @@ from readme import README, ROOT, SMALLER, blocks, commands, furnish, in_folder, 
 from running import copy_lab, lines
 
 from meshway.launch import cli
-from meshway.launch.cli import parse
-from meshway.launch.verbs import USAGE
+from meshway.launch.cli import USAGE, parse
 
 BIN = Path(sys.executable).parent
 # Nothing is trained, read or compiled.
@@ -162,3 +161,18 @@ def test_nothing_names_where_packages_come_from_or_this_workplace():
         if path.is_file() and not inside[0].startswith(".") and path.suffix in {".py", ".md", ".gin", ".toml", ".html"}:
             text = path.read_text()
             assert not [word for word in words if word in text], path
+
+
+def test_each_feature_of_t5x_has_a_test_or_a_command():
+    """The last cell of each row of docs/t5x_features.md."""
+    rows = [line for line in (ROOT / "docs" / "t5x_features.md").read_text().split("\n") if line.startswith("| ")]
+    cells = [row.strip("| ").rpartition(" | ")[2] for row in rows]
+    cells = [cell for cell in cells if cell not in ("---", "test or command")]
+    assert len(cells) >= 80
+    for cell in cells:
+        if cell.startswith("meshway "):
+            assert parse(cell.split()[1:]) is not None, cell
+            continue
+        file, _, name = cell.partition("::")
+        assert (ROOT / file).is_file(), cell
+        assert not name or f"def {name}(" in (ROOT / file).read_text(), cell

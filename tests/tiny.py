@@ -1,9 +1,11 @@
 """Tiny programs from the shipped gin files, for tests: shapes small, everything else as shipped."""
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from meshway.framework.inference.decoding import Stop
@@ -97,3 +99,29 @@ def greedy(model, params, batch, length, eos_id):
     rows = next(iter(batch.values())).shape[0]
     search = Sampling(temperature=0.0)
     return search(model, params, batch, length, Stop((eos_id,)), np.arange(rows), jax.random.key(0)).tokens[:, 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Quadratic:
+    """loss(w) = sum over rows of (row . w)^2 / 2: gradients are known in closed form."""
+
+    def loss(self, params, batch, rng):
+        loss = 0.5 * jnp.sum((batch["rows"] @ params["w"]) ** 2)
+        weight = jnp.asarray(batch["rows"].shape[0], jnp.float32)
+        return loss, weight, {}
+
+
+class Descent:
+    """w <- w - g, with the interface of a bound optimizer."""
+
+    def update(self, gradients, state, params):
+        norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradients)))
+        return jax.tree.map(lambda p, g: p - g, params, gradients), state, {"grad_norm": norm}
+
+
+def loaded(name: str):
+    """Returns a module of the lab, a user's package, by its path there, without touching `sys.path`."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, Path(__file__).parent / "lab" / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,24 +1,32 @@
 """Checkpoints of a run: state, data position and recipe, saved together and atomically, restored on any mesh."""
 
+import contextlib
 import dataclasses
-import functools
 import itertools
 import logging
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from meshway.framework.checkpoints.sources import differences, schema_of
 from meshway.framework.distributed import processes
-from meshway.framework.errors import EnvironmentFailure, UserError, first_line, nearest_steps
+from meshway.framework.errors import (
+    EnvironmentFailure,
+    UserError,
+    first_line,
+    innermost,
+    nearest_steps,
+    quiet_closed_loops,
+)
 from meshway.framework.interfaces import Params
 from meshway.framework.terminal import installed_version
 from meshway.framework.training.step import TrainState
+from meshway.framework.trees import flatten, merge, unflatten
 
 ITEMS = ("state", "data", "recipe")
 _DAMAGED = "damaged"
@@ -73,6 +81,7 @@ class Checkpoints:
         recipe: str = "",
         read_only: bool = False,
         handler: ocp.PyTreeCheckpointHandler | None = None,
+        averaged: bool = False,
     ):
         """Opens the folder.
 
@@ -82,12 +91,15 @@ class Checkpoints:
           recipe: the resolved gin text that is saved in every checkpoint.
           read_only: write nothing.
           handler: writes and reads states in the format of Orbax's own, which None is.
+          averaged: whether parameters that are read alone are the averages that the run kept (EMA_DECAY).
 
         Raises:
           UserError: the folder cannot be created.
         """
         _quiet_orbax()
+        self.first_step = 0  # the step that the run began with: saved in each checkpoint
         self.folder, self._recipe, self._read_only = Path(folder).absolute(), recipe, read_only
+        self._is_averaged = averaged
         try:
             if not read_only:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -124,12 +136,15 @@ class Checkpoints:
         """
         self._save(_as_tree(state), step, position, metrics)
 
-    def save_params(self, params: Params, step: int) -> None:
-        """Saves parameters alone, such as a converted model's: `restore_params` and `Initial` read them."""
-        self._save({"params": params}, step, {}, {})
+    def save_params(self, params: Params, step: int, rest: Mapping[str, Any] | None = None) -> None:
+        """Saves parameters without a data position, such as a converted model's, and what `rest` has of the other
+        fields of a state: `restore_params` and `Initial` read them."""
+        self._save({"params": params, **(rest or {})}, step, {}, {})
 
     def _save(self, tree: dict[str, Any], step: int, position: Mapping[str, int], metrics: Mapping[str, float]) -> None:
-        recipe = {"gin": self._recipe, "version": installed_version(), "schema": schema_of(tree)}
+        recipe: dict[str, Any] = {"gin": self._recipe, "version": installed_version(), "schema": schema_of(tree)}
+        if self.first_step:
+            recipe["first_step"] = self.first_step
         arguments = ocp.args.Composite(
             state=ocp.args.PyTreeSave(tree),
             data=ocp.args.JsonSave(dict(position)),
@@ -149,6 +164,13 @@ class Checkpoints:
     def recipe(self, step: int) -> dict[str, Any]:
         """Returns {"gin", "version", "schema"} of a checkpoint; raises DamagedCheckpoint if it cannot be read."""
         return self._read(step, recipe=ocp.args.JsonRestore())["recipe"]
+
+    def read_first_step(self) -> int:
+        """Returns the step that the run began with, as its latest readable checkpoint says."""
+        for step in reversed(self.steps()):
+            with contextlib.suppress(DamagedCheckpoint):
+                return int(self.recipe(step).get("first_step", 0))
+        return 0
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, int]]:
         """Restores a checkpoint, saved on any mesh, with the shardings of `abstract` (ShapeDtypeStructs).
@@ -176,6 +198,15 @@ class Checkpoints:
         """Returns the message that a checkpoint is of another model or optimizer, and what to do about it."""
         saved = self.recipe(step)["schema"]
         params = [{name: spec for name, spec in each.items() if name.startswith("params/")} for each in (saved, wanted)]
+        for part, what in (("average/", "EMA_DECAY"), ("spikes/", "SPIKE_LOSS or SPIKE_GRAD_NORM")):
+            has = [any(name.startswith(part) for name in each) for each in (saved, wanted)]
+            if params[0] == params[1] and has[0] != has[1]:
+                return (
+                    f"checkpoint {self.folder / str(step)} was saved {'with' if has[0] else 'without'} {what}, and the "
+                    f"recipe has {'none' if has[0] else 'one'}: resume as it was trained, or give another "
+                    "MODEL_DIR and start from its parameters: train.train.initial = @mapping.Initial(), "
+                    f"mapping.Initial.path = {str(self.folder.parent)!r}"
+                )
         if params[0] != params[1]:
             return (
                 f"checkpoint {self.folder / str(step)} holds another model or optimizer than this recipe: {found}. "
@@ -236,12 +267,34 @@ class Checkpoints:
         return self.restore_params(step, abstract)
 
     def restore_params(self, step: int, params: Any) -> Any:
-        """Restores only the parameters named in `params`, a tree of ShapeDtypeStructs with shardings."""
-        tree = {"params": params}
+        """Restores only the parameters named in `params`, a tree of ShapeDtypeStructs with shardings; where the folder
+        was opened for averaged ones, raises UserError if the checkpoint has none."""
+        if not self._is_averaged:
+            return self.restore_part(step, {"params": params})["params"]
+        wanted, kept = flatten(params), self.averages(step)
+        there = {path: leaf for path, leaf in wanted.items() if path not in kept}
+        tree = {"average": unflatten({path: leaf for path, leaf in wanted.items() if path in kept})}
+        tree |= {"params": unflatten(there)} if there else {}  # those that were not trained have none
+        found = self.restore_part(step, tree)
+        return merge(found.get("params", {}), found["average"])
+
+    def restore_part(self, step: int, tree: dict[str, Any]) -> Any:
+        """Restores only the fields of a state, and of these only the leaves, that are in `tree`, ShapeDtypeStructs with
+        shardings."""
         arguments = ocp.args.PyTreeRestore(
             tree, ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
         )
-        return self._read(step, state=arguments)["state"]["params"]
+        return self._read(step, state=arguments)["state"]
+
+    def averages(self, step: int) -> frozenset[str]:
+        """Returns the paths of the parameters of which a checkpoint has averages; UserError if there are none."""
+        names = frozenset(name[8:] for name in self.recipe(step)["schema"] if name.startswith("average/"))
+        if not names:
+            raise UserError(
+                f"checkpoint {self.folder / str(step)} has no averaged parameters: its run was trained without "
+                "EMA_DECAY. Leave out --averaged (Initial.averaged)"
+            )
+        return names
 
     def _read(self, step: int, **items: Any) -> Any:
         try:
@@ -253,7 +306,7 @@ class Checkpoints:
                 advice = f"Step {others[-1]} is there too"
             raise DamagedCheckpoint(
                 f"checkpoint {self.folder / str(step)} cannot be read: it is truncated, damaged or not meshway's "
-                f"({first_line(_innermost(error))}). {advice}"
+                f"({first_line(innermost(error))}). {advice}"
             ) from error
 
     def _guard(self, action: Callable[[], Any], step: int | None) -> None:
@@ -330,36 +383,16 @@ def read_last(
     raise DamagedCheckpoint(first)
 
 
-def _innermost(error: BaseException) -> BaseException:
-    """Returns the first cause of an Orbax error: it names the file or the array, the error itself only an index."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
 def _quiet_orbax() -> None:
     """Turns off logs: Orbax logs every save and every file that it cannot parse, and after a failed save asyncio logs a
     traceback for each array, in addition to the error that `_guard` reports."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
-    _quiet_closed_loops()
-
-
-@functools.cache
-def _quiet_closed_loops() -> None:
-    """Drops the tracebacks after a failed read: Orbax closes its event loop and leaves its coroutines, and each array
-    whose read ends after that, and each coroutine that is thrown away, raises another error."""
-    before = sys.unraisablehook
-
-    def hook(found: Any) -> None:
-        closed = isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"
-        left = getattr(getattr(found.object, "cr_code", None), "co_filename", "")  # of a coroutine
-        if not closed and "orbax" not in Path(left).parts:
-            before(found)
-
-    sys.unraisablehook = hook
+    quiet_closed_loops()
 
 
 def _as_tree(state: TrainState) -> dict[str, Any]:
-    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    """Returns the parts of a state that it has: without an average of parameters there is none in a checkpoint."""
+    parts = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {name: part for name, part in parts.items() if name not in ("average", "spikes") or jax.tree.leaves(part)}

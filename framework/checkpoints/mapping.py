@@ -35,8 +35,8 @@ class Initial:
     """The source of a fresh run's parameters; a run that has a checkpoint of its own does not use it.
 
     `path` is a run directory or one of its checkpoints; `step` None means the latest. Or it is a Hugging Face
-    directory or a checkpoint of T5X, read directly into the shards: the recipe must be that model's, as
-    `meshway convert` writes it.
+    directory or a checkpoint of T5X or Mesh-TensorFlow (`.../model.ckpt-1000000`), read directly into the shards: the
+    recipe must be that model's, as `meshway convert` writes it. None is no source.
 
     `renames` are ordered (pattern, replacement): a parameter's name is looked up in the checkpoint under the
     replacement of the first pattern that matches it in full, else under its own name. `left_at_init` are patterns of
@@ -46,6 +46,10 @@ class Initial:
     logits ...) keep the entries that they have, bit for bit, and new ones are the 'mean' of those or stay 'fresh'.
     'shrink' drops those beyond the model's vocabulary. With None another size is an error.
 
+    `optimizer_state` takes the optimizer's state too, which must be that of the recipe's optimizer (of a T5X
+    checkpoint, Adafactor's), with parameters as they are; without it the state is fresh. `count_on` lets steps go on
+    from the checkpoint's, and schedules with them, as T5X does; without it they start from 0 (see `continuation`).
+
     Two more let a mixture of experts start from a dense model (sparse upcycling, Komatsuzaki et al. 2022, section 2):
 
     - `by_depth`: a stack whose pattern of blocks is n times as long as the checkpoint's takes layers by depth: block j
@@ -53,26 +57,44 @@ class Initial:
     - `repeat_along`: axes that a parameter of the checkpoint may lack, such as 'expert': its values are repeated.
     """
 
-    path: str
+    path: str | None
     step: int | None = None
     renames: Sequence[tuple[str, str]] = ()
     left_at_init: Sequence[str] = ()
     by_depth: bool = False
     repeat_along: Sequence[str] = ()
     resize: str | None = None
+    optimizer_state: bool = False
+    count_on: bool = False
 
     def __post_init__(self) -> None:
-        local_path(self.path)  # checked now: parameters are first read after the step was compiled
+        if self.path is not None:
+            local_path(self.path)  # checked now: parameters are first read after the step was compiled
+        elif changed := self._changed({"path"}):
+            raise UserError(
+                f"Initial.{changed[0]} is set, and there is nothing that the run starts from: bind "
+                "INITIAL_CHECKPOINT_PATH, or mapping.Initial.path"
+            )
         if self.resize is not None and self.resize not in RESIZES:
             near = did_you_mean(str(self.resize), RESIZES) or f"; it is None or one of {', '.join(RESIZES)}"
             raise UserError(f"Initial.resize = {self.resize!r} is not a way to resize a vocabulary{near}")
+
+        if self.optimizer_state and (changed := self._changed({"path", "step", "count_on", "optimizer_state"})):
+            raise UserError(
+                f"Initial.optimizer_state and Initial.{changed[0]}: an optimizer's state is taken only for parameters "
+                "that are taken unchanged; leave one of them out"
+            )
+
+    @property
+    def _directory(self) -> Path:
+        return local_path(self.path or "")
 
     def start(self) -> tuple[int, ...] | None:
         """Returns the ids that the decoder of that model starts from; None if its directory does not tell."""
         from meshway.framework.conversion import hugging_face, tokenizer_files
         from meshway.framework.data.vocabularies import read_framing
 
-        directory = local_path(self.path)
+        directory = self._directory
         try:
             if hugging_face.is_model(directory):
                 model = hugging_face.open_model(directory)
@@ -97,8 +119,8 @@ class Initial:
           UserError: there is no checkpoint; a parameter has no source or another shape; a pattern matches nothing, or
             `resize` applies to nothing.
         """
-        opened = self._open()
-        if isinstance(opened, _Tensors):
+        opened = self.open()
+        if isinstance(opened, Tensors):
             return self._from_tensors(opened, params, flatten(axes))
         checkpoints, step = opened
         leaves = flatten(params)
@@ -120,26 +142,34 @@ class Initial:
 
         return map_paths(value, params)
 
+    def known_step(self) -> int | None:
+        """Returns the step of the checkpoint, None where it has none; raises UserError where there is no checkpoint."""
+        opened = self.open()
+        return opened.step if isinstance(opened, Tensors) else opened[1]
+
     def check(self, params: Params, axes: Axes) -> None:
         """Finds the source of each parameter without reading any; `params` may be shapes. Raises as `restore` does."""
-        opened, shapes = self._open(), _shapes(flatten(params))
-        if isinstance(opened, _Tensors):
+        opened, shapes = self.open(), _shapes(flatten(params))
+        if isinstance(opened, Tensors):
             sources = self._tensor_sources(opened, shapes, flatten(axes))
             opened.values(_shapes(sources))
         else:
             checkpoints, step = opened
             self.sources(shapes, flatten(axes), checkpoints.recipe(step)["schema"])
 
-    def _open(self) -> "_Tensors | tuple[Checkpoints, int]":
+    def open(self) -> "Tensors | tuple[Checkpoints, int]":
         """Returns what is at `path`: another system's tensors, or (checkpoints of ours, step)."""
         from meshway.framework.conversion import (
             hugging_face,  # training itself reads no other formats
+            mesh_tensorflow,
             t5x_files,
         )
 
-        directory = local_path(self.path)
+        directory = self._directory
         if hugging_face.is_model(directory):
             return self._hugging_face(directory)
+        if mesh_tensorflow.is_checkpoint(directory):
+            return self._t5x(directory, "checkpoint of Mesh-TensorFlow")
         found = find_checkpoint(directory, self.step, "Initial.path")
         if found is not None:
             return Checkpoints(found[0], read_only=True), found[1]
@@ -147,7 +177,7 @@ class Initial:
             return self._t5x(directory)
         raise UserError(
             f"Initial.path: {directory} is neither a run directory nor a checkpoint (no checkpoints/ in it), nor a "
-            "Hugging Face directory or a checkpoint of T5X"
+            "Hugging Face directory or a checkpoint of T5X or Mesh-TensorFlow"
         )
 
     def sources(self, shapes: Mapping[str, Shape], axes: Mapping[str, Names], schema: Schema) -> dict[str, Source]:
@@ -187,38 +217,41 @@ class Initial:
         self._check_vocabularies(unresized, sources)
         return sources
 
-    def _hugging_face(self, directory: Path) -> "_Tensors":
+    def _hugging_face(self, directory: Path) -> "Tensors":
         from meshway.framework.conversion import hugging_face
 
         self._check_alone("Hugging Face directory", ())
         model = hugging_face.open_model(directory)
         if model.left_over and processes.is_primary():
             print(f"Initial.path: not read of {directory}: {', '.join(model.left_over)}", file=sys.stderr)
-        return _Tensors(model.bindings["VOCAB_SIZE"], model.values)
+        return Tensors(model.bindings["VOCAB_SIZE"], model.values, None, None)
 
-    def _t5x(self, directory: Path) -> "_Tensors":
-        from meshway.framework.conversion import t5x, t5x_files
+    def _t5x(self, directory: Path, what: str = "checkpoint of T5X") -> "Tensors":
+        from meshway.framework.conversion import mesh_tensorflow
 
-        self._check_alone("checkpoint of T5X", ("step",))
-        files = t5x_files.T5XFiles(directory, self.step)
-        network = t5x.network_of(files)
-        return _Tensors(network.bindings["VOCAB_SIZE"], lambda shapes: network.values(files, shapes))
+        self._check_alone(what, ("step",))
+        files, network = mesh_tensorflow.open_checkpoint(directory, self.step)
+        return Tensors(
+            network.bindings["VOCAB_SIZE"],
+            lambda shapes: network.values(files, shapes),
+            files.step,
+            lambda shapes, axes: network.optimizer_state(files, shapes, axes),
+        )
 
     def _check_alone(self, what: str, others: Sequence[str]) -> None:
         """Raises UserError for settings that apply only to checkpoints of meshway."""
-        fine = {"path", "resize", *others}
-        given = [
-            field.name
-            for field in dataclasses.fields(self)
-            if field.name not in fine and getattr(self, field.name) != field.default
-        ]
-        if given:
+        if given := self._changed({"path", "resize", "optimizer_state", "count_on", *others}):
             raise UserError(
                 f"Initial.path={self.path!r} is a {what}, whose tensors are used unchanged: leave out "
                 f"Initial.{given[0]}, or convert it first (meshway convert)"
             )
 
-    def _from_tensors(self, tensors: "_Tensors", params: Params, axes: Mapping[str, Names]) -> Params:
+    def _changed(self, but_for: set[str]) -> list[str]:
+        """Returns the settings that are not at their defaults."""
+        fields = [field for field in dataclasses.fields(self) if field.name not in but_for]
+        return [field.name for field in fields if getattr(self, field.name) != field.default]
+
+    def _from_tensors(self, tensors: "Tensors", params: Params, axes: Mapping[str, Names]) -> Params:
         """Returns `params` filled from another system's tensors, each shard read by slices."""
         from meshway.framework.conversion.values import fill
 
@@ -229,7 +262,7 @@ class Initial:
         return map_paths(lambda name, leaf: sources[name].put(found[name], leaf, True), params)
 
     def _tensor_sources(
-        self, tensors: "_Tensors", shapes: Mapping[str, Shape], axes: Mapping[str, Names]
+        self, tensors: "Tensors", shapes: Mapping[str, Shape], axes: Mapping[str, Names]
     ) -> dict[str, Source]:
         """Returns which of another system's tensors each parameter is; raises as `restore` does."""
         sources, problems = dict[str, Source](), list[str]()
@@ -286,11 +319,15 @@ class Initial:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tensors:
-    """Another system's parameters: the size of their vocabulary, and a function from shapes to lazily read values."""
+class Tensors:
+    """Another system's parameters: the size of their vocabulary, and a function from shapes to lazily read values; the
+    step that they were saved at, and a function from shapes and axes to the optimizer's state; None where it has none.
+    """
 
     vocab_size: int
     values: Callable[[Mapping[str, Shape]], Mapping[str, "Values"]]
+    step: int | None
+    optimizer_state: Callable[[Params, Axes], Any] | None
 
 
 def _shapes(leaves: Mapping[str, Any]) -> dict[str, Shape]:

@@ -1,34 +1,39 @@
 """Checkpoints read and written parameter by parameter, never in memory as a whole."""
 
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from orbax.checkpoint import type_handlers
 
+from meshway.framework.axes import Names
 from meshway.framework.checkpoints.manager import Checkpoints, DamagedCheckpoint
 from meshway.framework.checkpoints.sources import Schema
-from meshway.framework.conversion.rules import Piece
+from meshway.framework.conversion.rules import Piece, Shape
+from meshway.framework.conversion.t5x_optimizer import UNUSED, SlotPiece, slot_pieces
 from meshway.framework.conversion.tensor_files import Spec
 from meshway.framework.conversion.values import Values
-from meshway.framework.errors import first_line
+from meshway.framework.errors import UserError, first_line
+from meshway.framework.optimizers.adafactor import FactorRules
 from meshway.framework.trees import unflatten
 
 _MOST_CACHE_BYTES = 4 * 2**30
 
 
 class StoredParams:
-    """What a checkpoint's `state` holds under "params", opened and not read."""
+    """What a checkpoint's `state` holds under "params", or another part of it, opened and not read."""
 
-    def __init__(self, state: Path, schema: Schema):
+    def __init__(self, state: Path, schema: Schema, part: str = "params"):
         """Raises DamagedCheckpoint: a parameter that the checkpoint's own list names is not there."""
-        self._state = state
-        names = [name.removeprefix("params/") for name in schema if name.startswith("params/")]
+        self._state, self._part = state, part
+        names = [name.removeprefix(f"{part}/") for name in schema if name.startswith(f"{part}/")]
         self._arrays = {name: self._open(name, tensorstore.Context()) for name in names}
         # A stack that was saved from few devices lies in chunks of many layers: one is kept while its layers are read.
         kept = max((_chunk_bytes(array) for array in self._arrays.values()), default=0)
@@ -60,8 +65,12 @@ class StoredParams:
         value = np.stack(entries) if piece.form.has_parts else entries[0]
         return piece.form.to_theirs(value, piece.sizes).astype(self.spec(piece, dtype).dtype, copy=False)
 
+    def value(self, name: str) -> np.ndarray:
+        """Returns a whole array; raises DamagedCheckpoint where it cannot be read."""
+        return self._read(name, ())
+
     def _open(self, name: str, context: tensorstore.Context) -> tensorstore.TensorStore:
-        key = ".".join(["params", *name.split("/")])
+        key = f"{self._part}/{name}".replace("/", ".")
         base = {"driver": "file", "path": f"{self._state.absolute()}/"}
         spec: dict[str, Any] = {
             "driver": "zarr3",
@@ -84,6 +93,76 @@ class StoredParams:
         return DamagedCheckpoint(f"parameter {name} cannot be read from {self._state}: {first_line(error)}")
 
 
+class StoredMoments:
+    """The state of `optimizers.adafactor` in a checkpoint, opened and not read, as T5X lays it out."""
+
+    def __init__(self, state: Path, schema: Schema):
+        """Raises UserError: the state is another optimizer's, or only of some parameters."""
+        self._state, self._schema = state, schema
+        names = [name.removeprefix("params/") for name in schema if name.startswith("params/")]
+        parts = {slot: self._part(slot, names) for slot in ("v_row", "v_col", "v")}
+        if not all(parts.values()):
+            raise UserError(
+                f"{state} holds no state of Adafactor for all parameters, and no other optimizer's is written for T5X: "
+                "leave --optimizer_state out"
+            )
+        momentum = self._part("ema", names)
+        self._parts = parts | ({"m": momentum} if momentum else {})
+        self._stored = {slot: StoredParams(state, schema, part) for slot, part in self._parts.items()}
+
+    def _part(self, slot: str, names: Sequence[str]) -> str:
+        """Returns the part of the state that holds a slot of all parameters, '' for none."""
+        ends = f"/{slot}/{names[0]}"
+        parts = [name.removesuffix(f"/{names[0]}") for name in self._schema if name.endswith(ends)]
+        return next((part for part in parts if all(f"{part}/{name}" in self._schema for name in names)), "")
+
+    @property
+    def num_updates(self) -> int:
+        """How many updates its second moments have counted."""
+        part = self._parts["v"].removesuffix("/v")
+        return int(StoredParams(self._state, {f"{part}/step": self._schema[f"{part}/step"]}, part).value("step"))
+
+    def arrays(
+        self,
+        rules: FactorRules | None,
+        pieces: Sequence[Piece],
+        shapes: Mapping[str, Shape],
+        axes: Mapping[str, Names],
+    ) -> Iterator[tuple[str, Spec | None, Callable[[], np.ndarray]]]:
+        """Yields the arrays of T5X's state.
+
+        Args:
+          rules, pieces, shapes, axes: see `t5x_optimizer.slot_pieces`.
+
+        Yields:
+          (its name, what it is or None where T5X keeps it in its msgpack file, a function that reads it).
+
+        Raises:
+          UserError: T5X would have second moments in other shapes.
+        """
+        factored = any(shape != UNUSED for shape in self._stored["v_row"].shapes.values())
+        found = slot_pieces(pieces, shapes, axes, rules, True, "m" in self._parts)
+        if not factored:
+            found = slot_pieces(pieces, shapes, axes, rules, False, "m" in self._parts)
+        for each in found:
+            path = each.piece.ours[0]
+            if each.slot and self._stored[each.slot].shapes[path] != each.our_shape(shapes):
+                raise UserError(
+                    f"the run's Adafactor keeps the second moments of {path} otherwise than T5X's with its standard "
+                    f"factor rules does: train with optimizers.adafactor.logical_factor_rules = {rules}, or leave "
+                    "--optimizer_state out"
+                )
+            whole = each.slot in ("v", "m")  # of a parameter's shape, and so cut as it is
+            spec = Spec(each.their_shape, np.dtype(np.float32)) if whole else None
+            yield each.theirs, spec, functools.partial(self._read, each)
+
+    def _read(self, each: SlotPiece) -> np.ndarray:
+        if not each.slot:
+            return np.zeros(UNUSED, np.float32)
+        value = self._stored[each.slot].tensor(each.piece, np.dtype(np.float32))
+        return -value if each.slot == "m" else value
+
+
 def _chunk_bytes(array: tensorstore.TensorStore) -> int:
     """Returns the bytes of a chunk that holds several entries of the first dimension; 0 where it holds one."""
     shape: Any = array.chunk_layout.read_chunk.shape
@@ -101,6 +180,7 @@ def write_checkpoint(
     values: Mapping[str, Values],
     recipe: str,
     wrote: Callable[[int], None] = lambda size: None,
+    rest: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the parameters as checkpoint `step` of the run whose `checkpoints/` is `folder`.
 
@@ -112,16 +192,18 @@ def write_checkpoint(
       values: the parameters by path.
       recipe: the resolved gin text that goes into it.
       wrote: told the bytes of each piece that was written.
+      rest: other parts of a `TrainState`, by field; their leaves are `Values` or numpy arrays.
 
     Raises:
       UserError: a tensor cannot be read, or the disk refuses.
     """
     handler = _Streamed(wrote)
-    arrays = type_handlers.ArrayHandler()  # nothing is saved by it, but Orbax warns without
+    arrays = type_handlers.ArrayHandler()
     registry = type_handlers.create_type_handler_registry((jax.Array, arrays), (Values, handler))
     state = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, type_handler_registry=registry)
     checkpoints = Checkpoints(folder, recipe=recipe, handler=state)
-    checkpoints.save_params(unflatten(values), step)
+    rest = jax.tree.map(lambda leaf: leaf if isinstance(leaf, Values) else jnp.asarray(leaf), dict(rest or {}))
+    checkpoints.save_params(unflatten(values), step, rest)
     checkpoints.close()
 
 

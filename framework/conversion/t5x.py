@@ -6,23 +6,33 @@ array whose second dimension is the layers ("encoder/layers/mlp/wo/kernel"; unti
 
 import ast
 import dataclasses
+import functools
+import inspect
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
 
+import jax
 import numpy as np
 
 from meshway.framework.conversion.rules import Form, Rule, Shape, pieces_of
 from meshway.framework.conversion.settings import Bindings
-from meshway.framework.conversion.t5x_files import T5XFiles
+from meshway.framework.conversion.t5x_files import T5XArrays, T5XFiles
+from meshway.framework.conversion.t5x_optimizer import Kind, factor_rules, filled, slots_in
 from meshway.framework.conversion.values import Values, complete_values
 from meshway.framework.errors import UserError
+from meshway.framework.interfaces import Axes, Params
+from meshway.framework.optimizers.adafactor import FactorRules
+from meshway.framework.optimizers.optimizers import Optimizer, OptimizerState, adafactor
+from meshway.framework.trees import flatten
 
 _ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu", "linear": "linear"}
 _LAYER = re.compile(r"(encoder|decoder)/(?:layers_(?P<layer>\d+)|(?P<scanned>layers|encoder|decoder))/(?P<rest>.+)")
 _BIAS = "relpos_bias/rel_embedding"  # of a stack, or of each of its layers (umT5, T5X's scalable examples)
-Names = tuple[tuple[str, str, str], ...]  # T5X's name, ours, how dimensions differ
+# Arguments of T5X's Adafactor that ours calls the same; beta1 is one where there is momentum.
+_ADAFACTOR = ("decay_rate", "step_offset", "clipping_threshold", "multiply_by_parameter_scale", "epsilon1", "epsilon2")
+Table = tuple[tuple[str, str, str], ...]  # T5X's name, ours, how dimensions differ
 
 _VECTOR, _MATRIX = "embed -> embed", "rows columns -> rows columns"
 _TABLE = "heads buckets -> heads buckets"
@@ -31,17 +41,17 @@ _INPUTS = "embed (heads head_dim) -> embed heads head_dim"
 _OUTPUTS = "(heads head_dim) embed -> heads head_dim embed"
 
 
-def _attention(theirs: str, ours: str) -> Names:
+def _attention(theirs: str, ours: str) -> Table:
     inputs = tuple((f"{theirs}/{name}/kernel", f"{ours}/{name}/kernel", _INPUTS) for name in ("query", "key", "value"))
     return (*inputs, (f"{theirs}/out/kernel", f"{ours}/out/kernel", _OUTPUTS))
 
 
-_GATED: Names = (
+_GATED: Table = (
     ("mlp/wi_0/kernel", "mlp/wi_0/kernel", _MATRIX),
     ("mlp/wi_1/kernel", "mlp/wi_1/kernel", _MATRIX),
 )
-_PLAIN: Names = (("mlp/wi/kernel", "mlp/wi_0/kernel", _MATRIX),)
-_LAYER_NAMES: Mapping[str, Names] = {  # of one layer, but for how its MLP begins
+_PLAIN: Table = (("mlp/wi/kernel", "mlp/wi_0/kernel", _MATRIX),)
+_LAYER_NAMES: Mapping[str, Table] = {  # of one layer, but for how its MLP begins
     "encoder": (
         ("pre_attention_layer_norm/scale", "attention_norm/scale", _VECTOR),
         *_attention("attention", "attention"),
@@ -57,19 +67,32 @@ _LAYER_NAMES: Mapping[str, Names] = {  # of one layer, but for how its MLP begin
         ("mlp/wo/kernel", "mlp/wo/kernel", _MATRIX),
     ),
 }
-_AROUND_DECODER: Names = (
+_AROUND_DECODER: Table = (
     ("decoder/decoder_norm/scale", "decoder_norm/scale", _VECTOR),
     ("decoder/logits_dense/kernel", "logits/kernel", _MATRIX),
 )
-_AROUND_T5: Names = (
+_AROUND_T5: Table = (
     ("token_embedder/embedding", "token_embedding/embedding", _MATRIX),
     ("encoder/encoder_norm/scale", "encoder_norm/scale", _VECTOR),
     *_AROUND_DECODER,
 )
-_AROUND_LM: Names = (
+_AROUND_LM: Table = (
     ("decoder/token_embedder/embedding", "token_embedding/embedding", _MATRIX),
     *_AROUND_DECODER,
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How T5X lays out the layers of a stack.
+
+    Attributes:
+      scanned: the name under which all layers lie in one array, '' where they lie side by side.
+      splits_heads: whether heads and their size are two dimensions of an attention's kernels.
+    """
+
+    scanned: str = ""
+    splits_heads: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,16 +103,71 @@ class T5XNetwork:
       include: the gin file that its recipe begins with.
       bindings: macros of that file.
       rules: where each parameter's values lie in the checkpoint.
+      layouts: of its stacks.
     """
 
     include: str
     bindings: Bindings
     rules: tuple[Rule, ...]
+    layouts: Mapping[str, Layout]
 
-    def values(self, files: T5XFiles, shapes: Mapping[str, Shape], dtype: np.dtype | None = None) -> dict[str, Values]:
+    @property
+    def factor_rules(self) -> FactorRules | None:
+        """Adafactor's `logical_factor_rules` by which second moments are factored as T5X factors them."""
+        layout = self.layouts["decoder"]
+        return factor_rules(bool(layout.scanned), layout.splits_heads)
+
+    def values(self, files: T5XArrays, shapes: Mapping[str, Shape], dtype: np.dtype | None = None) -> dict[str, Values]:
         """Returns the parameters [shapes] of a checkpoint; see `HuggingFaceModel.values`."""
         pieces = pieces_of(self.rules, "", shapes)
         return complete_values(f"model of {self.include}", pieces, shapes, files, dtype)
+
+    def adafactor(self, files: T5XFiles) -> dict[str, Any]:
+        """Returns the arguments of `optimizers.adafactor` that make it the one of a checkpoint, but for its rate: what
+        arrays tell, and what the `config.gin` beside binds.
+
+        Raises:
+          UserError: the state is another optimizer's; it has momentum, and nothing tells its beta1.
+        """
+        kind = Kind.of(files.moments, files, self.factor_rules)
+        bound = files.bound_to("Adafactor")
+        defaults = inspect.signature(adafactor).parameters
+        found = {
+            name: bound[name]
+            for name in _ADAFACTOR
+            if bound.get(name, defaults[name].default) != defaults[name].default
+        }
+        if kind.momentum:
+            if not isinstance(bound.get("beta1"), float):
+                raise UserError(
+                    f"{files.directory} has Adafactor's momentum, and arrays do not tell its beta1: put T5X's "
+                    f"config.gin, with adafactor.Adafactor.beta1, into {files.config_file.parent}, or take the "
+                    "parameters alone"
+                )
+            found["beta1"] = bound["beta1"]
+        if not kind.factored:
+            return found | {"factored": False}
+        return found | ({"logical_factor_rules": kind.rules} if kind.rules else {})
+
+    def optimizer_state(self, files: T5XFiles, shapes: Params, axes: Axes) -> OptimizerState:
+        """Returns the state of `optimizers.adafactor` in a checkpoint.
+
+        Args:
+          files: the checkpoint.
+          shapes, axes: of the parameters.
+
+        Returns:
+          a tree whose leaves are `Values` or numpy arrays.
+
+        Raises:
+          UserError: see `adafactor` and `t5x_optimizer.slots_in`.
+        """
+        moments = files.moments
+        optimizer = Optimizer(functools.partial(adafactor, **self.adafactor(files)), 1.0).bind(axes, shapes)
+        flat = {name: tuple(leaf.shape) for name, leaf in flatten(shapes).items()}
+        kind = Kind.of(moments, files, self.factor_rules)
+        slots = slots_in(moments, kind, pieces_of(self.rules, "", flat), flat, flatten(axes))
+        return filled(jax.eval_shape(optimizer.init, shapes), slots, files.step)
 
 
 def network_of(files: T5XFiles) -> T5XNetwork:
@@ -116,7 +194,7 @@ def network_of(files: T5XFiles) -> T5XNetwork:
         )
     num_heads, num_buckets = decoder.shape(_BIAS) if by_layer else _shape_of(f"decoder/{_BIAS}", shapes)
     gated, tied = decoder.is_gated, "decoder/logits_dense/kernel" not in shapes
-    activations = _activations(files.directory.parent, gated)
+    activations = _activations(files, gated)
     bindings: Bindings = {
         "VOCAB_SIZE": vocab_size,
         "D_MODEL": d_model,
@@ -127,15 +205,61 @@ def network_of(files: T5XFiles) -> T5XNetwork:
         "ACTIVATIONS": activations,
         "TIED_LOGITS": tied,
     }
-    if encoder is None:
-        include = f"models/t5x_decoder/{'layer_bias' if by_layer else 'common'}.gin"
-        depths = {"NUM_LAYERS": decoder.num_layers}
-    else:
+    layers = {name: stack.num_layers for name, stack in stacks.items() if stack}
+    layouts = {name: stack.layout for name, stack in stacks.items() if stack}
+    return _network(bindings, layers, layouts, gated, by_layer)
+
+
+def network_for(shapes: Mapping[str, Shape], layouts: Mapping[str, Layout] | None, activations: Any) -> T5XNetwork:
+    """Returns the network of T5X that a model with our parameters [shapes] is, if it is one; `network_of`'s way back.
+
+    Args:
+      shapes: of the parameters.
+      layouts: of its stacks; None for those of T5X's minimal examples, or, where each layer has a position bias, of its
+        scalable ones.
+      activations: of its MLPs (ACTIVATIONS).
+
+    Raises:
+      UserError: a parameter that these networks must have is missing.
+    """
+    layers = {
+        stack: _our_shape(f"{stack}/block_0/mlp/wo/kernel", shapes)[0]
+        for stack in ("encoder", "decoder")
+        if stack == "decoder" or any(name.startswith(f"{stack}/") for name in shapes)
+    }
+    by_layer = "decoder/block_0/position_bias/embedding" in shapes
+    gated = "decoder/block_0/mlp/wi_1/kernel" in shapes
+    bias = "decoder_position_bias" if "encoder" in layers else "position_bias"
+    vocab_size, d_model = _our_shape("token_embedding/embedding", shapes)
+    num_heads, head_dim = _our_shape("decoder/block_0/attention/out/kernel", shapes)[1:3]
+    bindings: Bindings = {
+        "VOCAB_SIZE": vocab_size,
+        "D_MODEL": d_model,
+        "D_FF": _our_shape("decoder/block_0/mlp/wo/kernel", shapes)[1],
+        "NUM_HEADS": num_heads,
+        "HEAD_DIM": head_dim,
+        "NUM_BUCKETS": _our_shape(f"{'decoder/block_0/position_bias' if by_layer else bias}/embedding", shapes)[-1],
+        "ACTIVATIONS": activations or (("gelu", "linear") if gated else ("relu",)),
+        "TIED_LOGITS": "logits/kernel" not in shapes,
+    }
+    usual = {stack: Layout(stack, True) if by_layer else Layout() for stack in layers}
+    return _network(bindings, layers, layouts or usual, gated, by_layer)
+
+
+def _network(
+    bindings: Bindings, layers: Mapping[str, int], layouts: Mapping[str, Layout], gated: bool, by_layer: bool
+) -> T5XNetwork:
+    """Returns a network, given how many layers its stacks have."""
+    around = _AROUND_T5 if "encoder" in layers else _AROUND_LM
+    if "encoder" in layers:
         include = f"models/{'umt5' if by_layer else 't5_1_1' if gated else 't5'}/common.gin"
-        depths = {"NUM_ENCODER_LAYERS": encoder.num_layers, "NUM_DECODER_LAYERS": decoder.num_layers}
-    rules = [rule for stack in (encoder, decoder) if stack for rule in stack.rules()]
-    rules += [Rule(theirs, ours, Form(form)) for theirs, ours, form in (*around, *_stack_biases(stacks, by_layer))]
-    return T5XNetwork(include, bindings | depths, tuple(rules))
+        depths = {f"NUM_{stack.upper()}_LAYERS": count for stack, count in layers.items()}
+    else:
+        include = f"models/t5x_decoder/{'layer_bias' if by_layer else 'common'}.gin"
+        depths = {"NUM_LAYERS": layers["decoder"]}
+    rules = [rule for stack in layers for rule in _stack_rules(stack, layouts[stack], gated, by_layer)]
+    rules += [Rule(theirs, ours, Form(form)) for theirs, ours, form in (*around, *_stack_biases(layers, by_layer))]
+    return T5XNetwork(include, bindings | depths, tuple(rules), layouts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +303,11 @@ class _Stack:
         return len(self.shape(f"{'self_' if self.name == 'decoder' else ''}attention/out/kernel")) == 3
 
     @property
+    def layout(self) -> Layout:
+        """How its layers lie."""
+        return Layout(self.scanned, self.splits_heads)
+
+    @property
     def has_biases(self) -> bool:
         """Whether each layer has a position bias of its own."""
         return _BIAS in self.first
@@ -188,19 +317,18 @@ class _Stack:
         shape = _shape_of(name, self.first, f"{self.name}/{self.scanned or 'layers_0'}/")
         return (shape[0], *shape[2:]) if self.scanned else shape
 
-    def rules(self) -> Iterator[Rule]:
-        """Yields where the layers' parameters lie."""
-        biases = ((_BIAS, "position_bias/embedding", _TABLE),) if self.has_biases else ()
-        for theirs, ours, form in (*_LAYER_NAMES[self.name], *(_GATED if self.is_gated else _PLAIN), *biases):
-            if self.splits_heads:
-                form = form.replace("(heads head_dim)", "heads head_dim")
-            if self.scanned:
-                left, right = form.split(" -> ")
-                first, *others = re.findall(r"\(.*?\)|\w+", left)
-                form = f"{' '.join((first, 'layers', *others))} -> layers {right}"
-            yield Rule(
-                f"{self.name}/{self.scanned or 'layers_{layer}'}/{theirs}", f"{self.name}/{{block}}/{ours}", Form(form)
-            )
+
+def _stack_rules(stack: str, layout: Layout, gated: bool, by_layer: bool) -> Iterator[Rule]:
+    """Yields where the parameters of a stack's layers lie."""
+    biases = ((_BIAS, "position_bias/embedding", _TABLE),) if by_layer else ()
+    for theirs, ours, form in (*_LAYER_NAMES[stack], *(_GATED if gated else _PLAIN), *biases):
+        if layout.splits_heads:
+            form = form.replace("(heads head_dim)", "heads head_dim")
+        if layout.scanned:
+            left, right = form.split(" -> ")
+            first, *others = re.findall(r"\(.*?\)|\w+", left)
+            form = f"{' '.join((first, 'layers', *others))} -> layers {right}"
+        yield Rule(f"{stack}/{layout.scanned or 'layers_{layer}'}/{theirs}", f"{stack}/{{block}}/{ours}", Form(form))
 
 
 def _layers(names: Mapping[str, Shape]) -> Iterator[tuple[re.Match[str], Shape]]:
@@ -219,32 +347,38 @@ def _shape_of(name: str, shapes: Mapping[str, Shape], prefix: str = "") -> Shape
     return shapes[name]
 
 
-def _stack_biases(stacks: Mapping[str, _Stack | None], by_layer: bool) -> Names:
+def _our_shape(name: str, shapes: Mapping[str, Shape]) -> Shape:
+    if name not in shapes:
+        raise UserError(f"the model is no network of T5X's examples: it has no parameter {name}")
+    return shapes[name]
+
+
+def _stack_biases(stacks: Collection[str], by_layer: bool) -> Table:
     """Returns the position biases that all layers of a stack share."""
     if by_layer:
         return ()
-    if stacks["encoder"] is None:
+    if "encoder" not in stacks:
         return ((f"decoder/{_BIAS}", "position_bias/embedding", _TABLE),)
     return tuple((f"{stack}/{_BIAS}", f"{stack}_position_bias/embedding", _TABLE) for stack in stacks)
 
 
-def _activations(run: Path, gated: bool) -> tuple[str, ...]:
-    """Returns the MLP's activations that a run's config.gin binds, else those of T5 1.1 or 1.0."""
-    file = run / "config.gin"
-    text = file.read_text("utf-8", errors="replace") if file.is_file() else ""
-    match = re.search(r"\bmlp_activations\s*=\s*([(\[][^)\]]*[)\]])", text)
-    if not match:
+def _activations(files: T5XFiles, gated: bool) -> tuple[str, ...]:
+    """Returns the MLP's activations that a run's config binds, else those of T5 1.1 or 1.0."""
+    found = re.findall(rf"\b({files.ACTIVATIONS})\s*=\s*([(\[][^)\]]*[)\]]|'\w+'|\"\w+\")", files.config)
+    if not found:
         return ("gelu", "linear") if gated else ("relu",)
+    said = f"{files.config_file}: {found[0][0]} = {' and '.join(dict.fromkeys(value for _, value in found))}"
     try:
-        names = [str(name) for name in ast.literal_eval(match[1])]
+        values = [ast.literal_eval(value) for _, value in found]
     except (ValueError, SyntaxError) as error:
-        raise UserError(f"{file}: mlp_activations = {match[1]} cannot be read") from error
+        raise UserError(f"{said} cannot be read") from error
+    names, *others = [[value] if isinstance(value, str) else [str(name) for name in value] for value in values]
+    if any(other != names for other in others):
+        raise UserError(f"{said}: several, and meshway's networks have the same in all their layers")
     unknown = [name for name in names if name not in _ACTIVATIONS]
     if unknown or len(names) != 1 + gated:
         wanted = f"{1 + gated} of {', '.join(_ACTIVATIONS)}"
-        raise UserError(
-            f"{file}: mlp_activations = {match[1]} is not what the checkpoint can be converted with: {wanted}"
-        )
+        raise UserError(f"{said} is not what the checkpoint can be converted with: {wanted}")
     return tuple(_ACTIVATIONS[name] for name in names)
 
 

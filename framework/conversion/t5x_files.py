@@ -1,56 +1,58 @@
-"""Reads the parameters in T5X's checkpoints, array by array: its native format, and what it writes through Orbax."""
+"""T5X's checkpoints array by array: its native format, read and written, and what it writes through Orbax, read."""
 
+import ast
+import contextlib
+import functools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import msgpack
 import numpy as np
 import tensorstore
+from flax import serialization
 
 from meshway.framework.conversion.tensor_files import DTYPES, Box
+from meshway.framework.conversion.tensor_files import Spec as TensorSpec
 from meshway.framework.errors import UserError, first_line
+from meshway.framework.files import io_errors
+from meshway.framework.trees import unflatten
 
 _STEP_FOLDER = re.compile(r"checkpoint_(\d+)")
 _NATIVE, _ORBAX = "checkpoint", "state"  # the msgpack file of the one, the folder of arrays of the other
+SLOTS = ("m", "v", "v_col", "v_row")  # of each parameter: Adafactor's momentum and second moments
 _INLINE_ARRAY = 1  # flax's msgpack extension type of an array: (shape, dtype name, bytes)
 _DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}  # the file that marks an array -> tensorstore's driver
 
-Values = tensorstore.TensorStore | np.ndarray
+
+class Sliced(Protocol):
+    """An array that another library reads when it is sliced."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __getitem__(self, box: Any) -> np.ndarray: ...
+
+
+Values = tensorstore.TensorStore | np.ndarray | Sliced
 Spec = dict[str, Any]  # tensorstore's JSON
 
 
-class T5XFiles:
-    """The parameters of one T5X checkpoint, named by their paths in T5X's tree, such as "decoder/decoder_norm/scale".
+class T5XArrays:
+    """Named arrays of one T5X checkpoint, read on demand."""
 
-    Only descriptions are read at first, of all parameters; the optimizer's state is left out.
-    """
-
-    def __init__(self, directory: Path, step: int | None = None):
-        """`directory` holds `checkpoint_STEP` folders (`step` None is the latest) or is one of them.
-
-        Raises:
-          UserError: there is no such checkpoint; it is not T5X's; a parameter's files are missing or damaged.
-        """
-        self.directory = find_checkpoint(Path(directory), step)
-        native = (self.directory / _NATIVE).is_file()
-        self._values = _native(self.directory) if native else _orbax(self.directory / _ORBAX)
+    def __init__(self, directory: Path, values: Mapping[str, Values]):
+        self.directory, self._values = directory, values
 
     def __contains__(self, name: str) -> bool:
         return name in self._values
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
-
-    @property
-    def step(self) -> int:
-        """The step that it was saved at, by its folder's name; 0 where that has none."""
-        match = _STEP_FOLDER.fullmatch(self.directory.name)
-        return int(match[1]) if match else 0
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns an array's shape."""
@@ -77,16 +79,79 @@ class T5XFiles:
           UserError: a dtype that is not converted; the files behind it are missing, truncated or damaged.
         """
         self.dtype(name)
-        part = self._values[name][tuple(box) or ...]
-        try:
-            return part if isinstance(part, np.ndarray) else part.read().result()
-        except ValueError as error:
-            raise UserError(f"{name!r} cannot be read from {self.directory}: {first_line(error)}") from error
+        return _read(self.directory, name, self._values[name], box)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all arrays."""
         return sum(math.prod(self.shape(name)) * _dtype(values).itemsize for name, values in self._values.items())
+
+
+class T5XFiles(T5XArrays):
+    """The parameters of one T5X checkpoint, named by their paths in T5X's tree, such as "decoder/decoder_norm/scale".
+
+    Only descriptions are read at first, of all parameters; those of the optimizer's state where it is asked for.
+    """
+
+    ACTIVATIONS = "mlp_activations"  # a pattern of what `config` binds an MLP's activations to
+
+    def __init__(self, directory: Path, step: int | None = None):
+        """`directory` holds `checkpoint_STEP` folders (`step` None is the latest) or is one of them.
+
+        Raises:
+          UserError: there is no such checkpoint; it is not T5X's; a parameter's files are missing or damaged.
+        """
+        directory = find_checkpoint(Path(directory), step)
+        self._format = (_Native if (directory / _NATIVE).is_file() else _Orbax)(directory)
+        super().__init__(directory, self._format.parameters())
+
+    @property
+    def step(self) -> int:
+        """The step that it was saved at, as it says, or else by its folder's name; 0 where neither tells."""
+        match = _STEP_FOLDER.fullmatch(self.directory.name)
+        stored = self._format.step()
+        return stored if stored is not None else int(match[1]) if match else 0
+
+    @property
+    def config_file(self) -> Path:
+        """Where T5X writes what its recipe bound: beside its checkpoints."""
+        return self.directory.parent / "config.gin"
+
+    @functools.cached_property
+    def config(self) -> str:
+        """The text of `config_file`, '' where there is none."""
+        return self.config_file.read_text("utf-8", errors="replace") if self.config_file.is_file() else ""
+
+    def bound_to(self, name: str) -> dict[str, Any]:
+        """Returns the literals that `config` binds to a class or function, in a block or one by one."""
+        blocks = re.findall(rf"\b{name}:[ \t]*\n((?:[ \t]+.*\n|\n|#.*\n)*)", self.config + "\n")
+        lines = [line for block in blocks for line in re.findall(r"^[ \t]+(\w+) = (.+)$", block, re.MULTILINE)]
+        lines += re.findall(rf"\b{name}\.(\w+) = (.+)$", self.config, re.MULTILINE)
+        found = {}
+        for parameter, value in lines:
+            with contextlib.suppress(ValueError, SyntaxError):  # a reference or a macro
+                found[parameter] = ast.literal_eval(value)
+        return found
+
+    @functools.cached_property
+    def moments(self) -> T5XArrays:
+        """The state of T5X's Adafactor: four arrays a parameter, such as "decoder/decoder_norm/scale/v_row".
+
+        Raises:
+          UserError: there is no state, or it is another optimizer's; an array's files are missing or damaged.
+        """
+        names = self._format.state_names()
+        if not names:
+            raise UserError(f"{self.directory} has no optimizer state, only parameters")
+        slots = [f"{name}/{slot}" for name in self for slot in SLOTS]
+        if other := sorted(set(names) ^ set(slots)):
+            kinds = sorted({name.rpartition("/")[2] for name in names} - set(SLOTS))
+            found = f"it has {', '.join(kinds[:4])}" if kinds else f"{other[0]} is in one of them only"
+            raise UserError(
+                f"{self.directory} does not hold the state of T5X's Adafactor ({', '.join(SLOTS)} of each parameter): "
+                f"{found}. No other optimizer's state is converted: take the parameters alone"
+            )
+        return T5XArrays(self.directory, {name: self._format.state(name) for name in slots})
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -121,18 +186,38 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
     return steps[max(steps) if step is None else step]
 
 
-def _native(folder: Path) -> dict[str, Values]:
+class _Native:
     """A msgpack tree whose arrays are mostly tensorstore specs of zarr folders beside it."""
-    file = folder / _NATIVE
-    try:
-        tree = msgpack.unpackb(file.read_bytes(), strict_map_key=False)
-    except (OSError, ValueError, msgpack.UnpackException) as error:
-        raise UserError(f"{file} is truncated or no msgpack file ({first_line(error)})") from error
-    optimizer = tree.get("optimizer") if isinstance(tree, dict) else None
-    target = optimizer.get("target") if isinstance(optimizer, dict) else None
-    if not isinstance(target, dict) or not target:
-        raise UserError(f"{file} is not a T5X checkpoint: it has no optimizer/target, where T5X keeps parameters")
-    return {name: _native_values(folder, name, leaf) for name, leaf in _leaves(target).items()}
+
+    def __init__(self, folder: Path):
+        self._folder, file = folder, folder / _NATIVE
+        try:
+            tree = msgpack.unpackb(file.read_bytes(), strict_map_key=False)
+        except (OSError, ValueError, msgpack.UnpackException) as error:
+            raise UserError(f"{file} is truncated or no msgpack file ({first_line(error)})") from error
+        optimizer = tree.get("optimizer") if isinstance(tree, dict) else None
+        self._target = optimizer.get("target") if isinstance(optimizer, dict) else None
+        if not isinstance(optimizer, dict) or not isinstance(self._target, dict) or not self._target:
+            raise UserError(f"{file} is not a T5X checkpoint: it has no optimizer/target, where T5X keeps parameters")
+        state = optimizer.get("state")
+        self._state: dict[str, Any] = state if isinstance(state, dict) else {}
+        states = self._state.get("param_states")
+        self._states = _leaves(states) if isinstance(states, dict) else {}
+
+    def parameters(self) -> dict[str, Values]:
+        return {name: _native_values(self._folder, name, leaf) for name, leaf in _leaves(self._target or {}).items()}
+
+    def step(self) -> int | None:
+        step = self._state.get("step")
+        if step is None or isinstance(step, int):
+            return step
+        return int(_read(self._folder, "step", _native_values(self._folder, "step", step)))
+
+    def state_names(self) -> list[str]:
+        return list(self._states)
+
+    def state(self, name: str) -> Values:
+        return _native_values(self._folder, name, self._states[name])
 
 
 def _leaves(tree: Mapping[str, Any], parents: str = "") -> dict[str, Any]:
@@ -154,24 +239,46 @@ def _native_values(folder: Path, name: str, leaf: Any) -> Values:
     raise UserError(f"{folder / _NATIVE} is damaged: {name!r} is a {type(leaf).__name__} there, no array")
 
 
-def _orbax(state: Path) -> dict[str, Values]:
+class _Orbax:
     """Arrays named "target.decoder..." in one OCDBT database, or in a folder each."""
-    store = _array_store(state) or {}
-    try:
-        keys = [key.decode() for key in tensorstore.KvStore.open(store).result().list().result()]
-    except ValueError as error:
-        raise UserError(f"{state} is truncated or damaged: {first_line(error)}") from error
-    found: dict[str, Values] = {}
-    for key in keys:
-        array, _, kind = key.rpartition("/")
-        if array.startswith("target.") and kind in _DRIVERS:
-            name = array.removeprefix("target.").replace(".", "/")
-            found[name] = _open(state, name, _DRIVERS[kind], store | {"path": f"{store.get('path', '')}{array}/"})
-    missing = [name for name in _promised(state / "_METADATA") if name not in found]
-    if missing or not found:
-        lacks = ", ".join(missing[:4]) or "every parameter (target.*)"
-        raise UserError(f"{state} is incomplete, or no T5X checkpoint: it lacks {lacks}")
-    return found
+
+    def __init__(self, folder: Path):
+        self._where = folder / _ORBAX
+        self._store = _array_store(self._where) or {}
+        try:
+            keys = [key.decode() for key in tensorstore.KvStore.open(self._store).result().list().result()]
+        except ValueError as error:
+            raise UserError(f"{self._where} is truncated or damaged: {first_line(error)}") from error
+        parts = [(array, kind) for array, _, kind in (key.rpartition("/") for key in keys)]
+        self._drivers = {array: _DRIVERS[kind] for array, kind in parts if kind in _DRIVERS}
+
+    def parameters(self) -> dict[str, Values]:
+        found: dict[str, Values] = {name: self._open("target", name) for name in self._names("target")}
+        missing = [name for name in _promised(self._where / "_METADATA") if name not in found]
+        if missing or not found:
+            lacks = ", ".join(missing[:4]) or "every parameter (target.*)"
+            raise UserError(f"{self._where} is incomplete, or no T5X checkpoint: it lacks {lacks}")
+        return found
+
+    def step(self) -> int | None:
+        if "state.step" not in self._drivers:
+            return None
+        return int(_read(self._where, "step", self._open("state", "step")))
+
+    def state_names(self) -> list[str]:
+        return self._names("state.param_states")
+
+    def state(self, name: str) -> Values:
+        return self._open("state.param_states", name)
+
+    def _names(self, part: str) -> list[str]:
+        inside = [array for array in self._drivers if array.startswith(f"{part}.")]
+        return [array.removeprefix(f"{part}.").replace(".", "/") for array in inside]
+
+    def _open(self, part: str, name: str) -> tensorstore.TensorStore:
+        array = f"{part}.{name.replace('/', '.')}"
+        kvstore = self._store | {"path": f"{self._store.get('path', '')}{array}/"}
+        return _open(self._where, name, self._drivers[array], kvstore)
 
 
 def _array_store(state: Path) -> Spec | None:
@@ -203,5 +310,74 @@ def _open(where: Path, name: str, driver: str, kvstore: Spec) -> tensorstore.Ten
         raise UserError(f"{name!r} is missing or damaged in {where}: {first_line(error)}") from error
 
 
+def _read(where: Path, name: str, values: Values, box: Box = ()) -> np.ndarray:
+    part = values[tuple(box) or ...]
+    try:
+        return part.read().result() if isinstance(part, tensorstore.TensorStore) else part
+    except ValueError as error:
+        raise UserError(f"{name!r} cannot be read from {where}: {first_line(error)}") from error
+
+
 def _dtype(values: Values) -> np.dtype:
-    return values.dtype if isinstance(values, np.ndarray) else values.dtype.numpy_dtype
+    return values.dtype.numpy_dtype if isinstance(values, tensorstore.TensorStore) else values.dtype
+
+
+_VERSION = 3  # of T5X's native format, since 2021
+_CHUNK_BYTES = 64 * 2**20  # T5X's own size of a chunk
+
+
+def write_native(
+    folder: Path,
+    arrays: Mapping[str, TensorSpec],
+    read: Callable[[str], np.ndarray],
+    inline: Mapping[str, np.ndarray],
+    wrote: Callable[[int], None] = lambda size: None,
+) -> None:
+    """Writes a checkpoint as T5X's own Checkpointer does: a zarr folder for each array, and a msgpack file of the rest.
+
+    Args:
+      folder: `checkpoint_STEP`, made here.
+      arrays: by their paths in T5X's tree, such as "target/decoder/decoder_norm/scale".
+      read: returns one of them.
+      inline: small arrays, which lie in the msgpack file.
+      wrote: told the bytes of each array that was written.
+
+    Raises:
+      UserError: an array cannot be read; the disk refuses.
+    """
+    folder.mkdir(parents=True)
+    leaves: dict[str, Any] = dict(inline)
+    for name, array in arrays.items():
+        leaves[name] = spec = _zarr_spec(name, array)
+        own = {"driver": "file", "path": f"{folder / spec['kvstore']['path']}/"}
+        with io_errors(folder):
+            store = tensorstore.open(spec | {"kvstore": own}, create=True, open=True).result()
+            store.write(read(name)).result()
+        wrote(array.num_bytes)
+    tree = unflatten(dict(sorted(leaves.items(), key=lambda item: item[0].split("/"))))
+    with io_errors(folder / _NATIVE):
+        content = serialization.msgpack_serialize({"version": _VERSION, "optimizer": tree}, in_place=True)
+        (folder / _NATIVE).write_bytes(content)
+
+
+def _zarr_spec(name: str, array: TensorSpec) -> Spec:
+    """Returns the tensorstore spec that stands in the msgpack file for an array in a folder beside it."""
+    return {
+        "driver": "zarr",
+        "dtype": array.dtype.name,
+        "kvstore": {"driver": "file", "path": f"{name.replace('/', '.')}/"},
+        "metadata": {
+            "chunks": _chunks(array),
+            "compressor": {"id": "gzip", "level": 1},
+            "shape": list(array.shape),
+        },
+    }
+
+
+def _chunks(array: TensorSpec) -> list[int]:
+    """Returns the shape of chunks of at most `_CHUNK_BYTES`, which divide the array: the largest dimension is cut."""
+    chunk = list(array.shape)
+    while math.prod(chunk) * array.dtype.itemsize > _CHUNK_BYTES:
+        dim = chunk.index(max(chunk))
+        chunk[dim] = max(size for size in range(1, chunk[dim]) if chunk[dim] % size == 0)
+    return chunk

@@ -44,12 +44,14 @@ class Values:
       dtype: that it is converted to.
       pieces: its pieces, each with the number of its part in the tensor.
       tensors: where they are read.
+      negated: whether it is minus what is read.
     """
 
     shape: Shape
     dtype: np.dtype
     pieces: Sequence[tuple[Piece, int]]
     tensors: Tensors
+    negated: bool = False
 
     @property
     def size(self) -> int:
@@ -92,6 +94,7 @@ class Values:
         box, rest, sizes = form.box(wanted, piece.sizes)
         value = form.to_ours(self.tensors.read(piece.theirs, box), sizes)
         value = value[tuple(rest.get(name, slice(None)) for name in form.ours)]
+        value = -value if self.negated else value
         return value[0] if form.has_parts else value
 
 
@@ -153,8 +156,12 @@ def fill(params: Params, values: Mapping[str, Values]) -> Params:
       values: where each comes from.
     """
 
-    def of(path: str, leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
-        source = dataclasses.replace(values[path], dtype=np.dtype(leaf.dtype))
-        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: source.shard(index or ()))
+    return map_paths(lambda path, leaf: fill_leaf(leaf, values[path]), params)
 
-    return map_paths(of, params)
+
+def fill_leaf(leaf: jax.Array | jax.ShapeDtypeStruct, value: Values | np.ndarray) -> jax.Array:
+    """Returns an array with the shape, dtype and sharding of `leaf`, each shard read by itself."""
+    if isinstance(value, Values):
+        source = dataclasses.replace(value, dtype=np.dtype(leaf.dtype))
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: source.shard(index or ()))
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index].astype(leaf.dtype))

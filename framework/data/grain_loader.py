@@ -4,7 +4,6 @@ TensorFlow is needed only to build a missing cache (which happens on first use) 
 """
 
 import copy
-import dataclasses
 import functools
 import json
 import sys
@@ -12,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from meshway.framework.data import eval_task, seqio_adapter, seqio_steps, task_data
+from meshway.framework.data import eval_task, seqio_adapter, seqio_caches, seqio_steps, task_data
 from meshway.framework.data.cache import builder as cache_builder
 from meshway.framework.data.cache.format import CachedSplit, features_from_json, read_json
 from meshway.framework.data.cache.shards import cache_directory
@@ -21,52 +20,24 @@ from meshway.framework.data.prefetch import WorkerStream
 from meshway.framework.data.rows.examples import Examples, First, Lazy, Stepped, numpy_steps
 from meshway.framework.data.rows.mixing import Rates, periods
 from meshway.framework.data.rows.online_source import OnlineSource
+from meshway.framework.data.rows.row_counts import RowTable
 from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.data.rows.row_stream import RowStream, Source
+from meshway.framework.data.seqio_converters import adapted
 from meshway.framework.data.source import SplitRead
-from meshway.framework.data.task_data import check_arguments, framing_of, module_names, vocabularies_of, with_split
+from meshway.framework.data.task_data import (
+    CachedTask,
+    check_arguments,
+    framing_of,
+    module_names,
+    vocabularies_of,
+    with_split,
+)
 from meshway.framework.data.vocabularies import check_named, load
 from meshway.framework.data.vocabulary import Framing, Vocabulary, vocabulary_sizes
 from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.files import io_errors, local_path, replace_file
-
-
-@dataclasses.dataclass(frozen=True)
-class CachedTask:
-    """A task with its cache.
-
-    Attributes:
-      name: its name.
-      rate: its share of the mixture, relative to the others'.
-      directory: where it is cached.
-      task: the seqio Task; None on a machine without seqio.
-      is_cached: whether all of it is cached; False is possible only in a dry run, which caches nothing.
-    """
-
-    name: str
-    rate: float
-    directory: Path
-    task: Any
-    is_cached: bool = True
-
-    @functools.cached_property
-    def info(self) -> dict[str, Any]:
-        """info.json."""
-        return read_json(self.directory / "info.json")
-
-    @functools.cached_property
-    def splits(self) -> list[str]:
-        """The splits that are cached, or will be."""
-        if not self.is_cached:
-            return list(self.task.splits)
-        return sorted(path.parent.name for path in self.directory.glob("*/index.json"))
-
-    def num_examples(self, split: str) -> int | None:
-        """Returns how many examples a split has; if not cached, how many its source reports, None if it does not."""
-        if not self.is_cached:
-            return seqio_steps.source_count(self.task, split)
-        return _counts(self.directory)[split]
 
 
 class CachedData:
@@ -86,6 +57,8 @@ class CachedData:
         the split. By default `lengths`.
       shuffle: whether order is random; if not, examples come in the cache's order.
       cache_dir: where tasks are cached; by default as for `meshway cache`.
+      seqio_cache_dirs: where seqio's own script cached tasks, beside seqio's global cache directories: what is there is
+        imported when it is first read, and its preprocessors up to the CacheDatasetPlaceholder do not run.
       build: whether a missing cache is built now; if not, it is an error.
       rates: other mixing rates from given steps on.
       num_workers: processes that prepare batches; 0: a thread. None: measured, a thread unless batches are slow.
@@ -108,6 +81,7 @@ class CachedData:
         eval_lengths: eval_task.EvalLengths = "training",
         shuffle: bool = True,
         cache_dir: str | None = None,
+        seqio_cache_dirs: str | Sequence[str] = (),
         build: bool = True,
         rates: Sequence[Rates] = (),
         num_workers: int | None = None,
@@ -119,7 +93,7 @@ class CachedData:
         self.name = mixture_or_task_name
         self.lengths = dict(lengths)
         self.batch_size = batch_size
-        self.converter = converter
+        self.converter = adapted(converter)
         self.modules = module_names(module)
         self._seed = seed
         self.train_split = train_split
@@ -129,6 +103,7 @@ class CachedData:
         eval_task.given_lengths("CachedData", eval_lengths, self.lengths)
         self._shuffle = shuffle
         self._directory = local_path(cache_dir) if cache_dir else cache_directory()
+        self._seqio_directories = module_names(seqio_cache_dirs)
         self._build = build
         self._changes = list(rates)
         self._num_workers = num_workers
@@ -170,11 +145,11 @@ class CachedData:
         opened = [self.open_task(task, self.train_split) for task in tasks]
         spec = self.converter.spec(self.lengths, self.batch_size)
         rates = {task.name: task.rate for task in tasks}
-        online = any(steps for _, _, steps in opened)
+        online = any(steps for _, _, steps in opened) or getattr(self.converter, "needs_tensorflow", False)
         if online and self._num_workers:
             raise UserError(
-                f"{self.name!r} has steps after the cache that need TensorFlow, which cannot run in worker processes: "
-                "set CachedData.num_workers to 0"
+                f"{self.name!r} has steps after the cache, or a converter, that need TensorFlow, which cannot run in "
+                "worker processes: set CachedData.num_workers to 0"
             )
         if not all(task.is_cached for task in tasks):
             periods([task.name for task in tasks], rates, self._changes)
@@ -182,6 +157,19 @@ class CachedData:
         sources = [self._source(task, *each) for task, each in zip(tasks, opened, strict=True)]
         stream = RowStream(self.name, sources, rates, self._changes, spec, self.batch_size, rows, self._seed)
         return stream if online or self._num_workers == 0 else WorkerStream(stream, self._num_workers)
+
+    def count_rows(self) -> dict[str, list[int]]:
+        """Counts the rows of training tasks that are packed, and keeps them beside their caches for every run.
+
+        Returns:
+          task -> rows of each pass, until they repeat; not of tasks whose rows are known only as they are read.
+        """
+        found = {}
+        for task in self._training:
+            source = self._source(task, *self.open_task(task, self.train_split))
+            if isinstance(source, RowSource):
+                found[task.name] = source.count_rounds()
+        return found
 
     def eval_tasks(self, split: str | None = None) -> list[eval_task.TaskEvaluation]:
         """Opens a split, by default `eval_split`, of each sub-task that has it; raises UserError when none has."""
@@ -270,12 +258,14 @@ class CachedData:
         """The task, or a mixture's tasks, cached."""
         description = self._directory / f"{self.name}.json"
         if seqio_adapter.installed():
+            seqio_caches.add_directories(self._seqio_directories)
             provider = seqio_adapter.find_provider(self.name, self.modules)
             tasks = {task.name: task for task in seqio_adapter.subtasks(provider)}
             missing = self._look_at_caches() if self._is_dry else self._ensure_caches()
-            counts = {name: _counts(self._directory / name) for name in tasks}
+            counts = {name: task_data.counts(self._directory / name) for name in tasks}
             # A rate may need a number of examples, which is known only once the task is cached: any number does here.
-            counts |= {name: dict.fromkeys(tasks[name].splits, 1) for name in missing}
+            for name in missing:
+                counts[name] = dict.fromkeys(seqio_caches.splits(tasks[name], self._directory / name), 1)
             rates = seqio_adapter.mixing_rates(provider, counts)
             if processes.is_primary() and not self._is_dry:
                 _write_if_changed(description, {"rates": rates})
@@ -335,7 +325,8 @@ class CachedData:
         framing = self._framing
         start, bos = (framing.start, framing.bos) if framing else ((), ())
         if not task.is_cached:
-            return task_data.open_task(task.task, split, self.converter, lengths, start, bos)
+            imported = seqio_caches.origin(task.task, task.directory)
+            return task_data.open_task(task.task, split, self.converter, lengths, start, bos, imported)
         cached = CachedSplit(task.directory, split)
         steps = numpy_steps(task.info["online"], cached.features)
         if steps is None and task.task is None:
@@ -345,11 +336,11 @@ class CachedData:
         promised = features_from_json(task.info["declared"])
         if steps is not None:
             # A text task in T5's style declares `inputs` that are empty in every example.
-            empty = {name for name, sizes in cached.sizes.items() if len(sizes) and not sizes.max()}
+            empty = cached.empty
             promised = {name: cached.features[name] for name in promised if name in cached.features.keys() - empty}
         else:
-            empty = set()
-        info = TaskInfo(task.name, promised, start, frozenset(empty), bos)
+            empty = frozenset()
+        info = TaskInfo(task.name, promised, start, empty, bos)
         objective = self.converter.bind(info, lengths)
         return objective, Stepped(cached, steps, objective.trims) if steps else cached, steps is None
 
@@ -357,8 +348,14 @@ class CachedData:
         sizes = vocabulary_sizes(self._vocabularies, self.lengths)
         arguments = (objective, self.converter.pack, self._shuffle, self._seed, sizes)
         if not online:
-            return RowSource(task.name, examples, *arguments)
+            read = examples.examples if isinstance(examples, Stepped) else examples
+            table = RowTable(self._row_folders(read), read.identity) if isinstance(read, CachedSplit) else None
+            return RowSource(task.name, examples, *arguments, table)
         return OnlineSource(task.name, examples, self._steps(task), *arguments)
+
+    def _row_folders(self, read: CachedSplit) -> list[Path]:
+        """Returns where counts of rows are kept: beside the examples or, if that may only be read, with the user's."""
+        return [read.directory, cache_directory().parent / "rows"]
 
     def _steps(
         self, task: CachedTask, lengths: Mapping[str, int] | None = None
@@ -378,12 +375,6 @@ class CachedData:
 
     def _may_be_drawn(self, task: CachedTask) -> bool:
         return task.rate > 0 or any(change.rates.get(task.name, 0) > 0 for change in self._changes)
-
-
-def _counts(directory: Path) -> dict[str, int]:
-    """Returns how many examples each split of a cached task has."""
-    indices = {path.parent.name: read_json(path) for path in directory.glob("*/index.json")}
-    return {split: sum(shard["examples"] for shard in index["shards"]) for split, index in indices.items()}
 
 
 def _write_if_changed(path: Path, content: Mapping[str, Any]) -> None:

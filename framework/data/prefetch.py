@@ -1,11 +1,12 @@
 """Batches prepared ahead of the step, by one background thread or by several processes."""
 
+import dataclasses
 import os
 import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -14,6 +15,7 @@ from absl import flags
 from meshway.framework.data.objective import Spec
 from meshway.framework.data.rows.row_stream import RowStream
 from meshway.framework.data.source import Dataset
+from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Batch
 
 _END = object()
@@ -92,6 +94,126 @@ def prefetch(dataset: Dataset, depth: int = 2) -> Prefetcher:
     return Prefetcher(dataset, depth)
 
 
+@dataclasses.dataclass(frozen=True)
+class BatchSizes:
+    """How many examples a batch has, by its number, which counts from 1 as steps do.
+
+    Attributes:
+      last: examples of a batch once `schedule` is over.
+      schedule: (last step, examples of a batch up to it), in order: [(1000, 16), (5000, 32)] has 16 in steps 1 to 1000.
+
+    Raises:
+      UserError: steps that do not rise, or a number that is not positive.
+    """
+
+    last: int
+    schedule: Sequence[tuple[int, int]] = ()
+
+    def __post_init__(self) -> None:
+        before = 0
+        for entry in self.schedule:
+            if not (isinstance(entry, Sequence) and len(entry) == 2 and all(type(each) is int for each in entry)):
+                raise UserError(f"BATCH_SIZE_SCHEDULE has {entry!r}, not (last step, examples of a batch up to it)")
+            step, size = entry
+            if step <= before or size < 1:
+                raise UserError(
+                    f"BATCH_SIZE_SCHEDULE = {list(self.schedule)}: steps must rise, and sizes be at least 1"
+                )
+            before = step
+
+    def at(self, number: int) -> int:
+        """Returns the examples of batch `number`."""
+        return next((size for step, size in self.schedule if number <= step), self.last)
+
+    def after(self, number: int) -> list[int]:
+        """Returns the sizes of batches after batch `number`, in order, each once."""
+        return list(dict.fromkeys([size for step, size in self.schedule if step > number] + [self.last]))
+
+
+class TrainingStream:
+    """A training stream whose batches change their size, or some of whose batches are left out.
+
+    Each size is a stream of its own that continues where the one before stopped, so that every example is still seen
+    once a pass. A position is the same integers as without, and leads to the same batches as an uninterrupted run.
+
+    Args:
+      open_stream: size of a batch -> the data's stream, from the start.
+      sizes: of batches. Where some are left out, they too are counted.
+      skipped: (first, last) numbers of batches that are left out, both included.
+
+    Raises:
+      UserError: the data cannot change its batches' size.
+    """
+
+    def __init__(
+        self, open_stream: Callable[[int], Dataset], sizes: BatchSizes, skipped: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        for entry in skipped:
+            if not (isinstance(entry, Sequence) and len(entry) == 2 and 1 <= entry[0] <= entry[1]):
+                raise UserError(f"skip_batches has {entry!r}, not (first, last) numbers of batches, counted from 1")
+        self._open, self._sizes, self._skipped = open_stream, sizes, sorted(tuple(entry) for entry in skipped)
+        self._size, self._stream = sizes.at(1), open_stream(sizes.at(1))
+        if sizes.schedule and "rows" not in self._stream.state():
+            raise UserError(
+                "BATCH_SIZE_SCHEDULE: this data counts batches, not examples, so their size cannot change; use cached "
+                "data (grain_loader.CachedData)"
+            )
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        for first, last in self._skipped:
+            if first <= self._number + 1 <= last:
+                self._advance(last)
+        self._resize()
+        return next(self._stream)
+
+    def state(self) -> dict[str, int]:
+        """Returns the position after the last batch returned."""
+        return self._stream.state()
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Goes to a position as a run without interruption would have come to it; or else, where the data or the
+        schedule were other ones, continues from it."""
+        number = int(state.get("batch", 0))
+        if self._sizes.schedule:
+            self._size, self._stream = self._sizes.at(1), self._open(self._sizes.at(1))
+            self._advance(number)
+        if self._stream.state() != dict(state):
+            self._size = self._sizes.at(number + 1)
+            self._stream = self._open(self._size)
+            self._stream.restore(state)
+
+    def spec(self) -> Spec:
+        """Returns (global shape, dtype) of each feature of the next batch."""
+        return self._stream.spec()
+
+    @property
+    def _number(self) -> int:
+        """How many batches came before."""
+        state = self._stream.state()
+        return state["batch"] if "batch" in state else state["batches"]
+
+    def _advance(self, number: int) -> None:
+        """Leaves out the batches up to `number`, reading none where the stream can do without."""
+        while (before := self._number) < number:
+            self._resize()
+            ends = [step for step, _ in self._sizes.schedule if before < step < number]
+            seek = getattr(self._stream, "seek", None)
+            if seek is not None:
+                seek(min([*ends, number]))
+            else:
+                next(self._stream)
+
+    def _resize(self) -> None:
+        size = self._sizes.at(self._number + 1)
+        if size != self._size:
+            state = self._stream.state()
+            self._size, self._stream = size, self._open(size)
+            self._stream.restore(state)
+
+
 _SLOW_BATCH = 0.05  # seconds a batch may take to make before worker processes are worth their start
 _MOST_WORKERS = 4
 _FOR_EVER = 2**40  # batches
@@ -156,6 +278,7 @@ class WorkerStream:
     def _start(self) -> Any:
         if not flags.FLAGS.is_parsed():  # grain asks absl, whose flags only absl programs parse
             flags.FLAGS.mark_as_parsed()
+        self.stream.prepare()  # once, instead of in each of them
         numbers = grain.MapDataset.range(self.stream.position, _FOR_EVER)
         reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
         options = grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=2)

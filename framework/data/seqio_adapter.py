@@ -1,7 +1,7 @@
 """The adapter to seqio and TensorFlow: importing them quietly, looking tasks up, running them, reporting errors.
 
-This file, `seqio_steps.py` and `seqio_loader.py` are the only ones of the framework that import seqio or
-TensorFlow, and only inside functions: a run that reads no seqio task never pays for them.
+The `seqio_*.py` here are the only files of the framework that import seqio or TensorFlow, and only inside functions: a
+run that reads no seqio task never pays for them.
 """
 
 import contextlib
@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 
 from meshway.framework import terminal
+from meshway.framework.data.cache.format import BYTES
+from meshway.framework.data.objective import FeatureInfo
 from meshway.framework.data.rows.packing import Example
 from meshway.framework.errors import UserError, did_you_mean
 
@@ -146,7 +148,8 @@ def without_notes() -> Iterator[None]:
 
 
 _READ_AT_ONCE = 256  # examples handed from TensorFlow to numpy at a time
-_FOREIGN = re.compile(r"[/\\](seqio|tensorflow|importlib)[/\\]|<frozen|autograph")  # code that is not at fault
+# Code that is not at fault; a user's own folder may be called seqio.
+_FOREIGN = re.compile(r"-packages[/\\](seqio|tensorflow)[/\\]|[/\\]importlib[/\\]|<frozen|autograph")
 
 # seqio hands out preprocessing seeds from one counter of the process, while a dataset is put together; a
 # training thread and an evaluation must not take from it at the same time.
@@ -169,18 +172,36 @@ def import_seqio() -> ModuleType:
       UserError: seqio or TensorFlow cannot be imported.
     """
     stage = contextlib.nullcontext() if "seqio" in sys.modules else terminal.stage("importing seqio and TensorFlow")
-    try:
-        with stage, dropped():
+    needed = "seqio tasks need seqio and TensorFlow"
+    with stage:
+        import_tensorflow(needed)
+        try:
             import seqio
+        except ImportError as error:
+            raise UserError(f"{needed}, which cannot be imported: {error}") from error
+    return seqio
+
+
+def import_tensorflow(needed: str) -> ModuleType:
+    """Imports TensorFlow, quietly and with accelerators left to JAX.
+
+    Args:
+      needed: who needs what, for the message: "seqio tasks need seqio and TensorFlow".
+
+    Raises:
+      UserError: it cannot be imported, or holds accelerators already.
+    """
+    try:
+        with dropped():
             import tensorflow as tf
 
             with without_notes():
                 hide_accelerators(tf)
     except ImportError as error:
-        raise UserError(f"seqio tasks need seqio and TensorFlow, which cannot be imported: {error}") from error
+        raise UserError(f"{needed}, which cannot be imported: {error}") from error
     except RuntimeError as error:
         raise UserError(f"TensorFlow already holds this machine's accelerators, which JAX needs: {error}") from error
-    return seqio
+    return tf
 
 
 def find_provider(name: str, modules: Sequence[str]) -> Any:
@@ -301,6 +322,43 @@ def numpy_examples(dataset: Any) -> Iterator[Example]:
                 columns.append(list(value.numpy()))
         for row in zip(*columns, strict=True):
             yield dict(zip(batch, row, strict=True))
+
+
+Column = tuple[Any, Any, Any]  # a feature of many examples: elements of all, where each one's end, its shape
+
+
+def columns_of(examples: Sequence[Example], features: Mapping[str, FeatureInfo]) -> dict[str, Column]:
+    """Returns features of numpy examples, concatenated, for `dataset_of`."""
+    columns = {}
+    for name, info in features.items():
+        dtype = object if info.dtype == BYTES else np.dtype(info.dtype)
+        arrays = [np.asarray(example[name], dtype) for example in examples]
+        shapes = np.array([array.shape for array in arrays], np.int32).reshape(len(arrays), len(info.shape))
+        flat = np.concatenate([array.ravel() for array in arrays]) if arrays else np.zeros(0, dtype)
+        columns[name] = flat, np.cumsum([0, *(array.size for array in arrays)]), shapes
+    return columns
+
+
+def dataset_of(columns: Mapping[str, Column], features: Mapping[str, FeatureInfo], start: Any, stop: Any) -> Any:
+    """Returns a dataset of the examples `start` to `stop` (integers or tensors) in columns of `features`, which may be
+    arrays or tensors; a generator would be slow.
+    """
+    import tensorflow as tf
+
+    tensors = {
+        name: (tf.convert_to_tensor(flat, tf.string if features[name].dtype == BYTES else None), *more)
+        for name, (flat, *more) in columns.items()
+    }
+
+    def example(index: Any) -> dict[str, Any]:
+        row = {}
+        for name, (flat, ends, shapes) in tensors.items():
+            ends, shapes = tf.convert_to_tensor(ends), tf.convert_to_tensor(shapes)
+            row[name] = tf.reshape(flat[ends[index] : ends[index + 1]], shapes[index])
+            row[name].set_shape(features[name].shape)
+        return row
+
+    return tf.data.Dataset.range(start, stop).map(example)
 
 
 def _import_module(name: str) -> None:

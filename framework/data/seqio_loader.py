@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from meshway.framework.data import seqio_adapter, seqio_steps, task_data
+from meshway.framework.data import seqio_adapter, seqio_caches, seqio_steps, task_data
 from meshway.framework.data.eval_task import (
     EVAL_SEED,
     EvalLengths,
@@ -26,6 +26,7 @@ from meshway.framework.data.rows.mixing import key_of
 from meshway.framework.data.rows.online_source import StreamedSource
 from meshway.framework.data.rows.packing import Example
 from meshway.framework.data.rows.row_stream import RowStream
+from meshway.framework.data.seqio_converters import adapted
 from meshway.framework.data.source import SplitRead
 from meshway.framework.data.task_data import check_arguments, framing_of, module_names, vocabularies_of, with_split
 from meshway.framework.data.vocabulary import Framing, Vocabulary, vocabulary_sizes
@@ -55,6 +56,7 @@ class SeqioData:
       eval_lengths: as `CachedData` has it.
       shuffle: whether seqio shuffles each pass, by files and a buffer.
       use_cached: read the tasks from seqio's own offline cache (made by seqio_cache_tasks).
+      seqio_cache_dirs: where such caches are, beside seqio's global cache directories.
       vocabularies: the vocabulary expected of each feature; any other is an error.
       start: ids that a decoder reads before a text; None takes those of the vocabulary of `targets` (BOS, or T5's 0).
       stop_ids: ids that end a prediction beside the EOS of that vocabulary.
@@ -74,6 +76,7 @@ class SeqioData:
         eval_lengths: EvalLengths = "training",
         shuffle: bool = True,
         use_cached: bool = False,
+        seqio_cache_dirs: str | Sequence[str] = (),
         vocabularies: Mapping[str, Any] | None = None,
         start: Sequence[int] | None = None,
         stop_ids: Sequence[int] | None = None,
@@ -82,7 +85,7 @@ class SeqioData:
         self.name = mixture_or_task_name
         self.lengths = dict(lengths)
         self.batch_size = batch_size
-        self.converter = converter
+        self.converter = adapted(converter)
         self._modules = module_names(module)
         self._seed = seed
         self._train_split = train_split
@@ -92,6 +95,7 @@ class SeqioData:
         given_lengths("SeqioData", eval_lengths, self.lengths)
         self._shuffle = shuffle
         self._use_cached = use_cached
+        self._seqio_directories = module_names(seqio_cache_dirs)
         self._named = dict(vocabularies or {})
         self._start, self._stop_ids = start, stop_ids
         self._is_dry = False
@@ -196,6 +200,7 @@ class SeqioData:
 
     @functools.cached_property
     def _provider(self) -> Any:
+        seqio_caches.add_directories(self._seqio_directories)
         return seqio_adapter.find_provider(self.name, self._modules)
 
     @functools.cached_property
@@ -206,6 +211,11 @@ class SeqioData:
             if self._use_cached and not task.supports_caching:
                 raise UserError(
                     f"task {task.name!r} cannot be read with use_cached=True: it has no CacheDatasetPlaceholder"
+                )
+            if self._use_cached and not task.cache_dir:
+                raise UserError(
+                    f"task {task.name!r} is in no cache directory of seqio's ({self._seqio_directories} and those of "
+                    "seqio.add_global_cache_dirs), as use_cached=True asks"
                 )
         return tasks
 

@@ -1,7 +1,6 @@
 """Dividing a seqio task at its cache: the preprocessors whose output is cached, and those that run when it is read.
 
-With `seqio_adapter.py` and `seqio_loader.py` the only files of the framework that import seqio or TensorFlow,
-and only inside functions.
+One of the `seqio_*.py`, which alone import seqio or TensorFlow, and only inside functions.
 """
 
 import contextlib
@@ -21,6 +20,8 @@ from meshway.framework.data.rows.examples import TENSORFLOW, TWINS, wrong_id
 from meshway.framework.data.rows.mixing import key_of
 from meshway.framework.data.rows.packing import Example
 from meshway.framework.data.seqio_adapter import (
+    columns_of,
+    dataset_of,
     draws_random_numbers,
     import_seqio,
     in_order,
@@ -100,8 +101,15 @@ def step_name(step: Any) -> str:
     return qualified_name(step).rpartition(".")[2]
 
 
-def features(task: Any, splits: Sequence[str]) -> dict[str, FeatureInfo]:
+def features(
+    task: Any, splits: Sequence[str], open_split: Callable[[Any, str], Any] | None = None, where: str = ""
+) -> dict[str, FeatureInfo]:
     """Returns the cached features of a task, by name: those of the examples that the cached preprocessors yield.
+
+    Args:
+      task, splits: of the task, which must all have these features.
+      open_split: (task, split) -> the dataset that is cached, where its preprocessors do not make it.
+      where: that dataset comes from, for messages.
 
     Raises:
       UserError: an element is not a dict of dense arrays, splits differ, or a feature is not as the task declares
@@ -109,8 +117,8 @@ def features(task: Any, splits: Sequence[str]) -> dict[str, FeatureInfo]:
     """
     found: dict[str, FeatureInfo] = {}
     for split in splits:
-        with task_errors(task.name, f"split {split!r}"), _seeded(0):
-            dataset = _cached_dataset(task, split)
+        with task_errors(task.name, f"split {split!r}{where}"), _seeded(0):
+            dataset = (open_split or _cached_dataset)(task, split)
             if online_entries(task) != TENSORFLOW:
                 task._validate_preprocessing(dataset)
         infos = _infos(task, split, dataset)
@@ -186,11 +194,11 @@ def cacheable(
     failed = 0
     for number, example in enumerate(_each(task, split, dataset)):
         if isinstance(example, Exception):
-            cause = _cause(example)
-        elif not (cause := wrong_id(example, sizes)):
+            reason = cause(example)
+        elif not (reason := wrong_id(example, sizes)):
             yield example
             continue
-        bad.append(f"task {task.name!r}, split {split!r}, example {number} of shard {shard} of {num_shards}: {cause}")
+        bad.append(f"task {task.name!r}, split {split!r}, example {number} of shard {shard} of {num_shards}: {reason}")
         failed += 1
         if failed > max_bad:
             count = f"; {failed} bad examples in this shard, {max_bad} allowed" if max_bad else ""
@@ -245,7 +253,7 @@ def online(
     """
     with task_errors(task.name, f"preprocessors after the cache, lengths {dict(lengths)}"):
         with _seeded(seed):
-            dataset = _dataset_of(examples, features)
+            dataset = dataset_of(columns_of(examples, features), features, 0, len(examples))
             dataset = task._preprocess_dataset(dataset, task.preprocessors[online_from:], dict(lengths))
             dataset = in_order(task._validate_preprocessing(dataset))
         return list(numpy_examples(dataset))
@@ -342,30 +350,6 @@ def _empty_like(spec: Any) -> Any:
     return tf.data.Dataset.from_generator(lambda: iter(()), output_signature=spec)
 
 
-def _dataset_of(examples: Sequence[Example], features: Mapping[str, FeatureInfo]) -> Any:
-    """Returns a dataset of numpy examples: features are concatenated, then split again; a generator is slow."""
-    import tensorflow as tf
-
-    columns = []
-    for name, info in features.items():
-        dtype = object if info.dtype == BYTES else np.dtype(info.dtype)
-        arrays = [np.asarray(example[name], dtype) for example in examples]
-        shapes = np.array([array.shape for array in arrays], np.int32).reshape(len(arrays), len(info.shape))
-        ends = np.cumsum([0, *(array.size for array in arrays)])
-        flat = np.concatenate([array.ravel() for array in arrays]) if arrays else np.zeros(0, dtype)
-        tensors = tf.constant(flat, tf.string if info.dtype == BYTES else dtype), tf.constant(ends), tf.constant(shapes)
-        columns.append((name, info.shape, tensors))
-
-    def example(index: Any) -> dict[str, Any]:
-        row = {}
-        for name, shape, (flat, ends, shapes) in columns:
-            row[name] = tf.reshape(flat[ends[index] : ends[index + 1]], shapes[index])
-            row[name].set_shape(shape)
-        return row
-
-    return tf.data.Dataset.range(len(examples)).map(example)
-
-
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Holds seqio's lock, and makes all randomness of a dataset that is built inside follow from `seed`."""
@@ -384,11 +368,11 @@ def _seeded(seed: int) -> Iterator[None]:
             context.set_global_seed(global_seed)
 
 
-def _cause(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
     """Returns an element's error message without the text that TensorFlow puts around it."""
     around = r"\{\{[^}]*\}\}|Error in user-defined function passed to \S+ transformation with iterator: \S+: "
     lines = [line.strip() for line in re.sub(around, "", str(error)).splitlines() if line.strip()]
-    frames = [line for line in lines if re.match(r'File "(?!.*[/\\](tensorflow|seqio)[/\\])', line)]
+    frames = [line for line in lines if re.match(r'File "(?!.*-packages[/\\](tensorflow|seqio)[/\\])', line)]
     at = re.match(r'File "(.*)", line (\d+)', frames[-1]) if frames else None
     place = f" (at {at.group(1)}:{at.group(2)})" if at else ""
     return f"{lines[0][:400] if lines else type(error).__name__}{place}"

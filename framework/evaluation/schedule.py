@@ -260,6 +260,8 @@ class EvaluationLog:
       start: the step from which the run goes on: what was found at later ones is removed.
       primary: whether this process writes and speaks.
       say: prints a line.
+      params_of: which parameters of the state are evaluated.
+      first: the step that the run began with: all is evaluated there too.
       write_values: takes what metrics return besides numbers, by step and name.
 
     Attributes:
@@ -274,8 +276,11 @@ class EvaluationLog:
         start: int,
         primary: bool,
         say: Callable[[str], None],
+        params_of: Callable[[TrainState], Params] = lambda state: state.params,
+        first: int = 0,
         write_values: Callable[[int, Mapping[str, Mapping[str, Any]]], None] = lambda *_: None,
     ) -> None:
+        self._params_of, self._first = params_of, first
         self._records = Records(directory.evaluations) if primary else None
         self._passes, self._total, self._say, self._write_values = list(passes), total, say, write_values
         self._compiled: set[int] = set()
@@ -289,7 +294,7 @@ class EvaluationLog:
                 self._say_once(line)
 
     def due(self, step: int) -> bool:
-        """Whether anything is evaluated after `step`: every period, and at the end."""
+        """Whether anything is evaluated after `step`: every period, at the beginning and at the end."""
         return bool(self._due(step))
 
     def __call__(self, state: TrainState, step: int) -> dict[str, float]:
@@ -299,7 +304,8 @@ class EvaluationLog:
         self._compiled.update(due)
         passes = [self._passes[number] for number in due]
         with terminal.stage(f"evaluating step {step}") if first else contextlib.nullcontext():
-            results = ((each.label, each.split, one) for each in passes for one in each.evaluator.results(state.params))
+            params = self._params_of(state)
+            results = ((each.label, each.split, one) for each in passes for one in each.evaluator.results(params))
             scalars, self.reports, values, notes = collected(results)
         self._latest |= self.reports
         if self._records is not None:
@@ -322,8 +328,8 @@ class EvaluationLog:
         return "\n".join(lines)
 
     def _due(self, step: int) -> list[int]:
-        at_end = step == self._total
-        return [number for number, each in enumerate(self._passes) if at_end or step % each.period == 0]
+        whole = step in (self._first, self._total)
+        return [number for number, each in enumerate(self._passes) if whole or step % each.period == 0]
 
     def _say_once(self, line: str) -> None:
         if line not in self._told:

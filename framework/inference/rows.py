@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from meshway.framework.data import vocabularies
-from meshway.framework.data.vocabulary import Vocabulary, after_start, before_stop
+from meshway.framework.data.vocabulary import Framing, Vocabulary, after_start, before_stop
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Model
 
@@ -364,10 +364,16 @@ def load_text(run: Path, has_encoder: bool, append_eos: bool | None = None, size
         if known is not None:
             return Text(ids, ids, known.start, known.stop)
         return Text(ids, ids, (0,) if has_encoder else ())  # an encoder's decoder needs one id to start from: T5X's
-    framing = vocabularies.read_framing(run)
     targets = vocabularies.load(run / "vocabularies", "targets")
     has_inputs = (run / "vocabularies" / "inputs.json").is_file()
     inputs = vocabularies.load(run / "vocabularies", "inputs") if has_inputs else targets
+    return text_of(inputs, targets, vocabularies.read_framing(run), has_encoder, append_eos)
+
+
+def text_of(
+    inputs: Vocabulary, targets: Vocabulary, framing: Framing, has_encoder: bool, append_eos: bool | None = None
+) -> Text:
+    """Returns the text of two vocabularies; see `load_text`."""
 
     def end(vocabulary: Vocabulary) -> tuple[int, ...]:
         return () if vocabulary.eos_id is None else (vocabulary.eos_id,)

@@ -7,7 +7,7 @@ this one treats each layer as a matrix.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,12 +15,15 @@ import jax.numpy as jnp
 import optax
 
 from meshway.framework.axes import Names
+from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Axes, Params
 
 # Axes along which independent tensors are stacked: nothing is ever averaged over them.
 BATCH_AXES = ("layers", "expert", "stage")
 # Adjacent axes that together are one dimension of a matrix.
 JOINED_AXES = (("heads", "head_dim"), ("kv_heads", "head_dim"))
+ROW, COLUMN, NONE = "row", "column", "none"
+FactorRules = Mapping[str, str]  # axis name -> one of the three
 
 
 class AdafactorState(NamedTuple):
@@ -53,16 +56,34 @@ def matrix_dims(names: Names) -> list[tuple[int, ...]]:
 
 
 def factored_dims(
-    names: Names, shape: Sequence[int], min_dim_size: int
+    names: Names, shape: Sequence[int], min_dim_size: int, rules: FactorRules | None = None
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Returns the (row, column) dimensions to factor over, or None for a parameter that is not factored.
+    """Returns the two groups of dimensions to factor over, in the parameter's order, or None where it is not factored.
 
-    They are the two largest of `matrix_dims`, in the parameter's order; both must have at least `min_dim_size` entries.
+    They are the two largest of `matrix_dims`; both must have at least `min_dim_size` entries.
     A tensor of three or more such dimensions is not averaged over the others, as in optax.
+
+    Where `rules` have each of the parameter's axes (but for `BATCH_AXES`), they decide instead, whatever the sizes: a
+    matrix of a 'row' and a 'column' is factored, anything else is not. Which of the two is called a row changes
+    nothing: V is the same rank-1 estimate.
+
+    Raises:
+      UserError: `rules` would factor what is no matrix.
     """
-    sizes = {dims: math.prod(shape[dim] for dim in dims) for dims in matrix_dims(names)}
-    largest = sorted(sizes, key=lambda dims: sizes[dims])[-2:]
-    if len(largest) < 2 or min(sizes[dims] for dims in largest) < min_dim_size:
+    dims = matrix_dims(names)
+    if rules is not None and all(name in rules for name in names if name not in BATCH_AXES):
+        roles = [{rules[names[dim] or ""] for dim in group} for group in dims]
+        if not {ROW, COLUMN} <= set[str]().union(*roles) or {NONE} in roles:
+            return None
+        if len(dims) != 2 or any(len(each) > 1 for each in roles):
+            raise UserError(
+                f"logical_factor_rules: a parameter with axes {names} is no matrix of a row and a column; leave out "
+                "one of them, and it is factored by its sizes"
+            )
+        return dims[0], dims[1]
+    sizes = {group: math.prod(shape[dim] for dim in group) for group in dims}
+    largest = sorted(sizes, key=lambda group: sizes[group])[-2:]
+    if len(largest) < 2 or min(sizes[group] for group in largest) < min_dim_size:
         return None
     rows, columns = sorted(largest)
     return rows, columns
@@ -90,6 +111,7 @@ def scale_by_adafactor(
     epsilon1: float = 1e-30,
     epsilon2: float = 1e-3,
     factored: bool = True,
+    logical_factor_rules: FactorRules | None = None,
 ) -> optax.GradientTransformation:
     """Returns Adafactor without learning rate, momentum and sign: chain it with a negative scale.
 
@@ -109,8 +131,12 @@ def scale_by_adafactor(
       epsilon1: added to squared gradients.
       epsilon2: least scale of a parameter.
       factored: False keeps all second moments of every parameter.
+      logical_factor_rules: axis name -> 'row', 'column' or 'none', as T5X's: a parameter all of whose axes are in it is
+        factored by them and not by its sizes (see `factored_dims`). T5X does so where layers are scanned, or heads and
+        their size are two dimensions.
 
     Raises:
+      UserError: another word in `logical_factor_rules`; from `init`, if they would factor what is no matrix.
       ValueError: from `update`, if the parameters are not given but their scale is needed.
     """
     adafactor = _Adafactor(
@@ -123,6 +149,7 @@ def scale_by_adafactor(
         epsilon1=epsilon1,
         epsilon2=epsilon2,
         factored=factored,
+        rules=_checked(logical_factor_rules),
     )
     return optax.GradientTransformation(adafactor.init, adafactor.update)
 
@@ -138,6 +165,7 @@ class _Adafactor:
     epsilon1: float
     epsilon2: float
     factored: bool
+    rules: FactorRules | None
 
     def init(self, params: Params) -> AdafactorState:
         leaves, treedef = _flatten(params)
@@ -162,7 +190,7 @@ class _Adafactor:
         return updates, AdafactorState(optax.safe_increment(state.step), *slots)
 
     def _dims(self, names: Names, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        return factored_dims(names, shape, self.min_dim_size_to_factor) if self.factored else None
+        return factored_dims(names, shape, self.min_dim_size_to_factor, self.rules) if self.factored else None
 
     def _init_slots(self, param: jax.Array, names: Names) -> tuple[jax.Array, jax.Array, jax.Array]:
         shape, unused = param.shape, (1,)
@@ -208,6 +236,13 @@ class _Adafactor:
         if self.multiply_by_parameter_scale:
             scale = scale * jnp.maximum(_rms(param, tensor), self.epsilon2)
         return update * scale, v_row, v_col, v
+
+
+def _checked(rules: FactorRules | None) -> FactorRules | None:
+    for name, role in (rules or {}).items():
+        if role not in (ROW, COLUMN, NONE):
+            raise UserError(f"logical_factor_rules: {name!r} is {role!r}, not '{ROW}', '{COLUMN}' or '{NONE}'")
+    return rules
 
 
 def _rms(x: jax.Array, dims: tuple[int, ...]) -> jax.Array:

@@ -54,6 +54,27 @@ def transformation_axes(state: Any, axes: Axes, shapes: Params) -> Any:
     return jax.tree.unflatten(treedef, found)
 
 
+def counted_from(state: Any, step: int) -> Any:
+    """Returns an optimizer's state whose schedules have counted `step` updates; what its moments have counted stays.
+
+    Args:
+      state: an `OptimizerState`, of sharded arrays.
+      step: the number of updates.
+    """
+
+    def node(each: Any) -> Any:
+        is_schedule = isinstance(each, optax.ScaleByScheduleState)
+        return optax.ScaleByScheduleState(counter_like(each.count, step)) if is_schedule else each
+
+    state = state._replace(step=counter_like(state.step, step))
+    return jax.tree.map(node, state, is_leaf=lambda each: isinstance(each, optax.ScaleByScheduleState))
+
+
+def counter_like(leaf: jax.Array, step: int) -> jax.Array:
+    """Returns a count [] with the dtype and the sharding of another."""
+    return jax.make_array_from_callback((), leaf.sharding, lambda index: np.asarray(step, leaf.dtype))
+
+
 def _leaf_axes(
     path: tuple[Any, ...],
     leaf: Any,

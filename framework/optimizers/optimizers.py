@@ -6,7 +6,7 @@ A recipe binds an `Optimizer`; the trainer calls `bind` once and gets pure funct
 
 import dataclasses
 import numbers
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +41,7 @@ __all__ = [
     "Factory",
     "Optimizer",
     "OptimizerState",
+    "ParameterAverage",
     "adafactor",
     "adamw",
     "by_pattern",
@@ -97,12 +98,13 @@ class Optimizer:
                     "such as ('.*router/bias', @optimizers.sign_sgd, 0.001)"
                 )
 
-    def bind(self, axes: Axes, shapes: Params) -> "BoundOptimizer":
+    def bind(self, axes: Axes, shapes: Params, untrained: Collection[str] = ()) -> "BoundOptimizer":
         """Returns the optimizer of these parameters.
 
         Args:
           axes: the logical axis names of each parameter.
           shapes: the same tree of arrays, or of ShapeDtypeStructs.
+          untrained: paths of those that the model updates itself.
 
         Raises:
           UserError: axes that do not fit the shapes, a pattern that matches no parameter, a parameter that several of
@@ -110,6 +112,7 @@ class Optimizer:
         """
         names, arrays = flatten(axes), flatten(shapes)
         _check_axes(names, {path: tuple(array.shape) for path, array in arrays.items()})
+        names = {path: each for path, each in names.items() if path not in untrained}
         frozen: set[str] = set()
         for pattern in self.frozen:
             frozen.update(matching(pattern, names, "Optimizer.frozen"))
@@ -205,6 +208,42 @@ class BoundOptimizer:
         """
         state = jax.eval_shape(self.transformation.init, self.shapes)
         return OptimizerState(step=(), inner=transformation_axes(state, self.axes, self.shapes))
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterAverage:
+    """An exponential moving average of trained parameters, in float32 or better, which a run keeps beside them.
+
+    After update t = 0, 1, ... it is decay * average + (1 - decay) * parameters; it starts from the initial parameters.
+
+    Attributes:
+      decay: at least 0 and below 1; 0.999 remembers about a thousand updates. None keeps no average.
+      warmup: whether the decay is at most (1 + t) / (10 + t), so that the first parameters are soon forgotten (as
+        TensorFlow's ExponentialMovingAverage does with `num_updates`).
+      evaluate: whether the run's own evaluations use it; `meshway eval`, `infer` and `convert` do with --averaged.
+    """
+
+    decay: float | None
+    warmup: bool = False
+    evaluate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.decay is not None and not 0 <= self.decay < 1:
+            raise UserError(f"ParameterAverage.decay = {self.decay}: it must be at least 0 and below 1")
+
+    def init(self, params: Params) -> Params:
+        """Returns the average before the first update, of trained parameters."""
+        return jax.tree.map(lambda p: jnp.array(p, jnp.promote_types(p.dtype, jnp.float32), copy=True), params)
+
+    def update(self, average: Params, params: Params, step: jax.Array) -> Params:
+        """Returns the average after update number `step` (0 is the first), which gave all parameters `params`."""
+        decay: Any = self.decay
+        if self.warmup:
+            t = step.astype(jnp.float32)
+            decay = jnp.minimum(decay, (1.0 + t) / (10.0 + t))
+        new = select(params, flatten(average))
+        moved = optax.incremental_update(new, average, 1.0 - decay)
+        return jax.tree.map(lambda value, before: value.astype(before.dtype), moved, average)
 
 
 def _check_axes(names: dict[str, Names], shapes: dict[str, tuple[int, ...]]) -> None:

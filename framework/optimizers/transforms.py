@@ -18,7 +18,7 @@ from optax import contrib
 from meshway.framework.axes import Names
 from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.interfaces import Axes, Params
-from meshway.framework.optimizers.adafactor import matrix_dims, scale_by_adafactor
+from meshway.framework.optimizers.adafactor import FactorRules, matrix_dims, scale_by_adafactor
 from meshway.framework.optimizers.schedules import Schedule
 from meshway.framework.trees import flatten, map_paths, merge, select
 
@@ -48,6 +48,7 @@ def adafactor(
     epsilon1: float = 1e-30,
     epsilon2: float = 1e-3,
     factored: bool = True,
+    logical_factor_rules: FactorRules | None = None,
 ) -> AxesAware:
     """Adafactor as in T5X; `adafactor.scale_by_adafactor` documents the arguments not named here.
 
@@ -69,6 +70,7 @@ def adafactor(
                 epsilon1=epsilon1,
                 epsilon2=epsilon2,
                 factored=factored,
+                logical_factor_rules=logical_factor_rules,
             ),
             optax.scale_by_learning_rate(learning_rate),
         ]

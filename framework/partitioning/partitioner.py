@@ -158,8 +158,10 @@ class Partitioner:
             yield asked
 
     def rules_of(self, what: str) -> Rules:
-        """Returns the table that places `what`: "batch", "opt_state", or anything else of the state."""
-        return {"batch": self.activation_rules, "opt_state": self.optimizer_rules}.get(what, self.parameter_rules)
+        """Returns the table that places `what`: "batch", "opt_state" and "average" (of parameters, read only where the
+        optimizer's state is), or anything else of the state."""
+        tables = {"batch": self.activation_rules, "opt_state": self.optimizer_rules, "average": self.optimizer_rules}
+        return tables.get(what, self.parameter_rules)
 
     def resolve(self, names: Any, shapes: Any, what: str = "parameter") -> Any:
         """Returns a tree of `Resolution`s, with the rules that fired, for a tree of axis names beside one of shapes.

@@ -106,9 +106,11 @@ class Rules:
 
     def unmatched(self, fired: Collection[str]) -> list[str]:
         """Returns the rules that are an error where only those of the names `fired` were ever used: of the others,
-        those that shard a dimension, and those of names outside the vocabulary."""
+        those that shard a dimension, and those of names outside the vocabulary. Where all heads have keys and values of
+        their own, models may call them `heads` throughout: then a rule of `kv_heads` says nothing wrong."""
+        fired = {*fired, "kv_heads"} if "heads" in fired else fired
         return [
-            f"{self.title}: ({name!r}, {_text(targets)}){did_you_mean(name, (VOCABULARY.keys() | fired) - {name})}"
+            f"{self.title}: ({name!r}, {_text(targets)}){did_you_mean(name, {*VOCABULARY, *fired} - {name})}"
             for name, targets in self._targets.items()
             if name not in fired and name != OTHERS and (any(targets) or name not in VOCABULARY)
         ]

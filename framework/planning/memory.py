@@ -60,7 +60,7 @@ class Memory:
     """Bytes on one device at the peak of a step.
 
     Attributes:
-      parameters, optimizer, batch: the arguments of a step.
+      parameters, optimizer, batch: the arguments of a step; an average of parameters counts as the optimizer's.
       gradients: of all parameters, as the optimizer gets them.
       activations: everything else at the peak: activations saved for the backward pass, sums of microbatches, and
         temporary arrays.
@@ -107,7 +107,7 @@ def step_memory(program: Program) -> Memory:
     gradients = sum(local_bytes(array, each, mesh) for array, each in zip(function.gives, dim_axes, strict=True))
     return Memory(
         _bytes_of(shapes.params, shardings.params),
-        _bytes_of(shapes.opt_state, shardings.opt_state),
+        _bytes_of((shapes.opt_state, shapes.average), (shardings.opt_state, shardings.average)),
         gradients,
         max(0, peak - gradients),
         _bytes_of(program.abstract_batch, program.batch_shardings),

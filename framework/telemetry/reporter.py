@@ -6,7 +6,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
 import jax
@@ -237,12 +237,12 @@ class Reporter:
         writer: Writer,
         progress: Progress,
         timeline: Timeline,
-        flops_per_step: float,
+        flops_per_step: float | Callable[[int], float],
         peak_flops: float,
         devices: Sequence[Any] = (),
     ):
-        """`flops_per_step` over `peak_flops`, the matmul peak of all devices together in FLOP/s, gives `mfu`;
-        `devices`, those of this process, are asked for their memory."""
+        """`flops_per_step` (by a step's number, where batches change their size) over `peak_flops`, the matmul peak of
+        all devices together in FLOP/s, gives `mfu`; `devices`, those of this process, are asked for their memory."""
         self._writer, self._progress, self._timeline = writer, progress, timeline
         self._flops, self._peak, self._devices = flops_per_step, peak_flops, devices
         self._buffer = MetricBuffer()
@@ -287,6 +287,10 @@ class Reporter:
             waited = self._before["data_wait"] - before["data_wait"]
             elapsed = self._before["training"] - before["training"] + waited
             means.pop("skipped_in_a_row", None)
+            # Statistics of weights are computed at some steps only (`training.step.WeightStatistics`).
+            means = {
+                name: value for name, value in means.items() if not (name.startswith("weight_") and value != value)
+            }
             tokens = means.pop("tokens", None)
             seconds = elapsed / pending.num_steps
             scalars |= means | {
@@ -295,7 +299,8 @@ class Reporter:
             }
             if tokens is not None:
                 scalars["tokens_per_second"] = tokens / seconds
-            scalars["mfu"] = self._flops / seconds / self._peak
+            flops = self._flops(step) if callable(self._flops) else self._flops
+            scalars["mfu"] = flops / seconds / self._peak
             scalars |= memory_in_use(self._devices)
             self._progress.update(step, scalars)
             self._timeline.mark("report", step)

@@ -9,16 +9,52 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
+from meshway.framework.data.prefetch import BatchSizes
 from meshway.framework.distributed.processes import StopSignal, barrier
 from meshway.framework.distributed.step_watch import StepWatch
 from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.interfaces import Batch
+from meshway.framework.telemetry.profiler import planned
 from meshway.framework.telemetry.reporter import Reporter
+from meshway.framework.training.program import TrainProgram
 from meshway.framework.training.step import TrainState
 
 # What an evaluation found, by the name of the record: `metrics`, `counts`, `predictions` and, if any, `failed`.
 Found = Mapping[str, Mapping[str, Any]]
 Step = Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Any]]
+
+
+class SizedSteps:
+    """The compiled steps of a run's batch sizes, all that are still to come: called as one of them is."""
+
+    def __init__(self, program: TrainProgram, schedule: Sequence[tuple[int, int]], start: int, end: int):
+        """Compiles those of batches `start` + 1 to `end`; raises as `TrainProgram.compile_step`."""
+        self._sizes = sizes = BatchSizes(program.batch_size, schedule)
+        wanted = [size for size in sizes.after(start) if any(sizes.at(n) == size for n in _ends(sizes, start, end))]
+        self._programs = {size: program.of_size(size) for size in wanted}
+        self._steps = {size: each.compile_step() for size, each in self._programs.items()}
+        local = {size: program.partitioner.process_rows(size) for size in wanted}
+        self._by_rows = {rows.stop - rows.start: self._programs[size] for size, rows in local.items()}
+
+    def __call__(self, state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Any]:
+        return self._steps[next(iter(batch.values())).shape[0]](state, batch)
+
+    def shard_batch(self, batch: Batch) -> dict[str, jax.Array]:
+        """Puts this process's rows of a batch, of any of the sizes, on its devices."""
+        return self._by_rows[len(next(iter(batch.values())))].shard_batch(batch)
+
+    def flops(self, step: int) -> float:
+        """Returns the model FLOPs of a step."""
+        return self._programs[self._sizes.at(step)].flops
+
+    def planned(self) -> str:
+        """Returns what memory the step of the largest batch needs, for people."""
+        return planned(self._steps[max(self._steps)])
+
+
+def _ends(sizes: BatchSizes, start: int, end: int) -> list[int]:
+    """Returns a batch of each size among batches `start` + 1 to `end`."""
+    return [start + 1, end, *[step for step, _ in sizes.schedule if start < step <= end]]
 
 
 class Hook(Protocol):
@@ -148,12 +184,17 @@ class Evaluate(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Periods:
-    """How often, in steps: reports, evaluations (None never), checkpoints (None only at the end)."""
+    """How often, in steps: reports, evaluations (None never), checkpoints (None only at the end).
 
-    total: int
+    `total` is the step at which training ends. `relative` instead counts steps from the one that the run begins with,
+    that of the checkpoint which it starts from (TRAIN_STEPS_RELATIVE); `total` is ignored then, as in T5X.
+    """
+
+    total: int | None
     report: int = 100
     evaluate: int | None = None
     checkpoint: int | None = None
+    relative: int | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -161,9 +202,35 @@ class Periods:
             if value is not None and value < 1:
                 raise UserError(f"the period {field.name!r} is {value}; it must be at least 1")
 
+    def counted_from(self, first: int) -> "Periods":
+        """Returns the periods of a run that begins with step `first`, with a total.
+
+        Raises:
+          UserError: the run would end before it begins.
+        """
+        if self.relative is not None:
+            return dataclasses.replace(self, total=first + self.relative, relative=None)
+        if first and first >= self.last:
+            raise UserError(
+                f"TRAIN_STEPS={self.total} is the step at which training ends, and this run counts on from step "
+                f"{first}: set TRAIN_STEPS_RELATIVE to the number of further steps, or TRAIN_STEPS to more than that"
+            )
+        return self
+
+    @property
+    def last(self) -> int:
+        """The step at which training ends.
+
+        Raises:
+          UserError: the recipe does not say it.
+        """
+        if self.total is None:
+            raise UserError("TRAIN_STEPS is None: set the step at which training ends, or TRAIN_STEPS_RELATIVE")
+        return self.total
+
     def saves(self, step: int) -> bool:
         """Whether to save after `step`: every period, and at the end."""
-        return step == self.total or (self.checkpoint is not None and step % self.checkpoint == 0)
+        return step == self.last or (self.checkpoint is not None and step % self.checkpoint == 0)
 
 
 @dataclasses.dataclass
@@ -183,6 +250,8 @@ class Loop:
     save: Callable[[TrainState, int, Mapping[str, int], Mapping[str, float]], None]
     hooks: Sequence[Hook] = ()
     max_skipped_in_a_row: int = 10
+    first: int = 0  # the step that the run began with
+    also_refused: str = ""  # what else than infinities the step leaves updates out for, as ", or ..."
     watch: StepWatch = dataclasses.field(default_factory=StepWatch)
     stop: StopSignal = dataclasses.field(default_factory=StopSignal)
     reason: str = dataclasses.field(default="", init=False)  # why a hook stopped the run
@@ -191,15 +260,15 @@ class Loop:
         """Trains from after step `start` to the end or a stop signal; returns the last step, whose save has begun.
 
         Raises:
-          UserError: more than `max_skipped_in_a_row` steps in a row were not finite, or a save failed.
+          UserError: the updates of more than `max_skipped_in_a_row` steps in a row were left out, or a save failed.
         """
         streaks: list[tuple[int, jax.Array]] = []
         scalars: dict[str, float] = {}
-        if start == 0 and self.evaluate.due(0):
+        if start == self.first and self.evaluate.due(start):
             with self.reporter.pause("evaluation", state.step):
-                scalars = self.evaluate(state, 0)
-            self.reporter.evaluated(0, scalars)
-            self.reason = self._ask_hooks(0)
+                scalars = self.evaluate(state, start)
+            self.reporter.evaluated(start, scalars)
+            self.reason = self._ask_hooks(start)
         step = start
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(self.stop)
@@ -207,10 +276,11 @@ class Loop:
             for hook in self.hooks:
                 stack.callback(hook.close)
             watch = stack.enter_context(self.watch)
-            for step in range(start + 1, self.periods.total + 1):
+            for step in range(start + 1, self.periods.last + 1):
                 with self.reporter.waiting():
                     batch, position = next(self.stream)
-                state, metrics = self.step(state, self.shard_batch(batch))
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):  # steps, by number, in a profile
+                    state, metrics = self.step(state, self.shard_batch(batch))
                 self.reporter.add(step, metrics)
                 streaks = self._await_step_before_last(streaks, step, metrics)
                 if self.evaluate.due(step):
@@ -257,7 +327,7 @@ class Loop:
             if float(streak) > self.max_skipped_in_a_row:
                 self.reporter.flush()
                 raise UserError(
-                    f"the loss or its gradient was not finite in the last {int(streak)} steps (limit "
-                    f"max_skipped_in_a_row={self.max_skipped_in_a_row}, step {step}); their updates were left out. "
-                    "Lower the learning rate, or set Optimizer.max_grad_norm, and resume from the last checkpoint"
+                    f"the loss or its gradient was not finite{self.also_refused} in the last {int(streak)} steps "
+                    f"(limit max_skipped_in_a_row={self.max_skipped_in_a_row}, step {step}); their updates were left "
+                    "out. Lower the learning rate, or set Optimizer.max_grad_norm, and resume from the last checkpoint"
                 )

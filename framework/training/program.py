@@ -1,5 +1,6 @@
 """A training run made concrete on devices: shapes, shardings, the compiled step. Shared by every verb that needs it."""
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -8,27 +9,30 @@ from typing import Any
 import jax
 import numpy as np
 
+from meshway.framework.data.prefetch import BatchSizes, TrainingStream
 from meshway.framework.data.source import Dataset, DataSource
 from meshway.framework.data.vocabulary import Framing, Vocabulary, source_framing
 from meshway.framework.errors import UserError
-from meshway.framework.interfaces import ArraySpec, Batch, Model
-from meshway.framework.optimizers.optimizers import BoundOptimizer, Optimizer
+from meshway.framework.interfaces import ArraySpec, Batch, Model, Params, untrained
+from meshway.framework.optimizers.optimizers import BoundOptimizer, Optimizer, ParameterAverage
 from meshway.framework.partitioning.partitioner import Activations, Layout
 from meshway.framework.partitioning.sharded_model import Row, ShardedModel, explain
 from meshway.framework.planning.flops import train_flops
 from meshway.framework.training.step import (
     GradientRule,
     LossNormalizingFactor,
+    SpikeGuard,
     TrainState,
     TrainStep,
+    WeightStatistics,
     check_factor,
     check_microbatches,
-    init_sharded,
     init_state,
     plain_gradient,
+    rng_impl_of,
     state_axes,
 )
-from meshway.framework.trees import axis_sizes
+from meshway.framework.trees import axis_sizes, flatten, merge, select
 
 
 class TrainProgram:
@@ -45,15 +49,23 @@ class TrainProgram:
         num_microbatches: int = 1,
         gradient_rule: GradientRule = plain_gradient,
         loss_normalizing_factor: LossNormalizingFactor = "NUM_REAL_TARGET_TOKENS",
+        average: ParameterAverage | None = None,
+        spikes: SpikeGuard | None = None,
+        statistics: WeightStatistics | None = None,
+        use_hardware_rng: bool | str = False,
     ):
         """`batch_size` counts examples over all processes; `lengths` are tokens by task feature.
 
         `loss_normalizing_factor` is T5X's: by default gradients are those of the mean over weighted target tokens of
         the global batch; None is those of the sum, as T5X's recipes have it.
 
+        `use_hardware_rng` is T5X's too, for dropout: True draws it by jax's 'unsafe_rbg', the generator of the device,
+        which costs less on TPUs but draws otherwise on another mesh or platform; or the name of another generator.
+        Fresh parameters are always drawn by jax's default one.
+
         Raises:
-          UserError: the layout does not fit the devices, the batch is not divisible, a length is missing, or the
-            factor is a number that is not positive.
+          UserError: the layout does not fit the devices, the batch is not divisible, a length is missing, the factor
+            is a number that is not positive, or there is no such generator.
         """
         check_microbatches(batch_size, num_microbatches)
         check_factor(loss_normalizing_factor)
@@ -68,18 +80,55 @@ class TrainProgram:
         )
         self.batch_spec, self.batch_shardings = self.batch.spec, self.batch.shardings
         self.optimizer_name = _name(optimizer.transform)
-        self.optimizer: BoundOptimizer = optimizer.bind(self.axes, self.param_shapes)
-        self._step = TrainStep(model, self.optimizer, seed, num_microbatches, gradient_rule, loss_normalizing_factor)
+        self.optimizer: BoundOptimizer = optimizer.bind(self.axes, self.param_shapes, untrained(model))
+        self.average = average if average and average.decay is not None else None
+        self._spikes = spikes if spikes and (spikes.loss, spikes.grad_norm) != (None, None) else None
+        if statistics := statistics if statistics and statistics.every else None:
+            statistics.members(self.optimizer.trainable)  # raises for a pattern that matches nothing
+        options = (
+            gradient_rule,
+            loss_normalizing_factor,
+            self.average,
+            self._spikes,
+            statistics,
+            rng_impl_of(use_hardware_rng),
+        )
+        self._step = TrainStep(model, self.optimizer, seed, num_microbatches, *options)
+
+    def of_size(self, batch_size: int) -> "TrainProgram":
+        """Returns the program of the same state with batches of another size, and with the least number of equal
+        microbatches that are no larger than this one's.
+
+        Raises:
+          UserError: the batch is not divisible over the mesh.
+        """
+        if batch_size == self.batch_size:
+            return self
+        largest = self.batch_size // self.num_microbatches
+        program = copy.copy(self)
+        for name in ("flops", "_traced_loss"):  # of batches
+            vars(program).pop(name, None)
+        program.batch_size = batch_size
+        program.num_microbatches = next(
+            count for count in range(1, batch_size + 1) if batch_size % count == 0 and batch_size // count <= largest
+        )
+        try:
+            program.batch = self.sharded.batch(batch_size, self.lengths)
+        except UserError as error:
+            raise UserError(f"BATCH_SIZE_SCHEDULE: {error}") from error
+        program.batch_spec, program.batch_shardings = program.batch.spec, program.batch.shardings
+        program._step = dataclasses.replace(self._step, num_microbatches=program.num_microbatches)
+        return program
 
     @functools.cached_property
     def state_shapes(self) -> TrainState:
         """ShapeDtypeStructs of the state."""
-        return jax.eval_shape(lambda key: init_state(self.model, self.optimizer, key), jax.random.key(self.seed))
+        return jax.eval_shape(self._init_state, jax.random.key(self.seed))
 
     @functools.cached_property
     def resolved_state(self) -> TrainState:
         """For every leaf of the state a `Resolution`: where the rules put it, and which of them said so."""
-        axes, shapes = state_axes(self.model, self.optimizer), self.state_shapes
+        axes, shapes = self._state_axes(), self.state_shapes
         names = [field.name for field in dataclasses.fields(TrainState)]
         return TrainState(
             *[self.partitioner.resolve(getattr(axes, name), getattr(shapes, name), name) for name in names]
@@ -120,8 +169,60 @@ class TrainProgram:
         )
 
     def init(self) -> TrainState:
-        """Returns the fresh state, each leaf in its shards."""
-        return init_sharded(self.model, self.optimizer, self.partitioner, self.state_shardings, self.seed)
+        """Returns the fresh state, each leaf initialised in its shards; equal on every mesh."""
+        key = jax.random.key(self.seed)
+        replicated = self.partitioner.replicated
+        initialise = self.partitioner.compile(
+            self._init_state, key, in_shardings=replicated, out_shardings=self.state_shardings
+        )
+        return initialise(key)
+
+    def with_params(self, state: TrainState, params: Params) -> TrainState:
+        """Returns a fresh state with other parameters, from which an average begins too."""
+        if self.average is None:
+            return dataclasses.replace(state, params=params)
+        begin, trainable = self.average.init, self.optimizer.trainable
+        where = self.state_shardings
+        begun = self.partitioner.compile(
+            lambda params: begin(select(params, trainable)),
+            params,
+            in_shardings=(where.params,),
+            out_shardings=where.average,
+        )
+        return dataclasses.replace(state, params=params, average=begun(params))
+
+    @property
+    def also_refused(self) -> str:
+        """What else than infinities a step leaves its update out for, as ", or ..."."""
+        return ", or a spike above what SPIKE_LOSS and SPIKE_GRAD_NORM allow," if self._spikes else ""
+
+    def evaluated(self, state: TrainState) -> Params:
+        """Returns the parameters that the run's own evaluations read: averaged ones where `average` says so."""
+        if self.average is None or not self.average.evaluate:
+            return state.params
+        return self._averaged(state.params, state.average)
+
+    @functools.cached_property
+    def _averaged(self) -> jax.stages.Compiled:
+        shapes, where = self.state_shapes, self.state_shardings
+
+        def averaged(params: Params, average: Params) -> Params:
+            kept = select(params, flatten(average))
+            return merge(params, jax.tree.map(lambda value, own: value.astype(own.dtype), average, kept))
+
+        return self.partitioner.compile(
+            averaged,
+            shapes.params,
+            shapes.average,
+            in_shardings=(where.params, where.average),
+            out_shardings=where.params,
+        )
+
+    def _init_state(self, key: jax.Array) -> TrainState:
+        return init_state(self.model, self.optimizer, key, self.average, self._spikes)
+
+    def _state_axes(self) -> Any:
+        return state_axes(self.model, self.optimizer, self.average, self._spikes)
 
     def compile_step(self) -> jax.stages.Compiled:
         """Returns the compiled step, `(state, batch) -> (state, metrics)`, which consumes the state it is given.
@@ -187,7 +288,7 @@ class TrainProgram:
     def explain(self) -> list[Row]:
         """Returns a row for every tensor of the state and the batch."""
         rows: list[Row] = []
-        axes = state_axes(self.model, self.optimizer)
+        axes = self._state_axes()
         for field in dataclasses.fields(TrainState):
             rows += explain(
                 self.partitioner,
@@ -204,14 +305,36 @@ class TrainProgram:
         return {name: _synthetic(name, spec, random) for name, spec in self.batch_spec.items()}
 
 
-def open_data(program: TrainProgram, data: DataSource) -> tuple[Dataset, dict[str, Vocabulary], Framing | None]:
+def open_data(
+    program: TrainProgram,
+    data: DataSource,
+    schedule: Sequence[tuple[int, int]] = (),
+    skipped: Sequence[tuple[int, int]] = (),
+) -> tuple[Dataset, dict[str, Vocabulary], Framing | None]:
     """Returns the training stream, and the vocabularies and the framing of its texts, all checked against the model.
 
+    Args:
+      program: what is trained.
+      data: where it comes from.
+      schedule: (last step, examples of a batch up to it), before the program's batch size.
+      skipped: (first, last) numbers of batches to leave out.
+
     Raises:
-      UserError: the data cannot be read, or does not fit.
+      UserError: the data cannot be read, or does not fit; a batch is not divisible over the mesh.
     """
-    dataset = data.train(program.partitioner.process_rows(program.batch_size))
-    check_batch(program.batch_spec, dataset.spec())
+
+    def stream(size: int) -> Dataset:
+        sized, of_size = data, program.of_size(size)
+        if of_size is not program:
+            sized = copy.copy(data)
+            sized.batch_size = size
+        dataset = sized.train(program.partitioner.process_rows(size))
+        check_batch(of_size.batch_spec, dataset.spec())
+        return dataset
+
+    dataset = stream(program.batch_size)
+    if schedule or skipped:
+        dataset = TrainingStream(stream, BatchSizes(program.batch_size, schedule), skipped)
     vocabularies = data.vocabularies()
     check_vocabularies(program, vocabularies)
     return dataset, vocabularies, source_framing(data)

@@ -213,7 +213,7 @@ def summarize(program: TrainProgram, rows: Sequence[Row], memory: Memory | None 
     for row in rows:
         kind = row.name.split("/")[0]
         kinds[kind] = kinds.get(kind, 0) + row.bytes_per_device
-    params = kinds.get("params", 0)
+    params, optimizer = kinds.get("params", 0), kinds.get("opt_state", 0) + kinds.get("average", 0)
     gradients = params if memory is None else memory.gradients
     others = "activations are not counted"
     if memory is not None:
@@ -226,7 +226,7 @@ def summarize(program: TrainProgram, rows: Sequence[Row], memory: Memory | None 
             f"mesh: {mesh} ({program.partitioner.mesh.size} of {jax.device_count()} devices)",
             f"model FLOPs per step: {program.flops:.4g}",
             f"bytes per device: parameters {format_bytes(params)}, "
-            f"optimizer {format_bytes(kinds.get('opt_state', 0))}, gradients {format_bytes(gradients)}, "
+            f"optimizer {format_bytes(optimizer)}, gradients {format_bytes(gradients)}, "
             f"batch {format_bytes(kinds.get('batch', 0))}; {others}",
             f"replicated on every device: {100 * replicated_share(state):.1f} % of the state's bytes on a device",
         ]

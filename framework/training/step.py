@@ -5,7 +5,7 @@ What the summed loss of a batch is divided by is T5X's `loss_normalizing_factor`
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -14,9 +14,10 @@ import numpy as np
 
 from meshway.framework.axes import constrain
 from meshway.framework.errors import UserError
-from meshway.framework.interfaces import Metrics, Model, Params
-from meshway.framework.optimizers.optimizers import BoundOptimizer
-from meshway.framework.partitioning.partitioner import Partitioner
+from meshway.framework.interfaces import Metrics, Model, Params, untrained
+from meshway.framework.optimizers.optimizers import BoundOptimizer, ParameterAverage
+from meshway.framework.optimizers.transforms import matching
+from meshway.framework.trees import flatten, merge, select
 
 # A number divides as it is, None leaves the sum; the words are those of `divisor` and `reweighted`.
 LossNormalizingFactor = (
@@ -81,44 +82,97 @@ def _per_sequence(weights: jax.Array, segment_ids: jax.Array | None) -> jax.Arra
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """`step` counts batches taken; `skipped` those whose update was left out because it was not finite, of which
-    `skipped_in_a_row` directly before now. No RNG: randomness is a function of (seed, step)."""
+    """`step` counts batches taken; `skipped` those whose update was left out because it was not finite or a spike, of
+    which `skipped_in_a_row` directly before now. No RNG: randomness is a function of (seed, step).
+
+    `average` has averages of trained parameters, `spikes` what a `SpikeGuard` remembers; both are {} where the recipe
+    does not ask for them, and then no checkpoint has them.
+    """
 
     step: jax.Array
     params: Params
     opt_state: Any
     skipped: jax.Array
     skipped_in_a_row: jax.Array
+    average: Params = dataclasses.field(default_factory=dict)
+    spikes: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
 
-def state_axes(model: Model, optimizer: BoundOptimizer) -> Any:
+@dataclasses.dataclass(frozen=True)
+class SpikeGuard:
+    """Leaves out the update of a step whose loss or gradient norm is far above its running mean.
+
+    PaLM (arXiv:2204.02311, section 5.1) goes back to a checkpoint and skips some hundred batches around a spike, for
+    which `train.train.skip_batches` is there; this leaves out such a step as it comes, as one that is not finite. Means
+    are over the steps whose updates were done, with the bias of their beginning corrected (Adam's, section 3).
+
+    Attributes:
+      loss, grad_norm: the largest multiple of its mean that each may have; None for any. Losses must be positive.
+      decay: of the means.
+      warmup_steps: how many first steps are never left out.
+    """
+
+    loss: float | None = None
+    grad_norm: float | None = None
+    decay: float = 0.99
+    warmup_steps: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("loss", "grad_norm"):
+            factor = getattr(self, name)
+            if factor is not None and not factor > 1:
+                raise UserError(f"SpikeGuard.{name} = {factor}: a multiple of the mean must be above 1")
+
+    def init(self) -> dict[str, jax.Array]:
+        """Returns sums of losses and norms that are weighted alike, and their number."""
+        zero = jnp.zeros((), jnp.float32)
+        return {"loss": zero, "grad_norm": zero, "count": jnp.zeros((), jnp.int32)}
+
+    def judge(
+        self, state: dict[str, jax.Array], finite: jax.Array, loss: jax.Array, grad_norm: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array], Metrics]:
+        """Returns (whether the update is done, the next state, metrics: the means and the share of spikes)."""
+        count, one, fine = state["count"], jnp.ones((), jnp.float32), finite
+        new, metrics = {"count": count + 1}, {}
+        for name, value in (("loss", loss), ("grad_norm", grad_norm)):
+            mean = state[name] / jnp.maximum(1.0 - self.decay ** count.astype(jnp.float32), 1e-9)
+            factor, new[name] = getattr(self, name), self.decay * state[name] + (1.0 - self.decay) * value
+            metrics[f"{name}_mean"] = jnp.where(count > 0, mean, 0.0), jnp.where(count > 0, one, 0.0)
+            if factor is not None:
+                fine &= (count < self.warmup_steps) | (value <= factor * mean)
+        metrics["spikes"] = (finite & ~fine).astype(jnp.float32), one
+        return fine, {name: jnp.where(fine, new[name], state[name]) for name in state}, metrics
+
+
+def state_axes(
+    model: Model,
+    optimizer: BoundOptimizer,
+    average: ParameterAverage | None = None,
+    spikes: SpikeGuard | None = None,
+) -> Any:
     """Returns the logical axes of each leaf of the state, in the tree of a `TrainState`."""
     scalar: Any = ()
-    return TrainState(scalar, model.axes(), optimizer.state_axes(), scalar, scalar)
+    averaged: Any = optimizer.axes if average else {}
+    remembered: Any = jax.tree.map(lambda _: scalar, spikes.init()) if spikes else {}
+    return TrainState(scalar, model.axes(), optimizer.state_axes(), scalar, scalar, averaged, remembered)
 
 
-def init_state(model: Model, optimizer: BoundOptimizer, rng: jax.Array) -> TrainState:
+def init_state(
+    model: Model,
+    optimizer: BoundOptimizer,
+    rng: jax.Array,
+    average: ParameterAverage | None = None,
+    spikes: SpikeGuard | None = None,
+) -> TrainState:
     """Returns the state before the first step. Pure: trace it for shapes, jit it into shards."""
     params = model.init(rng)
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, optimizer.init(params), zero, zero)
-
-
-def init_sharded(
-    model: Model, optimizer: BoundOptimizer, partitioner: Partitioner, shardings: TrainState, seed: int
-) -> TrainState:
-    """Initialises every leaf directly into its shards; equal on every mesh."""
-    key = jax.random.key(seed)
-    initialise = partitioner.compile(
-        lambda key: init_state(model, optimizer, key),
-        key,
-        in_shardings=partitioner.replicated,
-        out_shardings=shardings,
-    )
-    return initialise(key)
+    averaged = average.init(select(params, optimizer.trainable)) if average else {}
+    return TrainState(zero, params, optimizer.init(params), zero, zero, averaged, spikes.init() if spikes else {})
 
 
 Gradients = Any  # like Params
+VARIABLES = "variables"  # among a step's metrics: new values of those that the loss itself updates, never reported
 # Normalised gradients and metrics of this step's batch at the given parameters.
 GradientAt = Callable[[Params], tuple[Gradients, Metrics]]
 # Which gradient the optimizer gets: may call `gradient_at` more than once (sharpness-aware methods do).
@@ -130,13 +184,71 @@ def plain_gradient(gradient_at: GradientAt, params: Params) -> tuple[Gradients, 
     return gradient_at(params)
 
 
+@dataclasses.dataclass(frozen=True)
+class WeightStatistics:
+    """What parameters are like, as metrics: those of T5X's `WeightMetricsComputer`, by its names.
+
+    `weight_rms/NAME` and `weight_max/NAME` (of absolute values) after the update, `weight_gradient_rms/NAME` (before
+    clipping), `weight_update_rms/NAME`, and `weight_update_divided_by_weight_rms/NAME` over entries that are not 0.
+
+    Attributes:
+      every: computed every so many steps; reports of steps between have none. None never computes them.
+      groups: (name, regex over whole '/'-joined paths) of parameters that are taken together; () for each by itself.
+    """
+
+    every: int | None = 100
+    groups: Sequence[tuple[str, str]] = ()
+
+    def __post_init__(self) -> None:
+        if self.every is not None and self.every < 1:
+            raise UserError(f"WeightStatistics.every = {self.every}: it must be at least 1")
+
+    def members(self, paths: Collection[str]) -> dict[str, list[str]]:
+        """Returns the parameters of each name; UserError for a regex that matches none."""
+        if not self.groups:
+            return {path: [path] for path in paths}
+        return {name: matching(pattern, paths, "WeightStatistics.groups") for name, pattern in self.groups}
+
+    def __call__(self, step: jax.Array, before: Params, after: Params, gradients: Gradients) -> Metrics:
+        """Returns the metrics of step number `step`, of weight 0 where it has none."""
+        old, new, slopes = flatten(before), flatten(after), flatten(gradients)
+        groups = self.members(new)
+
+        def found() -> dict[str, jax.Array]:
+            values = {}
+            for name, paths in groups.items():
+                changes = [new[path] - old[path] for path in paths]
+                ratios = [
+                    jnp.where(old[p] == 0, 0.0, c / jnp.where(old[p] == 0, 1, old[p])) for p, c in zip(paths, changes)
+                ]
+                nonzero = sum(jnp.sum(old[path] != 0) for path in paths)
+                values[f"weight_rms/{name}"] = _rms([new[path] for path in paths])
+                values[f"weight_gradient_rms/{name}"] = _rms([slopes[path] for path in paths])
+                values[f"weight_update_rms/{name}"] = _rms(changes)
+                values[f"weight_update_divided_by_weight_rms/{name}"] = _rms(ratios, nonzero)
+                values[f"weight_max/{name}"] = jnp.max(jnp.stack([jnp.max(jnp.abs(new[path])) for path in paths]))
+            return {name: value.astype(jnp.float32) for name, value in values.items()}
+
+        now = step % (self.every or 1) == 0
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(found))
+        weight = now.astype(jnp.float32)
+        return {name: (value, weight) for name, value in jax.lax.cond(now, found, lambda: zeros).items()}
+
+
+def _rms(arrays: Sequence[jax.Array], size: jax.Array | float | None = None) -> jax.Array:
+    """Returns the root of the mean square of all entries, whose number is `size` unless None."""
+    total = sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in arrays)
+    return jnp.sqrt(total / jnp.maximum(float(sum(x.size for x in arrays)) if size is None else size, 1))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)  # jit hashes it: by identity
 class TrainStep:
     """`step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     Losses come as sums and weights, are added over microbatches in float32, and are divided once, by the summed weight
     unless `loss_normalizing_factor` says otherwise (`divisor`): how a batch was sharded cannot change the
-    result. A step whose loss or gradient is not finite leaves parameters and optimizer as they were and is counted.
+    result. A step whose loss or gradient is not finite, or that `spikes` refuses, leaves parameters and optimizer as
+    they were and is counted. Dropout is drawn by the generator `rng_impl`, jax's default if it is None.
     """
 
     model: Model
@@ -145,28 +257,50 @@ class TrainStep:
     num_microbatches: int = 1
     gradient_rule: GradientRule = plain_gradient
     loss_normalizing_factor: LossNormalizingFactor = "NUM_REAL_TARGET_TOKENS"
+    average: ParameterAverage | None = None
+    spikes: SpikeGuard | None = None
+    statistics: WeightStatistics | None = None
+    rng_impl: str | None = None
 
     def __call__(self, state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
         gradients, metrics = self.gradients(state.params, batch, state.step)
+        metrics = dict(metrics)
+        variables: Any = metrics.pop(VARIABLES, {})
         params, opt_state, stats = self.optimizer.update(gradients, state.opt_state, state.params)
-        loss_sum, _ = metrics["loss"]
-        finite = jnp.isfinite(loss_sum) & jnp.isfinite(stats["grad_norm"])
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        loss_sum, weight = metrics["loss"]
+        done = jnp.isfinite(loss_sum) & jnp.isfinite(stats["grad_norm"])
+        remembered = state.spikes
+        if self.spikes:
+            mean = loss_sum / jnp.maximum(weight, 1e-9)
+            done, remembered, told = self.spikes.judge(state.spikes, done, mean, stats["grad_norm"])
+            metrics |= told
+        averaged = self.average.update(state.average, params, state.step) if self.average else {}
+        params = merge(params, variables) if variables else params
+        params, opt_state, averaged = jax.tree.map(
+            lambda new, old: jnp.where(done, new, old),
+            (params, opt_state, averaged),
+            (state.params, state.opt_state, state.average),
         )
-        bad = jnp.where(finite, 0, 1).astype(jnp.int32)
-        new_state = TrainState(
-            state.step + 1, params, opt_state, state.skipped + bad, (state.skipped_in_a_row + 1) * bad
-        )
+        bad = jnp.where(done, 0, 1).astype(jnp.int32)
+        skipped, in_a_row = state.skipped + bad, (state.skipped_in_a_row + 1) * bad
+        new_state = TrainState(state.step + 1, params, opt_state, skipped, in_a_row, averaged, remembered)
         one = jnp.ones((), jnp.float32)
         extra = {name: (jnp.asarray(value, jnp.float32), one) for name, value in stats.items()}
         extra["skipped_steps"] = (new_state.skipped.astype(jnp.float32), one)
         extra["skipped_in_a_row"] = (new_state.skipped_in_a_row.astype(jnp.float32), one)
+        if self.statistics:
+            trained = [select(tree, self.optimizer.trainable) for tree in (state.params, params, gradients)]
+            extra |= self.statistics(new_state.step, *trained)
         return new_state, metrics | extra | _token_count(batch)
+
+    @property
+    def _has_variables(self) -> bool:
+        """Whether the loss updates variables that no gradient trains, such as batch statistics (see `Updates`)."""
+        return bool(untrained(self.model))
 
     def gradients(self, params: Params, batch: Mapping[str, jax.Array], step: jax.Array) -> tuple[Gradients, Metrics]:
         """Returns what the optimizer gets of a batch in step number `step`, and the step's metrics."""
-        rng = jax.random.fold_in(jax.random.key(self.seed), step)
+        rng = jax.random.fold_in(jax.random.key(self.seed, impl=self.rng_impl), step)
 
         def gradient_at(params: Params) -> tuple[Gradients, Metrics]:
             return self._normalized_gradients(params, batch, rng)
@@ -188,6 +322,9 @@ class TrainStep:
         self, params: Params, batch: Mapping[str, jax.Array], rng: jax.Array
     ) -> tuple[Gradients, Metrics]:
         def summed(params: Params) -> tuple[jax.Array, Metrics]:
+            if self._has_variables:
+                loss, weight, metrics, variables = self.model.loss_and_updates(params, batch, rng)  # type: ignore
+                return loss, metrics | {"loss": (loss, weight), VARIABLES: variables}
             loss, weight, metrics = self.model.loss(params, batch, rng)
             return loss, metrics | {"loss": (loss, weight)}
 
@@ -203,18 +340,40 @@ class TrainStep:
             # Microbatch i takes rows i, i + count, ...: each lies on all devices that hold the batch.
             return jnp.swapaxes(feature.reshape(-1, count, *feature.shape[1:]), 0, 1)
 
-        def one(index: jax.Array, micro: Mapping[str, jax.Array]) -> tuple[Gradients, Metrics]:
+        def one(params: Params, index: jax.Array, micro: Mapping[str, jax.Array]) -> tuple[Gradients, Metrics]:
             micro = {name: constrain(x, ("batch", *([None] * (x.ndim - 1)))) for name, x in micro.items()}
             return self._summed_gradients(params, micro, jax.random.fold_in(rng, index))
 
-        def add(total: Any, micro: tuple[jax.Array, Mapping[str, jax.Array]]) -> tuple[Any, None]:
-            return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, one(*micro)), None
+        def add(carry: Any, micro: tuple[jax.Array, Mapping[str, jax.Array]]) -> tuple[Any, None]:
+            total, variables = carry  # each microbatch starts from the variables that the one before left, as in T5X
+            gradients, metrics = one(merge(params, variables) if variables else params, *micro)
+            variables = metrics.pop(VARIABLES, {})
+            return (jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, (gradients, metrics)), variables), None
 
         micros = (jnp.arange(count), {name: split(feature) for name, feature in batch.items()})
-        shapes = jax.eval_shape(one, *jax.tree.map(lambda x: x[0], micros))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
-        total, _ = jax.lax.scan(add, zeros, micros)
-        return total
+        gradients, metrics = jax.eval_shape(one, params, *jax.tree.map(lambda x: x[0], micros))
+        variables = select(params, flatten(metrics.pop(VARIABLES, {})))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (gradients, metrics))
+        ((gradients, metrics), variables), _ = jax.lax.scan(add, (zeros, variables), micros)
+        return gradients, metrics | ({VARIABLES: variables} if variables else {})
+
+
+def rng_impl_of(use_hardware_rng: bool | str) -> str | None:
+    """Returns the generator of dropout: None for jax's default, T5X's choice 'unsafe_rbg' for True, or the one named.
+
+    Raises:
+      UserError: there is no such generator.
+    """
+    if isinstance(use_hardware_rng, bool):
+        return "unsafe_rbg" if use_hardware_rng else None
+    try:
+        jax.eval_shape(lambda: jax.random.key(0, impl=use_hardware_rng))
+    except ValueError as error:
+        raise UserError(
+            f"use_hardware_rng={use_hardware_rng!r} is neither True (T5X's 'unsafe_rbg') nor False nor a generator of "
+            "jax's: 'rbg', 'unsafe_rbg', 'threefry2x32'"
+        ) from error
+    return use_hardware_rng
 
 
 def check_microbatches(batch_size: int, num_microbatches: int) -> None:

@@ -2,6 +2,7 @@
 
     meshway bench data --gin_file=recipes/quickstart.gin
     meshway bench data --batches=100000 --gin_file=...    # and how much memory that takes
+    meshway bench data --corpus_size=1000000,50000000 --gin_file=...    # instead, corpora of such sizes
 
 Every stage gets a slice of each round, and the order is reversed from one round to the next, so that what
 slows the machine down for a while slows both sides. Figures are medians over rounds, ratios are of medians.
@@ -31,7 +32,7 @@ from meshway.framework.data.prefetch import prefetch
 from meshway.framework.data.rows.examples import Examples, InMemory
 from meshway.framework.errors import UserError
 from meshway.framework.terminal import format_columns
-from meshway.launch.bench import stages
+from meshway.launch.bench import corpus, stages
 from meshway.launch.bench.rounds import STATUS, require_at_least, resident_mib
 from meshway.launch.bench.stages import Loading, Packing, Planning, Reading, Sample, Seeking, Stage, log_normal
 
@@ -244,6 +245,7 @@ def measure(
     workers: int | None = None,
     as_json: bool = False,
     imported: Sequence[str] = (),
+    corpus_size: str | int | None = None,
 ) -> dict[str, Any]:
     """Times the path from a recipe's examples to batches and prints what it found.
 
@@ -255,6 +257,8 @@ def measure(
       workers: the loader is timed with 1, 2, ... so many processes; None for one a core, 4 at most.
       as_json: print everything as JSON too, on one line that begins with RESULT.
       imported: modules that the recipe itself imports, which may register tasks.
+      corpus_size: examples of synthetic corpora under the recipe's converter and lengths, as '1000000,50000000', which
+        are measured instead of the recipe's own.
 
     Returns:
       what was printed, as JSON holds it.
@@ -271,6 +275,12 @@ def measure(
         made.import_first(imported)
         return made
 
+    if corpus_size is not None:
+        _say("making synthetic corpora in a temporary directory")
+        corpora = {"corpora": corpus.measure(make(num_workers=0), _sizes_of(corpus_size))}
+        if as_json:
+            print(f"\nRESULT {json.dumps(corpora)}", flush=True)
+        return corpora
     bench = Bench(make, seconds, min(cores, 4) if workers is None else workers, cores)
     _say(f"watching memory while {bench.data.name} is read")
     memory = bench.measure_memory(batches)
@@ -296,6 +306,16 @@ def measure(
     if as_json:
         print(f"\nRESULT {json.dumps(found)}", flush=True)
     return found
+
+
+def _sizes_of(text: str | int) -> list[int]:
+    """Returns the numbers of a text such as '1000000,50000000'."""
+    parts = str(text).replace("_", "").split(",")
+    if not all(part.strip().isdigit() and int(part) for part in parts):
+        raise UserError(
+            f"bench.data.measure.corpus_size must be numbers of examples, such as 1000000,50000000, not {text!r}"
+        )
+    return [int(part) for part in parts]
 
 
 def _timed(bench: Bench) -> dict[str, list[Sample]]:

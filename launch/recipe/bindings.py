@@ -1,7 +1,7 @@
 """A recipe's text as plain values: what conversion reads of one, and what it writes."""
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ MODULES: Mapping[str, str] = {
     "mlp": "meshway.models.layers.mlp",
     "moe": "meshway.models.layers.moe",
     "norm": "meshway.models.layers.norm",
+    "optimizers": "meshway.framework.optimizers.optimizers",
     "positions": "meshway.models.layers.positions",
     "rotary": "meshway.models.layers.rotary",
     "routers": "meshway.models.layers.mixture.routers",
@@ -152,8 +153,8 @@ def build_network(path: Path) -> tuple[Model, config.Recipe]:
     return recipe.build("convert.network")["model"], recipe
 
 
-def text_of(include: str, bindings: Mapping[str, Any], heading: str = "") -> str:
-    """Returns a recipe that includes a shipped file and then binds `bindings`; macros come first.
+def text_of(includes: str | Sequence[str], bindings: Mapping[str, Any], heading: str = "") -> str:
+    """Returns a recipe that includes shipped files, one or several, and then binds `bindings`; macros come first.
 
     Raises:
       UserError: a binding's module is not one that recipes of converted models name.
@@ -174,7 +175,7 @@ def text_of(include: str, bindings: Mapping[str, Any], heading: str = "") -> str
     lines = [f"# {line}".rstrip() for line in heading.splitlines()]
     lines += ["from __gin__ import dynamic_registration", ""]
     lines += [f"from {parent} import {name}" for parent, _, name in imports] + ([""] if imports else [])
-    lines += [f"include {include!r}", ""]
+    lines += [f"include {each!r}" for each in ([includes] if isinstance(includes, str) else includes)] + [""]
     lines += [format_binding(name, value) for name, value in bindings.items() if "." not in name]
     dotted = [format_binding(name, value) for name, value in bindings.items() if "." in name]
     return "\n".join([*lines, *([""] if dotted else []), *dotted]) + "\n"

@@ -9,7 +9,7 @@ from typing import Any
 
 from meshway.framework.errors import UserError, did_you_mean
 from meshway.launch.invocation import MACROS, Invocation
-from meshway.launch.recipe import configurables
+from meshway.launch.recipe import configurables, t5x
 from meshway.launch.recipe.configurables import ImportTable, Moved, Unresolved
 from meshway.launch.recipe.files import GinFiles, Joined
 from meshway.launch.recipe.reachability import Reach, Walk, binding_key, final, moments
@@ -253,7 +253,9 @@ def _binding_problems(binding: Binding, program: Program) -> list[str]:
 def _unused_message(binding: Binding, ours: Reach, every: Reach) -> str:
     used = ours.used | every.used
     if binding.is_macro:
-        near = did_you_mean(binding.name, [name for name in used if isinstance(name, str)])
+        theirs = t5x.near(binding.name, binding.value)
+        names = [name for name in used if isinstance(name, str)]
+        near = f"; {theirs}" if theirs else did_you_mean(binding.name, names)
         return f"{binding.place}: nothing uses the macro {binding.name}{near}"
     assert binding.target is not None
     wanted = configurables.key(binding.target)

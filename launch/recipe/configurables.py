@@ -18,6 +18,7 @@ import gin.config
 from meshway.framework import terminal
 from meshway.framework.data import seqio_adapter
 from meshway.framework.errors import UserError, did_you_mean
+from meshway.launch.recipe import t5x
 from meshway.launch.recipe.text import REQUIRED, Binding, Import, Macro, Reference, Target, leaves, map_leaves
 
 _BUILTINS = {"singleton": gin.config.singleton}  # what selectors beginning with `gin.` may name
@@ -99,7 +100,8 @@ class ImportTable:
             try:
                 found = self.target(selector)
             except Unresolved as error:
-                self.problems.append(f"{where}: {error}")
+                theirs = t5x.near(binding.name, binding.value) if selector == binding.selector else ""
+                self.problems.append(f"{where}: {theirs or error}")
                 return None
             return None if found.module in self._absent else found  # an absent module was noted once
 

@@ -8,6 +8,8 @@ from typing import TypeGuard
 from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.files import local_path
 from meshway.launch.invocation import Invocation
+from meshway.launch.recipe import t5x
+from meshway.launch.recipe.t5x_names import PAGE
 from meshway.launch.recipe.text import Binding, Import, Include, Place, Statement, parse, parse_flag
 
 # By path, beside launch/: the package mapping keeps folders side by side, installed or not.
@@ -29,6 +31,7 @@ class GinFiles:
                 raise UserError(f"--gin_search_paths: {folder} is not a folder")
         self.shipped = shipped
         self.folders = [*(local_path(folder) for folder in search_paths), shipped]
+        self.answers: list[str] = []  # to lines of T5X's in the files that were read
 
     def find(self, name: str, beside: Path | None, place: Place, subfolder: str = "") -> Path:
         """Returns the file that `name` means.
@@ -104,10 +107,14 @@ class GinFiles:
             raise UserError(f"{self.shown(path)}: cannot be read: {error}") from error
         including = (*including, path)
         statements: list[Import | Binding] = []
-        for statement in parse(text, self.shown(path)):
+        parsed = parse(text, self.shown(path))
+        self.answers += t5x.answers(parsed)
+        for statement in parsed:
             if not isinstance(statement, Include):
                 statements.append(statement)
                 continue
+            if t5x.includes(statement.file):
+                continue  # answered
             included = self.find(statement.file, path.parent, statement.place)
             if included in including:
                 chain = " -> ".join(self.shown(file) for file in (*including, included))
@@ -146,10 +153,13 @@ def join(invocation: Invocation, files: GinFiles) -> Joined:
     recipe: list[Statement] = []
     base: Path | None = None  # the folder of the recipe file that chose the layout
     for name in invocation.gin_files:
-        path = files.find(name, None, Place(f"--gin_file={name}"))
+        path = _given(name, files)
         statements = files.read(path)
         base = path.parent if any(_is_layout(statement) for statement in statements) else base
         recipe += statements
+    if files.answers:
+        listed = "".join(f"\n    {line}" for line in files.answers)
+        raise UserError(f"the recipe is written for T5X; write its lines so ({PAGE}):{listed}")
     flags = [_said_by_its_flag(parse_flag(flag), invocation.flags) for flag in invocation.bindings]
 
     chosen = [statement for statement in [*defaults, *recipe, *flags] if _is_layout(statement)]
@@ -171,6 +181,19 @@ def join(invocation: Invocation, files: GinFiles) -> Joined:
         [statement for statement in everything if isinstance(statement, Binding)],
         shipped,
     )
+
+
+def _given(name: str, files: GinFiles) -> Path:
+    """Returns the file that --gin_file names."""
+    place = Place(f"--gin_file={name}")
+    try:
+        return files.find(name, None, place)
+    except UserError as error:
+        answer = t5x.includes(name)
+        if not answer:
+            raise
+        instead = answer[2:] if answer.startswith("#") else f"write {t5x.as_flags(answer)}"
+        raise UserError(f"{place} is a file of T5X's: {instead}") from error
 
 
 def _said_by_its_flag(binding: Binding, flags: Mapping[str, str]) -> Binding:

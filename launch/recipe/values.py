@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.files import local_path
 from meshway.launch.recipe import configurables
@@ -232,6 +234,7 @@ def _alternatives(hint: Any) -> Iterator[Any]:
 def _fits(value: Any, hint: Any) -> bool:
     """Says whether a value, or what a reference will give, can be of one annotation without alternatives."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    origin = hint if origin is None and hint in _CONTAINERS else origin  # a bare `tuple`
     if hint is Any or hint is inspect.Parameter.empty or isinstance(hint, (typing.TypeVar, str)):
         return True
     if isinstance(value, Reference):  # one that is called may give anything
@@ -244,7 +247,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return type(value) in (int, float) and math.isfinite(value)
     if hint in _WORDS:
         return type(value) is hint
-    if hint is Path:
+    if hint in (Path, np.dtype):
         return isinstance(value, str)
     if origin in _CONTAINERS:
         return _contains(value, origin, inner)
@@ -283,8 +286,8 @@ def _inside(hint: Any) -> tuple[Any, ...]:
 
 def _words(hint: Any) -> str:
     origin = typing.get_origin(hint)
-    if hint in _WORDS:
-        return _WORDS[hint]
+    if hint in _WORDS or hint in _CONTAINERS:
+        return _WORDS.get(hint, f"a {hint.__name__.lower()}")
     if origin is typing.Literal:
         return ", ".join(map(repr, typing.get_args(hint)))
     if origin in (dict, collections.abc.Mapping):

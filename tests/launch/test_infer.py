@@ -123,6 +123,42 @@ def test_json_lines_in_json_lines_out(run, questions, tmp_path, capsys):
     assert total["examples"] == 5 and total["read_tokens"] == sum(len(text) + 1 for text in TEXTS)
 
 
+def test_shards_of_a_job_are_together_what_one_job_writes(run, questions, tmp_path, capsys):
+    """Sampled, so that an example that is numbered otherwise would show. The last one makes the result."""
+    words = (f"--model_dir={run}", f"--input={questions}", "--chunk_size=1", "--max_new_tokens=4", "--temperature=1")
+    assert infer(*words, f"--output={tmp_path / 'alone.jsonl'}") == 0
+    for shard in (2, 0, 1):
+        assert not (tmp_path / "out.jsonl").exists()
+        assert infer(*words, f"--output={tmp_path / 'out.jsonl'}", "--num_shards=3", f"--shard_id={shard}") == 0
+        said = capsys.readouterr().err
+        assert shard == 1 or f"shard {shard} of 3 is done; " in said
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
+    assert infer(*words, f"--output={tmp_path / 'out.jsonl'}", "--num_shards=3", "--shard_id=0") == 0
+    assert "this very job is finished" in capsys.readouterr().err
+
+
+def test_a_class_of_ones_own_writes_its_format(run, questions, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "own_writers.py").write_text(
+        "class Pairs:\n    suffix = '.pairs'\n\n    def encode(self, rows, name):\n"
+        "        return ''.join(f'{row[\"id\"]}={row[\"tokens\"]}\\n' for row in rows)\n\n"
+        "class Other(Pairs):\n    def __init__(self, needed):\n        pass\n"
+    )
+    words = (f"--model_dir={run}", f"--input={questions}", "--max_new_tokens=4", f"--output={tmp_path / 'out.pairs'}")
+    for writer, message in (
+        ("Pairs", "--writer=Pairs is no class in a module: write it as mylab.writers.Pairs"),
+        ("own_writer.Pairs", "--writer=own_writer.Pairs: there is no module own_writer"),
+        ("own_writers.Pair", "module own_writers has no 'Pair'; did you mean 'Pairs'?"),
+        ("own_writers.Other", "cannot be made without arguments"),
+    ):
+        assert infer(*words, f"--writer={writer}") == 2
+        assert message in capsys.readouterr().err
+    assert infer(*words, "--writer=own_writers.Pairs") == 0
+    assert infer(*words[:3], f"--output={tmp_path / 'out.jsonl'}") == 0
+    wanted = [f"{row['id']}={row['tokens']}" for row in rows_of(tmp_path / "out.jsonl")]
+    assert (tmp_path / "out.pairs").read_text().splitlines() == wanted
+
+
 def test_one_checkpoint_serves_as_well_as_its_run(run, questions, tmp_path):
     words = (f"--input={questions}", "--max_new_tokens=2")
     for name, model_dir in (("run", run), ("checkpoint", run / "checkpoints" / "7")):
@@ -347,6 +383,12 @@ MISTAKES = {
         "--gin.infer.infer.beams: infer.infer.beams = -1: it must be at least 1",
     ),
     "an empty stop": (["--stop="], "stop: '' is not a text"),
+    "a shard of none": (["--shard_id=1"], "--num_shards=N, of how many, is missing: both are given, or none"),
+    "shards of which this is none": (["--num_shards=2"], "--shard_id=I, which of them this is, is missing: both"),
+    "a shard that there is not": (
+        ["--num_shards=2", "--shard_id=2"],
+        "shard_id=2 is not one of 2 shards, which are 0 to 1",
+    ),
     "an unknown policy": (["--on_bad=ignore"], "argument --on_bad: 'ignore' is not one of fail, skip"),
 }
 

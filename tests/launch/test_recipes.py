@@ -23,7 +23,16 @@ NEEDED = {  # what a recipe leaves open
     "bench_moe": (),
     "bench_decode": (),
     "v_moe_digits": ("MODEL_DIR='run'",),
+    "finetune": (
+        "MODEL_DIR='run'",
+        "MIXTURE_OR_TASK_NAME='mine'",
+        "TASK_FEATURE_LENGTHS={'inputs': 16, 'targets': 8}",
+        "TRAIN_STEPS_RELATIVE=20000",
+        "INITIAL_CHECKPOINT_PATH='pretrained'",
+    ),
+    "pretrain": ("MODEL_DIR='run'", "MIXTURE_OR_TASK_NAME='c4'", "TRAIN_STEPS=5", "TASK_FEATURE_LENGTHS={}"),
 }
+BEFORE = dict.fromkeys(("pretrain", "finetune"), ("models/t5_1_1/tiny.gin",))  # files that a recipe is made to follow
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -32,7 +41,8 @@ def test_a_recipe_resolves_to_its_golden_text(name):
     MESHWAY_RENEW_GOLDENS=1 rewrites the files."""
     verb = "bench" if name.startswith("bench") else "train"
     subject = {"bench_moe": "moe", "bench_attention": "attention", "bench_decode": "decode"}.get(name, "train")
-    invocation = Invocation(verb=verb, subject=subject, gin_files=(f"recipes/{name}.gin",), bindings=NEEDED[name])
+    files = (*BEFORE.get(name, ()), f"recipes/{name}.gin")
+    invocation = Invocation(verb=verb, subject=subject, gin_files=files, bindings=NEEDED[name])
     resolved = config.load(invocation, import_unreferenced=False).resolved
     path = GOLDENS / f"{name}.gin"
     if os.environ.get("MESHWAY_RENEW_GOLDENS") == "1":

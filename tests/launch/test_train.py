@@ -42,6 +42,7 @@ def resume(tmp_path, vocabulary):
         axes={},
         param_shapes={},
         abstract_state=None,
+        of_size=lambda size: program,
     )
     dataset = SimpleNamespace(spec=dict)
     data = SimpleNamespace(train=lambda rows: dataset, vocabularies=lambda: {"targets": vocabulary})

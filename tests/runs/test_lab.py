@@ -88,3 +88,21 @@ def test_from_the_wheel_and_the_sdist(tmp_path):
             cwd=copy_lab(tmp_path / words[1]), env=os.environ | {"PYTHONPATH": site}, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_linen_module_trains_resumes_and_is_evaluated(tmp_path):
+    lab, run = copy_lab(tmp_path), tmp_path / "run"
+    recipe = ("train", "--gin_file=linen.gin", f"--gin.MODEL_DIR={run}", "--simulated_devices=4")
+    for words in (("--gin.TRAIN_STEPS=10",), ()):
+        done = meshway(*recipe, *words, cwd=lab)
+        assert done.returncode == 0, done.stdout + done.stderr
+    losses = {line["step"]: line["loss"] for line in lines(run / "metrics.jsonl") if "loss" in line}
+    assert list(losses) == [5, 10, 15, 20] and losses[20] < losses[5] - 2
+    assert "embed->fsdp" in (run / "model_info.txt").read_text()
+    before = lines(run / "eval" / "lab_halves.jsonl")[-1]
+    evaluated = meshway("eval", f"--model_dir={run}", "--simulated_devices=1", cwd=lab)
+    assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
+    after = lines(run / "eval" / "lab_halves.jsonl")[-1]
+    assert after["step"] == 20 and "fingerprint" in after and after["metrics"]["same_length"] is not None
+    assert abs(after["metrics"]["loss"] - before["metrics"]["loss"]) < 1e-4

@@ -55,6 +55,10 @@ CASES = {
         (*T5, "--gin.TASK_FEATURE_LENGTHS={'inputs': 64}", "--gin.MODEL_DIR={dir}"),
         ["TASK_FEATURE_LENGTHS", "'targets'"],
     ),
+    "an axis of a Linen parameter is missing": (
+        ("train", "--gin_file=linen.gin", "--gin.linen_lm.Boxed.names=('embed',)", "--gin.MODEL_DIR={dir}"),
+        ["parameters of Boxed need a logical axis name", "wi/kernel of shape [16, 32] has ('embed',)", "param_axes"],
+    ),
     "batch not divisible": (
         (*T5, "--gin.BATCH_SIZE=12", "--gin.LAYOUT=data", "--gin.MODEL_DIR={dir}"),
         ["size 12", "data=8", "BATCH_SIZE to a multiple of 8"],

@@ -7,49 +7,28 @@ continues when it is run again. A directory holds one version of a task: its fin
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from meshway.framework.data import seqio_adapter, seqio_steps
+from meshway.framework.data import seqio_adapter, seqio_caches, seqio_steps
 from meshway.framework.data.cache import fingerprint as task_fingerprint
 from meshway.framework.data.cache import format as cache_format
 from meshway.framework.data.cache import shards as cache_shards
-from meshway.framework.data.cache.shards import Shard, failures_of, finished_shard, replace, working
+from meshway.framework.data.cache.shards import BuiltSplit, Shard, failures_of, finished_shard, replace, working
 from meshway.framework.data.cache.workers import CacheProgress, Job, run_jobs
 from meshway.framework.data.objective import FeatureInfo
+from meshway.framework.data.seqio_caches import SeqioCache
 from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.files import local_path
 
 NUM_SHARDS = 8
 _TINY = 20_000  # source examples that are written in less time than another process needs to import TensorFlow
-
-
-@dataclasses.dataclass(frozen=True)
-class BuiltSplit:
-    """One split as it is now on disk.
-
-    Attributes:
-      task: its task.
-      split: its name.
-      examples: how many.
-      tokens: feature -> tokens of all examples.
-      bytes: of all shards.
-      bad: one line for each source example left out.
-      seconds: from the first shard's start to the last one's end; 0 if no shard had to be built.
-    """
-
-    task: str
-    split: str
-    examples: int
-    tokens: dict[str, int]
-    bytes: int
-    bad: list[str]
-    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +41,7 @@ class _Plan:
     num_shards: int
     directory: Path
     info: dict[str, Any]
+    imported: SeqioCache | None
 
     @property
     def features(self) -> dict[str, FeatureInfo]:
@@ -82,22 +62,29 @@ def build(
     overwrite: bool = False,
     max_bad_examples: int = 0,
     progress: bool = True,
+    from_seqio: str | None = None,
+    part: tuple[int, int] = (1, 1),
 ) -> list[BuiltSplit]:
     """Caches tasks; complete shards of an earlier build are kept.
+
+    What seqio's script has cached, in `from_seqio` or one of seqio's global cache directories, is taken from there.
 
     Args:
       names: of registered tasks and mixtures; of a mixture every leaf is cached.
       modules: names of the Python modules whose import registers them.
       directory: CACHE_DIR; each task gets a folder of its name in it.
       splits: which, None for all a task has.
-      num_shards: of each split; None for as many as an existing cache has, else 8.
+      num_shards: of each split; None for as many as an existing cache has (seqio's, for one), else 8.
       num_workers: processes; None for one per core, or only this process if there is little data.
       overwrite: first remove the tasks' caches, with all their splits.
       max_bad_examples: source examples of a split that may fail in a preprocessor; they are left out and counted.
       progress: show progress.
+      from_seqio: where seqio's script cached these tasks, all of them; None looks in its global cache directories.
+      part: (I, N): build the I-th of N parts of the shards, as other machines do the others in the same directory, or
+        in one of their own that is copied together. Whoever finds all shards there completes the cache.
 
     Returns:
-      the requested splits, task by task.
+      the requested splits, task by task; without those of tasks that other parts have not finished.
 
     Raises:
       UserError: a task, an example or an argument is at fault, or the directory holds another version of a task.
@@ -116,12 +103,26 @@ def build(
         plans: dict[str, _Plan] = {}
         works: dict[str, Path] = {}
         for name in names:
-            for task in _leaves(name, modules, splits):
+            for task in _leaves(name, modules, root, splits, from_seqio):
                 if task.name not in plans:
                     _clear(root / task.name, overwrite)
+                    imported = seqio_caches.origin(task, root / task.name, from_seqio)
                     works[task.name] = stack.enter_context(working(root / task.name))
-                    plans[task.name] = _plan(task, name, root, splits, num_shards, works[task.name])
-        return _build(list(plans.values()), works, tuple(modules), num_workers, max_bad_examples, progress)
+                    plans[task.name] = _plan(task, name, root, splits, num_shards, works[task.name], imported)
+        _check_part(part, plans.values())
+        return _build(list(plans.values()), works, tuple(modules), num_workers, max_bad_examples, progress, part)
+
+
+def _check_part(part: tuple[int, int], plans: Iterable[_Plan]) -> None:
+    index, count = part
+    if not 1 <= index <= count:
+        raise UserError(f"--part={index}/{count}: parts are numbered from 1, as 1/{max(count, 1)} for the first")
+    for plan in plans:
+        if count > plan.num_shards:
+            raise UserError(
+                f"--part={index}/{count}: task {plan.task.name!r} has {plan.num_shards} shards a split, too few for "
+                f"{count} parts; give all parts --num_shards={count} or more"
+            )
 
 
 def ensure(
@@ -147,65 +148,47 @@ def ensure(
     refuse_stale(name, modules, root, splits)
     if missing(name, modules, root, splits):
         build([name], modules, root, splits, **options)
-    return {task.name: root / task.name for task in _leaves(name, modules, splits)}
+    return {task.name: root / task.name for task in _leaves(name, modules, root, splits)}
 
 
 def refuse_stale(name: str, modules: Sequence[str], directory: str | Path, splits: Sequence[str] | None = None) -> None:
     """Checks those leaves of a task or mixture that are cached; UserError for a stale one, naming what changed."""
     root = local_path(directory)
-    for task in _leaves(name, modules, splits):
+    for task in _leaves(name, modules, root, splits):
         if (root / task.name / "info.json").is_file():
-            _refuse(root / task.name, stale(root / task.name, task))
+            task_fingerprint.refuse(root / task.name, task_fingerprint.stale(root / task.name, task))
 
 
 def missing(name: str, modules: Sequence[str], directory: str | Path, splits: Sequence[str] | None = None) -> list[str]:
     """Returns the splits, as 'TASK/SPLIT', that `ensure` would build, or check again because later steps changed."""
     root = local_path(directory)
     found = []
-    for task in _leaves(name, modules, splits):
-        moved = (root / task.name / "info.json").is_file() and _online_steps_differ(root / task.name, task)
-        for split in _wanted(task, splits):
+    for task in _leaves(name, modules, root, splits):
+        moved = (root / task.name / "info.json").is_file() and task_fingerprint.later_steps_differ(
+            root / task.name, task
+        )
+        for split in _wanted(task, root, splits):
             if moved or not (root / task.name / split / "index.json").is_file():
                 found.append(f"{task.name}/{split}")
     return found
 
 
-def _online_steps_differ(task_directory: Path, task: Any) -> bool:
-    """Returns whether the preprocessors after the cache differ from those in info.json."""
-    cut = cache_format.read_json(task_directory / "info.json")["cut"]
-    later = task.preprocessors[cut["online_from"] :]
-    return [task_fingerprint.qualified_name(step) for step in later] != cut["online"]
-
-
-def stale(task_directory: Path, task: Any) -> list[str]:
-    """Returns what changed in a seqio task since it was cached, as "vocabulary of 'targets' changed"; [] if nothing.
-
-    Preprocessors after the cache may change. The source is not opened, so this works without the raw data.
-
-    Raises:
-      UserError: nothing is cached there.
-    """
-    info = cache_format.read_json(task_directory / "info.json")
-    with seqio_adapter.task_errors(task.name, "fingerprint"):
-        old = info["parts"]
-        steps = task.preprocessors[: len(info["cut"]["cached"])]
-        return task_fingerprint.changes(old, task_fingerprint.parts(task, steps, old["number of shards"]))
-
-
-def _leaves(name: str, modules: Sequence[str], splits: Sequence[str] | None) -> list[Any]:
+def _leaves(
+    name: str, modules: Sequence[str], root: Path, splits: Sequence[str] | None, from_seqio: str | None = None
+) -> list[Any]:
     """Returns the tasks of a task or mixture, without those that have none of `splits`."""
     tasks = seqio_adapter.subtasks(seqio_adapter.find_provider(name, modules))
-    found = [task for task in tasks if _wanted(task, splits)]
+    having = {task.name: _wanted(task, root, None, from_seqio) for task in tasks}
     for split in splits or ():
-        if not any(split in _wanted(task, [split]) for task in tasks):
-            known = sorted({known for task in tasks for known in task.splits})
+        known = sorted({each for own in having.values() for each in own})
+        if split not in known:
             raise UserError(f"{name!r} has no split {split!r} to cache; it has {known}{did_you_mean(split, known)}")
-    return found
+    return [task for task in tasks if splits is None or set(splits) & set(having[task.name])]
 
 
-def _wanted(task: Any, splits: Sequence[str] | None) -> list[str]:
-    with seqio_adapter.task_errors(task.name, "splits"):
-        return [split for split in task.splits if splits is None or split in splits]
+def _wanted(task: Any, root: Path, splits: Sequence[str] | None, from_seqio: str | None = None) -> list[str]:
+    known = seqio_caches.splits(task, root / task.name, from_seqio)
+    return [split for split in known if splits is None or split in splits]
 
 
 def _clear(directory: Path, overwrite: bool) -> None:
@@ -220,27 +203,26 @@ def _clear(directory: Path, overwrite: bool) -> None:
             shutil.rmtree(directory)
 
 
-def _refuse(directory: Path, changed: Sequence[str]) -> None:
-    if changed:
-        raise UserError(
-            f"{directory} holds another version of the task: {'; '.join(changed)}. "
-            "Run `meshway cache` with --overwrite to build it anew, or use another CACHE_DIR"
-        )
-
-
 def _plan(
-    task: Any, provider: str, root: Path, splits: Sequence[str] | None, num_shards: int | None, work: Path
+    task: Any,
+    provider: str,
+    root: Path,
+    splits: Sequence[str] | None,
+    num_shards: int | None,
+    work: Path,
+    imported: SeqioCache | None,
 ) -> _Plan:
     """Reads or writes a task's info.json."""
     directory = root / task.name
     path = directory / "info.json"
     old = cache_format.read_json(path) if path.is_file() else None
     if num_shards is None:
-        num_shards = old["parts"]["number of shards"] if old else NUM_SHARDS
-    wanted = _wanted(task, splits)
+        made = imported.num_shards if imported else NUM_SHARDS
+        num_shards = old["parts"]["number of shards"] if old else made
+    wanted = [split for split in (imported or task).splits if splits is None or split in splits]
     divided = seqio_steps.divide_steps(task)
     with seqio_adapter.task_errors(task.name, "fingerprint"):
-        parts = task_fingerprint.parts(task, divided.cached, num_shards)
+        parts = task_fingerprint.parts(task, divided.cached, num_shards, imported.identity if imported else None)
     reading = {  # what may change without the examples
         "cut": {
             "cached": [task_fingerprint.qualified_name(step) for step in divided.cached],
@@ -256,19 +238,23 @@ def _plan(
             "task": task.name,
             "fingerprint": task_fingerprint.fingerprint(parts),
             "parts": parts,
-            "features": cache_format.features_to_json(seqio_steps.features(task, wanted)),
+            "features": cache_format.features_to_json(
+                seqio_caches.features(task, imported) if imported else seqio_steps.features(task, wanted)
+            ),
             "declared": cache_format.features_to_json(seqio_steps.declared(task)),
             "vocabularies": cache_shards.save_vocabularies(task, directory, work),
         }
+        if imported:
+            info["seqio_cache"] = dataclasses.asdict(imported)
         with failures_of(path):
             _write_first(path, info | reading, work)
         old = cache_format.read_json(path)  # another builder may have written it first
-    _refuse(directory, task_fingerprint.changes(old["parts"], parts))
+    task_fingerprint.refuse(directory, task_fingerprint.changes(old["parts"], parts))
     if {name: old[name] for name in reading} != reading:
         old |= reading
         with failures_of(path):
             replace(path, _text(old), work)
-    return _Plan(task, provider, wanted, num_shards, directory, old)
+    return _Plan(task, provider, wanted, num_shards, directory, old, imported)
 
 
 def _text(info: dict[str, Any]) -> bytes:
@@ -290,13 +276,16 @@ def _build(
     num_workers: int | None,
     max_bad: int,
     progress: bool,
+    part: tuple[int, int],
 ) -> list[BuiltSplit]:
     jobs: list[Job] = []
     notes: list[str] = []
     for plan in plans:
-        notes.append(f"task {plan.task.name}: caches {plan.info['cut']['reason']}")
+        how = f"imports {plan.imported.directory}, which is" if plan.imported else "caches"
+        notes.append(f"task {plan.task.name}: {how} {plan.info['cut']['reason']}")
         there = 0
-        for split, shard in ((split, shard) for split in plan.splits for shard in range(plan.num_shards)):
+        shards = itertools.product(plan.splits, range(plan.num_shards))
+        for split, shard in itertools.islice(shards, part[0] - 1, None, part[1]):
             found = finished_shard(plan.directory / split, shard, plan.num_shards, plan.fingerprint, check_bytes=True)
             there += isinstance(found, Shard)
             if isinstance(found, str):
@@ -304,10 +293,12 @@ def _build(
             if not isinstance(found, Shard):
                 (plan.directory / split / "index.json").unlink(missing_ok=True)
                 names = (plan.provider, modules, plan.task.name, split, shard, plan.num_shards, max_bad)
-                job = Job(len(jobs), *names, plan.features, plan.fingerprint, plan.directory, works[plan.task.name])
+                where = (plan.directory, works[plan.task.name], plan.imported)
+                job = Job(len(jobs), *names, plan.features, plan.fingerprint, *where)
                 jobs.append(job)
         if there:
-            notes.append(f"task {plan.task.name}: {there} of {len(plan.splits) * plan.num_shards} shards are there")
+            mine = len(range(part[0] - 1, len(plan.splits) * plan.num_shards, part[1]))
+            notes.append(f"task {plan.task.name}: {there} of {mine} shards are there")
     times: dict[tuple[str, str], list[float]] = {}
     if jobs:
         expected = _expected(plans, jobs)
@@ -321,6 +312,12 @@ def _build(
             run_jobs(jobs, num_workers, functools.partial(_report, display, times))
     built = []
     for plan in plans:
+        if part != (1, 1) and not all(
+            isinstance(finished_shard(plan.directory / split, shard, plan.num_shards, plan.fingerprint, False), Shard)
+            for split in plan.splits
+            for shard in range(plan.num_shards)
+        ):
+            continue  # the last of the parts finishes it
         built += _finish(plan, works[plan.task.name], max_bad, times)
     return built
 
@@ -331,7 +328,9 @@ def _expected(plans: Sequence[_Plan], jobs: Sequence[Job]) -> int | None:
     for plan in plans:
         for split in plan.splits:
             missing = sum((job.task, job.split) == (plan.task.name, split) for job in jobs)
-            count = seqio_steps.source_count(plan.task, split) if missing else 0
+            count = plan.imported.count(split) if plan.imported else None
+            if count is None:
+                count = seqio_steps.source_count(plan.task, split) if missing else 0
             if count is None:
                 return None
             total += count * missing / plan.num_shards
@@ -367,6 +366,12 @@ def _finish(plan: _Plan, work: Path, max_bad: int, times: dict[tuple[str, str], 
             shards.append(one)
         found[split] = shards
         bad = [line for shard in shards for line in shard.bad]
+        if plan.imported and sum(shard.examples for shard in shards) + len(bad) != plan.imported.count(split):
+            raise UserError(
+                f"the files of split {split!r} in {plan.imported.directory} hold "
+                f"{sum(shard.examples for shard in shards) + len(bad):,} examples, but stats.{split}.json says "
+                f"{plan.imported.count(split):,}: the cache is damaged, or written again since; write it once more"
+            )
         if len(bad) > max_bad:
             raise UserError(
                 f"task {name!r}, split {split!r} has {len(bad)} bad examples, {max_bad} allowed by --max_bad_examples; "

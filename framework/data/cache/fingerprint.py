@@ -16,29 +16,36 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from meshway.framework.data.cache.format import FORMAT
+from meshway.framework.data.cache.format import FORMAT, read_json
+from meshway.framework.data.seqio_adapter import task_errors
 from meshway.framework.data.vocabularies import of_seqio
+from meshway.framework.errors import UserError
 
+IMPORTED = "seqio cache"  # the part that tells from which cache of seqio's examples were taken
 _SIMPLE = (str, bytes, int, float, bool, type(None))
 
 
-def parts(task: Any, steps: Sequence[Any], num_shards: int) -> dict[str, Any]:
+def parts(task: Any, steps: Sequence[Any], num_shards: int, imported: str | None = None) -> dict[str, Any]:
     """Returns what a task's cache depends on: name of a part -> text, number or list, as JSON holds them.
+
+    What was taken from a cache of seqio's does not depend on source and preprocessors as they are now.
 
     Args:
       task: the seqio task.
       steps: its cached preprocessors.
       num_shards: of each split.
+      imported: identity of the cache of seqio's that its examples were taken from; None where the steps made them.
     """
-    found: dict[str, Any] = {
-        "cache format": FORMAT,
-        "task name": task.name,
-        "source": _plain(str(task.source)),
-        "code of the source": _digest(describe(getattr(task.source, "_dataset_fn", type(task.source)))),
-        "cached preprocessors": [qualified_name(step) for step in steps],
-        "number of shards": num_shards,
-    }
-    for place, step in enumerate(steps):
+    found: dict[str, Any] = {"cache format": FORMAT, "task name": task.name, "number of shards": num_shards}
+    if imported is None:
+        found |= {
+            "source": _plain(str(task.source)),
+            "code of the source": _digest(describe(getattr(task.source, "_dataset_fn", type(task.source)))),
+            "cached preprocessors": [qualified_name(step) for step in steps],
+        }
+    else:
+        found[IMPORTED] = imported
+    for place, step in enumerate(steps if imported is None else ()):
         found[f"code of preprocessor {place + 1} ({qualified_name(step).rpartition('.')[2]})"] = _digest(describe(step))
     for name, feature in task.output_features.items():
         eos = ", add_eos" if feature.add_eos else ""
@@ -54,6 +61,9 @@ def fingerprint(found: Mapping[str, Any]) -> str:
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Returns what differs, each as a clause such as "vocabulary of 'targets' changed"."""
+    if (IMPORTED in old) != (IMPORTED in new):
+        made = ("by its preprocessors", "from a cache of seqio's")
+        return [f"it was made {made[IMPORTED in old]}, and is now to be made {made[IMPORTED in new]}"]
     if old.get("cached preprocessors") != new.get("cached preprocessors"):
         # Each step whose number changed would be reported as changed.
         old, new = ({key: x[key] for key in x if not key.startswith("code of preprocessor")} for x in (old, new))
@@ -69,6 +79,38 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
             was = f" from {before} to {after}" if short or isinstance(before, list) else ""
             found.append(f"{key} changed{was}")
     return found
+
+
+def stale(task_directory: Path, task: Any) -> list[str]:
+    """Returns what changed in a seqio task since it was cached, as "vocabulary of 'targets' changed"; [] if nothing.
+
+    Preprocessors after the cache may change. The source is not opened, so this works without the raw data.
+
+    Raises:
+      UserError: nothing is cached there.
+    """
+    info = read_json(task_directory / "info.json")
+    with task_errors(task.name, "fingerprint"):
+        old = info["parts"]
+        steps = task.preprocessors[: len(info["cut"]["cached"])]
+        new = parts(task, steps, old["number of shards"], old.get(IMPORTED))
+        return changes(old, new)
+
+
+def later_steps_differ(task_directory: Path, task: Any) -> bool:
+    """Returns whether the preprocessors after the cache differ from those in info.json."""
+    cut = read_json(task_directory / "info.json")["cut"]
+    later = task.preprocessors[cut["online_from"] :]
+    return [qualified_name(step) for step in later] != cut["online"]
+
+
+def refuse(directory: Path, changed: Sequence[str]) -> None:
+    """Raises UserError if anything `changed` in a task since it was cached in `directory`."""
+    if changed:
+        raise UserError(
+            f"{directory} holds another version of the task: {'; '.join(changed)}. "
+            "Run `meshway cache` with --overwrite to build it anew, or use another CACHE_DIR"
+        )
 
 
 def qualified_name(step: Any) -> str:

@@ -26,7 +26,9 @@ from meshway.framework.data.vocabularies import of_seqio
 from meshway.framework.errors import EnvironmentFailure, UserError
 from meshway.framework.files import local_path, replace_file, sync
 
-_WRITER = "group_size:1"  # examples are read one by one, in random order
+# Examples are read one by one, in random order, and a reader keeps 8 bytes in memory for each group. A group is read as
+# a whole, which takes 10 us more than one of 1; eight together take a third less space, and half the time to write.
+_WRITER = "group_size:8"
 _REPORT = 512  # examples between reports of progress
 
 
@@ -61,6 +63,29 @@ class Shard:
         entry = json.loads(text)
         sizes = {name: np.frombuffer(base64.b64decode(data), "<i4") for name, data in entry["sizes"].items()}
         return Shard(**entry | {"sizes": sizes})
+
+
+@dataclasses.dataclass(frozen=True)
+class BuiltSplit:
+    """One split as it is now on disk.
+
+    Attributes:
+      task: its task.
+      split: its name.
+      examples: how many.
+      tokens: feature -> tokens of all examples.
+      bytes: of all shards.
+      bad: one line for each source example left out.
+      seconds: from the first shard's start to the last one's end; 0 if no shard had to be built.
+    """
+
+    task: str
+    split: str
+    examples: int
+    tokens: dict[str, int]
+    bytes: int
+    bad: list[str]
+    seconds: float
 
 
 def side_path(split_directory: Path, shard: int, num_shards: int) -> Path:

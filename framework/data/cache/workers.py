@@ -14,9 +14,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Unpack
 
-from meshway.framework.data import seqio_adapter, seqio_steps
+from meshway.framework.data import seqio_adapter, seqio_caches, seqio_steps
 from meshway.framework.data.cache.shards import write_shard
 from meshway.framework.data.objective import FeatureInfo
+from meshway.framework.data.seqio_caches import SeqioCache
 from meshway.framework.errors import EnvironmentFailure, UserError
 from meshway.framework.progress import Bar, Display, Screen, seconds_left
 
@@ -76,6 +77,7 @@ class Job:
       fingerprint: of the task.
       directory: CACHE_DIR/TASK.
       work: a folder inside it for files under way, of this builder alone.
+      imported: the cache of seqio's that its examples are taken from; None where the task's preprocessors make them.
     """
 
     number: int
@@ -90,6 +92,7 @@ class Job:
     fingerprint: str
     directory: Path
     work: Path
+    imported: SeqioCache | None = None
 
     def __str__(self) -> str:
         return f"shard {self.shard} of {self.num_shards} of task {self.task!r}, split {self.split!r}"
@@ -201,7 +204,10 @@ def _run(job: Job, report: Callable[[int], None]) -> int:
     """Writes one shard and returns its examples."""
     task = _task(job.provider, job.modules, job.task)
     bad: list[str] = []
-    examples = seqio_steps.cacheable(task, job.split, job.shard, job.num_shards, _SEED, job.max_bad, bad)
+    if job.imported:
+        examples = seqio_caches.examples(job.imported, task, job.split, job.shard, job.num_shards, job.max_bad, bad)
+    else:
+        examples = seqio_steps.cacheable(task, job.split, job.shard, job.num_shards, _SEED, job.max_bad, bad)
     split_directory = job.directory / job.split
     done = write_shard(
         examples,

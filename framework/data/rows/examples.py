@@ -1,4 +1,4 @@
-"""Examples of a task, read by number, and the steps that run as they are read.
+"""Examples of a task, read by number, the items they make, and the steps that run as they are read.
 
 info.json lists a task's steps after the cache, as [{"step": "append_eos", "features": {"targets": 1}}]: the
 features that get an EOS, with its id. It holds TENSORFLOW where a step has no numpy equivalent.
@@ -6,12 +6,14 @@ features that get an EOS, with its id. It holds TENSORFLOW where a step has no n
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
 
-from meshway.framework.data.objective import FeatureInfo, Sizes
+from meshway.framework.data.objective import FeatureInfo, Items, Objective, Sizes
 from meshway.framework.data.rows.packing import Example
 from meshway.framework.errors import UserError
 
@@ -71,7 +73,10 @@ def numpy_steps(
 
 
 class Examples(Protocol):
-    """A task's examples: their number, the size of each, and access by number."""
+    """A task's examples: their number, the size of each, and access by number.
+
+    Those of a corpus have `sizes_at` too, (numbers or a slice) -> the sizes of these examples alone: see the function.
+    """
 
     def __len__(self) -> int: ...
 
@@ -83,6 +88,85 @@ class Examples(Protocol):
     def read(self, indices: Sequence[int] | np.ndarray) -> list[Any]:
         """Returns the examples with these numbers, in this order."""
         ...
+
+
+def sizes_at(examples: Examples, which: np.ndarray | slice) -> dict[str, np.ndarray]:
+    """Returns feature -> the length in the examples with numbers `which` [n], or of a slice, integers [n]."""
+    if hasattr(examples, "sizes_at"):
+        return examples.sizes_at(which)
+    return {name: column[which] for name, column in examples.sizes.items()}
+
+
+_TOGETHER = 1 << 20  # examples whose sizes are looked at together
+_BLOCK = 64  # examples of a task of more; divides _TOGETHER
+
+
+class ItemNumbers:
+    """The items of a task by number: they are numbered in the order of their examples.
+
+    What is kept grows by an eighth of a byte an example: where items begin is kept of every 64th example.
+
+    Args:
+      examples: the task's.
+      objective: says how many items each makes.
+
+    Attributes:
+      total: how many items there are.
+
+    Raises:
+      UserError: an example is too long and the policy says 'error'.
+    """
+
+    def __init__(self, examples: Examples, objective: Objective) -> None:
+        self._examples, self._objective = examples, objective
+        self._block = 1 if len(examples) <= _TOGETHER else _BLOCK
+        self._ends: np.ndarray | None = None  # items of all blocks up to each; None if each example makes one
+        self.total = len(examples)
+        if not objective.row_lengths:
+            return
+        starts = range(0, len(examples), _TOGETHER)
+        if len(starts) == 1:
+            counted = [self._count(0)]
+        else:
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # numpy frees the interpreter
+                counted = list(threads.map(self._count, starts))
+        if any(one is not None for one in counted):
+            whole = [self._ones(at) if one is None else one for at, one in zip(starts, counted, strict=True)]
+            self._ends = np.cumsum(np.concatenate(whole), dtype=np.int64)
+            self.total = int(self._ends[-1])
+
+    def at(self, positions: np.ndarray, epochs: np.ndarray) -> Items:
+        """Returns the items with numbers `positions` [n], below `total`, in `epochs` [n]."""
+        if self._ends is None:
+            return Items(positions, np.zeros(len(positions), np.int64), epochs)
+        blocks = np.searchsorted(self._ends, positions, side="right")
+        left = positions - np.where(blocks > 0, self._ends[blocks - 1], 0)
+        if self._block == 1:
+            return Items(blocks, left, epochs)
+        found, place = np.unique(blocks, return_inverse=True)
+        members = found[:, None] * self._block + np.arange(self._block)
+        inside = members < len(self._examples)
+        sizes = sizes_at(self._examples, np.minimum(members, len(self._examples) - 1).ravel())
+        ends = np.cumsum(np.asarray(self._objective.parts(sizes)).reshape(members.shape) * inside, axis=1)[place]
+        within = (ends <= left[:, None]).sum(axis=1)
+        before = np.where(within > 0, np.take_along_axis(ends, np.maximum(within - 1, 0)[:, None], axis=1)[:, 0], 0)
+        return Items(blocks * self._block + within, left - before, epochs)
+
+    def _count(self, start: int) -> np.ndarray | None:
+        """Returns how many items each block from example `start` on makes; None if each example makes one."""
+        stop = min(start + _TOGETHER, len(self._examples))
+        try:
+            parts = np.asarray(self._objective.parts(sizes_at(self._examples, slice(start, stop))))
+        except UserError:
+            self._objective.parts(self._examples.sizes)  # says the same of all examples
+            raise
+        if (parts == 1).all():
+            return None
+        return np.add.reduceat(parts, np.arange(0, len(parts), self._block), dtype=np.int64)
+
+    def _ones(self, start: int) -> np.ndarray:
+        count = min(_TOGETHER, len(self._examples) - start)
+        return np.minimum(self._block, count - np.arange(0, count, self._block))
 
 
 def check_ids(
@@ -161,6 +245,10 @@ class First:
     def sizes(self) -> dict[str, np.ndarray]:
         return {name: column[: self._count] for name, column in self._examples.sizes.items()}
 
+    def sizes_at(self, which: np.ndarray | slice) -> dict[str, np.ndarray]:
+        within = slice(*which.indices(self._count)) if isinstance(which, slice) else which
+        return sizes_at(self._examples, within)
+
     @property
     def whole(self) -> dict[str, np.ndarray]:
         """What `sizes` would be if no step trimmed."""
@@ -225,6 +313,11 @@ class Stepped:
     @functools.cached_property
     def sizes(self) -> Mapping[str, np.ndarray]:
         return functools.reduce(lambda sizes, step: step.sizes(sizes, self._lengths), self._steps, self.examples.sizes)
+
+    def sizes_at(self, which: np.ndarray | slice) -> Mapping[str, np.ndarray]:
+        """Returns the sizes of some examples after the steps."""
+        found = sizes_at(self.examples, which)
+        return functools.reduce(lambda sizes, step: step.sizes(sizes, self._lengths), self._steps, found)
 
     @property
     def whole(self) -> Mapping[str, np.ndarray]:

@@ -82,6 +82,9 @@ class OnlineSource:
         pool = self._rows(0, 0)
         return pool.items_per_epoch / pool.rows_in_round(0) if pool else 1.0
 
+    def prepare(self, number: int) -> None:
+        """Does nothing: what leads to a row is run as it is taken."""
+
     def take(self, numbers: np.ndarray) -> tuple[Arrays, int]:
         """Reads rows by their numbers, ascending; as `RowSource.take`."""
         parts: list[Arrays] = []
@@ -218,6 +221,9 @@ class StreamedSource:
         """How many items a row of the first buffer holds; to be asked for before rows are taken."""
         rows = self._rows_of(0)
         return rows.items_per_epoch / rows.rows_in_round(0)
+
+    def prepare(self, number: int) -> None:
+        """Does nothing: rows are taken one after the other."""
 
     def take(self, numbers: np.ndarray) -> tuple[Arrays, int]:
         """Reads rows by their numbers, ascending, none below those taken before; as `RowSource.take`."""

@@ -7,6 +7,7 @@ import numpy as np
 
 Example = Mapping[str, np.ndarray]
 Arrays = dict[str, np.ndarray]
+PACKING = 1  # to be raised whenever `best_fit` places items otherwise: counts of rows are kept
 WINDOW = 256
 _LARGE = 0.3
 _LANE = 40  # bits for one feature of an item
@@ -51,6 +52,39 @@ def best_fit(sizes: Mapping[str, np.ndarray], capacity: Mapping[str, int], windo
     if window < 1:
         raise ValueError(f"best_fit: window must be at least 1, not {window}")
     table = _table(sizes, capacity)
+    return _placed(_best_rows(table, capacity, window), table, list(capacity))
+
+
+def count_rows(sizes: Mapping[str, np.ndarray], capacity: Mapping[str, int]) -> int:
+    """Returns `best_fit(sizes, capacity).num_rows`, without the placement."""
+    table = _table(sizes, capacity)
+    if len(capacity) > 1:
+        return int(_best_rows(table, capacity, WINDOW).max(initial=-1)) + 1
+    (length,) = capacity.values()
+    share = table[:, 0] / length
+    order = np.argsort(np.where(share > _LARGE, -share, 0.0), kind="stable")
+    return _count_by_room(table[order, 0].tolist(), length)
+
+
+def _count_by_room(sizes: list[int], capacity: int) -> int:
+    """Returns how many rows `_fullest_that_fit` makes of items of one feature: rows of equal room are as good."""
+    rows = occupied = 0
+    open_rows = [0] * (capacity + 1)  # how many, by free tokens
+    for size in sizes:
+        if candidates := occupied >> size:
+            free = size + (candidates & -candidates).bit_length() - 1
+            open_rows[free] -= 1
+            if not open_rows[free]:
+                occupied ^= 1 << free
+        else:
+            rows, free = rows + 1, capacity
+        open_rows[free - size] += 1
+        occupied |= 1 << (free - size)
+    return rows
+
+
+def _best_rows(table: np.ndarray, capacity: Mapping[str, int], window: int) -> np.ndarray:
+    """Returns the row of each item of `table` [n, features], int64 [n], as `best_fit` places them."""
     room = np.array(list(capacity.values()), np.int64)
     main = int((table.sum(axis=0) / room).argmax())
     others = [column for column in range(len(room)) if column != main]
@@ -66,7 +100,7 @@ def best_fit(sizes: Mapping[str, np.ndarray], capacity: Mapping[str, int], windo
         int(sum(1 << _LANE * (lane + 1) - 1 for lane in range(len(others)))),
         window,
     )
-    return _placed(rows, table, list(capacity))
+    return rows
 
 
 def _fullest_that_fit(

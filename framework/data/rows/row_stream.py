@@ -29,6 +29,8 @@ class Source(Protocol):
     @property
     def items_per_row(self) -> float: ...
 
+    def prepare(self, number: int) -> None: ...
+
     def take(self, numbers: np.ndarray) -> tuple[Arrays, int]: ...
 
     def state(self, number: int) -> dict[str, int]: ...
@@ -105,6 +107,11 @@ class RowStream:
     def seek(self, batch: int) -> None:
         """Makes `batch` the number of the next batch, reading nothing."""
         self.position = batch
+
+    def prepare(self) -> None:
+        """Makes the next batch quick to find, here and in processes that this stream is sent to."""
+        for source, count in zip(self.sources, self.drawn(self.position).values(), strict=True):
+            source.prepare(count)
 
     def batch(self, number: int) -> dict[str, np.ndarray]:
         """Returns this process's rows of batch `number`; raises StopIteration past the limit."""
@@ -195,7 +202,11 @@ class RowStream:
                 row = last.row + (start - last.batch) * self._batch_size
                 taken = last.taken_before(row)
             # Rates count examples, a period assigns rows: fewer of a source whose rows hold more examples.
-            weights = [rate and rate / source.items_per_row for rate, source in zip(rates, self.sources, strict=True)]
+            weights = (
+                list(rates)
+                if len(self.sources) == 1
+                else [rate and rate / source.items_per_row for rate, source in zip(rates, self.sources, strict=True)]
+            )
             result.append(_Period(start, row, taken, Interleaving(np.array(weights))))
         return result
 

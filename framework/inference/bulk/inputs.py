@@ -1,8 +1,9 @@
-"""Inputs of a job: their files and formats, records, and the examples made of them."""
+"""Inputs of a job: its share of them, their files and formats, records, and the examples made of them."""
 
 import dataclasses
 import glob
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ class Record:
       place: where it was read, for messages: `questions.jsonl:17` (lines from 1), `x.parquet row 3` (rows from 1).
       raw: the bytes that were read, without the end of the line, for digests. A TSV line is preceded by the names of
         its columns, which change its meaning, and a newline; a Parquet row is its JSON, keys sorted.
-      ids: token ids of fields, where they are known: of a task's examples.
+      ids: token ids of fields, where they are known: of a task's examples, and integers of TFRecord files.
       problem: why it cannot be used, such as `not JSON: Expecting value at column 5`; "" if it can.
     """
 
@@ -34,8 +35,37 @@ class Record:
     ids: Mapping[str, list[int]] = dataclasses.field(default_factory=dict)
 
 
-FORMATS = ("jsonl", "tsv", "parquet", "text")
-COMPRESSED = ".gz"  # of line formats; Parquet has its own compression
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """The chunks of a job that one of `count` independent processes computes: each `count`-th, from `index` on.
+
+    Shares do not overlap, and together are the whole; a chunk is the same whoever computes it.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise UserError(f"num_shards={self.count} must be at least 1")
+        if not 0 <= self.index < self.count:
+            raise UserError(f"shard_id={self.index} is not one of {self.count} shards, which are 0 to {self.count - 1}")
+
+    @property
+    def name(self) -> str:
+        return f"{self.index:05d}-of-{self.count:05d}"
+
+    @property
+    def is_whole(self) -> bool:
+        return self.count == 1
+
+    def owns(self, chunk: int) -> bool:
+        """Returns whether chunk number `chunk` is one of these."""
+        return chunk % self.count == self.index
+
+
+FORMATS = ("jsonl", "tsv", "parquet", "text", "tfrecord")
+COMPRESSED = ".gz"  # of lines and TFRecord; Parquet has its own compression
 _SUFFIXES = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -44,7 +74,10 @@ _SUFFIXES = {
     ".parquet": "parquet",
     ".txt": "text",
     ".text": "text",
+    ".tfrecord": "tfrecord",
+    ".tfrecords": "tfrecord",
 }
+_SHARD = re.compile(r"-\d+-of-\d+$")  # behind the suffix, as writers of TFRecord files name shards
 
 
 def find_files(where: str) -> list[str]:
@@ -101,7 +134,7 @@ def check_format(format: str) -> None:
 
 
 def _by_suffix(path: str) -> str:
-    suffix = Path(path.removesuffix(COMPRESSED)).suffix
+    suffix = Path(_SHARD.sub("", path.removesuffix(COMPRESSED))).suffix
     if suffix.lower() not in _SUFFIXES:
         what = f"its suffix {suffix!r} is of" if suffix else "a name without suffix has"
         raise UserError(f"{path}: {what} no known format; give one (--format): {', '.join(FORMATS)}")

@@ -13,9 +13,10 @@ from typing import Any, Unpack
 from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError
 from meshway.framework.inference.bulk.batches import Work, compute
-from meshway.framework.inference.bulk.inputs import Example, Reader, Record
+from meshway.framework.inference.bulk.inputs import Example, Reader, Record, Share
 from meshway.framework.inference.bulk.store import ChunkStore
 from meshway.framework.progress import Bar, Display, Screen, seconds_left
+from meshway.framework.terminal import count_of
 
 
 class JobProgress(Display):
@@ -23,7 +24,7 @@ class JobProgress(Display):
     result."""
 
     def __init__(self, total: int | None, **screen: Unpack[Screen]) -> None:
-        """`total` counts records of the whole input, None where nobody knows."""
+        """`total` counts records of the whole input, or of a share of it; None where nobody knows."""
         self._total, self._began = total, time.monotonic()
         self._done = self._skipped = self._tokens = 0
         super().__init__(sys.stderr, **screen)
@@ -59,11 +60,18 @@ class Policy:
       chunk_size: records of a chunk, which is the unit that is committed.
       skip_bad: leave such records out and report them, instead of stopping.
       overwrite: compute chunks anew whose records have changed, instead of stopping.
+      share: which chunks are computed.
     """
 
     chunk_size: int
     skip_bad: bool = False
     overwrite: bool = False
+    share: Share = Share()
+
+    def records_of_share(self, total: int) -> int:
+        """Returns how many of `total` records are in the chunks of the share."""
+        firsts = range(self.share.index * self.chunk_size, total, self.share.count * self.chunk_size)
+        return sum(min(self.chunk_size, total - first) for first in firsts)
 
 
 class Job:
@@ -85,25 +93,31 @@ class Job:
         self._records, self._reader, self._work, self._store = records, reader, work, store
         self._policy, self._batch_size, self._progress = policy, batch_size, progress
 
-    def run(self) -> int:
-        """Computes all chunks that are not committed yet; returns how many there are.
+    def run(self) -> list[str]:
+        """Computes all chunks of its share that are not committed yet.
+
+        Returns:
+          the digest of the records of each chunk of the whole input.
 
         Raises:
           UserError: a record cannot be used, or is not what it was when its chunk was committed; the disk refuses.
         """
-        done, number = self._committed(), -1
+        done, digests = self._committed(), []
         for number, records in enumerate(_chunks(self._records, self._policy.chunk_size)):
             digest = _digest(records)
+            digests.append(digest)
             if done.get(number, digest) != digest and not self._policy.overwrite:
                 raise UserError(
                     f"chunk {number} ({records[0].place} to {records[-1].place}) is not what it was when it was "
                     "computed: the input has changed; give its old version, another --output, or --overwrite"
                 )
+            if not self._policy.share.owns(number):
+                continue
             if done.get(number) == digest:
                 self._progress.skip(len(records))
             else:
                 self._compute(number, records, digest)
-        return number + 1
+        return digests
 
     def _committed(self) -> dict[int, str]:
         """Returns the digest of each chunk that is there, on every process."""
@@ -165,6 +179,34 @@ def summary(store: ChunkStore) -> dict[str, Any]:
         "tokens_per_second": round((counts["read_tokens"] + counts["made_tokens"]) / seconds, 1),
         "left_out": skipped,
     }
+
+
+def lines_of(counts: Mapping[str, Any]) -> list[str]:
+    """Returns a summary, with `programs` and `wall_seconds`, for people."""
+    left_out = counts["left_out"]
+    lines = [
+        f"{counts['examples']:,} examples in {counts['wall_seconds']:,.1f} s: {counts['examples_per_second']:,} "
+        f"examples/s, {counts['tokens_per_second']:,} tokens/s; {counts['read_tokens']:,} tokens read, "
+        f"{counts['made_tokens']:,} made; {100 * counts['padding']:.1f} % of the input places were padding; "
+        f"{counts['programs']} programs compiled",
+        *(f"left out: {line}" for line in left_out[:20]),
+    ]
+    more = [f"left out: and {len(left_out) - 20:,} more, listed in the summary"] if len(left_out) > 20 else []
+    return lines + more
+
+
+def of_shares(share: Share, num_chunks: int, missing: Sequence[int]) -> str:
+    """Returns what a share that is done and has not made the result says of it, for people."""
+    done = f"shard {share.index} of {share.count} is done"
+    if num_chunks < share.count:
+        done += f" ({count_of(num_chunks, 'chunk')} are too few for all: give a smaller --chunk_size)"
+    if not missing:
+        return f"{done}, and another job has made the result of all"
+    shards = ", ".join(str(shard) for shard in sorted({number % share.count for number in missing}))
+    return (
+        f"{done}; {len(missing):,} of {count_of(num_chunks, 'chunk')} are to come from shards {shards}: the job that "
+        "ends last makes the result, or the same command without --num_shards and --shard_id"
+    )
 
 
 def _chunks(records: Iterable[Record], size: int) -> Iterator[list[Record]]:

@@ -6,18 +6,22 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from meshway.framework.errors import UserError, did_you_mean
-from meshway.framework.files import holder_of, io_errors, replace_file, sync, try_lock
+from meshway.framework.files import Holder, holder_of, io_errors, replace_file, sync, try_lock
+from meshway.framework.inference.bulk.inputs import Share
 from meshway.framework.terminal import count_of
 
 FILE_FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "txt"}  # of one merged file
 SHARD_FORMATS = ("jsonl", "parquet")
 _NOT_WRITTEN = (".csv", ".tsv", ".ndjson", ".text", ".gz", ".bz2", ".xz", ".zst", ".zip", ".arrow", ".pq")
-_OURS = re.compile(r"chunk-\d{6,}\.(jsonl|parquet|txt|json)|temporary")
+_OURS = re.compile(r"chunk-\d{6,}\.\w+|temporary(-\d+-of-\d+)?")
+_POLL_SECONDS = 0.05
+_TRIES = 20  # of a lock that another process may hold for a moment, to see whether it is stale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,13 +30,15 @@ class OutputPaths:
 
     Attributes:
       output: the merged file, or the folder of shards.
-      format: 'jsonl', 'parquet' or 'txt'.
+      format: 'jsonl', 'parquet', 'txt', or that of a writer of one's own: its suffix.
       sharded: whether it is a folder, each chunk a shard.
+      share: the part of the job that this process computes.
     """
 
     output: Path
     format: str
     sharded: bool
+    share: Share = Share()
 
     @property
     def parts(self) -> Path:
@@ -45,7 +51,17 @@ class OutputPaths:
 
     @property
     def lock(self) -> Path:
+        """The lock on all that is there: a whole job holds it all the time, a share in its turn."""
         return self.parts / "lock"
+
+    @property
+    def own_lock(self) -> Path:
+        """The lock that this process holds all the time."""
+        return self.lock if self.share.is_whole else self.parts / f"{self.share.name}.lock"
+
+    def other_locks(self) -> list[Path]:
+        """Returns the locks of shares but this one, held or left behind."""
+        return [path for path in sorted(self.parts.glob("*-of-*.lock")) if path != self.own_lock]
 
     @property
     def job(self) -> Path:
@@ -59,7 +75,7 @@ class OutputPaths:
     @property
     def temporary(self) -> Path:
         """The path to which each file is written first."""
-        return self.parts / "temporary"
+        return self.parts / ("temporary" if self.share.is_whole else f"temporary-{self.share.name}")
 
     def chunk(self, number: int) -> Path:
         return self.parts / f"chunk-{number:06d}.{self.format}"
@@ -85,7 +101,9 @@ class OutputPaths:
     def existing_results(self) -> list[Path]:
         """Returns existing files with the name of a result, for any number of shards."""
         if self.sharded:
-            found = (path for suffix in SHARD_FORMATS for path in self.output.glob(f"part-*-of-*.{suffix}"))
+            found = (
+                path for suffix in {*SHARD_FORMATS, self.format} for path in self.output.glob(f"part-*-of-*.{suffix}")
+            )
             return sorted(found)
         return [self.output] if self.output.exists() else []
 
@@ -97,19 +115,32 @@ class OutputPaths:
         return self.output.with_name(f"{self.output.name}.{what}")
 
 
-def output_paths(output: Path, format: str | None) -> OutputPaths:
+def output_paths(output: Path, format: str | None, share: Share = Share(), own: str | None = None) -> OutputPaths:
     """Returns the paths of an output: one file if it ends in a known suffix, else a folder of shards.
+
+    Args:
+      output, share: see `OutputPaths`.
+      format: 'jsonl' or 'parquet', of shards; None for what the name says.
+      own: the suffix of a writer of one's own, instead of all others.
 
     Raises:
       UserError: the format contradicts the name, or there is no such format.
     """
+    if own is not None:
+        if format is not None:
+            raise UserError(f"no format of shards is chosen where a writer has its own ({own}): leave out {format!r}")
+        if output.suffix not in ("", own) and output.suffix in (*FILE_FORMATS, *_NOT_WRITTEN):
+            raise UserError(f"output {output}: the writer writes {own}: end it in that, or name a folder")
+        if output.is_dir() and output.suffix == own or output.is_file() and output.suffix != own:
+            raise UserError(f"output {output}: a {'file' if output.is_dir() else 'folder'} is written there")
+        return OutputPaths(output, own[1:], output.suffix != own, share)
     known = FILE_FORMATS.get(output.suffix)
     if known is not None:
         if format not in (None, known):
             raise UserError(f"output {output} ends in {output.suffix}, its format is {known}, not {format}")
         if output.is_dir():
             raise UserError(f"output {output} is a folder; as a file it would hold {known}")
-        return OutputPaths(output, known, False)
+        return OutputPaths(output, known, False, share)
     if output.suffix in _NOT_WRITTEN:
         raise UserError(
             f"output {output}: {output.suffix} is not written; end it in {', '.join(FILE_FORMATS)}, or name a folder"
@@ -120,46 +151,90 @@ def output_paths(output: Path, format: str | None) -> OutputPaths:
         )
     if output.exists() and not output.is_dir():
         raise UserError(f"output {output} is a file; a folder of shards is written there")
-    return OutputPaths(output, format or "jsonl", True)
+    return OutputPaths(output, format or "jsonl", True, share)
 
 
 class OutputLock:
-    """A lock on a file, whose folder is created if it does not exist."""
+    """The locks on an output's folder of chunks, which is created if it does not exist.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._descriptor: int | None = None
+    A whole job excludes everyone else. Shares work side by side, and take turns where one looks at, or changes, what is
+    of all: at the start and at the end.
+    """
+
+    def __init__(self, paths: OutputPaths) -> None:
+        self._paths = paths
+        self._own: int | None = None
+        self._turn: int | None = None
 
     @property
     def held(self) -> bool:
-        return self._descriptor is not None
+        return self._own is not None
 
     def acquire(self) -> None:
-        """Creates the folder and takes the lock.
+        """Creates the folder and takes the lock of this process.
 
         Raises:
-          UserError: another process holds the lock, or the folder cannot be created.
+          UserError: another process holds it, or the whole of which this is a share, or a share of this whole; the
+            folder cannot be created.
         """
-        with io_errors(self._path.parent):
-            while self._descriptor is None:
+        paths, tries = self._paths, 1 if self._paths.share.is_whole else _TRIES
+        with io_errors(paths.parts):
+            while self._own is None:
                 with contextlib.suppress(FileExistsError):
-                    os.mkdir(self._path.parent)
-                    sync(self._path.parent.parent)
+                    os.mkdir(paths.parts)
+                    sync(paths.parts.parent)
                 # A holder that ends removes file and folder, which may happen between any two steps here.
                 with contextlib.suppress(FileNotFoundError):
-                    self._descriptor = try_lock(self._path)
-                    if self._descriptor is None:
-                        holder = holder_of(self._path) or "another process"
-                        raise UserError(f"{holder} is working on this output ({self._path} is locked): wait for it")
+                    self._own = try_lock(paths.own_lock)
+                    tries -= self._own is None
+                    if not tries:
+                        raise UserError(_working(holder_of(paths.own_lock), paths.own_lock))
+                    if self._own is None:
+                        time.sleep(_POLL_SECONDS)
+        if paths.share.is_whole and (others := self.others()):
+            raise UserError(_working(*others[0]))
+
+    def take_turn(self, wait: bool = True) -> bool:
+        """Returns whether this process alone may look at what is of all, waiting for its turn if asked to."""
+        if self._turn is None and not self._paths.share.is_whole:
+            while (found := try_lock(self._paths.lock)) is None and wait:
+                time.sleep(_POLL_SECONDS)
+            self._turn = found
+            return found is not None
+        return True
+
+    def end_turn(self) -> None:
+        """Lets other shares have their turn."""
+        if self._turn is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._paths.lock)
+            os.close(self._turn)
+            self._turn = None
+
+    def others(self) -> list[tuple[Holder, Path]]:
+        """Returns which other shares are being computed now: who does, and the lock."""
+        with io_errors(self._paths.parts):
+            found = [(holder_of(path), path) for path in self._paths.other_locks()]
+        return [(holder, path) for holder, path in found if holder is not None]
 
     def discard(self) -> None:
-        """Releases the lock if it is held, and removes its file, and the folder if it is empty."""
-        if self._descriptor is not None:
+        """Releases all that is held, and removes its files, those that killed shares left, and the folder if it is
+        empty."""
+        self.end_turn()
+        if self._own is not None:
             with contextlib.suppress(OSError):
-                os.unlink(self._path)
-                os.rmdir(self._path.parent)
-            os.close(self._descriptor)
-            self._descriptor = None
+                for path in self._paths.other_locks():
+                    if (left := try_lock(path)) is not None:
+                        os.unlink(path)
+                        os.close(left)
+                os.unlink(self._paths.own_lock)
+                os.rmdir(self._paths.parts)
+            os.close(self._own)
+            self._own = None
+
+
+def _working(holder: Holder | None, lock: Path) -> str:
+    return f"{holder or 'another process'} is working on this output ({lock} is locked): wait for it"
 
 
 def write_durably(path: Path, temporary: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -200,16 +275,20 @@ class FinishedOutput:
     files: Mapping[Path, int]
 
 
-def settle(paths: OutputPaths, job: Mapping[str, str], overwrite: bool) -> bool:
+def settle(
+    paths: OutputPaths, job: Mapping[str, str], overwrite: bool, others: Sequence[tuple[Holder, Path]] = ()
+) -> bool:
     """Prepares the output path for this job; returns whether the job has already finished there.
 
     With `overwrite`, files of another job and this job's finished result are removed. This job's unfinished chunks are
     kept: a job that is killed and started by the same command continues. Files that we have not written are never
-    changed. Call it while holding the lock.
+    changed. Call it while holding the lock, as a share in its turn. `others` are the shares that are being computed.
 
     Raises:
       UserError: the output is another job's (names the differences), or files there were not written by us.
     """
+    if others and (owner := _read(paths.job)) not in (None, dict(job)):
+        raise UserError(f"{_working(*others[0])}, as its job is another one ({_differences(owner or {}, job)})")
     finished = _read_finished(paths)
     if finished is not None:
         existing = [path for path in finished.files if path.exists()]
@@ -253,7 +332,7 @@ def clear(paths: OutputPaths) -> None:
 
 
 def abandon(paths: OutputPaths, job: Mapping[str, str]) -> None:
-    """Removes this job's files if it has committed no chunk. Call it while holding the lock."""
+    """Removes this job's files if it has committed no chunk. Call it while holding the lock, as a share in its turn."""
     if _read(paths.job) == job and not paths.sides() and claimed(paths) is None:
         clear(paths)
 

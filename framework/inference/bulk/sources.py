@@ -1,21 +1,26 @@
 """Sources of records for a job: files, globs, standard input, prompts of the command line, tasks."""
 
+import contextlib
+import gzip
 import json
 import os
 import sys
+import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from meshway.framework.errors import UserError
+from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.files import local_path
+from meshway.framework.inference.bulk.batches import number, numbers
 from meshway.framework.inference.bulk.inputs import Record, check_format, find_files, format_of
 from meshway.framework.inference.bulk.lines import INPUTS, STDIN, LineSource, read_again
 from meshway.framework.inference.bulk.parquet import ParquetSource
 from meshway.framework.terminal import count_of
 
 _READ_AHEAD = 64  # examples
+ALL_FIELDS = "all"
 
 
 class Source(Protocol):
@@ -44,14 +49,15 @@ def open_source(where: str, format: str | None = None, columns: Sequence[str] = 
     """Opens an input.
 
     Formats: 'jsonl', on each line a JSON object, or a string, which becomes the field `inputs`; 'tsv', cells of text
-    separated by tabs, without quoting, under a header line; 'text', each line the field `inputs`; 'parquet'. A problem
-    of a single record is its `problem`; one of the whole input is raised here, if the first lines of files show it.
+    separated by tabs, without quoting, under a header line; 'text', each line the field `inputs`; 'parquet';
+    'tfrecord', of tf.train.Examples. A problem of a single record is its `problem`; one of the whole input is raised
+    here, if the first lines of files show it.
 
     Args:
-      where: a file, a glob (its files sorted by name) or "-" for standard input. Line formats may be compressed
-        (`.gz`).
+      where: a file, a glob (its files sorted by name) or "-" for standard input. Lines and TFRecord files may be
+        compressed (`.gz`).
       format: the format; None chooses by the suffix (`.jsonl`, `.json`, `.ndjson`, `.tsv`, `.txt`, `.text`,
-        `.parquet`), and JSON lines for standard input.
+        `.parquet`, `.tfrecord`, `.tfrecord-00000-of-00008`), and JSON lines for standard input.
       columns: the names of TSV columns, in files without a header; or which columns of Parquet files to read.
 
     Raises:
@@ -60,8 +66,8 @@ def open_source(where: str, format: str | None = None, columns: Sequence[str] = 
     if where == STDIN:
         format = format or "jsonl"
         check_format(format)
-        if format == "parquet":
-            raise UserError("Parquet cannot be read from standard input: give the file's name")
+        if format in (no_stream := {"parquet": "Parquet", "tfrecord": "TFRecord"}):
+            raise UserError(f"{no_stream[format]} cannot be read from standard input: give the file's name")
         return LineSource([STDIN], format, columns, f"standard input ({format})")
     paths = find_files(str(local_path(where)))
     format = format_of(paths, format)
@@ -70,6 +76,10 @@ def open_source(where: str, format: str | None = None, columns: Sequence[str] = 
     description = f"{where} ({files}{format}, {size:,} bytes)"
     if format == "parquet":
         return ParquetSource(paths, columns, description)
+    if format == "tfrecord":
+        if columns:
+            raise UserError("columns name the cells of tsv files, and choose those of parquet; tfrecord has none")
+        return TFRecordSource(paths, description)
     return LineSource(paths, format, columns, description)
 
 
@@ -91,6 +101,167 @@ class PromptSource:
             yield Record(index, {self._field: text}, f"prompt {index + 1}", json.dumps(text).encode())
 
 
+class TFRecordSource:
+    """TFRecord files of tf.train.Examples, one after the other; read without TensorFlow.
+
+    A record has the features by name: text where bytes are UTF-8, numbers, and lists where there is not exactly one
+    value, as the format does not tell one value from a list of one.
+
+    Attributes:
+      description: what is read, for messages.
+    """
+
+    def __init__(self, paths: Sequence[str], description: str) -> None:
+        """Reads the beginning of each file. Raises UserError if it cannot be read or is no TFRecord file."""
+        self.description = description
+        self._paths = list(paths)
+        for path in self._paths:
+            next(_framed(path), None)
+
+    @property
+    def total(self) -> int | None:
+        """None: only reading them all would tell."""
+        return None
+
+    def records(self, start: int = 0) -> Iterator[Record]:
+        """Yields the records from index `start` on; those before are not parsed.
+
+        Raises:
+          UserError: there is no record at all (also before `start`), or a file cannot be read, or is damaged where it
+            says how long a record is.
+        """
+        index = 0
+        for path in self._paths:
+            for place, (content, checksum) in enumerate(_framed(path), 1):
+                if index >= start:
+                    yield _example(index, content, checksum, f"{path} record {place}")
+                index += 1
+        if not index:
+            raise UserError(f"the input is empty: {self.description}")
+
+
+def _framed(path: str) -> Iterator[tuple[bytes, int]]:
+    """Yields (content, its masked CRC-32C) of each record: its length (uint64) and the CRC of that stand before it,
+    its own CRC after it, all little-endian."""
+    count = 0
+    try:
+        with open(path, "rb") as raw:
+            head = raw.read(12)
+            is_packed = head.startswith(b"\x1f\x8b") and not _is_length(head)
+            raw.seek(0)
+            with gzip.open(raw) if is_packed else contextlib.nullcontext(raw) as file:
+                while head := file.read(12):
+                    count += 1
+                    length = int.from_bytes(head[:8], "little")
+                    if not _is_length(head):
+                        what = "is not a TFRecord file" if count == 1 else f"is damaged at record {count}"
+                        raise UserError(f"{path} {what}: no length of a record with its checksum stands there")
+                    rest = file.read(length + 4)
+                    if len(rest) < length + 4:
+                        raise UserError(f"{path} is cut off: record {count} has {len(rest):,} of {length + 4:,} bytes")
+                    yield rest[:-4], int.from_bytes(rest[-4:], "little")
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(
+            f"cannot read {path}, after record {count}: {getattr(error, 'strerror', None) or error}"
+        ) from error
+
+
+def _is_length(head: bytes) -> bool:
+    return len(head) == 12 and _masked_crc32c(head[:8]) == int.from_bytes(head[8:], "little")
+
+
+def _crc_table() -> list[int]:
+    table = []
+    for value in range(256):
+        for _ in range(8):
+            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
+        table.append(value)
+    return table
+
+
+_CRC_TABLE = _crc_table()
+
+
+def _masked_crc32c(content: bytes) -> int:
+    """Returns the CRC-32C (Castagnoli), rotated and shifted as TFRecord files have it."""
+    crc, table = 0xFFFFFFFF, _CRC_TABLE
+    for byte in content:
+        crc = table[(crc ^ byte) & 0xFF] ^ crc >> 8
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def _example(index: int, content: bytes, checksum: int, place: str) -> Record:
+    """Returns the record of a tf.train.Example."""
+    if _masked_crc32c(content) != checksum:
+        return Record(index, {}, place, content, "it is damaged: its checksum is another one")
+    try:
+        found = _features_of(content)
+    except (ValueError, IndexError) as error:
+        return Record(index, {}, place, content, f"not a tf.train.Example: {error}")
+    ids = {name: values for name, values in found.items() if values and isinstance(values[0], int)}
+    return Record(index, {n: each[0] if len(each) == 1 else each for n, each in found.items()}, place, content, ids=ids)
+
+
+def _features_of(content: bytes) -> dict[str, list[Any]]:
+    """Returns the values of each feature of a tf.train.Example: Example.features (1), whose map `feature` (1) has
+    entries of a name (1) and a Feature (2), which is a list of bytes (1), of floats (2) or of int64 (3)."""
+    found: dict[str, list[Any]] = {}
+    for features in _sub(memoryview(content), 1):
+        for entry in _sub(features, 1):
+            name = b"".join(_sub(entry, 1)).decode()
+            found[name] = []
+            for feature in _sub(entry, 2):
+                found[name] += [_text(each) for texts in _sub(feature, 1) for each in _sub(texts, 1)]
+                for floats in _sub(feature, 2):
+                    found[name] += numbers(np.frombuffer(b"".join(_sub(floats, 1, 5)), "<f4"))
+                for integers in _sub(feature, 3):
+                    packed = memoryview(b"".join(_sub(integers, 1, 0)))
+                    while packed:
+                        value, packed = _varint(packed)
+                        found[name].append(value - (value >> 63 << 64))
+    return found
+
+
+def _sub(content: memoryview, field: int, wire_type: int = 2) -> list[memoryview]:
+    """Returns the content of each field of a protobuf message that has number `field`: of wire type 2
+    (length-delimited), or also `wire_type`, that of its elements where they are not packed."""
+    found = []
+    while content:
+        key, content = _varint(content)
+        kind, before = key & 7, content
+        if kind == 0:
+            _, content = _varint(content)
+            size = len(before) - len(content)
+        elif kind == 2:
+            size, before = _varint(content)
+        else:
+            size = {1: 8, 5: 4}[kind] if kind in (1, 5) else -1
+        if not 0 <= size <= len(before):
+            raise ValueError("a field is cut off, or of an unknown kind")
+        value, content = before[:size], before[size:]
+        if key >> 3 == field and kind in (2, wire_type):
+            found.append(value)
+    return found
+
+
+def _varint(content: memoryview) -> tuple[int, memoryview]:
+    """Returns the integer at the beginning, seven bits a byte, and what follows."""
+    value = 0
+    for place in range(10):
+        value |= (content[place] & 0x7F) << 7 * place
+        if content[place] < 0x80:
+            return value & 0xFFFFFFFFFFFFFFFF, content[place + 1 :]
+    raise ValueError("an integer is longer than 64 bits")
+
+
+def _text(value: memoryview) -> str | bytes:
+    try:
+        return bytes(value).decode()
+    except UnicodeDecodeError:
+        return bytes(value)
+
+
 class ReadableTask(Protocol):
     """A split of a task; `data.eval_task.TaskEvaluation` is one."""
 
@@ -108,15 +279,24 @@ class TaskSource:
     """A `Source` of the examples of tasks, one task after the other.
 
     A record has the task's name, the example's index in it, `inputs` and `targets` as text, and the token ids that the
-    task made, from which predictions and scores are computed.
+    task made, from which predictions and scores are computed; and other features of the example.
     """
 
-    def __init__(self, tasks: Sequence[ReadableTask], split: str, needed: Collection[str]):
+    def __init__(
+        self, tasks: Sequence[ReadableTask], split: str, needed: Collection[str], fields: Collection[str] | None = None
+    ):
         """Opens a split of tasks; prints which are left out for lack of the `needed` features.
 
+        Args:
+          tasks, split: what is read.
+          needed: features of token ids that an example must have.
+          fields: further features that records get: names, of which those of token ids that are there as text are
+            called `inputs_tokens`; ['all']; None for those called `*_pretokenized`, as T5X keeps them.
+
         Raises:
-          UserError: no task has them.
+          UserError: no task has the needed features, or one of the fields.
         """
+        self._fields = fields
         self._tasks = [task for task in tasks if task.num_examples and set(needed) <= _features(task)]
         self.description = f"split {split!r} of {', '.join(task.name for task in self._tasks)}"
         lacking = ", ".join(task.name for task in tasks if task not in self._tasks)
@@ -125,6 +305,11 @@ class TaskSource:
             raise UserError(f"split {split!r}: no task has examples with {what}: {lacking}")
         if lacking:
             print(f"data: {lacking} left out: no examples with {what}", file=sys.stderr)
+        there = {name for task in self._tasks for name in task.read([0])[0]}
+        for name in fields or ():
+            if name not in there and list(fields or ()) != [ALL_FIELDS]:
+                near = did_you_mean(name, there)
+                raise UserError(f"no task has a feature {name!r} to keep{near}; there are {', '.join(sorted(there))}")
 
     @property
     def total(self) -> int:
@@ -136,22 +321,42 @@ class TaskSource:
         first = 0
         for task in self._tasks:
             for begin in range(max(0, start - first), task.num_examples, _READ_AHEAD):
-                numbers = range(begin, min(begin + _READ_AHEAD, task.num_examples))
-                for number, example in zip(numbers, task.read(numbers)):
-                    yield _record(task, first + number, number, example)
+                places = range(begin, min(begin + _READ_AHEAD, task.num_examples))
+                for place, example in zip(places, task.read(places)):
+                    yield self._record(task, first + place, place, example)
             first += task.num_examples
+
+    def _record(self, task: ReadableTask, index: int, place: int, example: Mapping[str, Any]) -> Record:
+        ids = {name: [int(t) for t in example[name]] for name in ("inputs", "targets") if _is_tokens(example.get(name))}
+        values: dict[str, Any] = {"task": task.name, "example": place}
+        values |= {name: task.text(name, place) for name in ids}
+        kept = {f"{name}_tokens" if name in ids else name: _kept(example[name]) for name in self._named(example)}
+        raw = json.dumps([task.name, place, ids, kept], sort_keys=True, default=repr).encode()
+        return Record(index, values | kept, f"task {task.name!r} example {place}", raw, ids=ids)
+
+    def _named(self, example: Mapping[str, Any]) -> list[str]:
+        """Returns which features of an example a record gets beside its text, in their order."""
+        if self._fields is None:
+            return [name for name in example if name.endswith("_pretokenized")]
+        return [name for name in example if name in self._fields or list(self._fields) == [ALL_FIELDS]]
 
 
 def _features(task: ReadableTask) -> set[str]:
     return {name for name, value in task.read([0])[0].items() if _is_tokens(value) and len(value)}
 
 
-def _record(task: ReadableTask, index: int, number: int, example: Mapping[str, Any]) -> Record:
-    ids = {name: [int(t) for t in example[name]] for name in ("inputs", "targets") if _is_tokens(example.get(name))}
-    values: dict[str, Any] = {"task": task.name, "example": number}
-    values |= {name: task.text(name, number) for name in ids}
-    raw = json.dumps([task.name, number, ids], sort_keys=True).encode()
-    return Record(index, values, f"task {task.name!r} example {number}", raw, ids=ids)
+def _kept(value: Any) -> Any:
+    """Returns a feature as text, numbers, and lists of them."""
+    value = np.asarray(value)
+    if value.dtype == np.float32:
+        return np.vectorize(number, otypes=[object])(value).tolist() if value.size else value.tolist()
+    return _decoded(value.tolist())
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decoded(each) for each in value]
+    return _text(memoryview(value)) if isinstance(value, bytes) else value
 
 
 def _is_tokens(value: Any) -> bool:

@@ -12,8 +12,8 @@ from typing import Any
 
 from meshway.framework.errors import UserError
 from meshway.framework.files import io_errors
-from meshway.framework.inference.bulk.batches import Encoding, JsonLines, TextLines, plain
-from meshway.framework.inference.bulk.inputs import nearest
+from meshway.framework.inference.bulk.batches import Encoding, JsonLines, OwnFormat, TextLines, plain
+from meshway.framework.inference.bulk.inputs import Share, nearest
 from meshway.framework.inference.bulk.outputs import (
     WRITTEN_BY,
     OutputLock,
@@ -77,10 +77,19 @@ class ChunkStore:
     same way, its side file, with the size and hash of the first. A chunk is committed once its side file exists.
     Finishing first claims the names of the result, then makes it of the chunks, then writes the summary, then removes
     the chunks; all of it can be repeated until the summary exists, which marks the result as complete.
+
+    Several processes may each compute a share of the chunks into one output, started and killed at any time. Whichever
+    finds all chunks committed (`missing`) finishes; the result is that of a single process.
     """
 
     def __init__(
-        self, output: str | os.PathLike[str], job: Mapping[str, str], format: str | None = None, overwrite: bool = False
+        self,
+        output: str | os.PathLike[str],
+        job: Mapping[str, str],
+        format: str | None = None,
+        overwrite: bool = False,
+        share: Share = Share(),
+        writer: OwnFormat | None = None,
     ) -> None:
         """Checks names only; `open` reads and writes files.
 
@@ -91,14 +100,17 @@ class ChunkStore:
           overwrite: remove another job's chunks or result, or this job's finished result, and replace chunks made
             from an input that has changed since. Other unfinished chunks of this job are always kept, so that the
             same command continues after a kill. Only files written by a ChunkStore are ever removed.
+          share: the chunks that this process computes.
+          writer: a format of one's own, instead of `format`.
 
         Raises:
           UserError: the format contradicts the name, or the folder to write in does not exist.
         """
-        self._paths = output_paths(Path(output), format)
+        self._paths = output_paths(Path(output), format, share, writer.suffix if writer else None)
+        self._writer = writer
         self._job = dict(job)
         self._overwrite = overwrite
-        self._lock = OutputLock(self._paths.lock)
+        self._lock = OutputLock(self._paths)
         self._rows: Encoding | None = None
         self._chunks: dict[int, _Chunk] = {}
         self._finished = False
@@ -121,10 +133,11 @@ class ChunkStore:
                 self._made_folder = True
         try:
             self._lock.acquire()
-            self._finished = settle(paths, self._job, self._overwrite)
+            self._lock.take_turn()
+            self._finished = settle(paths, self._job, self._overwrite, self._lock.others())
             if not self._finished:
-                self._chunks = self._recovered()
-                self._rows = self._row_format()
+                self._recover()
+            self._lock.end_turn()
         except BaseException:
             self.close()
             raise
@@ -177,6 +190,26 @@ class ChunkStore:
         write_durably(self._paths.side(number), self._paths.temporary, lambda file: file.write(side))
         self._chunks[number] = chunk
 
+    def missing(self, digests: Sequence[str]) -> list[int]:
+        """Returns which chunks are not committed from these records; if none, the result can be made, or `finished`.
+
+        A share waits for its turn, keeps it until it has finished or is closed, and reads what others have committed.
+
+        Args:
+          digests: of the records of each chunk, as given to `commit`.
+
+        Raises:
+          UserError: the output cannot be read.
+        """
+        if not self._paths.share.is_whole:
+            self._lock.take_turn()
+            self._finished = settle(self._paths, self._job, False)
+            if self._finished:
+                return []
+            self._recover()
+        found = {number: chunk.committed.digest for number, chunk in self._chunks.items()}
+        return [number for number, digest in enumerate(digests) if found.get(number) != digest]
+
     def finish(self, num_chunks: int, summary: Mapping[str, Any]) -> Path:
         """Makes the result of all chunks, in order, writes the summary and removes the chunks.
 
@@ -219,7 +252,8 @@ class ChunkStore:
         if not self._lock.held:
             return
         try:
-            abandon(self._paths, self._job)
+            if self._lock.take_turn(wait=False) and not self._lock.others():
+                abandon(self._paths, self._job)
         finally:
             self._lock.discard()
             if self._made_folder:
@@ -232,6 +266,8 @@ class ChunkStore:
         return self._rows
 
     def _row_format(self) -> Encoding:
+        if self._writer is not None:
+            return self._writer
         if self._paths.format != "parquet":
             return JsonLines() if self._paths.format == "jsonl" else TextLines()
         num_chunks = claimed(self._paths)
@@ -244,8 +280,13 @@ class ChunkStore:
             return path
         return self._paths.shard(number, num_chunks)
 
+    def _recover(self) -> None:
+        """Reads what is committed, and how it is encoded."""
+        self._chunks = self._recovered()
+        self._rows = self._row_format()
+
     def _recovered(self) -> dict[int, _Chunk]:
-        """Returns the complete chunks; removes side files without their chunk."""
+        """Returns the complete chunks; removes side files of this share without their chunk."""
         chunks, num_chunks = {}, claimed(self._paths)
         for number, side in self._paths.sides():
             path = self._content(number, num_chunks)
@@ -258,7 +299,8 @@ class ChunkStore:
                 pass
             except (ValueError, TypeError, KeyError) as error:
                 raise UserError(f"{side} is not what {WRITTEN_BY} wrote there ({error}): remove it") from error
-            remove(side)
+            if self._paths.share.owns(number):  # another share may be replacing its chunk now
+                remove(side)
         return chunks
 
     def _drop(self, number: int) -> None:

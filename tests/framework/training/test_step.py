@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiers import tiers
-from tiny import FAMILIES, losses, program
+from tiny import FAMILIES, Descent, Quadratic, losses, program
 
 from meshway.framework.errors import UserError
 from meshway.framework.training.program import TrainProgram
-from meshway.framework.training.step import TrainState, TrainStep
+from meshway.framework.training.step import TrainState, TrainStep, rng_impl_of
 
 TWO_LAYERS = {"t5_1_1": ("NUM_ENCODER_LAYERS=2", "NUM_DECODER_LAYERS=2"), "lm": ("NUM_LAYERS=2",)}
 
@@ -137,24 +137,6 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Quadratic:
-    """loss(w) = sum over rows of (row . w)^2 / 2: gradients are known in closed form."""
-
-    def loss(self, params, batch, rng):
-        loss = 0.5 * jnp.sum((batch["rows"] @ params["w"]) ** 2)
-        weight = jnp.asarray(batch["rows"].shape[0], jnp.float32)
-        return loss, weight, {}
-
-
-class Descent:
-    """w <- w - g, with the interface of a bound optimizer."""
-
-    def update(self, gradients, state, params):
-        norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradients)))
-        return jax.tree.map(lambda p, g: p - g, params, gradients), state, {"grad_norm": norm}
-
-
 class DecodeState(Quadratic):
     """A `Quadratic` that says what its dropout key draws, and the square of that."""
 
@@ -231,3 +213,27 @@ def test_flops_of_the_program_are_three_forward_passes_and_do_not_depend_on_scan
     scores = 2 * 2 * batch * heads * length * length * size
     forward = layers * (projections + scores + 3 * 2 * tokens * d * ff) + 2 * tokens * d * vocab
     assert made.flops == 3 * forward
+
+
+def generators(made):
+    """Returns the types of random keys in a step's gradients."""
+    shapes = made.param_shapes, made.abstract_batch, jax.ShapeDtypeStruct((), np.int32)
+    with made.partitioner.activate():
+        traced = jax.make_jaxpr(made._step.gradients)(*shapes)
+    types = [str(each.outvars[0].aval.dtype) for each in traced.eqns if each.outvars]
+    return {each for each in types if each.startswith("key<")}
+
+
+@pytest.mark.slow
+def test_dropout_is_drawn_by_the_generator_asked_for():
+    """The same again in another run of it."""
+    made = [program("lm", "DROPOUT_RATE=0.3", f"USE_HARDWARE_RNG={impl}") for impl in ("False", "True", "'rbg'")]
+    assert [generators(each) for each in made] == [{"key<fry>"}, {"key<urbg>"}, {"key<rbg>"}]
+    plain, found, again = (losses(made[each], 2)[0] for each in (0, 1, 1))
+    assert found == again and plain != found
+
+
+def test_a_generator_that_there_is_not_is_refused():
+    with pytest.raises(UserError, match="use_hardware_rng='rgb' is neither True .* nor a generator of jax's"):
+        rng_impl_of("rgb")
+    assert [rng_impl_of(each) for each in (False, True, "rbg")] == [None, "unsafe_rbg", "rbg"]

@@ -246,7 +246,7 @@ def test_a_stale_cache_is_refused_by_name_of_what_changed(cache, tasks, changed)
     ]
     for registered, message in cases:
         task = changed(**registered)
-        assert message in "; ".join(cache_builder.stale(cache, task))
+        assert message in "; ".join(task_fingerprint.stale(cache, task))
         for act in (
             lambda: build(cache.parent),
             lambda: cache_builder.ensure("kept_plain", MODULES, cache.parent),
@@ -261,7 +261,7 @@ def test_a_stale_cache_is_refused_by_name_of_what_changed(cache, tasks, changed)
 
 def test_steps_after_the_cut_may_change(cache, reference, tasks, changed):
     task = changed(preprocessors=[*tasks.PLAIN, tasks.halved], metric_fns=[], postprocess_fn=str)
-    assert cache_builder.stale(cache, task) == []
+    assert task_fingerprint.stale(cache, task) == []
     cache_builder.ensure("kept_plain", MODULES, cache.parent, progress=False)
     info = json.loads((cache / "info.json").read_text())
     assert info["online"] == "tensorflow" and info["cut"]["online"] == ["cached_tasks.halved"]

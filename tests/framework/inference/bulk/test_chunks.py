@@ -9,12 +9,15 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet
 import pytest
 
 from meshway.framework.errors import EnvironmentFailure, UserError
+from meshway.framework.inference.bulk.batches import OwnFormat
+from meshway.framework.inference.bulk.inputs import Share
 from meshway.framework.inference.bulk.store import ChunkStore, Committed
 
 JOB = {"recipe": "abc", "step": "100"}
@@ -112,6 +115,61 @@ def test_text_is_a_prediction_a_line(tmp_path):
         with pytest.raises(UserError, match=f"a .txt output holds .*{message}: use .jsonl"):
             job_of(tmp_path / "other.txt", [0], make=lambda _, row=row: [row])
     assert sorted(tree(tmp_path)) == ["out.txt", "out.txt.summary.json"]  # the failed job has left nothing
+
+
+class Table:
+    """A writer of one's own: a header, once where chunks become a file."""
+
+    suffix = ".csv"
+
+    def __init__(self, name="prediction"):
+        self.name = name
+
+    def encode(self, rows, name):
+        return "\n".join([self.name, *(repr(row[self.name]) for row in rows), ""])
+
+    def merge(self, paths, file):
+        lines = [path.read_text().splitlines()[1:] for path in paths]
+        file.write("\n".join([self.name, *(line for each in lines for line in each), ""]).encode())
+
+
+def test_a_writer_of_ones_own_is_committed_merged_and_resumed(tmp_path):
+    output = tmp_path / "out.csv"
+    with contextlib.closing(store(output, writer=OwnFormat(Table()))) as chunks:
+        commit(chunks, (1,))
+    assert (tmp_path / "out.csv.parts/chunk-000001.csv").read_text() == "prediction\n'a\\n3'\n'a\\n4'\n'a\\n5'\n"
+    with contextlib.closing(store(output, writer=OwnFormat(Table()))) as chunks:
+        assert list(chunks.committed()) == [1]
+        commit(chunks, (0,))
+        chunks.finish(2, {})
+    assert output.read_text().splitlines() == ["prediction", *(repr(f"a\n{n}") for n in range(6))]
+    job_of(tmp_path / "folder", range(2), writer=OwnFormat(Table("index")))
+    shards = [path.read_text() for path in sorted((tmp_path / "folder").glob("part-*.csv"))]
+    assert shards == ["index\n0\n1\n2\n", "index\n3\n4\n5\n"]
+    descriptions = [OwnFormat(Table(name)).description for name in ("a", "b")]
+    assert descriptions[0] == f"{__name__}.Table(name='a')" != descriptions[1]  # part of what a job is
+
+
+def test_what_is_wrong_with_a_writer_is_told(tmp_path):
+    for writer, message in (
+        (object(), r"writer object: it needs an attribute suffix, such as '.csv', and a method encode\(rows, name\)"),
+        (SimpleNamespace(suffix="csv", encode=len), "its suffix 'csv' cannot be one, as '.csv' is"),
+        (SimpleNamespace(suffix=".json", encode=len), ".json is taken by files beside those of chunks, .jsonl is not"),
+        (Table("text"), "chunk 0: encode of writer Table raised KeyError: 'text'"),
+        (
+            SimpleNamespace(suffix=".csv", encode=lambda rows, name: rows),
+            "encode of SimpleNamespace returned list, not",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            job_of(tmp_path / "out.csv", writer=OwnFormat(writer))
+        assert not tree(tmp_path)
+    for name, options, message in (
+        ("out.jsonl", {}, "out.jsonl: the writer writes .csv: end it in that, or name a folder"),
+        ("out", {"format": "parquet"}, "where a writer has its own .*: leave out 'parquet'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            store(tmp_path / name, writer=OwnFormat(Table()), **options)
 
 
 def test_json_is_strict_and_numpy_is_plain(tmp_path):
@@ -229,7 +287,7 @@ def test_a_job_that_failed_before_its_first_chunk_leaves_nothing(tmp_path):
         store(tmp_path / name).close()
         assert not tree(tmp_path)
     chunks = store(tmp_path / "out.jsonl")
-    os.close(chunks._lock._descriptor)  # killed
+    os.close(chunks._lock._own)  # killed
     assert tree(tmp_path)
     store(tmp_path / "out.jsonl", OTHER).close()
     assert not tree(tmp_path)
@@ -382,6 +440,39 @@ def test_one_process_at_a_time(tmp_path):
         holder.kill()
         holder.communicate()
     job_of(output)
+
+
+def test_shares_work_side_by_side_and_nobody_else(tmp_path):
+    output = tmp_path / "out.jsonl"
+    digests = [f"digest {number}" for number in range(4)]
+    job_of(tmp_path / "whole.jsonl")
+    with contextlib.closing(store(output, share=Share(0, 2))) as even:
+        for options, message in (
+            ({"share": Share(0, 2)}, r"working on this output .*00000-of-00002.lock is locked"),
+            ({}, r"working on this output .*00000-of-00002.lock is locked"),
+            (
+                {"share": Share(1, 2), "job": OTHER, "overwrite": True},
+                r"as its job is another one \(step: 100 there, 200",
+            ),
+        ):
+            with pytest.raises(UserError, match=message):
+                store(output, **options)
+        with contextlib.closing(store(output, share=Share(1, 2))) as odd:
+            commit(odd, (1, 3))
+            assert odd.missing(digests) == [0, 2]
+        commit(even, (0, 2))
+        assert even.missing(digests) == [] and not even.finished
+        even.finish(4, {"checkpoint": "somewhere"})
+    assert (
+        output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not (tmp_path / "out.jsonl.parts").exists()
+    )
+    with contextlib.closing(store(output, share=Share(1, 2))) as odd:
+        assert odd.finished
+    # What shares left is completed by a process alone.
+    with contextlib.closing(store(tmp_path / "left.jsonl", share=Share(1, 2))) as odd:
+        commit(odd, (1, 3))
+    with contextlib.closing(store(tmp_path / "left.jsonl")) as whole:
+        assert list(whole.committed()) == [1, 3]
 
 
 def test_names_that_do_not_fit_are_told(tmp_path):

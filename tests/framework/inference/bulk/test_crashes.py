@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from tiers import tiers
 
+from meshway.framework.inference.bulk.inputs import Share
 from meshway.framework.inference.bulk.store import ChunkStore
 
 JOB = {"recipe": "abc", "step": "100"}
@@ -35,19 +36,22 @@ def rows(number: int) -> list[dict]:
     return made[number % NUM_CHUNKS]
 
 
-def run(output: Path, format: str | None, num_chunks: int = NUM_CHUNKS, job=JOB, overwrite: bool = False) -> int:
-    """The loop of a job: what is committed is not made again. Returns how many chunks were made."""
+def run(
+    output: Path, format: str | None, num_chunks: int = NUM_CHUNKS, job=JOB, overwrite: bool = False, share=Share()
+) -> int:
+    """The loop of a job, or of a share: what is committed is not made again. Returns how many chunks were made."""
     made = 0
-    chunks = ChunkStore(output, job, format, overwrite)
+    chunks = ChunkStore(output, job, format, overwrite, share)
     try:
         chunks.open()
         if not chunks.finished:
             done = chunks.committed()
             for number in range(num_chunks):
-                if number not in done:
+                if number not in done and share.owns(number):
                     chunks.commit(number, rows(number), f"digest {number}", {"tokens": number}, [])
                     made += 1
-            chunks.finish(num_chunks, {"mode": "predict"})
+            if not chunks.missing([f"digest {number}" for number in range(num_chunks)]) and not chunks.finished:
+                chunks.finish(num_chunks, {"mode": "predict"})
     finally:
         chunks.close()
     return made
@@ -153,6 +157,29 @@ def test_after_a_crash_at_every_step_a_rerun_ends_the_same(tmp_path, disk, name,
     assert step > 30
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name, format", [OUTPUTS[0], OUTPUTS[4]])
+def test_after_a_crash_at_every_step_of_a_share_the_shares_end_as_a_whole(tmp_path, disk, name, format):
+    (tmp_path / "whole").mkdir()
+    run(tmp_path / "whole" / name, format)
+    expected = tree(tmp_path / "whole")
+    for step in itertools.count():
+        unhurt = []
+        for hurt in (0, 1):  # the one that makes the result, or the other
+            folder = tmp_path / f"{step}, {hurt}"
+            folder.mkdir()
+            for index in (1, 0):
+                with disk.crashing(step if index == hurt else -1) as crashed:
+                    run(folder / name, format, share=Share(index, 2))
+                unhurt.append(not crashed)
+            with disk.crashing(-1):
+                run(folder / name, format, share=Share(hurt, 2))
+            assert tree(folder) == expected, (step, hurt)
+        if all(unhurt):
+            break
+    assert step > 20
+
+
 @pytest.mark.parametrize("finished", [False, True])
 @pytest.mark.parametrize("name, format", outputs(0, 3))
 def test_after_a_crash_at_every_step_of_overwriting_a_rerun_ends_the_same(tmp_path, disk, name, format, finished):
@@ -221,18 +248,23 @@ def test_after_a_crash_at_every_step_of_replacing_a_chunk_it_is_the_old_or_the_n
 
 
 PROGRAM = """
+    import sys
+
+    from meshway.framework.inference.bulk.inputs import Share
     from meshway.framework.inference.bulk.store import ChunkStore
 
-    chunks = ChunkStore({output!r}, {job!r}, {format!r})
+    share = Share(*map(int, sys.argv[1:]))
+    chunks = ChunkStore({output!r}, {job!r}, {format!r}, share=share)
     chunks.open()
     print("open", flush=True)
     if not chunks.finished:
         done = chunks.committed()
         for number in range({num_chunks}):
-            if number not in done:
+            if number not in done and share.owns(number):
                 rows = [{{"index": i, "prediction": f"text {{i}}" * 20, "scores": [i / 7]}} for i in range(50)]
                 chunks.commit(number, rows, str(number), {{"rows": 50}}, [])
-        chunks.finish({num_chunks}, {{}})
+        if not chunks.missing([str(number) for number in range({num_chunks})]) and not chunks.finished:
+            chunks.finish({num_chunks}, {{}})
     chunks.close()
 """
 
@@ -265,3 +297,26 @@ def test_kill_9_at_random_moments_changes_nothing(tmp_path, name, format, num_ch
         (tmp_path / folder).mkdir()
         killed_until_done(tmp_path / folder, name, format, num_chunks, times, seed=kills)
     assert tree(tmp_path / "killed") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name, format", tiers([OUTPUTS[0], OUTPUTS[4]], slow=[OUTPUTS[0]]))
+def test_shares_that_are_killed_while_others_work_end_as_a_whole(tmp_path, name, format):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "shared").mkdir()
+    killed_until_done(tmp_path / "whole", name, format, 60, 0, seed=0)
+    output = str(tmp_path / "shared" / name)
+    program = textwrap.dedent(PROGRAM).format(output=output, job=JOB, format=format, num_chunks=60)
+    moments = random.Random(0)
+    for is_last in (False, False, True):
+        shares = [subprocess.Popen([sys.executable, "-c", program, str(n), "2"]) for n in range(2)]
+        try:
+            if not is_last:
+                time.sleep(2 + moments.random())
+                shares[moments.randrange(2)].kill()
+            codes = [share.wait(120) for share in shares]
+            assert is_last <= (codes == [0, 0])
+        finally:
+            for share in shares:
+                share.kill()
+                share.wait()
+    assert tree(tmp_path / "shared") == tree(tmp_path / "whole")

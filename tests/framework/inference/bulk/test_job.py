@@ -7,8 +7,8 @@ import pytest
 from meshway.framework.data.vocabularies import Bytes
 from meshway.framework.errors import UserError
 from meshway.framework.inference.bulk.batches import Done
-from meshway.framework.inference.bulk.inputs import Reader, Record
-from meshway.framework.inference.bulk.job import Job, JobProgress, Policy, summary
+from meshway.framework.inference.bulk.inputs import Reader, Record, Share
+from meshway.framework.inference.bulk.job import Job, JobProgress, Policy, of_shares, summary
 from meshway.framework.inference.bulk.store import ChunkStore
 from meshway.framework.inference.rows import RowFormat, Text, doubling
 
@@ -49,16 +49,19 @@ def reader(**options):
     return Reader(text(), RowFormat(has_encoder=True), LIMITS, **options)
 
 
-def run(folder, given, work=None, skip_bad=False, **options):
-    """Runs a job of chunks of 4 and batches of 3; returns (rows, summary, its work)."""
+def run(folder, given, work=None, skip_bad=False, share=Share(), **options):
+    """Runs a job of chunks of 4 and batches of 3; returns (rows, summary, its work), of a share that is not the last
+    which chunks are missing instead."""
     work = work or Backwards()
-    store = ChunkStore(folder / "out.jsonl", {"job": "this"})
+    store = ChunkStore(folder / "out.jsonl", {"job": "this"}, share=share)
     store.open()
     try:
         progress = JobProgress(len(given), silent=True)
-        number = Job(given, reader(**options), work, store, Policy(4, skip_bad), 3, progress).run()
+        digests = Job(given, reader(**options), work, store, Policy(4, skip_bad, share=share), 3, progress).run()
+        if missing := store.missing(digests):
+            return missing
         counts = summary(store)
-        store.finish(number, counts | {"left_out": len(counts["left_out"])})
+        store.finish(len(digests), counts | {"left_out": len(counts["left_out"])})
     finally:
         store.close()
     return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()], counts, work
@@ -91,6 +94,28 @@ def test_an_input_that_has_changed_is_refused(tmp_path):
         run(tmp_path, records(TEXTS), Backwards(dies_at=3))
     with pytest.raises(UserError, match=r"chunk 0 \(in.jsonl:1 to in.jsonl:4\) is not what it was"):
         run(tmp_path, records(["changed", *TEXTS[1:]]))
+
+
+def test_shares_are_disjoint_and_together_the_whole(tmp_path):
+    """One dies, sees another input, and goes on."""
+    (tmp_path / "alone").mkdir()
+    rows, counts, _ = run(tmp_path / "alone", records(TEXTS))
+    works = [Backwards(), Backwards(dies_at=1), Backwards(), Backwards()]
+    assert run(tmp_path, records(TEXTS), works[0], share=Share(0, 2)) == [1]
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, records(TEXTS), works[1], share=Share(1, 2))
+    with pytest.raises(UserError, match="chunk 2 .* is not what it was when it was computed: the input has changed"):
+        run(tmp_path, records([*TEXTS[:8], "other"]), works[2], share=Share(1, 2))
+    found, together, _ = run(tmp_path, records(TEXTS), works[3], share=Share(1, 2))
+    computed = [[indices for indices, _ in work.batches] for work in works]
+    assert computed == [[[1], [0, 2, 3], [8]], [[6]], [[6], [4, 5, 7]], []]  # only whole chunks are kept
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "alone" / "out.jsonl").read_bytes() and found == rows
+    of_time = ("seconds", "examples_per_second", "tokens_per_second")
+    assert {**counts, **dict.fromkeys(of_time)} == {**together, **dict.fromkeys(of_time)}
+    assert of_shares(Share(0, 9), 3, [1]).startswith(
+        "shard 0 of 9 is done (3 chunks are too few for all: give a smaller"
+    )
+    assert [Policy(4, share=Share(place, 2)).records_of_share(9) for place in (0, 1)] == [5, 4]
 
 
 def bad():

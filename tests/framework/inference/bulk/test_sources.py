@@ -9,12 +9,13 @@ import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from meshway.framework.errors import UserError
-from meshway.framework.inference.bulk.sources import open_source
+from meshway.framework.inference.bulk.sources import TaskSource, open_source
 
 ROWS = [{"inputs": f"question {i} — é", "id": i, "scores": [i / 2] * (i % 3)} for i in range(23)]
 
@@ -46,11 +47,38 @@ def write(folder: Path, kind: str, rows=ROWS, name: str = "in") -> tuple[Path, l
         return write_lines(path, as_tsv(rows), "\r\n"), [{"inputs": r["inputs"], "id": str(r["id"])} for r in rows]
     if kind.startswith("txt"):
         return write_lines(path, [row["inputs"] for row in rows]), [{"inputs": r["inputs"]} for r in rows]
+    if kind.startswith("tfrecord"):
+        return write_tfrecord(path, rows), [row | {"scores": _single(row["scores"])} for row in rows]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=5 if len(rows) < 100 else 2000)
     return path, rows
 
 
+def _single(values):
+    return values[0] if len(values) == 1 else values
+
+
+def write_tfrecord(path: Path, rows) -> Path:
+    """Writes tf.train.Examples by TensorFlow itself."""
+    tf = pytest.importorskip("tensorflow")
+
+    def feature(value):
+        values = value if isinstance(value, list) else [value]
+        if isinstance(values[0] if values else 0.5, float):
+            return tf.train.Feature(float_list=tf.train.FloatList(value=values))
+        if isinstance(values[0], int):
+            return tf.train.Feature(int64_list=tf.train.Int64List(value=values))
+        values = [each.encode() if isinstance(each, str) else each for each in values]
+        return tf.train.Feature(bytes_list=tf.train.BytesList(value=values))
+
+    with tf.io.TFRecordWriter(str(path), "GZIP" if path.suffix == ".gz" else "") as writer:
+        for row in rows:
+            features = tf.train.Features(feature={name: feature(value) for name, value in row.items()})
+            writer.write(tf.train.Example(features=features).SerializeToString())
+    return path
+
+
 KINDS = ["jsonl", "jsonl.gz", "tsv", "tsv.gz", "txt", "txt.gz", "parquet"]
+KINDS += [pytest.param(kind, marks=pytest.mark.slow) for kind in ("tfrecord", "tfrecord.gz")]  # TensorFlow writes
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -214,12 +242,63 @@ def damaged_gzip(path: Path) -> None:
     path.write_bytes(gzip.compress(b"".join(b'"%d"\n' % (i * 7919) for i in range(50_000)))[:-2000])
 
 
+# TFRecord files of one tf.train.Example each, as TensorFlow 2.21 writes them.
+EXAMPLES = [
+    {"ids": [-1, 2**63 - 1, -(2**63), 300], "one": [5], "floats": [0.1, -2.5e-20], "none": [], "": "é", "raw": b"\xff"},
+    {"inputs": "a" * 20},
+    {"inputs": ["a", "b"]},
+]
+TFRECORDS = [
+    "7a00000000000000138986780a780a0c0a036f6e6512051a030a01050a0a0a0012060a040a02c3a90a0c0a0372617712050a030a01ff0a0a0a04"
+    "6e6f6e65120212000a160a06666c6f617473120c120a0a08cdcccc3d4a1eec9e0a2a0a0369647312231a210a1fffffffffffffffffff01ffffff"
+    "ffffffffff7f80808080808080808001ac02f67f35b8",
+    "2600000000000000734fe3000a240a220a06696e7075747312180a160a146161616161616161616161616161616161616161a7b70564",
+    "16000000000000004f61be280a140a120a06696e7075747312080a060a01610a0162992d8170",
+]
+
+
+def test_tfexamples_hold_what_tensorflow_wrote(tmp_path):
+    """A damaged record is its own problem; one whose length is damaged, that of the input."""
+    first, second, third = map(bytes.fromhex, TFRECORDS)
+    path = tmp_path / "x.tfrecord-00000-of-00002"
+    path.write_bytes(first + second)
+    (tmp_path / "x.tfrecord-00001-of-00002").write_bytes(gzip.compress(third))
+    records = read(tmp_path / "x.tfrecord*")
+    assert [each.values for each in records] == [EXAMPLES[0] | {"one": 5}, *EXAMPLES[1:]]
+    assert records[0].ids == {"ids": EXAMPLES[0]["ids"], "one": [5]} and records[1].place == f"{path} record 2"
+    path.write_bytes(first + second.replace(b"aaa", b"baa"))
+    assert [each.problem for each in read(path)] == ["", "it is damaged: its checksum is another one"]
+    for content, message in (
+        (first + second[:-5], "is cut off: record 2 has 37 of 42 bytes"),
+        (first + second[:7], "is damaged at record 2: no length"),
+        (b"{}" * 9, "is not a TFRecord file"),
+        (b"", "the input is empty"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            read(path)
+
+
+@pytest.mark.slow
+def test_the_sample_of_tfexamples_is_tensorflows(tmp_path):
+    tf = pytest.importorskip("tensorflow")
+    for row, content in zip(EXAMPLES, TFRECORDS):
+        written = [write_tfrecord(tmp_path / "a", [row]), tmp_path / "b"]
+        written[1].write_bytes(bytes.fromhex(content))
+        found = [[each.numpy() for each in tf.data.TFRecordDataset(str(path))] for path in written]
+        assert tf.train.Example.FromString(found[0][0]) == tf.train.Example.FromString(found[1][0])
+
+
 MISTAKES = {
     "question.jsonl": (None, {}, "no input file '.*'; did you mean 'questions.jsonl'"),
     "nowhere/a.jsonl": (None, {}, "there is no folder"),
     "*.nothing": (None, {}, "matches no file"),
     "": (None, {}, r"is a folder; name its files, such as '.*\*.jsonl'"),
-    "data.xyz": (b"x\n", {}, "its suffix '.xyz' is of no known format; give one .--format.: jsonl, tsv, parquet, text"),
+    "data.xyz": (
+        b"x\n",
+        {},
+        "its suffix '.xyz' is of no known format; give one .--format.: jsonl, tsv, parquet, text, tfr",
+    ),
     "data": (b"x\n", {}, "a name without suffix has no known format"),
     "format.txt": (b"x\n", {"format": "json"}, "no input format 'json'; did you mean 'jsonl'"),
     "empty.txt": (b"", {}, "the input is empty: .*empty.txt"),
@@ -321,3 +400,45 @@ def test_records_are_counted_beforehand_where_that_is_quick(tmp_path):
     assert open_source(str(tmp_path / "b.txt.gz")).total is None and open_source("-").total is None
     pyarrow.parquet.write_table(pyarrow.table({"inputs": ["a", "b"]}), tmp_path / "a.parquet")
     assert open_source(str(tmp_path / "a.parquet")).total == 2
+
+
+class Task:
+    """A task of two examples, of which the second lacks a feature."""
+
+    name, num_examples = "t", 2
+    examples = [
+        {
+            "inputs": np.array([7, 1]),
+            "targets": np.array([8]),
+            "inputs_pretokenized": "é".encode(),
+            "id": np.array([b"a", b"\xff"], object),
+            "weight": np.float32(0.1),
+            "scores": np.array([0.1, 2], np.float32),
+        },
+        {"inputs": np.array([9]), "targets": np.array([1]), "inputs_pretokenized": b"b", "weight": np.float32(3)},
+    ]
+
+    def read(self, indices):
+        return [self.examples[index] for index in indices]
+
+    def text(self, feature, index):
+        return f"{feature} {index}"
+
+
+def test_features_of_a_tasks_examples_are_kept():
+    def kept(fields):
+        records = list(TaskSource([Task()], "train", ["inputs"], fields).records())
+        ours = {"task", "example", "inputs", "targets"}
+        assert [record.values["inputs"] for record in records] == ["inputs 0", "inputs 1"]
+        return [{name: value for name, value in each.values.items() if name not in ours} for each in records]
+
+    assert kept(None) == [{"inputs_pretokenized": "é"}, {"inputs_pretokenized": "b"}]
+    assert kept([]) == [{}, {}]
+    assert kept(["id", "weight", "inputs"]) == [
+        {"id": ["a", b"\xff"], "weight": 0.1, "inputs_tokens": [7, 1]},
+        {"weight": 3.0, "inputs_tokens": [9]},
+    ]
+    every = kept(["all"])[0]
+    assert every["scores"] == [0.1, 2.0] and every["targets_tokens"] == [8] and len(every) == 6
+    with pytest.raises(UserError, match="no task has a feature 'ids' to keep; did you mean 'id'.; there are id, inp"):
+        kept(["ids"])

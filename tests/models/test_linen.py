@@ -1,0 +1,197 @@
+"""A user's own flax.linen module, and a model written for T5X, train as their own loops would, on any layout."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.core import meta
+from tiny import greedy, loaded
+
+from meshway.framework.errors import UserError
+from meshway.framework.optimizers.optimizers import Optimizer
+from meshway.framework.partitioning.mesh import MeshShape
+from meshway.framework.partitioning.partitioner import Layout
+from meshway.framework.training.program import TrainProgram
+from meshway.models.linen import Linen
+from meshway.models.t5x_model import T5XModel, T5XTransformer
+
+LENGTHS = {"targets": 12}
+VOCAB = 32
+
+
+def lab():
+    return loaded("models/linen_lm.py")
+
+
+def layout(where, *shared):
+    """One device, or eight of a mesh in three ways, `shared` over `model`."""
+    if where == "single":
+        return Layout(MeshShape(ici={"data": 1}), [("*", None)], [("batch", "data"), ("*", None)])
+    rules = [(name, "model") for name in shared]
+    # As shipped layouts have it: this module has no heads for keys and values apart.
+    keys = [("kv_heads", "model | None")] if "heads" in shared else []
+    stored = [*rules, *keys, ("embed", "fsdp"), ("*", None)]
+    activations = [("batch", ("data", "fsdp")), *rules, ("*", None)]
+    return Layout(MeshShape(ici={"fsdp": 2, "data": 2, "model": 2}), stored, activations)
+
+
+def made(model, layout, **options):
+    return TrainProgram(model, Optimizer(optax.adam, 0.01), layout, 8, LENGTHS, **options)
+
+
+def batches(program, count):
+    """Batches whose rows have different weights."""
+    for seed in range(count):
+        batch = program.synthetic_batch(seed)
+        tokens = np.random.default_rng(seed).integers(1, VOCAB, (8, 13), np.int32)
+        weights = np.where(np.arange(12) < np.arange(4, 12)[:, None], 1.0, 0.0).astype(np.float32)
+        yield batch | {
+            "decoder_input_tokens": tokens[:, :-1],
+            "decoder_target_tokens": tokens[:, 1:],
+            "decoder_loss_weights": weights,
+        }
+
+
+def trained(program, count=4):
+    step, state, losses = program.compile_step(), program.init(), []
+    for batch in batches(program, count):
+        state, metrics = step(state, program.shard_batch(batch))
+        losses.append(float(metrics["loss"][0]) / float(metrics["loss"][1]))
+    return losses, state
+
+
+def by_hand(module, loss_of, program, variables, count=4):
+    """The loop that a user of Linen and optax writes."""
+    params, optimizer, losses = variables["params"], optax.adam(0.01), []
+    state = optimizer.init(params)
+
+    @jax.jit
+    def step(params, state, batch):
+        loss, gradients = jax.value_and_grad(loss_of)(params, batch)
+        updates, state = optimizer.update(gradients, state)
+        return optax.apply_updates(params, updates), state, loss
+
+    for batch in batches(program, count):
+        params, state, loss = step(params, state, batch)
+        losses.append(float(loss))
+    return losses, params
+
+
+def close(found, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), jax.device_get(found), expected)
+
+
+@pytest.mark.parametrize("where", ["single", "sharded"])
+def test_a_linen_module_trains_as_its_own_loop(where):
+    module = lab().Boxed(VOCAB)
+    program = made(Linen(module, LENGTHS), layout(where, "vocab", "mlp"))
+    if where == "sharded":
+        assert program.state_shardings.params["wi"]["kernel"].spec == jax.sharding.PartitionSpec("fsdp", "model")
+        with program.partitioner.activate():
+            text = str(
+                jax.make_jaxpr(lambda *a: program.model.loss(*a, None))(program.param_shapes, program.abstract_batch)
+            )
+        assert "(('data', 'fsdp'), None, 'model')" in text, "flax's own constraint follows our rules"
+    losses, state = trained(program)
+
+    def loss_of(params, batch):
+        logits = module.apply({"params": params}, batch["decoder_input_tokens"])
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch["decoder_target_tokens"])
+        return jnp.sum(nats * batch["decoder_loss_weights"]) / jnp.sum(batch["decoder_loss_weights"])
+
+    variables = module.init(jax.random.key(0), jnp.ones((1, 12), jnp.int32))
+    expected, params = by_hand(module, loss_of, program, meta.unbox(variables))
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    close(state.params, params)
+
+
+@pytest.mark.parametrize("where", ["single", "sharded"])
+def test_a_model_of_t5x_trains_as_its_own_loop(where):
+    """With the sum of its loss, as T5X's trainer has it."""
+    theirs = lab().BaseModel(lab().T5XStyle(VOCAB))
+    model = T5XTransformer(theirs, LENGTHS, encoder=False)
+    program = made(model, layout(where, "vocab", "heads"), loss_normalizing_factor=None)
+    if where == "sharded":
+        assert program.state_shardings.params["layers"]["kernel"].spec[-1] == "model", "joined_kv is our heads"
+    losses, state = trained(program)
+    shape = {"decoder_input_tokens": (1, 12)}
+    variables = theirs.get_initial_variables(jax.random.key(0), shape)
+    expected, params = by_hand(None, lambda p, batch: theirs.loss_fn(p, batch, None)[0], program, variables)
+    weights = [batch["decoder_loss_weights"].sum() for batch in batches(program, 4)]
+    np.testing.assert_allclose(losses, np.divide(expected, weights), rtol=1e-5)
+    close(state.params, params)
+
+
+def test_what_a_model_of_t5x_says_is_reported_and_scored():
+    theirs, batch = lab().BaseModel(lab().T5XStyle(VOCAB)), None
+    model = T5XTransformer(theirs, LENGTHS, encoder=False)
+    program = made(model, layout("single"))
+    params, batch = program.init().params, next(batches(program, 1))
+    loss, weight, metrics = model.loss(params, batch, None)
+    assert metrics["nats"] == (loss, weight) and float(metrics["rows"][0]) == 8 and set(metrics) == {"nats", "rows"}
+    np.testing.assert_allclose(jnp.sum(model.score(params, batch)), -loss, rtol=1e-6)
+    theirs._loss_normalizing_factor = "NUM_REAL_TARGET_TOKENS"
+    with pytest.raises(ValueError, match="bind LOSS_NORMALIZING_FACTOR"):
+        T5XModel(theirs, LENGTHS, encoder=False)
+    mean = T5XModel(theirs, LENGTHS, encoder=False, loss_is_mean=True)
+    np.testing.assert_allclose(mean.loss(params, batch, None)[0], loss * weight, rtol=1e-6)
+
+
+@pytest.mark.parametrize("style", ["Boxed", "T5XStyle"])
+def test_predictions_recompute_rows(style):
+    """Greedy decoding from prompts of different lengths finds what the module itself says after each prefix."""
+    module = getattr(lab(), style)(VOCAB)
+    model = Linen(module, LENGTHS)
+    params = model.init(jax.random.key(3))
+    prompts = np.array([[0, 5, 9, 0], [0, 7, 0, 0]], np.int32)
+    lengths = np.array([3, 2])
+    batch = {name: np.zeros((2, 4), spec.dtype) for name, spec in model.batch_spec(2, {"targets": 4}).items()}
+    batch |= {"decoder_input_tokens": prompts, "decoder_segment_ids": np.int32(np.arange(4) < lengths[:, None])}
+    found = np.asarray(greedy(model, params, batch, 5, eos_id=-1))
+    for row, length in enumerate(lengths):
+        known = list(prompts[row, :length])
+        for token in found[row]:
+            inputs = np.array([known], np.int32)
+            more = {} if style == "Boxed" else {"decoder_target_tokens": np.ones_like(inputs), "enable_dropout": False}
+            logits = module.apply({"params": params}, inputs, **more)
+            assert int(jnp.argmax(logits[0, -1])) == token
+            known.append(token)
+
+
+def test_dropout_is_drawn_from_the_steps_key():
+    program = made(Linen(lab().Boxed(VOCAB, dropout_rate=0.5), LENGTHS), layout("single"))
+    model, params, batch = program.model, program.init().params, next(batches(program, 1))
+    without, first, second = (
+        float(model.loss(params, batch, key)[0]) for key in (None, jax.random.key(1), jax.random.key(2))
+    )
+    assert len({without, first, second}) == 3 and first == float(model.loss(params, batch, jax.random.key(1))[0])
+
+
+def misnamed():
+    return Linen(lab().Boxed(VOCAB, names=("embed", "mpl")), LENGTHS)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (lambda: Linen(lab().Boxed(VOCAB, names=("embed",)), LENGTHS).axes(), r"wi/kernel of shape \[16, 32\] has"),
+        (lambda: Linen(lab().Boxed(VOCAB), {"targets": 4}, param_axes=[("no", ())]).axes(), "'no' matches no param"),
+        (lambda: Linen(lab().Boxed(VOCAB), LENGTHS, arguments={"ids": "decoder_positions"}), "no argument 'ids'"),
+        (lambda: Linen(lab().Scaled(), LENGTHS), "argument 'x' of Scaled.__call__ is no feature of a batch"),
+        (lambda: T5XTransformer(lab().Boxed(VOCAB), LENGTHS), "Boxed has no method get_initial_variables"),
+        (
+            lambda: made(Linen(lab().Boxed(VOCAB, names=("embed", "mpl")), LENGTHS), layout("single")).state_shardings,
+            "'mpl'",
+        ),
+    ],
+)
+def test_what_is_missing_is_told_once(wrong, message):
+    with pytest.raises((ValueError, UserError), match=message) as told:
+        wrong()
+    assert str(told.value).count("\n") == 0
+
+
+def test_axes_by_pattern_stand_before_those_of_the_module():
+    model = Linen(lab().Boxed(VOCAB, names=("embed",)), LENGTHS, param_axes=[("wi/.*", ("embed", None))])
+    assert model.axes()["wi"]["kernel"] == ("embed", None) and model.axes()["wo"]["kernel"] == ("mlp", "embed")
