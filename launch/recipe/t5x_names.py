@@ -83,17 +83,59 @@ _DATA: Mapping[str, Answer] = {
     "split": "grain_loader.CachedData.train_split = {value}",
     "pack": "PACK = {value}",
 }
-_EVALUATED: Mapping[str, Answer] = {
-    **{name: "# evaluation has the recipe's" for name in ("mixture_or_task_name", "task_feature_lengths", "module")},
-    "batch_size": "# evaluation has the recipe's BATCH_SIZE",
-    "use_cached": _CACHED,
-    "use_custom_packing_ops": "# there is one packing",
-    "use_memory_cache": "# evaluation reads the cache",
-    "shuffle": "# evaluation reads in order",
-    "seed": "# evaluation reads in order",
-    "pack": "# evaluation does not pack: an example counts once",
-    "split": "grain_loader.CachedData.eval_split = {value}",
-}
+
+
+def _evaluated(scope: str) -> dict[str, Answer]:
+    """The rows of a data set that is evaluated; `scope` is T5X's and ours."""
+
+    def own(parameter: str) -> Answer:
+        lines = (
+            f"{scope}/schedule.EvalDataset.data = @{scope}/grain_loader.CachedData()",
+            f"{scope}/grain_loader.CachedData.{parameter} = {{value}}",
+        )
+        return lambda value: "\n".join(lines) if isinstance(value, str | int) else "# evaluation has the recipe's"
+
+    return {
+        "mixture_or_task_name": own("mixture_or_task_name"),
+        "batch_size": own("batch_size"),
+        "task_feature_lengths": _eval_lengths,
+        "module": "# evaluation has the recipe's",
+        "use_cached": _CACHED,
+        "use_custom_packing_ops": "# there is one packing",
+        "use_memory_cache": "# evaluation reads the cache",
+        "shuffle": "# evaluation reads in order",
+        "seed": "# evaluation reads in order",
+        "pack": "# metrics of predictions and scores are never packed",
+        "split": "grain_loader.CachedData.eval_split = {value}",
+    }
+
+
+def _eval_lengths(value: Any) -> str:
+    if value is None or isinstance(value, Mapping):
+        return "EVAL_FEATURE_LENGTHS = {value}"
+    return "# EVAL_FEATURE_LENGTHS = %TASK_FEATURE_LENGTHS is the default"
+
+
+def _infer_eval(value: Any) -> str:
+    return "INFER_EVAL = None" if value is None else "# INFER_EVAL is the run's own data unless it says otherwise"
+
+
+def _train_eval(value: Any) -> str:
+    return "TRAIN_EVAL = None" if value is None else "# TRAIN_EVAL is the run's own data unless it says otherwise"
+
+
+def _actions(value: Any) -> str:
+    if "EarlyStoppingAction" in repr(value):
+        return "train.train.hooks = [@loop.EarlyStopping()]"
+    return "# train.train.hooks = [@mylab.Hook()], a class with after_evaluation"
+
+
+def _results(value: Any) -> str:
+    if value is None:
+        return "evaluation.Evaluation.keep_predictions = True"
+    return "evaluation.Evaluation.num_samples = {value}"
+
+
 _TRAIN: Mapping[str, Answer] = {
     "total_steps": "TRAIN_STEPS = {value}",
     "relative_steps": "TRAIN_STEPS_RELATIVE = {value}",
@@ -104,8 +146,9 @@ _TRAIN: Mapping[str, Answer] = {
     "use_hardware_rng": "USE_HARDWARE_RNG = {value}",
     "model_dir": "MODEL_DIR = {value}",
     "model": "MODEL = {value}",
-    "infer_eval_dataset_cfg": "# tasks with metric functions are decoded at each evaluation",
-    "train_eval_dataset_cfg": "# every evaluation has the teacher-forced loss",
+    "infer_eval_dataset_cfg": _infer_eval,
+    "train_eval_dataset_cfg": _train_eval,
+    "actions": _actions,
     "train_dataset_cfg": _INCLUDED,
     "checkpoint_cfg": _INCLUDED,
     "partitioner": "# LAYOUT says how arrays are sharded",
@@ -117,6 +160,12 @@ _TRAIN: Mapping[str, Answer] = {
     "use_orbax": "# always",
     "verify_matching_vocabs_fn": "# always",
 }
+_STOPPING = ("metric", "mode", "patience", "atol", "rtol")
+_DECODES: Mapping[str, Answer] = {
+    "return_all_decodes": "evaluation.Evaluation.all_decodes = {value}",
+    "prompt_with_targets": "evaluation.Evaluation.prompt_with_targets = {value}",
+}
+_SCORES: Mapping[str, Answer] = {"return_intermediates": "evaluation.Evaluation.return_intermediates = {value}"}
 _RATES = ("decay_factor", "steps_per_decay", "steps_per_cycle", "step_offset")
 _SIZES: Mapping[str, Answer] = {
     "vocab_size": "VOCAB_SIZE = {value}",
@@ -156,8 +205,8 @@ def _under(name: str, rows: Mapping[str, Answer]) -> dict[str, Answer]:
 BINDINGS: Mapping[str, Answer] = {
     **_under("utils.DatasetConfig", {**dict.fromkeys(_DATA, _EVAL), "batch_size": _DATA["batch_size"]}),
     **_under("train/utils.DatasetConfig", _DATA),
-    **_under("train_eval/utils.DatasetConfig", _EVALUATED),
-    **_under("infer_eval/utils.DatasetConfig", _EVALUATED),
+    **_under("train_eval/utils.DatasetConfig", _evaluated("train_eval")),
+    **_under("infer_eval/utils.DatasetConfig", _evaluated("infer_eval")),
     **_under("main.train", _TRAIN),
     **_under("main.evaluate", dict.fromkeys(("model", "dataset_cfg", "partitioner", "output_dir"), _EVAL)),
     **_under("main.infer", dict.fromkeys(("model", "dataset_cfg", "partitioner", "output_dir"), _EVAL)),
@@ -196,6 +245,7 @@ BINDINGS: Mapping[str, Answer] = {
     "utils.RestoreCheckpointConfig.fallback_to_scratch": "# leave INITIAL_CHECKPOINT_PATH out",
     "utils.RestoreCheckpointConfig.checkpointer_cls": "# there is one",
     "utils.get_training_eval_datasets.*": "# evaluation reads each example once, in order",
+    **{f"trainer.EarlyStoppingAction.{each}": f"loop.EarlyStopping.{each} = {{value}}" for each in _STOPPING},
     "trainer.TerminateOnNanAction.*": "# a run whose loss is not finite stops by itself",
     "trainer.MoeTrainer.num_expert_partitions": "LAYOUT = 'expert'",
     "trainer.MoeTrainer.num_microbatches": "NUM_MICROBATCHES = {value}",
@@ -216,6 +266,10 @@ BINDINGS: Mapping[str, Answer] = {
     "partitioning.MoePjitPartitioner.num_expert_partitions": "LAYOUT = 'expert'",
     "partitioning.MoePjitPartitioner.num_partitions": _partitions,
     "partitioning.MoePjitPartitioner.model_parallel_submesh": _submesh,
+    **_under("models.EncoderDecoderModel.predict_batch_with_aux", _DECODES),
+    **_under("models.DecoderOnlyModel.predict_batch_with_aux", _DECODES),
+    **_under("models.EncoderDecoderModel.score_batch", _SCORES),
+    **_under("models.DecoderOnlyModel.score_batch", _SCORES),
     "models.EncoderDecoderModel.predict_batch_with_aux.num_decodes": _beams,
     "models.DecoderOnlyModel.predict_batch_with_aux.num_decodes": _decodes,
     "models.DecoderOnlyModel.inputs_bidirectional_attention": _prefix,
@@ -226,6 +280,7 @@ BINDINGS: Mapping[str, Answer] = {
     "decoding.temperature_sample.temperature": "sampling.Sampling.temperature = {value}",
     "decoding.temperature_sample.topk": "sampling.Sampling.top_k = {value}",
     "decoding.temperature_sample.topp": "sampling.Sampling.top_p = {value}",
+    "decoding.temperature_sample.rescale_log_probs": "sampling.Sampling.rescale_log_probs = {value}",
     "decoding.beam_search.alpha": "beam_search.BeamSearch.alpha = {value}",
     "adafactor.Adafactor.decay_rate": "optimizers.adafactor.decay_rate = {value}",
     "adafactor.Adafactor.step_offset": "optimizers.adafactor.step_offset = {value}",
@@ -235,10 +290,11 @@ BINDINGS: Mapping[str, Answer] = {
     **_under("network.TransformerConfig", _SIZES),
     "network.Transformer.config": _INCLUDED,
     "network.DecoderWrapper.config": _INCLUDED,
+    "seqio.Evaluator.sequence_length": _eval_lengths,
     "seqio.Evaluator.logger_cls": "# metrics.jsonl, TensorBoard, eval/TASK.jsonl and report.html are always written",
     "seqio.Evaluator.num_examples": "evaluation.Evaluation.max_predictions = {value}",
     "seqio.Evaluator.use_memory_cache": "# evaluation reads the cache",
-    "seqio.JSONLogger.write_n_results": "evaluation.Evaluation.num_samples = {value}",
+    "seqio.JSONLogger.write_n_results": _results,
     "seqio.SentencePieceVocabulary.sentencepiece_model_file": _OF_TASK,
 }
 MACROS: Mapping[str, Answer] = {
@@ -248,7 +304,7 @@ MACROS: Mapping[str, Answer] = {
     "EVAL_STEPS": "evaluation.Evaluation.max_batches = {value}",
     "EVALUATOR_NUM_EXAMPLES": "evaluation.Evaluation.max_predictions = {value}",
     "EVALUATOR_USE_MEMORY_CACHE": "# evaluation reads the cache",
-    "JSON_WRITE_N_RESULTS": "evaluation.Evaluation.num_samples = {value}",
+    "JSON_WRITE_N_RESULTS": _results,
     "CHECKPOINT_PATH": "# meshway eval, meshway infer: --model_dir=DIR, of a run or of what `meshway convert` made",
     "EVAL_OUTPUT_DIR": "# `meshway eval` writes into the run's directory",
     "INFER_OUTPUT_DIR": "# meshway infer --output=FILE",
