@@ -138,8 +138,8 @@ def train(
                 directory.describe(_with_end(resolved, periods.last), rows, summarize(program, rows))
             progress = stack.enter_context(contextlib.closing(_progress(periods, start, primary)))
             writers = _writers(directory, start, resolved, loggers) if primary else Writers([])
-            told = primary, progress.note, writers.write_values, program.evaluated, first
-            evaluate = EvaluationLog(passes, periods.last, directory, start, *told)
+            says = (progress.note, program.evaluated, first, writers.write_values)
+            evaluate = EvaluationLog(passes, periods.last, directory, start, primary, *says)
             reporter = _reporter(writers, progress, timeline, program, step, first)
             stack.enter_context(at_the_end(reporter.close))
             loop = Loop(

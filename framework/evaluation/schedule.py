@@ -260,9 +260,9 @@ class EvaluationLog:
       start: the step from which the run goes on: what was found at later ones is removed.
       primary: whether this process writes and speaks.
       say: prints a line.
-      write_values: takes what metrics return besides numbers, by step and name.
       params_of: which parameters of the state are evaluated.
       first: the step that the run began with: all is evaluated there too.
+      write_values: takes what metrics return besides numbers, by step and name.
 
     Attributes:
       reports: what the last evaluation found, by the name of the record.
@@ -276,9 +276,9 @@ class EvaluationLog:
         start: int,
         primary: bool,
         say: Callable[[str], None],
-        write_values: Callable[[int, Mapping[str, Mapping[str, Any]]], None] = lambda *_: None,
         params_of: Callable[[TrainState], Params] = lambda state: state.params,
         first: int = 0,
+        write_values: Callable[[int, Mapping[str, Mapping[str, Any]]], None] = lambda *_: None,
     ) -> None:
         self._params_of, self._first = params_of, first
         self._records = Records(directory.evaluations) if primary else None

@@ -25,6 +25,7 @@ _WORDS = {  # what answers name -> its module
     "evaluation": "meshway.framework.evaluation",
     "features": "meshway.framework.data",
     "grain_loader": "meshway.framework.data",
+    "loop": "meshway.framework.training",
     "manager": "meshway.framework.checkpoints",
     "mapping": "meshway.framework.checkpoints",
     "mesh": "meshway.framework.partitioning",

@@ -92,12 +92,19 @@ _DATA: Mapping[str, Answer] = {
 def _own_data(scope: str) -> dict[str, Answer]:
     """Returns the rows of `scope`/utils.DatasetConfig: what differs from the run's own data is read by a source of its
     own, of which all else is as the run's."""
-    source = f"{scope}/schedule.EvalDataset.data = @{scope}/grain_loader.CachedData()\n{scope}/grain_loader.CachedData"
+
+    def own(parameter: str, kinds: Any = (str, int)) -> Answer:
+        lines = (
+            f"{scope}/schedule.EvalDataset.data = @{scope}/grain_loader.CachedData()",
+            f"{scope}/grain_loader.CachedData.{parameter} = {{value}}",
+        )
+        return lambda value: "\n".join(lines) if isinstance(value, kinds) else "# evaluation has the recipe's"
+
     return {
-        "mixture_or_task_name": f"{source}.mixture_or_task_name = {{value}}",
-        "module": f"{source}.module = {{value}}",
-        "batch_size": f"{source}.batch_size = {{value}}",
-        "task_feature_lengths": f"{source}.eval_lengths = {{value}}",
+        "mixture_or_task_name": own("mixture_or_task_name"),
+        "module": own("module", str),
+        "batch_size": own("batch_size"),
+        "task_feature_lengths": own("eval_lengths", (Mapping, type(None))),
         "split": f"{scope}/schedule.EvalDataset.split = {{value}}",
         "use_cached": _CACHED,
         "use_custom_packing_ops": "# there is one packing",
@@ -106,6 +113,18 @@ def _own_data(scope: str) -> dict[str, Answer]:
         "seed": "# evaluation reads in order",
         "pack": "# evaluation does not pack: an example counts once",
     }
+
+
+def _actions(value: Any) -> str:
+    if "EarlyStoppingAction" in repr(value):
+        return "train.train.hooks = [@loop.EarlyStopping()]"
+    return "# train.train.hooks = [@mylab.Hook()], a class with after_evaluation"
+
+
+def _results(value: Any) -> str:
+    if value is None:
+        return "evaluation.Evaluation.keep_predictions = True"
+    return "evaluation.Evaluation.num_samples = {value}"
 
 
 _TRAIN: Mapping[str, Answer] = {
@@ -120,7 +139,7 @@ _TRAIN: Mapping[str, Answer] = {
     "model": "MODEL = {value}",
     "train_eval_dataset_cfg": _listed("TRAIN_EVAL", "train_eval"),
     "infer_eval_dataset_cfg": _listed("INFER_EVAL", "infer_eval"),
-    "actions": "train.train.hooks = [@schedule.EarlyStopping()]",
+    "actions": _actions,
     "run_eval_before_training": "# the first evaluation is before the first step",
     "train_dataset_cfg": _INCLUDED,
     "checkpoint_cfg": _INCLUDED,
@@ -138,6 +157,11 @@ _ADAFACTOR = (
     *("beta1", "weight_decay_rate", "epsilon1", "epsilon2", "factored"),
 )
 _STOPPING = ("metric", "mode", "patience", "atol", "rtol")
+_DECODES: Mapping[str, Answer] = {
+    "return_all_decodes": "evaluation.Evaluation.all_decodes = {value}",
+    "prompt_with_targets": "evaluation.Evaluation.prompt_with_targets = {value}",
+}
+_SCORES: Mapping[str, Answer] = {"return_intermediates": "evaluation.Evaluation.return_intermediates = {value}"}
 _RATES = ("decay_factor", "steps_per_decay", "steps_per_cycle", "step_offset")
 _SIZES: Mapping[str, Answer] = {
     "vocab_size": "VOCAB_SIZE = {value}",
@@ -218,7 +242,7 @@ BINDINGS: Mapping[str, Answer] = {
     "utils.RestoreCheckpointConfig.fallback_to_scratch": "# leave INITIAL_CHECKPOINT_PATH out",
     "utils.RestoreCheckpointConfig.checkpointer_cls": "# there is one",
     "utils.get_training_eval_datasets.*": "# evaluation reads each example once, in order",
-    **{f"trainer.EarlyStoppingAction.{each}": f"schedule.EarlyStopping.{each} = {{value}}" for each in _STOPPING},
+    **{f"trainer.EarlyStoppingAction.{each}": f"loop.EarlyStopping.{each} = {{value}}" for each in _STOPPING},
     "trainer.TerminateOnNanAction.*": "# a run whose loss is not finite stops by itself",
     "trainer.MoeTrainer.num_expert_partitions": "LAYOUT = 'expert'",
     "trainer.MoeTrainer.num_microbatches": "NUM_MICROBATCHES = {value}",
@@ -240,6 +264,10 @@ BINDINGS: Mapping[str, Answer] = {
     "partitioning.MoePjitPartitioner.num_expert_partitions": "LAYOUT = 'expert'",
     "partitioning.MoePjitPartitioner.num_partitions": _partitions,
     "partitioning.MoePjitPartitioner.model_parallel_submesh": _submesh,
+    **_under("models.EncoderDecoderModel.predict_batch_with_aux", _DECODES),
+    **_under("models.DecoderOnlyModel.predict_batch_with_aux", _DECODES),
+    **_under("models.EncoderDecoderModel.score_batch", _SCORES),
+    **_under("models.DecoderOnlyModel.score_batch", _SCORES),
     "models.EncoderDecoderModel.predict_batch_with_aux.num_decodes": _beams,
     "models.DecoderOnlyModel.predict_batch_with_aux.num_decodes": _decodes,
     "models.DecoderOnlyModel.inputs_bidirectional_attention": _prefix,
@@ -250,6 +278,7 @@ BINDINGS: Mapping[str, Answer] = {
     "decoding.temperature_sample.temperature": "sampling.Sampling.temperature = {value}",
     "decoding.temperature_sample.topk": "sampling.Sampling.top_k = {value}",
     "decoding.temperature_sample.topp": "sampling.Sampling.top_p = {value}",
+    "decoding.temperature_sample.rescale_log_probs": "sampling.Sampling.rescale_log_probs = {value}",
     "decoding.beam_search.alpha": "beam_search.BeamSearch.alpha = {value}",
     **{f"adafactor.Adafactor.{each}": f"optimizers.adafactor.{each} = {{value}}" for each in _ADAFACTOR},
     "adafactor.Adafactor.learning_rate": "LEARNING_RATE = {value}",
@@ -258,10 +287,11 @@ BINDINGS: Mapping[str, Answer] = {
     **_under("network.TransformerConfig", _SIZES),
     "network.Transformer.config": _INCLUDED,
     "network.DecoderWrapper.config": _INCLUDED,
+    "seqio.Evaluator.sequence_length": "EVAL_FEATURE_LENGTHS = {value}",
     "seqio.Evaluator.logger_cls": "# metrics.jsonl, TensorBoard, eval/TASK.jsonl and report.html are always written",
     "seqio.Evaluator.num_examples": "evaluation.Evaluation.max_predictions = {value}",
     "seqio.Evaluator.use_memory_cache": "# evaluation reads the cache",
-    "seqio.JSONLogger.write_n_results": "evaluation.Evaluation.num_samples = {value}",
+    "seqio.JSONLogger.write_n_results": _results,
     "seqio.SentencePieceVocabulary.sentencepiece_model_file": _OF_TASK,
 }
 MACROS: Mapping[str, Answer] = {
@@ -271,7 +301,7 @@ MACROS: Mapping[str, Answer] = {
     "EVAL_STEPS": "evaluation.Evaluation.max_batches = {value}",
     "EVALUATOR_NUM_EXAMPLES": "evaluation.Evaluation.max_predictions = {value}",
     "EVALUATOR_USE_MEMORY_CACHE": "# evaluation reads the cache",
-    "JSON_WRITE_N_RESULTS": "evaluation.Evaluation.num_samples = {value}",
+    "JSON_WRITE_N_RESULTS": _results,
     "CHECKPOINT_PATH": "# meshway eval, meshway infer: --model_dir=DIR, of a run or of what `meshway convert` made",
     "EVAL_OUTPUT_DIR": "# `meshway eval` writes into the run's directory",
     "INFER_OUTPUT_DIR": "# meshway infer --output=FILE",
