@@ -66,11 +66,16 @@ class CachedTask:
         return sorted(path.parent.name for path in self.directory.glob("*/index.json"))
 
     def num_examples(self, split: str) -> int | None:
-        """Returns how many examples a split has; if not cached, how many its source reports, None if it does not."""
-        if not self.is_cached:
+        """Returns how many examples a split or a slice of it has; if not cached, of how many its source reports, None
+        if it does not."""
+        count: int | None
+        whole = task_data.bare_split(split)
+        if self.is_cached:
+            count = _counts(self.directory)[whole]
+        else:
             imported = seqio_caches.origin(self.task, self.directory)
-            return imported.count(split) if imported else seqio_steps.source_count(self.task, split)
-        return _counts(self.directory)[split]
+            count = imported.count(whole) if imported else seqio_steps.source_count(self.task, whole)
+        return count if count is None else len(task_data.slice_of(split, count))
 
 
 class CachedData:
@@ -83,7 +88,7 @@ class CachedData:
       converter: turns a task's examples into the model's arrays.
       module: name(s) of the Python module(s) whose import registers the tasks.
       seed: of order and of all randomness, at least 0; both are fresh each epoch.
-      train_split: what `train` reads.
+      train_split: what `train` reads, such as 'train' or a slice of the cached order, 'train[:90%]'.
       eval_split: what `eval_tasks` read.
       eval_examples: evaluate on the first so many examples of each task (None: all).
       shuffle: whether order is random; if not, examples come in the cache's order.
@@ -308,7 +313,9 @@ class CachedData:
         if not task.is_cached:
             imported = seqio_caches.origin(task.task, task.directory)
             return task_data.open_task(task.task, split, self.converter, self.lengths, start, bos, imported)
-        cached = CachedSplit(task.directory, split)
+        cached = CachedSplit(task.directory, task_data.bare_split(split))
+        chosen = task_data.slice_of(split, len(cached))
+        read = cached if len(chosen) == len(cached) else task_data.Sliced(cached, chosen)
         steps = numpy_steps(task.info["online"], cached.features)
         if steps is None and task.task is None:
             raise UserError(
@@ -323,7 +330,7 @@ class CachedData:
             empty = frozenset()
         info = TaskInfo(task.name, promised, start, empty, bos)
         objective = self.converter.bind(info, self.lengths)
-        return objective, Stepped(cached, steps, objective.trims) if steps else cached, steps is None
+        return objective, Stepped(read, steps, objective.trims) if steps else read, steps is None
 
     def _source(self, task: CachedTask, objective: Objective, examples: Examples, online: bool) -> Source:
         sizes = vocabulary_sizes(self._vocabularies, self.lengths)
@@ -348,7 +355,8 @@ class CachedData:
         return run
 
     def _with_split(self, split: str, purpose: str) -> list[CachedTask]:
-        having = with_split({task.name: task.splits for task in self.tasks}, split, purpose, self.name)
+        splits = {task.name: task.splits for task in self.tasks}
+        having = with_split(splits, task_data.bare_split(split), purpose, self.name)
         return [task for task in self.tasks if task.name in having]
 
     def _may_be_drawn(self, task: CachedTask) -> bool:

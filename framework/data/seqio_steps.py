@@ -302,7 +302,25 @@ def _cached_dataset(task: Any, split: str, shard: int = 0, num_shards: int = 1, 
     else:
         dataset = _source(task, split, seed)
         dataset = dataset.shard(num_shards, shard) if num_shards > 1 else dataset
-    return task._preprocess_dataset(dataset, divide_steps(task).cached)
+    return dense(task, task._preprocess_dataset(dataset, divide_steps(task).cached))
+
+
+def dense(task: Any, dataset: Any) -> Any:
+    """Returns a dataset whose ragged and sparse features are dense, filled up with 0 ('' of text), as seqio's own
+    converters make them; as it is where steps in TensorFlow come later, which may tell padding from data.
+    """
+    import tensorflow as tf
+
+    specs = dataset.element_spec
+    kinds = (tf.RaggedTensorSpec, tf.SparseTensorSpec)
+    names = [name for name, spec in specs.items() if isinstance(spec, kinds)] if isinstance(specs, dict) else []
+    if not names or online_entries(task) == TENSORFLOW:
+        return dataset
+
+    def filled(value: Any) -> Any:
+        return value.to_tensor() if isinstance(value, tf.RaggedTensor) else tf.sparse.to_dense(value)
+
+    return dataset.map(lambda example: {**example, **{name: filled(example[name]) for name in names}})
 
 
 def _infos(task: Any, split: str, dataset: Any) -> dict[str, FeatureInfo]:
@@ -317,7 +335,10 @@ def _infos(task: Any, split: str, dataset: Any) -> dict[str, FeatureInfo]:
     found = {}
     for name, spec in sorted(specs.items()):
         if not isinstance(spec, tf.TensorSpec):
-            raise UserError(f"{where}: feature {name!r} is {spec}, but only dense tensors can be cached")
+            raise UserError(
+                f"{where}: feature {name!r} is {spec}; only dense tensors can be cached "
+                "where steps in TensorFlow come after the cache: make it dense before, or move those steps"
+            )
         shape = spec.shape
         feature = task.output_features.get(name)
         if feature is not None and feature.dtype != spec.dtype:

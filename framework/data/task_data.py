@@ -1,7 +1,9 @@
 """What the data sources share: arguments, vocabularies, preprocessors on other records, tasks not cached yet."""
 
 import dataclasses
+import functools
 import itertools
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -84,6 +86,66 @@ def with_split(tasks: Mapping[str, Sequence[str]], split: str, purpose: str, nam
     if lacking := [task for task in tasks if task not in having]:
         print(f"data: {purpose} leaves out {', '.join(lacking)}: no split {split!r}", file=sys.stderr)
     return having
+
+
+_SLICE = re.compile(r"(?P<name>.*?)\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\]")
+
+
+def bare_split(split: str) -> str:
+    """Returns the split of a slice such as 'train[:90%]'; other names as they are.
+
+    Raises:
+      UserError: there are brackets, and what is in them is no slice.
+    """
+    if "[" not in split:
+        return split
+    if not (found := _SLICE.fullmatch(split)):
+        raise UserError(
+            f"split {split!r} is no slice: write {split.partition('[')[0]}[FROM:TO], each an example's number or a "
+            "percentage, below 0 from the end, as in 'train[:90%]' or 'train[-1000:]'"
+        )
+    return found["name"]
+
+
+def slice_of(split: str, count: int) -> range:
+    """Returns which of a split's `count` examples a slice has, by the rules of TensorFlow Datasets: percentages are
+    rounded to the nearest example. A name without brackets has all.
+
+    Raises:
+      UserError: it is no slice, or reaches beyond the examples.
+    """
+    bare_split(split)
+    found = _SLICE.fullmatch(split)
+    if not found:
+        return range(count)
+
+    def place(text: str | None, default: int) -> int:
+        if text is None:
+            return default
+        number = round(count * int(text[:-1]) / 100) if text.endswith("%") else int(text)
+        return number + count if text.startswith("-") else number
+
+    chosen = range(place(found["start"], 0), place(found["stop"], count))
+    if not 0 <= chosen.start <= chosen.stop <= count:
+        raise UserError(f"split {split!r}: {found['name']!r} has {count:,} examples, fewer than this slice asks for")
+    return chosen
+
+
+class Sliced:
+    """A run of other examples."""
+
+    def __init__(self, examples: Examples, numbers: range) -> None:
+        self._examples, self._numbers = examples, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @functools.cached_property
+    def sizes(self) -> Mapping[str, np.ndarray]:
+        return {name: x[self._numbers.start : self._numbers.stop] for name, x in self._examples.sizes.items()}
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> list[Any]:
+        return self._examples.read(np.asarray(indices, np.int64) + self._numbers.start)
 
 
 _KINDS: tuple[tuple[type, str], ...] = ((bool, "bool"), (int, "int64"), (float, "float32"), (str, "bytes"))
@@ -225,16 +287,17 @@ def open_task(
             raise
         kept = {name: feature for name, feature in promised.items() if name not in empty}
         objective = converter.bind(TaskInfo(task.name, kept, tuple(start), frozenset(empty), tuple(bos)), lengths)
-    count = imported.count(split) if imported else seqio_steps.source_count(task, split)
-    return objective, NotCached(count), online
+    whole = bare_split(split)
+    count = imported.count(whole) if imported else seqio_steps.source_count(task, whole)
+    return objective, NotCached(count if count is None else len(slice_of(split, count))), online
 
 
 def _empty(task: Any, split: str, imported: SeqioCache | None) -> set[str]:
     """Returns the features that are empty in the first examples."""
     if imported:
-        all_of_them = seqio_caches.examples(imported, task, split, 0, 1, 0, [])
+        all_of_them = seqio_caches.examples(imported, task, bare_split(split), 0, 1, 0, [])
     else:
-        all_of_them = seqio_steps.cacheable(task, split, 0, 1)
+        all_of_them = seqio_steps.cacheable(task, bare_split(split), 0, 1)
     examples = list(itertools.islice(all_of_them, _LOOKED_AT))
     seqio_steps.release_sources()
     names = set.intersection(*(set(example) for example in examples)) if examples else set()
