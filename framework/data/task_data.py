@@ -123,7 +123,7 @@ def slice_of(split: str, count: int) -> range:
         if text is None:
             return default
         number = round(count * int(text[:-1]) / 100) if text.endswith("%") else int(text)
-        return number + count if text.startswith("-") else number
+        return number + count if number < 0 else number
 
     chosen = range(place(found["start"], 0), place(found["stop"], count))
     if not 0 <= chosen.start <= chosen.stop <= count:
