@@ -2,12 +2,15 @@
 
 import contextlib
 import difflib
+import functools
 import os
 import select
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 
 class UserError(Exception):
@@ -98,3 +101,25 @@ def did_you_mean(name: str, candidates: Iterable[str], limit: int = 3) -> str:
 def nearest_names(name: str, candidates: list[str], limit: int = 3) -> list[str]:
     """Returns the candidates most like a parameter's path."""
     return difflib.get_close_matches(name, candidates, n=limit, cutoff=0.3)
+
+
+def innermost(error: BaseException) -> BaseException:
+    """Returns the first cause of an Orbax error: it names the file or the array, the error itself only an index."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+@functools.cache
+def quiet_closed_loops() -> None:
+    """Drops the tracebacks after a failed read: Orbax closes its event loop and leaves its coroutines, and each array
+    whose read ends after that, and each coroutine that is thrown away, raises another error."""
+    before = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        closed = isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"
+        left = getattr(getattr(found.object, "cr_code", None), "co_filename", "")  # of a coroutine
+        if not closed and "orbax" not in Path(left).parts:
+            before(found)
+
+    sys.unraisablehook = hook

@@ -5,9 +5,11 @@
     meshway cache --task=NAME --module=mylab.tasks --from_seqio=/data/seqio_cache
     meshway cache --gin_file=pretrain.gin --directory=/shared/cache --part=1/4    # of four machines
 
-Every leaf of a mixture is cached, all its splits. A run that was killed goes on where it was when run again.
+Every leaf of a mixture is cached, all its splits. A run that was killed goes on where it was when run again. Of a
+recipe's large tasks the rows that training will read are counted too, at the recipe's lengths and seed.
 """
 
+import dataclasses
 import re
 import sys
 from collections.abc import Sequence
@@ -16,6 +18,8 @@ from typing import TYPE_CHECKING
 from meshway.framework.data import seqio_caches
 from meshway.framework.data.cache.builder import build
 from meshway.framework.data.cache.shards import BuiltSplit, cache_directory
+from meshway.framework.data.rows.row_counts import PARALLEL
+from meshway.framework.data.rows.row_source import POOL_ITEMS
 from meshway.framework.data.task_data import module_names
 from meshway.framework.errors import UserError
 from meshway.framework.terminal import format_columns
@@ -109,7 +113,30 @@ def run(invocation: "Invocation") -> None:
     from meshway.launch.recipe import config
 
     recipe = config.load(invocation)
-    cache(**recipe.build("cache.cache"), imported=recipe.registering)
+    built = cache(**recipe.build("cache.cache"), imported=recipe.registering)
+    is_large = any(one.examples >= PARALLEL * POOL_ITEMS for one in built)
+    if is_large and recipe.macro("TASK_FEATURE_LENGTHS"):  # else nothing says yet how they will be read
+        count_rows(invocation)
+
+
+def count_rows(invocation: "Invocation") -> None:
+    """Counts the rows that training will read of what is cached, as far as the recipe says how."""
+    import jax
+
+    from meshway.framework.data.grain_loader import CachedData
+    from meshway.launch.recipe import config
+
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        kept = tuple(binding for binding in invocation.bindings if not binding.startswith("cache."))
+        look = dataclasses.replace(invocation, verb="inspect", subject="data", bindings=kept, options=None)
+        source = config.load(look).build("inspection.data")["source"]
+        counted = source.count_rows() if isinstance(source, CachedData) else {}
+    except UserError as error:
+        print(f"rows are not counted yet, the first run will: {error}")
+        return
+    for name, rows in counted.items():
+        print(f"task {name!r}: {', '.join(f'{each:,}' for each in rows)} rows a pass; kept beside the cache")
 
 
 if __name__ == "__main__":

@@ -20,9 +20,45 @@ from meshway.launch.cluster.job import END_WITH_STARTER
 from meshway.launch.flags import Flag, Parser, add_flags, flags_of, given, refuse_unknown, sentence
 from meshway.launch.invocation import MACROS, Invocation
 from meshway.launch.recipe.t5x_names import FLAGS
-from meshway.launch.verbs import USAGE, VERBS, ProcessFlags, RecipeFlags, module_of
+from meshway.launch.verbs import VERBS, ProcessFlags, RecipeFlags, module_of
 
 _FILES = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)  # what holds text back until it is flushed
+
+
+USAGE = """examples:
+  meshway train --gin_file=recipes/quickstart.gin --gin.MODEL_DIR=runs/quickstart
+  meshway train --gin_file=my.gin --gin.MODEL_DIR=/tmp/run --gin.LAYOUT=fsdp --dry_run
+  meshway eval --model_dir=runs/quickstart
+  meshway eval --model_dir=runs/quickstart --steps=all --split=train --max_predictions=100
+  meshway eval --model_dir=runs/quickstart --watch --idle_timeout=3600
+  meshway infer --model_dir=runs/quickstart --input=questions.jsonl --output=answers.jsonl
+  meshway infer --model_dir=runs/quickstart --prompt="Return the <extra_id_0> of the list." --max_new_tokens=20
+  meshway infer --model_dir=runs/quickstart --split=validation --mode=score --output=scores.parquet
+  meshway infer --model_dir=runs/quickstart --input=questions.jsonl --output=answers.jsonl --num_shards=4 --shard_id=0
+  meshway infer --model_dir=runs/llama --input=prompts.txt --output=out --temperature=0.8 --top_p=0.95 --num_decodes=4
+  meshway export --model_dir=runs/quickstart --output=programs --platforms=cpu,tpu,cuda
+  meshway status runs/quickstart
+  meshway inspect --gin_file=quickstart --gin.LAYOUT=fsdp --simulated_devices=8
+  meshway inspect data --gin_file=quickstart --rows=5 --html=data.html
+  meshway bench train --gin_file=quickstart
+  meshway bench data --gin_file=quickstart
+  meshway bench parallel --gin_file=quickstart --simulated_devices=8
+  meshway bench routing --gin_file=v_moe_digits
+  meshway bench moe --gin_file=bench_moe --simulated_devices=8 --gin.LAYOUT=expert
+  meshway bench attention --gin_file=bench_attention
+  meshway bench decode --gin_file=bench_decode
+  meshway cache --gin_file=quickstart
+  meshway cache --task=my_task --module=mylab.tasks --directory=/data/cache
+  meshway convert --from=models/Llama-3.2-1B --to=runs/llama
+  meshway convert --from=runs/llama --to=exported --dtype=bfloat16
+  meshway launch local --processes=4 --devices=2 -- train --gin_file=quickstart --gin.MODEL_DIR=runs/four
+
+Exit codes: 0 done, 1 the machine or the program failed, 2 the command or the recipe is wrong, 75 another process of the
+run was lost (started again, it goes on from the last checkpoint), 130 Ctrl-C (training saves first), 143 SIGTERM
+(training saves and exits with 0, under `launch worker` with 143), 141 nobody reads its output any more. After
+`train ... &&`, `eval --finished ...` evaluates no run that was stopped.
+MESHWAY_TRACEBACK=1 shows the traceback of every error. `meshway VERB --help` lists a verb's options.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

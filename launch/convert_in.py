@@ -13,10 +13,10 @@ import numpy as np
 from meshway.framework.checkpoints.stored import write_checkpoint
 from meshway.framework.conversion import tokenizer_files
 from meshway.framework.conversion.hugging_face import HuggingFaceModel, open_model
+from meshway.framework.conversion.mesh_tensorflow import MeshTensorFlowFiles, open_checkpoint
 from meshway.framework.conversion.rules import Shape
 from meshway.framework.conversion.settings import Bindings, Reference
-from meshway.framework.conversion.t5x import network_of
-from meshway.framework.conversion.t5x_files import T5XFiles
+from meshway.framework.conversion.t5x_optimizer import not_taken, schedule_of
 from meshway.framework.conversion.values import Tensors, Values
 from meshway.framework.data.vocabulary import Framing
 from meshway.framework.errors import UserError
@@ -177,16 +177,16 @@ def vocabulary_bindings(run: Path, features: Sequence[str], framing: Framing) ->
         "VOCABULARY": Reference("vocabularies.load"),
         "vocabularies.load.directory": str(run / "vocabularies"),
         "vocabularies.load.name": features[-1],
-        "grain_loader.CachedData.vocabularies": {feature: Macro("VOCABULARY") for feature in features},
-        "grain_loader.CachedData.start": list(framing.start),
-        "grain_loader.CachedData.stop_ids": list(framing.stop),
+        "VOCABULARIES": {feature: Macro("VOCABULARY") for feature in features},
+        "START": list(framing.start),
+        "STOP_IDS": list(framing.stop),
     }
 
 
 def framing_bindings(framing: Framing) -> Bindings:
     """Returns the bindings of what is known to stand around texts where there is no vocabulary."""
-    said = {"start": list(framing.start), "stop_ids": list(framing.stop)}
-    return {f"grain_loader.CachedData.{name}": ids for name, ids in said.items() if ids}
+    said = {"START": list(framing.start), "STOP_IDS": list(framing.stop)}
+    return {name: ids for name, ids in said.items() if ids}
 
 
 def _keep_origin(model: HuggingFaceModel, folder: Path) -> list[str]:
@@ -219,10 +219,10 @@ def from_t5x(
     vocabulary: str | None = None,
     optimizer_state: bool = False,
 ) -> dict[str, str]:
-    """Makes a run directory of a T5X checkpoint, at its step.
+    """Makes a run directory of a checkpoint of T5X or Mesh-TensorFlow, at its step.
 
     Args:
-      source: a folder of `checkpoint_STEP` folders, or one of those.
+      source: a folder of `checkpoint_STEP` folders, or one of those; or Mesh-TensorFlow's, see `MeshTensorFlowFiles`.
       folder: where it is made, empty.
       goal: where it will be in the end, for paths in the recipe.
       dtype: what weights are written as, None for what they are.
@@ -237,8 +237,8 @@ def from_t5x(
       UserError: there is no such checkpoint, it is damaged, or it is of another network or optimizer; the vocabulary
         cannot be read or is not the network's; the disk refuses.
     """
-    files = T5XFiles(source, step)
-    network = network_of(files)
+    files, network = open_checkpoint(source, step)
+    system = "Mesh-TensorFlow" if isinstance(files, MeshTensorFlowFiles) else "T5X"
     text = None if vocabulary is None else tokenizer_files.read_sentence_pieces(local_path(vocabulary))
     if text is not None:
         tokenizer_files.check_size(text, network.bindings["VOCAB_SIZE"], Path(str(vocabulary)))
@@ -249,20 +249,24 @@ def from_t5x(
     if optimizer_state:
         includes.append("optimizers/adafactor.gin")
         bindings |= {f"optimizers.adafactor.{name}": value for name, value in network.adafactor(files).items()}
+        bindings |= schedule_of(files)
         bindings |= {"mapping.Initial.optimizer_state": True, "mapping.Initial.count_on": True}
 
     def state(model: Model) -> dict[str, Any]:
         shapes = jax.eval_shape(model.init, jax.random.key(0))
         return {"opt_state": network.optimizer_state(files, shapes, model.axes())}
 
-    recipe = recipe_text("network of T5X", files.directory, includes, bindings, goal)
+    recipe = recipe_text(f"network of {system}", files.directory, includes, bindings, goal)
     rest = state if optimizer_state else None
     written = write_run(folder, recipe, lambda shapes: network.values(files, shapes, dtype), files.step, rest)
     layouts = {stack: dataclasses.asdict(layout) for stack, layout in network.layouts.items()}
     (folder / T5X_NOTES).write_text(json.dumps(layouts, indent=1) + "\n", encoding="utf-8")
     if text is not None:
         RunDirectory(folder).save_vocabularies(dict.fromkeys(features, text), framing)
-    left_out = {} if optimizer_state else {"left out": "the optimizer's state; --optimizer_state takes Adafactor's in"}
+    more = "; --optimizer_state takes Adafactor's in" if system == "T5X" else ""
+    left_out = {} if optimizer_state else {"left out": f"the optimizer's state{more}"}
+    if optimizer_state and (settings := not_taken(files)):
+        left_out = {"not taken": f"{settings}, which config.gin binds to Adafactor: what comes next differs by them"}
     return {
         "network": network.include,
         "checkpoint": f"step {files.step} of {files.directory}",
@@ -270,6 +274,6 @@ def from_t5x(
         **left_out,
         **described(written, files),
         "activations": f"{network.bindings['ACTIVATIONS']}; arrays do not tell: if it had others, bind ACTIVATIONS",
-        "tokenizer": "T5X keeps none: for text give its task's, --vocabulary=FILE.model" if text is None else str(text),
+        "tokenizer": str(text or f"{system} keeps none: for text give its task's, --vocabulary=FILE.model"),
         "recipe": str(goal / RECIPE),
     }

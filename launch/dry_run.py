@@ -19,11 +19,12 @@ from meshway.framework.checkpoints.mapping import Initial
 from meshway.framework.data.source import DataSource, SplitRead
 from meshway.framework.data.vocabulary import Vocabulary
 from meshway.framework.errors import EnvironmentFailure, UserError, first_line
-from meshway.framework.evaluation.evaluation import Evaluation, Evaluator
+from meshway.framework.evaluation.evaluation import Evaluation
+from meshway.framework.evaluation.schedule import OWN, EvalDataset, Schedule, begin_hooks
 from meshway.framework.files import holder_of, local_path
 from meshway.framework.partitioning.mesh import MeshShape
 from meshway.framework.terminal import format_columns
-from meshway.framework.training.loop import Periods
+from meshway.framework.training.loop import Hook, Periods
 from meshway.framework.training.program import TrainProgram, open_data
 from meshway.framework.training.run_directory import RunDirectory
 from meshway.launch.cluster.job import Chips
@@ -49,6 +50,9 @@ def check(
     evaluation: Evaluation = Evaluation(),
     keep: Keep = Keep(),
     initial: Initial | None = None,
+    train_eval: Sequence[EvalDataset] | None = OWN,
+    infer_eval: Sequence[EvalDataset] | None = OWN,
+    hooks: Sequence[Hook] = (),
 ) -> Resolved:
     """Checks what a run checks before it traces its step, with its own calls; nothing is written.
 
@@ -56,11 +60,12 @@ def check(
       UserError: as `train.train`.
     """
     initial = None if initial is None or initial.path is None else initial
+    schedule, own = Schedule(train_eval, infer_eval, periods.evaluate, evaluation), data
     data = getattr(data, "for_dry_run", lambda: data)()
     directory = None if model_dir is None else RunDirectory(local_path(model_dir))
     resumed = directory if directory is not None and _last(directory, keep) else None
-    own = None if resumed is None else _checkpoints(resumed, keep)
-    first = continuation.first_step(initial, periods.relative, own)
+    checkpoints = None if resumed is None else _checkpoints(resumed, keep)
+    first = continuation.first_step(initial, periods.relative, checkpoints)
     periods, notes = periods.counted_from(first), list[str]()
     if directory is not None:
         notes = _look(directory, program, periods, keep)
@@ -71,11 +76,12 @@ def check(
         continuation.check(initial, program.state_shapes, program.axes)
         notes.append(f"parameters start from {initial.path}")
         notes += filter(None, [continuation.restart_note(initial, first)])
-    tasks = data.eval_tasks() if periods.evaluate else []
-    evaluator = Evaluator(program.sharded, program.batch_size, program.lengths, tasks, evaluation)
-    notes += evaluator.left_out
-    reads = data.reads(bool(periods.evaluate)) if hasattr(data, "reads") else []
-    found = _resolved(program, data, vocabularies, evaluator.task_names)
+    passes = schedule.open(program.sharded, own, is_dry=True)
+    begin_hooks(hooks, passes, None, 0)
+    notes += [line for each in passes for line in each.evaluator.left_out]
+    reads = [*(data.reads(False) if hasattr(data, "reads") else ()), *schedule.reads(own)]
+    names = dict.fromkeys(name for each in passes for name in each.names)
+    found = _resolved(program, data, vocabularies, list(names))
     if framing is not None:
         found["texts"] = f"a decoder starts from {list(framing.start)}, a prediction ends at {list(framing.stop)}"
     return Resolved(found, reads, notes)
@@ -177,12 +183,23 @@ def check_training(recipe: "Recipe", chips: Chips | None) -> list[str]:
     arguments["program"].trace_loss()
     if left:
         return left
-    known = ("program", "data", "model_dir", "periods", "evaluation", "keep", "initial")
+    known = (
+        "program",
+        "data",
+        "model_dir",
+        "periods",
+        "evaluation",
+        "keep",
+        "initial",
+        "train_eval",
+        "infer_eval",
+        "hooks",
+    )
     given = {name: value for name, value in arguments.items() if name in known}
     if not local_path(given["model_dir"]).is_dir():
         given["model_dir"] = None  # where the hosts mount it
     initial = given.get("initial")
-    if initial is not None and not local_path(initial.path).exists():
+    if initial is not None and initial.path and not initial.is_here:
         left.append(f"{initial.path}, where parameters start from, is not here: left to the hosts to check")
         given["initial"] = None
     try:

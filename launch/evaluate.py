@@ -6,7 +6,6 @@ Run the same command again and what was evaluated is passed over.
 """
 
 import dataclasses
-import inspect
 import signal
 import sys
 from collections.abc import Sequence
@@ -15,16 +14,25 @@ from typing import TYPE_CHECKING
 import jax
 
 from meshway.framework import terminal
-from meshway.framework.data.source import DataSource, EvalTask
+from meshway.framework.data.source import DataSource, EvalTask, tasks_of
 from meshway.framework.data.vocabulary import source_framing
 from meshway.framework.distributed import processes
 from meshway.framework.distributed.processes import agree
 from meshway.framework.errors import UserError
 from meshway.framework.evaluation.evaluation import Evaluation, Evaluator
-from meshway.framework.evaluation.job import EvaluationDisplay, EvaluationJob, is_done, record_name
-from meshway.framework.evaluation.records import ALL, LATEST, Claims, Records, StepQueue, Wanted, complete_steps
+from meshway.framework.evaluation.job import EvaluationDisplay, EvaluationJob, is_done
+from meshway.framework.evaluation.records import (
+    ALL,
+    LATEST,
+    Claims,
+    Records,
+    StepQueue,
+    Wanted,
+    complete_steps,
+    record_name,
+)
 from meshway.framework.files import local_path
-from meshway.framework.interfaces import Model
+from meshway.framework.interfaces import Model, Writer
 from meshway.framework.partitioning.partitioner import Layout
 from meshway.framework.partitioning.sharded_model import ShardedModel
 from meshway.framework.training.program import check_vocabularies
@@ -34,7 +42,7 @@ if TYPE_CHECKING:
     from meshway.launch.recipe.config import Invocation
 
 # Arguments for where, when and how to evaluate, not for what; each split has files of its own.
-_HOW = ("layout", "model_dir", "split", "steps", "watch", "idle_timeout", "again", "train_steps", "finished")
+_HOW = ("layout", "model_dir", "split", "steps", "watch", "idle_timeout", "again", "train_steps", "finished", "loggers")
 
 
 def evaluate(
@@ -51,6 +59,8 @@ def evaluate(
     max_predictions: int | None = None,
     again: bool = False,
     finished: bool = False,
+    averaged: bool = False,
+    loggers: Sequence[Writer] = (),
     fingerprint: str = "",
 ) -> int:
     """Evaluates checkpoints in `model_dir`, and writes `eval/<task>.jsonl`, TensorBoard's events and `report.html`.
@@ -69,6 +79,8 @@ def evaluate(
       max_predictions: of each task; None predicts and scores all examples.
       again: whether to evaluate what has been evaluated.
       finished: whether to refuse a run whose checkpoint of step `train_steps` is not there.
+      averaged: whether to evaluate the averages of parameters that the run kept (EMA_DECAY).
+      loggers: what takes the scalars of each step, beside TensorBoard.
       fingerprint: of what is evaluated: a step that has records of the same one is passed over.
 
     Returns:
@@ -97,7 +109,7 @@ def evaluate(
     with terminal.stage("opening the evaluation data"):
         tasks = split_tasks(data, split)
     settings = dataclasses.replace(evaluation, max_predictions=max_predictions)
-    evaluator = Evaluator(sharded, data.batch_size, data.lengths, tasks, settings)
+    evaluator = Evaluator(sharded, tasks, settings)
     with EvaluationDisplay(silent=not processes.is_primary()) as display:
         for line in evaluator.left_out:
             display.say(line)
@@ -114,7 +126,8 @@ def evaluate(
         )
         skip_removed = (watch or not listed) and not finished  # which one before the last does not tell
         abstract = sharded.abstract_params
-        job = EvaluationJob(directory, evaluator, abstract, queue, records, fingerprint, split, display, skip_removed)
+        given = (directory, evaluator, abstract, queue, records, fingerprint, split, display, skip_removed)
+        job = EvaluationJob(*given, averaged, loggers)
         count = job.run()
         _say_goodbye(directory, queue, count, display)
     return count
@@ -122,12 +135,7 @@ def evaluate(
 
 def split_tasks(data: DataSource, split: str | None) -> Sequence[EvalTask]:
     """Returns the tasks of a split; UserError where there are none, or no splits to choose from."""
-    if split is None:
-        tasks = data.eval_tasks()
-    elif inspect.signature(data.eval_tasks).parameters:
-        tasks = data.eval_tasks(split)
-    else:
-        raise UserError(f"--split={split}: {type(data).__name__} has no splits to choose from; leave it out")
+    tasks = tasks_of(data, split)
     if not tasks:
         raise UserError(f"{type(data).__name__} has no tasks to evaluate on")
     return tasks

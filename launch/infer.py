@@ -7,6 +7,7 @@ Killed, it goes on where it was when the same command is run again, on as many p
 
 import contextlib
 import dataclasses
+import functools
 import signal
 import sys
 import time
@@ -23,9 +24,9 @@ from meshway.framework.distributed.processes import agree
 from meshway.framework.errors import UserError
 from meshway.framework.files import local_path
 from meshway.framework.inference.beam_search import BeamSearch
-from meshway.framework.inference.bulk.batches import Predict, Score, Work, compute
+from meshway.framework.inference.bulk.batches import OwnFormat, Predict, Score, Work, compute
 from meshway.framework.inference.bulk.inputs import Preprocess, Reader, Share
-from meshway.framework.inference.bulk.job import Job, JobProgress, Policy, summary
+from meshway.framework.inference.bulk.job import Job, JobProgress, Policy, lines_of, of_shares, of_truncated, summary
 from meshway.framework.inference.bulk.sources import PromptSource, Source, TaskSource, open_source
 from meshway.framework.inference.bulk.store import ChunkStore
 from meshway.framework.inference.decoding import Decoder, decoding_model
@@ -34,9 +35,8 @@ from meshway.framework.inference.predictor import RecipeModel, Session, open_ses
 from meshway.framework.inference.rows import doubling
 from meshway.framework.interfaces import Model
 from meshway.framework.partitioning.partitioner import Layout
-from meshway.framework.terminal import count_of
 from meshway.launch.evaluate import split_tasks
-from meshway.launch.infer_flags import by_flag, refuse_idle
+from meshway.launch.infer_flags import by_flag, made, refuse_idle
 
 if TYPE_CHECKING:
     from meshway.launch.recipe.config import Invocation
@@ -57,6 +57,7 @@ class Inputs:
       prompts: a text, or texts, to answer, instead of both.
       format: 'jsonl', 'tsv', 'text', 'parquet' or 'tfrecord'; None derives it from the file's name.
       columns: names of TSV columns without a header, 'a,b'.
+      fields: features of a split's examples that are kept beside text, see `TaskSource`: 'a,b', or 'all'.
       inputs_field, targets_field: the fields that hold text, or token ids.
       begin_field: the field with what a prediction must begin with; None for none.
       preprocess: a task whose preprocessors make `inputs` and `targets` of each record.
@@ -71,6 +72,7 @@ class Inputs:
     prompts: str | Sequence[str] = ()
     format: str | None = None
     columns: str = ""
+    fields: str | None = None
     inputs_field: str = "inputs"
     targets_field: str = "targets"
     begin_field: str | None = None
@@ -96,7 +98,8 @@ class Inputs:
 @dataclasses.dataclass(frozen=True)
 class Output:
     """Where results go: see `ChunkStore`; None prints answers to prompts. `chunk_size` records are committed at a time;
-    None for 16 batches. Of `num_shards` independent jobs over one input into one output, this is `shard_id`, from 0."""
+    None for 16 batches. Of `num_shards` independent jobs over one input into one output, this is `shard_id`, from 0.
+    `writer` is a format of one's own: a `batches.Writer`, or the name of a class of these that needs no arguments."""
 
     where: str | None = None
     format: str | None = None
@@ -104,12 +107,22 @@ class Output:
     chunk_size: int | None = None
     num_shards: int | None = None
     shard_id: int | None = None
+    writer: Any = None
 
     def __post_init__(self) -> None:
         if (self.num_shards is None) != (self.shard_id is None):
             lacks = "--shard_id=I, which of them this is," if self.shard_id is None else "--num_shards=N, of how many,"
             raise UserError(f"{lacks} is missing: both are given, or none")
         self.share  # noqa: B018 to check both
+        if self.writer is not None and not self.where:
+            raise UserError("a writer writes to --output=FILE, or to a folder: give one")
+
+    @functools.cached_property
+    def own_format(self) -> OwnFormat | None:
+        """What `writer` is, None where a format of ours is written; UserError where it is none."""
+        if self.writer is None:
+            return None
+        return OwnFormat(made(self.writer) if isinstance(self.writer, str) else self.writer)
 
     @property
     def share(self) -> Share:
@@ -132,6 +145,7 @@ def infer(
     aux: str = "",
     stop: str | Sequence[str] = (),
     seed: int = 0,
+    averaged: bool = False,
     data: DataSource | None = None,
     settings: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
@@ -151,6 +165,7 @@ def infer(
       aux: names of intermediate values, 'encoder_output,decoder_output'.
       stop: text, or texts, that end a prediction, wherever they occur in it.
       seed: of sampling.
+      averaged: whether to read the averages of parameters that the run kept (EMA_DECAY).
       data: the tasks of `inputs.split`.
       settings: of the recipe, by name: a job continues what one of the same settings left.
 
@@ -161,13 +176,14 @@ def infer(
       UserError: anything the user can mend; one message.
     """
     names = _check_mode(mode, aux)
+    output.own_format  # noqa: B018 to check it before anything is read
     if not output.where and not inputs.prompts:
         raise UserError("meshway infer needs --output=FILE.jsonl (or .parquet, .txt, or a folder of shards)")
     decoder = decoder if beams is None else BeamSearch(beams)
     source = _source(inputs, mode, data)
     if mode != SCORE:
         decoding_model(opened.model, SCORE_INSTEAD)
-    session = open_session(opened.model, opened.layout, model_dir, step, inputs.append_eos, stop, _note)
+    session = open_session(opened.model, opened.layout, model_dir, step, inputs.append_eos, stop, _note, averaged)
     engine = session.engine(decoder, batch_size, seed)
     reader, work = _reader_and_work(
         inputs, opened.limits(max_input_length, max_new_tokens), session, engine, mode, names
@@ -182,6 +198,8 @@ def infer(
         "input": source.description,
         "chunk size": str(policy.chunk_size),
     }
+    if output.own_format is not None:
+        facts["writer"] = output.own_format.description
     agree(facts)
     total = source.total if processes.is_primary() else None
     total = None if total is None else policy.records_of_share(total)
@@ -191,7 +209,7 @@ def infer(
         if "examples" in counts:
             counts |= {"programs": engine.num_compiled, "wall_seconds": round(time.monotonic() - began, 3)}
             if processes.is_primary():
-                _say(counts, output)
+                print(*lines_of(counts), f"written: {output.where}", sep="\n", file=sys.stderr)
     return counts
 
 
@@ -223,6 +241,9 @@ def _answer(source: Source, reader: Reader, work: Work, batch_size: int) -> dict
     examples, problems = reader.read(list(source.records()))
     if problems:
         raise UserError("\n  ".join(problems))
+    if processes.is_primary():
+        for line in of_truncated(sum(example.truncated for example in examples)):
+            print(line, file=sys.stderr)
     found: dict[int, dict[str, Any]] = {}
     for places, done in compute(work, examples, batch_size):
         found |= dict(zip(places, done.rows, strict=True))
@@ -247,7 +268,8 @@ def _run(
     """Runs the job and finishes its output; returns its summary."""
     primary = processes.is_primary()
     where = local_path(output.where or "")
-    store = ChunkStore(where, facts, output.format, output.overwrite, output.share) if primary else None
+    how = (output.format, output.overwrite, output.share, output.own_format)
+    store = ChunkStore(where, facts, *how) if primary else None
     with contextlib.ExitStack() as stack:
         if store is not None:
             stack.callback(store.close)
@@ -262,7 +284,7 @@ def _run(
             return {}
         missing = store.missing(digests)
         if missing or store.finished:
-            progress.note(_of_shares(output, len(digests), missing))
+            progress.note(f"{output.where}: {of_shares(output.share, len(digests), missing)}")
             return {"missing_chunks": len(missing)}
         counts = summary(store)
         store.finish(len(digests), counts)
@@ -317,7 +339,8 @@ def _source(inputs: Inputs, mode: str, data: DataSource | None) -> Source:
     assert data is not None
     assert inputs.split is not None
     needed = ("inputs", "targets") if mode == SCORE else ("inputs",)
-    return TaskSource(split_tasks(data, inputs.split), inputs.split, needed)  # type: ignore[arg-type]
+    fields = None if inputs.fields is None else [name for name in inputs.fields.split(",") if name]
+    return TaskSource(split_tasks(data, inputs.split), inputs.split, needed, fields)  # type: ignore[arg-type]
 
 
 def _preprocess(inputs: Inputs, lengths: Mapping[str, int]) -> Preprocess | None:
@@ -326,38 +349,10 @@ def _preprocess(inputs: Inputs, lengths: Mapping[str, int]) -> Preprocess | None
     return preprocess(inputs.preprocess, module_names(inputs.module), lengths)
 
 
-def _of_shares(output: Output, num_chunks: int, missing: Sequence[int]) -> str:
-    """Returns what one of several jobs says when it is done and has not made the result."""
-    done = f"{output.where}: shard {output.shard_id} of {output.num_shards} is done"
-    if not missing:
-        return f"{done}, and another job has made the result of all"
-    shards = ", ".join(str(shard) for shard in sorted({number % output.share.count for number in missing}))
-    return (
-        f"{done}; {len(missing):,} of {count_of(num_chunks, 'chunk')} are to come from shards {shards}: the job that "
-        "ends last makes the result, or the same command without --num_shards and --shard_id"
-    )
-
-
 def _note(line: str) -> None:
     """Prints a note to standard error, once for all processes of the run."""
     if processes.is_primary():
         print(f"meshway: {line}", file=sys.stderr, flush=True)
-
-
-def _say(counts: Mapping[str, Any], output: Output) -> None:
-    left_out = counts["left_out"]
-    print(
-        f"{counts['examples']:,} examples in {counts['wall_seconds']:,.1f} s: {counts['examples_per_second']:,} "
-        f"examples/s, {counts['tokens_per_second']:,} tokens/s; {counts['read_tokens']:,} tokens read, "
-        f"{counts['made_tokens']:,} made; {100 * counts['padding']:.1f} % of the input places were padding; "
-        f"{counts['programs']} programs compiled",
-        file=sys.stderr,
-    )
-    for line in left_out[:20]:
-        print(f"left out: {line}", file=sys.stderr)
-    if len(left_out) > 20:
-        print(f"left out: and {len(left_out) - 20:,} more, listed in the summary", file=sys.stderr)
-    print(f"written: {output.where}", file=sys.stderr)
 
 
 def run(invocation: "Invocation") -> None:

@@ -52,11 +52,33 @@ def by_flag(settings: Mapping[str, str]) -> dict[str, str]:
     return {written(name.removeprefix("/")): value for name, value in settings.items()}
 
 
+def made(writer: str) -> Any:
+    """Returns an object of a class, called as `mylab.writers.Csv`, which needs no arguments.
+
+    Raises:
+      UserError: there is none, or it needs arguments.
+    """
+    from meshway.launch.recipe.configurables import Target, Unresolved, find
+
+    module, _, name = writer.rpartition(".")
+    if not module:
+        raise UserError(f"--writer={writer} is no class in a module: write it as mylab.writers.{writer or 'Csv'}")
+    try:
+        return find(Target(module, (name,)), importing=True)()
+    except Unresolved as error:
+        raise UserError(f"--writer={writer}: {error}") from error
+    except TypeError as error:
+        raise UserError(
+            f"--writer={writer} cannot be made without arguments ({error}): bind infer.Output.writer in a gin file"
+        ) from error
+
+
 def _rules(given: Collection[str], arguments: Mapping[str, Any]) -> list[_Rule]:
     inputs, decoder = arguments["inputs"], arguments["decoder"]
     scores, beams = arguments.get("mode") == "score", arguments.get("beams") is not None
     greedy = getattr(decoder, "temperature", None) == 0
-    output = str(arguments["output"].where)
+    writer = arguments["output"].writer is not None
+    output = "" if writer else str(arguments["output"].where)
     several = beams or decoder.num_decodes > 1
     return [
         _Rule(scores, _PREDICTED, "with --mode=score, which predicts nothing"),
@@ -79,6 +101,12 @@ def _rules(given: Collection[str], arguments: Mapping[str, Any]) -> list[_Rule]:
         ),
         _Rule(
             inputs.split is None,
+            ("--fields",),
+            "without --split: all fields of a file are kept",
+            "leave it out",
+        ),
+        _Rule(
+            inputs.split is None,
             ("--task",),
             "without --split",
             "give --split=SPLIT, or the task whose preprocessors are meant as --preprocess=TASK",
@@ -89,6 +117,7 @@ def _rules(given: Collection[str], arguments: Mapping[str, Any]) -> list[_Rule]:
             "without --split or --preprocess: only for them is a task looked up",
             "leave it out",
         ),
+        _Rule(writer, ("--output_format",), "with --writer, which has a format of its own"),
         _Rule(
             output.endswith(".txt") and several and not scores,
             ("--num_decodes", "--beams"),

@@ -7,12 +7,12 @@ Run the same command again to go on where it stopped.
 
 import contextlib
 import functools
+import re
 import signal
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 
@@ -21,15 +21,16 @@ from meshway.framework.checkpoints import continuation
 from meshway.framework.checkpoints.manager import Checkpoints, DamagedCheckpoint, Keep
 from meshway.framework.checkpoints.mapping import Initial
 from meshway.framework.data.prefetch import prefetch
-from meshway.framework.data.source import DataSource, EvalTask
+from meshway.framework.data.source import DataSource
 from meshway.framework.data.vocabulary import Framing
 from meshway.framework.distributed import processes
 from meshway.framework.distributed.processes import agree
 from meshway.framework.errors import at_the_end
-from meshway.framework.evaluation.evaluation import Evaluation, Evaluator, Report
+from meshway.framework.evaluation.evaluation import Evaluation
 from meshway.framework.evaluation.records import Records
+from meshway.framework.evaluation.schedule import OWN, EvalDataset, EvaluationLog, Schedule, begin_hooks
 from meshway.framework.files import local_path
-from meshway.framework.interfaces import Params
+from meshway.framework.interfaces import Writer
 from meshway.framework.planning.hardware import peak_flops
 from meshway.framework.report.page import write_report
 from meshway.framework.telemetry.reporter import Progress, Reporter
@@ -50,16 +51,19 @@ def train(
     model_dir: str,
     periods: Periods,
     evaluation: Evaluation = Evaluation(),
+    train_eval: Sequence[EvalDataset] | None = OWN,
+    infer_eval: Sequence[EvalDataset] | None = OWN,
     keep: Keep = Keep(),
     initial: Initial | None = None,
     hooks: Sequence[Hook] = (),
+    loggers: Sequence[Writer] = (),
     max_skipped_in_a_row: int = 10,
     batch_size_schedule: Sequence[tuple[int, int]] = (),
     skip_batches: Sequence[tuple[int, int]] = (),
     resolved: str = "",
     began: float | None = None,
 ) -> None:
-    """Trains until `periods.total`, resuming from the latest checkpoint in `model_dir` if there is one.
+    """Trains until `periods.last`, resuming from the latest checkpoint in `model_dir` if there is one.
 
     Order of what parameters start from: 1. the latest checkpoint in `model_dir`; 2. `initial`; 3. fresh ones.
     Steps count from 0, or from those of `initial` (`Initial.count_on`, `Periods.relative`).
@@ -70,12 +74,16 @@ def train(
       model_dir: the run directory.
       periods: how long, and how often to report, evaluate and save.
       evaluation: what evaluation does.
+      train_eval: of what the loss is found every so often, teacher-forced; None for nothing.
+      infer_eval: of what predictions are made and scores found for the tasks' metrics; None for nothing.
       keep: which checkpoints stay.
       initial: another run's parameters to start from; None, or one without a path, for fresh ones.
-      hooks: called after each step.
+      hooks: called after each step; those that have `after_evaluation` see what evaluations find, and may stop the run.
+      loggers: what takes each report, beside TensorBoard and `metrics.jsonl`.
       max_skipped_in_a_row: steps in a row whose updates were left out, after which the run stops.
-      batch_size_schedule: (last step, examples of a batch up to it), in order, before the program's batch size.
-      skip_batches: (first, last) numbers of batches that no step takes; batches are counted from 1, as steps are.
+      batch_size_schedule: (last step, examples of a batch up to it), in order, before the program's batch size. Here
+        and below 1 is the run's own first step.
+      skip_batches: (first, last) numbers of batches that no step takes, as of the steps that would take them.
       resolved: the resolved recipe, written to the run directory and into checkpoints.
       began: when this attempt at the run began, in seconds since 1970; None means now.
 
@@ -109,6 +117,8 @@ def train(
         restored = _restore_last(checkpoints, program, primary) if start else None
         restored_seconds = time.time() - restoring
         start = restored[0] if restored else checkpoints.first_step
+        passes = Schedule(train_eval, infer_eval, periods.evaluate, evaluation).open(program.sharded, data)
+        begin_hooks(hooks, passes, Records(directory.evaluations) if primary else None, start)
         with contextlib.ExitStack() as stack:
             if primary:
                 stack.enter_context(at_the_end(lambda: write_report(directory.root)))
@@ -116,25 +126,21 @@ def train(
             timeline.mark("ready")
             if restored:
                 timeline.move(restored_seconds, "checkpoint")
-                _, state, position = restored
-                dataset.restore(position)
+                dataset.restore(restored[2])
                 _say(primary, f"resuming from {directory.checkpoints / str(start)}")
             stream = stack.enter_context(contextlib.closing(prefetch(dataset)))  # reads while the step compiles
             with timeline.phase("compile"), terminal.stage("compiling the training step"):
-                step = SizedSteps(
-                    program, batch_size_schedule, start, periods.last + sum(b - a + 1 for a, b in skip_batches)
-                )
+                first = checkpoints.first_step
+                step = SizedSteps(program, batch_size_schedule, start - first, periods.last - first, skip_batches)
             timeline.mark("compiled", devices=program.partitioner.mesh.size)
-            if restored is None:
-                state = _fresh(program, initial, start, framing, functools.partial(_say, primary))
-            tasks = _tasks(data) if periods.evaluate else []
+            state = restored[1] if restored else _fresh(program, initial, start, framing, primary)
             if primary:
-                directory.describe(resolved, rows, summarize(program, rows))
-            progress = _progress(periods, start, primary)
-            stack.callback(progress.close)
-            evaluator = Evaluator(program.sharded, program.batch_size, program.lengths, tasks, evaluation)
-            evaluate = EvaluationLog(evaluator, directory, start, primary, progress.note, program.evaluated)
-            reporter = _reporter(directory, start, primary, progress, timeline, program, resolved, step)
+                directory.describe(_with_end(resolved, periods.last), rows, summarize(program, rows))
+            progress = stack.enter_context(contextlib.closing(_progress(periods, start, primary)))
+            writers = _writers(directory, start, resolved, loggers) if primary else Writers([])
+            told = primary, progress.note, writers.write_values, program.evaluated, first
+            evaluate = EvaluationLog(passes, periods.last, directory, start, *told)
+            reporter = _reporter(writers, progress, timeline, program, step, first)
             stack.enter_context(at_the_end(reporter.close))
             loop = Loop(
                 step=step,
@@ -154,60 +160,9 @@ def train(
                 checkpoints.close()
             timeline.outcome = "done" if last == periods.last else "stopped"
         if primary:
-            _say_goodbye(directory, last, periods, evaluate.samples())
+            _say_goodbye(directory, last, periods, evaluate.samples(), loop.reason)
         if last < periods.last and loop.stop.number == signal.SIGINT:
             raise KeyboardInterrupt  # what comes after this command takes it for done otherwise
-
-
-class EvaluationLog:
-    """Evaluates, and keeps each task's results in `eval/<task>.jsonl`.
-
-    Args:
-      evaluator: what evaluates.
-      directory: the run.
-      start: the step from which the run goes on: what was found at later ones is removed.
-      primary: whether this process writes and speaks.
-      say: prints a line.
-      params_of: which parameters of the state are evaluated.
-    """
-
-    def __init__(
-        self,
-        evaluator: Evaluator,
-        directory: RunDirectory,
-        start: int,
-        primary: bool,
-        say: Callable[[str], None],
-        params_of: Callable[[TrainState], Params] = lambda state: state.params,
-    ):
-        self._params_of = params_of
-        self._records = Records(directory.evaluations) if primary else None
-        self._evaluator, self._say = evaluator, say
-        self._reports: dict[str, Report] = {}
-        if self._records is not None:
-            self._records.keep_up_to(start)
-        for line in evaluator.left_out:
-            say(line)
-
-    def __call__(self, state: TrainState, step: int) -> dict[str, float]:
-        first = not self._reports  # it compiles its programs
-        with terminal.stage(f"evaluating step {step}") if first else contextlib.nullcontext():
-            scalars, self._reports = self._evaluator.evaluate(self._params_of(state))
-        if self._records is not None:
-            self._records.add(step, self._reports)
-        for name, report in self._reports.items():
-            for function, message in report.get("failed", {}).items():
-                self._say(f"evaluation at step {step}: task {name!r}, {function} raised {message}")
-        return scalars
-
-    def samples(self, limit: int = 3) -> str:
-        """Returns a few predictions of the last evaluation as text, for a terminal."""
-        lines = []
-        for name, report in self._reports.items():
-            for sample in report["predictions"][:limit]:
-                shown = {part: textwrap.shorten(sample[part], 100) for part in ("input", "target", "prediction")}
-                lines += [f"{name}", *[f"  {part:10}  {text}" for part, text in shown.items()]]
-        return "\n".join(lines)
 
 
 def _counted(
@@ -223,15 +178,18 @@ def _counted(
     return periods.counted_from(checkpoints.first_step), initial
 
 
+def _with_end(resolved: str, last: int) -> str:
+    """Returns a resolved recipe for `config.gin`: where steps are relative, TRAIN_STEPS, which training does not read
+    then, is the step at which it ends, for whoever looks for that there."""
+    if not re.search(r"^TRAIN_STEPS_RELATIVE = \d", resolved, re.MULTILINE):
+        return resolved
+    return re.sub(r"^TRAIN_STEPS = .*$", f"TRAIN_STEPS = {last}", resolved, flags=re.MULTILINE)
+
+
 def _agree(resolved: str, start: int) -> None:
     """Raises UserError unless all processes would train the same, from the same step."""
     devices = f"{jax.local_device_count()} {jax.default_backend()}"
     agree({"recipe": resolved, "last checkpoint": str(start), "jax": jax.__version__, "devices": devices})
-
-
-def _tasks(data: DataSource) -> Sequence[EvalTask]:
-    with terminal.stage("opening the evaluation data"):
-        return data.eval_tasks()
 
 
 def _restore_last(
@@ -263,8 +221,9 @@ def _restore_last(
 
 
 def _fresh(
-    program: TrainProgram, initial: Initial | None, first: int, framing: Framing | None, say: Callable[[str], None]
+    program: TrainProgram, initial: Initial | None, first: int, framing: Framing | None, primary: bool
 ) -> TrainState:
+    say = functools.partial(_say, primary)
     _say_start(initial, framing, say)
     if note := continuation.restart_note(initial, first):
         say(note)
@@ -293,21 +252,20 @@ def _progress(periods: Periods, start: int, primary: bool) -> Progress:
     return Progress(periods.last, start, peak_name="of matmul peak" if measured else "mfu", silent=not primary)
 
 
+def _writers(directory: RunDirectory, start: int, resolved: str, loggers: Sequence[Writer]) -> Writers:
+    board = TensorBoardWriter(directory.tensorboard, start)
+    board.text("recipe", resolved, start)
+    return Writers([JsonlWriter(directory.metrics, start), board, *loggers])
+
+
 def _reporter(
-    directory: RunDirectory,
-    start: int,
-    primary: bool,
+    writers: Writers,
     progress: Progress,
     timeline: Timeline,
     program: TrainProgram,
-    resolved: str,
     step: SizedSteps,
+    first: int,
 ) -> Reporter:
-    writers: list[Any] = []
-    if primary:
-        board = TensorBoardWriter(directory.tensorboard, start)
-        board.text("recipe", resolved, start)
-        writers = [JsonlWriter(directory.metrics, start), board]
     devices = program.partitioner.mesh.devices.flatten().tolist()
     # The usual convention holds accelerators against their bfloat16 peak, whatever a recipe computes in.
     with terminal.stage("finding the matmul peak"):
@@ -315,7 +273,8 @@ def _reporter(
     progress.note(f"matmul peak {peak / 1e9:,.0f} GFLOP/s ({source})")
     if step_memory := step.planned():
         progress.note(step_memory)
-    return Reporter(Writers(writers), progress, timeline, step.flops, peak, jax.local_devices())
+    devices = jax.local_devices()
+    return Reporter(writers, progress, timeline, lambda number: step.flops(number - first), peak, devices)
 
 
 def _say(primary: bool, line: str) -> None:
@@ -323,12 +282,13 @@ def _say(primary: bool, line: str) -> None:
         print(line, flush=True)
 
 
-def _say_goodbye(directory: RunDirectory, last: int, periods: Periods, samples: str) -> None:
+def _say_goodbye(directory: RunDirectory, last: int, periods: Periods, samples: str, reason: str) -> None:
     if samples:
         print(samples)
     print(in_one_line(read_goodput(directory.timeline)))
     if last < periods.last:
-        print(f"stopped after step {last} of {periods.last}, saved; run the same command again to go on")
+        why = f", saved. {reason}. Run" if reason else ", saved; run"
+        print(f"stopped after step {last} of {periods.last}{why} the same command again to go on")
     else:
         print(f"done: step {last}; report: {directory.root / 'report.html'}")
 
@@ -350,9 +310,12 @@ def run(invocation: "Invocation") -> None:
             model_dir: str = part("model_dir")  # MODEL_DIR
             periods: Periods = part("periods")  # TRAIN_STEPS, REPORT_PERIOD, EVAL_PERIOD, CHECKPOINT_PERIOD
             evaluation: Evaluation = part("evaluation")
+            train_eval: Sequence[EvalDataset] | None = part("train_eval")  # TRAIN_EVAL
+            infer_eval: Sequence[EvalDataset] | None = part("infer_eval")  # INFER_EVAL
             keep: Keep = part("keep")
             initial: Initial | None = part("initial")  # INITIAL_CHECKPOINT_PATH; gin/initial/*.gin
             hooks: Sequence[Hook] = part("hooks")
+            loggers: Sequence[Writer] = part("loggers")
             max_skipped_in_a_row: int = part("max_skipped_in_a_row")
             batch_size_schedule: Sequence[tuple[int, int]] = part("batch_size_schedule")  # BATCH_SIZE_SCHEDULE
             skip_batches: Sequence[tuple[int, int]] = part("skip_batches")  # SKIP_BATCHES
@@ -360,7 +323,8 @@ def run(invocation: "Invocation") -> None:
             from meshway.launch.dry_run import check, described
             from meshway.launch.inspection import layout
 
-            found = layout(program), "", described(check(program, data, model_dir, periods, evaluation, keep, initial))
+            arguments = (program, data, model_dir, periods, evaluation, keep, initial, train_eval, infer_eval, hooks)
+            found = layout(program), "", described(check(*arguments))
             if processes.is_primary():
                 print(recipe.resolved, *found, sep="\n")
             return
@@ -370,9 +334,12 @@ def run(invocation: "Invocation") -> None:
             model_dir=model_dir,
             periods=periods,
             evaluation=evaluation,
+            train_eval=train_eval,
+            infer_eval=infer_eval,
             keep=keep,
             initial=initial,
             hooks=hooks,
+            loggers=loggers,
             max_skipped_in_a_row=max_skipped_in_a_row,
             batch_size_schedule=batch_size_schedule,
             skip_batches=skip_batches,

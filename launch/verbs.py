@@ -1,4 +1,4 @@
-"""The verbs of the command line, their flags, and examples of them. Light: `--help` must be quick.
+"""The verbs of the command line, and their flags. Light: `--help` must be quick.
 
 A flag of a verb is short for a binding of its recipe; see `launch/flags.py`.
 """
@@ -53,9 +53,7 @@ class EvalFlags:
     )
     task: str | None = binds("MIXTURE_OR_TASK_NAME", "the registered task or mixture, if not the recipe's", "NAME")
     module: str | None = binds("MIXTURE_OR_TASK_MODULE", "the Python module that registers it (mylab.tasks)", "MODULE")
-    split: str | None = binds(
-        "evaluate.evaluate.split", "which split (default: the recipe's validation split)", "SPLIT"
-    )
+    split: str | None = binds("evaluate.evaluate.split", "which split (default: the recipe's for validation)", "SPLIT")
     max_predictions: int | None = binds(
         "evaluate.evaluate.max_predictions",
         "examples of each task to predict and to score for its metric functions (default: all)",
@@ -64,10 +62,25 @@ class EvalFlags:
     )
     finished: bool = binds("evaluate.evaluate.finished", "refuse (exit 2) a run that has not saved its last step")
     again: bool = binds("evaluate.evaluate.again", "evaluate what has been evaluated, too")
+    averaged: bool = binds("evaluate.evaluate.averaged", "evaluate the averages of parameters that the run kept")
 
 
 @dataclasses.dataclass(frozen=True)
-class InferFlags:
+class SamplingFlags:
+    """How predictions are drawn."""
+
+    temperature: float | None = binds(
+        "sampling.Sampling.temperature", "0 (default) takes the likeliest token", "X", reads=not_negative
+    )
+    top_k: int | None = binds("sampling.Sampling.top_k", "draw from the k likeliest tokens", "K")
+    top_p: float | None = binds(
+        "sampling.Sampling.top_p", "draw from the likeliest that together reach p", "P", reads=share
+    )
+    num_decodes: int | None = binds("sampling.Sampling.num_decodes", "predictions of each example", "N")
+
+
+@dataclasses.dataclass(frozen=True)
+class InferFlags(SamplingFlags):
     model_dir: str | None = binds(
         "MODEL_DIR", "the run, or one of its checkpoints; its own recipe serves without --gin_file", "DIR"
     )
@@ -80,6 +93,11 @@ class InferFlags:
         "TEXT",
     )
     split: str | None = binds("infer.Inputs.split", "read this split of the recipe's task (or --task) instead", "SPLIT")
+    fields: str | None = binds(
+        "infer.Inputs.fields",
+        "with --split: features to keep beside text (id,inputs; all; default: *_pretokenized)",
+        "NAMES",
+    )
     output: str | None = binds(
         "infer.Output.where", "a .jsonl, .parquet or .txt file to make, or a folder of shards", "FILE"
     )
@@ -90,18 +108,11 @@ class InferFlags:
         "infer.infer.aux", "predict_with_aux: intermediate values by name, as decoder_output", "NAMES"
     )
     step: int | None = binds("infer.infer.step", "which checkpoint (default: the latest)", "N", least=0)
+    averaged: bool = binds("infer.infer.averaged", "read the averages of parameters that the run kept (EMA_DECAY)")
     batch_size: int | None = binds("infer.infer.batch_size", "examples in a batch (default: 32)", "N")
     max_input_length: int | None = binds("infer.infer.max_input_length", "tokens of the longest prompt", "N")
     max_new_tokens: int | None = binds("infer.infer.max_new_tokens", "most tokens of a prediction", "N")
     truncate: bool = binds("infer.Inputs.truncate", "truncate longer prompts instead of refusing them")
-    temperature: float | None = binds(
-        "sampling.Sampling.temperature", "0 (default) takes the likeliest token", "X", reads=not_negative
-    )
-    top_k: int | None = binds("sampling.Sampling.top_k", "draw from the k likeliest tokens", "K")
-    top_p: float | None = binds(
-        "sampling.Sampling.top_p", "draw from the likeliest that together reach p", "P", reads=share
-    )
-    num_decodes: int | None = binds("sampling.Sampling.num_decodes", "predictions of each example", "N")
     beams: int | None = binds("infer.infer.beams", "beam search with so many beams", "N")
     seed: int | None = binds("infer.infer.seed", "of sampling (default: 0)", "N", least=0)
     stop: tuple[str, ...] | None = binds(
@@ -130,11 +141,32 @@ class InferFlags:
     output_format: Literal["jsonl", "parquet"] | None = binds(
         "infer.Output.format", "jsonl (default) or parquet, of a folder's shards", "FORMAT"
     )
+    writer: str | None = binds(
+        "infer.Output.writer", "a class that writes a format of its own (mylab.writers.Csv)", "CLASS"
+    )
     overwrite: bool = binds("infer.Output.overwrite", "remove what an earlier job left there")
     num_shards: int | None = binds(
         "infer.Output.num_shards", "share the input among N independent jobs with one --output", "N"
     )
     shard_id: int | None = binds("infer.Output.shard_id", "which of them this is, from 0", "I", least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportFlags(SamplingFlags):
+    model_dir: str | None = binds(
+        "MODEL_DIR", "the run, or one of its checkpoints; its own recipe serves without --gin_file", "DIR"
+    )
+    output: str | None = binds("export.export.output", "the folder to make", "DIR")
+    platforms: str | None = binds(
+        "export.export.platforms", "cpu, tpu, cuda or rocm, as cpu,tpu (default: this machine's)", "NAMES"
+    )
+    modes: str | None = binds("export.export.modes", "predict, score or both (default)", "NAMES")
+    step: int | None = binds("export.export.step", "which checkpoint (default: the latest)", "N", least=0)
+    batch_size: int | None = binds("export.export.batch_size", "rows of a batch (default: 8)", "N")
+    max_input_length: int | None = binds("export.export.max_input_length", "tokens of the longest prompt", "N")
+    max_new_tokens: int | None = binds("export.export.max_new_tokens", "most tokens of a prediction", "N")
+    beams: int | None = binds("export.export.beams", "beam search with so many beams", "N")
+    saved_model: bool = binds("export.export.saved_model", "write a TensorFlow SavedModel too")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +215,7 @@ class CacheFlags:
 class ConvertFlags:
     source: str = binds(
         "convert.convert.source",
-        "a Hugging Face directory, T5X checkpoints, or a run to write out",
+        "a Hugging Face directory, a checkpoint of T5X or Mesh-TensorFlow, or a run to write out",
         "DIR",
         name="--from",
         required=True,
@@ -191,20 +223,17 @@ class ConvertFlags:
     to: str | None = binds(
         "convert.convert.target", "the directory to make: a run directory, or a Hugging Face one", "DIR"
     )
-    family: str | None = binds(
-        "convert.convert.family", "what the model is (default: as in config.json); t5x writes a run for T5X", "FAMILY"
-    )
+    family: str | None = binds("convert.convert.family", "what the model is, or t5x (default: config.json's)", "FAMILY")
     dtype: Literal["float32", "bfloat16", "float16", "keep"] | None = binds(
         "convert.convert.dtype", "float32, bfloat16, float16 or keep (default: keep)", "DTYPE"
     )
     step: int | None = binds("convert.convert.step", "which checkpoint of a run (default: the latest)", "N", least=0)
+    averaged: bool = binds("convert.convert.averaged", "write out the averages of parameters that a run kept")
     max_shard_size: str | None = binds("convert.convert.max_shard_size", "of a safetensors file (default: 5GB)", "SIZE")
     vocabulary: str | None = binds(
         "convert.convert.vocabulary", "the SentencePiece model of a T5X checkpoint's task", "FILE"
     )
-    optimizer_state: bool = binds(
-        "convert.convert.optimizer_state", "with a T5X checkpoint, in or out, its Adafactor's state too"
-    )
+    optimizer_state: bool = binds("convert.convert.optimizer_state", "of T5X's Adafactor too, in or out")
     ignore_fields: str | None = binds(
         "convert.convert.ignore_fields", "of config.json, that change nothing (a,b)", "FIELDS"
     )
@@ -223,6 +252,9 @@ class BenchDataFlags:
     seconds: int | None = binds("bench.data.measure.seconds", "how long to time (default: 45)", "N")
     batches: int | None = binds("bench.data.measure.batches", "over how many batches memory is watched", "N")
     workers: int | None = binds("bench.data.measure.workers", "processes (default: one a core, 4 at most)", "N")
+    corpus_size: str | None = binds(
+        "bench.data.measure.corpus_size", "measure synthetic corpora of so many examples instead", "N,N"
+    )
     json: bool = binds("bench.data.measure.as_json", "print the results as JSON too")
 
 
@@ -290,6 +322,13 @@ VERBS = {
         instead="--model_dir",
         macros=("MODEL_DIR", "MIXTURE_OR_TASK_NAME", "TASK_FEATURE_LENGTHS", "CACHE_DIR", "LAYOUT"),
     ),
+    "export": Verb(
+        "meshway.launch.export",
+        "write predict and score of a run's checkpoint as StableHLO programs, which run without meshway",
+        flags=ExportFlags,
+        instead="--model_dir",
+        macros=("MODEL_DIR", "TASK_FEATURE_LENGTHS", "LAYOUT"),
+    ),
     "status": Verb(
         "meshway.launch.status",
         "show the state of a run: who runs it, steps reported and saved, rate, time left, last evaluation",
@@ -355,38 +394,3 @@ def module_of(verb: str, subject: str | None) -> str:
     """Returns the name of the module whose `run` does a command's work."""
     entry = VERBS[verb]
     return f"{entry.module}.{subject}" if entry.is_room else entry.module
-
-
-USAGE = """examples:
-  meshway train --gin_file=recipes/quickstart.gin --gin.MODEL_DIR=runs/quickstart
-  meshway train --gin_file=my.gin --gin.MODEL_DIR=/tmp/run --gin.LAYOUT=fsdp --dry_run
-  meshway eval --model_dir=runs/quickstart
-  meshway eval --model_dir=runs/quickstart --steps=all --split=train --max_predictions=100
-  meshway eval --model_dir=runs/quickstart --watch --idle_timeout=3600
-  meshway infer --model_dir=runs/quickstart --input=questions.jsonl --output=answers.jsonl
-  meshway infer --model_dir=runs/quickstart --prompt="Return the <extra_id_0> of the list." --max_new_tokens=20
-  meshway infer --model_dir=runs/quickstart --split=validation --mode=score --output=scores.parquet
-  meshway infer --model_dir=runs/quickstart --input=questions.jsonl --output=answers.jsonl --num_shards=4 --shard_id=0
-  meshway infer --model_dir=runs/llama --input=prompts.txt --output=out --temperature=0.8 --top_p=0.95 --num_decodes=4
-  meshway status runs/quickstart
-  meshway inspect --gin_file=quickstart --gin.LAYOUT=fsdp --simulated_devices=8
-  meshway inspect data --gin_file=quickstart --rows=5 --html=data.html
-  meshway bench train --gin_file=quickstart
-  meshway bench data --gin_file=quickstart
-  meshway bench parallel --gin_file=quickstart --simulated_devices=8
-  meshway bench routing --gin_file=v_moe_digits
-  meshway bench moe --gin_file=bench_moe --simulated_devices=8 --gin.LAYOUT=expert
-  meshway bench attention --gin_file=bench_attention
-  meshway bench decode --gin_file=bench_decode
-  meshway cache --gin_file=quickstart
-  meshway cache --task=my_task --module=mylab.tasks --directory=/data/cache
-  meshway convert --from=models/Llama-3.2-1B --to=runs/llama
-  meshway convert --from=runs/llama --to=exported --dtype=bfloat16
-  meshway launch local --processes=4 --devices=2 -- train --gin_file=quickstart --gin.MODEL_DIR=runs/four
-
-Exit codes: 0 done, 1 the machine or the program failed, 2 the command or the recipe is wrong, 75 another process of the
-run was lost (started again, it goes on from the last checkpoint), 130 Ctrl-C (training saves first), 143 SIGTERM
-(training saves and exits with 0, under `launch worker` with 143), 141 nobody reads its output any more. After
-`train ... &&`, `eval --finished ...` evaluates no run that was stopped.
-MESHWAY_TRACEBACK=1 shows the traceback of every error. `meshway VERB --help` lists a verb's options.
-"""

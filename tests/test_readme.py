@@ -12,8 +12,7 @@ from readme import README, ROOT, SMALLER, blocks, commands, furnish, in_folder, 
 from running import copy_lab, lines
 
 from meshway.launch import cli
-from meshway.launch.cli import parse
-from meshway.launch.verbs import USAGE
+from meshway.launch.cli import USAGE, parse
 
 BIN = Path(sys.executable).parent
 # Nothing is trained, read or compiled.

@@ -2,10 +2,8 @@
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import logging
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +15,14 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from meshway.framework.checkpoints.sources import differences, schema_of
 from meshway.framework.distributed import processes
-from meshway.framework.errors import EnvironmentFailure, UserError, first_line, nearest_steps
+from meshway.framework.errors import (
+    EnvironmentFailure,
+    UserError,
+    first_line,
+    innermost,
+    nearest_steps,
+    quiet_closed_loops,
+)
 from meshway.framework.interfaces import Params
 from meshway.framework.terminal import installed_version
 from meshway.framework.training.step import TrainState
@@ -301,7 +306,7 @@ class Checkpoints:
                 advice = f"Step {others[-1]} is there too"
             raise DamagedCheckpoint(
                 f"checkpoint {self.folder / str(step)} cannot be read: it is truncated, damaged or not meshway's "
-                f"({first_line(_innermost(error))}). {advice}"
+                f"({first_line(innermost(error))}). {advice}"
             ) from error
 
     def _guard(self, action: Callable[[], Any], step: int | None) -> None:
@@ -378,35 +383,13 @@ def read_last(
     raise DamagedCheckpoint(first)
 
 
-def _innermost(error: BaseException) -> BaseException:
-    """Returns the first cause of an Orbax error: it names the file or the array, the error itself only an index."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
 def _quiet_orbax() -> None:
     """Turns off logs: Orbax logs every save and every file that it cannot parse, and after a failed save asyncio logs a
     traceback for each array, in addition to the error that `_guard` reports."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
-    _quiet_closed_loops()
-
-
-@functools.cache
-def _quiet_closed_loops() -> None:
-    """Drops the tracebacks after a failed read: Orbax closes its event loop and leaves its coroutines, and each array
-    whose read ends after that, and each coroutine that is thrown away, raises another error."""
-    before = sys.unraisablehook
-
-    def hook(found: Any) -> None:
-        closed = isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"
-        left = getattr(getattr(found.object, "cr_code", None), "co_filename", "")  # of a coroutine
-        if not closed and "orbax" not in Path(left).parts:
-            before(found)
-
-    sys.unraisablehook = hook
+    quiet_closed_loops()
 
 
 def _as_tree(state: TrainState) -> dict[str, Any]:

@@ -35,8 +35,8 @@ class Initial:
     """The source of a fresh run's parameters; a run that has a checkpoint of its own does not use it.
 
     `path` is a run directory or one of its checkpoints; `step` None means the latest. Or it is a Hugging Face
-    directory or a checkpoint of T5X, read directly into the shards: the recipe must be that model's, as
-    `meshway convert` writes it. None is no source.
+    directory or a checkpoint of T5X or Mesh-TensorFlow (`.../model.ckpt-1000000`), read directly into the shards: the
+    recipe must be that model's, as `meshway convert` writes it. None is no source.
 
     `renames` are ordered (pattern, replacement): a parameter's name is looked up in the checkpoint under the
     replacement of the first pattern that matches it in full, else under its own name. `left_at_init` are patterns of
@@ -49,6 +49,8 @@ class Initial:
     `optimizer_state` takes the optimizer's state too, which must be that of the recipe's optimizer (of a T5X
     checkpoint, Adafactor's), with parameters as they are; without it the state is fresh. `count_on` lets steps go on
     from the checkpoint's, and schedules with them, as T5X does; without it they start from 0 (see `continuation`).
+
+    `averaged` takes the averages of parameters that the run kept (EMA_DECAY) instead of them.
 
     Two more let a mixture of experts start from a dense model (sparse upcycling, Komatsuzaki et al. 2022, section 2):
 
@@ -66,6 +68,7 @@ class Initial:
     resize: str | None = None
     optimizer_state: bool = False
     count_on: bool = False
+    averaged: bool = False
 
     def __post_init__(self) -> None:
         if self.path is not None:
@@ -88,6 +91,13 @@ class Initial:
     @property
     def _directory(self) -> Path:
         return local_path(self.path or "")
+
+    @property
+    def is_here(self) -> bool:
+        """Whether there is anything at `path`, which may be the prefix of some files' names."""
+        from meshway.framework.conversion import mesh_tensorflow
+
+        return self._directory.exists() or mesh_tensorflow.is_checkpoint(self._directory)
 
     def start(self) -> tuple[int, ...] | None:
         """Returns the ids that the decoder of that model starts from; None if its directory does not tell."""
@@ -161,20 +171,26 @@ class Initial:
         """Returns what is at `path`: another system's tensors, or (checkpoints of ours, step)."""
         from meshway.framework.conversion import (
             hugging_face,  # training itself reads no other formats
+            mesh_tensorflow,
             t5x_files,
         )
 
         directory = self._directory
         if hugging_face.is_model(directory):
             return self._hugging_face(directory)
+        if mesh_tensorflow.is_checkpoint(directory):
+            return self._t5x(directory, "checkpoint of Mesh-TensorFlow")
         found = find_checkpoint(directory, self.step, "Initial.path")
         if found is not None:
-            return Checkpoints(found[0], read_only=True), found[1]
+            checkpoints = Checkpoints(found[0], read_only=True, averaged=self.averaged)
+            if self.averaged:
+                checkpoints.averages(found[1])  # raises now where there are none
+            return checkpoints, found[1]
         if t5x_files.is_run(directory):
             return self._t5x(directory)
         raise UserError(
             f"Initial.path: {directory} is neither a run directory nor a checkpoint (no checkpoints/ in it), nor a "
-            "Hugging Face directory or a checkpoint of T5X"
+            "Hugging Face directory or a checkpoint of T5X or Mesh-TensorFlow"
         )
 
     def sources(self, shapes: Mapping[str, Shape], axes: Mapping[str, Names], schema: Schema) -> dict[str, Source]:
@@ -223,12 +239,11 @@ class Initial:
             print(f"Initial.path: not read of {directory}: {', '.join(model.left_over)}", file=sys.stderr)
         return Tensors(model.bindings["VOCAB_SIZE"], model.values, None, None)
 
-    def _t5x(self, directory: Path) -> "Tensors":
-        from meshway.framework.conversion import t5x, t5x_files
+    def _t5x(self, directory: Path, what: str = "checkpoint of T5X") -> "Tensors":
+        from meshway.framework.conversion import mesh_tensorflow
 
-        self._check_alone("checkpoint of T5X", ("step",))
-        files = t5x_files.T5XFiles(directory, self.step)
-        network = t5x.network_of(files)
+        self._check_alone(what, ("step",))
+        files, network = mesh_tensorflow.open_checkpoint(directory, self.step)
         return Tensors(
             network.bindings["VOCAB_SIZE"],
             lambda shapes: network.values(files, shapes),

@@ -108,7 +108,8 @@ class Rule:
     """Which tensor holds which parameter.
 
     Attributes:
-      theirs: the tensor's name; {base} is the family's prefix, {layer} the layer's number, {expert} the expert's.
+      theirs: the tensor's name; {base} is the family's prefix, {layer} the layer's number
+        ({layer:03d} with zeros before it), {expert} the expert's.
       ours: the parameter's path, where {block} stands for the block of the stack's pattern that the layer is; several
         paths where one tensor holds several parameters, in the order of `part`.
       form: how dimensions differ, without those of layers and experts, which lead ours.
@@ -172,7 +173,7 @@ def pieces_of(rules: Sequence[Rule], base: str, shapes: Mapping[str, Shape]) -> 
         rule, part, stack = found
         if part:
             continue  # it lies in the tensor of the first one
-        count = ("{layer}" in rule.theirs) + ("{expert}" in rule.theirs)
+        count = ("{layer" in rule.theirs) + ("{expert" in rule.theirs)
         sizes = rule.form.sizes(shape[count:], len(rule.paths))
         if sizes is None:
             problems.append(f"{path} (of {len(shape)} dimensions)")

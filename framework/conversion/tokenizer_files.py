@@ -10,16 +10,17 @@ from typing import Any
 from meshway.framework.conversion.family import FLAG, OBJECT, PLACE, check_fields, short
 from meshway.framework.data.vocabularies import HuggingFace, SentencePiece
 from meshway.framework.data.vocabulary import Framing, Vocabulary
-from meshway.framework.errors import UserError
+from meshway.framework.errors import UserError, did_you_mean
 
 GENERATION = "generation_config.json"
+_CONFIG, _SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
 TOKENIZERS, SENTENCE_PIECES = "tokenizer.json", ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
 # What is copied with a model, where it is there.
 FILES = (
     TOKENIZERS,
     *SENTENCE_PIECES,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
+    _CONFIG,
+    _SPECIAL,
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
@@ -35,21 +36,24 @@ _PADDING = 512, 0.02  # rows of an embedding without a token: so many, or this s
 def read_vocabulary(directory: Path, config: Mapping[str, Any]) -> Vocabulary | None:
     """Returns the vocabulary of a model directory, None where it has no tokenizer that can be read.
 
-    `tokenizer.json` is preferred to a SentencePiece model.
+    `tokenizer.json` is preferred to a SentencePiece model. Its EOS, with which targets end, is the `eos_token` of the
+    files beside it, as in transformers; where they name none, the first of `stop_ids`.
 
     Args:
       directory: of the model.
-      config: its config.json, which tells the EOS.
+      config: its config.json.
 
     Raises:
-      UserError: the file is damaged, or a library is missing.
+      UserError: the file is damaged, or a library is missing; the files beside it name an EOS that it lacks.
     """
     path = directory / TOKENIZERS
     try:
         if path.is_file():
             content = path.read_bytes()
-            eos_id = next(iter(stop_ids(directory, config)), None)
             vocabulary = HuggingFace(content)
+            eos_id = _eos_id(directory, vocabulary)
+            if eos_id is None:
+                eos_id = next(iter(stop_ids(directory, config)), None)
             sentinels = _sentinels(vocabulary.ids)
             _check_cuts(content.decode("utf-8"))
             if sentinels == _top(vocabulary.size, len(sentinels)):
@@ -59,6 +63,7 @@ def read_vocabulary(directory: Path, config: Mapping[str, Any]) -> Vocabulary | 
             path = directory / name
             if path.is_file():
                 _check_added(directory, SentencePiece(path.read_bytes()))
+                _check_eos(directory, SentencePiece(path.read_bytes()))
                 extra = _extra_ids(directory) if config.get("model_type") in ("t5", "mt5") else 0
                 content = path.read_bytes()
                 own = _sentinels(SentencePiece(content).ids)
@@ -93,8 +98,10 @@ def read_framing(directory: Path, config: Mapping[str, Any], has_encoder: bool, 
       UserError: the files cannot be read, or an id is none of the tokenizer's.
     """
     framing = _framing(directory, config, has_encoder, vocabulary)
+    ids_of_tokens = vocabulary.ids.values() if isinstance(vocabulary, HuggingFace) else range(vocabulary.size)
+    known = frozenset(ids_of_tokens)  # a tokenizer.json may leave some below its highest out
     for field, ids in (("eos_token_id", framing.stop), (_START_FIELDS[has_encoder], framing.start)):
-        if wrong := [token for token in ids if token >= vocabulary.size]:
+        if wrong := [token for token in ids if token not in known]:
             raise UserError(
                 f"{directory / 'config.json'}, or {GENERATION}: {field} {wrong[0]} is not a token of the tokenizer "
                 f"there, whose ids end at {vocabulary.size - 1}: it is another model's, or lacks tokens that were "
@@ -128,7 +135,8 @@ def _decoder_start(directory: Path, config: Mapping[str, Any]) -> tuple[int, ...
 
 
 def _framing(directory: Path, config: Mapping[str, Any], has_encoder: bool, vocabulary: Vocabulary) -> Framing:
-    stop = stop_ids(directory, config)
+    own = () if vocabulary.eos_id is None else (vocabulary.eos_id,)
+    stop = tuple(dict.fromkeys((*stop_ids(directory, config), *own)))
     if has_encoder:
         return Framing(_decoder_start(directory, config), True, stop)
     bos = _ids(directory, _START_FIELDS[has_encoder], config.get("bos_token_id"))
@@ -139,7 +147,7 @@ def _framing(directory: Path, config: Mapping[str, Any], has_encoder: bool, voca
         adds = adds and _tokenizer_config(directory).get("add_bos_token") is not False
     except (OSError, ValueError, ImportError, StopIteration) as error:
         raise UserError(f"the tokenizer in {directory} cannot be read: {error}") from error
-    return Framing(bos if adds else (), False, stop or (() if vocabulary.eos_id is None else (vocabulary.eos_id,)))
+    return Framing(bos if adds else (), False, stop)
 
 
 def stop_ids(directory: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -230,7 +238,7 @@ def _check_added(directory: Path, pieces: SentencePiece) -> None:
     decoder = _tokenizer_config(directory).get("added_tokens_decoder") or {}
     added = {
         "added_tokens.json": _json(directory / "added_tokens.json"),
-        "tokenizer_config.json": {token["content"]: int(id) for id, token in decoder.items()},
+        _CONFIG: {token["content"]: int(id) for id, token in decoder.items()},
     }
     known, sentinel = pieces.ids, re.compile(r"<extra_id_\d+>")
     for name, tokens in added.items():
@@ -243,6 +251,48 @@ def _check_added(directory: Path, pieces: SentencePiece) -> None:
             )
 
 
+def _eos_token(directory: Path) -> tuple[str, str] | None:
+    """Returns the EOS that the files beside a tokenizer name, and which of them; None where they name none."""
+    for name, described in (
+        (_CONFIG, _tokenizer_config(directory)),
+        (_SPECIAL, _json(directory / _SPECIAL)),
+    ):
+        token = described.get("eos_token")
+        token = token.get("content") if isinstance(token, Mapping) else token
+        if token is not None and (not isinstance(token, str) or not token):
+            raise UserError(f"{directory / name}: eos_token is {short(token)}, but must be the text of a token")
+        if token is not None:
+            return token, name
+    return None
+
+
+def _eos_id(directory: Path, vocabulary: HuggingFace) -> int | None:
+    """Returns the id of that EOS; UserError where the tokenizer lacks it."""
+    named = _eos_token(directory)
+    if named is None:
+        return None
+    (token, name), ids = named, vocabulary.ids
+    if token not in ids:
+        near = did_you_mean(token, vocabulary.special_tokens.values())
+        raise UserError(
+            f"{directory / name}: eos_token {token!r} is not a token of the {TOKENIZERS} there{near}: name the token "
+            "that ends its texts, or add this one to the tokenizer"
+        )
+    return ids[token]
+
+
+def _check_eos(directory: Path, pieces: SentencePiece) -> None:
+    """Raises UserError where the files beside a SentencePiece model name another EOS than its own."""
+    named = _eos_token(directory)
+    if named is None or pieces.ids.get(named[0], -1) == pieces.eos_id:
+        return
+    own = next((token for token, id in pieces.ids.items() if id == pieces.eos_id), None)
+    raise UserError(
+        f"{directory / named[1]}: eos_token is {named[0]!r}, and the SentencePiece model's EOS {own!r}: put the "
+        f"tokenizer's {TOKENIZERS} there too, or name the model's"
+    )
+
+
 def _extra_ids(directory: Path) -> int:
     extra_ids = _tokenizer_config(directory).get("extra_ids")
     return _T5_SENTINELS if extra_ids is None else int(extra_ids)
@@ -250,7 +300,7 @@ def _extra_ids(directory: Path) -> int:
 
 def _tokenizer_config(directory: Path) -> dict[str, Any]:
     """Returns tokenizer_config.json, {} where there is none; raises UserError where it is damaged."""
-    path = directory / "tokenizer_config.json"
+    path = directory / _CONFIG
     if not path.is_file():
         return {}
     try:

@@ -1,21 +1,109 @@
 """A task's validation split as the framework's `EvalTask`; handed a seqio task, it imports no seqio."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
-from meshway.framework.data.objective import Converter, Objective
-from meshway.framework.data.rows.examples import Examples, check_ids
+from meshway.framework.data.objective import Converter, Objective, Sizes
+from meshway.framework.data.rows.examples import Examples, check_ids, whole_sizes
 from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.data.rows.row_stream import RowStream
-from meshway.framework.data.source import Measured
+from meshway.framework.data.source import Measured, Overlong
+from meshway.framework.data.task_metrics import (
+    PREDICTION,
+    PREDICTION_WITH_AUX,
+    SCORE,
+    SCORE_WITH_INTERMEDIATES,
+    TaskMetrics,
+)
 from meshway.framework.data.vocabulary import Vocabulary, before_stop, vocabulary_sizes
-from meshway.framework.errors import UserError, first_line
+from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.interfaces import Batch
 
 EVAL_SEED = 42  # the same for every run, so that runs of different seeds are measured on the same examples
+
+
+# Tokens by task feature that evaluation has room for: a number, or None for the longest that the split has, which is
+# also taken for a feature that is not named, or of all of them; or those of training.
+EvalLengths = Mapping[str, int | None] | Literal["training"] | None
+_MUCH = 2**20  # tokens
+
+
+def given_lengths(kind: str, given: EvalLengths, lengths: Mapping[str, int]) -> dict[str, int]:
+    """Returns the lengths of evaluation that need no measuring.
+
+    Args:
+      kind: the data source, for messages.
+      given: the recipe's EVAL_FEATURE_LENGTHS.
+      lengths: its TASK_FEATURE_LENGTHS.
+
+    Raises:
+      UserError: `given` names a feature that `lengths` lacks, or something else than a number of tokens.
+    """
+    if given == "training":
+        return dict(lengths)
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise UserError(
+            f"{kind}.eval_lengths (EVAL_FEATURE_LENGTHS) is {given!r}: tokens by feature, None for the longest of the "
+            "split, or 'training' for TASK_FEATURE_LENGTHS"
+        )
+    for name, length in given.items():
+        if name not in lengths:
+            raise UserError(
+                f"EVAL_FEATURE_LENGTHS gives a length for {name!r}, which TASK_FEATURE_LENGTHS lacks: it has "
+                f"{list(lengths)}{did_you_mean(name, lengths)}"
+            )
+        if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
+            raise UserError(
+                f"EVAL_FEATURE_LENGTHS[{name!r}] must be a whole number of tokens, or None for the longest, not "
+                f"{length!r}"
+            )
+    return {name: length for name, length in given.items() if length is not None}
+
+
+def measured_lengths(
+    opened: Iterable[tuple[Objective, Examples]], given: Mapping[str, int], lengths: Mapping[str, int]
+) -> dict[str, int]:
+    """Returns `lengths` with room for the longest example of all tasks, as seqio measures it, but rounded up.
+
+    Only examples that would lose tokens, were they longer, are measured: text that is split into windows loses none,
+    and is read in windows of `lengths`.
+
+    Args:
+      opened: (objective under `lengths`, examples) of each task.
+      given: lengths that stay.
+      lengths: TASK_FEATURE_LENGTHS.
+    """
+    found: dict[str, int] = {}
+    for objective, examples in opened:
+        if not objective.row_lengths:
+            continue
+        cut = _would_lose(objective, examples.sizes)
+        for name, sizes in whole_sizes(examples).items():
+            if name in lengths and name not in given and cut.any():
+                least = 1 if cut.all() else lengths[name]
+                found[name] = max(found.get(name, 0), least, int(np.max(sizes[cut])))
+    return {**lengths, **{name: _rounded(length) for name, length in found.items()}, **given}
+
+
+def _would_lose(objective: Objective, sizes: Sizes) -> np.ndarray:
+    """Returns which examples would be truncated, left out or refused if they were much longer, bool [examples]."""
+    longer = {name: np.where(np.asarray(column) > 0, column + _MUCH, 0) for name, column in sizes.items()}
+    try:
+        objective.parts(longer)
+    except UserError:
+        return np.ones(len(next(iter(sizes.values()))), bool)
+    return objective.lost(longer) > 0
+
+
+def _rounded(length: int) -> int:
+    """Returns `length` or at most an eighth more: a multiple of 8, and of more where it is long, that meshes divide."""
+    step = max(8, 1 << max(0, length.bit_length() - 4))
+    return -(-length // step) * step
 
 
 class TaskEvaluation:
@@ -26,7 +114,7 @@ class TaskEvaluation:
       examples: the split, as the objective reads it.
       objective: what becomes of the examples.
       converter: what the objective is of.
-      lengths: TASK_FEATURE_LENGTHS, in tokens.
+      lengths: tokens by task feature that a row has room for.
       batch_size: rows of a batch.
       vocabularies: of the features that hold text, for people to read.
       task: the seqio Task, for its vocabulary, postprocessor and metric functions; None: no metrics.
@@ -46,11 +134,11 @@ class TaskEvaluation:
         stop_ids: Sequence[int] | None = None,
     ) -> None:
         self.name = name
+        self.batch_size = batch_size
+        self.lengths: Mapping[str, int] = dict(lengths)
         self._examples = examples
         self._objective = objective
         self._converter = converter
-        self._lengths = dict(lengths)
-        self._batch_size = batch_size
         self._vocabularies = vocabularies
         self._task = task
         self._stop_ids = stop_ids
@@ -68,12 +156,17 @@ class TaskEvaluation:
     @property
     def has_metrics(self) -> bool:
         """Whether the task has metrics of predictions, and its converter something to predict from."""
-        return self._converter.can_predict and bool(self._of_predictions)
+        return self._converter.can_predict and bool(self._metrics.of_predictions)
 
     @property
     def has_score_metrics(self) -> bool:
         """Whether the task has metrics of scores."""
-        return bool(self._of_scores)
+        return bool(self._metrics.of_scores)
+
+    @property
+    def needs_intermediates(self) -> bool:
+        """Whether some of these need what the model computes beside the scores."""
+        return bool(self._metrics.of_intermediates)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -89,14 +182,22 @@ class TaskEvaluation:
         if self._task is None:
             return ["its metric functions, if there are any: they are the seqio task's, and seqio is not installed"]
         found = []
-        if self._of_predictions and not self._converter.can_predict:
-            found.append(
-                f"{_listed(self._of_predictions)}: {type(self._converter).__name__} has nothing to predict from"
-            )
-        objects = getattr(self._task, "metric_objs", ())
-        if more := len(objects) - len(self._task.metric_fns if objects else ()):
-            found.append(f"{more} of its metric_objs, as only metric functions are run")
+        if (names := self._metrics.of_predictions) and not self._converter.can_predict:
+            found.append(f"{', '.join(names)}: {type(self._converter).__name__} has nothing to predict from")
         return found
+
+    def overlong(self, rows: int, examples: int) -> Overlong:
+        """Returns how many of the examples in the first `rows` rows of `batches`, and of the first `examples` examples,
+        do not fit `lengths`. What a task's own preprocessors in TensorFlow cut is not seen here."""
+        if not self._objective.row_lengths:
+            return Overlong(0, 0)
+        truncated, skipped = self._overlong
+        read = np.zeros(len(truncated), bool)
+        read[:examples] = True
+        if rows:
+            read[self._rows.examples_of(np.arange(rows))] = True
+        passed = read | (rows > 0 and rows == self.num_rows)  # no row shows an example that is left out
+        return Overlong(int(np.sum(truncated & read)), int(np.sum(skipped & passed)))
 
     def batches(self) -> Iterator[tuple[Batch, int]]:
         """Yields (global batch, real rows), packed if the converter packs; padding rows are all 0."""
@@ -119,7 +220,7 @@ class TaskEvaluation:
         Raises:
           UserError: the converter has nothing to predict from.
         """
-        size = batch_size or self._batch_size
+        size = batch_size or self.batch_size
         for start in range(0, self.num_examples, size):
             indices = np.arange(start, min(start + size, self.num_examples))
             # A repeated row ends its search when the row it repeats does; an empty one might never.
@@ -141,11 +242,14 @@ class TaskEvaluation:
         example = self._example(index)
         if "inputs" not in example or np.ndim(example["inputs"]) != 1:
             return ""
-        return str(self._decode("inputs", example["inputs"][: self._lengths.get("inputs")]))
+        return str(self._decode("inputs", example["inputs"][: self.lengths.get("inputs")]))
 
     def postprocess(self, index: int, tokens: np.ndarray) -> Any:
-        """Turns predicted ids [length] of example `index`, read up to what ends it, into what the metrics compare."""
-        text = self._decode("targets", before_stop(tokens, self.stop_ids))
+        """Turns predicted ids [length] of example `index`, read up to what ends it, into what the metrics compare; of
+        ids [decodes, length] the postprocessor gets a list of texts."""
+        rows = np.atleast_2d(tokens)
+        texts = [self._decode("targets", before_stop(row, self.stop_ids)) for row in rows]
+        text = texts if np.ndim(tokens) == 2 else texts[0]
         return self._task.postprocess_fn(text, example=self._example(index), is_target=False)
 
     def target(self, index: int) -> Any:
@@ -163,66 +267,51 @@ class TaskEvaluation:
         predictions: Sequence[Any] | None = None,
         aux_values: Mapping[str, Sequence[Any]] | None = None,
         scores: Mapping[int, float] | None = None,
+        tokens: np.ndarray | None = None,
+        intermediates: Mapping[str, Any] | None = None,
+        paired: bool = False,
     ) -> Measured:
-        """Runs the task's metric functions, those of what is given; one that raises is named, the others are run.
-
-        Numbers and seqio Scalars are kept, mappings are flattened ('a/b'), anything else (text, images,
-        histograms) is left out.
+        """Runs the task's metric functions and metric objects, those of what is given; one that raises is named, the
+        others are run.
 
         Args:
           predictions: postprocessed, of the first `len(predictions)` examples.
-          aux_values: name -> a value for each of them, for functions that take such.
+          aux_values: name -> a value for each of them, for metrics that take such.
           scores: example index -> log-probability of its targets.
+          tokens: predicted ids, of the first `len(tokens)` examples, for metric objects.
+          intermediates: what the model computed beside the scores, a tree of arrays [scores, ...].
+          paired: whether metrics of scores get (scores, intermediates) in their place, as seqio's do where a score
+            function returns both.
 
         Raises:
           UserError: there are more predictions than examples.
         """
-        calls: list[tuple[Callable[..., Any], dict[str, Any]]] = []
+        found, of_task = Measured({}, {}, {}), self._metrics
+        if predictions is not None and len(predictions) > self.num_examples:
+            raise UserError(f"task {self.name!r}: {len(predictions)} predictions for {self.num_examples} examples")
+        aux = None if aux_values is None else {name: np.asarray(values) for name, values in aux_values.items()}
+        functions: dict[str, Any] | None = None
         if predictions is not None:
-            if len(predictions) > self.num_examples:
-                raise UserError(f"task {self.name!r}: {len(predictions)} predictions for {self.num_examples} examples")
-            given: dict[str, Any] = {
-                "targets": [self.target(index) for index in range(len(predictions))],
-                "predictions": list(predictions),
-            }
-            calls += [(metric_fn, given) for metric_fn in self._task.predict_metric_fns]
-            if aux_values is not None:
-                aux = {name: np.asarray(values) for name, values in aux_values.items()}
-                given = given | {"aux_values": aux}
-                calls += [(metric_fn, given) for metric_fn in self._task.predict_with_aux_metric_fns]
+            targets = [self.target(index) for index in range(len(predictions))]
+            functions = {"targets": targets, "predictions": list(predictions)}
+        examples = None if tokens is None else self.read(range(len(tokens)))
+        of_task.run(PREDICTION, functions, None if examples is None else (examples, tokens), found)
+        if aux is not None:
+            with_aux = None if functions is None else functions | {"aux_values": aux}
+            of_task.run(PREDICTION_WITH_AUX, with_aux, None if examples is None else (examples, (tokens, aux)), found)
         if scores is not None:
             indices = sorted(scores)
-            given = {
-                "targets": [self.target(index) for index in indices],
-                "scores": np.array([scores[index] for index in indices]),
-            }
-            calls += [(metric_fn, given) for metric_fn in self._of_scores]
-        values: dict[str, float] = {}
-        failures: dict[str, str] = {}
-        for metric_fn, given in calls:
-            try:
-                found = dict(_scalars(metric_fn(**given)))
-                if twice := sorted(found.keys() & values.keys()):
-                    raise ValueError(f"another metric function returns {twice[0]!r} too")
-                values |= found
-            except Exception as error:
-                failures[_name(metric_fn)] = f"{type(error).__name__}: {first_line(error)}"
-        return Measured(values, failures)
+            values: Any = np.array([scores[index] for index in indices])
+            both = (values, intermediates)
+            functions = {"targets": [self.target(index) for index in indices], "scores": both if paired else values}
+            examples = self.read(indices)
+            of_task.run(SCORE, functions, (examples, functions["scores"]), found)
+            of_task.run(SCORE_WITH_INTERMEDIATES, None, None if intermediates is None else (examples, both), found)
+        return found
 
-    @property
-    def _of_predictions(self) -> list[Callable[..., Any]]:
-        return [*self._functions("predict_metric_fns"), *self._functions("predict_with_aux_metric_fns")]
-
-    @property
-    def _of_scores(self) -> list[Callable[..., Any]]:
-        return self._functions("score_metric_fns")
-
-    def _functions(self, kind: str) -> list[Callable[..., Any]]:
-        """Returns the task's metric functions of one kind; UserError where seqio cannot tell what one takes."""
-        try:
-            return [] if self._task is None else list(getattr(self._task, kind))
-        except ValueError as error:
-            raise UserError(f"task {self.name!r}: {first_line(error)}") from error
+    @functools.cached_property
+    def _metrics(self) -> TaskMetrics:
+        return TaskMetrics(self.name, self._task)
 
     def _source(self, pack: bool) -> RowSource:
         arguments = (self.name, self._examples, self._objective, pack)
@@ -230,7 +319,16 @@ class TaskEvaluation:
 
     @property
     def _vocabulary_sizes(self) -> dict[str, int]:
-        return vocabulary_sizes(self._vocabularies, self._lengths)
+        return vocabulary_sizes(self._vocabularies, self.lengths)
+
+    @functools.cached_property
+    def _overlong(self) -> tuple[np.ndarray, np.ndarray]:
+        """Which examples are truncated, and which are left out because they are too long; bool [examples] each."""
+        sizes = self._examples.sizes
+        lost, kept = self._objective.lost(sizes) > 0, self._objective.parts(sizes) > 0
+        for name, whole in whole_sizes(self._examples).items():
+            lost |= whole > sizes[name]
+        return lost & kept, lost & ~kept
 
     @functools.cached_property
     def _rows(self) -> RowSource:
@@ -238,8 +336,8 @@ class TaskEvaluation:
 
     def _batches_of(self, source: RowSource) -> Iterator[tuple[Batch, np.ndarray]]:
         """Yields (global batch, numbers of its real rows) of one pass."""
-        total, size = source.rows_in_round(0), self._batch_size
-        spec = self._converter.spec(self._lengths, size)
+        total, size = source.rows_in_round(0), self.batch_size
+        spec = self._converter.spec(self.lengths, size)
         stream = RowStream(self.name, [source], {self.name: 1.0}, [], spec, size, slice(0, size), limit=total)
         for start in range(0, total, size):
             yield next(stream), np.arange(start, min(start + size, total))
@@ -255,23 +353,3 @@ class TaskEvaluation:
     def _vocabulary(self, feature: str) -> Any:
         """Returns the task's own vocabulary where there is one."""
         return self._task.output_features[feature].vocabulary if self._task is not None else self._vocabularies[feature]
-
-
-def _name(function: Callable[..., Any]) -> str:
-    """Returns what people call a function, through functools.partial."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return getattr(function, "__name__", type(function).__name__)
-
-
-def _listed(functions: Sequence[Callable[..., Any]]) -> str:
-    return ", ".join(map(_name, functions))
-
-
-def _scalars(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in values.items():
-        value = getattr(value, "value", value)  # a seqio Scalar carries its number there
-        if isinstance(value, Mapping):
-            yield from _scalars(value, f"{prefix}{name}/")
-        elif isinstance(value, bool | int | float | np.number) or getattr(value, "shape", None) == ():
-            yield prefix + name, float(value)

@@ -4,7 +4,6 @@ TensorFlow is needed only to build a missing cache (which happens on first use) 
 """
 
 import copy
-import dataclasses
 import functools
 import json
 import sys
@@ -12,14 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from meshway.framework.data import seqio_adapter, seqio_caches, seqio_steps, task_data
+from meshway.framework.data import eval_task, seqio_adapter, seqio_caches, seqio_steps, task_data
 from meshway.framework.data.cache import builder as cache_builder
 from meshway.framework.data.cache.format import CachedSplit, features_from_json, read_json
 from meshway.framework.data.cache.shards import cache_directory
-from meshway.framework.data.eval_task import EVAL_SEED, TaskEvaluation
+from meshway.framework.data.cached_task import CachedTask, bare_split, counts
 from meshway.framework.data.objective import Converter, Objective, TaskInfo
 from meshway.framework.data.prefetch import WorkerStream
-from meshway.framework.data.rows.examples import Examples, First, InMemory, Stepped, numpy_steps
+from meshway.framework.data.rows.examples import Examples, First, Lazy, Stepped, numpy_steps
 from meshway.framework.data.rows.mixing import Rates, periods
 from meshway.framework.data.rows.online_source import OnlineSource
 from meshway.framework.data.rows.row_counts import RowTable
@@ -27,55 +26,18 @@ from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.data.rows.row_stream import RowStream, Source
 from meshway.framework.data.seqio_converters import adapted
 from meshway.framework.data.source import SplitRead
-from meshway.framework.data.task_data import check_arguments, framing_of, module_names, vocabularies_of, with_split
+from meshway.framework.data.task_data import (
+    check_arguments,
+    framing_of,
+    module_names,
+    vocabularies_of,
+    with_split,
+)
 from meshway.framework.data.vocabularies import check_named, load
 from meshway.framework.data.vocabulary import Framing, Vocabulary, vocabulary_sizes
 from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.files import io_errors, local_path, replace_file
-
-
-@dataclasses.dataclass(frozen=True)
-class CachedTask:
-    """A task with its cache.
-
-    Attributes:
-      name: its name.
-      rate: its share of the mixture, relative to the others'.
-      directory: where it is cached.
-      task: the seqio Task; None on a machine without seqio.
-      is_cached: whether all of it is cached; False is possible only in a dry run, which caches nothing.
-    """
-
-    name: str
-    rate: float
-    directory: Path
-    task: Any
-    is_cached: bool = True
-
-    @functools.cached_property
-    def info(self) -> dict[str, Any]:
-        """info.json."""
-        return read_json(self.directory / "info.json")
-
-    @functools.cached_property
-    def splits(self) -> list[str]:
-        """The splits that are cached, or will be."""
-        if not self.is_cached:
-            return seqio_caches.splits(self.task, self.directory)
-        return sorted(path.parent.name for path in self.directory.glob("*/index.json"))
-
-    def num_examples(self, split: str) -> int | None:
-        """Returns how many examples a split or a slice of it has; if not cached, of how many its source reports, None
-        if it does not."""
-        count: int | None
-        whole = task_data.bare_split(split)
-        if self.is_cached:
-            count = _counts(self.directory)[whole]
-        else:
-            imported = seqio_caches.origin(self.task, self.directory)
-            count = imported.count(whole) if imported else seqio_steps.source_count(self.task, whole)
-        return count if count is None else len(task_data.slice_of(split, count))
 
 
 class CachedData:
@@ -91,6 +53,8 @@ class CachedData:
       train_split: what `train` reads, such as 'train' or a slice of the cached order, 'train[:90%]'.
       eval_split: what `eval_tasks` read.
       eval_examples: evaluate on the first so many examples of each task (None: all).
+      eval_lengths: tokens by task feature when evaluating; None, or None for a feature: room for the longest example of
+        the split. By default `lengths`.
       shuffle: whether order is random; if not, examples come in the cache's order.
       cache_dir: where tasks are cached; by default as for `meshway cache`.
       seqio_cache_dirs: where seqio's own script cached tasks, beside seqio's global cache directories: what is there is
@@ -114,6 +78,7 @@ class CachedData:
         train_split: str = "train",
         eval_split: str = "validation",
         eval_examples: int | None = None,
+        eval_lengths: eval_task.EvalLengths = "training",
         shuffle: bool = True,
         cache_dir: str | None = None,
         seqio_cache_dirs: str | Sequence[str] = (),
@@ -134,6 +99,8 @@ class CachedData:
         self.train_split = train_split
         self.eval_split = eval_split
         self._eval_examples = eval_examples
+        self._eval_lengths = eval_lengths
+        eval_task.given_lengths("CachedData", eval_lengths, self.lengths)
         self._shuffle = shuffle
         self._directory = local_path(cache_dir) if cache_dir else cache_directory()
         self._seqio_directories = module_names(seqio_cache_dirs)
@@ -149,10 +116,15 @@ class CachedData:
 
         For a task that is not cached yet, `train` and `eval_tasks` provide only specs and counts.
         """
+        source = self._copy()
+        source._is_dry = True
+        return source
+
+    def _copy(self) -> "CachedData":
+        """Returns the same source, which has not looked at any cache yet."""
         source = copy.copy(self)
         for name in ("tasks", "_framing", "_training"):
             vars(source).pop(name, None)
-        source._is_dry = True
         return source
 
     def reads(self, evaluate: bool) -> list[SplitRead]:
@@ -187,25 +159,76 @@ class CachedData:
         if not all(task.is_cached for task in tasks):
             periods([task.name for task in tasks], rates, self._changes)
             return task_data.Unread(spec)
+        for task, (objective, examples, steps) in zip(tasks, opened, strict=True):
+            if not steps and processes.is_primary() and not self._is_dry:
+                task_data.say_cut(task.name, examples, objective, list(self.lengths))
         sources = [self._source(task, *each) for task, each in zip(tasks, opened, strict=True)]
         stream = RowStream(self.name, sources, rates, self._changes, spec, self.batch_size, rows, self._seed)
         return stream if online or self._num_workers == 0 else WorkerStream(stream, self._num_workers)
 
-    def eval_tasks(self, split: str | None = None) -> list[TaskEvaluation]:
+    def count_rows(self) -> dict[str, list[int]]:
+        """Counts the rows of training tasks that are packed, and keeps them beside their caches for every run.
+
+        Returns:
+          task -> rows of each pass, until they repeat; not of tasks whose rows are known only as they are read.
+
+        Raises:
+          UserError: a task is not cached: nothing is built here.
+        """
+        cached, found = self._copy(), {}
+        cached._build = False
+        for task in cached._training:
+            source = cached._source(task, *cached.open_task(task, cached.train_split))
+            if isinstance(source, RowSource):
+                found[task.name] = source.count_rounds()
+        return found
+
+    def eval_tasks(self, split: str | None = None) -> list[eval_task.TaskEvaluation]:
         """Opens a split, by default `eval_split`, of each sub-task that has it; raises UserError when none has."""
         split = split or self.eval_split
         vocabularies = self.vocabularies()
-        result = []
-        for task in self._with_split(split, "evaluation"):
-            objective, examples, online = self.open_task(task, split)
-            if online and not self._is_dry:
-                examples = InMemory(self._steps(task)(examples.read(range(len(examples))), EVAL_SEED))
-            if self._eval_examples is not None:
-                examples = First(examples, self._eval_examples)
-            stop = self._framing.stop if self._framing else ()
-            arguments = (self.converter, self.lengths, self.batch_size, vocabularies, task.task, stop)
-            result.append(TaskEvaluation(task.name, examples, objective, *arguments))
-        return result
+        tasks = self._with_split(split, "evaluation")
+        given = eval_task.given_lengths("CachedData", self._eval_lengths, self.lengths)
+        lengths = self.lengths | given
+        opened = [self._open_evaluation(task, split, lengths, given) for task in tasks]
+        if given.keys() != lengths.keys() and all(task.is_cached for task in tasks):
+            lengths = eval_task.measured_lengths(opened, given, lengths)
+            kept = [each if isinstance(each, Lazy) else None for _, each in opened]
+            arguments = zip(tasks, kept, strict=True)
+            opened = [self._open_evaluation(task, split, lengths, given, each) for task, each in arguments]
+        rest = (self.converter, lengths, self.batch_size, vocabularies)
+        stop = self._framing.stop if self._framing else ()
+        return [
+            eval_task.TaskEvaluation(task.name, examples, objective, *rest, task.task, stop)
+            for task, (objective, examples) in zip(tasks, opened, strict=True)
+        ]
+
+    def _open_evaluation(
+        self,
+        task: CachedTask,
+        split: str,
+        lengths: Mapping[str, int],
+        given: Mapping[str, int],
+        stepped: Lazy | None = None,
+    ) -> tuple[Objective, Examples]:
+        """Returns a task's objective under `lengths`, and its examples; `stepped`: those after steps in TensorFlow."""
+        objective, examples, online = self.open_task(task, split, lengths)
+        if stepped is not None:
+            return objective, stepped
+        if self._eval_examples is not None:
+            examples = First(examples, self._eval_examples)
+        if not online or self._is_dry:
+            return objective, examples
+
+        def read(lengths: Mapping[str, int]) -> list[Any]:
+            return self._steps(task, lengths)(examples.read(range(len(examples))), eval_task.EVAL_SEED)
+
+        steps = task.task.preprocessors[task.info["cut"]["online_from"] :]
+        task_data.check_measurable(task.name, steps, given)
+        whole = functools.partial(read, {}) if task_data.trims(steps) else None
+        stepped = Lazy(functools.partial(read, given), whole)
+        len(stepped)  # now: a step that fails does so before anything is compiled
+        return objective, stepped
 
     def import_first(self, modules: Sequence[str]) -> None:
         """Adds modules that register tasks, such as those a recipe imports.
@@ -251,11 +274,11 @@ class CachedData:
             provider = seqio_adapter.find_provider(self.name, self.modules)
             tasks = {task.name: task for task in seqio_adapter.subtasks(provider)}
             missing = self._look_at_caches() if self._is_dry else self._ensure_caches()
-            counts = {name: _counts(self._directory / name) for name in tasks}
+            found = {name: counts(self._directory / name) for name in tasks}
             # A rate may need a number of examples, which is known only once the task is cached: any number does here.
             for name in missing:
-                counts[name] = dict.fromkeys(seqio_caches.splits(tasks[name], self._directory / name), 1)
-            rates = seqio_adapter.mixing_rates(provider, counts)
+                found[name] = dict.fromkeys(seqio_caches.splits(tasks[name], self._directory / name), 1)
+            rates = seqio_adapter.mixing_rates(provider, found)
             if processes.is_primary() and not self._is_dry:
                 _write_if_changed(description, {"rates": rates})
         elif (self._directory / self.name / "info.json").is_file():
@@ -306,16 +329,17 @@ class CachedData:
         if splits:
             print(f"data: process 0 is still to cache {', '.join(splits)}", file=sys.stderr, flush=True)
 
-    def open_task(self, task: CachedTask, split: str) -> tuple[Objective, Examples, bool]:
+    def open_task(
+        self, task: CachedTask, split: str, lengths: Mapping[str, int] | None = None
+    ) -> tuple[Objective, Examples, bool]:
         """Returns (the task's objective, its examples, whether steps in TensorFlow must run on them first)."""
+        lengths = lengths or self.lengths
         framing = self._framing
         start, bos = (framing.start, framing.bos) if framing else ((), ())
         if not task.is_cached:
             imported = seqio_caches.origin(task.task, task.directory)
-            return task_data.open_task(task.task, split, self.converter, self.lengths, start, bos, imported)
-        cached = CachedSplit(task.directory, task_data.bare_split(split))
-        chosen = task_data.slice_of(split, len(cached))
-        read = cached if len(chosen) == len(cached) else task_data.Sliced(cached, chosen)
+            return task_data.open_task(task.task, split, self.converter, lengths, start, bos, imported)
+        cached, read = task.read(split)
         steps = numpy_steps(task.info["online"], cached.features)
         if steps is None and task.task is None:
             raise UserError(
@@ -329,7 +353,7 @@ class CachedData:
         else:
             empty = frozenset()
         info = TaskInfo(task.name, promised, start, empty, bos)
-        objective = self.converter.bind(info, self.lengths)
+        objective = self.converter.bind(info, lengths)
         return objective, Stepped(read, steps, objective.trims) if steps else read, steps is None
 
     def _source(self, task: CachedTask, objective: Objective, examples: Examples, online: bool) -> Source:
@@ -345,28 +369,25 @@ class CachedData:
         """Returns where counts of rows are kept: beside the examples or, if that may only be read, with the user's."""
         return [read.directory, cache_directory().parent / "rows"]
 
-    def _steps(self, task: CachedTask) -> Callable[[list[Any], int], list[Any]]:
+    def _steps(
+        self, task: CachedTask, lengths: Mapping[str, int] | None = None
+    ) -> Callable[[list[Any], int], list[Any]]:
         """Returns (examples, seed) -> those examples after the task's steps that come after the cache."""
+        lengths = self.lengths if lengths is None else lengths
         features, start = features_from_json(task.info["features"]), task.info["cut"]["online_from"]
 
         def run(examples: list[Any], seed: int) -> list[Any]:
-            return list(seqio_steps.online(task.task, examples, features, start, self.lengths, seed))
+            return list(seqio_steps.online(task.task, examples, features, start, lengths, seed))
 
         return run
 
     def _with_split(self, split: str, purpose: str) -> list[CachedTask]:
         splits = {task.name: task.splits for task in self.tasks}
-        having = with_split(splits, task_data.bare_split(split), purpose, self.name)
+        having = with_split(splits, bare_split(split), purpose, self.name)
         return [task for task in self.tasks if task.name in having]
 
     def _may_be_drawn(self, task: CachedTask) -> bool:
         return task.rate > 0 or any(change.rates.get(task.name, 0) > 0 for change in self._changes)
-
-
-def _counts(directory: Path) -> dict[str, int]:
-    """Returns how many examples each split of a cached task has."""
-    indices = {path.parent.name: read_json(path) for path in directory.glob("*/index.json")}
-    return {split: sum(shard["examples"] for shard in index["shards"]) for split, index in indices.items()}
 
 
 def _write_if_changed(path: Path, content: Mapping[str, Any]) -> None:

@@ -12,12 +12,16 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from meshway.framework.data import seqio_adapter, seqio_caches, seqio_steps
-from meshway.framework.data.eval_task import EVAL_SEED, TaskEvaluation
+from meshway.framework.data import seqio_adapter, seqio_caches, seqio_steps, task_data
+from meshway.framework.data.eval_task import (
+    EVAL_SEED,
+    EvalLengths,
+    TaskEvaluation,
+    given_lengths,
+    measured_lengths,
+)
 from meshway.framework.data.objective import Converter, Objective, Spec, TaskInfo
-from meshway.framework.data.rows.examples import InMemory
+from meshway.framework.data.rows.examples import Lazy
 from meshway.framework.data.rows.mixing import key_of
 from meshway.framework.data.rows.online_source import StreamedSource
 from meshway.framework.data.rows.packing import Example
@@ -49,6 +53,7 @@ class SeqioData:
       train_split: what `train` reads.
       eval_split: what `eval_tasks` read.
       eval_examples: evaluate on the first so many examples of each task (None: all).
+      eval_lengths: as `CachedData` has it.
       shuffle: whether seqio shuffles each pass, by files and a buffer.
       use_cached: read the tasks from seqio's own offline cache (made by seqio_cache_tasks).
       seqio_cache_dirs: where such caches are, beside seqio's global cache directories.
@@ -68,6 +73,7 @@ class SeqioData:
         train_split: str = "train",
         eval_split: str = "validation",
         eval_examples: int | None = None,
+        eval_lengths: EvalLengths = "training",
         shuffle: bool = True,
         use_cached: bool = False,
         seqio_cache_dirs: str | Sequence[str] = (),
@@ -85,6 +91,8 @@ class SeqioData:
         self._train_split = train_split
         self.eval_split = eval_split
         self._eval_examples = eval_examples
+        self._eval_lengths = eval_lengths
+        given_lengths("SeqioData", eval_lengths, self.lengths)
         self._shuffle = shuffle
         self._use_cached = use_cached
         self._seqio_directories = module_names(seqio_cache_dirs)
@@ -148,19 +156,34 @@ class SeqioData:
         """Opens a split, by default `eval_split`, of each sub-task that has it; raises UserError when none has."""
         split = split or self.eval_split
         vocabularies = self.vocabularies()
+        tasks = self._with_split(split, "evaluation")
+        given = given_lengths("SeqioData", self._eval_lengths, self.lengths)
+        examples = [
+            Lazy(
+                functools.partial(self._read, task, split, given),
+                functools.partial(self._read, task, split, {}) if task_data.trims(task.preprocessors) else None,
+            )
+            for task in tasks
+        ]
+        lengths = self.lengths | given
+        if given.keys() != lengths.keys() and not self._is_dry:
+            for task in tasks:
+                task_data.check_measurable(task.name, task.preprocessors, given)
+            opened = [(self._objective(task), each) for task, each in zip(tasks, examples, strict=True)]
+            lengths = measured_lengths(opened, given, lengths)
         return [
             TaskEvaluation(
                 task.name,
-                _LazyExamples(functools.partial(self._read, task, split)),
-                self._objective(task),
+                each,
+                self._objective(task, lengths=lengths),
                 self.converter,
-                self.lengths,
+                lengths,
                 self.batch_size,
                 vocabularies,
                 task,
                 self._framing.stop if self._framing else (),
             )
-            for task in self._with_split(split, "evaluation")
+            for task, each in zip(tasks, examples, strict=True)
         ]
 
     def framing(self) -> Framing | None:
@@ -205,12 +228,14 @@ class SeqioData:
         having = with_split(splits, re.sub(r"\[.*\]$", "", split), purpose, self.name)
         return [task for task in self._tasks if task.name in having]
 
-    def _objective(self, task: Any, empty: frozenset[str] = frozenset()) -> Objective:
+    def _objective(
+        self, task: Any, empty: frozenset[str] = frozenset(), lengths: Mapping[str, int] | None = None
+    ) -> Objective:
         """Returns the objective of a task; `empty` names features that hold nothing in any example."""
         framing = self._framing
         start, bos = (framing.start, framing.bos) if framing else ((), ())
         features = {name: info for name, info in seqio_steps.declared(task).items() if name not in empty}
-        return self.converter.bind(TaskInfo(task.name, features, start, empty, bos), self.lengths)
+        return self.converter.bind(TaskInfo(task.name, features, start, empty, bos), lengths or self.lengths)
 
     def _passes(self, task: Any, shard: int, num_shards: int, seed: int) -> Iterator[Example | None]:
         """Yields this process's examples of a task without end, None after each pass."""
@@ -229,13 +254,14 @@ class SeqioData:
             for example in seqio_adapter.numpy_examples(_with_ends(dataset).repeat()):
                 yield None if example[_END] else {name: value for name, value in example.items() if name != _END}
 
-    def _read(self, task: Any, split: str) -> list[Example]:
-        """Returns the evaluation examples of a task, in its order."""
+    def _read(self, task: Any, split: str, lengths: Mapping[str, int]) -> list[Example]:
+        """Returns the evaluation examples of a task, in its order, and whole: the converter truncates, and counts."""
         with seqio_adapter.task_errors(task.name, f"split {split!r}"):
             with seqio_adapter.seqio_lock:
                 dataset = task.get_dataset(
-                    self.lengths,
+                    dict(lengths) or None,
                     split,
+                    trim_output_features=False,
                     use_cached=self._use_cached,
                     shuffle=False,
                     seed=EVAL_SEED,
@@ -315,24 +341,3 @@ def _with_ends(dataset: Any) -> Any:
     nothing = {name: tf.zeros([size or 0 for size in shapes[name]], spec.dtype) for name, spec in specs.items()}
     end = tf.data.Dataset.from_tensors({**nothing, _END: True})
     return dataset.map(lambda example: {name: example[name] for name in specs} | {_END: False}).concatenate(end)
-
-
-class _LazyExamples:
-    """Examples that are read into memory when they are first needed."""
-
-    def __init__(self, read: Callable[[], list[Example]]) -> None:
-        self._read = read
-
-    def __len__(self) -> int:
-        return len(self._loaded)
-
-    @property
-    def sizes(self) -> Mapping[str, np.ndarray]:
-        return self._loaded.sizes
-
-    def read(self, indices: Sequence[int] | np.ndarray) -> list[Example]:
-        return self._loaded.read(indices)
-
-    @functools.cached_property
-    def _loaded(self) -> InMemory:
-        return InMemory(self._read())

@@ -1,11 +1,13 @@
 """What data is to the rest of the framework: nothing here is inherited, all is met by shape."""
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from meshway.framework.data.vocabulary import Framing, Vocabulary
+from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Batch
 
 
@@ -78,22 +80,59 @@ class DataSource(Protocol):
         ...
 
 
+def tasks_of(data: DataSource, split: str | None) -> Sequence["EvalTask"]:
+    """Returns the tasks of a split, by default those of the validation split.
+
+    Raises:
+      UserError: the source has no such split, or none to choose from.
+    """
+    if split is None:
+        return data.eval_tasks()
+    if not inspect.signature(data.eval_tasks).parameters:
+        raise UserError(f"split {split!r}: {type(data).__name__} has no splits to choose from; leave it out")
+    return data.eval_tasks(split)
+
+
 class Measured(NamedTuple):
     """What metric functions found.
 
     Attributes:
       values: metrics by name.
       failures: function -> what it raised.
+      shown: what else they return, as `task_metrics.plain_values` has it: text, images, sounds, histograms, tensors.
     """
 
     values: dict[str, float]
     failures: dict[str, str]
+    shown: dict[str, dict[str, Any]]
+
+
+class Overlong(NamedTuple):
+    """How many examples do not fit their lengths.
+
+    Attributes:
+      truncated: a part of them is not read.
+      skipped: they are left out.
+    """
+
+    truncated: int
+    skipped: int
 
 
 class EvalTask(Protocol):
     """One split of a task, read once, in a fixed order, and its metrics."""
 
     name: str
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of a batch, over all processes."""
+        ...
+
+    @property
+    def lengths(self) -> Mapping[str, int]:
+        """Tokens by task feature that a row has room for."""
+        ...
 
     @property
     def num_examples(self) -> int:
@@ -116,6 +155,11 @@ class EvalTask(Protocol):
         ...
 
     @property
+    def needs_intermediates(self) -> bool:
+        """Whether some of these need what the model computes beside the scores."""
+        ...
+
+    @property
     def stop_ids(self) -> Sequence[int]:
         """The ids that end a prediction."""
         ...
@@ -123,6 +167,11 @@ class EvalTask(Protocol):
     @property
     def left_out(self) -> Sequence[str]:
         """What of its metrics cannot be run, in words."""
+        ...
+
+    def overlong(self, rows: int, examples: int) -> "Overlong":
+        """Returns how many of the examples in the first `rows` rows of `batches`, and of the first `examples` examples,
+        do not fit `lengths`."""
         ...
 
     def batches(self) -> Iterator[tuple[Batch, int]]:
@@ -140,12 +189,17 @@ class EvalTask(Protocol):
         """
         ...
 
+    def read(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
+        """Returns examples as their task made them, before any converter."""
+        ...
+
     def inputs_text(self, index: int) -> str:
         """Returns example `index`'s input as text, for people to read ('' where a task has none)."""
         ...
 
     def postprocess(self, index: int, tokens: np.ndarray) -> Any:
-        """Turns the predicted token ids [length] of example `index` into what its metrics compare."""
+        """Turns the predicted token ids of example `index`, [length] or of all decodes [decodes, length], into what its
+        metrics compare."""
         ...
 
     def target(self, index: int) -> Any:
@@ -157,7 +211,11 @@ class EvalTask(Protocol):
         predictions: Sequence[Any] | None = None,
         aux_values: Mapping[str, Sequence[Any]] | None = None,
         scores: Mapping[int, float] | None = None,
+        tokens: np.ndarray | None = None,
+        intermediates: Mapping[str, Any] | None = None,
+        paired: bool = False,
     ) -> Measured:
         """Returns the task's metrics of postprocessed predictions, in example order (may be the first n examples), of
-        values that belong to them, and of scores by example index."""
+        values that belong to them, of scores by example index, of the predictions' token ids [n, ..., length], and of
+        what the model computed beside the scores, in the examples' order. `paired`: metrics of scores get both."""
         ...

@@ -1,18 +1,18 @@
 """What the data sources share: arguments, vocabularies, preprocessors on other records, tasks not cached yet."""
 
 import dataclasses
-import functools
+import inspect
 import itertools
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
 
-from meshway.framework.data import seqio_adapter, seqio_caches, seqio_steps
+from meshway.framework.data import cached_task, seqio_adapter, seqio_caches, seqio_steps
+from meshway.framework.data.cache.fingerprint import qualified_name
 from meshway.framework.data.objective import Converter, FeatureInfo, Objective, Spec, TaskInfo
-from meshway.framework.data.rows.examples import TENSORFLOW, Examples
+from meshway.framework.data.rows.examples import TENSORFLOW, Examples, First, Stepped
 from meshway.framework.data.seqio_adapter import task_errors
 from meshway.framework.data.seqio_caches import SeqioCache
 from meshway.framework.data.seqio_steps import declared
@@ -41,8 +41,10 @@ def vocabularies_of(
     """Returns the vocabulary of each feature that the converter reads and a seqio task declares.
 
     Raises:
-      UserError: a vocabulary cannot be loaded, or is not the one the recipe names.
+      UserError: a vocabulary cannot be loaded, lacks an EOS that its task appends, or is not the one the recipe names.
     """
+    for task in tasks:
+        seqio_steps.check_eos(task)
     with task_errors(name, "vocabulary"):
         texts = {feature for task in tasks for feature, info in declared(task).items() if info.vocabulary is not None}
         features = {feature: value for task in tasks for feature, value in task.output_features.items()}
@@ -88,64 +90,58 @@ def with_split(tasks: Mapping[str, Sequence[str]], split: str, purpose: str, nam
     return having
 
 
-_SLICE = re.compile(r"(?P<name>.*?)\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\]")
+_MEASURED = 1_000_000  # examples of a task
 
 
-def bare_split(split: str) -> str:
-    """Returns the split of a slice such as 'train[:90%]'; other names as they are.
+def say_cut(name: str, examples: Examples, objective: Objective, read: Sequence[str]) -> None:
+    """Prints how many examples of a task are longer than its lengths, and what share of its tokens no row shows.
 
-    Raises:
-      UserError: there are brackets, and what is in them is no slice.
+    Args:
+      name: the task.
+      examples: with their sizes; of more than a million, the first million are looked at.
+      objective: what cuts them, or leaves them out.
+      read: the features that it reads.
     """
-    if "[" not in split:
-        return split
-    if not (found := _SLICE.fullmatch(split)):
-        raise UserError(
-            f"split {split!r} is no slice: write {split.partition('[')[0]}[FROM:TO], each an example's number or a "
-            "percentage, below 0 from the end, as in 'train[:90%]' or 'train[-1000:]'"
-        )
-    return found["name"]
+    if not objective.row_lengths:
+        return
+    count = min(len(examples), _MEASURED)
+    first = examples.first(count) if isinstance(examples, Stepped) else First(examples, count)
+    lost = objective.lost(first.sizes) + (first.lost if isinstance(first, Stepped) else 0)
+    cut = int((lost > 0).sum())
+    if not cut:
+        return
+    whole = first.whole if isinstance(first, Stepped) else first.sizes
+    tokens = sum(int(sizes.sum(dtype=np.int64)) for feature, sizes in whole.items() if feature in read)
+    of = "" if count == len(examples) else "the first "
+    print(
+        f"data: task {name!r}: {cut:,} of {of}{count:,} examples are longer than TASK_FEATURE_LENGTHS, and "
+        f"{100 * int(lost.sum()) / max(tokens, 1):.2g} % of all tokens in no row: raise them, or "
+        "choose the converter's `overlong`",
+        file=sys.stderr,
+    )
 
 
-def slice_of(split: str, count: int) -> range:
-    """Returns which of a split's `count` examples a slice has, by the rules of TensorFlow Datasets: percentages are
-    rounded to the nearest example. A name without brackets has all.
-
-    Raises:
-      UserError: it is no slice, or reaches beyond the examples.
-    """
-    bare_split(split)
-    found = _SLICE.fullmatch(split)
-    if not found:
-        return range(count)
-
-    def place(text: str | None, default: int) -> int:
-        if text is None:
-            return default
-        number = round(count * int(text[:-1]) / 100) if text.endswith("%") else int(text)
-        return number + count if number < 0 else number
-
-    chosen = range(place(found["start"], 0), place(found["stop"], count))
-    if not 0 <= chosen.start <= chosen.stop <= count:
-        raise UserError(f"split {split!r}: {found['name']!r} has {count:,} examples, fewer than this slice asks for")
-    return chosen
+def trims(steps: Sequence[Callable[..., Any]]) -> bool:
+    """Returns whether preprocessors have seqio's append_eos_after_trim among them, and none needs `sequence_length`."""
+    return seqio_adapter.import_seqio().preprocessors.append_eos_after_trim in steps and not any(
+        map(_needs_lengths, steps)
+    )
 
 
-class Sliced:
-    """A run of other examples."""
+def _needs_lengths(step: Callable[..., Any]) -> bool:
+    parameter = inspect.signature(step).parameters.get("sequence_length")
+    return parameter is not None and parameter.default is inspect.Parameter.empty
 
-    def __init__(self, examples: Examples, numbers: range) -> None:
-        self._examples, self._numbers = examples, numbers
 
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    @functools.cached_property
-    def sizes(self) -> Mapping[str, np.ndarray]:
-        return {name: x[self._numbers.start : self._numbers.stop] for name, x in self._examples.sizes.items()}
-
-    def read(self, indices: Sequence[int] | np.ndarray) -> list[Any]:
-        return self._examples.read(np.asarray(indices, np.int64) + self._numbers.start)
+def check_measurable(name: str, steps: Sequence[Callable[..., Any]], lengths: Mapping[str, int]) -> None:
+    """Raises UserError where `lengths` are none, and a preprocessor of task `name` needs some: then its longest example
+    cannot be measured (as seqio's Evaluator has it)."""
+    for step in () if lengths else steps:
+        if _needs_lengths(step):
+            raise UserError(
+                f"task {name!r}: its preprocessor {qualified_name(step)!r} needs sequence_length, so its longest "
+                "example cannot be measured: give EVAL_FEATURE_LENGTHS"
+            )
 
 
 _KINDS: tuple[tuple[type, str], ...] = ((bool, "bool"), (int, "int64"), (float, "float32"), (str, "bytes"))
@@ -162,13 +158,14 @@ def preprocess(
       lengths: passed to its preprocessors as `sequence_length`.
 
     Raises:
-      UserError: there is no such task, or it is a mixture. The returned function raises ValueError where a preprocessor
-        fails, or makes more or fewer examples than there are records.
+      UserError: there is no such task, it is a mixture, or it appends an EOS that a vocabulary lacks. The returned
+        function raises ValueError where a preprocessor fails, or makes more or fewer examples than there are records.
     """
     provider = seqio_adapter.find_provider(name, modules)
     tasks = seqio_adapter.subtasks(provider)
     if [task.name for task in tasks] != [name]:
         raise UserError(f"--preprocess={name} is a mixture; name one of its tasks: {[task.name for task in tasks]}")
+    seqio_steps.check_eos(tasks[0])
 
     def run(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         features = {field: _feature(field, [record.get(field) for record in records]) for field in _fields(records)}
@@ -287,17 +284,17 @@ def open_task(
             raise
         kept = {name: feature for name, feature in promised.items() if name not in empty}
         objective = converter.bind(TaskInfo(task.name, kept, tuple(start), frozenset(empty), tuple(bos)), lengths)
-    whole = bare_split(split)
+    whole = cached_task.bare_split(split)
     count = imported.count(whole) if imported else seqio_steps.source_count(task, whole)
-    return objective, NotCached(count if count is None else len(slice_of(split, count))), online
+    return objective, NotCached(count if count is None else len(cached_task.slice_of(split, count))), online
 
 
 def _empty(task: Any, split: str, imported: SeqioCache | None) -> set[str]:
     """Returns the features that are empty in the first examples."""
     if imported:
-        all_of_them = seqio_caches.examples(imported, task, bare_split(split), 0, 1, 0, [])
+        all_of_them = seqio_caches.examples(imported, task, cached_task.bare_split(split), 0, 1, 0, [])
     else:
-        all_of_them = seqio_steps.cacheable(task, bare_split(split), 0, 1)
+        all_of_them = seqio_steps.cacheable(task, cached_task.bare_split(split), 0, 1)
     examples = list(itertools.islice(all_of_them, _LOOKED_AT))
     seqio_steps.release_sources()
     names = set.intersection(*(set(example) for example in examples)) if examples else set()

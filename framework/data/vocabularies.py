@@ -120,7 +120,7 @@ class Bytes(Vocabulary):
 
     @property
     def marks(self) -> frozenset[int]:
-        return frozenset({self.pad_id, 1})
+        return frozenset({0, 1})
 
     def encode(self, text: str) -> list[int]:
         return [byte + 3 for byte in text.encode("utf-8")]

@@ -28,7 +28,8 @@ class Vocabulary(abc.ABC):
       size: number of ids, extra ids included.
       eos_id: the id that ends a sequence, None if there is none.
       unk_id: the id of unknown text and of ids out of range, None if there is none.
-      pad_id: always 0, as in seqio. meshway does not use it: segment ids mark padding, never a token id.
+      pad_id: the id of padding, None if there is none: 0, as in seqio, but a tokenizer.json's own `<pad>`. Only pages
+        for people use it: segment ids mark padding, never a token id, and 0 may be text (GPT-2's '!').
       extra_ids: how many ids are sentinels.
       sentinels: those ids, <extra_id_0> first, where they are not the highest, from the top down; else ().
       start: ids that a decoder reads before the first token of a text, unless the recipe names others: the vocabulary's
@@ -40,7 +41,7 @@ class Vocabulary(abc.ABC):
     size: int
     eos_id: int | None
     unk_id: int | None
-    pad_id: int = 0
+    pad_id: int | None = 0
     extra_ids: int
     sentinels: tuple[int, ...] = ()
     start: tuple[int, ...]
@@ -294,8 +295,9 @@ class HuggingFace(Vocabulary):
         self._byte_level = "ByteLevel" in json.dumps(self._decoder)
         self._shown: dict[int, str] = {}
         pads = [token["id"] for token in described.get("added_tokens") or () if token["content"] == "<pad>"]
+        self.pad_id = next(iter(pads), None)
         # T5-like vocabularies have padding at 0, and start from it; GPT-2's texts follow the EOS of the one before.
-        self.start = self.template()[0] or first_of(*(token for token in pads if token == 0), eos_id)
+        self.start = self.template()[0] or first_of(0 if self.pad_id == 0 else None, eos_id)
 
     @property
     def ids(self) -> dict[str, int]:

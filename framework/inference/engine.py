@@ -16,8 +16,7 @@ from meshway.framework.inference.decoding import FREE, Decoded, Decoder, Stop, d
 from meshway.framework.inference.rows import RowFormat, Tokens
 from meshway.framework.inference.sampling import DecodeState, Sampling
 from meshway.framework.interfaces import Batch, Cache, Decodes, Params
-from meshway.framework.partitioning.program_cache import ProgramCache
-from meshway.framework.partitioning.sharded_model import ShardedBatch, ShardedModel
+from meshway.framework.partitioning.sharded_model import ProgramCache, ShardedBatch, ShardedModel
 
 SCORE_INSTEAD = "it may score given targets (--mode=score)"
 
@@ -149,6 +148,7 @@ class Engine:
       sharded: the model on the mesh.
       format: how it reads text.
       batch_size: rows of a batch.
+      params: the parameters; others of the same shapes and shardings may take their place, and programs stay.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class Engine:
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, not {batch_size}")
         self.sharded, self.format, self.batch_size = sharded, row_format, batch_size
-        self._params, self._decoder, self._stop = params, decoder, stop
+        self.params, self._decoder, self._stop = params, decoder, stop
         self._key = jax.random.key(seed)
         self._programs = ProgramCache(sharded, batch_size)
 
@@ -199,7 +199,7 @@ class Engine:
             return decoder(model, params, batch, max_length, stop, ids, key, forced if forced.shape[1] else None)
 
         others = (self._numbers(ids), begun, self._key)
-        return self._programs.run("predict", predict, self._params, batch, *others, static=max_length)
+        return self._programs.run("predict", predict, self.params, batch, *others, static=max_length)
 
     def stream(self, inputs: Tokens, id: int, length: int, max_length: int) -> Iterator[int]:
         """Yields the tokens of one example's prediction as they are drawn, the same as `predict` returns together.
@@ -213,13 +213,13 @@ class Engine:
 
         def compiled() -> tuple[ShardedBatch, TokenSteps]:
             prompts = prompt_batch(self.sharded, self.batch_size, length)
-            return prompts, TokenSteps(self.sharded, prompts, max_length, decoder, self._stop, self._params)
+            return prompts, TokenSteps(self.sharded, prompts, max_length, decoder, self._stop, self.params)
 
         prompts, steps = self._programs.get(("stream", length, max_length), compiled)
         batch = prompts.shard(self._programs.own_rows(self.format.prompts(self._filled([inputs]), length)))
-        at, before = steps.prefill(self._params, batch, self._numbers([id]), self._key), None
+        at, before = steps.prefill(self.params, batch, self._numbers([id]), self._key), None
         for _ in range(max_length):
-            at = steps.step(self._params, at)
+            at = steps.step(self.params, at)
             if before is not None:  # read while the device computes the next
                 yield int(before.tokens[0, 0])
                 if before.done[0]:
@@ -231,7 +231,7 @@ class Engine:
         """Starts scoring; returns the log-probability at each position of each row, float32 [batch_size, length], in
         which `RowFormat.of_targets` finds those of the targets."""
         batch = self.format.scored(self._filled(inputs), self._filled(targets), lengths)
-        return self._programs.run("score", self.sharded.model.score, self._params, batch)
+        return self._programs.run("score", self.sharded.model.score, self.params, batch)
 
     def observe(
         self,
@@ -248,7 +248,7 @@ class Engine:
         batch = self.format.scored(self._filled(inputs), self._filled(targets), lengths)
         asked = tuple(sorted(names))
         observe = functools.partial(self.sharded.model.observe, names=asked)
-        return self._programs.run("observe", observe, self._params, batch, static=asked)
+        return self._programs.run("observe", observe, self.params, batch, static=asked)
 
     @functools.cached_property
     def _model(self) -> Decodes:

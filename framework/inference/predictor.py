@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.metadata
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from meshway.framework import terminal
@@ -39,18 +39,22 @@ class RecipeModel:
     lengths: Mapping[str, int] | None = None
 
     def limits(self, inputs: int | None, targets: int | None) -> dict[str, int]:
-        """Returns the most tokens of a prompt and of a prediction; None goes by `lengths`.
+        """Returns the most tokens of a prompt and of a prediction, see `limits_of`."""
+        return limits_of(self.lengths or {}, inputs, targets)
 
-        Raises:
-          UserError: one is below 1.
-        """
-        lengths = self.lengths or {}
-        if inputs is None:
-            inputs = lengths.get("inputs", lengths.get("targets", _LENGTH))
-        targets = lengths.get("targets", _LENGTH // 4) if targets is None else targets
-        if inputs < 1 or targets < 1:
-            raise UserError(f"max_input_length={inputs} and max_new_tokens={targets} must be at least 1")
-        return {"inputs": inputs, "targets": targets}
+
+def limits_of(lengths: Mapping[str, int], inputs: int | None = None, targets: int | None = None) -> dict[str, int]:
+    """Returns the most tokens of a prompt and of a prediction; None goes by `lengths`, TASK_FEATURE_LENGTHS.
+
+    Raises:
+      UserError: one is below 1.
+    """
+    if inputs is None:
+        inputs = lengths.get("inputs", lengths.get("targets", _LENGTH))
+    targets = lengths.get("targets", _LENGTH // 4) if targets is None else targets
+    if inputs < 1 or targets < 1:
+        raise UserError(f"max_input_length={inputs} and max_new_tokens={targets} must be at least 1")
+    return {"inputs": inputs, "targets": targets}
 
 
 OpenRecipe = Callable[
@@ -111,6 +115,7 @@ def open_session(
     append_eos: bool | None = None,
     stop: str | Sequence[str] = (),
     say: Callable[[str], object] = warnings.warn,
+    averaged: bool = False,
 ) -> Session:
     """Opens a checkpoint under a layout: any, whatever it was trained under.
 
@@ -122,6 +127,7 @@ def open_session(
       append_eos: see `load_text`.
       stop: text, or texts, that end a prediction; see `Text.stops`.
       say: is told of later checkpoints that cannot be read.
+      averaged: whether to read the averages of parameters that the run kept (EMA_DECAY).
 
     Raises:
       UserError: there is no such run or step; it holds another model; its vocabularies cannot be read; the layout does
@@ -140,7 +146,7 @@ def open_session(
     sharded = ShardedModel(model, layout)
     text = load_text(folder.parent, RowFormat.of(model).has_encoder, append_eos, _vocabulary_size(sharded))
     text = dataclasses.replace(text, stops=stops)
-    checkpoints = Checkpoints(folder, read_only=True)
+    checkpoints = Checkpoints(folder, read_only=True, averaged=averaged)
 
     def read(step: int) -> Params:
         with terminal.stage(f"reading checkpoint {step}"):
@@ -168,6 +174,8 @@ class Prediction:
       score: its sum of log-probabilities, or what beam search made of it.
       token_scores: the log-probability of each token.
       texts, scores: of all decodes, the best first.
+      aux: intermediate values by name, where they were asked for: nested lists [inputs and prediction, ...] or, of an
+        encoder or decoder, [inputs, ...] or [prediction, ...].
     """
 
     text: str
@@ -176,6 +184,7 @@ class Prediction:
     token_scores: list[float]
     texts: list[str]
     scores: list[float]
+    aux: Mapping[str, list] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,10 +237,29 @@ class Predictor:
         path = local_path(checkpoint)
         changes = [*bindings, *([f"LAYOUT={layout!r}"] if layout is not None else [])]
         opened = _recipe_reader()(path, changes)
-        self._session = open_session(opened.model, opened.layout, path, step, stop=stop)
-        self._engine = self._session.engine(decoder, batch_size, seed)
-        self._longest = opened.limits(max_input_length, max_new_tokens)
-        self._batch_size = batch_size
+        session = open_session(opened.model, opened.layout, path, step, stop=stop)
+        self._open(session, opened.limits(max_input_length, max_new_tokens), decoder, batch_size, seed)
+
+    @classmethod
+    def of(
+        cls, session: Session, longest: Mapping[str, int], decoder: Decoder, batch_size: int, seed: int = 0
+    ) -> "Predictor":
+        """Returns a predictor with a model that is on its mesh already; `longest` in tokens of inputs and targets.
+
+        Raises:
+          UserError: a batch does not divide over the mesh, or the decoder does not fit.
+        """
+        made = cls.__new__(cls)
+        made._open(session, longest, decoder, batch_size, seed)
+        return made
+
+    def _open(self, session: Session, longest: Mapping[str, int], decoder: Decoder, batch_size: int, seed: int) -> None:
+        self._session, self._longest, self._batch_size = session, longest, batch_size
+        self._engine = session.engine(decoder, batch_size, seed)
+
+    def use(self, params: Params) -> None:
+        """Goes on with other parameters of the same model, in the same shards; nothing is compiled anew."""
+        self._engine.params = params
 
     @property
     def step(self) -> int:
@@ -239,7 +267,11 @@ class Predictor:
         return self._session.step
 
     def predict(
-        self, inputs: Sequence[str], ids: Sequence[int] | None = None, begun: Sequence[str] | None = None
+        self,
+        inputs: Sequence[str],
+        ids: Sequence[int] | None = None,
+        begun: Sequence[str] | None = None,
+        aux: Collection[str] = (),
     ) -> list[Prediction]:
         """Returns a prediction for each input.
 
@@ -247,9 +279,11 @@ class Predictor:
           inputs: texts.
           ids: a number that tells each input from all others, of which its randomness is made; None numbers them.
           begun: what each prediction must begin with; "" leaves it free.
+          aux: names of intermediate values of the model, such as 'decoder_output'.
 
         Raises:
-          UserError: an input is longer than `max_input_length`, or there are not as many of each.
+          UserError: an input is longer than `max_input_length`, there are not as many of each, or a name of `aux` is
+            unknown.
         """
         for name, given in (("ids", ids), ("begun", begun)):
             if given is not None and len(given) != len(_listed(inputs)):
@@ -257,7 +291,7 @@ class Predictor:
         longest = self._limits(scores=False)
         buckets = doubling({"inputs": longest["inputs"]})
         begins = begun is not None
-        work = Predict(self._engine, self._session.text, buckets, longest["targets"], begins=begins)
+        work = Predict(self._engine, self._session.text, buckets, longest["targets"], aux, begins)
         beginnings = [""] * len(inputs) if begun is None else begun
         records = [{"inputs": each, "begun": first} for each, first in zip(_listed(inputs), beginnings)]
         rows = self._run(work, longest, records, False, ids)
@@ -269,6 +303,7 @@ class Predictor:
                 row["token_scores"],
                 row.get("predictions", [row["prediction"]]),
                 row.get("scores", [row["score"]]),
+                row.get("aux", {}),
             )
             for row in rows
         ]

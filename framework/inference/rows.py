@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from meshway.framework.data import vocabularies
-from meshway.framework.data.vocabulary import Vocabulary, after_start, before_stop
+from meshway.framework.data.vocabulary import Framing, Vocabulary, after_start, before_stop
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Model
 
@@ -357,21 +357,31 @@ def load_text(run: Path, has_encoder: bool, append_eos: bool | None = None, size
       size: how many ids the model knows.
 
     Raises:
-      UserError: the vocabularies cannot be read.
+      UserError: the vocabularies cannot be read; `append_eos`, and that of inputs has no EOS.
     """
     if not (run / "vocabularies.json").exists():
         ids, known = IdsOnly(run, size), vocabularies.read_framing_of_ids(run)
         if known is not None:
             return Text(ids, ids, known.start, known.stop)
         return Text(ids, ids, (0,) if has_encoder else ())  # an encoder's decoder needs one id to start from: T5X's
-    framing = vocabularies.read_framing(run)
     targets = vocabularies.load(run / "vocabularies", "targets")
     has_inputs = (run / "vocabularies" / "inputs.json").is_file()
     inputs = vocabularies.load(run / "vocabularies", "inputs") if has_inputs else targets
+    return text_of(inputs, targets, vocabularies.read_framing(run), has_encoder, append_eos)
+
+
+def text_of(
+    inputs: Vocabulary, targets: Vocabulary, framing: Framing, has_encoder: bool, append_eos: bool | None = None
+) -> Text:
+    """Returns the text of two vocabularies; see `load_text`. Raises UserError likewise."""
 
     def end(vocabulary: Vocabulary) -> tuple[int, ...]:
         return () if vocabulary.eos_id is None else (vocabulary.eos_id,)
 
+    if append_eos and inputs.eos_id is None:
+        raise UserError(
+            f"append_eos: inputs cannot end with EOS, as the run's {inputs} has none: leave append_eos out, or False"
+        )
     said = framing.append_eos if append_eos is None else append_eos
     ends = has_encoder if said is None else said
     after = end(inputs) if ends else ()

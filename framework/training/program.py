@@ -29,6 +29,7 @@ from meshway.framework.training.step import (
     check_microbatches,
     init_state,
     plain_gradient,
+    rng_impl_of,
     state_axes,
 )
 from meshway.framework.trees import axis_sizes, flatten, merge, select
@@ -51,15 +52,20 @@ class TrainProgram:
         average: ParameterAverage | None = None,
         spikes: SpikeGuard | None = None,
         statistics: WeightStatistics | None = None,
+        use_hardware_rng: bool | str = False,
     ):
         """`batch_size` counts examples over all processes; `lengths` are tokens by task feature.
 
         `loss_normalizing_factor` is T5X's: by default gradients are those of the mean over weighted target tokens of
         the global batch; None is those of the sum, as T5X's recipes have it.
 
+        `use_hardware_rng` is T5X's too, for dropout: True draws it by jax's 'unsafe_rbg', the generator of the device,
+        which costs less on TPUs but draws otherwise on another mesh or platform; or the name of another generator.
+        Fresh parameters are always drawn by jax's default one.
+
         Raises:
-          UserError: the layout does not fit the devices, the batch is not divisible, a length is missing, or the
-            factor is a number that is not positive.
+          UserError: the layout does not fit the devices, the batch is not divisible, a length is missing, the factor
+            is a number that is not positive, or there is no such generator.
         """
         check_microbatches(batch_size, num_microbatches)
         check_factor(loss_normalizing_factor)
@@ -79,7 +85,14 @@ class TrainProgram:
         self._spikes = spikes if spikes and (spikes.loss, spikes.grad_norm) != (None, None) else None
         if statistics := statistics if statistics and statistics.every else None:
             statistics.members(self.optimizer.trainable)  # raises for a pattern that matches nothing
-        options = gradient_rule, loss_normalizing_factor, self.average, self._spikes, statistics
+        options = (
+            gradient_rule,
+            loss_normalizing_factor,
+            self.average,
+            self._spikes,
+            statistics,
+            rng_impl_of(use_hardware_rng),
+        )
         self._step = TrainStep(model, self.optimizer, seed, num_microbatches, *options)
 
     def of_size(self, batch_size: int) -> "TrainProgram":

@@ -248,7 +248,7 @@ class TrainStep:
     Losses come as sums and weights, are added over microbatches in float32, and are divided once, by the summed weight
     unless `loss_normalizing_factor` says otherwise (`divisor`): how a batch was sharded cannot change the
     result. A step whose loss or gradient is not finite, or that `spikes` refuses, leaves parameters and optimizer as
-    they were and is counted.
+    they were and is counted. Dropout is drawn by the generator `rng_impl`, jax's default if it is None.
     """
 
     model: Model
@@ -260,6 +260,7 @@ class TrainStep:
     average: ParameterAverage | None = None
     spikes: SpikeGuard | None = None
     statistics: WeightStatistics | None = None
+    rng_impl: str | None = None
 
     def __call__(self, state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
         gradients, metrics = self.gradients(state.params, batch, state.step)
@@ -299,7 +300,7 @@ class TrainStep:
 
     def gradients(self, params: Params, batch: Mapping[str, jax.Array], step: jax.Array) -> tuple[Gradients, Metrics]:
         """Returns what the optimizer gets of a batch in step number `step`, and the step's metrics."""
-        rng = jax.random.fold_in(jax.random.key(self.seed), step)
+        rng = jax.random.fold_in(jax.random.key(self.seed, impl=self.rng_impl), step)
 
         def gradient_at(params: Params) -> tuple[Gradients, Metrics]:
             return self._normalized_gradients(params, batch, rng)
@@ -355,6 +356,24 @@ class TrainStep:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (gradients, metrics))
         ((gradients, metrics), variables), _ = jax.lax.scan(add, (zeros, variables), micros)
         return gradients, metrics | ({VARIABLES: variables} if variables else {})
+
+
+def rng_impl_of(use_hardware_rng: bool | str) -> str | None:
+    """Returns the generator of dropout: None for jax's default, T5X's choice 'unsafe_rbg' for True, or the one named.
+
+    Raises:
+      UserError: there is no such generator.
+    """
+    if isinstance(use_hardware_rng, bool):
+        return "unsafe_rbg" if use_hardware_rng else None
+    try:
+        jax.eval_shape(lambda: jax.random.key(0, impl=use_hardware_rng))
+    except ValueError as error:
+        raise UserError(
+            f"use_hardware_rng={use_hardware_rng!r} is neither True (T5X's 'unsafe_rbg') nor False nor a generator of "
+            "jax's: 'rbg', 'unsafe_rbg', 'threefry2x32'"
+        ) from error
+    return use_hardware_rng
 
 
 def check_microbatches(batch_size: int, num_microbatches: int) -> None:

@@ -27,6 +27,7 @@ IDLE = [
     (["--mode=score", "--begin_field=a"], {"mode": "score"}, "--begin_field", "with --mode=score"),
     (["--targets_field=id"], {}, "--targets_field", "without --mode=score"),
     (["--task=t"], {}, "--task", "without --split"),
+    (["--fields=id"], {}, "--fields", "without --split"),
     (["--task=t", "--preprocess=u"], {"preprocess": "u"}, "--task", "without --split"),
     (["--module=json"], {}, "--module", "without --split or --preprocess"),
     (["--split=train", "--columns=a"], {"split": "train"}, "--columns", "without --input"),
@@ -35,11 +36,13 @@ IDLE = [
     (["--num_decodes=2", "--temperature=1"], {"output": "out.txt"}, "--num_decodes", "with a .txt output"),
     (["--mode=predict_with_aux", "--aux=logits"], {"output": "o.txt", **WITH_AUX}, "--aux", "with a .txt output"),
     (["--mode=score"], {"output": "out.txt", "mode": "score"}, "--mode", "with a .txt output"),
+    (["--writer=a.B", "--output_format=jsonl"], {"writer": "a.B"}, "--output_format", "with --writer"),
 ]
 IDLE += [
     (["--prompt=a", "--mode=score"], {"prompts": ["a"], "mode": "score"}, "--mode", "with --prompt"),
     (["--prompt=a", "--begin_field=b"], {"prompts": ["a"]}, "--begin_field", "with --prompt"),
     (["--prompt=a", "--columns=b"], {"prompts": ["a"]}, "--columns", "without --input"),
+    (["--prompt=a", "--num_shards=2"], {"prompts": ["a"], "output": None}, "--num_shards", "without --output"),
     (["--prompt=a", "--overwrite"], {"prompts": ["a"], "output": None}, "--overwrite", "without --output"),
     (["--prompt=a", "--aux=logits"], {"prompts": ["a"], "output": None, **WITH_AUX}, "--aux", "without --output"),
 ]
@@ -49,13 +52,14 @@ USED = [
     (["--beams=4", "--stop=."], {}),
     (["--temperature=1", "--top_k=3", "--top_p=0.5", "--num_decodes=2", "--seed=3", "--stop=."], {}),
     (["--mode=score", "--targets_field=a", "--max_new_tokens=3"], {"mode": "score"}),
-    (["--split=train", "--task=t", "--module=m", "--inputs_field=a", "--truncate"], {"split": "train"}),
+    (["--split=train", "--task=t", "--module=m", "--inputs_field=a", "--truncate", "--fields=id"], {"split": "train"}),
     (["--preprocess=t", "--module=m", "--columns=a,b", "--format=tsv"], {"preprocess": "t"}),
     (["--stop=.", "--stop=b"], {"output": "out.txt"}),
+    (["--beams=2"], {"output": "out.txt", "writer": "a.B"}),
 ]
 
 
-def check(words, mode="predict", split=None, preprocess=None, output="out.jsonl", prompts=()):
+def check(words, mode="predict", split=None, preprocess=None, output="out.jsonl", prompts=(), writer=None):
     invocation = cli.parse(["infer", "--model_dir=run", *words])
     values = dict(binding.split("=", 1) for binding in invocation.bindings)
     number = {name.strip(): value for name, value in values.items()}
@@ -64,7 +68,7 @@ def check(words, mode="predict", split=None, preprocess=None, output="out.jsonl"
     arguments = {
         "mode": mode,
         "inputs": Inputs(None if split or prompts else "in.jsonl", split, prompts, preprocess=preprocess),
-        "output": Output(output),
+        "output": Output(output, writer=writer),
         "decoder": decoder,
         "beams": int(number["infer.infer.beams"]) if "infer.infer.beams" in number else None,
     }

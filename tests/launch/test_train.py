@@ -13,11 +13,13 @@ import pytest
 
 from meshway.framework.data.vocabularies import Bytes, load
 from meshway.framework.errors import UserError
+from meshway.framework.evaluation.evaluation import TaskResult
 from meshway.framework.evaluation.records import Records
+from meshway.framework.evaluation.schedule import EvaluationLog, Pass
 from meshway.framework.optimizers import optimizers
 from meshway.framework.partitioning.mesh import MeshShape
 from meshway.framework.partitioning.partitioner import Layout
-from meshway.framework.training.loop import Periods
+from meshway.framework.training.loop import EarlyStopping, Periods
 from meshway.framework.training.program import TrainProgram
 from meshway.framework.training.run_directory import RunDirectory
 from meshway.launch import train
@@ -40,6 +42,7 @@ def resume(tmp_path, vocabulary):
         axes={},
         param_shapes={},
         abstract_state=None,
+        of_size=lambda size: program,
     )
     dataset = SimpleNamespace(spec=dict)
     data = SimpleNamespace(train=lambda rows: dataset, vocabularies=lambda: {"targets": vocabulary})
@@ -79,19 +82,22 @@ def test_a_run_resumes_with_its_own_vocabulary_only(tmp_path, monkeypatch):
 
 def test_the_run_s_own_evaluations_stand_beside_those_of_other_programs(tmp_path):
     """It removes what it repeats, leaves what another program found, and says what failed or cannot be run."""
-    evaluator = SimpleNamespace(left_out=["ids: evaluated without scores"])
-    evaluator.evaluate = lambda params: (
-        {"validation/loss": params},
-        {"ids": {"metrics": {"loss": params}, "predictions": [], "failed": {"f1": "KeyError: 3"}}},
-    )
+
+    def results(params):
+        report = {"metrics": {"loss": params}, "counts": {}, "predictions": [], "failed": {"f1": "KeyError: 3"}}
+        yield TaskResult("ids", report, np.array([params, 1.0]), "ids: 1 example was truncated")
+
+    evaluator = SimpleNamespace(left_out=["ids: evaluated without scores"], task_names=["ids"], results=results)
+    passes = [Pass(evaluator, 5, None)]
     directory, said = RunDirectory(tmp_path), []
     records = Records(directory.evaluations)
     for step in (10, 20, 30):
         records.add(step, {"ids": {"metrics": {"loss": 0.5}}}, "another program")
-    log = train.EvaluationLog(evaluator, directory, 20, True, said.append)
+    log = EvaluationLog(passes, 100, directory, 20, True, said.append)
     assert list(records.read("ids")) == [10, 20]
     for step in (20, 25):
-        assert log(SimpleNamespace(params=float(step)), step) == {"validation/loss": float(step)}
+        scalars = {"validation/ids/loss": float(step), "validation/loss": float(step)}
+        assert log.due(step) and log(SimpleNamespace(params=float(step)), step) == scalars
     assert {step: record["metrics"]["loss"] for step, record in records.read("ids").items()} == {
         10: 0.5,
         20: 0.5,
@@ -99,10 +105,11 @@ def test_the_run_s_own_evaluations_stand_beside_those_of_other_programs(tmp_path
     }
     assert said == [
         "ids: evaluated without scores",
+        "ids: 1 example was truncated",
         "evaluation at step 20: task 'ids', f1 raised KeyError: 3",
         "evaluation at step 25: task 'ids', f1 raised KeyError: 3",
     ]
-    train.EvaluationLog(evaluator, directory, 0, False, said.append)(SimpleNamespace(params=1.0), 0)
+    EvaluationLog(passes, 100, directory, 0, False, said.append)(SimpleNamespace(params=1.0), 0)
     assert list(records.read("ids")) == [10, 20, 25], "of several processes one writes"
 
 
@@ -184,3 +191,67 @@ def test_a_run_goes_on_with_its_data_and_ends_once(tmp_path, capsys, program, mo
     before = timeline(tmp_path)
     assert "step 5 of 5 is already reached" in run(5) and "step 5 of 4 is already reached" in run(4)
     assert timeline(tmp_path) == before
+
+
+class Evaluated(Ones):
+    """The same, with tasks to evaluate: the tokens that it trains on, so that their loss falls."""
+
+    eval_split = "validation"
+
+    def __init__(self, program):
+        super().__init__(program)
+        self.eval_tasks = lambda split=None: [bigram_table.task([([1], [1, 1, 1])], name="ones")]
+
+
+def early(**arguments):
+    return EarlyStopping(("ones", "loss"), **{"mode": "min", "atol": 1e3} | arguments)
+
+
+def test_a_run_that_does_not_improve_is_saved_and_stops_and_says_why(tmp_path, capsys, program):
+    data, periods = Evaluated(program), Periods(total=9, evaluate=2)
+    train.train(program, data, str(tmp_path), periods, hooks=[early(atol=0.0), early()])  # the loss falls, by less
+    said = capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
+    assert "stopped after step 4 of 9, saved. EarlyStopping: loss of ones has not improved in the last 3 eval" in said
+    assert timeline(tmp_path)[-1]["outcome"] == "stopped"
+    train.train(program, Evaluated(program), str(tmp_path), periods, hooks=[early(patience=4)])
+    assert "stopped after step 6 of 9, saved." in capsys.readouterr().out, "those of before count on: 0, 2, 4, 6"
+
+
+def test_a_hook_that_asks_for_what_is_not_evaluated_is_told_before_anything_is_compiled(tmp_path, program, monkeypatch):
+    monkeypatch.setattr(type(program), "compile_step", lambda self: pytest.fail("compiled"))
+    hooks = [EarlyStopping(("one", "loss"), "min")]
+    with pytest.raises(UserError, match="nothing called 'one' is evaluated; it is one of ones; did you mean 'ones'"):
+        train.train(program, Evaluated(program), str(tmp_path), Periods(total=9, evaluate=2), hooks=hooks)
+
+
+def test_own_loggers_get_every_report_and_values_besides_numbers(tmp_path, program):
+    """They are called as TensorBoard is, and closed at the end."""
+
+    def shown(targets, predictions):
+        return {"count": len(predictions), "note": SimpleNamespace(textdata="as it is")}
+
+    class Own:
+        def __init__(self):
+            self.scalars, self.values, self.closed = {}, {}, 0
+
+        def write(self, step, scalars):
+            self.scalars[step] = dict(scalars)
+
+        def write_values(self, step, values):
+            self.values[step] = dict(values)
+
+        def close(self):
+            self.closed += 1
+
+    data, own = Evaluated(program), Own()
+    data.eval_tasks = lambda split=None: [bigram_table.task([([1], [2, 1])], name="ids", predict_metric_fns=[shown])]
+    plain = SimpleNamespace(write=lambda step, scalars: None, close=lambda: None)
+    train.train(program, data, str(tmp_path), Periods(total=3, report=1, evaluate=2), loggers=[own, plain])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [{"step": step, **scalars} for step, scalars in own.scalars.items()] == lines and own.closed == 1
+    note = {"validation/ids/note": {"kind": "text", "text": "as it is"}}
+    assert own.values == dict.fromkeys((0, 2, 3), note)
+    assert "as it is" in (tmp_path / "report.html").read_text()
+    events = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").glob("*tfevents*"))
+    assert events.count(b"validation/ids/note") == 3

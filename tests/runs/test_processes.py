@@ -124,6 +124,18 @@ def test_checkpoints_cross_between_any_two_counts(by_count, tmp_path, first, the
 
 
 @pytest.mark.slow  # each process compiles everything, on the same two cores
+def test_a_hook_s_word_stops_all_processes_at_one_step(tmp_path):
+    """That of process 0 counts, whatever the others' hooks say."""
+    words = arguments(tmp_path, "--gin.EVAL_PERIOD=2")
+    words = [words[0], "--gin_file=stopping.gin", *words[2:]]
+    processes = start_together(2, *words, variables=((0, {"LAB_STOP": "4"}), (1, {"LAB_STOP": "2"})))
+    said = outputs(processes)
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
+    assert "stopped after step 4 of 10, saved. StopsAt: the lab says 4. Run the same command" in said[0]
+
+
+@pytest.mark.slow  # each process compiles everything, on the same two cores
 def test_an_exception_in_one_process_ends_all_with_its_message(tmp_path):
     variables = {1: {"LAB_FAILS_AT_BATCH": "7"}}
     processes = start_together(2, *counting(tmp_path, 5000), variables=variables)

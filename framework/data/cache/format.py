@@ -29,7 +29,7 @@ import mmap
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -290,7 +290,7 @@ class CachedSplit:
 
 def _read_sizes(column: np.ndarray, start: int, stop: int) -> np.ndarray:
     """Returns column[start:stop] of a memory-mapped array in memory of its own, leaving the mapping alone."""
-    if not isinstance(column, np.memmap):
+    if not isinstance(column, np.memmap) or column.filename is None:
         return column[start:stop]
     offset = column.offset + start * column.itemsize
     return np.fromfile(str(column.filename), column.dtype, max(0, stop - start), offset=offset)
@@ -302,14 +302,13 @@ def _gather(column: np.ndarray, which: np.ndarray) -> np.ndarray:
         return np.asarray(column[which])
     order = None if (which[1:] >= which[:-1]).all() else np.argsort(which, kind="stable")
     ascending = which if order is None else which[order]
-    found = np.empty(len(which), column.dtype)
+    found, mapping = np.empty(len(which), column.dtype), cast(mmap.mmap, column.base)
     step = _MAPPED // column.itemsize
     cuts = np.searchsorted(ascending, np.arange(0, len(column) + step, step))
     for start, stop in zip(cuts, cuts[1:], strict=False):
         if stop > start:
             found[start:stop] = column[ascending[start:stop]]
-            mapped: Any = column  # numpy has no public name for its mmap; the pages stay in the system's cache
-            mapped._mmap.madvise(mmap.MADV_DONTNEED)
+            mapping.madvise(mmap.MADV_DONTNEED)  # the pages stay in the system's cache
     if order is None:
         return found
     result = np.empty_like(found)

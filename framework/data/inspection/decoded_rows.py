@@ -129,7 +129,8 @@ class Token:
       ids: its ids, at least one.
       segment: its segment id, from 1.
       weight: its loss weight; None in a lane that has none.
-      special: whether it is not text: EOS, a sentinel, the padding id used as data, an unknown id.
+      special: whether it is not text: EOS, BOS and other control tokens, a sentinel, the padding id used as data, an
+        unknown id.
     """
 
     text: str
@@ -286,7 +287,7 @@ def _tokens(
 
 
 def _is_special(token: int, vocabulary: Vocabulary) -> bool:
-    reserved = (vocabulary.pad_id, vocabulary.eos_id, vocabulary.unk_id)
+    reserved = (vocabulary.pad_id, vocabulary.unk_id, *vocabulary.marks)
     return token in reserved or token in vocabulary.info.sentinel_ids
 
 

@@ -7,7 +7,7 @@ features that get an EOS, with its id. It holds TENSORFLOW where a step has no n
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -97,8 +97,9 @@ def sizes_at(examples: Examples, which: np.ndarray | slice) -> dict[str, np.ndar
     return {name: column[which] for name, column in examples.sizes.items()}
 
 
-_TOGETHER = 1 << 20  # examples whose sizes are looked at together
-_BLOCK = 64  # examples of a task of more; divides _TOGETHER
+_TOGETHER = 1 << 18  # examples whose sizes are looked at together, by each of a few threads
+_BLOCK = 64  # examples; divides _TOGETHER
+_EACH = 1 << 20  # examples of a task that is small enough to keep where each one's items begin
 
 
 class ItemNumbers:
@@ -119,7 +120,7 @@ class ItemNumbers:
 
     def __init__(self, examples: Examples, objective: Objective) -> None:
         self._examples, self._objective = examples, objective
-        self._block = 1 if len(examples) <= _TOGETHER else _BLOCK
+        self._block = 1 if len(examples) <= _EACH else _BLOCK
         self._ends: np.ndarray | None = None  # items of all blocks up to each; None if each example makes one
         self.total = len(examples)
         if not objective.row_lengths:
@@ -225,6 +226,12 @@ class InMemory:
         return [self._examples[int(index)] for index in indices]
 
 
+def whole_sizes(examples: Examples) -> Mapping[str, np.ndarray]:
+    """Returns what the sizes of examples would be if no step of ours trimmed them."""
+    sizes: Mapping[str, np.ndarray] = getattr(examples, "whole", examples.sizes)
+    return sizes
+
+
 class First:
     """The first `count` of other examples."""
 
@@ -243,8 +250,45 @@ class First:
         within = slice(*which.indices(self._count)) if isinstance(which, slice) else which
         return sizes_at(self._examples, within)
 
+    @property
+    def whole(self) -> dict[str, np.ndarray]:
+        """What `sizes` would be if no step trimmed."""
+        return {name: column[: self._count] for name, column in whole_sizes(self._examples).items()}
+
     def read(self, indices: Sequence[int] | np.ndarray) -> list[Any]:
         return self._examples.read(indices)
+
+
+class Lazy:
+    """Examples that are read into memory when they are first needed.
+
+    Args:
+      read: reads them.
+      read_whole: reads them with all of their tokens, where `read` trims; None where it trims nothing.
+    """
+
+    def __init__(self, read: Callable[[], Sequence[Example]], read_whole: Callable[[], Sequence[Example]] | None):
+        self._read, self._read_whole = read, read_whole
+
+    def __len__(self) -> int:
+        return len(self._loaded)
+
+    @property
+    def sizes(self) -> Mapping[str, np.ndarray]:
+        return self._loaded.sizes
+
+    @functools.cached_property
+    def whole(self) -> Mapping[str, np.ndarray]:
+        """What `sizes` would be if `read` did not trim."""
+        whole = None if self._read_whole is None else InMemory(self._read_whole())
+        return self.sizes if whole is None or len(whole) != len(self) else whole.sizes
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> list[Example]:
+        return self._loaded.read(indices)
+
+    @functools.cached_property
+    def _loaded(self) -> InMemory:
+        return InMemory(self._read())
 
 
 class Stepped:
@@ -286,6 +330,10 @@ class Stepped:
         """How many tokens of each example the steps trimmed, int64 [examples]."""
         whole = self.whole
         return sum((whole[name] - kept for name, kept in self.sizes.items()), np.zeros(len(self), np.int64))
+
+    def first(self, count: int) -> "Stepped":
+        """Returns the first `count` of them."""
+        return Stepped(First(self.examples, count), self._steps, self._lengths)
 
     def read(self, indices: Sequence[int] | np.ndarray) -> list[Any]:
         examples = self.examples.read(indices)

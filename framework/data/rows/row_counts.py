@@ -113,8 +113,10 @@ class RowTable:
         """Waits until no other process counts a phase, and keeps others waiting during a `with` block."""
         lock = None
         with contextlib.suppress(OSError):  # without a folder to write to, each process counts
+            seconds = _RETRY_SECONDS / 32
             while (lock := self.claim(key, phase)) is None:
-                time.sleep(_RETRY_SECONDS)
+                time.sleep(seconds)
+                seconds = min(2 * seconds, _RETRY_SECONDS)
         try:
             yield
         finally:
@@ -182,9 +184,17 @@ def count(source: Pools, phase: int, pools: np.ndarray, processes: int, quiet: b
     return rows
 
 
+_one_at_a_time = threading.Lock()
+
+
 def ahead(work: Callable[[], None]) -> None:
-    """Runs `work` in the background until this process ends."""
-    threading.Thread(target=work, name="row counts", daemon=True).start()
+    """Runs `work` in the background, after what was asked for before, until this process ends."""
+
+    def run() -> None:
+        with _one_at_a_time:
+            work()
+
+    threading.Thread(target=run, name="row counts", daemon=True).start()
 
 
 def say(text: str) -> None:

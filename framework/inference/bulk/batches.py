@@ -7,6 +7,7 @@ import datetime
 import decimal
 import json
 import math
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
-from meshway.framework.errors import UserError
+from meshway.framework.errors import UserError, first_line
 from meshway.framework.inference.beam_search import NEVER
 from meshway.framework.inference.bulk.inputs import Example
 from meshway.framework.inference.decoding import one_ahead
@@ -226,6 +227,82 @@ class Encoding(Protocol):
     def is_final(self, path: Path) -> bool:
         """Returns whether a chunk's file can be a shard of the result without change."""
         ...
+
+
+class Writer(Protocol):
+    """A format of one's own: what `infer.Output.writer` names, met by shape. The job does the rest: chunks are
+    committed and merged as those of other formats are, whenever it is killed.
+
+    A class that also has `merge(paths, file)`, as `Encoding`, says how files of chunks become one; without it they are
+    put one behind the other, in order.
+
+    Attributes:
+      suffix: of its files, such as '.csv'.
+    """
+
+    suffix: str
+
+    def encode(self, rows: Sequence[Mapping[str, Any]], name: str) -> bytes | str:
+        """Returns the content of a file of these rows: a chunk of results, in the order of the input.
+
+        A row has what a line of a .jsonl output has: `index`, the fields of the record, and what was computed:
+        `prediction`, `tokens`, `score`, `token_scores`, and others by mode (see `Predict`, `Score`), as text, numbers,
+        lists and dicts. `name` is the chunk's, for messages.
+        """
+        ...
+
+
+class OwnFormat:
+    """A `Writer` as an `Encoding`."""
+
+    def __init__(self, writer: Writer) -> None:
+        """Raises UserError unless it has `suffix` and `encode`."""
+        kind = self._kind = type(writer).__name__
+        suffix = getattr(writer, "suffix", None)
+        if not callable(getattr(writer, "encode", None)) or not isinstance(suffix, str):
+            raise UserError(
+                f"writer {kind}: it needs an attribute suffix, such as '.csv', and a method encode(rows, name) that "
+                "returns the content of a file"
+            )
+        if not re.fullmatch(r"\.\w+", suffix) or suffix == ".json":
+            more = ": .json is taken by files beside those of chunks, .jsonl is not" if suffix == ".json" else ""
+            raise UserError(f"writer {kind}: its suffix {suffix!r} cannot be one, as '.csv' is{more}")
+        self._writer, self.suffix = writer, suffix
+
+    @property
+    def description(self) -> str:
+        """The class and its plain attributes: files of writers that differ in these are not mixed."""
+        kind = type(self._writer)
+        given = {name: each for name, each in vars(self._writer).items() if type(each) in _PLAIN | {float}}
+        return (
+            f"{kind.__module__}.{kind.__qualname__}({', '.join(f'{name}={given[name]!r}' for name in sorted(given))})"
+        )
+
+    def encode(self, rows: Sequence[Mapping[str, Any]], name: str) -> bytes:
+        try:
+            content = self._writer.encode([plain(row, strict=False) for row in rows], name)
+        except Exception as error:
+            raise UserError(f"{name}: {self._raised('encode', error)}") from error
+        if isinstance(content, str):
+            content = content.encode("utf-8", "backslashreplace")
+        if not isinstance(content, bytes):
+            raise UserError(f"{name}: encode of {self._kind} returned {type(content).__name__}, not bytes or str")
+        return content
+
+    def merge(self, paths: Sequence[Path], file: BinaryIO) -> None:
+        merge = getattr(self._writer, "merge", _concatenate)
+        try:
+            merge(paths, file)
+        except OSError:
+            raise
+        except Exception as error:
+            raise UserError(self._raised("merge", error)) from error
+
+    def _raised(self, method: str, error: Exception) -> str:
+        return f"{method} of writer {self._kind} raised {type(error).__name__}: {first_line(error)}"
+
+    def is_final(self, path: Path) -> bool:
+        return True
 
 
 class JsonLines:

@@ -1,5 +1,4 @@
-"""The paths of an output, unfinished and finished, its lock, durable writes to it, and what already exists there: this
-job's chunks or result, another job's, or other files."""
+"""The paths of an output, unfinished and finished, its locks, durable writes to it, and what already exists there."""
 
 import contextlib
 import dataclasses
@@ -19,7 +18,7 @@ from meshway.framework.terminal import count_of
 FILE_FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "txt"}  # of one merged file
 SHARD_FORMATS = ("jsonl", "parquet")
 _NOT_WRITTEN = (".csv", ".tsv", ".ndjson", ".text", ".gz", ".bz2", ".xz", ".zst", ".zip", ".arrow", ".pq")
-_OURS = re.compile(r"chunk-\d{6,}\.(jsonl|parquet|txt|json)|temporary(-\d+-of-\d+)?")
+_OURS = re.compile(r"chunk-\d{6,}\.\w+|temporary(-\d+-of-\d+)?")
 _POLL_SECONDS = 0.05
 _TRIES = 20  # of a lock that another process may hold for a moment, to see whether it is stale
 
@@ -30,7 +29,7 @@ class OutputPaths:
 
     Attributes:
       output: the merged file, or the folder of shards.
-      format: 'jsonl', 'parquet' or 'txt'.
+      format: 'jsonl', 'parquet', 'txt', or that of a writer of one's own: its suffix.
       sharded: whether it is a folder, each chunk a shard.
       share: the part of the job that this process computes.
     """
@@ -51,7 +50,7 @@ class OutputPaths:
 
     @property
     def lock(self) -> Path:
-        """The lock on all that is there: a whole job holds it all the time, a share in its turn."""
+        """The lock that a whole job holds all the time, and a share in its turn."""
         return self.parts / "lock"
 
     @property
@@ -101,7 +100,9 @@ class OutputPaths:
     def existing_results(self) -> list[Path]:
         """Returns existing files with the name of a result, for any number of shards."""
         if self.sharded:
-            found = (path for suffix in SHARD_FORMATS for path in self.output.glob(f"part-*-of-*.{suffix}"))
+            found = (
+                path for suffix in {*SHARD_FORMATS, self.format} for path in self.output.glob(f"part-*-of-*.{suffix}")
+            )
             return sorted(found)
         return [self.output] if self.output.exists() else []
 
@@ -113,12 +114,25 @@ class OutputPaths:
         return self.output.with_name(f"{self.output.name}.{what}")
 
 
-def output_paths(output: Path, format: str | None, share: Share = Share()) -> OutputPaths:
+def output_paths(output: Path, format: str | None, share: Share = Share(), own: str | None = None) -> OutputPaths:
     """Returns the paths of an output: one file if it ends in a known suffix, else a folder of shards.
+
+    Args:
+      output, share: see `OutputPaths`.
+      format: 'jsonl' or 'parquet', of shards; None for what the name says.
+      own: the suffix of a writer of one's own, instead of all others.
 
     Raises:
       UserError: the format contradicts the name, or there is no such format.
     """
+    if own is not None:
+        if format is not None:
+            raise UserError(f"no format of shards is chosen where a writer has its own ({own}): leave out {format!r}")
+        if output.suffix not in ("", own) and output.suffix in (*FILE_FORMATS, *_NOT_WRITTEN):
+            raise UserError(f"output {output}: the writer writes {own}: end it in that, or name a folder")
+        if output.is_dir() and output.suffix == own or output.is_file() and output.suffix != own:
+            raise UserError(f"output {output}: a {'file' if output.is_dir() else 'folder'} is written there")
+        return OutputPaths(output, own[1:], output.suffix != own, share)
     known = FILE_FORMATS.get(output.suffix)
     if known is not None:
         if format not in (None, known):
@@ -140,11 +154,8 @@ def output_paths(output: Path, format: str | None, share: Share = Share()) -> Ou
 
 
 class OutputLock:
-    """The locks on an output's folder of chunks, which is created if it does not exist.
-
-    A whole job excludes everyone else. Shares work side by side, and take turns where one looks at, or changes, what is
-    of all: at the start and at the end.
-    """
+    """The locks on an output's folder of chunks, which is created if it does not exist. A whole job excludes everyone
+    else; shares work side by side, and take turns at the start and the end, where one changes what is of all."""
 
     def __init__(self, paths: OutputPaths) -> None:
         self._paths = paths
@@ -159,8 +170,7 @@ class OutputLock:
         """Creates the folder and takes the lock of this process.
 
         Raises:
-          UserError: another process holds it, or the whole of which this is a share, or a share of this whole; the
-            folder cannot be created.
+          UserError: another process holds it, or that of a share of this whole job; the folder cannot be created.
         """
         paths, tries = self._paths, 1 if self._paths.share.is_whole else _TRIES
         with io_errors(paths.parts):
@@ -180,9 +190,19 @@ class OutputLock:
             raise UserError(_working(*others[0]))
 
     def take_turn(self, wait: bool = True) -> bool:
-        """Returns whether this process alone may look at what is of all, waiting for its turn if asked to."""
+        """Returns whether this process alone may look at what is of all, waiting for other shares if asked to.
+
+        Raises:
+          UserError: what it would wait for is a whole job.
+        """
         if self._turn is None and not self._paths.share.is_whole:
+            tries = _TRIES
             while (found := try_lock(self._paths.lock)) is None and wait:
+                holder, shares = holder_of(self._paths.lock), self.others()
+                if holder is not None and not any(holder.is_process_of(each) for each, _ in shares):
+                    tries -= 1
+                if not tries:
+                    raise UserError(_working(holder, self._paths.lock))
                 time.sleep(_POLL_SECONDS)
             self._turn = found
             return found is not None
@@ -203,8 +223,7 @@ class OutputLock:
         return [(holder, path) for holder, path in found if holder is not None]
 
     def discard(self) -> None:
-        """Releases all that is held, and removes its files, those that killed shares left, and the folder if it is
-        empty."""
+        """Releases all that is held; removes its files, those of killed shares, and the folder if it is empty."""
         self.end_turn()
         if self._own is not None:
             with contextlib.suppress(OSError):

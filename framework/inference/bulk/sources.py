@@ -11,15 +11,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from meshway.framework.errors import UserError
+from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.files import local_path
-from meshway.framework.inference.bulk.batches import numbers
+from meshway.framework.inference.bulk.batches import number, numbers
 from meshway.framework.inference.bulk.inputs import Record, check_format, find_files, format_of
 from meshway.framework.inference.bulk.lines import INPUTS, STDIN, LineSource, read_again
 from meshway.framework.inference.bulk.parquet import ParquetSource
 from meshway.framework.terminal import count_of
 
 _READ_AHEAD = 64  # examples
+ALL_FIELDS = "all"
 
 
 class Source(Protocol):
@@ -131,9 +132,9 @@ class TFRecordSource:
         """
         index = 0
         for path in self._paths:
-            for number, (content, checksum) in enumerate(_framed(path), 1):
+            for place, (content, checksum) in enumerate(_framed(path), 1):
                 if index >= start:
-                    yield _example(index, content, checksum, f"{path} record {number}")
+                    yield _example(index, content, checksum, f"{path} record {place}")
                 index += 1
         if not index:
             raise UserError(f"the input is empty: {self.description}")
@@ -142,7 +143,7 @@ class TFRecordSource:
 def _framed(path: str) -> Iterator[tuple[bytes, int]]:
     """Yields (content, its masked CRC-32C) of each record: its length (uint64) and the CRC of that stand before it,
     its own CRC after it, all little-endian."""
-    number = 0
+    count = 0
     try:
         with open(path, "rb") as raw:
             head = raw.read(12)
@@ -150,18 +151,18 @@ def _framed(path: str) -> Iterator[tuple[bytes, int]]:
             raw.seek(0)
             with gzip.open(raw) if is_packed else contextlib.nullcontext(raw) as file:
                 while head := file.read(12):
-                    number += 1
+                    count += 1
                     length = int.from_bytes(head[:8], "little")
                     if not _is_length(head):
-                        what = "is not a TFRecord file" if number == 1 else f"is damaged at record {number}"
+                        what = "is not a TFRecord file" if count == 1 else f"is damaged at record {count}"
                         raise UserError(f"{path} {what}: no length of a record with its checksum stands there")
                     rest = file.read(length + 4)
                     if len(rest) < length + 4:
-                        raise UserError(f"{path} is cut off: record {number} has {len(rest):,} of {length + 4:,} bytes")
+                        raise UserError(f"{path} is cut off: record {count} has {len(rest):,} of {length + 4:,} bytes")
                     yield rest[:-4], int.from_bytes(rest[-4:], "little")
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(
-            f"cannot read {path}, after record {number}: {getattr(error, 'strerror', None) or error}"
+            f"cannot read {path}, after record {count}: {getattr(error, 'strerror', None) or error}"
         ) from error
 
 
@@ -222,9 +223,9 @@ def _features_of(content: bytes) -> dict[str, list[Any]]:
     return found
 
 
-def _sub(content: memoryview, number: int, wire_type: int = 2) -> list[memoryview]:
-    """Returns the content of each field of a protobuf message that has this number: of wire type 2 (length-delimited),
-    or also `wire_type`, that of its elements where they are not packed."""
+def _sub(content: memoryview, field: int, wire_type: int = 2) -> list[memoryview]:
+    """Returns the content of each field of a protobuf message that has number `field`: of wire type 2
+    (length-delimited), or also `wire_type`, that of its elements where they are not packed."""
     found = []
     while content:
         key, content = _varint(content)
@@ -239,7 +240,7 @@ def _sub(content: memoryview, number: int, wire_type: int = 2) -> list[memoryvie
         if not 0 <= size <= len(before):
             raise ValueError("a field is cut off, or of an unknown kind")
         value, content = before[:size], before[size:]
-        if key >> 3 == number and kind in (2, wire_type):
+        if key >> 3 == field and kind in (2, wire_type):
             found.append(value)
     return found
 
@@ -278,15 +279,24 @@ class TaskSource:
     """A `Source` of the examples of tasks, one task after the other.
 
     A record has the task's name, the example's index in it, `inputs` and `targets` as text, and the token ids that the
-    task made, from which predictions and scores are computed.
+    task made, from which predictions and scores are computed; and other features of the example.
     """
 
-    def __init__(self, tasks: Sequence[ReadableTask], split: str, needed: Collection[str]):
+    def __init__(
+        self, tasks: Sequence[ReadableTask], split: str, needed: Collection[str], fields: Collection[str] | None = None
+    ):
         """Opens a split of tasks; prints which are left out for lack of the `needed` features.
 
+        Args:
+          tasks, split: what is read.
+          needed: features of token ids that an example must have.
+          fields: further features that records get: names, of which those of token ids that are there as text are
+            called `inputs_tokens`; ['all']; None for those called `*_pretokenized`, as T5X keeps them.
+
         Raises:
-          UserError: no task has them.
+          UserError: no task has the needed features, or one of the fields.
         """
+        self._fields = fields
         self._tasks = [task for task in tasks if task.num_examples and set(needed) <= _features(task)]
         self.description = f"split {split!r} of {', '.join(task.name for task in self._tasks)}"
         lacking = ", ".join(task.name for task in tasks if task not in self._tasks)
@@ -295,6 +305,11 @@ class TaskSource:
             raise UserError(f"split {split!r}: no task has examples with {what}: {lacking}")
         if lacking:
             print(f"data: {lacking} left out: no examples with {what}", file=sys.stderr)
+        there = {name for task in self._tasks for name in task.read([0])[0]}
+        for name in fields or ():
+            if name not in there and list(fields or ()) != [ALL_FIELDS]:
+                near = did_you_mean(name, there)
+                raise UserError(f"no task has a feature {name!r} to keep{near}; there are {', '.join(sorted(there))}")
 
     @property
     def total(self) -> int:
@@ -306,22 +321,42 @@ class TaskSource:
         first = 0
         for task in self._tasks:
             for begin in range(max(0, start - first), task.num_examples, _READ_AHEAD):
-                numbers = range(begin, min(begin + _READ_AHEAD, task.num_examples))
-                for number, example in zip(numbers, task.read(numbers)):
-                    yield _record(task, first + number, number, example)
+                places = range(begin, min(begin + _READ_AHEAD, task.num_examples))
+                for place, example in zip(places, task.read(places)):
+                    yield self._record(task, first + place, place, example)
             first += task.num_examples
+
+    def _record(self, task: ReadableTask, index: int, place: int, example: Mapping[str, Any]) -> Record:
+        ids = {name: [int(t) for t in example[name]] for name in ("inputs", "targets") if _is_tokens(example.get(name))}
+        values: dict[str, Any] = {"task": task.name, "example": place}
+        values |= {name: task.text(name, place) for name in ids}
+        kept = {f"{name}_tokens" if name in ids else name: _kept(example[name]) for name in self._named(example)}
+        raw = json.dumps([task.name, place, ids, kept], sort_keys=True, default=repr).encode()
+        return Record(index, values | kept, f"task {task.name!r} example {place}", raw, ids=ids)
+
+    def _named(self, example: Mapping[str, Any]) -> list[str]:
+        """Returns which features of an example a record gets beside its text, in their order."""
+        if self._fields is None:
+            return [name for name in example if name.endswith("_pretokenized")]
+        return [name for name in example if name in self._fields or list(self._fields) == [ALL_FIELDS]]
 
 
 def _features(task: ReadableTask) -> set[str]:
     return {name for name, value in task.read([0])[0].items() if _is_tokens(value) and len(value)}
 
 
-def _record(task: ReadableTask, index: int, number: int, example: Mapping[str, Any]) -> Record:
-    ids = {name: [int(t) for t in example[name]] for name in ("inputs", "targets") if _is_tokens(example.get(name))}
-    values: dict[str, Any] = {"task": task.name, "example": number}
-    values |= {name: task.text(name, number) for name in ids}
-    raw = json.dumps([task.name, number, ids], sort_keys=True).encode()
-    return Record(index, values, f"task {task.name!r} example {number}", raw, ids=ids)
+def _kept(value: Any) -> Any:
+    """Returns a feature as text, numbers, and lists of them."""
+    value = np.asarray(value)
+    if value.dtype == np.float32:
+        return np.vectorize(number, otypes=[object])(value).tolist() if value.size else value.tolist()
+    return _decoded(value.tolist())
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decoded(each) for each in value]
+    return _text(memoryview(value)) if isinstance(value, bytes) else value
 
 
 def _is_tokens(value: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from meshway.framework.errors import UserError
 from meshway.framework.files import io_errors
-from meshway.framework.inference.bulk.batches import Encoding, JsonLines, TextLines, plain
+from meshway.framework.inference.bulk.batches import Encoding, JsonLines, OwnFormat, TextLines, plain
 from meshway.framework.inference.bulk.inputs import Share, nearest
 from meshway.framework.inference.bulk.outputs import (
     WRITTEN_BY,
@@ -89,6 +89,7 @@ class ChunkStore:
         format: str | None = None,
         overwrite: bool = False,
         share: Share = Share(),
+        writer: OwnFormat | None = None,
     ) -> None:
         """Checks names only; `open` reads and writes files.
 
@@ -100,11 +101,13 @@ class ChunkStore:
             from an input that has changed since. Other unfinished chunks of this job are always kept, so that the
             same command continues after a kill. Only files written by a ChunkStore are ever removed.
           share: the chunks that this process computes.
+          writer: a format of one's own, instead of `format`.
 
         Raises:
           UserError: the format contradicts the name, or the folder to write in does not exist.
         """
-        self._paths = output_paths(Path(output), format, share)
+        self._paths = output_paths(Path(output), format, share, writer.suffix if writer else None)
+        self._writer = writer
         self._job = dict(job)
         self._overwrite = overwrite
         self._lock = OutputLock(self._paths)
@@ -263,6 +266,8 @@ class ChunkStore:
         return self._rows
 
     def _row_format(self) -> Encoding:
+        if self._writer is not None:
+            return self._writer
         if self._paths.format != "parquet":
             return JsonLines() if self._paths.format == "jsonl" else TextLines()
         num_chunks = claimed(self._paths)

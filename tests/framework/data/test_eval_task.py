@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 import tasks_in_memory
 
-from meshway.framework.data.eval_task import TaskEvaluation
+from meshway.framework.data.denoising import SpanCorruption
+from meshway.framework.data.eval_task import TaskEvaluation, measured_lengths
 from meshway.framework.data.features import EncoderDecoder, LanguageModel
-from meshway.framework.data.rows.examples import InMemory
+from meshway.framework.data.grain_loader import CachedData
+from meshway.framework.data.rows.examples import AppendEos, First, InMemory, Stepped
 from meshway.framework.data.vocabularies import Bytes
 from meshway.framework.errors import UserError
 
@@ -94,7 +96,7 @@ def test_each_kind_of_metric_function_gets_what_it_asks_for():
     examples = [{"inputs": np.array([7]), "targets": np.array([i, 1])} for i in (5, 6, 8)]
     task = make(examples, [of_predictions], [of_scores], [of_aux])
     found = task.metrics([[5], [9]], {"scores": [-1.0, -2.0]}, {2: -0.5, 0: -0.25})
-    assert found == ({"predicted": 1.0, "with_aux/inner": 2.0, "scored": -0.75}, {})
+    assert found == ({"predicted": 1.0, "with_aux/inner": 2.0, "scored": -0.75}, {}, {})
     assert seen["predictions"] == ([[5], [6]], [[5], [9]]) and seen["aux"] == ([[5], [6]], [[5], [9]], [-1.0, -2.0])
     assert seen["scores"] == ([[5], [8]], [-0.25, -0.5])
     assert task.metrics([[5]]).values == {"predicted": 1.0} and task.metrics(scores={0: -1.0}).values == {"scored": -1}
@@ -111,7 +113,7 @@ def test_a_metric_function_that_fails_is_named_and_the_others_are_run():
         return 3
 
     task = make(EXAMPLES, [bad, good, not_a_mapping, functools.partial(good)])
-    values, failures = task.metrics([[5]])
+    values, failures, _ = task.metrics([[5]])
     assert values == {"good": 1.0}
     assert failures["bad"] == "ZeroDivisionError: division by zero" and "AttributeError" in failures["not_a_mapping"]
     assert failures["good"] == "ValueError: another metric function returns 'good' too"
@@ -140,10 +142,62 @@ def test_ids_that_the_vocabulary_has_not_are_refused(wrong):
     assert len(task.read([0, 1])) == 2  # `infer` looks at each record by itself
 
 
-@pytest.mark.parametrize(("functions", "classes"), [(0, 1), (2, 1), (1, 3)])
-def test_metric_classes_are_left_out_and_the_task_is_not(functions, classes):
-    task = make(EXAMPLES, [lambda targets, predictions: {}] * functions)
-    seqio_task = task._task
-    seqio_task.metric_objs = [object()] * (functions + classes)
-    seqio_task.metric_fns = seqio_task.predict_metric_fns
-    assert task.left_out == [f"{classes} of its metric_objs, as only metric functions are run"]
+TOO_LONG = [{"inputs": np.arange(2, 2 + n), "targets": np.array([5, 1])} for n in (2, 9, 4, 5)]
+
+
+def test_examples_too_long_are_counted_where_they_were_read():
+    task = make(TOO_LONG, converter=EncoderDecoder(pack=False))
+    assert task.overlong(4, 0) == (2, 0) and task.overlong(0, 4) == (2, 0)
+    assert task.overlong(2, 0) == task.overlong(0, 2) == (1, 0) and task.overlong(0, 0) == (0, 0)
+    packed = make(TOO_LONG, converter=EncoderDecoder(pack=True))
+    assert packed.overlong(packed.num_rows, 0) == (2, 0)
+    skipping = make(TOO_LONG, converter=EncoderDecoder(overlong="skip"))
+    assert skipping.overlong(skipping.num_rows, 0) == (0, 2) and skipping.overlong(0, 2) == (0, 1)
+    windows = make(TOO_LONG, converter=LanguageModel(), lengths={"targets": 1})
+    assert windows.overlong(windows.num_rows, 4) == (0, 0), "windows show all of a text"
+
+
+def test_what_an_eos_after_trimming_costs_is_counted():
+    """The step trims before the converter sees the example."""
+    steps = [AppendEos({"inputs": 1, "targets": 1}, {"inputs": 1, "targets": 1}, trims=True)]
+    objective = EncoderDecoder().bind(tasks_in_memory.task("inputs", "targets"), LENGTHS)
+    whole = InMemory([example | {"targets": np.array([5])} for example in TOO_LONG])
+    examples = First(Stepped(whole, steps, objective.trims), 3)
+    task = TaskEvaluation("ids", examples, objective, EncoderDecoder(), LENGTHS, 2, {})
+    assert task.overlong(0, 3) == (2, 0)  # 9 and 4 tokens, each with EOS
+    assert measured_lengths([(objective, examples)], {}, LENGTHS) == {"inputs": 16, "targets": 8}
+
+
+@pytest.mark.parametrize(("longest", "room"), [(1, 8), (8, 8), (9, 16), (100, 104), (130, 144), (1000, 1024)])
+def test_the_longest_example_fits_with_at_most_an_eighth_to_spare(longest, room):
+    examples = InMemory([{"inputs": np.zeros(longest, int), "targets": np.zeros(1, int)}])
+    for policy in ("truncate", "skip", "error"):
+        objective = EncoderDecoder(overlong=policy).bind(tasks_in_memory.task("inputs", "targets"), LENGTHS)
+        found = measured_lengths([(objective, examples)], {"targets": 3}, LENGTHS)
+        assert found == {"inputs": room, "targets": 3} and list(found) == ["inputs", "targets"]
+
+
+def test_text_in_windows_keeps_the_lengths_of_training():
+    objective = LanguageModel().bind(tasks_in_memory.task("targets"), {"targets": 4})
+    examples = InMemory([{"targets": np.zeros(100, int)}])
+    assert measured_lengths([(objective, examples)], {}, {"targets": 4}) == {"targets": 4}
+    spans = SpanCorruption()
+    lengths = {"inputs": 32, "targets": 16}
+    text = [{"inputs": np.zeros(0, int), "targets": np.zeros(300, int)}]
+    pair = [{"inputs": np.zeros(100, int), "targets": np.zeros(5, int)}]
+    for examples, room in ((text, lengths), (text + pair, {"inputs": 104, "targets": 16})):
+        objective = spans.bind(tasks_in_memory.task("inputs", "targets"), lengths)
+        assert measured_lengths([(objective, InMemory(examples))], {}, lengths) == room
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"input": 8}, "EVAL_FEATURE_LENGTHS gives a length for 'input', which .* did you mean 'inputs'"),
+        ({"inputs": 0}, r"EVAL_FEATURE_LENGTHS\['inputs'\] must be a whole number of tokens, or None"),
+        ("longest", "CachedData.eval_lengths .*EVAL_FEATURE_LENGTHS.* is 'longest': tokens by feature, None"),
+    ],
+)
+def test_lengths_that_mean_nothing_are_refused_at_once(given, said):
+    with pytest.raises(UserError, match=said):
+        CachedData("a_task", LENGTHS, 2, EncoderDecoder(), eval_lengths=given)

@@ -14,7 +14,7 @@ from tiny import FAMILIES, Descent, Quadratic, losses, program
 
 from meshway.framework.errors import UserError
 from meshway.framework.training.program import TrainProgram
-from meshway.framework.training.step import TrainState, TrainStep
+from meshway.framework.training.step import TrainState, TrainStep, rng_impl_of
 
 TWO_LAYERS = {"t5_1_1": ("NUM_ENCODER_LAYERS=2", "NUM_DECODER_LAYERS=2"), "lm": ("NUM_LAYERS=2",)}
 
@@ -213,3 +213,30 @@ def test_flops_of_the_program_are_three_forward_passes_and_do_not_depend_on_scan
     scores = 2 * 2 * batch * heads * length * length * size
     forward = layers * (projections + scores + 3 * 2 * tokens * d * ff) + 2 * tokens * d * vocab
     assert made.flops == 3 * forward
+
+
+def generators(made):
+    """Returns the types of random keys in a step's gradients."""
+    shapes = made.param_shapes, made.abstract_batch, jax.ShapeDtypeStruct((), np.int32)
+    with made.partitioner.activate():
+        traced = jax.make_jaxpr(made._step.gradients)(*shapes)
+    types = [str(each.outvars[0].aval.dtype) for each in traced.eqns if each.outvars]
+    return {each for each in types if each.startswith("key<")}
+
+
+def test_dropout_is_drawn_by_the_generator_asked_for():
+    made = [program("lm", "DROPOUT_RATE=0.3", f"USE_HARDWARE_RNG={impl}") for impl in ("False", "True", "'rbg'")]
+    assert [generators(each) for each in made] == [{"key<fry>"}, {"key<urbg>"}, {"key<rbg>"}]
+
+
+@pytest.mark.proofs
+def test_the_devices_generator_draws_the_same_again():
+    plain, other = (program("lm", "DROPOUT_RATE=0.3", f"USE_HARDWARE_RNG={impl}") for impl in ("False", "True"))
+    found = losses(other, 2)[0]
+    assert found == losses(other, 2)[0] and found != losses(plain, 2)[0]
+
+
+def test_a_generator_that_there_is_not_is_refused():
+    with pytest.raises(UserError, match="use_hardware_rng='rgb' is neither True .* nor a generator of jax's"):
+        rng_impl_of("rgb")
+    assert [rng_impl_of(each) for each in (False, True, "rbg")] == [None, "unsafe_rbg", "rbg"]

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet
 import pytest
 
 from meshway.framework.errors import EnvironmentFailure, UserError
+from meshway.framework.inference.bulk.batches import OwnFormat
 from meshway.framework.inference.bulk.inputs import Share
 from meshway.framework.inference.bulk.store import ChunkStore, Committed
 
@@ -113,6 +115,61 @@ def test_text_is_a_prediction_a_line(tmp_path):
         with pytest.raises(UserError, match=f"a .txt output holds .*{message}: use .jsonl"):
             job_of(tmp_path / "other.txt", [0], make=lambda _, row=row: [row])
     assert sorted(tree(tmp_path)) == ["out.txt", "out.txt.summary.json"]  # the failed job has left nothing
+
+
+class Table:
+    """A writer of one's own: a header, once where chunks become a file."""
+
+    suffix = ".csv"
+
+    def __init__(self, name="prediction"):
+        self.name = name
+
+    def encode(self, rows, name):
+        return "\n".join([self.name, *(repr(row[self.name]) for row in rows), ""])
+
+    def merge(self, paths, file):
+        lines = [path.read_text().splitlines()[1:] for path in paths]
+        file.write("\n".join([self.name, *(line for each in lines for line in each), ""]).encode())
+
+
+def test_a_writer_of_ones_own_is_committed_merged_and_resumed(tmp_path):
+    output = tmp_path / "out.csv"
+    with contextlib.closing(store(output, writer=OwnFormat(Table()))) as chunks:
+        commit(chunks, (1,))
+    assert (tmp_path / "out.csv.parts/chunk-000001.csv").read_text() == "prediction\n'a\\n3'\n'a\\n4'\n'a\\n5'\n"
+    with contextlib.closing(store(output, writer=OwnFormat(Table()))) as chunks:
+        assert list(chunks.committed()) == [1]
+        commit(chunks, (0,))
+        chunks.finish(2, {})
+    assert output.read_text().splitlines() == ["prediction", *(repr(f"a\n{n}") for n in range(6))]
+    job_of(tmp_path / "folder", range(2), writer=OwnFormat(Table("index")))
+    shards = [path.read_text() for path in sorted((tmp_path / "folder").glob("part-*.csv"))]
+    assert shards == ["index\n0\n1\n2\n", "index\n3\n4\n5\n"]
+    descriptions = [OwnFormat(Table(name)).description for name in ("a", "b")]
+    assert descriptions[0] == f"{__name__}.Table(name='a')" != descriptions[1]  # part of what a job is
+
+
+def test_what_is_wrong_with_a_writer_is_told(tmp_path):
+    for writer, message in (
+        (object(), r"writer object: it needs an attribute suffix, such as '.csv', and a method encode\(rows, name\)"),
+        (SimpleNamespace(suffix="csv", encode=len), "its suffix 'csv' cannot be one, as '.csv' is"),
+        (SimpleNamespace(suffix=".json", encode=len), ".json is taken by files beside those of chunks, .jsonl is not"),
+        (Table("text"), "chunk 0: encode of writer Table raised KeyError: 'text'"),
+        (
+            SimpleNamespace(suffix=".csv", encode=lambda rows, name: rows),
+            "encode of SimpleNamespace returned list, not",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            job_of(tmp_path / "out.csv", writer=OwnFormat(writer))
+        assert not tree(tmp_path)
+    for name, options, message in (
+        ("out.jsonl", {}, "out.jsonl: the writer writes .csv: end it in that, or name a folder"),
+        ("out", {"format": "parquet"}, "where a writer has its own .*: leave out 'parquet'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            store(tmp_path / name, writer=OwnFormat(Table()), **options)
 
 
 def test_json_is_strict_and_numpy_is_plain(tmp_path):
@@ -416,6 +473,25 @@ def test_shares_work_side_by_side_and_nobody_else(tmp_path):
         commit(odd, (1, 3))
     with contextlib.closing(store(tmp_path / "left.jsonl")) as whole:
         assert list(whole.committed()) == [1, 3]
+        with pytest.raises(
+            UserError, match=r"is working on this output .*left.jsonl.parts/lock is locked.: wait for it"
+        ):
+            store(tmp_path / "left.jsonl", share=Share(0, 2))
+
+
+def test_chunks_of_shares_on_several_disks_may_be_copied_together(tmp_path):
+    for place in (0, 1):
+        (tmp_path / str(place)).mkdir()
+        with contextlib.closing(store(tmp_path / str(place) / "out.jsonl", share=Share(place, 2))) as chunks:
+            commit(chunks, range(place, 4, 2))
+    parts = [tmp_path / place / "out.jsonl.parts" for place in ("0", "1")]
+    for path in parts[1].glob("chunk-*"):
+        path.rename(parts[0] / path.name)
+    job_of(tmp_path / "whole.jsonl")
+    with contextlib.closing(store(tmp_path / "0" / "out.jsonl")) as chunks:
+        assert not chunks.missing([f"digest {number}" for number in range(4)])
+        chunks.finish(4, {"checkpoint": "somewhere"})
+    assert (tmp_path / "0" / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_names_that_do_not_fit_are_told(tmp_path):

@@ -8,7 +8,7 @@ from meshway.framework.data.vocabularies import Bytes
 from meshway.framework.errors import UserError
 from meshway.framework.inference.bulk.batches import Done
 from meshway.framework.inference.bulk.inputs import Reader, Record, Share
-from meshway.framework.inference.bulk.job import Job, JobProgress, Policy, summary
+from meshway.framework.inference.bulk.job import Job, JobProgress, Policy, of_shares, summary
 from meshway.framework.inference.bulk.store import ChunkStore
 from meshway.framework.inference.rows import RowFormat, Text, doubling
 
@@ -97,20 +97,24 @@ def test_an_input_that_has_changed_is_refused(tmp_path):
 
 
 def test_shares_are_disjoint_and_together_the_whole(tmp_path):
-    """One dies and goes on, one sees another input."""
+    """One dies, sees another input, and goes on."""
     (tmp_path / "alone").mkdir()
     rows, counts, _ = run(tmp_path / "alone", records(TEXTS))
-    works = [Backwards(), Backwards(dies_at=0), Backwards()]
+    works = [Backwards(), Backwards(dies_at=1), Backwards(), Backwards()]
     assert run(tmp_path, records(TEXTS), works[0], share=Share(0, 2)) == [1]
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, records(TEXTS), works[1], share=Share(1, 2))
     with pytest.raises(UserError, match="chunk 2 .* is not what it was when it was computed: the input has changed"):
-        run(tmp_path, records([*TEXTS[:8], "other"]), share=Share(1, 2))
-    found, together, _ = run(tmp_path, records(TEXTS), works[2], share=Share(1, 2))
-    assert [[indices for indices, _ in work.batches] for work in works] == [[[1], [0, 2, 3], [8]], [], [[6], [4, 5, 7]]]
+        run(tmp_path, records([*TEXTS[:8], "other"]), works[2], share=Share(1, 2))
+    found, together, _ = run(tmp_path, records(TEXTS), works[3], share=Share(1, 2))
+    computed = [[indices for indices, _ in work.batches] for work in works]
+    assert computed == [[[1], [0, 2, 3], [8]], [[6]], [[6], [4, 5, 7]], []]  # only whole chunks are kept
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "alone" / "out.jsonl").read_bytes() and found == rows
     of_time = ("seconds", "examples_per_second", "tokens_per_second")
     assert {**counts, **dict.fromkeys(of_time)} == {**together, **dict.fromkeys(of_time)}
+    assert of_shares(Share(0, 9), 3, [1]).startswith(
+        "shard 0 of 9 is done (3 chunks are too few for all: give a smaller"
+    )
     assert [Policy(4, share=Share(place, 2)).records_of_share(9) for place in (0, 1)] == [5, 4]
 
 
@@ -144,6 +148,7 @@ def test_long_inputs_are_cut_where_that_is_asked_for():
     long = Record(0, {"inputs": "x" * 30}, "a:1", b"")
     (example,), problems = reader(truncate=True).read([long])
     assert not problems and example.inputs == [*VOCABULARY.encode("x" * 19), 1]  # its EOS stays
+    assert example.truncated
     decoder_only = Reader(
         Text(VOCABULARY, VOCABULARY, (0,), (1,)),
         RowFormat(has_encoder=False),
@@ -152,6 +157,11 @@ def test_long_inputs_are_cut_where_that_is_asked_for():
     )
     (example,), problems = decoder_only.read([Record(0, {"inputs": "abcdefgh"}, "a:1", b"")])
     assert VOCABULARY.decode(example.inputs) == "defgh" and example.sizes == {"inputs": 6}  # the end, behind the start
+
+
+def test_what_is_cut_is_counted(tmp_path):
+    _, counts, _ = run(tmp_path, records(["x" * 30, "y", "z" * 20]), truncate=True)
+    assert (counts["truncated"], counts["examples"]) == (2, 3)
 
 
 def test_targets_are_read_for_scores_and_inputs_need_not_be():

@@ -9,12 +9,13 @@ import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from meshway.framework.errors import UserError
-from meshway.framework.inference.bulk.sources import open_source
+from meshway.framework.inference.bulk.sources import TaskSource, open_source
 
 ROWS = [{"inputs": f"question {i} — é", "id": i, "scores": [i / 2] * (i % 3)} for i in range(23)]
 
@@ -399,3 +400,45 @@ def test_records_are_counted_beforehand_where_that_is_quick(tmp_path):
     assert open_source(str(tmp_path / "b.txt.gz")).total is None and open_source("-").total is None
     pyarrow.parquet.write_table(pyarrow.table({"inputs": ["a", "b"]}), tmp_path / "a.parquet")
     assert open_source(str(tmp_path / "a.parquet")).total == 2
+
+
+class Task:
+    """A task of two examples, of which the second lacks a feature."""
+
+    name, num_examples = "t", 2
+    examples = [
+        {
+            "inputs": np.array([7, 1]),
+            "targets": np.array([8]),
+            "inputs_pretokenized": "é".encode(),
+            "id": np.array([b"a", b"\xff"], object),
+            "weight": np.float32(0.1),
+            "scores": np.array([0.1, 2], np.float32),
+        },
+        {"inputs": np.array([9]), "targets": np.array([1]), "inputs_pretokenized": b"b", "weight": np.float32(3)},
+    ]
+
+    def read(self, indices):
+        return [self.examples[index] for index in indices]
+
+    def text(self, feature, index):
+        return f"{feature} {index}"
+
+
+def test_features_of_a_tasks_examples_are_kept():
+    def kept(fields):
+        records = list(TaskSource([Task()], "train", ["inputs"], fields).records())
+        ours = {"task", "example", "inputs", "targets"}
+        assert [record.values["inputs"] for record in records] == ["inputs 0", "inputs 1"]
+        return [{name: value for name, value in each.values.items() if name not in ours} for each in records]
+
+    assert kept(None) == [{"inputs_pretokenized": "é"}, {"inputs_pretokenized": "b"}]
+    assert kept([]) == [{}, {}]
+    assert kept(["id", "weight", "inputs"]) == [
+        {"id": ["a", b"\xff"], "weight": 0.1, "inputs_tokens": [7, 1]},
+        {"weight": 3.0, "inputs_tokens": [9]},
+    ]
+    every = kept(["all"])[0]
+    assert every["scores"] == [0.1, 2.0] and every["targets_tokens"] == [8] and len(every) == 6
+    with pytest.raises(UserError, match="no task has a feature 'ids' to keep; did you mean 'id'.; there are id, inp"):
+        kept(["ids"])
