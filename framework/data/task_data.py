@@ -1,19 +1,16 @@
 """What the data sources share: arguments, vocabularies, preprocessors on other records, tasks not cached yet."""
 
 import dataclasses
-import functools
 import inspect
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
-from meshway.framework.data import seqio_adapter, seqio_caches, seqio_steps
+from meshway.framework.data import cached_task, seqio_adapter, seqio_caches, seqio_steps
 from meshway.framework.data.cache.fingerprint import qualified_name
-from meshway.framework.data.cache.format import read_json
 from meshway.framework.data.objective import Converter, FeatureInfo, Objective, Spec, TaskInfo
 from meshway.framework.data.rows.examples import TENSORFLOW, Examples, First, Stepped
 from meshway.framework.data.seqio_adapter import task_errors
@@ -287,61 +284,18 @@ def open_task(
             raise
         kept = {name: feature for name, feature in promised.items() if name not in empty}
         objective = converter.bind(TaskInfo(task.name, kept, tuple(start), frozenset(empty), tuple(bos)), lengths)
-    count = imported.count(split) if imported else seqio_steps.source_count(task, split)
-    return objective, NotCached(count), online
+    whole = cached_task.bare_split(split)
+    count = imported.count(whole) if imported else seqio_steps.source_count(task, whole)
+    return objective, NotCached(count if count is None else len(cached_task.slice_of(split, count))), online
 
 
 def _empty(task: Any, split: str, imported: SeqioCache | None) -> set[str]:
     """Returns the features that are empty in the first examples."""
     if imported:
-        all_of_them = seqio_caches.examples(imported, task, split, 0, 1, 0, [])
+        all_of_them = seqio_caches.examples(imported, task, cached_task.bare_split(split), 0, 1, 0, [])
     else:
-        all_of_them = seqio_steps.cacheable(task, split, 0, 1)
+        all_of_them = seqio_steps.cacheable(task, cached_task.bare_split(split), 0, 1)
     examples = list(itertools.islice(all_of_them, _LOOKED_AT))
     seqio_steps.release_sources()
     names = set.intersection(*(set(example) for example in examples)) if examples else set()
     return {name for name in names if all(np.ndim(each[name]) and not len(each[name]) for each in examples)}
-
-
-@dataclasses.dataclass(frozen=True)
-class CachedTask:
-    """A task with its cache.
-
-    Attributes:
-      name: its name.
-      rate: its share of the mixture, relative to the others'.
-      directory: where it is cached.
-      task: the seqio Task; None on a machine without seqio.
-      is_cached: whether all of it is cached; False is possible only in a dry run, which caches nothing.
-    """
-
-    name: str
-    rate: float
-    directory: Path
-    task: Any
-    is_cached: bool = True
-
-    @functools.cached_property
-    def info(self) -> dict[str, Any]:
-        """info.json."""
-        return read_json(self.directory / "info.json")
-
-    @functools.cached_property
-    def splits(self) -> list[str]:
-        """The splits that are cached, or will be."""
-        if not self.is_cached:
-            return seqio_caches.splits(self.task, self.directory)
-        return sorted(path.parent.name for path in self.directory.glob("*/index.json"))
-
-    def num_examples(self, split: str) -> int | None:
-        """Returns how many examples a split has; if not cached, how many its source reports, None if it does not."""
-        if not self.is_cached:
-            imported = seqio_caches.origin(self.task, self.directory)
-            return imported.count(split) if imported else seqio_steps.source_count(self.task, split)
-        return counts(self.directory)[split]
-
-
-def counts(directory: Path) -> dict[str, int]:
-    """Returns how many examples each split of a cached task has."""
-    indices = {path.parent.name: read_json(path) for path in directory.glob("*/index.json")}
-    return {split: sum(shard["examples"] for shard in index["shards"]) for split, index in indices.items()}

@@ -317,17 +317,18 @@ _LOCK = "lock"
 
 
 @contextlib.contextmanager
-def working(directory: Path) -> Iterator[Path]:
+def working(directory: Path, alone: bool = True) -> Iterator[Path]:
     """Yields a new folder inside `directory` for this process alone, removed after the block.
 
-    It is locked in the block; folders that no living process has locked are removed first.
+    It is locked in the block; folders that no living process has locked are removed first, unless other machines
+    (not `alone`) may build there too: not every network's file system shows their locks.
 
     Raises:
       EnvironmentFailure: the directory cannot be written.
     """
     with failures_of(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        for left in directory.glob(f"{_PREFIX}*"):
+        for left in directory.glob(f"{_PREFIX}*") if alone else ():
             _remove_if_dead(left)
         work, lock = _new_folder(directory)
     try:
