@@ -182,6 +182,7 @@ def test_other_states_are_refused_in_one_message(runs, tmp_path, state, message)
 @pytest.mark.slow
 def test_what_a_config_binds_to_adafactor_is_bound_here(runs, tmp_path, capsys):
     text = "adafactor.Adafactor:\n    beta1 = 0.9\n    decay_rate = 0.7\n    step_offset = 0\n"
+    text += "    weight_decay_rate = 0.01\n    global_norm_clip_threshold = 2.0\n"
     text += (
         "utils.create_learning_rate_scheduler:\n    base_learning_rate = 0.5\n    factors = 'constant * rsqrt_decay'\n"
     )
