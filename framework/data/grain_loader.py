@@ -159,6 +159,9 @@ class CachedData:
         if not all(task.is_cached for task in tasks):
             periods([task.name for task in tasks], rates, self._changes)
             return task_data.Unread(spec)
+        for task, (objective, examples, steps) in zip(tasks, opened, strict=True):
+            if not steps and processes.is_primary() and not self._is_dry:
+                task_data.say_cut(task.name, examples, objective, list(self.lengths))
         sources = [self._source(task, *each) for task, each in zip(tasks, opened, strict=True)]
         stream = RowStream(self.name, sources, rates, self._changes, spec, self.batch_size, rows, self._seed)
         return stream if online or self._num_workers == 0 else WorkerStream(stream, self._num_workers)

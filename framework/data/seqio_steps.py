@@ -58,9 +58,10 @@ def divide_steps(task: Any) -> DividedSteps:
     `tf.py_function` cannot be seen.)
 
     Raises:
-      UserError: a preprocessor fails while the dataset is built.
+      UserError: a preprocessor fails while the dataset is built, or appends an EOS that a vocabulary lacks.
     """
     seqio = import_seqio()
+    check_eos(task)
     with task_errors(task.name, "preprocessors"):
         steps = tuple(task.preprocessors)
     total = len(steps)
@@ -84,6 +85,27 @@ def divide_steps(task: Any) -> DividedSteps:
         if isinstance(dataset.element_spec, dict):
             last_of_dicts = place + 1
     return DividedSteps(steps, (), total, f"all {total} preprocessors")
+
+
+def check_eos(task: Any) -> None:
+    """Raises UserError where a task appends EOS to a feature whose vocabulary has none."""
+    preprocessors = import_seqio().preprocessors
+    twins = [getattr(preprocessors, name) for name in TWINS]
+    with task_errors(task.name, "preprocessors"):
+        if not any(getattr(step, "func", step) in twins for step in task.preprocessors):
+            return
+    for name, feature in task.output_features.items():
+        if not (feature.add_eos and feature.required and feature.rank):
+            continue
+        with task_errors(task.name, "vocabulary"):
+            vocabulary = feature.vocabulary
+            eos_id, size = vocabulary.eos_id, vocabulary.vocab_size
+        if eos_id is None or eos_id < 0 or 0 < size <= eos_id:
+            own = "no EOS" if eos_id is None or eos_id < 0 else f"{size:,} ids, and its EOS would be {eos_id}"
+            raise UserError(
+                f"task {task.name!r} appends EOS to feature {name!r}, whose vocabulary {vocabulary} has {own}: give it "
+                "one (HuggingFaceVocabulary takes eos_token, as '</s>'), or declare the feature with add_eos=False"
+            )
 
 
 def takes_lengths(step: Callable[..., Any]) -> bool:

@@ -15,7 +15,7 @@ from meshway.framework.data import seqio_adapter, seqio_caches, seqio_steps
 from meshway.framework.data.cache.fingerprint import qualified_name
 from meshway.framework.data.cache.format import read_json
 from meshway.framework.data.objective import Converter, FeatureInfo, Objective, Spec, TaskInfo
-from meshway.framework.data.rows.examples import TENSORFLOW, Examples
+from meshway.framework.data.rows.examples import TENSORFLOW, Examples, First, Stepped
 from meshway.framework.data.seqio_adapter import task_errors
 from meshway.framework.data.seqio_caches import SeqioCache
 from meshway.framework.data.seqio_steps import declared
@@ -44,8 +44,10 @@ def vocabularies_of(
     """Returns the vocabulary of each feature that the converter reads and a seqio task declares.
 
     Raises:
-      UserError: a vocabulary cannot be loaded, or is not the one the recipe names.
+      UserError: a vocabulary cannot be loaded, lacks an EOS that its task appends, or is not the one the recipe names.
     """
+    for task in tasks:
+        seqio_steps.check_eos(task)
     with task_errors(name, "vocabulary"):
         texts = {feature for task in tasks for feature, info in declared(task).items() if info.vocabulary is not None}
         features = {feature: value for task in tasks for feature, value in task.output_features.items()}
@@ -91,6 +93,37 @@ def with_split(tasks: Mapping[str, Sequence[str]], split: str, purpose: str, nam
     return having
 
 
+_MEASURED = 1_000_000  # examples of a task
+
+
+def say_cut(name: str, examples: Examples, objective: Objective, read: Sequence[str]) -> None:
+    """Prints how many examples of a task are longer than its lengths, and what share of its tokens no row shows.
+
+    Args:
+      name: the task.
+      examples: with their sizes; of more than a million, the first million are looked at.
+      objective: what cuts them, or leaves them out.
+      read: the features that it reads.
+    """
+    if not objective.row_lengths:
+        return
+    count = min(len(examples), _MEASURED)
+    first = examples.first(count) if isinstance(examples, Stepped) else First(examples, count)
+    lost = objective.lost(first.sizes) + (first.lost if isinstance(first, Stepped) else 0)
+    cut = int((lost > 0).sum())
+    if not cut:
+        return
+    whole = first.whole if isinstance(first, Stepped) else first.sizes
+    tokens = sum(int(sizes.sum(dtype=np.int64)) for feature, sizes in whole.items() if feature in read)
+    of = "" if count == len(examples) else "the first "
+    print(
+        f"data: task {name!r}: {cut:,} of {of}{count:,} examples are longer than TASK_FEATURE_LENGTHS, and "
+        f"{100 * int(lost.sum()) / max(tokens, 1):.2g} % of all tokens in no row: raise them, or "
+        "choose the converter's `overlong`",
+        file=sys.stderr,
+    )
+
+
 def trims(steps: Sequence[Callable[..., Any]]) -> bool:
     """Returns whether preprocessors have seqio's append_eos_after_trim among them, and none needs `sequence_length`."""
     return seqio_adapter.import_seqio().preprocessors.append_eos_after_trim in steps and not any(
@@ -128,13 +161,14 @@ def preprocess(
       lengths: passed to its preprocessors as `sequence_length`.
 
     Raises:
-      UserError: there is no such task, or it is a mixture. The returned function raises ValueError where a preprocessor
-        fails, or makes more or fewer examples than there are records.
+      UserError: there is no such task, it is a mixture, or it appends an EOS that a vocabulary lacks. The returned
+        function raises ValueError where a preprocessor fails, or makes more or fewer examples than there are records.
     """
     provider = seqio_adapter.find_provider(name, modules)
     tasks = seqio_adapter.subtasks(provider)
     if [task.name for task in tasks] != [name]:
         raise UserError(f"--preprocess={name} is a mixture; name one of its tasks: {[task.name for task in tasks]}")
+    seqio_steps.check_eos(tasks[0])
 
     def run(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         features = {field: _feature(field, [record.get(field) for record in records]) for field in _fields(records)}

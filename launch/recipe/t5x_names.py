@@ -38,7 +38,7 @@ def _seed(value: Any) -> str:
 
 
 def _factored(value: Any) -> str:
-    return "# factored by the names of a parameter's axes, as T5X's standard rules are"
+    return "# layers are matrices, factored by size; `meshway convert --optimizer_state` binds what a checkpoint needs"
 
 
 def _initial(value: Any) -> str:
@@ -63,6 +63,10 @@ def _prefix(value: Any) -> str:
     return "FEATURE_CONVERTER = @features.PrefixLanguageModel()\nfeatures.PrefixLanguageModel.pack = %PACK"
 
 
+def _listed(macro: str, scope: str) -> Answer:
+    return lambda value: f"{macro} = None" if value is None else f"{macro} = [@{scope}/schedule.EvalDataset()]"
+
+
 def _two_dimensions(value: Any) -> str:
     return "LAYOUT = 'model_2d'" if value == 2 else "# the default of LAYOUT = 'model_1d'"
 
@@ -83,17 +87,27 @@ _DATA: Mapping[str, Answer] = {
     "split": "grain_loader.CachedData.train_split = {value}",
     "pack": "PACK = {value}",
 }
-_EVALUATED: Mapping[str, Answer] = {
-    **{name: "# evaluation has the recipe's" for name in ("mixture_or_task_name", "task_feature_lengths", "module")},
-    "batch_size": "# evaluation has the recipe's BATCH_SIZE",
-    "use_cached": _CACHED,
-    "use_custom_packing_ops": "# there is one packing",
-    "use_memory_cache": "# evaluation reads the cache",
-    "shuffle": "# evaluation reads in order",
-    "seed": "# evaluation reads in order",
-    "pack": "# evaluation does not pack: an example counts once",
-    "split": "grain_loader.CachedData.eval_split = {value}",
-}
+
+
+def _own_data(scope: str) -> dict[str, Answer]:
+    """Returns the rows of `scope`/utils.DatasetConfig: what differs from the run's own data is read by a source of its
+    own, of which all else is as the run's."""
+    source = f"{scope}/schedule.EvalDataset.data = @{scope}/grain_loader.CachedData()\n{scope}/grain_loader.CachedData"
+    return {
+        "mixture_or_task_name": f"{source}.mixture_or_task_name = {{value}}",
+        "module": f"{source}.module = {{value}}",
+        "batch_size": f"{source}.batch_size = {{value}}",
+        "task_feature_lengths": f"{source}.eval_lengths = {{value}}",
+        "split": f"{scope}/schedule.EvalDataset.split = {{value}}",
+        "use_cached": _CACHED,
+        "use_custom_packing_ops": "# there is one packing",
+        "use_memory_cache": "# evaluation reads the cache",
+        "shuffle": "# evaluation reads in order",
+        "seed": "# evaluation reads in order",
+        "pack": "# evaluation does not pack: an example counts once",
+    }
+
+
 _TRAIN: Mapping[str, Answer] = {
     "total_steps": "TRAIN_STEPS = {value}",
     "relative_steps": "TRAIN_STEPS_RELATIVE = {value}",
@@ -104,8 +118,10 @@ _TRAIN: Mapping[str, Answer] = {
     "use_hardware_rng": "USE_HARDWARE_RNG = {value}",
     "model_dir": "MODEL_DIR = {value}",
     "model": "MODEL = {value}",
-    "infer_eval_dataset_cfg": "# tasks with metric functions are decoded at each evaluation",
-    "train_eval_dataset_cfg": "# every evaluation has the teacher-forced loss",
+    "train_eval_dataset_cfg": _listed("TRAIN_EVAL", "train_eval"),
+    "infer_eval_dataset_cfg": _listed("INFER_EVAL", "infer_eval"),
+    "actions": "train.train.hooks = [@schedule.EarlyStopping()]",
+    "run_eval_before_training": "# the first evaluation is before the first step",
     "train_dataset_cfg": _INCLUDED,
     "checkpoint_cfg": _INCLUDED,
     "partitioner": "# LAYOUT says how arrays are sharded",
@@ -117,6 +133,11 @@ _TRAIN: Mapping[str, Answer] = {
     "use_orbax": "# always",
     "verify_matching_vocabs_fn": "# always",
 }
+_ADAFACTOR = (
+    *("decay_rate", "step_offset", "clipping_threshold", "multiply_by_parameter_scale", "min_dim_size_to_factor"),
+    *("beta1", "weight_decay_rate", "epsilon1", "epsilon2", "factored"),
+)
+_STOPPING = ("metric", "mode", "patience", "atol", "rtol")
 _RATES = ("decay_factor", "steps_per_decay", "steps_per_cycle", "step_offset")
 _SIZES: Mapping[str, Answer] = {
     "vocab_size": "VOCAB_SIZE = {value}",
@@ -144,7 +165,7 @@ _MODEL: Mapping[str, Answer] = {
     "vocabulary": _OF_TASK,
     "input_vocabulary": _OF_TASK,
     "output_vocabulary": _OF_TASK,
-    "feature_converter_cls": "FEATURE_CONVERTER = {value}",
+    "feature_converter_cls": "include 'objectives/seqio_converter.gin'\nSEQIO_CONVERTER = {value}",
 }
 
 
@@ -156,8 +177,8 @@ def _under(name: str, rows: Mapping[str, Answer]) -> dict[str, Answer]:
 BINDINGS: Mapping[str, Answer] = {
     **_under("utils.DatasetConfig", {**dict.fromkeys(_DATA, _EVAL), "batch_size": _DATA["batch_size"]}),
     **_under("train/utils.DatasetConfig", _DATA),
-    **_under("train_eval/utils.DatasetConfig", _EVALUATED),
-    **_under("infer_eval/utils.DatasetConfig", _EVALUATED),
+    **_under("train_eval/utils.DatasetConfig", _own_data("train_eval")),
+    **_under("infer_eval/utils.DatasetConfig", _own_data("infer_eval")),
     **_under("main.train", _TRAIN),
     **_under("main.evaluate", dict.fromkeys(("model", "dataset_cfg", "partitioner", "output_dir"), _EVAL)),
     **_under("main.infer", dict.fromkeys(("model", "dataset_cfg", "partitioner", "output_dir"), _EVAL)),
@@ -190,18 +211,21 @@ BINDINGS: Mapping[str, Answer] = {
     "utils.SaveCheckpointConfig.checkpointer_cls": "# there is one",
     "utils.RestoreCheckpointConfig.path": _initial,
     "utils.RestoreCheckpointConfig.mode": "# a run's directory means its latest; .../checkpoints/STEP that one",
+    "utils.RestoreCheckpointConfig.restore_dataset": "# a run that is resumed always does",
     "utils.RestoreCheckpointConfig.dtype": "# parameters have the model's dtype",
     "utils.RestoreCheckpointConfig.strict": "mapping.Initial.left_at_init = []  # patterns that may be missing",
     "utils.RestoreCheckpointConfig.assignment_map": "mapping.Initial.renames = {value}",
     "utils.RestoreCheckpointConfig.fallback_to_scratch": "# leave INITIAL_CHECKPOINT_PATH out",
     "utils.RestoreCheckpointConfig.checkpointer_cls": "# there is one",
     "utils.get_training_eval_datasets.*": "# evaluation reads each example once, in order",
+    **{f"trainer.EarlyStoppingAction.{each}": f"schedule.EarlyStopping.{each} = {{value}}" for each in _STOPPING},
     "trainer.TerminateOnNanAction.*": "# a run whose loss is not finite stops by itself",
     "trainer.MoeTrainer.num_expert_partitions": "LAYOUT = 'expert'",
     "trainer.MoeTrainer.num_microbatches": "NUM_MICROBATCHES = {value}",
     "trainer.MoeTrainer.learning_rate_fn": _INCLUDED,
     "trainer.Trainer.num_microbatches": "NUM_MICROBATCHES = {value}",
     "trainer.Trainer.learning_rate_fn": _INCLUDED,
+    "trainer.Trainer.weight_metrics_computer": "WEIGHT_STATISTICS_PERIOD = 1000  # steps",
     "utils.create_learning_rate_scheduler.factors": "schedules.t5_factors.factors = {value}",
     "utils.create_learning_rate_scheduler.base_learning_rate": "LEARNING_RATE = {value}",
     "utils.create_learning_rate_scheduler.warmup_steps": "WARMUP_STEPS = {value}",
@@ -227,9 +251,8 @@ BINDINGS: Mapping[str, Answer] = {
     "decoding.temperature_sample.topk": "sampling.Sampling.top_k = {value}",
     "decoding.temperature_sample.topp": "sampling.Sampling.top_p = {value}",
     "decoding.beam_search.alpha": "beam_search.BeamSearch.alpha = {value}",
-    "adafactor.Adafactor.decay_rate": "optimizers.adafactor.decay_rate = {value}",
-    "adafactor.Adafactor.step_offset": "optimizers.adafactor.step_offset = {value}",
-    "adafactor.Adafactor.beta1": "optimizers.adafactor.momentum = {value}",
+    **{f"adafactor.Adafactor.{each}": f"optimizers.adafactor.{each} = {{value}}" for each in _ADAFACTOR},
+    "adafactor.Adafactor.learning_rate": "LEARNING_RATE = {value}",
     "adafactor.Adafactor.logical_factor_rules": _factored,
     **_under("network.T5Config", _SIZES),
     **_under("network.TransformerConfig", _SIZES),
@@ -288,5 +311,5 @@ FLAGS: Mapping[str, str] = {
     "--process_id",
     "--initialization_timeout": "MESHWAY_START_SECONDS=N in the environment",
     "--tfds_data_dir": "TFDS_DATA_DIR=DIR in the environment",
-    "--seqio_additional_cache_dirs": "--gin.CACHE_DIR=DIR",
+    "--seqio_additional_cache_dirs": "--gin.SEQIO_CACHE_DIRS=['DIR']",
 }

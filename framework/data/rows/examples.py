@@ -331,6 +331,10 @@ class Stepped:
         whole = self.whole
         return sum((whole[name] - kept for name, kept in self.sizes.items()), np.zeros(len(self), np.int64))
 
+    def first(self, count: int) -> "Stepped":
+        """Returns the first `count` of them."""
+        return Stepped(First(self.examples, count), self._steps, self._lengths)
+
     def read(self, indices: Sequence[int] | np.ndarray) -> list[Any]:
         examples = self.examples.read(indices)
         for step in self._steps:

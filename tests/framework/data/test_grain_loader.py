@@ -43,6 +43,15 @@ def assert_same(left, right):
             np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
+def test_training_says_what_is_cut(data, capsys):
+    """Of texts of 7 and 8 bytes and of 4, and of their EOS."""
+    data("tiny_b", lengths={"inputs": 6, "targets": 3}).train(slice(None))
+    said = "'tiny_b': 23 of 23 examples are longer than TASK_FEATURE_LENGTHS, and 34 % of all tokens in no row"
+    assert said in capsys.readouterr().err
+    data("tiny_b").train(slice(None))
+    assert "longer" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["tiny_a", "tiny_mix", "tiny_b"])
 def test_a_stream_is_the_same_each_time_and_after_any_restart(data, name):
     """tiny_a draws random numbers after its cache, in TensorFlow; tiny_mix mixes both kinds."""
