@@ -69,7 +69,10 @@ def divide_steps(task: Any) -> DividedSteps:
         if isinstance(step, seqio.CacheDatasetPlaceholder):
             reason = f"{place} of {total - 1} preprocessors, up to the task's CacheDatasetPlaceholder"
             return DividedSteps(steps[:place], steps[place + 1 :], place + 1, reason)
-    dataset = _empty_like(_source(task, _splits(task)[0]).element_spec)
+    import tensorflow as tf
+
+    spec = _source(task, _splits(task)[0]).element_spec
+    dataset = tf.data.Dataset.from_generator(lambda: iter(()), output_signature=spec)
     last_of_dicts = 0
     for place, step in enumerate(steps):
         stops = "reads sequence_length" if takes_lengths(step) else ""
@@ -397,9 +400,3 @@ def cause(error: BaseException) -> str:
     at = re.match(r'File "(.*)", line (\d+)', frames[-1]) if frames else None
     place = f" (at {at.group(1)}:{at.group(2)})" if at else ""
     return f"{lines[0][:400] if lines else type(error).__name__}{place}"
-
-
-def _empty_like(spec: Any) -> Any:
-    import tensorflow as tf
-
-    return tf.data.Dataset.from_generator(lambda: iter(()), output_signature=spec)
