@@ -19,9 +19,8 @@ from flax.core import meta, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from meshway.framework import axes as axes_lib
-from meshway.models.classifier import image_spec
 from meshway.models.losses import CrossEntropy, Metrics, OutputLayer, TokenSpec, text_spec, token_targets
-from meshway.models.objective import Batch, RowDecoding, TargetLoss
+from meshway.models.objectives import Batch, RowDecoding, TargetLoss, image_spec
 
 # What T5X's layers call axes, and what ours do; a name that stands in neither is passed on to the layout's rules.
 T5X_AXES: Mapping[str, str | None] = {
@@ -282,7 +281,7 @@ class Linen(RowDecoding, LinenNetwork):
 
 class LinenClassifier(LinenNetwork):
     """Maximum likelihood of each image's label for a flax.linen module whose call, given `image` [batch, ...], returns
-    the logits of its classes, [batch, classes]. Batches are those of `classifier.Classifier`."""
+    the logits of its classes, [batch, classes]. Batches are those of `objectives.Classifier`."""
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from meshway.models.linen import T5X_AXES, Patterns, VariableOptions, Variables
 from meshway.models.losses import CrossEntropy, Metrics, TokenSpec, text_spec, token_targets
-from meshway.models.objective import Batch, RowDecoding
+from meshway.models.objectives import Batch, RowDecoding
 
 
 class T5XModel(Variables):

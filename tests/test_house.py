@@ -130,7 +130,7 @@ def test_the_order_refuses_what_it_should():
     assert is_upward("meshway.framework.data.prefetch", "meshway.framework.training.loop")
     assert is_upward("meshway.framework.conversion.rules", "meshway.framework.checkpoints.sources")
     assert is_upward("meshway.models.layers.attention", "meshway.models.language.t5")
-    assert is_upward("meshway.models.losses", "meshway.models.decoder_only")
+    assert is_upward("meshway.models.losses", "meshway.models.objectives")
     assert is_upward("meshway.launch.recipe.config", "meshway.launch.train")
     assert not is_upward("meshway.launch.train", "meshway.framework.training.loop")
     assert not is_upward("meshway.framework.training.loop", "meshway.framework.training.step")

@@ -60,6 +60,8 @@ def divide_steps(task: Any) -> DividedSteps:
     Raises:
       UserError: a preprocessor fails while the dataset is built, or appends an EOS that a vocabulary lacks.
     """
+    import tensorflow as tf
+
     seqio = import_seqio()
     check_eos(task)
     with task_errors(task.name, "preprocessors"):
@@ -69,8 +71,6 @@ def divide_steps(task: Any) -> DividedSteps:
         if isinstance(step, seqio.CacheDatasetPlaceholder):
             reason = f"{place} of {total - 1} preprocessors, up to the task's CacheDatasetPlaceholder"
             return DividedSteps(steps[:place], steps[place + 1 :], place + 1, reason)
-    import tensorflow as tf
-
     spec = _source(task, _splits(task)[0]).element_spec
     dataset = tf.data.Dataset.from_generator(lambda: iter(()), output_signature=spec)
     last_of_dicts = 0
@@ -358,8 +358,8 @@ def _infos(task: Any, split: str, dataset: Any) -> dict[str, FeatureInfo]:
             with task_errors(task.name, f"split {split!r}"):
                 first = first or next(dataset.take(1).as_numpy_iterator(), {})
             shape = tf.TensorShape([None] * np.ndim(first.get(name, 0)))
-        dtype = BYTES if spec.dtype == tf.string else spec.dtype.name
         vocabulary = _vocabulary(feature) if feature is not None and feature.rank == shape.rank else None
+        dtype = BYTES if spec.dtype == tf.string else spec.dtype.name
         found[name] = FeatureInfo(dtype, tuple(shape.as_list()), vocabulary)
     return found
 
@@ -369,8 +369,7 @@ def _vocabulary(feature: Any) -> VocabularyInfo | None:
     if not feature.dtype.is_integer or not feature.rank or not feature.vocabulary.vocab_size:
         return None
     vocabulary = feature.vocabulary
-    eos_id = vocabulary.eos_id  # SentencePiece returns -1 where there is none
-    eos_id = None if eos_id is None or eos_id < 0 else int(eos_id)
+    eos_id = None if (vocabulary.eos_id or 0) < 0 else vocabulary.eos_id  # SentencePiece has -1 where there is none
     return VocabularyInfo(int(vocabulary.vocab_size), eos_id, int(vocabulary.extra_ids))
 
 
@@ -398,5 +397,4 @@ def cause(error: BaseException) -> str:
     lines = [line.strip() for line in re.sub(around, "", str(error)).splitlines() if line.strip()]
     frames = [line for line in lines if re.match(r'File "(?!.*-packages[/\\](tensorflow|seqio)[/\\])', line)]
     at = re.match(r'File "(.*)", line (\d+)', frames[-1]) if frames else None
-    place = f" (at {at.group(1)}:{at.group(2)})" if at else ""
-    return f"{lines[0][:400] if lines else type(error).__name__}{place}"
+    return (lines[0][:400] if lines else type(error).__name__) + (f" (at {at.group(1)}:{at.group(2)})" if at else "")

@@ -16,15 +16,14 @@ from meshway.launch.recipe.text import Binding, Import, Macro, Reference, Target
 MODULES: Mapping[str, str] = {
     "attention": "meshway.models.layers.attention",
     "blocks": "meshway.models.layers.blocks",
-    "decoder_only": "meshway.models.decoder_only",
     "embedding": "meshway.models.layers.embedding",
-    "encoder_decoder": "meshway.models.encoder_decoder",
     "grain_loader": "meshway.framework.data.grain_loader",
     "lm": "meshway.models.language.lm",
     "mapping": "meshway.framework.checkpoints.mapping",
     "mlp": "meshway.models.layers.mlp",
     "moe": "meshway.models.layers.moe",
     "norm": "meshway.models.layers.norm",
+    "objectives": "meshway.models.objectives",
     "optimizers": "meshway.framework.optimizers.optimizers",
     "positions": "meshway.models.layers.positions",
     "rotary": "meshway.models.layers.rotary",
@@ -53,7 +52,8 @@ def bindings_of(text: str, file: str) -> dict[str, Any]:
       UserError: the text does not parse.
     """
     statements = parse(text, file)
-    modules = {each.bound_name: each.bound_module for each in statements if isinstance(each, Import)}
+    imports = [each for each in statements if isinstance(each, Import)]
+    modules = {each.bound_name: configurables.moved_to(each.bound_module) or each.bound_module for each in imports}
     bindings = [each for each in statements if isinstance(each, Binding)]
     macros = {each.parameter: each.value for each in bindings if each.is_macro}
 

@@ -155,7 +155,7 @@ def require_module(module: str) -> None:
 
     A folder of ours where a module was is none: Moved is raised.
     """
-    if now := _moved(module):
+    if now := moved_to(module):
         parent, _, name = module.rpartition(".")
         raise Moved(f"there is no module {module} (no {name!r} in {parent}); it is now {now}")
     if _search_path(module) is not None:
@@ -182,12 +182,16 @@ _MOVED = {  # modules that recipes of older runs name, whose contents have anoth
     "meshway.models.layers.relative": "meshway.models.layers.positions",
 }
 _MOVED |= {
+    f"meshway.models.{objective}": "meshway.models.objectives"
+    for objective in ("classifier", "decoder_only", "encoder_decoder", "encoder_only")
+}
+_MOVED |= {
     f"meshway.launch.bench_{subject}": f"meshway.launch.bench.{subject}"
     for subject in ("attention", "data", "decode", "moe", "parallel", "routing")
 }
 
 
-def _moved(module: str) -> str:
+def moved_to(module: str) -> str:
     """Returns where a module of ours is today, for a recipe of an older run; "" where it has not moved or its name does
     not tell. A file of its name in its own top folder is preferred to those in others."""
     if module in _MOVED or not module.startswith("meshway."):
@@ -212,7 +216,7 @@ def _moved_modules(moved: Sequence[tuple[Import, Unresolved]]) -> list[str]:
 
 def _now(statement: Import) -> Import:
     """Returns the import of a module where it is now, under the word by which the recipe knows it."""
-    now = dataclasses.replace(statement, module=_moved(statement.module))
+    now = dataclasses.replace(statement, module=moved_to(statement.module))
     known = now.bound_name == statement.bound_name
     return now if known else dataclasses.replace(now, alias=statement.bound_name)
 

@@ -20,8 +20,6 @@ _RUNS = {
 }
 _WORDS = {  # what answers name -> its module
     "beam_search": "meshway.framework.inference",
-    "decoder_only": "meshway.models",
-    "encoder_decoder": "meshway.models",
     "evaluation": "meshway.framework.evaluation",
     "features": "meshway.framework.data",
     "grain_loader": "meshway.framework.data",
@@ -29,6 +27,7 @@ _WORDS = {  # what answers name -> its module
     "manager": "meshway.framework.checkpoints",
     "mapping": "meshway.framework.checkpoints",
     "mesh": "meshway.framework.partitioning",
+    "objectives": "meshway.models",
     "optimizers": "meshway.framework.optimizers",
     "sampling": "meshway.framework.inference",
     "schedule": "meshway.framework.evaluation",

@@ -29,7 +29,7 @@ from meshway.framework.telemetry.profiler import Compilations
 from meshway.framework.training.run_directory import RunDirectory
 from meshway.launch import cli
 from meshway.launch.infer import open_recipe
-from meshway.models.decoder_only import DecoderOnly
+from meshway.models.objectives import DecoderOnly
 
 GOLDENS = Path(__file__).parents[1] / "goldens/hugging_face"
 TEXTS = ["one", "a text of some more words, which needs a longer bucket", "", "three", "four 4"]

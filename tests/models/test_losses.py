@@ -43,12 +43,12 @@ def test_losses_of_layers_are_added_for_each_token():
 
 
 NETWORKS = {
-    "t5_1_1": ("encoder_decoder.EncoderDecoder", ()),
-    "t5": ("encoder_decoder.EncoderDecoder", ()),  # scores by its embedding
-    "lm": ("decoder_only.DecoderOnly", ()),
-    "gemma2": ("decoder_only.DecoderOnly", ()),  # caps its logits
-    "mixtral": ("decoder_only.DecoderOnly", ("lm.LanguageModel.logits_bias=True",)),  # and adds its routers' losses
-    "bert": ("encoder_only.EncoderOnly", ()),
+    "t5_1_1": ("objectives.EncoderDecoder", ()),
+    "t5": ("objectives.EncoderDecoder", ()),  # scores by its embedding
+    "lm": ("objectives.DecoderOnly", ()),
+    "gemma2": ("objectives.DecoderOnly", ()),  # caps its logits
+    "mixtral": ("objectives.DecoderOnly", ("lm.LanguageModel.logits_bias=True",)),  # and adds its routers' losses
+    "bert": ("objectives.EncoderOnly", ()),
 }
 
 

@@ -114,7 +114,7 @@ def test_padding_changes_nothing(family):
 
 
 def test_a_prefix_sees_both_ways():
-    made = model_of("lm", "tiny", "decoder_only.DecoderOnly.prefix=True", "VOCAB_SIZE=256", "BATCH_SIZE=4")
+    made = model_of("lm", "tiny", "objectives.DecoderOnly.prefix=True", "VOCAB_SIZE=256", "BATCH_SIZE=4")
     params, batch = made.init().params, made.synthetic_batch()
     batch["decoder_prefix_mask"] = np.zeros((4, 16), np.int32)
     batch["decoder_prefix_mask"][:, :8] = 1
@@ -131,7 +131,7 @@ def test_a_prefix_sees_both_ways():
 
 def test_what_has_no_weight_bears_no_loss():
     """As inputs of a prefix language model: neither value nor gradient depends on what is to be predicted there."""
-    made = model_of("lm", "tiny", "decoder_only.DecoderOnly.prefix=True", "VOCAB_SIZE=256", "BATCH_SIZE=4")
+    made = model_of("lm", "tiny", "objectives.DecoderOnly.prefix=True", "VOCAB_SIZE=256", "BATCH_SIZE=4")
     params, batch = made.init().params, made.synthetic_batch()
     batch["decoder_prefix_mask"] = (np.arange(16) < 8) * np.ones((4, 1), np.int32)
     batch["decoder_loss_weights"] = 1.0 - batch["decoder_prefix_mask"].astype(np.float32)

@@ -12,7 +12,7 @@ from meshway.framework.data.rows.examples import InMemory
 CASES = {
     "t5": ("t5_1_1", EncoderDecoder(), LENGTHS, ()),
     "lm": ("lm", LanguageModel(), {"targets": 32}, ("TASK_FEATURE_LENGTHS={'targets': 32}",)),
-    "prefix_lm": ("lm", PrefixLanguageModel(), LENGTHS, ("decoder_only.DecoderOnly.prefix=True",)),
+    "prefix_lm": ("lm", PrefixLanguageModel(), LENGTHS, ("objectives.DecoderOnly.prefix=True",)),
 }
 
 

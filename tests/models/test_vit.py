@@ -10,7 +10,7 @@ from meshway.framework.errors import UserError
 from meshway.framework.inference.decoding import decoding_model
 from meshway.launch.invocation import Invocation
 from meshway.launch.recipe import config
-from meshway.models.classifier import Classifier
+from meshway.models.objectives import Classifier
 from meshway.models.vision import vit
 
 

@@ -15,7 +15,7 @@ from meshway.framework.data.objective import FeatureInfo, TaskInfo
 from meshway.framework.data.seqio_converters import SeqioConverter
 from meshway.framework.data.seqio_loader import SeqioData
 from meshway.framework.errors import UserError
-from meshway.models import decoder_only
+from meshway.models import objectives
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_converters_that_have_no_twin_here_run_as_they_are(own):
         converter = SeqioConverter(theirs, pack=False, left_out=["target_suffix_weights"])
         batch = lay(converter.bind(task(*suffixed), lengths), examples, packed=False)
         assert_same(batch, {name: array for name, array in expected.items() if name != "target_suffix_weights"})
-    asked = decoder_only.DecoderOnly(network=None, prefix=True).batch_spec(20, lengths)
+    asked = objectives.DecoderOnly(network=None, prefix=True).batch_spec(20, lengths)
     assert {name: x.shape for name, x in asked.items()} == {name: x.shape for name, x in batch.items()}
     masked = functools.partial(seqio.EncoderFeatureConverter, mask_id=7)
     examples = [{name: each["inputs"] for name in LENGTHS} for each in nonzero(9)]

@@ -15,7 +15,7 @@ from meshway.framework.inference.beam_search import BeamSearch
 from meshway.framework.inference.decoding import Stop
 from meshway.framework.inference.sampling import Sampling
 
-PREFIX = "decoder_only.DecoderOnly.prefix=True"
+PREFIX = "objectives.DecoderOnly.prefix=True"
 GQA, MQA = (("t5_1_1", f"attention.Attention.num_kv_heads={n}") for n in (2, 1))
 QUICK = [
     ("t5_1_1", "SCAN=True"),
