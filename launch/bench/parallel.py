@@ -18,8 +18,7 @@ from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError
 from meshway.framework.planning.collectives import Collective, read_collectives
 from meshway.framework.planning.communication import Setting
-from meshway.framework.planning.comparison import Line, compare, ratio
-from meshway.framework.planning.setting import setting_of
+from meshway.framework.planning.comparison import Line, compare, ratio, setting_of
 from meshway.framework.terminal import format_bytes, format_columns
 from meshway.launch.bench.rounds import seconds_of
 from meshway.launch.recipe.files import GinFiles

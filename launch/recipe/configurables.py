@@ -179,6 +179,7 @@ _MOVED = {  # modules that recipes of older runs name, whose contents have anoth
     "meshway.launch.inspect": "meshway.launch.inspection",
     "meshway.models.layers.kernels.kernel_forms": "meshway.models.layers.forms",
     "meshway.models.layers.mixture.moe_forms": "meshway.models.layers.forms",
+    "meshway.models.layers.linear": "meshway.models.layers.mlp",
     "meshway.models.layers.relative": "meshway.models.layers.positions",
 }
 _MOVED |= {

@@ -10,9 +10,8 @@ from meshway.framework.axes import constrain
 from meshway.models.language.t5 import StackFactory
 from meshway.models.layers.blocks import LayerFactory
 from meshway.models.layers.embedding import Embedding, EmbeddingFactory, OutputBias, PositionEmbedding, TypeEmbedding
-from meshway.models.layers.linear import Linear
 from meshway.models.layers.masks import Mask
-from meshway.models.layers.mlp import ACTIVATIONS
+from meshway.models.layers.mlp import ACTIVATIONS, Linear
 from meshway.models.layers.norm import LayerNorm, dropout, split_key
 from meshway.models.layers.side_outputs import capture, sow, sow_intermediate
 from meshway.models.layers.stack import Stack

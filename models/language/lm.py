@@ -11,8 +11,8 @@ from meshway.framework.axes import constrain
 from meshway.models.language.t5 import StackFactory
 from meshway.models.layers.blocks import LayerFactory
 from meshway.models.layers.embedding import Embedding, EmbeddingFactory, OutputBias
-from meshway.models.layers.linear import Linear
 from meshway.models.layers.masks import Mask, causal_mask, row_positions
+from meshway.models.layers.mlp import Linear
 from meshway.models.layers.norm import RMSNorm, dropout, split_key
 from meshway.models.layers.positions import BiasFactory
 from meshway.models.layers.side_outputs import capture, sow, sow_intermediate

@@ -9,7 +9,6 @@ from flax import nnx
 from meshway.framework.axes import constrain
 from meshway.models.layers.blocks import LayerFactory
 from meshway.models.layers.embedding import Embedding, EmbeddingFactory
-from meshway.models.layers.linear import Linear
 from meshway.models.layers.masks import (
     AttentionMetadata,
     Mask,
@@ -19,6 +18,7 @@ from meshway.models.layers.masks import (
     row_positions,
     segment_mask,
 )
+from meshway.models.layers.mlp import Linear
 from meshway.models.layers.norm import RMSNorm, dropout, split_key
 from meshway.models.layers.positions import BiasFactory, PositionBias, RelativePositionBias
 from meshway.models.layers.side_outputs import capture, sow, sow_intermediate

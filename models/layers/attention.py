@@ -12,8 +12,8 @@ from meshway.models.layers import cache as cache_lib
 from meshway.models.layers.cache import Cache, KeysValues
 from meshway.models.layers.kernels.auto import AutoAttention
 from meshway.models.layers.kernels.reference import AttentionKernel, dot_product_attention
-from meshway.models.layers.linear import Linear, fan_in_init
 from meshway.models.layers.masks import AttentionMetadata, Mask, local_window, row_metadata, row_positions
+from meshway.models.layers.mlp import Linear, fan_in_init
 from meshway.models.layers.positions import PositionBias, with_alibi
 from meshway.models.module import param
 

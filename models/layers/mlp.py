@@ -1,15 +1,17 @@
-"""Feed-forward layers."""
+"""Linear maps between named axes, and feed-forward layers."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from meshway.framework.axes import constrain
-from meshway.models.layers.linear import Linear
 from meshway.models.layers.norm import dropout
+from meshway.models.module import param
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": jax.nn.gelu,  # the tanh form, as in T5 1.1
@@ -20,6 +22,80 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "linear": lambda x: x,
 }
+
+
+Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
+
+
+def fan_in_init(
+    distribution: Literal["truncated_normal", "normal"] = "truncated_normal", scale: float = 1.0
+) -> Callable[[int], Initializer]:
+    """Variance scaling by the number of contracted features: `fan_in_init()(num_contracted_dims)`."""
+
+    def of(num_inputs: int) -> Initializer:
+        def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+            rows = math.prod(shape[:num_inputs])
+            matrix = jax.nn.initializers.variance_scaling(scale, "fan_in", distribution)
+            return matrix(key, (rows, math.prod(shape[num_inputs:])), dtype).reshape(shape)
+
+        return init
+
+    return of
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def project(x: jax.Array, kernel: jax.Array, num_inputs: int) -> jax.Array:
+    """Contracts the last `num_inputs` dims of x with the first ones of `kernel`.
+
+    The gradient of the kernel is x^T g with x on the left. jax would put g there, and XLA:CPU transposes the left
+    factor: x is smaller, and one transposed x is shared by all kernels applied to it (query, key, value; the MLP's
+      two).
+    """
+    batch = x.ndim - num_inputs
+    dims = (tuple(range(batch, x.ndim)), tuple(range(num_inputs)))
+    return jax.lax.dot_general(x, kernel, (dims, ((), ())))
+
+
+def _project_forward(x: jax.Array, kernel: jax.Array, num_inputs: int) -> tuple[jax.Array, tuple]:
+    return project(x, kernel, num_inputs), (x, kernel)
+
+
+def _project_backward(num_inputs: int, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    batch = x.ndim - num_inputs
+    produced = (tuple(range(batch, g.ndim)), tuple(range(num_inputs, kernel.ndim)))
+    rows = (tuple(range(batch)),) * 2
+    return jax.lax.dot_general(g, kernel, (produced, ((), ()))), jax.lax.dot_general(x, g, (rows, ((), ())))
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
+class Linear(nnx.Module):
+    """y[..., outputs] = sum over inputs of x[..., inputs] kernel[inputs, outputs] (+ bias).
+
+    It is computed in the dtype of x: parameters stay float32 and are cast where they are used.
+    """
+
+    def __init__(
+        self,
+        inputs: dict[str, int],
+        outputs: dict[str, int],
+        *,
+        rngs: nnx.Rngs,
+        init: Callable[[int], Initializer] = fan_in_init(),
+        use_bias: bool = False,
+    ):
+        """`inputs` and `outputs` map axis names to sizes, in order."""
+        shape = (*inputs.values(), *outputs.values())
+        axes = (*inputs, *outputs)
+        self.kernel = param(init(len(inputs))(rngs.params(), shape, jnp.float32), axes)
+        self.bias = param(jnp.zeros(tuple(outputs.values())), tuple(outputs)) if use_bias else None
+        self.num_inputs = len(inputs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = project(x, jnp.asarray(self.kernel[...], x.dtype), self.num_inputs)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 class Mlp(nnx.Module):

@@ -92,7 +92,7 @@ def circular(num_stages: int, num_microbatches: int, num_repeats: int = 1) -> Wa
 
 
 def _through_calls(policy: Policy) -> Policy:
-    """Returns a policy that looks into functions with a custom derivative, such as `linear.project`: jax asks about the
+    """Returns a policy that looks into functions with a custom derivative, such as `mlp.project`: jax asks about the
     call as a whole, for which a policy about products would save nothing."""
 
     def keeps(primitive: Any, *arrays: Any, **params: Any) -> bool:

@@ -11,8 +11,8 @@ import numpy as np
 from flax import nnx
 
 from meshway.framework.axes import constrain
-from meshway.models.layers.linear import fan_in_init
 from meshway.models.layers.masks import row_positions
+from meshway.models.layers.mlp import fan_in_init
 from meshway.models.module import param
 
 

@@ -14,8 +14,8 @@ from flax import nnx
 from meshway.framework.axes import constrain
 from meshway.models.language.t5 import StackFactory
 from meshway.models.layers.blocks import LayerFactory
-from meshway.models.layers.linear import Linear, fan_in_init
 from meshway.models.layers.masks import AttentionMetadata, make_attention_mask
+from meshway.models.layers.mlp import Linear, fan_in_init
 from meshway.models.layers.norm import RMSNorm, dropout, split_key
 from meshway.models.layers.side_outputs import capture, sow, sow_intermediate
 from meshway.models.layers.stack import Stack

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from meshway.models.layers.linear import fan_in_init
-from meshway.models.layers.mlp import ACTIVATIONS
+from meshway.models.layers.mlp import ACTIVATIONS, fan_in_init
 from meshway.models.module import param
 
 # (x, weight) -> product, each row of x with the weight of its own expert.

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from meshway.framework.axes import constrain
-from meshway.models.layers.linear import Initializer, fan_in_init
 from meshway.models.layers.mixture import router_losses
+from meshway.models.layers.mlp import Initializer, fan_in_init
 from meshway.models.layers.side_outputs import add_loss
 from meshway.models.module import param
 

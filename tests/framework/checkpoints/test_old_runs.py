@@ -67,7 +67,7 @@ def test_the_recipe_of_an_old_run_is_told_what_to_write_and_is_then_read(runs, n
     with pytest.raises(UserError) as error:
         config.load(Invocation("inspect", None, (str(path),)), import_unreferenced=False)
     heading, *lines = str(error.value).splitlines()
-    assert heading == "4 modules of meshway have moved since the recipe was written; write:"
+    assert heading == "5 modules of meshway have moved since the recipe was written; write:"
     for line in lines:
         new, old = re.fullmatch(r".*config\.gin:\d+: `(.*)`, not `(.*)`", line).groups()
         assert f"\n{old}\n" in mended
