@@ -104,8 +104,17 @@ class Decodes(Protocol):
 
 
 class Writer(Protocol):
-    """Receives each report of a run."""
+    """Receives each report of a run: TensorBoard's, JSON lines', or one of a recipe (`train.train.loggers`).
 
-    def write(self, step: int, scalars: Mapping[str, float]) -> None: ...
+    Made in every process, and called in process 0 alone: what it opens, it opens when it is first called. After a
+    restart steps after the last checkpoint come again. A writer may also have `write_values(step, values)`, which gets
+    what metrics return besides numbers, as `task_metrics.plain_values` has it: texts, images, sounds, histograms.
+    """
 
-    def close(self) -> None: ...
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Takes the scalars of `step` by name: 'loss', 'validation/<task>/<metric>', ..."""
+        ...
+
+    def close(self) -> None:
+        """Is called at the end, however the run ends."""
+        ...

@@ -41,8 +41,8 @@ def convert(
     max_shard_size: str | None = None,
     ignore_fields: str = "",
     vocabulary: str | None = None,
-    averaged: bool = False,
     optimizer_state: bool = False,
+    averaged: bool = False,
 ) -> None:
     """Converts a Hugging Face directory or a T5X checkpoint to a run directory, or a run's checkpoint to one of these.
 
@@ -78,13 +78,15 @@ def convert(
             "(checkpoints/) nor a checkpoint, nor T5X's (checkpoint_STEP/) or Mesh-TensorFlow's (model.ckpt-STEP.index)"
         )
     if is_t5x and family is not None:
-        raise UserError("--family is not for T5X's checkpoints, whose arrays tell what the model is")
+        raise UserError(
+            "--family is not for T5X's or Mesh-TensorFlow's checkpoints, whose arrays tell what the model is"
+        )
     if ignore_fields and (is_t5x or run is not None):
         raise UserError(
             "--ignore_fields is about config.json of a Hugging Face directory to take in, and --from is not one"
         )
     if vocabulary is not None and not is_t5x:
-        raise UserError("--vocabulary is for T5X's checkpoints: other directories hold their own")
+        raise UserError("--vocabulary is for T5X's and Mesh-TensorFlow's checkpoints: other directories hold their own")
     if averaged and run is None:
         raise UserError("--averaged is about a run that kept averages, and --from is to be taken in")
     to_t5x = run is not None and family == convert_out.T5X

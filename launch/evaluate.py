@@ -32,7 +32,7 @@ from meshway.framework.evaluation.records import (
     record_name,
 )
 from meshway.framework.files import local_path
-from meshway.framework.interfaces import Model
+from meshway.framework.interfaces import Model, Writer
 from meshway.framework.partitioning.partitioner import Layout
 from meshway.framework.partitioning.sharded_model import ShardedModel
 from meshway.framework.training.program import check_vocabularies
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from meshway.launch.recipe.config import Invocation
 
 # Arguments for where, when and how to evaluate, not for what; each split has files of its own.
-_HOW = ("layout", "model_dir", "split", "steps", "watch", "idle_timeout", "again", "train_steps", "finished")
+_HOW = ("layout", "model_dir", "split", "steps", "watch", "idle_timeout", "again", "train_steps", "finished", "loggers")
 
 
 def evaluate(
@@ -60,6 +60,7 @@ def evaluate(
     again: bool = False,
     finished: bool = False,
     averaged: bool = False,
+    loggers: Sequence[Writer] = (),
     fingerprint: str = "",
 ) -> int:
     """Evaluates checkpoints in `model_dir`, and writes `eval/<task>.jsonl`, TensorBoard's events and `report.html`.
@@ -79,6 +80,7 @@ def evaluate(
       again: whether to evaluate what has been evaluated.
       finished: whether to refuse a run whose checkpoint of step `train_steps` is not there.
       averaged: whether to evaluate the averages of parameters that the run kept (EMA_DECAY).
+      loggers: what takes the scalars of each step, beside TensorBoard.
       fingerprint: of what is evaluated: a step that has records of the same one is passed over.
 
     Returns:
@@ -124,9 +126,8 @@ def evaluate(
         )
         skip_removed = (watch or not listed) and not finished  # which one before the last does not tell
         abstract = sharded.abstract_params
-        job = EvaluationJob(
-            directory, evaluator, abstract, queue, records, fingerprint, split, display, skip_removed, averaged
-        )
+        given = (directory, evaluator, abstract, queue, records, fingerprint, split, display, skip_removed)
+        job = EvaluationJob(*given, averaged, loggers)
         count = job.run()
         _say_goodbye(directory, queue, count, display)
     return count

@@ -26,7 +26,7 @@ from meshway.framework.files import local_path
 from meshway.framework.inference.beam_search import BeamSearch
 from meshway.framework.inference.bulk.batches import OwnFormat, Predict, Score, Work, compute
 from meshway.framework.inference.bulk.inputs import Preprocess, Reader, Share
-from meshway.framework.inference.bulk.job import Job, JobProgress, Policy, lines_of, of_shares, summary
+from meshway.framework.inference.bulk.job import Job, JobProgress, Policy, lines_of, of_shares, of_truncated, summary
 from meshway.framework.inference.bulk.sources import PromptSource, Source, TaskSource, open_source
 from meshway.framework.inference.bulk.store import ChunkStore
 from meshway.framework.inference.decoding import Decoder, decoding_model
@@ -241,6 +241,9 @@ def _answer(source: Source, reader: Reader, work: Work, batch_size: int) -> dict
     examples, problems = reader.read(list(source.records()))
     if problems:
         raise UserError("\n  ".join(problems))
+    if processes.is_primary():
+        for line in of_truncated(sum(example.truncated for example in examples)):
+            print(line, file=sys.stderr)
     found: dict[int, dict[str, Any]] = {}
     for places, done in compute(work, examples, batch_size):
         found |= dict(zip(places, done.rows, strict=True))

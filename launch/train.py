@@ -7,11 +7,12 @@ Run the same command again to go on where it stopped.
 
 import contextlib
 import functools
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 
@@ -29,6 +30,7 @@ from meshway.framework.evaluation.evaluation import Evaluation
 from meshway.framework.evaluation.records import Records
 from meshway.framework.evaluation.schedule import OWN, EvalDataset, EvaluationLog, Schedule, begin_hooks
 from meshway.framework.files import local_path
+from meshway.framework.interfaces import Writer
 from meshway.framework.planning.hardware import peak_flops
 from meshway.framework.report.page import write_report
 from meshway.framework.telemetry.reporter import Progress, Reporter
@@ -54,6 +56,7 @@ def train(
     keep: Keep = Keep(),
     initial: Initial | None = None,
     hooks: Sequence[Hook] = (),
+    loggers: Sequence[Writer] = (),
     max_skipped_in_a_row: int = 10,
     batch_size_schedule: Sequence[tuple[int, int]] = (),
     skip_batches: Sequence[tuple[int, int]] = (),
@@ -75,7 +78,8 @@ def train(
       infer_eval: of what predictions are made and scores found for the tasks' metrics; None for nothing.
       keep: which checkpoints stay.
       initial: another run's parameters to start from; None, or one without a path, for fresh ones.
-      hooks: called after each step.
+      hooks: called after each step; those that have `after_evaluation` see what evaluations find, and may stop the run.
+      loggers: what takes each report, beside TensorBoard and `metrics.jsonl`.
       max_skipped_in_a_row: steps in a row whose updates were left out, after which the run stops.
       batch_size_schedule: (last step, examples of a batch up to it), in order, before the program's batch size. Here
         and below 1 is the run's own first step.
@@ -129,16 +133,14 @@ def train(
                 first = checkpoints.first_step
                 step = SizedSteps(program, batch_size_schedule, start - first, periods.last - first, skip_batches)
             timeline.mark("compiled", devices=program.partitioner.mesh.size)
-            begin = functools.partial(_fresh, program, initial, start, framing, functools.partial(_say, primary))
-            state = restored[1] if restored else begin()
+            state = restored[1] if restored else _fresh(program, initial, start, framing, primary)
             if primary:
-                directory.describe(resolved, rows, summarize(program, rows))
-            progress = _progress(periods, start, primary)
-            stack.callback(progress.close)
-            evaluate = EvaluationLog(
-                passes, periods.last, directory, start, primary, progress.note, program.evaluated, first
-            )
-            reporter = _reporter(directory, start, primary, progress, timeline, program, resolved, step, first)
+                directory.describe(_with_end(resolved, periods.last), rows, summarize(program, rows))
+            progress = stack.enter_context(contextlib.closing(_progress(periods, start, primary)))
+            writers = _writers(directory, start, resolved, loggers) if primary else Writers([])
+            says = (progress.note, program.evaluated, first, writers.write_values)
+            evaluate = EvaluationLog(passes, periods.last, directory, start, primary, *says)
+            reporter = _reporter(writers, progress, timeline, program, step, first)
             stack.enter_context(at_the_end(reporter.close))
             loop = Loop(
                 step=step,
@@ -150,7 +152,7 @@ def train(
                 save=checkpoints.save,
                 hooks=hooks,
                 max_skipped_in_a_row=max_skipped_in_a_row,
-                first=first,
+                first=checkpoints.first_step,
                 also_refused=program.also_refused,
             )
             last = loop.run(state, start)
@@ -174,6 +176,14 @@ def _counted(
     initial = None if initial is None or initial.path is None else initial
     checkpoints.first_step = continuation.first_step(initial, periods.relative, checkpoints if last else None)
     return periods.counted_from(checkpoints.first_step), initial
+
+
+def _with_end(resolved: str, last: int) -> str:
+    """Returns a resolved recipe for `config.gin`: where steps are relative, TRAIN_STEPS, which training does not read
+    then, is the step at which it ends, for whoever looks for that there."""
+    if not re.search(r"^TRAIN_STEPS_RELATIVE = \d", resolved, re.MULTILINE):
+        return resolved
+    return re.sub(r"^TRAIN_STEPS = .*$", f"TRAIN_STEPS = {last}", resolved, flags=re.MULTILINE)
 
 
 def _agree(resolved: str, start: int) -> None:
@@ -211,8 +221,9 @@ def _restore_last(
 
 
 def _fresh(
-    program: TrainProgram, initial: Initial | None, first: int, framing: Framing | None, say: Callable[[str], None]
+    program: TrainProgram, initial: Initial | None, first: int, framing: Framing | None, primary: bool
 ) -> TrainState:
+    say = functools.partial(_say, primary)
     _say_start(initial, framing, say)
     if note := continuation.restart_note(initial, first):
         say(note)
@@ -241,22 +252,20 @@ def _progress(periods: Periods, start: int, primary: bool) -> Progress:
     return Progress(periods.last, start, peak_name="of matmul peak" if measured else "mfu", silent=not primary)
 
 
+def _writers(directory: RunDirectory, start: int, resolved: str, loggers: Sequence[Writer]) -> Writers:
+    board = TensorBoardWriter(directory.tensorboard, start)
+    board.text("recipe", resolved, start)
+    return Writers([JsonlWriter(directory.metrics, start), board, *loggers])
+
+
 def _reporter(
-    directory: RunDirectory,
-    start: int,
-    primary: bool,
+    writers: Writers,
     progress: Progress,
     timeline: Timeline,
     program: TrainProgram,
-    resolved: str,
     step: SizedSteps,
     first: int,
 ) -> Reporter:
-    writers: list[Any] = []
-    if primary:
-        board = TensorBoardWriter(directory.tensorboard, start)
-        board.text("recipe", resolved, start)
-        writers = [JsonlWriter(directory.metrics, start), board]
     devices = program.partitioner.mesh.devices.flatten().tolist()
     # The usual convention holds accelerators against their bfloat16 peak, whatever a recipe computes in.
     with terminal.stage("finding the matmul peak"):
@@ -264,9 +273,8 @@ def _reporter(
     progress.note(f"matmul peak {peak / 1e9:,.0f} GFLOP/s ({source})")
     if step_memory := step.planned():
         progress.note(step_memory)
-    return Reporter(
-        Writers(writers), progress, timeline, lambda number: step.flops(number - first), peak, jax.local_devices()
-    )
+    devices = jax.local_devices()
+    return Reporter(writers, progress, timeline, lambda number: step.flops(number - first), peak, devices)
 
 
 def _say(primary: bool, line: str) -> None:
@@ -307,6 +315,7 @@ def run(invocation: "Invocation") -> None:
             keep: Keep = part("keep")
             initial: Initial | None = part("initial")  # INITIAL_CHECKPOINT_PATH; gin/initial/*.gin
             hooks: Sequence[Hook] = part("hooks")
+            loggers: Sequence[Writer] = part("loggers")
             max_skipped_in_a_row: int = part("max_skipped_in_a_row")
             batch_size_schedule: Sequence[tuple[int, int]] = part("batch_size_schedule")  # BATCH_SIZE_SCHEDULE
             skip_batches: Sequence[tuple[int, int]] = part("skip_batches")  # SKIP_BATCHES
@@ -330,6 +339,7 @@ def run(invocation: "Invocation") -> None:
             keep=keep,
             initial=initial,
             hooks=hooks,
+            loggers=loggers,
             max_skipped_in_a_row=max_skipped_in_a_row,
             batch_size_schedule=batch_size_schedule,
             skip_batches=skip_batches,

@@ -215,7 +215,7 @@ class CacheFlags:
 class ConvertFlags:
     source: str = binds(
         "convert.convert.source",
-        "a Hugging Face directory, T5X checkpoints, or a run to write out",
+        "a Hugging Face directory, a checkpoint of T5X or Mesh-TensorFlow, or a run to write out",
         "DIR",
         name="--from",
         required=True,
@@ -223,9 +223,7 @@ class ConvertFlags:
     to: str | None = binds(
         "convert.convert.target", "the directory to make: a run directory, or a Hugging Face one", "DIR"
     )
-    family: str | None = binds(
-        "convert.convert.family", "what the model is (default: as in config.json); t5x writes a run for T5X", "FAMILY"
-    )
+    family: str | None = binds("convert.convert.family", "what the model is, or t5x (default: config.json's)", "FAMILY")
     dtype: Literal["float32", "bfloat16", "float16", "keep"] | None = binds(
         "convert.convert.dtype", "float32, bfloat16, float16 or keep (default: keep)", "DTYPE"
     )
@@ -235,9 +233,7 @@ class ConvertFlags:
     vocabulary: str | None = binds(
         "convert.convert.vocabulary", "the SentencePiece model of a T5X checkpoint's task", "FILE"
     )
-    optimizer_state: bool = binds(
-        "convert.convert.optimizer_state", "with a T5X checkpoint, in or out, its Adafactor's state too"
-    )
+    optimizer_state: bool = binds("convert.convert.optimizer_state", "of T5X's Adafactor too, in or out")
     ignore_fields: str | None = binds(
         "convert.convert.ignore_fields", "of config.json, that change nothing (a,b)", "FIELDS"
     )

@@ -66,9 +66,9 @@ class Initial:
     by_depth: bool = False
     repeat_along: Sequence[str] = ()
     resize: str | None = None
-    averaged: bool = False
     optimizer_state: bool = False
     count_on: bool = False
+    averaged: bool = False
 
     def __post_init__(self) -> None:
         if self.path is not None:
@@ -91,6 +91,13 @@ class Initial:
     @property
     def _directory(self) -> Path:
         return local_path(self.path or "")
+
+    @property
+    def is_here(self) -> bool:
+        """Whether there is anything at `path`, which may be the prefix of some files' names."""
+        from meshway.framework.conversion import mesh_tensorflow
+
+        return self._directory.exists() or mesh_tensorflow.is_checkpoint(self._directory)
 
     def start(self) -> tuple[int, ...] | None:
         """Returns the ids that the decoder of that model starts from; None if its directory does not tell."""

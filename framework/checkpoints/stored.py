@@ -31,7 +31,7 @@ class StoredParams:
     """What a checkpoint's `state` holds under "params", or another part of it, opened and not read."""
 
     def __init__(self, state: Path, schema: Schema, part: str = "params", averages: Collection[str] = ()):
-        """Opens each array of a part, or its average where it is among `averages`.
+        """Opens each array of a part of the state; of parameters the average where one is among `averages`.
 
         Raises:
           DamagedCheckpoint: one that the checkpoint's own list names is not there.
@@ -74,8 +74,7 @@ class StoredParams:
         return self._read(name, ())
 
     def _open(self, name: str, context: tensorstore.Context) -> tensorstore.TensorStore:
-        part = "average" if name in self._averages else self._part
-        key = f"{part}/{name}".replace("/", ".")
+        key = f"{'average' if name in self._averages else self._part}/{name}".replace("/", ".")
         base = {"driver": "file", "path": f"{self._state.absolute()}/"}
         spec: dict[str, Any] = {
             "driver": "zarr3",

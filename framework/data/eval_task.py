@@ -1,7 +1,7 @@
 """A task's validation split as the framework's `EvalTask`; handed a seqio task, it imports no seqio."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -11,8 +11,15 @@ from meshway.framework.data.rows.examples import Examples, check_ids, whole_size
 from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.data.rows.row_stream import RowStream
 from meshway.framework.data.source import Measured, Overlong
+from meshway.framework.data.task_metrics import (
+    PREDICTION,
+    PREDICTION_WITH_AUX,
+    SCORE,
+    SCORE_WITH_INTERMEDIATES,
+    TaskMetrics,
+)
 from meshway.framework.data.vocabulary import Vocabulary, before_stop, vocabulary_sizes
-from meshway.framework.errors import UserError, did_you_mean, first_line
+from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.interfaces import Batch
 
 EVAL_SEED = 42  # the same for every run, so that runs of different seeds are measured on the same examples
@@ -149,12 +156,17 @@ class TaskEvaluation:
     @property
     def has_metrics(self) -> bool:
         """Whether the task has metrics of predictions, and its converter something to predict from."""
-        return self._converter.can_predict and bool(self._of_predictions)
+        return self._converter.can_predict and bool(self._metrics.of_predictions)
 
     @property
     def has_score_metrics(self) -> bool:
         """Whether the task has metrics of scores."""
-        return bool(self._of_scores)
+        return bool(self._metrics.of_scores)
+
+    @property
+    def needs_intermediates(self) -> bool:
+        """Whether some of these need what the model computes beside the scores."""
+        return bool(self._metrics.of_intermediates)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -170,13 +182,8 @@ class TaskEvaluation:
         if self._task is None:
             return ["its metric functions, if there are any: they are the seqio task's, and seqio is not installed"]
         found = []
-        if self._of_predictions and not self._converter.can_predict:
-            found.append(
-                f"{_listed(self._of_predictions)}: {type(self._converter).__name__} has nothing to predict from"
-            )
-        objects = getattr(self._task, "metric_objs", ())
-        if more := len(objects) - len(self._task.metric_fns if objects else ()):
-            found.append(f"{more} of its metric_objs, as only metric functions are run")
+        if (names := self._metrics.of_predictions) and not self._converter.can_predict:
+            found.append(f"{', '.join(names)}: {type(self._converter).__name__} has nothing to predict from")
         return found
 
     def overlong(self, rows: int, examples: int) -> Overlong:
@@ -238,8 +245,11 @@ class TaskEvaluation:
         return str(self._decode("inputs", example["inputs"][: self.lengths.get("inputs")]))
 
     def postprocess(self, index: int, tokens: np.ndarray) -> Any:
-        """Turns predicted ids [length] of example `index`, read up to what ends it, into what the metrics compare."""
-        text = self._decode("targets", before_stop(tokens, self.stop_ids))
+        """Turns predicted ids [length] of example `index`, read up to what ends it, into what the metrics compare; of
+        ids [decodes, length] the postprocessor gets a list of texts."""
+        rows = np.atleast_2d(tokens)
+        texts = [self._decode("targets", before_stop(row, self.stop_ids)) for row in rows]
+        text = texts if np.ndim(tokens) == 2 else texts[0]
         return self._task.postprocess_fn(text, example=self._example(index), is_target=False)
 
     def target(self, index: int) -> Any:
@@ -257,66 +267,51 @@ class TaskEvaluation:
         predictions: Sequence[Any] | None = None,
         aux_values: Mapping[str, Sequence[Any]] | None = None,
         scores: Mapping[int, float] | None = None,
+        tokens: np.ndarray | None = None,
+        intermediates: Mapping[str, Any] | None = None,
+        paired: bool = False,
     ) -> Measured:
-        """Runs the task's metric functions, those of what is given; one that raises is named, the others are run.
-
-        Numbers and seqio Scalars are kept, mappings are flattened ('a/b'), anything else (text, images,
-        histograms) is left out.
+        """Runs the task's metric functions and metric objects, those of what is given; one that raises is named, the
+        others are run.
 
         Args:
           predictions: postprocessed, of the first `len(predictions)` examples.
-          aux_values: name -> a value for each of them, for functions that take such.
+          aux_values: name -> a value for each of them, for metrics that take such.
           scores: example index -> log-probability of its targets.
+          tokens: predicted ids, of the first `len(tokens)` examples, for metric objects.
+          intermediates: what the model computed beside the scores, a tree of arrays [scores, ...].
+          paired: whether metrics of scores get (scores, intermediates) in their place, as seqio's do where a score
+            function returns both.
 
         Raises:
           UserError: there are more predictions than examples.
         """
-        calls: list[tuple[Callable[..., Any], dict[str, Any]]] = []
+        found, of_task = Measured({}, {}, {}), self._metrics
+        if predictions is not None and len(predictions) > self.num_examples:
+            raise UserError(f"task {self.name!r}: {len(predictions)} predictions for {self.num_examples} examples")
+        aux = None if aux_values is None else {name: np.asarray(values) for name, values in aux_values.items()}
+        functions: dict[str, Any] | None = None
         if predictions is not None:
-            if len(predictions) > self.num_examples:
-                raise UserError(f"task {self.name!r}: {len(predictions)} predictions for {self.num_examples} examples")
-            given: dict[str, Any] = {
-                "targets": [self.target(index) for index in range(len(predictions))],
-                "predictions": list(predictions),
-            }
-            calls += [(metric_fn, given) for metric_fn in self._task.predict_metric_fns]
-            if aux_values is not None:
-                aux = {name: np.asarray(values) for name, values in aux_values.items()}
-                given = given | {"aux_values": aux}
-                calls += [(metric_fn, given) for metric_fn in self._task.predict_with_aux_metric_fns]
+            targets = [self.target(index) for index in range(len(predictions))]
+            functions = {"targets": targets, "predictions": list(predictions)}
+        examples = None if tokens is None else self.read(range(len(tokens)))
+        of_task.run(PREDICTION, functions, None if examples is None else (examples, tokens), found)
+        if aux is not None:
+            with_aux = None if functions is None else functions | {"aux_values": aux}
+            of_task.run(PREDICTION_WITH_AUX, with_aux, None if examples is None else (examples, (tokens, aux)), found)
         if scores is not None:
             indices = sorted(scores)
-            given = {
-                "targets": [self.target(index) for index in indices],
-                "scores": np.array([scores[index] for index in indices]),
-            }
-            calls += [(metric_fn, given) for metric_fn in self._of_scores]
-        values: dict[str, float] = {}
-        failures: dict[str, str] = {}
-        for metric_fn, given in calls:
-            try:
-                found = dict(_scalars(metric_fn(**given)))
-                if twice := sorted(found.keys() & values.keys()):
-                    raise ValueError(f"another metric function returns {twice[0]!r} too")
-                values |= found
-            except Exception as error:
-                failures[_name(metric_fn)] = f"{type(error).__name__}: {first_line(error)}"
-        return Measured(values, failures)
+            values: Any = np.array([scores[index] for index in indices])
+            both = (values, intermediates)
+            functions = {"targets": [self.target(index) for index in indices], "scores": both if paired else values}
+            examples = self.read(indices)
+            of_task.run(SCORE, functions, (examples, functions["scores"]), found)
+            of_task.run(SCORE_WITH_INTERMEDIATES, None, None if intermediates is None else (examples, both), found)
+        return found
 
-    @property
-    def _of_predictions(self) -> list[Callable[..., Any]]:
-        return [*self._functions("predict_metric_fns"), *self._functions("predict_with_aux_metric_fns")]
-
-    @property
-    def _of_scores(self) -> list[Callable[..., Any]]:
-        return self._functions("score_metric_fns")
-
-    def _functions(self, kind: str) -> list[Callable[..., Any]]:
-        """Returns the task's metric functions of one kind; UserError where seqio cannot tell what one takes."""
-        try:
-            return [] if self._task is None else list(getattr(self._task, kind))
-        except ValueError as error:
-            raise UserError(f"task {self.name!r}: {first_line(error)}") from error
+    @functools.cached_property
+    def _metrics(self) -> TaskMetrics:
+        return TaskMetrics(self.name, self._task)
 
     def _source(self, pack: bool) -> RowSource:
         arguments = (self.name, self._examples, self._objective, pack)
@@ -358,23 +353,3 @@ class TaskEvaluation:
     def _vocabulary(self, feature: str) -> Any:
         """Returns the task's own vocabulary where there is one."""
         return self._task.output_features[feature].vocabulary if self._task is not None else self._vocabularies[feature]
-
-
-def _name(function: Callable[..., Any]) -> str:
-    """Returns what people call a function, through functools.partial."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return getattr(function, "__name__", type(function).__name__)
-
-
-def _listed(functions: Sequence[Callable[..., Any]]) -> str:
-    return ", ".join(map(_name, functions))
-
-
-def _scalars(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in values.items():
-        value = getattr(value, "value", value)  # a seqio Scalar carries its number there
-        if isinstance(value, Mapping):
-            yield from _scalars(value, f"{prefix}{name}/")
-        elif isinstance(value, bool | int | float | np.number) or getattr(value, "shape", None) == ():
-            yield prefix + name, float(value)

@@ -99,10 +99,12 @@ class Measured(NamedTuple):
     Attributes:
       values: metrics by name.
       failures: function -> what it raised.
+      shown: what else they return, as `task_metrics.plain_values` has it: text, images, sounds, histograms, tensors.
     """
 
     values: dict[str, float]
     failures: dict[str, str]
+    shown: dict[str, dict[str, Any]]
 
 
 class Overlong(NamedTuple):
@@ -153,6 +155,11 @@ class EvalTask(Protocol):
         ...
 
     @property
+    def needs_intermediates(self) -> bool:
+        """Whether some of these need what the model computes beside the scores."""
+        ...
+
+    @property
     def stop_ids(self) -> Sequence[int]:
         """The ids that end a prediction."""
         ...
@@ -182,12 +189,17 @@ class EvalTask(Protocol):
         """
         ...
 
+    def read(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
+        """Returns examples as their task made them, before any converter."""
+        ...
+
     def inputs_text(self, index: int) -> str:
         """Returns example `index`'s input as text, for people to read ('' where a task has none)."""
         ...
 
     def postprocess(self, index: int, tokens: np.ndarray) -> Any:
-        """Turns the predicted token ids [length] of example `index` into what its metrics compare."""
+        """Turns the predicted token ids of example `index`, [length] or of all decodes [decodes, length], into what its
+        metrics compare."""
         ...
 
     def target(self, index: int) -> Any:
@@ -199,7 +211,11 @@ class EvalTask(Protocol):
         predictions: Sequence[Any] | None = None,
         aux_values: Mapping[str, Sequence[Any]] | None = None,
         scores: Mapping[int, float] | None = None,
+        tokens: np.ndarray | None = None,
+        intermediates: Mapping[str, Any] | None = None,
+        paired: bool = False,
     ) -> Measured:
         """Returns the task's metrics of postprocessed predictions, in example order (may be the first n examples), of
-        values that belong to them, and of scores by example index."""
+        values that belong to them, of scores by example index, of the predictions' token ids [n, ..., length], and of
+        what the model computed beside the scores, in the examples' order. `paired`: metrics of scores get both."""
         ...

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,15 +12,14 @@ import numpy as np
 
 from meshway.framework.data.source import EvalTask
 from meshway.framework.errors import first_line
-from meshway.framework.evaluation.records import record_name
-from meshway.framework.inference.decoding import Decoder, Stop, decoding_model, one_ahead
+from meshway.framework.inference.decoding import FREE, Decoder, Stop, decoding_model, one_ahead
 from meshway.framework.inference.sampling import Sampling
 from meshway.framework.interfaces import Batch, Metrics, Params
-from meshway.framework.partitioning.program_cache import ProgramCache
-from meshway.framework.partitioning.sharded_model import ShardedModel
+from meshway.framework.partitioning.sharded_model import ProgramCache, ShardedModel
 
 # The result of one task, as it is written to files: `metrics` by name; `counts` of the rows, tokens and examples behind
-# them; some `predictions` as text; `failed`, if any: function of the task -> what it raised.
+# them; some `predictions` as text, and on request all of them, `kept`; and if any, `values` of metrics besides numbers,
+# and `failed`: function of the task -> what it raised.
 Report = dict[str, Any]
 
 # Called with the progress of one task: (task, what it does, done, of how many).
@@ -39,12 +38,24 @@ class Evaluation:
       max_predictions: examples that are decoded, or scored, for tasks with metrics of predictions or of scores; None
         takes all, 0 none.
       num_samples: predictions that are kept as text.
+      keep_predictions: whether all of them are kept, in `eval/<task>.predictions/<step>.jsonl`.
+      all_decodes: whether metrics get all decodes of an example, the likeliest last, and their scores; else the
+        likeliest alone.
+      return_intermediates: whether metrics of scores get (scores, intermediates): the scores, weights and ids of the
+        target tokens, and what `intermediates` names, each [examples, length, ...].
+      intermediates: names of values of the model, as `Model.observe` has them.
+      prompt_with_targets: whether predictions begin with the targets of their examples, without what ends them.
       decoder: how predictions are made; each task says what ends them.
     """
 
     max_batches: int | None = None
     max_predictions: int | None = 64
     num_samples: int = 8
+    keep_predictions: bool = False
+    all_decodes: bool = False
+    return_intermediates: bool = False
+    intermediates: Sequence[str] = ()
+    prompt_with_targets: bool = False
     decoder: Decoder = Sampling(temperature=0.0)
 
 
@@ -109,15 +120,6 @@ class Evaluator:
         tasks = self._tasks if self._metrics else []
         return [f"{task.name}: evaluated without {what}" for task in tasks for what in task.left_out]
 
-    def evaluate(self, params: Params) -> tuple[dict[str, float], dict[str, Report]]:
-        """Returns (scalars, reports by task).
-
-        Scalars are `validation/<task>/<metric>`, and `validation/loss` over the tokens of all tasks. Every process
-        must call it at the same step.
-        """
-        scalars, reports, _ = collected(("validation", None, result) for result in self.results(params))
-        return scalars, reports
-
     def results(self, params: Params, observe: Observer = lambda *_: None) -> Iterator[TaskResult]:
         """Yields each task's result as soon as it is computed; every process must consume all of them."""
         for task in self._tasks:
@@ -166,57 +168,73 @@ class Evaluator:
         limit = task.num_examples if limit is None else min(limit, task.num_examples)
         predictions: list[Any] | None = None
         aux: dict[str, list[float]] | None = None
+        tokens: np.ndarray | None = None
         scores: dict[int, float] | None = None
+        intermediates: dict[str, Any] | None = None
         failed: dict[str, str] = {}
         if task.has_metrics and limit:
             predicted = self._predictions(params, task, limit, observe)
-            report["predictions"], failed = predicted.samples, predicted.failed
+            report["predictions"] = predicted.samples[: self._settings.num_samples]
+            failed = predicted.failed
+            if self._settings.keep_predictions:
+                numbered = enumerate(zip(predicted.samples, predicted.scores, strict=False))
+                report["kept"] = [{"example": index, **texts, "score": score} for index, (texts, score) in numbered]
             report["counts"]["predictions"] = len(predicted.values)
-            if not failed:
-                predictions, aux = predicted.values, {"scores": predicted.scores}
+            tokens, aux = np.stack(predicted.tokens), {"scores": predicted.scores}
+            predictions = None if failed else predicted.values
         if task.has_score_metrics and limit:
-            scores = self._scores(params, task, limit, observe)
+            scores, intermediates = self._scores(params, task, limit, observe)
             report["counts"]["scores"] = len(scores)
-        if predictions is not None or scores is not None:
+        if tokens is not None or scores is not None:
+            paired = self._settings.return_intermediates
             try:
-                measured = task.metrics(predictions, aux, scores)
+                measured = task.metrics(predictions, aux, scores, tokens, intermediates, paired)
             except Exception as error:  # a target's postprocessing: the task's own code, like that of predictions
                 failed |= {"postprocess_fn": described(error)}
             else:
                 report["metrics"] |= measured.values
+                report |= {"values": measured.shown} if measured.shown else {}
                 failed |= measured.failures
         if failed:
             report["failed"] = failed
         return limit if task.has_metrics or task.has_score_metrics else 0
 
     def _predictions(self, params: Params, task: EvalTask, limit: int, observe: Observer) -> "_Predicted":
-        found = _Predicted([], [], [], {})
+        found = _Predicted([], [], [], {}, [])
         batches = _until(task.prompt_batches(), limit)
         for indices, decoded in one_ahead((each[1], self._decode(params, task, *each)) for each in batches):
             tokens, scores = map(np.asarray, decoded)
             for index, row, score in zip(indices.tolist(), tokens, scores.tolist(), strict=False):
+                found.tokens.append(row)
+                found.scores.append(score)
                 if found.failed:
-                    break  # but go on with the programs, which other processes are part of
+                    continue  # with the programs, which other processes are part of
                 try:
                     prediction = task.postprocess(index, row)
-                    if len(found.samples) < self._settings.num_samples:
+                    if self._settings.keep_predictions or len(found.samples) < self._settings.num_samples:
                         texts = {"input": task.inputs_text(index), "target": str(task.target(index))}
                         found.samples.append(texts | {"prediction": str(prediction)})
                 except Exception as error:
                     found.failed["postprocess_fn"] = f"on example {index}: {described(error)}"
-                    break
+                    continue
                 found.values.append(prediction)
-                found.scores.append(score)
             observe(task.name, "predictions", min(int(indices[-1]) + 1, limit), limit)
         return found
 
     def _decode(self, params: Params, task: EvalTask, batch: Batch, indices: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        """Returns the best prediction of each row, int32 [batch, length], and its score, float32 [batch]."""
+        """Returns the best prediction of each row, int32 [batch, length], and its score, float32 [batch]; of all
+        decodes [batch, decodes, length] and [batch, decodes], in increasing order of the scores."""
         model = decoding_model(self._sharded.model, _NO_PREDICTIONS)
         decoder, stop, length = self._settings.decoder, Stop(tuple(task.stop_ids)), task.lengths["targets"]
 
-        def predict(params: Params, batch: Batch, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-            decoded = decoder(model, params, batch, length, stop, ids, jax.random.key(0))
+        def predict(
+            params: Params, batch: Batch, ids: jax.Array, forced: jax.Array | None = None
+        ) -> tuple[jax.Array, jax.Array]:
+            decoded = decoder(model, params, batch, length, stop, ids, jax.random.key(0), forced)
+            if self._settings.all_decodes:
+                order = jnp.argsort(decoded.scores, axis=1)
+                scores = jnp.take_along_axis(decoded.scores, order, axis=1)
+                return jnp.take_along_axis(decoded.tokens, order[:, :, None], axis=1), scores
             best = jnp.argmax(decoded.scores, axis=1)[:, None, None]
             tokens = jnp.take_along_axis(decoded.tokens, best, axis=1)[:, 0]
             return tokens, jnp.max(decoded.scores, axis=1)
@@ -225,77 +243,78 @@ class Evaluator:
         ids = np.resize(indices, rows).astype(np.int32)  # rows past the examples are repetitions, not read
         found: tuple[jax.Array, jax.Array]
         static = (tuple(task.stop_ids), length)
-        found = self._run(task, "predictions", predict, params, batch, ids, static=static)
+        begun = [_begun(task, ids, length)] if self._settings.prompt_with_targets else []
+        found = self._run(task, "predictions", predict, params, batch, ids, *begun, static=static)
         return found
 
-    def _scores(self, params: Params, task: EvalTask, limit: int, observe: Observer) -> dict[int, float]:
-        """Returns example -> log-probability of its targets, of those of the first `limit` that have a row."""
-        model = self._sharded.model
+    def _scores(
+        self, params: Params, task: EvalTask, limit: int, observe: Observer
+    ) -> tuple[dict[int, float], dict[str, Any] | None]:
+        """Returns (example -> log-probability of its targets, what the model computed beside these if metrics ask for
+        it), of those of the first `limit` examples that have a row."""
+        model, settings = self._sharded.model, self._settings
+        beside = settings.return_intermediates or task.needs_intermediates
 
-        def summed(params: Params, batch: Batch) -> jax.Array:
+        def scored(params: Params, batch: Batch) -> dict[str, jax.Array]:
             scores = model.score(params, batch)
-            return jnp.sum(scores.reshape(scores.shape[0], -1), axis=1)
+            found = {"sum": jnp.sum(scores.reshape(scores.shape[0], -1), axis=1)}
+            if beside:
+                kept = {name.removeprefix("decoder_"): batch[name] for name in _KEPT if name in batch}
+                observed = model.observe(params, batch, settings.intermediates) if settings.intermediates else {}
+                found |= {"token_scores": scores} | kept | observed
+            return found
 
         scores: dict[int, float] = {}
-        batches = _until(task.score_batches(), limit)
+        others: dict[int, list[dict[str, np.ndarray]]] = {}
         started = (
-            (indices, self._run(task, "scores", summed, params, batch, spec=self._specs[task.name]))
-            for batch, indices in batches
+            (indices, self._run(task, "scores", scored, params, batch, spec=self._specs[task.name], static=beside))
+            for batch, indices in _until(task.score_batches(), limit)
         )
         for indices, found in one_ahead(started):
-            for index, score in zip(indices.tolist(), np.asarray(found, np.float64).tolist(), strict=False):
-                scores[index] = scores.get(index, 0.0) + score
+            arrays = {name: np.asarray(array) for name, array in found.items()}
+            for row, index in enumerate(indices.tolist()):
+                scores[index] = scores.get(index, 0.0) + float(arrays["sum"][row])
+                if beside:
+                    others.setdefault(index, []).append({name: each[row] for name, each in arrays.items()})
             observe(task.name, "scores", min(int(indices[-1]) + 1, limit), limit)
-        return scores
+        return scores, _intermediates(others) if beside else None
+
+
+_KEPT = ("decoder_target_tokens", "decoder_loss_weights")  # of a batch, beside the scores of its tokens
+
+
+def _intermediates(rows: Mapping[int, Sequence[Mapping[str, np.ndarray]]]) -> dict[str, Any]:
+    """Returns values [examples, length, ...] as T5X's models have them, {'decoder': {name: (array,)}}, of each
+    example's rows, which are joined; shorter ones end in zeros."""
+    names = [name for name in next(iter(rows.values()))[0] if name != "sum"] if rows else []
+    arrays = {}
+    for name in names:
+        joined = [np.concatenate([row[name] for row in rows[index]]) for index in sorted(rows)]
+        longest = max(map(len, joined))
+        padded = [np.pad(each, [(0, longest - len(each))] + [(0, 0)] * (each.ndim - 1)) for each in joined]
+        arrays[name] = (np.stack(padded),)
+    return {"decoder": arrays}
+
+
+def _begun(task: EvalTask, indices: np.ndarray, length: int) -> np.ndarray:
+    """Returns the targets of examples as tokens that predictions begin with, int32 [examples, length], FREE after them
+    and in place of what ends them."""
+    forced = np.full((len(indices), length), FREE, np.int32)
+    for row, example in zip(forced, task.read(indices.tolist()), strict=True):
+        targets = np.asarray(example["targets"])[:length]
+        row[: len(targets)] = np.where(np.isin(targets, list(task.stop_ids)), FREE, targets)
+    return forced
 
 
 class _Predicted(NamedTuple):
-    """Postprocessed predictions of the first examples, their scores, some as text, and which functions failed."""
+    """Postprocessed predictions of the first examples, their scores, some as text, which functions failed, and the
+    predictions as token ids."""
 
     values: list[Any]
-    scores: list[float]
+    scores: list[Any]
     samples: list[dict[str, str]]
     failed: dict[str, str]
-
-
-def collected(
-    found: Iterable[tuple[str, str | None, TaskResult]],
-) -> tuple[dict[str, float], dict[str, Report], list[str]]:
-    """Returns (scalars, reports by name of the record, what is to be said) of one step's evaluations.
-
-    Scalars are `<label>/<task>/<metric>`, and `<label>/loss` over the tokens of all tasks of which a loss was found.
-
-    Args:
-      found: (label, split, result); a task's split is None for the usual one. Results of one task are joined.
-    """
-    scalars: dict[str, float] = {}
-    reports: dict[str, Report] = {}
-    totals: dict[str, np.ndarray] = {}
-    notes: list[str] = []
-    for label, split, (name, report, loss, note) in found:
-        if "loss" in report["metrics"] or loss[1]:
-            totals[label] = totals.get(label, np.zeros(2)) + loss
-        scalars |= {f"{label}/{name}/{metric}": value for metric, value in report["metrics"].items()}
-        record = record_name(name, split)
-        report = report | ({"split": split} if split else {})
-        reports[record] = _joined(reports[record], report) if record in reports else report
-        notes += [note] if note else []
-    scalars |= {f"{label}/loss": float(total / max(weight, 1e-9)) for label, (total, weight) in totals.items()}
-    return scalars, reports, notes
-
-
-def _joined(one: Report, other: Report) -> Report:
-    """Returns two results of a task as one; of examples that were too long those of the pass that had more."""
-    counts = one["counts"] | other["counts"]
-    counts |= {
-        name: max(each["counts"].get(name, 0) for each in (one, other))
-        for name in ("truncated", "skipped")
-        if name in counts
-    }
-    joined = one | other | {"metrics": one["metrics"] | other["metrics"], "counts": counts}
-    failed = one.get("failed", {}) | other.get("failed", {})
-    joined["predictions"] = one["predictions"] + other["predictions"]
-    return joined | ({"failed": failed} if failed else {})
+    tokens: list[np.ndarray]
 
 
 def truncation(task: str, counts: Mapping[str, Any], lengths: Mapping[str, int]) -> str:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Unpack
 
 from meshway.framework.checkpoints.manager import Checkpoints, DamagedCheckpoint
@@ -12,10 +12,10 @@ from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError
 from meshway.framework.evaluation.evaluation import Evaluator
 from meshway.framework.evaluation.records import Record, Records, StepQueue, complete_steps, record_name
-from meshway.framework.interfaces import Params
+from meshway.framework.interfaces import Params, Writer
 from meshway.framework.progress import Bar, Display, Screen, seconds_left
 from meshway.framework.report.page import is_of_router, write_report
-from meshway.framework.telemetry.writers import TensorBoardWriter
+from meshway.framework.telemetry.writers import TensorBoardWriter, Writers
 from meshway.framework.terminal import stage
 from meshway.framework.training.run_directory import RunDirectory
 
@@ -107,6 +107,7 @@ class EvaluationJob:
       skip_removed: whether a checkpoint that is removed before it could be read, or is damaged, is passed over; else it
         is an error.
       averaged: whether averages of parameters are read instead of them.
+      loggers: what takes the scalars beside TensorBoard; it closes them.
     """
 
     def __init__(
@@ -121,11 +122,13 @@ class EvaluationJob:
         display: EvaluationDisplay,
         skip_removed: bool,
         averaged: bool = False,
+        loggers: Sequence[Writer] = (),
     ) -> None:
         self._directory, self._evaluator, self._params, self._queue = directory, evaluator, params, queue
         self._records, self._fingerprint, self._split = records, fingerprint, split
         self._display, self._skip_removed = display, skip_removed
         self._primary, self._averaged = processes.is_primary(), averaged
+        self._loggers = Writers(loggers)
         self._checkpoints: Checkpoints | None = None
         self._failures: list[str] = []
         self._noted: list[str] = []
@@ -140,6 +143,13 @@ class EvaluationJob:
           DamagedCheckpoint: a checkpoint that was asked for cannot be read; or, once all others are evaluated, one of
             them could not be. Where the latest was asked for, the last that can be read serves.
         """
+        try:
+            return self._run()
+        finally:
+            if self._primary:
+                self._loggers.close()
+
+    def _run(self) -> int:
         count = 0
         while True:
             with contextlib.ExitStack() as stack:
@@ -227,9 +237,16 @@ class EvaluationJob:
             for task, record in zip(self._evaluator.task_names, records.values(), strict=True)
             for name, value in record["metrics"].items()
         }
+        values = {
+            f"{prefix}/{task}/{name}": value
+            for task, record in zip(self._evaluator.task_names, records.values(), strict=True)
+            for name, value in record.get("values", {}).items()
+        }
         writer = TensorBoardWriter(self._directory.tensorboard / "eval", start_step=None)
-        with contextlib.closing(writer):
-            writer.write(step, scalars)
+        with contextlib.closing(Writers([writer])) as own:
+            for each in (own, self._loggers):
+                each.write(step, scalars)
+                each.write_values(step, values)
 
 
 def is_done(records: Records, names: list[str], fingerprint: str) -> Callable[[int], bool]:

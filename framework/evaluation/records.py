@@ -89,12 +89,12 @@ class Records:
         """
         with self._locked():
             for name, record in records.items():
-                known = self._read(self._path(name))
+                known = {at: _without_media(each, at < step) for at, each in self._read(self._path(name)).items()}
                 if fingerprint is not None:
                     record = {**record, "fingerprint": fingerprint}
                 elif "fingerprint" in known.get(step, {}):
                     continue
-                self._write(name, known | {step: record})
+                self._write(name, known | {step: self._without_kept(name, step, record)})
 
     def keep_up_to(self, step: int) -> None:
         """Removes the records of later steps, all of them where `step` is 0: what a run that starts there repeats.
@@ -108,6 +108,19 @@ class Records:
                 kept = {each: record for each, record in known.items() if step and each <= step}
                 if kept != known:
                     self._write(path.stem, kept)
+                for gone in known.keys() - kept.keys():
+                    (self._folder / f"{path.stem}.predictions" / f"{gone}.jsonl").unlink(missing_ok=True)
+
+    def _without_kept(self, name: str, step: int, record: Record) -> Record:
+        """Returns a record without its `kept` predictions, which go into a file of their own."""
+        if "kept" not in record:
+            return record
+        path = self._folder / f"{name}.predictions" / f"{step}.jsonl"
+        lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in record["kept"]]
+        with io_errors(path):
+            path.parent.mkdir(exist_ok=True)
+            replace_file(path, "".join(lines).encode("utf-8", "backslashreplace"))
+        return {key: value for key, value in record.items() if key != "kept"}
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.jsonl"
@@ -147,6 +160,15 @@ class Records:
                 yield
             finally:
                 os.close(lock)
+
+
+def _without_media(record: Record, is_earlier: bool) -> Record:
+    """Returns a record without its images, sounds and tensors where a later step has come: TensorBoard has them all."""
+    if not is_earlier or "values" not in record:
+        return record
+    small = {name: value for name, value in record["values"].items() if value["kind"] in ("text", "histogram")}
+    rest = {key: value for key, value in record.items() if key != "values"}
+    return rest | ({"values": small} if small else {})
 
 
 def _without_step(record: Mapping[str, Any]) -> Record:

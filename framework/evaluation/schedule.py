@@ -2,20 +2,20 @@
 
 import contextlib
 import dataclasses
-import itertools
-import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from meshway.framework import terminal
 from meshway.framework.data.source import DataSource, EvalTask, SplitRead, tasks_of
-from meshway.framework.errors import UserError, did_you_mean
-from meshway.framework.evaluation.evaluation import Evaluation, Evaluator, Report, collected
+from meshway.framework.errors import UserError
+from meshway.framework.evaluation.evaluation import Evaluation, Evaluator, Report, TaskResult
 from meshway.framework.evaluation.records import Record, Records, record_name
 from meshway.framework.interfaces import Params
 from meshway.framework.partitioning.sharded_model import ShardedModel
-from meshway.framework.training.loop import EvaluationHook, Found, Hook
+from meshway.framework.training.loop import EvaluationHook, Hook
 from meshway.framework.training.program import check_batch, check_vocabularies
 from meshway.framework.training.run_directory import RunDirectory
 from meshway.framework.training.step import TrainState
@@ -190,6 +190,66 @@ def begin_hooks(hooks: Sequence[Hook], passes: Sequence[Pass], records: Records 
             hook.begin(names, {step: found[step] for step in sorted(found) if step <= start})
 
 
+class Collected(NamedTuple):
+    """One step's evaluations.
+
+    Attributes:
+      scalars: `<label>/<task>/<metric>`, and `<label>/loss` over the tokens of all tasks of which a loss was found.
+      reports: by name of the record.
+      values: what metrics return besides numbers, as `task_metrics.plain_values` has it, by names as scalars have them.
+      notes: what is to be said.
+    """
+
+    scalars: dict[str, float]
+    reports: dict[str, Report]
+    values: dict[str, dict[str, Any]]
+    notes: list[str]
+
+
+def collected(found: Iterable[tuple[str, str | None, TaskResult]]) -> Collected:
+    """Returns the results of one step's evaluations together.
+
+    Args:
+      found: (label, split, result); a task's split is None for the usual one. Results of one task are joined.
+    """
+    scalars: dict[str, float] = {}
+    reports: dict[str, Report] = {}
+    totals: dict[str, np.ndarray] = {}
+    values: dict[str, dict[str, Any]] = {}
+    notes: list[str] = []
+    for label, split, (name, report, loss, note) in found:
+        if "loss" in report["metrics"] or loss[1]:
+            totals[label] = totals.get(label, np.zeros(2)) + loss
+        scalars |= {f"{label}/{name}/{metric}": value for metric, value in report["metrics"].items()}
+        values |= {f"{label}/{name}/{metric}": value for metric, value in report.get("values", {}).items()}
+        record = record_name(name, split)
+        report = report | ({"split": split} if split else {})
+        reports[record] = _joined(reports[record], report) if record in reports else report
+        notes += [note] if note else []
+    scalars |= {f"{label}/loss": float(total / max(weight, 1e-9)) for label, (total, weight) in totals.items()}
+    return Collected(scalars, reports, values, notes)
+
+
+def _joined(one: Report, other: Report) -> Report:
+    """Returns two results of a task as one; of examples that were too long those of the pass that had more."""
+    counts = one["counts"] | other["counts"]
+    counts |= {
+        name: max(each["counts"].get(name, 0) for each in (one, other))
+        for name in ("truncated", "skipped")
+        if name in counts
+    }
+    joined = one | other | {"metrics": one["metrics"] | other["metrics"], "counts": counts}
+    failed = one.get("failed", {}) | other.get("failed", {})
+    joined["predictions"] = one["predictions"] + other["predictions"]
+    return joined | ({"failed": failed} if failed else {})
+
+
+def evaluated(evaluator: Evaluator, params: Params) -> tuple[dict[str, float], dict[str, Report]]:
+    """Returns (scalars, reports by task) of all tasks of an evaluator; every process must call it at the same step."""
+    found = collected(("validation", None, result) for result in evaluator.results(params))
+    return found.scalars, found.reports
+
+
 class EvaluationLog:
     """Makes a run's evaluations, and keeps each task's results in `eval/<task>.jsonl`.
 
@@ -202,6 +262,7 @@ class EvaluationLog:
       say: prints a line.
       params_of: which parameters of the state are evaluated.
       first: the step that the run began with: all is evaluated there too.
+      write_values: takes what metrics return besides numbers, by step and name.
 
     Attributes:
       reports: what the last evaluation found, by the name of the record.
@@ -217,10 +278,11 @@ class EvaluationLog:
         say: Callable[[str], None],
         params_of: Callable[[TrainState], Params] = lambda state: state.params,
         first: int = 0,
+        write_values: Callable[[int, Mapping[str, Mapping[str, Any]]], None] = lambda *_: None,
     ) -> None:
         self._params_of, self._first = params_of, first
         self._records = Records(directory.evaluations) if primary else None
-        self._passes, self._total, self._say = list(passes), total, say
+        self._passes, self._total, self._say, self._write_values = list(passes), total, say, write_values
         self._compiled: set[int] = set()
         self._told: set[str] = set()
         self.reports: dict[str, Report] = {}
@@ -244,10 +306,11 @@ class EvaluationLog:
         with terminal.stage(f"evaluating step {step}") if first else contextlib.nullcontext():
             params = self._params_of(state)
             results = ((each.label, each.split, one) for each in passes for one in each.evaluator.results(params))
-            scalars, self.reports, notes = collected(results)
+            scalars, self.reports, values, notes = collected(results)
         self._latest |= self.reports
         if self._records is not None:
             self._records.add(step, self.reports)
+            self._write_values(step, values)
         for note in notes:
             self._say_once(note)
         for name, report in self.reports.items():
@@ -272,78 +335,3 @@ class EvaluationLog:
         if line not in self._told:
             self._told.add(line)
             self._say(line)
-
-
-class EarlyStopping:
-    """Stops a run whose metric does not improve: T5X's `EarlyStoppingAction`.
-
-    It stops where each of the last `patience` values of the metric is no better than the one before it, by more than
-    `atol + rtol * |the one before|`. A value that is not a number is no better. Evaluations of a run that is resumed
-    count on.
-
-    Args:
-      metric: (task, metric), as in `eval/<task>.jsonl`.
-      mode: 'min' where less is better, 'max' where more is.
-      patience: how many evaluations in a row are looked at, at least 2.
-      atol, rtol: tolerances, at least 0.
-    """
-
-    def __init__(
-        self, metric: Sequence[str], mode: str, patience: int = 3, atol: float = 0.0, rtol: float = 0.0
-    ) -> None:
-        pair = [] if isinstance(metric, str) else list(metric)
-        if len(pair) != 2 or not all(isinstance(each, str) for each in pair):
-            raise UserError(f"EarlyStopping.metric is {metric!r}: a task and its metric, as ('my_task', 'loss')")
-        if mode not in ("min", "max"):
-            raise UserError(f"EarlyStopping.mode is {mode!r}: 'min' where less is better, 'max' where more is")
-        if patience < 2:
-            raise UserError(f"EarlyStopping.patience is {patience!r}; two evaluations at least can be compared")
-        for name, tolerance in (("atol", atol), ("rtol", rtol)):
-            if not tolerance >= 0:
-                raise UserError(f"EarlyStopping.{name} is {tolerance!r}; it must be at least 0")
-        self._task, self._metric = pair
-        self._sign = 1.0 if mode == "min" else -1.0
-        self._patience, self._atol, self._rtol = patience, atol, rtol
-        self._values: list[float] = []
-
-    def begin(self, names: Sequence[str], earlier: Mapping[int, Found]) -> None:
-        if self._task not in names:
-            raise UserError(
-                f"EarlyStopping.metric: nothing called {self._task!r} is evaluated; it is one of "
-                f"{', '.join(names) or 'none'}{did_you_mean(self._task, names)}"
-            )
-        for step in sorted(earlier):
-            self._add(earlier[step])
-
-    def after_evaluation(self, step: int, found: Found) -> str | None:
-        if not self._add(found) or len(self._values) < self._patience:
-            return None
-        if any(self._better(one, before) for before, one in itertools.pairwise(self._values)):
-            return None
-        values = ", ".join(f"{value:.4g}" for value in self._values)
-        return f"{self._metric} of {self._task} has not improved in the last {self._patience} evaluations: {values}"
-
-    def after_step(self, step: int) -> None: ...
-
-    def close(self) -> None: ...
-
-    def _add(self, found: Found) -> bool:
-        """Keeps the metric of an evaluation; returns whether it had it."""
-        report = found.get(self._task)
-        if report is None:
-            return False
-        if self._metric not in report["metrics"]:
-            if not report.get("failed"):
-                known = sorted(report["metrics"])
-                raise UserError(
-                    f"EarlyStopping.metric: {self._task!r} has no metric {self._metric!r}; it is one of "
-                    f"{', '.join(known)}{did_you_mean(self._metric, known)}"
-                )
-            return False
-        value = report["metrics"][self._metric]
-        self._values = [*self._values, math.nan if value is None else float(value)][-self._patience :]
-        return True
-
-    def _better(self, value: float, before: float) -> bool:
-        least = self._atol + self._rtol * abs(before)
-        return self._sign * value < self._sign * before - least

@@ -97,6 +97,9 @@ class Sampling:
       repetition_penalty, presence_penalty, frequency_penalty: see `penalize`; 1, 0 and 0 are none.
       num_decodes: predictions of each example.
       callbacks: change logits [rows, vocab], knowing what was generated so far.
+      rescale_log_probs: whether log-probabilities, and so scores, are those of the distribution that tokens are drawn
+        from, as T5X's are: 0 for the likeliest token at temperature 0, and for a token that was forced. If not, they
+        are the model's.
     """
 
     temperature: float = 1.0
@@ -108,6 +111,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     num_decodes: int = 1
     callbacks: Sequence[LogitCallback] = ()
+    rescale_log_probs: bool = False
 
     def __post_init__(self) -> None:
         wrong = {
@@ -202,13 +206,16 @@ class Sampling:
     def step(self, model: Decodes, params: Params, stop: Stop, at: "DecodeState") -> "DecodeState":
         """Adds a token to every row that is not done."""
         logits, cache = model.decode(params, at.tokens, at.start + at.made, at.cache)
-        chosen = self._choose(logits, at)
+        chosen, drawn_from = self._choose(logits, at)
+        counted = ~at.done
         if at.forced is not None:
             forced = jax.lax.dynamic_index_in_dim(at.forced, at.made, axis=1, keepdims=False)
             chosen = jnp.where(forced == FREE, chosen, forced)
+            counted &= (forced == FREE) | (not self.rescale_log_probs)
         chosen = jnp.where(at.done, 0, chosen)
-        log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), chosen[:, None], axis=1)
-        log_prob = jnp.where(at.done[:, None], 0.0, log_prob)
+        said = drawn_from if self.rescale_log_probs else logits
+        log_prob = jnp.take_along_axis(jax.nn.log_softmax(said), chosen[:, None], axis=1)
+        log_prob = jnp.where(counted[:, None], log_prob, 0.0)
         output = jax.lax.dynamic_update_slice_in_dim(at.output, chosen[:, None], at.made, axis=1)
         generated = at.generated
         if generated is not None:
@@ -224,15 +231,17 @@ class Sampling:
             generated=generated,
         )
 
-    def _choose(self, logits: jax.Array, at: "DecodeState") -> jax.Array:
-        """Returns the next token of each row, int32 [rows]."""
+    def _choose(self, logits: jax.Array, at: "DecodeState") -> tuple[jax.Array, jax.Array]:
+        """Returns the next token of each row, int32 [rows], and the logits that it is drawn from, [rows, vocab]."""
         if at.generated is not None and at.prompted is not None:
             penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
             logits = penalize(logits, at.generated, at.prompted, *penalties)
         for callback in self.callbacks:
             logits = callback(logits, Progress(at.made, at.output, at.ids))
         if self.temperature == 0:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            only = jax.nn.one_hot(likeliest, logits.shape[-1], dtype=bool)
+            return likeliest, jnp.where(only, 0.0, -jnp.inf)
         logits = top_k(logits / self.temperature, self.top_k)
         if self.top_p < 1:
             logits = top_p(logits, self.top_p)
@@ -242,7 +251,7 @@ class Sampling:
         def draw(key: jax.Array, logits: jax.Array) -> jax.Array:
             return jax.random.categorical(jax.random.fold_in(key, at.made), logits).astype(jnp.int32)
 
-        return jax.vmap(draw)(at.keys, logits)
+        return jax.vmap(draw)(at.keys, logits), logits
 
 
 class DecodeState(NamedTuple):

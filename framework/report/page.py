@@ -11,8 +11,19 @@ from typing import Any
 
 from meshway.framework.errors import UserError
 from meshway.framework.files import io_errors, replace_file
-from meshway.framework.report.plots import Points, bar_plot, figure, folded, legend, section
-from meshway.framework.report.run_files import Run, metrics_of, number, read_run
+from meshway.framework.report.plots import (
+    Points,
+    Run,
+    bar_plot,
+    figure,
+    folded,
+    legend,
+    metrics_of,
+    number,
+    read_run,
+    section,
+    shown_value,
+)
 from meshway.framework.telemetry.timeline import KINDS, Attempt
 from meshway.framework.terminal import count_of, format_bytes, format_duration
 from meshway.framework.web_page import escape, framed, numbers, table, web_page
@@ -137,7 +148,7 @@ def evaluation(run: Run) -> str:
         for name in sorted(names)
         if not is_of_router(name)  # one plot for each layer of a stack would be too many
     ]
-    tables = [_table(task, lines) for task, lines in run.evaluations.items() if lines]
+    tables = [_table(task, lines) + _values(lines) for task, lines in run.evaluations.items() if lines]
     return "\n".join([section("Evaluation", plots, "No evaluation has been written yet."), *tables])
 
 
@@ -167,6 +178,20 @@ def _table(task: str, lines: Sequence[Mapping[str, Any]]) -> str:
         for function, message in (failed.items() if isinstance(failed, dict) else ())
     ]
     return "\n".join([f"<h3>{escape(task)}{which}</h3>", table(columns, rows), *notes])
+
+
+def _values(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the last texts, images, sounds, histograms and tensors of a task's metrics."""
+    found = [(line["step"], line["values"]) for line in lines if isinstance(line.get("values"), dict)]
+    if not found:
+        return ""
+    step, values = found[-1]
+    parts = [
+        f"<div><b>{escape(name)}, step {step:,}</b>{shown_value(value)}</div>"
+        for name, value in sorted(values.items())
+        if isinstance(value, dict)
+    ]
+    return f'\n<div class="sample">{"".join(parts)}</div>'
 
 
 def _value(value: Any) -> str:

@@ -1,9 +1,11 @@
 """Writers of a run's reports: JSON lines, TensorBoard, several at once. Only one process of a run writes."""
 
+import base64
 import contextlib
 import json
 import math
 import os
+import struct
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -104,6 +106,13 @@ class TensorBoardWriter:
         values = [Summary.Value(tag=name, simple_value=float(scalars[name])) for name in sorted(scalars)]
         self._add(step, summary=Summary(value=values))
 
+    def write_values(self, step: int, values: Mapping[str, Mapping[str, Any]]) -> None:
+        """Adds texts, images, sounds, histograms and tensors, as `task_metrics.plain_values` has them. Raises UserError
+        if the file cannot be written."""
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        self._add(step, summary=Summary(value=[_summary_value(name, values[name]) for name in sorted(values)]))
+
     def text(self, name: str, text: str, step: int = 0) -> None:
         """Adds a text, such as the recipe, shown verbatim. Raises UserError if the file cannot be written."""
         from tensorboardX import summary
@@ -133,11 +142,59 @@ class Writers:
         for writer in self._writers:
             writer.write(step, scalars)
 
+    def write_values(self, step: int, values: Mapping[str, Mapping[str, Any]]) -> None:
+        """Gives values other than numbers to the writers that take them."""
+        for writer in self._writers if values else ():
+            if hasattr(writer, "write_values"):
+                writer.write_values(step, values)
+
     def close(self) -> None:
         """Closes every writer, even if one of them fails, and then raises its error."""
         with contextlib.ExitStack() as stack:
             for writer in reversed(self._writers):
                 stack.callback(writer.close)
+
+
+_NUMPY_TYPES = {  # numpy's name -> TensorFlow's number of a dtype
+    "float32": 1, "float64": 2, "int32": 3, "uint8": 4, "int16": 5, "int8": 6, "int64": 9, "bool": 10, "uint16": 17,
+    "float16": 19, "uint32": 22, "uint64": 23,
+}  # fmt: skip
+_STRING, _DOUBLE = 7, 2
+
+
+def _summary_value(name: str, value: Mapping[str, Any]) -> Any:
+    """Returns a value as TensorFlow's summaries of version 2 have it."""
+    from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
+    from tensorboardX.proto.tensor_pb2 import TensorProto
+    from tensorboardX.proto.tensor_shape_pb2 import TensorShapeProto
+
+    def tensor(dtype: int, shape: Sequence[int], **content: Any) -> Any:
+        dims = [TensorShapeProto.Dim(size=size) for size in shape]
+        return TensorProto(dtype=dtype, tensor_shape=TensorShapeProto(dim=dims), **content)
+
+    def plugin(name: str, content: bytes = b"") -> Any:
+        return SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name=name, content=content))
+
+    kind = value["kind"]
+    if kind == "text":
+        metadata, data = plugin("text"), tensor(_STRING, (), string_val=[value["text"].encode("utf-8", "replace")])
+    elif kind == "image":
+        images = [base64.b64decode(each) for each in value["png"]]
+        sizes = [str(size).encode() for size in struct.unpack(">II", images[0][16:24])] if images else [b"0", b"0"]
+        metadata, data = plugin("images"), tensor(_STRING, (2 + len(images),), string_val=[*sizes, *images])
+    elif kind == "audio":
+        sounds = [part for each in value["wav"] for part in (base64.b64decode(each), b"")]
+        # AudioPluginData: its field 2, the encoding, is 11, WAV.
+        metadata, data = plugin("audio", b"\x10\x0b"), tensor(_STRING, (len(value["wav"]), 2), string_val=sounds)
+    elif kind == "histogram":
+        edges, counts = value["edges"], value["counts"]
+        rows = [number for row in zip(edges[:-1], edges[1:], counts, strict=True) for number in row]
+        metadata, data = plugin("histograms"), tensor(_DOUBLE, (len(counts), 3), double_val=rows)
+    else:
+        metadata = SummaryMetadata.FromString(base64.b64decode(value["metadata"]))
+        content = base64.b64decode(value["data"])
+        data = tensor(_NUMPY_TYPES[value["dtype"]], value["shape"], tensor_content=content)
+    return Summary.Value(tag=name, tensor=data, metadata=metadata)
 
 
 def json_line(step: int, record: Mapping[str, Any]) -> bytes:

@@ -2,15 +2,16 @@
 
 import contextlib
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 
 from meshway.framework.data.prefetch import BatchSizes
-from meshway.framework.distributed.processes import StopSignal, barrier
-from meshway.framework.distributed.step_watch import StepWatch
-from meshway.framework.errors import UserError
+from meshway.framework.distributed.processes import StepWatch, StopSignal, barrier
+from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.interfaces import Batch
 from meshway.framework.telemetry.profiler import planned
 from meshway.framework.telemetry.reporter import Reporter
@@ -98,6 +99,81 @@ class EvaluationHook(Hook, Protocol):
     def after_evaluation(self, step: int, found: Found) -> str | None:
         """Returns why the run is to stop after `step`, once that is saved; None to go on."""
         ...
+
+
+class EarlyStopping:
+    """Stops a run whose metric does not improve: T5X's `EarlyStoppingAction`.
+
+    It stops where each of the last `patience` values of the metric is no better than the one before it, by more than
+    `atol + rtol * |the one before|`. A value that is not a number is no better. Evaluations of a run that is resumed
+    count on.
+
+    Args:
+      metric: (task, metric), as in `eval/<task>.jsonl`.
+      mode: 'min' where less is better, 'max' where more is.
+      patience: how many evaluations in a row are looked at, at least 2.
+      atol, rtol: tolerances, at least 0.
+    """
+
+    def __init__(
+        self, metric: Sequence[str], mode: str, patience: int = 3, atol: float = 0.0, rtol: float = 0.0
+    ) -> None:
+        pair = [] if isinstance(metric, str) else list(metric)
+        if len(pair) != 2 or not all(isinstance(each, str) for each in pair):
+            raise UserError(f"EarlyStopping.metric is {metric!r}: a task and its metric, as ('my_task', 'loss')")
+        if mode not in ("min", "max"):
+            raise UserError(f"EarlyStopping.mode is {mode!r}: 'min' where less is better, 'max' where more is")
+        if patience < 2:
+            raise UserError(f"EarlyStopping.patience is {patience!r}; two evaluations at least can be compared")
+        for name, tolerance in (("atol", atol), ("rtol", rtol)):
+            if not tolerance >= 0:
+                raise UserError(f"EarlyStopping.{name} is {tolerance!r}; it must be at least 0")
+        self._task, self._metric = pair
+        self._sign = 1.0 if mode == "min" else -1.0
+        self._patience, self._atol, self._rtol = patience, atol, rtol
+        self._values: list[float] = []
+
+    def begin(self, names: Sequence[str], earlier: Mapping[int, Found]) -> None:
+        if self._task not in names:
+            raise UserError(
+                f"EarlyStopping.metric: nothing called {self._task!r} is evaluated; it is one of "
+                f"{', '.join(names) or 'none'}{did_you_mean(self._task, names)}"
+            )
+        for step in sorted(earlier):
+            self._add(earlier[step])
+
+    def after_evaluation(self, step: int, found: Found) -> str | None:
+        if not self._add(found) or len(self._values) < self._patience:
+            return None
+        if any(self._better(one, before) for before, one in itertools.pairwise(self._values)):
+            return None
+        values = ", ".join(f"{value:.4g}" for value in self._values)
+        return f"{self._metric} of {self._task} has not improved in the last {self._patience} evaluations: {values}"
+
+    def after_step(self, step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+    def _add(self, found: Found) -> bool:
+        """Keeps the metric of an evaluation; returns whether it had it."""
+        report = found.get(self._task)
+        if report is None:
+            return False
+        if self._metric not in report["metrics"]:
+            if not report.get("failed"):
+                known = sorted(report["metrics"])
+                raise UserError(
+                    f"EarlyStopping.metric: {self._task!r} has no metric {self._metric!r}; it is one of "
+                    f"{', '.join(known)}{did_you_mean(self._metric, known)}"
+                )
+            return False
+        value = report["metrics"][self._metric]
+        self._values = [*self._values, math.nan if value is None else float(value)][-self._patience :]
+        return True
+
+    def _better(self, value: float, before: float) -> bool:
+        least = self._atol + self._rtol * abs(before)
+        return self._sign * value < self._sign * before - least
 
 
 class Evaluate(Protocol):

@@ -18,6 +18,7 @@ import jax
 from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError
 from meshway.framework.evaluation.evaluation import Evaluation, Evaluator
+from meshway.framework.evaluation.schedule import evaluated
 from meshway.framework.terminal import format_columns
 from meshway.launch.bench.rounds import require_at_least
 
@@ -139,7 +140,7 @@ def _train(settings: Routing, step: Any, seed: int) -> "TrainState":
 
 
 def _accuracy(evaluator: Evaluator, params: Any) -> float:
-    scalars, reports = evaluator.evaluate(params)
+    scalars, reports = evaluated(evaluator, params)
     names = [f"validation/{task}/accuracy" for task in reports]
     if not names or not set(names) <= set(scalars):
         raise UserError("bench routing compares accuracies, and this recipe's tasks have none on a validation split")

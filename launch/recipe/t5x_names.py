@@ -38,7 +38,7 @@ def _seed(value: Any) -> str:
 
 
 def _factored(value: Any) -> str:
-    return "# factored by the names of a parameter's axes, as T5X's standard rules are"
+    return "# layers are matrices, factored by size; `meshway convert --optimizer_state` binds what a checkpoint needs"
 
 
 def _initial(value: Any) -> str:
@@ -63,6 +63,10 @@ def _prefix(value: Any) -> str:
     return "FEATURE_CONVERTER = @features.PrefixLanguageModel()\nfeatures.PrefixLanguageModel.pack = %PACK"
 
 
+def _listed(macro: str, scope: str) -> Answer:
+    return lambda value: f"{macro} = None" if value is None else f"{macro} = [@{scope}/schedule.EvalDataset()]"
+
+
 def _two_dimensions(value: Any) -> str:
     return "LAYOUT = 'model_2d'" if value == 2 else "# the default of LAYOUT = 'model_1d'"
 
@@ -83,17 +87,46 @@ _DATA: Mapping[str, Answer] = {
     "split": "grain_loader.CachedData.train_split = {value}",
     "pack": "PACK = {value}",
 }
-_EVALUATED: Mapping[str, Answer] = {
-    **{name: "# evaluation has the recipe's" for name in ("mixture_or_task_name", "task_feature_lengths", "module")},
-    "batch_size": "# evaluation has the recipe's BATCH_SIZE",
-    "use_cached": _CACHED,
-    "use_custom_packing_ops": "# there is one packing",
-    "use_memory_cache": "# evaluation reads the cache",
-    "shuffle": "# evaluation reads in order",
-    "seed": "# evaluation reads in order",
-    "pack": "# evaluation does not pack: an example counts once",
-    "split": "grain_loader.CachedData.eval_split = {value}",
-}
+
+
+def _own_data(scope: str) -> dict[str, Answer]:
+    """Returns the rows of `scope`/utils.DatasetConfig: what differs from the run's own data is read by a source of its
+    own, of which all else is as the run's."""
+
+    def own(parameter: str, kinds: Any = (str, int)) -> Answer:
+        lines = (
+            f"{scope}/schedule.EvalDataset.data = @{scope}/grain_loader.CachedData()",
+            f"{scope}/grain_loader.CachedData.{parameter} = {{value}}",
+        )
+        return lambda value: "\n".join(lines) if isinstance(value, kinds) else "# evaluation has the recipe's"
+
+    return {
+        "mixture_or_task_name": own("mixture_or_task_name"),
+        "module": own("module", str),
+        "batch_size": own("batch_size"),
+        "task_feature_lengths": own("eval_lengths", (Mapping, type(None))),
+        "split": f"{scope}/schedule.EvalDataset.split = {{value}}",
+        "use_cached": _CACHED,
+        "use_custom_packing_ops": "# there is one packing",
+        "use_memory_cache": "# evaluation reads the cache",
+        "shuffle": "# evaluation reads in order",
+        "seed": "# evaluation reads in order",
+        "pack": "# evaluation does not pack: an example counts once",
+    }
+
+
+def _actions(value: Any) -> str:
+    if "EarlyStoppingAction" in repr(value):
+        return "train.train.hooks = [@loop.EarlyStopping()]"
+    return "# train.train.hooks = [@mylab.Hook()], a class with after_evaluation"
+
+
+def _results(value: Any) -> str:
+    if value is None:
+        return "evaluation.Evaluation.keep_predictions = True"
+    return "evaluation.Evaluation.num_samples = {value}"
+
+
 _TRAIN: Mapping[str, Answer] = {
     "total_steps": "TRAIN_STEPS = {value}",
     "relative_steps": "TRAIN_STEPS_RELATIVE = {value}",
@@ -104,8 +137,10 @@ _TRAIN: Mapping[str, Answer] = {
     "use_hardware_rng": "USE_HARDWARE_RNG = {value}",
     "model_dir": "MODEL_DIR = {value}",
     "model": "MODEL = {value}",
-    "infer_eval_dataset_cfg": "# tasks with metric functions are decoded at each evaluation",
-    "train_eval_dataset_cfg": "# every evaluation has the teacher-forced loss",
+    "train_eval_dataset_cfg": _listed("TRAIN_EVAL", "train_eval"),
+    "infer_eval_dataset_cfg": _listed("INFER_EVAL", "infer_eval"),
+    "actions": _actions,
+    "run_eval_before_training": "# the first evaluation is before the first step",
     "train_dataset_cfg": _INCLUDED,
     "checkpoint_cfg": _INCLUDED,
     "partitioner": "# LAYOUT says how arrays are sharded",
@@ -117,6 +152,16 @@ _TRAIN: Mapping[str, Answer] = {
     "use_orbax": "# always",
     "verify_matching_vocabs_fn": "# always",
 }
+_ADAFACTOR = (
+    *("decay_rate", "step_offset", "clipping_threshold", "multiply_by_parameter_scale", "min_dim_size_to_factor"),
+    *("beta1", "weight_decay_rate", "epsilon1", "epsilon2", "factored"),
+)
+_STOPPING = ("metric", "mode", "patience", "atol", "rtol")
+_DECODES: Mapping[str, Answer] = {
+    "return_all_decodes": "evaluation.Evaluation.all_decodes = {value}",
+    "prompt_with_targets": "evaluation.Evaluation.prompt_with_targets = {value}",
+}
+_SCORES: Mapping[str, Answer] = {"return_intermediates": "evaluation.Evaluation.return_intermediates = {value}"}
 _RATES = ("decay_factor", "steps_per_decay", "steps_per_cycle", "step_offset")
 _SIZES: Mapping[str, Answer] = {
     "vocab_size": "VOCAB_SIZE = {value}",
@@ -144,7 +189,7 @@ _MODEL: Mapping[str, Answer] = {
     "vocabulary": _OF_TASK,
     "input_vocabulary": _OF_TASK,
     "output_vocabulary": _OF_TASK,
-    "feature_converter_cls": "FEATURE_CONVERTER = {value}",
+    "feature_converter_cls": "include 'objectives/seqio_converter.gin'\nSEQIO_CONVERTER = {value}",
 }
 
 
@@ -156,8 +201,8 @@ def _under(name: str, rows: Mapping[str, Answer]) -> dict[str, Answer]:
 BINDINGS: Mapping[str, Answer] = {
     **_under("utils.DatasetConfig", {**dict.fromkeys(_DATA, _EVAL), "batch_size": _DATA["batch_size"]}),
     **_under("train/utils.DatasetConfig", _DATA),
-    **_under("train_eval/utils.DatasetConfig", _EVALUATED),
-    **_under("infer_eval/utils.DatasetConfig", _EVALUATED),
+    **_under("train_eval/utils.DatasetConfig", _own_data("train_eval")),
+    **_under("infer_eval/utils.DatasetConfig", _own_data("infer_eval")),
     **_under("main.train", _TRAIN),
     **_under("main.evaluate", dict.fromkeys(("model", "dataset_cfg", "partitioner", "output_dir"), _EVAL)),
     **_under("main.infer", dict.fromkeys(("model", "dataset_cfg", "partitioner", "output_dir"), _EVAL)),
@@ -190,18 +235,21 @@ BINDINGS: Mapping[str, Answer] = {
     "utils.SaveCheckpointConfig.checkpointer_cls": "# there is one",
     "utils.RestoreCheckpointConfig.path": _initial,
     "utils.RestoreCheckpointConfig.mode": "# a run's directory means its latest; .../checkpoints/STEP that one",
+    "utils.RestoreCheckpointConfig.restore_dataset": "# a run that is resumed always does",
     "utils.RestoreCheckpointConfig.dtype": "# parameters have the model's dtype",
     "utils.RestoreCheckpointConfig.strict": "mapping.Initial.left_at_init = []  # patterns that may be missing",
     "utils.RestoreCheckpointConfig.assignment_map": "mapping.Initial.renames = {value}",
     "utils.RestoreCheckpointConfig.fallback_to_scratch": "# leave INITIAL_CHECKPOINT_PATH out",
     "utils.RestoreCheckpointConfig.checkpointer_cls": "# there is one",
     "utils.get_training_eval_datasets.*": "# evaluation reads each example once, in order",
+    **{f"trainer.EarlyStoppingAction.{each}": f"loop.EarlyStopping.{each} = {{value}}" for each in _STOPPING},
     "trainer.TerminateOnNanAction.*": "# a run whose loss is not finite stops by itself",
     "trainer.MoeTrainer.num_expert_partitions": "LAYOUT = 'expert'",
     "trainer.MoeTrainer.num_microbatches": "NUM_MICROBATCHES = {value}",
     "trainer.MoeTrainer.learning_rate_fn": _INCLUDED,
     "trainer.Trainer.num_microbatches": "NUM_MICROBATCHES = {value}",
     "trainer.Trainer.learning_rate_fn": _INCLUDED,
+    "trainer.Trainer.weight_metrics_computer": "WEIGHT_STATISTICS_PERIOD = 1000  # steps",
     "utils.create_learning_rate_scheduler.factors": "schedules.t5_factors.factors = {value}",
     "utils.create_learning_rate_scheduler.base_learning_rate": "LEARNING_RATE = {value}",
     "utils.create_learning_rate_scheduler.warmup_steps": "WARMUP_STEPS = {value}",
@@ -216,6 +264,10 @@ BINDINGS: Mapping[str, Answer] = {
     "partitioning.MoePjitPartitioner.num_expert_partitions": "LAYOUT = 'expert'",
     "partitioning.MoePjitPartitioner.num_partitions": _partitions,
     "partitioning.MoePjitPartitioner.model_parallel_submesh": _submesh,
+    **_under("models.EncoderDecoderModel.predict_batch_with_aux", _DECODES),
+    **_under("models.DecoderOnlyModel.predict_batch_with_aux", _DECODES),
+    **_under("models.EncoderDecoderModel.score_batch", _SCORES),
+    **_under("models.DecoderOnlyModel.score_batch", _SCORES),
     "models.EncoderDecoderModel.predict_batch_with_aux.num_decodes": _beams,
     "models.DecoderOnlyModel.predict_batch_with_aux.num_decodes": _decodes,
     "models.DecoderOnlyModel.inputs_bidirectional_attention": _prefix,
@@ -226,19 +278,20 @@ BINDINGS: Mapping[str, Answer] = {
     "decoding.temperature_sample.temperature": "sampling.Sampling.temperature = {value}",
     "decoding.temperature_sample.topk": "sampling.Sampling.top_k = {value}",
     "decoding.temperature_sample.topp": "sampling.Sampling.top_p = {value}",
+    "decoding.temperature_sample.rescale_log_probs": "sampling.Sampling.rescale_log_probs = {value}",
     "decoding.beam_search.alpha": "beam_search.BeamSearch.alpha = {value}",
-    "adafactor.Adafactor.decay_rate": "optimizers.adafactor.decay_rate = {value}",
-    "adafactor.Adafactor.step_offset": "optimizers.adafactor.step_offset = {value}",
-    "adafactor.Adafactor.beta1": "optimizers.adafactor.momentum = {value}",
+    **{f"adafactor.Adafactor.{each}": f"optimizers.adafactor.{each} = {{value}}" for each in _ADAFACTOR},
+    "adafactor.Adafactor.learning_rate": "LEARNING_RATE = {value}",
     "adafactor.Adafactor.logical_factor_rules": _factored,
     **_under("network.T5Config", _SIZES),
     **_under("network.TransformerConfig", _SIZES),
     "network.Transformer.config": _INCLUDED,
     "network.DecoderWrapper.config": _INCLUDED,
+    "seqio.Evaluator.sequence_length": "EVAL_FEATURE_LENGTHS = {value}",
     "seqio.Evaluator.logger_cls": "# metrics.jsonl, TensorBoard, eval/TASK.jsonl and report.html are always written",
     "seqio.Evaluator.num_examples": "evaluation.Evaluation.max_predictions = {value}",
     "seqio.Evaluator.use_memory_cache": "# evaluation reads the cache",
-    "seqio.JSONLogger.write_n_results": "evaluation.Evaluation.num_samples = {value}",
+    "seqio.JSONLogger.write_n_results": _results,
     "seqio.SentencePieceVocabulary.sentencepiece_model_file": _OF_TASK,
 }
 MACROS: Mapping[str, Answer] = {
@@ -248,7 +301,7 @@ MACROS: Mapping[str, Answer] = {
     "EVAL_STEPS": "evaluation.Evaluation.max_batches = {value}",
     "EVALUATOR_NUM_EXAMPLES": "evaluation.Evaluation.max_predictions = {value}",
     "EVALUATOR_USE_MEMORY_CACHE": "# evaluation reads the cache",
-    "JSON_WRITE_N_RESULTS": "evaluation.Evaluation.num_samples = {value}",
+    "JSON_WRITE_N_RESULTS": _results,
     "CHECKPOINT_PATH": "# meshway eval, meshway infer: --model_dir=DIR, of a run or of what `meshway convert` made",
     "EVAL_OUTPUT_DIR": "# `meshway eval` writes into the run's directory",
     "INFER_OUTPUT_DIR": "# meshway infer --output=FILE",
@@ -288,5 +341,5 @@ FLAGS: Mapping[str, str] = {
     "--process_id",
     "--initialization_timeout": "MESHWAY_START_SECONDS=N in the environment",
     "--tfds_data_dir": "TFDS_DATA_DIR=DIR in the environment",
-    "--seqio_additional_cache_dirs": "--gin.CACHE_DIR=DIR",
+    "--seqio_additional_cache_dirs": "--gin.SEQIO_CACHE_DIRS=['DIR']",
 }

@@ -15,11 +15,11 @@ from meshway.framework.data.vocabularies import Bytes, load
 from meshway.framework.errors import UserError
 from meshway.framework.evaluation.evaluation import TaskResult
 from meshway.framework.evaluation.records import Records
-from meshway.framework.evaluation.schedule import EarlyStopping, EvaluationLog, Pass
+from meshway.framework.evaluation.schedule import EvaluationLog, Pass
 from meshway.framework.optimizers import optimizers
 from meshway.framework.partitioning.mesh import MeshShape
 from meshway.framework.partitioning.partitioner import Layout
-from meshway.framework.training.loop import Periods
+from meshway.framework.training.loop import EarlyStopping, Periods
 from meshway.framework.training.program import TrainProgram
 from meshway.framework.training.run_directory import RunDirectory
 from meshway.launch import train
@@ -223,3 +223,35 @@ def test_a_hook_that_asks_for_what_is_not_evaluated_is_told_before_anything_is_c
     hooks = [EarlyStopping(("one", "loss"), "min")]
     with pytest.raises(UserError, match="nothing called 'one' is evaluated; it is one of ones; did you mean 'ones'"):
         train.train(program, Evaluated(program), str(tmp_path), Periods(total=9, evaluate=2), hooks=hooks)
+
+
+def test_own_loggers_get_every_report_and_values_besides_numbers(tmp_path, program):
+    """They are called as TensorBoard is, and closed at the end."""
+
+    def shown(targets, predictions):
+        return {"count": len(predictions), "note": SimpleNamespace(textdata="as it is")}
+
+    class Own:
+        def __init__(self):
+            self.scalars, self.values, self.closed = {}, {}, 0
+
+        def write(self, step, scalars):
+            self.scalars[step] = dict(scalars)
+
+        def write_values(self, step, values):
+            self.values[step] = dict(values)
+
+        def close(self):
+            self.closed += 1
+
+    data, own = Evaluated(program), Own()
+    data.eval_tasks = lambda split=None: [bigram_table.task([([1], [2, 1])], name="ids", predict_metric_fns=[shown])]
+    plain = SimpleNamespace(write=lambda step, scalars: None, close=lambda: None)
+    train.train(program, data, str(tmp_path), Periods(total=3, report=1, evaluate=2), loggers=[own, plain])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [{"step": step, **scalars} for step, scalars in own.scalars.items()] == lines and own.closed == 1
+    note = {"validation/ids/note": {"kind": "text", "text": "as it is"}}
+    assert own.values == dict.fromkeys((0, 2, 3), note)
+    assert "as it is" in (tmp_path / "report.html").read_text()
+    events = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").glob("*tfevents*"))
+    assert events.count(b"validation/ids/note") == 3

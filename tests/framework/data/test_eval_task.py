@@ -96,7 +96,7 @@ def test_each_kind_of_metric_function_gets_what_it_asks_for():
     examples = [{"inputs": np.array([7]), "targets": np.array([i, 1])} for i in (5, 6, 8)]
     task = make(examples, [of_predictions], [of_scores], [of_aux])
     found = task.metrics([[5], [9]], {"scores": [-1.0, -2.0]}, {2: -0.5, 0: -0.25})
-    assert found == ({"predicted": 1.0, "with_aux/inner": 2.0, "scored": -0.75}, {})
+    assert found == ({"predicted": 1.0, "with_aux/inner": 2.0, "scored": -0.75}, {}, {})
     assert seen["predictions"] == ([[5], [6]], [[5], [9]]) and seen["aux"] == ([[5], [6]], [[5], [9]], [-1.0, -2.0])
     assert seen["scores"] == ([[5], [8]], [-0.25, -0.5])
     assert task.metrics([[5]]).values == {"predicted": 1.0} and task.metrics(scores={0: -1.0}).values == {"scored": -1}
@@ -113,7 +113,7 @@ def test_a_metric_function_that_fails_is_named_and_the_others_are_run():
         return 3
 
     task = make(EXAMPLES, [bad, good, not_a_mapping, functools.partial(good)])
-    values, failures = task.metrics([[5]])
+    values, failures, _ = task.metrics([[5]])
     assert values == {"good": 1.0}
     assert failures["bad"] == "ZeroDivisionError: division by zero" and "AttributeError" in failures["not_a_mapping"]
     assert failures["good"] == "ValueError: another metric function returns 'good' too"
@@ -140,15 +140,6 @@ def test_ids_that_the_vocabulary_has_not_are_refused(wrong):
         with pytest.raises(UserError, match=f"task 'ids', example 1: feature 'targets' holds the token id {wrong}"):
             list(read())
     assert len(task.read([0, 1])) == 2  # `infer` looks at each record by itself
-
-
-@pytest.mark.parametrize(("functions", "classes"), [(0, 1), (2, 1), (1, 3)])
-def test_metric_classes_are_left_out_and_the_task_is_not(functions, classes):
-    task = make(EXAMPLES, [lambda targets, predictions: {}] * functions)
-    seqio_task = task._task
-    seqio_task.metric_objs = [object()] * (functions + classes)
-    seqio_task.metric_fns = seqio_task.predict_metric_fns
-    assert task.left_out == [f"{classes} of its metric_objs, as only metric functions are run"]
 
 
 TOO_LONG = [{"inputs": np.arange(2, 2 + n), "targets": np.array([5, 1])} for n in (2, 9, 4, 5)]

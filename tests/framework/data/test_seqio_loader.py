@@ -1,5 +1,10 @@
+import contextlib
+import functools
+import importlib.util
+import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +15,9 @@ from meshway.framework.data.features import EncoderDecoder, LanguageModel, Prefi
 from meshway.framework.data.grain_loader import CachedData
 from meshway.framework.data.rows.online_source import BUFFER, StreamedSource
 from meshway.framework.data.seqio_loader import SeqioData
+from meshway.framework.data.task_metrics import plain_values
 from meshway.framework.errors import UserError
+from meshway.framework.telemetry.writers import TensorBoardWriter
 
 LENGTHS = {"inputs": 16, "targets": 12}
 
@@ -179,8 +186,167 @@ def test_metric_functions_get_what_seqio_s_evaluator_gives_them(seqio):
     predictions = [mine.postprocess(index, row) for index, row in enumerate(tokens)]
     found = mine.metrics(predictions, {"scores": scores}, dict(enumerate(scores)))
     assert sorted(seen, key=repr) == theirs and len(theirs) == 3 == len(task.metric_fns)
-    assert found == (dict(metrics.result()["tiny_kinds"]), {})
+    assert found == (dict(metrics.result()["tiny_kinds"]), {}, {})
     assert mine.has_metrics and mine.has_score_metrics and mine.left_out == []
+
+
+def test_metric_objects_find_what_seqio_s_evaluator_finds(seqio):
+    """Of each kind of model output; a CollectingMetric, one that a function was made of, and one with a state."""
+    import clu.metrics
+    import flax
+
+    kinds, metrics = seqio.metrics.ModelOutputType, seqio.metrics
+
+    @flax.struct.dataclass
+    class Longest(metrics.Metric):
+        model_output_type: kinds = kinds.PREDICTION
+        longest: int = 0
+
+        @classmethod
+        def from_model_output(cls, inputs, model_output, features, target_field_name="targets", mask=None):
+            assert target_field_name in features and len(list(inputs)) == len(model_output)
+            return cls(longest=max(int((row > 0).sum()) for row in model_output))
+
+        def merge(self, other):
+            return self.replace(longest=max(self.longest, other.longest))
+
+        def compute(self):
+            return {"longest": self.longest}
+
+    @flax.struct.dataclass
+    class Last(metrics.CollectingMetric):
+        model_output_type: kinds = kinds.SCORE_WITH_INTERMEDIATES
+
+        def actual_compute(self, task_dataset_as_numpy, features, target_field_name="targets", cached_targets=None):
+            scores, beside = self.values["model_output"]
+            # seqio hands these to the next metric in place of its own targets.
+            texts = [example["targets_pretokenized"].decode() for example in task_dataset_as_numpy]
+            return {"last": scores[-1] + beside["decoder"]["token_scores"][0].sum()}, {"targets": texts}
+
+    def agreement(targets, predictions, aux_values):
+        return {"agreement": np.mean([a == b for a, b in zip(targets, predictions)]) + aux_values["scores"].sum()}
+
+    def total(targets, scores):
+        return {"total": metrics.Scalar(float(sum(scores)))}
+
+    upper = functools.partial(lambda text, example, is_target: text.upper())
+    objects = [
+        Longest, Last, metrics.PassthroughLegacyMetric.from_metric_fn(agreement),
+        metrics.LegacyMetric.empty(total, upper),
+    ]  # fmt: skip
+    kept = seqio.TaskRegistry.get("tiny_c")
+    functions = list(kept.metric_fns)
+    seqio.TaskRegistry.remove("tiny_objects")
+    add = functools.partial(seqio.TaskRegistry.add, source=kept.source, output_features=kept.output_features)
+    add("tiny_objects", preprocessors=kept.preprocessors, metric_fns=functions, metric_objs=objects)
+    tokens = [np.array([*map(lambda b: b + 3, b"on %d" % i), 1, 0]) for i in range(7)]
+    scores, beside = [-0.5 * i for i in range(7)], {"decoder": {"token_scores": [[0.25, -float(i)] for i in range(7)]}}
+    fns = {
+        kinds.PREDICTION: lambda dataset: list(enumerate(tokens)),
+        kinds.SCORE: lambda dataset: list(enumerate(scores)),
+        kinds.PREDICTION_WITH_AUX: lambda dataset: (list(enumerate(tokens)), {"scores": scores}),
+        kinds.SCORE_WITH_INTERMEDIATES: lambda dataset: (
+            list(enumerate(scores)),
+            {"decoder": {"token_scores": (beside["decoder"]["token_scores"],)}},
+        ),
+    }
+    evaluator = seqio.Evaluator("tiny_objects", seqio.EncDecFeatureConverter(pack=False), async_compute_metrics=False)
+    theirs = evaluator.evaluate(compute_metrics=True, model_fns=fns)[0].result()["tiny_objects"]
+    (mine,) = data("tiny_objects").eval_tasks()
+    assert mine.has_metrics and mine.has_score_metrics and mine.needs_intermediates and mine.left_out == []
+    predictions = [mine.postprocess(index, row) for index, row in enumerate(tokens)]
+    beside = {"decoder": {"token_scores": (np.array(beside["decoder"]["token_scores"]),)}}
+    found = mine.metrics(predictions, {"scores": scores}, dict(enumerate(scores)), np.stack(tokens), beside)
+    assert found.failures == {} and {"longest", "last", "agreement", "total", "accuracy"} <= found.values.keys()
+    names = ("longest", "last", "agreement", "total", "accuracy")
+    assert {name: found.values[name] for name in names} == pytest.approx(
+        {name: float(getattr(theirs[name], "value", theirs[name])) for name in names}
+    )
+    seqio.TaskRegistry.remove("tiny_objects")
+    add("tiny_objects", preprocessors=kept.preprocessors, metric_objs=[clu.metrics.Average])
+    (task,) = data("tiny_objects").eval_tasks()
+    with pytest.raises(UserError, match="its metric object Average has no model_output_type of seqio.metrics.Model"):
+        task.has_metrics  # noqa: B018
+
+
+def summaries(folder):
+    """Returns tag -> (plugin, its content, tensor) of all events in a folder."""
+    import tensorflow as tf
+    from tensorboardX.proto import event_pb2
+
+    found = {}
+    for path in folder.rglob("*tfevents*"):
+        for record in tf.data.TFRecordDataset(str(path)):
+            for value in event_pb2.Event.FromString(record.numpy()).summary.value:
+                tensor = tf.make_tensor_proto(0)
+                tensor.ParseFromString(value.tensor.SerializeToString())
+                found[value.tag] = value.metadata.plugin_data.plugin_name, tf.make_ndarray(tensor)
+    return found
+
+
+def test_values_besides_numbers_are_what_tensorflow_writes(seqio, tmp_path):
+    """Text, Image, Audio, Histogram and Generic; where tensorboard is installed, as seqio's own logger writes them."""
+    import tensorflow as tf
+
+    metrics, random = seqio.metrics, np.random.default_rng(0)
+    metadata = tf.compat.v1.SummaryMetadata()
+    metadata.plugin_data.plugin_name = "scalars"
+    images, sounds = random.integers(0, 256, (4, 5, 7, 3), np.uint8), random.uniform(-1, 1, (2, 50, 2))
+    values = {
+        "text": metrics.Text("# a heading, é"),
+        "bytes": metrics.Text(b"plain"),
+        "image": metrics.Image(images, max_outputs=2),
+        "floats": metrics.Image(random.random((1, 3, 2, 1), np.float32)),
+        "audio": metrics.Audio(sounds.astype(np.float32), sample_rate=8000),
+        "histogram": metrics.Histogram(np.array([0.0, 1.0, 1.5, 10.0]), bins=10),
+        "generic": metrics.Generic(np.float32(1.5), metadata),
+    }
+    scalars, shown = plain_values(values)
+    assert scalars == {} and list(shown) == list(values) and json.loads(json.dumps(shown)) == shown
+    with contextlib.closing(TensorBoardWriter(tmp_path / "ours")) as writer:
+        writer.write_values(3, {f"eval/{name}": value for name, value in shown.items()})
+    ours = summaries(tmp_path / "ours")
+    assert {name.removeprefix("eval/"): plugin for name, (plugin, _) in ours.items()} == {
+        "text": "text", "bytes": "text", "image": "images", "floats": "images", "audio": "audio",
+        "histogram": "histograms", "generic": "scalars",
+    }  # fmt: skip
+    assert ours["eval/text"][1].item().decode() == "# a heading, é" and ours["eval/bytes"][1].item() == b"plain"
+    width, height, *pngs = ours["eval/image"][1]
+    assert (width, height) == (b"7", b"5")
+    np.testing.assert_array_equal([tf.image.decode_png(each) for each in pngs], images[:2])
+    wav, rate = tf.audio.decode_wav(ours["eval/audio"][1][1, 0])
+    np.testing.assert_allclose(wav, sounds[1], atol=1 / 32768)
+    assert int(rate) == 8000 and ours["eval/generic"][1] == np.float32(1.5)
+    rows = ours["eval/histogram"][1]
+    assert rows[:, 2].tolist() == [1, 2, 0, 0, 0, 0, 0, 0, 0, 1] and rows[1, :2].tolist() == [1.0, 2.0]
+    if not importlib.util.find_spec("tensorboard"):
+        return
+    seqio.TensorBoardLogger(str(tmp_path / "theirs"))("ids", 3, values, None, None, None)
+    theirs = summaries(tmp_path / "theirs")
+    assert ours.keys() == theirs.keys()
+    for name, (plugin, array) in theirs.items():
+        assert (ours[name][0], ours[name][1].shape) == (plugin, array.shape)
+        if plugin == "images":  # compressed otherwise
+            pairs = zip(ours[name][1][2:], array[2:], strict=True)
+            assert all(np.array_equal(tf.image.decode_png(one), tf.image.decode_png(other)) for one, other in pairs)
+        elif plugin == "histograms":
+            np.testing.assert_allclose(ours[name][1], array, rtol=1e-6)
+        else:
+            assert ours[name][1].tolist() == array.tolist(), name
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ({"image": np.zeros((2, 2, 3))}, r"an Image has shape \(2, 2, 3\), not"),
+        ({"audiodata": np.zeros(5)}, r"an Audio has shape \(5,\), not"),
+        ({"textdata": 3}, "a seqio Text is int, not str"),
+        ({"tensor": np.array(["a"]), "metadata": None}, "tensor of a Generic is <U1, not numbers"),
+    ],
+)
+def test_values_that_are_not_what_they_say_are_told(value, said):
+    with pytest.raises(ValueError, match=f"f1: .*{said}"):
+        plain_values({"f1": SimpleNamespace(**value)})
 
 
 def test_predictions_go_through_the_task_s_own_functions(seqio):

@@ -1,4 +1,5 @@
 import itertools
+import json
 import types
 
 import bigram_table
@@ -9,6 +10,8 @@ import pytest
 from meshway.framework.data.features import LanguageModel, PrefixLanguageModel
 from meshway.framework.errors import UserError
 from meshway.framework.evaluation.evaluation import Evaluation, Evaluator, TaskResult
+from meshway.framework.evaluation.records import Records
+from meshway.framework.evaluation.schedule import evaluated
 from meshway.framework.inference.sampling import Sampling
 
 EXAMPLES = [([2 + i, 3], [*range(4, 5 + i % 3), 1]) for i in range(6)]
@@ -22,7 +25,7 @@ def params():
 
 def evaluate(params, *tasks, data=1, **settings):
     settings = Evaluation(**{"max_predictions": None} | settings)
-    return Evaluator(bigram_table.sharded(data), tasks, settings).evaluate(params)
+    return evaluated(Evaluator(bigram_table.sharded(data), tasks, settings), params)
 
 
 def log_prob(params, inputs, targets):
@@ -184,7 +187,7 @@ def test_the_loss_of_all_tasks_is_over_their_tokens():
         TaskResult("long", {"metrics": {}}, np.array([60.0, 30.0])),
         TaskResult("short", {"metrics": {}}, np.array([5.0, 1.0])),
     ]
-    scalars, reports = Evaluator.evaluate(types.SimpleNamespace(results=lambda params: results), {})
+    scalars, reports = evaluated(types.SimpleNamespace(results=lambda params: results), {})
     assert scalars == {"validation/loss": 65 / 31} and list(reports) == ["long", "short"]
 
 
@@ -236,3 +239,61 @@ def test_a_model_that_does_not_decode_is_told_so_at_once_where_tasks_have_metric
         Evaluator(bigram_table.sharded(), [task], Evaluation())
     assert evaluate(params, task, max_predictions=0)[1]["ids"]["counts"]["rows"]
     assert evaluate(params, bigram_table.task(EXAMPLES))[1]["ids"]["counts"]["rows"]
+
+
+def test_metrics_get_all_decodes_of_an_example_the_likeliest_last(params):
+    seen, functions = recorders()
+    task = bigram_table.task(EXAMPLES, postprocess=lambda output, example, is_target: output, **functions)
+    decoder = Sampling(temperature=1.0, num_decodes=3)
+    evaluate(params, task, decoder=decoder, all_decodes=True)
+    every, scores = seen["predictions"][1], np.array(seen["aux"])
+    assert all(len(decodes) == 3 for decodes in every) and scores.shape == (len(EXAMPLES), 3)
+    assert (np.diff(scores, axis=1) >= 0).all()
+    for (inputs, _), decodes, row in zip(EXAMPLES, every, scores):
+        ended = [[*tokens, 1][: bigram_table.LENGTHS["targets"]] for tokens in decodes]
+        np.testing.assert_allclose([log_prob(params, inputs, tokens) for tokens in ended], row, rtol=1e-5)
+    evaluate(params, task, decoder=decoder)
+    assert seen["predictions"][1] == [decodes[-1] for decodes in every]
+
+
+def test_a_prediction_goes_on_from_its_target_where_that_is_the_prompt(params):
+    seen, functions = recorders()
+    examples = [([2], [4, 6, 1]), ([3], [1]), ([5], [7, 8, 9, 10, 11, 2, 3, 1])]  # the last is longer than fits
+    evaluate(params, bigram_table.task(examples, **functions), prompt_with_targets=True)
+    first, second, third = seen["predictions"][1]
+    assert first == [4, 6, *greedy(params, [6])][: len(first)] and len(first) >= 2
+    assert second == greedy(params, [3]) and third == [7, 8, 9, 10, 11, 2, 3]
+
+
+def test_metrics_of_scores_get_what_was_computed_beside_them(params):
+    seen = {}
+
+    def of_scores(targets, scores):
+        seen["scores"] = scores
+        return {"scored": len(targets)}
+
+    task = bigram_table.task(EXAMPLES, score_metric_fns=[of_scores])
+    evaluate(params, task)
+    plain = seen["scores"]
+    evaluate(params, task, return_intermediates=True)
+    scores, beside = seen["scores"]
+    np.testing.assert_array_equal(scores, plain)
+    (tokens,), (weights,), (ids,) = (beside["decoder"][n] for n in ("token_scores", "loss_weights", "target_tokens"))
+    np.testing.assert_allclose((tokens * weights).sum(1), scores, rtol=1e-6)
+    assert [row[mask > 0].tolist() for row, mask in zip(ids, weights)] == [targets for _, targets in EXAMPLES]
+
+
+def test_all_predictions_of_a_task_are_kept_on_request(params, tmp_path):
+    _, functions = recorders()
+    task = bigram_table.task(EXAMPLES, **functions)
+    report = evaluate(params, task, num_samples=2)[1]["ids"]
+    kept = evaluate(params, task, num_samples=2, keep_predictions=True)[1]["ids"]
+    assert "kept" not in report and kept["predictions"] == report["predictions"] and len(kept["predictions"]) == 2
+    records = Records(tmp_path)
+    records.add(5, {"ids": kept})
+    lines = [json.loads(line) for line in (tmp_path / "ids.predictions" / "5.jsonl").read_text().splitlines()]
+    assert [line["example"] for line in lines] == list(range(6)) and "kept" not in records.read("ids")[5]
+    assert [eval(line["prediction"]) for line in lines] == [greedy(params, inputs) for inputs, _ in EXAMPLES]
+    assert lines[0]["input"] == report["predictions"][0]["input"] and lines[0]["score"] < 0
+    records.keep_up_to(4)
+    assert not list((tmp_path / "ids.predictions").iterdir())

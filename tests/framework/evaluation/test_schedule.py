@@ -8,8 +8,8 @@ import pytest
 
 from meshway.framework.errors import UserError
 from meshway.framework.evaluation.evaluation import Evaluation
-from meshway.framework.evaluation.schedule import EarlyStopping, EvalDataset, EvaluationLog, Schedule
-from meshway.framework.training.loop import EvaluationHook
+from meshway.framework.evaluation.schedule import EvalDataset, EvaluationLog, Schedule
+from meshway.framework.training.loop import EarlyStopping, EvaluationHook
 from meshway.framework.training.run_directory import RunDirectory
 
 

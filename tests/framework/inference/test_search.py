@@ -280,6 +280,21 @@ def test_drawn_frequencies_match_the_penalized_distribution(names):
     assert_drawn_from(filtered(logits, {}), np.bincount(found, minlength=WIDE))
 
 
+@pytest.mark.parametrize("settings", [{"temperature": 0.5, "top_k": 3}, {"top_p": 0.7}, {"temperature": 0.0}], ids=str)
+def test_rescaled_log_probs_are_those_of_what_is_drawn_from(settings):
+    """As T5X's temperature_sample has them: top-k 1 and temperature 0 say 0. The tokens are the same."""
+    model, batch = Tabular(WIDE, length=1, spread=1.0), {"seed": np.zeros(50, np.int32)}
+    plain = run(Sampling(**settings), model, batch, length=1)
+    found = run(Sampling(**settings, rescale_log_probs=True), model, batch, length=1)
+    np.testing.assert_array_equal(found.tokens, plain.tokens)
+    logits, temperature = model.table[0, 0].astype(np.float64), settings.get("temperature", 1.0)
+    shares = filtered(logits / temperature, settings) if temperature else np.eye(WIDE)[logits.argmax()]
+    for token, log_prob in zip(found.tokens[:, 0, 0], found.log_probs[:, 0, 0], strict=True):
+        assert log_prob == pytest.approx(math.log(shares[token]), rel=1e-4, abs=1e-6)
+    forced = np.full((50, 1), int(logits.argmin()))
+    assert not run(Sampling(**settings, rescale_log_probs=True), model, batch, length=1, forced=forced).scores.any()
+
+
 @pytest.mark.parametrize("decodes", [pytest.param(1, marks=pytest.mark.slow), 1000])
 def test_whole_predictions_are_drawn_as_likely_as_they_are(tables, decodes):
     """Of 100,000 examples, or of 1000 decodes of each of 100: every token is drawn anew, and no draw is of two."""

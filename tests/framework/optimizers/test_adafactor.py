@@ -11,6 +11,7 @@ import pytest
 
 from meshway.framework.errors import UserError
 from meshway.framework.optimizers.adafactor import factored_dims, matrix_dims, scale_by_adafactor
+from meshway.framework.optimizers.optimizer_state import transformation_axes
 from meshway.framework.optimizers.transforms import adafactor
 from meshway.framework.trees import flatten
 
@@ -172,6 +173,46 @@ def test_parameter_scale_needs_parameters() -> None:
     transform = scale_by_adafactor({"w": ("embed",)})
     with pytest.raises(ValueError, match="needs the parameters"):
         transform.update({"w": jnp.ones(4)}, transform.init({"w": jnp.ones(4)}))
+
+
+RULES = {"embed": "row", "heads": "column", "head_dim": "column", "mlp": "column", "relpos_buckets": "none"}
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "dims"),
+    [
+        (("layers", "embed", "heads", "head_dim"), (3, 4, 2, 2), ((1,), (2, 3))),
+        (("layers", "mlp", "embed"), (3, 6, 4), ((1,), (2,))),
+        (("layers", "embed"), (300, 400), None),
+        (("layers", "heads", "relpos_buckets"), (3, 200, 200), None),
+        (("vocab", "embed"), (200, 130), ((0,), (1,))),  # an axis without a rule: by size
+        (("vocab", "embed"), (200, 120), None),
+        ((), (), None),
+    ],
+)
+def test_rules_decide_by_names_and_sizes_for_the_rest(names, shape, dims) -> None:
+    assert factored_dims(names, shape, 128, RULES) == dims
+
+
+def test_factoring_by_rules_is_that_of_a_least_size_of_one() -> None:
+    """So is the state, whose axes are known."""
+    axes = {"kernel": ("layers", "mlp", "embed"), "scale": ("embed",)}
+    params = {"kernel": _normal(0, (2, 6, 4)), "scale": _normal(1, (4,))}
+    grads = [
+        {name: _normal(5 * step + i, leaf.shape) for i, (name, leaf) in enumerate(params.items())} for step in range(3)
+    ]
+    found, state = _run(scale_by_adafactor(axes, logical_factor_rules=RULES), params, grads)
+    expected, _ = _run(scale_by_adafactor(axes, min_dim_size_to_factor=1), params, grads)
+    for a, b in zip(found, expected, strict=True):
+        _assert_close(a, b)
+    assert transformation_axes(state, axes, params).v_col["kernel"] == ("layers", "embed")
+
+
+def test_rules_that_do_not_fit_are_told() -> None:
+    with pytest.raises(UserError, match="'embed' is 'rows', not 'row', 'column' or 'none'"):
+        scale_by_adafactor({"w": ("embed", "mlp")}, logical_factor_rules={"embed": "rows"})
+    with pytest.raises(UserError, match="is no matrix of a row and a column"):
+        factored_dims(("embed", "heads", "mlp"), (4, 4, 4), 1, RULES)
 
 
 def _t5x():

@@ -11,7 +11,7 @@ from meshway.framework.errors import UserError
 from meshway.framework.evaluation.records import Records
 from meshway.framework.report import plots
 from meshway.framework.report.page import write_report
-from meshway.framework.report.run_files import read_run
+from meshway.framework.report.plots import read_run
 from meshway.framework.telemetry.timeline import Timeline, read_goodput
 from meshway.framework.telemetry.writers import json_line
 
@@ -123,6 +123,26 @@ def test_metrics_of_each_task_stand_in_a_table_over_steps(tmp_path: Path) -> Non
     assert "summary, the last 40 of 50 steps" in page.text and page.count("tr") == 1 + 40
     assert "steplosstoken f110,0004.93.3333" in page.text and "48,000-1649,0000.125-" in page.text
     assert "rouge raised KeyError: <label> at step 49,000" in page.text
+
+
+def test_what_metrics_return_besides_numbers_is_shown_of_the_last_step(tmp_path: Path) -> None:
+    """Images and sounds are kept of the last step alone, so that a task's file stays small."""
+    records = Records(tmp_path / "eval")
+    for step in (1, 2):
+        values = {
+            "note": {"kind": "text", "text": f"<b>step {step}</b>"},
+            "map": {"kind": "image", "png": ["aGk="]},
+            "sound": {"kind": "audio", "wav": ["aG8="]},
+            "spread": {"kind": "histogram", "edges": [0.0, 1.0, 2.0], "counts": [3, 1]},
+            "raw": {"kind": "tensor", "dtype": "float32", "shape": [2, 3], "data": "", "metadata": ""},
+        }
+        records.add(step, {"ids": {"metrics": {"loss": 1.0}, "values": values}})
+    page = Page(write_report(tmp_path).read_text())
+    assert "<b>step 2</b>" in page.text and "step 1</b>" not in page.text and "float32 [2, 3]" in page.text
+    sources = [dict(attrs).get("src") for tag, attrs in page.tags if tag in ("img", "audio")]
+    assert sources == ["data:image/png;base64,aGk=", "data:audio/wav;base64,aG8="]
+    assert "4 values from 0 to 2" in page.text and sum(tag == "rect" for tag, _ in page.tags) >= 2
+    assert sorted(records.read("ids")[1]["values"]) == ["note", "spread"] and len(records.read("ids")[2]["values"]) == 5
 
 
 def test_a_report_can_be_made_again_with_the_same_bytes(tmp_path: Path) -> None:
@@ -277,6 +297,10 @@ def test_garbage_in_any_file_never_breaks_the_page(tmp_path: Path, seed: int) ->
     evaluations = [row(["metrics", "predictions"])[:-1].lstrip("{") for _ in range(30)]
     lines = [f'{{"step": {n}{"," if text else ""}{text}}}' for n, text in enumerate(evaluations)]
     lines += [f'{{"step": {40 + n}, "metrics": {{"f1": {json.dumps(thing())}}}}}' for n in range(9)]
+    kinds = ["text", "image", "audio", "histogram", "tensor"]
+    shown = {kind: {"kind": kind} | {key: thing() for key in ("text", "png", "wav", "edges")} for kind in kinds}
+    shown |= {"bars": {"kind": "histogram", "edges": [thing(), thing(), 2.0], "counts": [1.0, thing()]}, "x": thing()}
+    lines += [f'{{"step": 51, "values": {json.dumps(rng.choice([shown, thing()]))}}}']
     lines += [f'{{"step": 50, "predictions": [{json.dumps(thing())}, {{"input": {json.dumps(thing())}}}]}}']
     (tmp_path / "run" / "eval" / "summarize.jsonl").write_text("\n".join(lines), encoding="utf-8")
     (tmp_path / "run" / "eval" / "bytes.jsonl").write_bytes(rng.randbytes(500))

@@ -25,6 +25,7 @@ READ = {
     "LOSS_NORMALIZING_FACTOR",
     "LABEL_SMOOTHING",
     "Z_LOSS",
+    "USE_HARDWARE_RNG",
 }
 
 
@@ -106,6 +107,10 @@ EXPECTED = {
         "CHECKPOINT_PERIOD = 5000",
         "LAYOUT = 'model_1d'",
         "LOSS_NORMALIZING_FACTOR = None",
+        "USE_HARDWARE_RNG = True",
+        "INFER_EVAL = [@infer_eval/schedule.EvalDataset()]",
+        "infer_eval/schedule.EvalDataset.data = @infer_eval/grain_loader.CachedData()",
+        "infer_eval/grain_loader.CachedData.eval_lengths = None",
         "mesh.MeshShape.ici = {'data': -1, 'model': 2}",
         "beam_search.BeamSearch.num_beams = 4",
         "manager.Keep.latest = None",
@@ -117,8 +122,22 @@ EXPECTED = {
         "DROPOUT_RATE = 0.1",
         "TRAIN_STEPS = 1020000",
         "EVAL_PERIOD = 100",
+        "infer_eval/grain_loader.CachedData.batch_size = 64",
+        "mapping.Initial.count_on = True",
         "LEARNING_RATE = 0.001",
+        "infer_eval/grain_loader.CachedData.batch_size = 64",
         "schedules.t5_factors.factors = 'constant'",
+    ),
+    "evaluating": (
+        "infer_eval/grain_loader.CachedData.eval_lengths = None",
+        "TRAIN_EVAL = None",
+        "evaluation.Evaluation.all_decodes = True",
+        "evaluation.Evaluation.keep_predictions = True",
+        "evaluation.Evaluation.return_intermediates = True",
+        "infer_eval/grain_loader.CachedData.mixture_or_task_name = 'mylab_others'",
+        "infer_eval/schedule.EvalDataset.data = @infer_eval/grain_loader.CachedData()",
+        "loop.EarlyStopping.patience = 5",
+        "train.train.hooks = [@loop.EarlyStopping()]",
     ),
     "own_model": ("NUM_LAYERS = 12", "TIED_LOGITS = True", "D_FF = 2048", "sampling.Sampling.top_k = 40"),
 }
