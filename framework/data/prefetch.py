@@ -174,16 +174,8 @@ class TrainingStream:
         return self._stream.state()
 
     def restore(self, state: Mapping[str, int]) -> None:
-        """Goes to a position as a run without interruption would have come to it; or else, where the data or the
-        schedule were other ones, continues from it."""
-        number = int(state.get("batch", 0))
-        if self._sizes.schedule:
-            self._size, self._stream = self._sizes.at(1), self._open(self._sizes.at(1))
-            self._advance(number)
-        if self._stream.state() != dict(state):
-            self._size = self._sizes.at(number + 1)
-            self._stream = self._open(self._size)
-            self._stream.restore(state)
+        """Goes to a position, which counts rows: a stream of any size continues from it."""
+        self._stream.restore(state)
 
     def spec(self) -> Spec:
         """Returns (global shape, dtype) of each feature of the next batch."""
