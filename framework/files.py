@@ -97,6 +97,10 @@ class Holder:
     pid: int
     since: float
 
+    def is_process_of(self, other: "Holder") -> bool:
+        """Returns whether it is the same process, with another lock."""
+        return (self.host, self.pid) == (other.host, other.pid)
+
     def __str__(self) -> str:
         began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
         return f"process {self.pid} on {self.host}, since {began}"

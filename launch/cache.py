@@ -128,8 +128,9 @@ def count_rows(invocation: "Invocation") -> None:
 
     jax.config.update("jax_platforms", "cpu")
     try:
-        read = config.load(dataclasses.replace(invocation, verb="inspect", subject="data", options=None))
-        source = read.build("inspection.data")["source"]
+        kept = tuple(binding for binding in invocation.bindings if not binding.startswith("cache."))
+        look = dataclasses.replace(invocation, verb="inspect", subject="data", bindings=kept, options=None)
+        source = config.load(look).build("inspection.data")["source"]
         counted = source.count_rows() if isinstance(source, CachedData) else {}
     except UserError as error:
         print(f"rows are not counted yet, the first run will: {error}")

@@ -36,7 +36,7 @@ USAGE = """examples:
   meshway infer --model_dir=runs/quickstart --split=validation --mode=score --output=scores.parquet
   meshway infer --model_dir=runs/quickstart --input=questions.jsonl --output=answers.jsonl --num_shards=4 --shard_id=0
   meshway infer --model_dir=runs/llama --input=prompts.txt --output=out --temperature=0.8 --top_p=0.95 --num_decodes=4
-  meshway export --model_dir=runs/quickstart --output=exported --platforms=cpu,tpu,cuda
+  meshway export --model_dir=runs/quickstart --output=programs --platforms=cpu,tpu,cuda
   meshway status runs/quickstart
   meshway inspect --gin_file=quickstart --gin.LAYOUT=fsdp --simulated_devices=8
   meshway inspect data --gin_file=quickstart --rows=5 --html=data.html

@@ -42,6 +42,7 @@ def convert(
     ignore_fields: str = "",
     vocabulary: str | None = None,
     optimizer_state: bool = False,
+    averaged: bool = False,
 ) -> None:
     """Converts a Hugging Face directory or a T5X checkpoint to a run directory, or a run's checkpoint to one of these.
 
@@ -56,6 +57,7 @@ def convert(
       ignore_fields: fields of config.json, 'a,b', that change nothing of what the model computes.
       optimizer_state: the state of T5X's Adafactor too, in (training then goes on from it and from its step) or out.
       vocabulary: a SentencePiece model for T5X's checkpoints, which keep none; T5's 100 sentinels go above it.
+      averaged: whether to write out the averages of parameters that the run kept (EMA_DECAY).
 
     Raises:
       UserError: anything that does not fit; nothing is left behind then.
@@ -68,7 +70,7 @@ def convert(
     if not (is_mesh or origin.exists()):
         raise UserError(f"--from={source}: there is no such directory")
     wanted = _dtype(dtype)
-    run = convert_out.find_run(origin, step)
+    run = convert_out.find_run(origin, step, averaged)
     is_t5x = run is None and (is_mesh or t5x_files.is_run(origin))
     if run is None and not is_t5x and not hugging_face.is_model(origin):
         raise UserError(
@@ -76,13 +78,17 @@ def convert(
             "(checkpoints/) nor a checkpoint, nor T5X's (checkpoint_STEP/) or Mesh-TensorFlow's (model.ckpt-STEP.index)"
         )
     if is_t5x and family is not None:
-        raise UserError("--family is not for T5X's checkpoints, whose arrays tell what the model is")
+        raise UserError(
+            "--family is not for T5X's or Mesh-TensorFlow's checkpoints, whose arrays tell what the model is"
+        )
     if ignore_fields and (is_t5x or run is not None):
         raise UserError(
             "--ignore_fields is about config.json of a Hugging Face directory to take in, and --from is not one"
         )
     if vocabulary is not None and not is_t5x:
-        raise UserError("--vocabulary is for T5X's checkpoints: other directories hold their own")
+        raise UserError("--vocabulary is for T5X's and Mesh-TensorFlow's checkpoints: other directories hold their own")
+    if averaged and run is None:
+        raise UserError("--averaged is about a run that kept averages, and --from is to be taken in")
     to_t5x = run is not None and family == convert_out.T5X
     if optimizer_state and not is_t5x and not to_t5x:
         raise UserError("--optimizer_state is for T5X's checkpoints, in and (with --family=t5x) out")

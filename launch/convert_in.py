@@ -16,6 +16,7 @@ from meshway.framework.conversion.hugging_face import HuggingFaceModel, open_mod
 from meshway.framework.conversion.mesh_tensorflow import MeshTensorFlowFiles, open_checkpoint
 from meshway.framework.conversion.rules import Shape
 from meshway.framework.conversion.settings import Bindings, Reference
+from meshway.framework.conversion.t5x_optimizer import not_taken, schedule_of
 from meshway.framework.conversion.values import Tensors, Values
 from meshway.framework.data.vocabulary import Framing
 from meshway.framework.errors import UserError
@@ -176,16 +177,16 @@ def vocabulary_bindings(run: Path, features: Sequence[str], framing: Framing) ->
         "VOCABULARY": Reference("vocabularies.load"),
         "vocabularies.load.directory": str(run / "vocabularies"),
         "vocabularies.load.name": features[-1],
-        "grain_loader.CachedData.vocabularies": {feature: Macro("VOCABULARY") for feature in features},
-        "grain_loader.CachedData.start": list(framing.start),
-        "grain_loader.CachedData.stop_ids": list(framing.stop),
+        "VOCABULARIES": {feature: Macro("VOCABULARY") for feature in features},
+        "START": list(framing.start),
+        "STOP_IDS": list(framing.stop),
     }
 
 
 def framing_bindings(framing: Framing) -> Bindings:
     """Returns the bindings of what is known to stand around texts where there is no vocabulary."""
-    said = {"start": list(framing.start), "stop_ids": list(framing.stop)}
-    return {f"grain_loader.CachedData.{name}": ids for name, ids in said.items() if ids}
+    said = {"START": list(framing.start), "STOP_IDS": list(framing.stop)}
+    return {name: ids for name, ids in said.items() if ids}
 
 
 def _keep_origin(model: HuggingFaceModel, folder: Path) -> list[str]:
@@ -248,6 +249,7 @@ def from_t5x(
     if optimizer_state:
         includes.append("optimizers/adafactor.gin")
         bindings |= {f"optimizers.adafactor.{name}": value for name, value in network.adafactor(files).items()}
+        bindings |= schedule_of(files)
         bindings |= {"mapping.Initial.optimizer_state": True, "mapping.Initial.count_on": True}
 
     def state(model: Model) -> dict[str, Any]:
@@ -263,6 +265,8 @@ def from_t5x(
         RunDirectory(folder).save_vocabularies(dict.fromkeys(features, text), framing)
     more = "; --optimizer_state takes Adafactor's in" if system == "T5X" else ""
     left_out = {} if optimizer_state else {"left out": f"the optimizer's state{more}"}
+    if optimizer_state and (settings := not_taken(files)):
+        left_out = {"not taken": f"{settings}, which config.gin binds to Adafactor: what comes next differs by them"}
     return {
         "network": network.include,
         "checkpoint": f"step {files.step} of {files.directory}",

@@ -39,11 +39,13 @@ class Run:
       root: the run directory.
       checkpoints: its folder of checkpoints.
       step: which one.
+      averaged: whether averages of parameters are meant, where it has them.
     """
 
     root: Path
     checkpoints: Path
     step: int
+    averaged: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +63,10 @@ class Origin:
     config: Mapping[str, Any]
 
 
-def find_run(path: Path, step: int | None) -> Run | None:
+def find_run(path: Path, step: int | None, averaged: bool = False) -> Run | None:
     """Returns the checkpoint that --from means, None where it means none; raises as `find_checkpoint` does."""
     found = find_checkpoint(path, step, "--from")
-    return None if found is None else Run(found[0].parent, *found)
+    return None if found is None else Run(found[0].parent, *found, averaged)
 
 
 def to_hugging_face(
@@ -84,11 +86,12 @@ def to_hugging_face(
       UserError: the model is of no family, or its recipe computes something that its config.json cannot express.
     """
     max_bytes = size_in_bytes(max_shard_size)
-    saved = Checkpoints(run.checkpoints, read_only=True).recipe(run.step)
+    checkpoints = Checkpoints(run.checkpoints, read_only=True)
+    saved, averages = checkpoints.recipe(run.step), checkpoints.averages(run.step) if run.averaged else ()
     bindings = recipe_bindings.bindings_of(saved["gin"], f"the recipe of {run.root}")
     origin = _origin(run, bindings)
     found = _family(family, origin, run)
-    stored = StoredParams(run.checkpoints / str(run.step) / "state", saved["schema"])
+    stored = StoredParams(run.checkpoints / str(run.step) / "state", saved["schema"], averages=averages)
     base = origin.notes["base"] if origin else found.bases[0]
     pieces = pieces_of(found.rules, base, stored.shapes)
     specs = {piece.theirs: stored.spec(piece, dtype) for piece in pieces}
@@ -261,10 +264,11 @@ def to_t5x(run: Run, folder: Path, dtype: np.dtype | None, optimizer_state: bool
     Raises:
       UserError: the model is none of T5X's networks, or the state not that of T5X's Adafactor.
     """
-    saved = Checkpoints(run.checkpoints, read_only=True).recipe(run.step)
+    checkpoints = Checkpoints(run.checkpoints, read_only=True)
+    saved, averages = checkpoints.recipe(run.step), checkpoints.averages(run.step) if run.averaged else ()
     gin, schema, state = saved["gin"], saved["schema"], run.checkpoints / str(run.step) / "state"
     bindings = recipe_bindings.bindings_of(gin, f"the recipe of {run.root}")
-    stored = StoredParams(state, schema)
+    stored = StoredParams(state, schema, averages=averages)
     network = network_for(stored.shapes, _layouts(run, bindings), bindings.get("ACTIVATIONS"))
     there, none = f"T5X's network of {network.include}", "no network of T5X's examples that T5X"
     model = _compare(gin, network.include, network.bindings, folder, there, none)

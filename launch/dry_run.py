@@ -199,7 +199,7 @@ def check_training(recipe: "Recipe", chips: Chips | None) -> list[str]:
     if not local_path(given["model_dir"]).is_dir():
         given["model_dir"] = None  # where the hosts mount it
     initial = given.get("initial")
-    if initial is not None and not local_path(initial.path).exists():
+    if initial is not None and initial.path and not initial.is_here:
         left.append(f"{initial.path}, where parameters start from, is not here: left to the hosts to check")
         given["initial"] = None
     try:

@@ -59,6 +59,7 @@ def evaluate(
     max_predictions: int | None = None,
     again: bool = False,
     finished: bool = False,
+    averaged: bool = False,
     loggers: Sequence[Writer] = (),
     fingerprint: str = "",
 ) -> int:
@@ -78,6 +79,7 @@ def evaluate(
       max_predictions: of each task; None predicts and scores all examples.
       again: whether to evaluate what has been evaluated.
       finished: whether to refuse a run whose checkpoint of step `train_steps` is not there.
+      averaged: whether to evaluate the averages of parameters that the run kept (EMA_DECAY).
       loggers: what takes the scalars of each step, beside TensorBoard.
       fingerprint: of what is evaluated: a step that has records of the same one is passed over.
 
@@ -124,8 +126,8 @@ def evaluate(
         )
         skip_removed = (watch or not listed) and not finished  # which one before the last does not tell
         abstract = sharded.abstract_params
-        given = (directory, evaluator, abstract, queue, records, fingerprint, split, display, skip_removed, loggers)
-        job = EvaluationJob(*given)
+        given = (directory, evaluator, abstract, queue, records, fingerprint, split, display, skip_removed)
+        job = EvaluationJob(*given, averaged, loggers)
         count = job.run()
         _say_goodbye(directory, queue, count, display)
     return count

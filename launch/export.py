@@ -1,6 +1,6 @@
 """meshway export: predict and score of a checkpoint as StableHLO programs, which run without meshway.
 
-    meshway export --model_dir=runs/quickstart --output=exported --platforms=cpu,tpu,cuda
+    meshway export --model_dir=runs/quickstart --output=programs --platforms=cpu,tpu,cuda
 
 A program (`jax.export`) is called as `program(parameters, batch, ...)`, where parameters are named arrays, and a batch
 has the features that the model reads, as `manifest.json` says; docs/inference.md shows all of it in a few lines.

@@ -26,7 +26,7 @@ from meshway.framework.files import local_path
 from meshway.framework.inference.beam_search import BeamSearch
 from meshway.framework.inference.bulk.batches import OwnFormat, Predict, Score, Work, compute
 from meshway.framework.inference.bulk.inputs import Preprocess, Reader, Share
-from meshway.framework.inference.bulk.job import Job, JobProgress, Policy, lines_of, of_shares, summary
+from meshway.framework.inference.bulk.job import Job, JobProgress, Policy, lines_of, of_shares, of_truncated, summary
 from meshway.framework.inference.bulk.sources import PromptSource, Source, TaskSource, open_source
 from meshway.framework.inference.bulk.store import ChunkStore
 from meshway.framework.inference.decoding import Decoder, decoding_model
@@ -145,6 +145,7 @@ def infer(
     aux: str = "",
     stop: str | Sequence[str] = (),
     seed: int = 0,
+    averaged: bool = False,
     data: DataSource | None = None,
     settings: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
@@ -164,6 +165,7 @@ def infer(
       aux: names of intermediate values, 'encoder_output,decoder_output'.
       stop: text, or texts, that end a prediction, wherever they occur in it.
       seed: of sampling.
+      averaged: whether to read the averages of parameters that the run kept (EMA_DECAY).
       data: the tasks of `inputs.split`.
       settings: of the recipe, by name: a job continues what one of the same settings left.
 
@@ -181,7 +183,7 @@ def infer(
     source = _source(inputs, mode, data)
     if mode != SCORE:
         decoding_model(opened.model, SCORE_INSTEAD)
-    session = open_session(opened.model, opened.layout, model_dir, step, inputs.append_eos, stop, _note)
+    session = open_session(opened.model, opened.layout, model_dir, step, inputs.append_eos, stop, _note, averaged)
     engine = session.engine(decoder, batch_size, seed)
     reader, work = _reader_and_work(
         inputs, opened.limits(max_input_length, max_new_tokens), session, engine, mode, names
@@ -239,6 +241,9 @@ def _answer(source: Source, reader: Reader, work: Work, batch_size: int) -> dict
     examples, problems = reader.read(list(source.records()))
     if problems:
         raise UserError("\n  ".join(problems))
+    if processes.is_primary():
+        for line in of_truncated(sum(example.truncated for example in examples)):
+            print(line, file=sys.stderr)
     found: dict[int, dict[str, Any]] = {}
     for places, done in compute(work, examples, batch_size):
         found |= dict(zip(places, done.rows, strict=True))

@@ -29,6 +29,7 @@ from meshway.framework.data.rows.examples import InMemory
 from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.data.rows.row_stream import RowStream
 from meshway.framework.data.source import DataSource
+from meshway.framework.data.task_data import say_cut
 from meshway.framework.data.vocabulary import Framing, Vocabulary, source_framing, vocabulary_sizes
 from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.evaluation.evaluation import Evaluation, Evaluator
@@ -88,6 +89,8 @@ class InteractiveModel:
         Raises:
           UserError: anything the user can mend.
         """
+        if jax.process_count() > 1:
+            raise UserError("InteractiveModel is for one process; several train by meshway train")
         directory = None if model_dir is None else local_path(model_dir)
         found = None if directory is None else find_checkpoint(directory, step, "model_dir")
         if directory is not None and found is None:
@@ -174,6 +177,7 @@ class InteractiveModel:
         """
         read = self._read(examples)
         program, objective = self.program, self._objective(read)
+        say_cut(_NAME, InMemory(read), objective, list(program.lengths))
         task = _as_task(metric_fns, postprocess_fn, self._vocabularies)
         arguments = (self._converter, program.lengths, program.batch_size, self._vocabularies, task, self._framing.stop)
         self._evaluated.task = TaskEvaluation(_NAME, InMemory(read), objective, *arguments)
@@ -244,6 +248,7 @@ class InteractiveModel:
     def _source(self, read: list[dict[str, Any]], shuffle: bool) -> RowSource:
         sizes = vocabulary_sizes(self._vocabularies, self.program.lengths)
         objective, seed = self._objective(read), self._seed
+        say_cut(_NAME, InMemory(read), objective, list(self.program.lengths))
         return RowSource(_NAME, InMemory(read), objective, self._converter.pack, shuffle, seed, sizes)
 
     def _objective(self, read: Sequence[Mapping[str, Any]]) -> Any:

@@ -7,6 +7,7 @@ Run the same command again to go on where it stopped.
 
 import contextlib
 import functools
+import re
 import signal
 import sys
 import time
@@ -80,8 +81,9 @@ def train(
       hooks: called after each step; those that have `after_evaluation` see what evaluations find, and may stop the run.
       loggers: what takes each report, beside TensorBoard and `metrics.jsonl`.
       max_skipped_in_a_row: steps in a row whose updates were left out, after which the run stops.
-      batch_size_schedule: (last step, examples of a batch up to it), in order, before the program's batch size.
-      skip_batches: (first, last) numbers of batches that no step takes; batches are counted from 1, as steps are.
+      batch_size_schedule: (last step, examples of a batch up to it), in order, before the program's batch size. Here
+        and below 1 is the run's own first step.
+      skip_batches: (first, last) numbers of batches that no step takes, as of the steps that would take them.
       resolved: the resolved recipe, written to the run directory and into checkpoints.
       began: when this attempt at the run began, in seconds since 1970; None means now.
 
@@ -128,19 +130,17 @@ def train(
                 _say(primary, f"resuming from {directory.checkpoints / str(start)}")
             stream = stack.enter_context(contextlib.closing(prefetch(dataset)))  # reads while the step compiles
             with timeline.phase("compile"), terminal.stage("compiling the training step"):
-                step = SizedSteps(
-                    program, batch_size_schedule, start, periods.last + sum(b - a + 1 for a, b in skip_batches)
-                )
+                first = checkpoints.first_step
+                step = SizedSteps(program, batch_size_schedule, start - first, periods.last - first, skip_batches)
             timeline.mark("compiled", devices=program.partitioner.mesh.size)
-            begin = functools.partial(_fresh, program, initial, start, framing, functools.partial(_say, primary))
-            state = restored[1] if restored else begin()
+            state = restored[1] if restored else _fresh(program, initial, start, framing, primary)
             if primary:
-                directory.describe(resolved, rows, summarize(program, rows))
+                directory.describe(_with_end(resolved, periods.last), rows, summarize(program, rows))
             progress = stack.enter_context(contextlib.closing(_progress(periods, start, primary)))
             writers = _writers(directory, start, resolved, loggers) if primary else Writers([])
-            says = (progress.note, program.evaluated, checkpoints.first_step, writers.write_values)
+            says = (progress.note, program.evaluated, first, writers.write_values)
             evaluate = EvaluationLog(passes, periods.last, directory, start, primary, *says)
-            reporter = _reporter(writers, progress, timeline, program, step)
+            reporter = _reporter(writers, progress, timeline, program, step, first)
             stack.enter_context(at_the_end(reporter.close))
             loop = Loop(
                 step=step,
@@ -178,6 +178,14 @@ def _counted(
     return periods.counted_from(checkpoints.first_step), initial
 
 
+def _with_end(resolved: str, last: int) -> str:
+    """Returns a resolved recipe for `config.gin`: where steps are relative, TRAIN_STEPS, which training does not read
+    then, is the step at which it ends, for whoever looks for that there."""
+    if not re.search(r"^TRAIN_STEPS_RELATIVE = \d", resolved, re.MULTILINE):
+        return resolved
+    return re.sub(r"^TRAIN_STEPS = .*$", f"TRAIN_STEPS = {last}", resolved, flags=re.MULTILINE)
+
+
 def _agree(resolved: str, start: int) -> None:
     """Raises UserError unless all processes would train the same, from the same step."""
     devices = f"{jax.local_device_count()} {jax.default_backend()}"
@@ -213,8 +221,9 @@ def _restore_last(
 
 
 def _fresh(
-    program: TrainProgram, initial: Initial | None, first: int, framing: Framing | None, say: Callable[[str], None]
+    program: TrainProgram, initial: Initial | None, first: int, framing: Framing | None, primary: bool
 ) -> TrainState:
+    say = functools.partial(_say, primary)
     _say_start(initial, framing, say)
     if note := continuation.restart_note(initial, first):
         say(note)
@@ -250,7 +259,12 @@ def _writers(directory: RunDirectory, start: int, resolved: str, loggers: Sequen
 
 
 def _reporter(
-    writers: Writers, progress: Progress, timeline: Timeline, program: TrainProgram, step: SizedSteps
+    writers: Writers,
+    progress: Progress,
+    timeline: Timeline,
+    program: TrainProgram,
+    step: SizedSteps,
+    first: int,
 ) -> Reporter:
     devices = program.partitioner.mesh.devices.flatten().tolist()
     # The usual convention holds accelerators against their bfloat16 peak, whatever a recipe computes in.
@@ -259,7 +273,8 @@ def _reporter(
     progress.note(f"matmul peak {peak / 1e9:,.0f} GFLOP/s ({source})")
     if step_memory := step.planned():
         progress.note(step_memory)
-    return Reporter(writers, progress, timeline, step.flops, peak, jax.local_devices())
+    devices = jax.local_devices()
+    return Reporter(writers, progress, timeline, lambda number: step.flops(number - first), peak, devices)
 
 
 def _say(primary: bool, line: str) -> None:

@@ -53,9 +53,7 @@ class EvalFlags:
     )
     task: str | None = binds("MIXTURE_OR_TASK_NAME", "the registered task or mixture, if not the recipe's", "NAME")
     module: str | None = binds("MIXTURE_OR_TASK_MODULE", "the Python module that registers it (mylab.tasks)", "MODULE")
-    split: str | None = binds(
-        "evaluate.evaluate.split", "which split (default: the recipe's validation split)", "SPLIT"
-    )
+    split: str | None = binds("evaluate.evaluate.split", "which split (default: the recipe's for validation)", "SPLIT")
     max_predictions: int | None = binds(
         "evaluate.evaluate.max_predictions",
         "examples of each task to predict and to score for its metric functions (default: all)",
@@ -64,6 +62,7 @@ class EvalFlags:
     )
     finished: bool = binds("evaluate.evaluate.finished", "refuse (exit 2) a run that has not saved its last step")
     again: bool = binds("evaluate.evaluate.again", "evaluate what has been evaluated, too")
+    averaged: bool = binds("evaluate.evaluate.averaged", "evaluate the averages of parameters that the run kept")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +108,7 @@ class InferFlags(SamplingFlags):
         "infer.infer.aux", "predict_with_aux: intermediate values by name, as decoder_output", "NAMES"
     )
     step: int | None = binds("infer.infer.step", "which checkpoint (default: the latest)", "N", least=0)
+    averaged: bool = binds("infer.infer.averaged", "read the averages of parameters that the run kept (EMA_DECAY)")
     batch_size: int | None = binds("infer.infer.batch_size", "examples in a batch (default: 32)", "N")
     max_input_length: int | None = binds("infer.infer.max_input_length", "tokens of the longest prompt", "N")
     max_new_tokens: int | None = binds("infer.infer.max_new_tokens", "most tokens of a prediction", "N")
@@ -215,7 +215,7 @@ class CacheFlags:
 class ConvertFlags:
     source: str = binds(
         "convert.convert.source",
-        "a Hugging Face directory, T5X checkpoints, or a run to write out",
+        "a Hugging Face directory, a checkpoint of T5X or Mesh-TensorFlow, or a run to write out",
         "DIR",
         name="--from",
         required=True,
@@ -223,20 +223,17 @@ class ConvertFlags:
     to: str | None = binds(
         "convert.convert.target", "the directory to make: a run directory, or a Hugging Face one", "DIR"
     )
-    family: str | None = binds(
-        "convert.convert.family", "what the model is (default: as in config.json); t5x writes a run for T5X", "FAMILY"
-    )
+    family: str | None = binds("convert.convert.family", "what the model is, or t5x (default: config.json's)", "FAMILY")
     dtype: Literal["float32", "bfloat16", "float16", "keep"] | None = binds(
         "convert.convert.dtype", "float32, bfloat16, float16 or keep (default: keep)", "DTYPE"
     )
     step: int | None = binds("convert.convert.step", "which checkpoint of a run (default: the latest)", "N", least=0)
+    averaged: bool = binds("convert.convert.averaged", "write out the averages of parameters that a run kept")
     max_shard_size: str | None = binds("convert.convert.max_shard_size", "of a safetensors file (default: 5GB)", "SIZE")
     vocabulary: str | None = binds(
         "convert.convert.vocabulary", "the SentencePiece model of a T5X checkpoint's task", "FILE"
     )
-    optimizer_state: bool = binds(
-        "convert.convert.optimizer_state", "with a T5X checkpoint, in or out, its Adafactor's state too"
-    )
+    optimizer_state: bool = binds("convert.convert.optimizer_state", "of T5X's Adafactor too, in or out")
     ignore_fields: str | None = binds(
         "convert.convert.ignore_fields", "of config.json, that change nothing (a,b)", "FIELDS"
     )

@@ -39,6 +39,13 @@ def test_from_another_run(tmp_path):
     assert (initial.path, initial.step, initial.resize) == ("runs/pretrained", 20000, None)
 
 
+def test_with_its_step(tmp_path):
+    arguments = built("With its step and its optimizer's state", tmp_path)
+    initial = arguments["initial"]
+    assert (initial.path, initial.count_on, initial.optimizer_state) == ("runs/pretrained", True, True)
+    assert arguments["periods"].counted_from(20000).last == 25000
+
+
 def test_other_names(tmp_path):
     """Parameters of a stack that had another name are found; what is left at init is asked of nobody."""
     arguments = built("With other names, or in part", tmp_path)

@@ -50,6 +50,8 @@ class Initial:
     checkpoint, Adafactor's), with parameters as they are; without it the state is fresh. `count_on` lets steps go on
     from the checkpoint's, and schedules with them, as T5X does; without it they start from 0 (see `continuation`).
 
+    `averaged` takes the averages of parameters that the run kept (EMA_DECAY) instead of them.
+
     Two more let a mixture of experts start from a dense model (sparse upcycling, Komatsuzaki et al. 2022, section 2):
 
     - `by_depth`: a stack whose pattern of blocks is n times as long as the checkpoint's takes layers by depth: block j
@@ -66,6 +68,7 @@ class Initial:
     resize: str | None = None
     optimizer_state: bool = False
     count_on: bool = False
+    averaged: bool = False
 
     def __post_init__(self) -> None:
         if self.path is not None:
@@ -88,6 +91,13 @@ class Initial:
     @property
     def _directory(self) -> Path:
         return local_path(self.path or "")
+
+    @property
+    def is_here(self) -> bool:
+        """Whether there is anything at `path`, which may be the prefix of some files' names."""
+        from meshway.framework.conversion import mesh_tensorflow
+
+        return self._directory.exists() or mesh_tensorflow.is_checkpoint(self._directory)
 
     def start(self) -> tuple[int, ...] | None:
         """Returns the ids that the decoder of that model starts from; None if its directory does not tell."""
@@ -172,7 +182,10 @@ class Initial:
             return self._t5x(directory, "checkpoint of Mesh-TensorFlow")
         found = find_checkpoint(directory, self.step, "Initial.path")
         if found is not None:
-            return Checkpoints(found[0], read_only=True), found[1]
+            checkpoints = Checkpoints(found[0], read_only=True, averaged=self.averaged)
+            if self.averaged:
+                checkpoints.averages(found[1])  # raises now where there are none
+            return checkpoints, found[1]
         if t5x_files.is_run(directory):
             return self._t5x(directory)
         raise UserError(

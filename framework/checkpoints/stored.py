@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,13 @@ _MOST_CACHE_BYTES = 4 * 2**30
 class StoredParams:
     """What a checkpoint's `state` holds under "params", or another part of it, opened and not read."""
 
-    def __init__(self, state: Path, schema: Schema, part: str = "params"):
-        """Raises DamagedCheckpoint: a parameter that the checkpoint's own list names is not there."""
-        self._state, self._part = state, part
+    def __init__(self, state: Path, schema: Schema, part: str = "params", averages: Collection[str] = ()):
+        """Opens each array of a part of the state; of parameters the average where one is among `averages`.
+
+        Raises:
+          DamagedCheckpoint: one that the checkpoint's own list names is not there.
+        """
+        self._state, self._part, self._averages = state, part, averages
         names = [name.removeprefix(f"{part}/") for name in schema if name.startswith(f"{part}/")]
         self._arrays = {name: self._open(name, tensorstore.Context()) for name in names}
         # A stack that was saved from few devices lies in chunks of many layers: one is kept while its layers are read.
@@ -70,7 +74,7 @@ class StoredParams:
         return self._read(name, ())
 
     def _open(self, name: str, context: tensorstore.Context) -> tensorstore.TensorStore:
-        key = f"{self._part}/{name}".replace("/", ".")
+        key = f"{'average' if name in self._averages else self._part}/{name}".replace("/", ".")
         base = {"driver": "file", "path": f"{self._state.absolute()}/"}
         spec: dict[str, Any] = {
             "driver": "zarr3",

@@ -163,9 +163,7 @@ def network_of(files: MeshTensorFlowFiles) -> t5x.T5XNetwork:
     network = t5x.network_of(files.renamed(names.to_t5x(files)))
     named = [(rule, names.of_t5x(rule.theirs)) for rule in network.rules]
     rules = tuple(dataclasses.replace(rule, theirs=own) for rule, own in named if own is not None)
-    for pattern, what in _REFUSED:
-        if match := re.search(rf"^[^#\n]*({pattern})", files.config, re.MULTILINE):
-            raise UserError(f"{files.config_file}: {match[1]}: {what}, which meshway's T5 has not")
+    files.check_config(_REFUSED)
     return dataclasses.replace(network, rules=rules)
 
 
@@ -293,11 +291,17 @@ def _step_of(prefix: Path) -> int | None:
 
 
 def _reader(prefix: Path) -> Any:
-    from meshway.framework.data.seqio_adapter import import_tensorflow
+    from meshway.framework.data.seqio_adapter import dropped
 
-    tensorflow = import_tensorflow("Mesh-TensorFlow's checkpoints need TensorFlow")
     try:
-        return tensorflow.train.load_checkpoint(str(prefix))
+        with dropped():
+            import tensorflow as tf
+    except ImportError as error:
+        raise UserError(
+            f"{prefix}: Mesh-TensorFlow's checkpoints need TensorFlow, which cannot be imported: {error}"
+        ) from error
+    try:
+        return tf.train.load_checkpoint(str(prefix))
     except Exception as error:  # TensorFlow's own, of which some are no OpError
         raise UserError(f"{prefix}.index is truncated or damaged: {first_line(error)}") from error
 

@@ -4,10 +4,8 @@ A stack's layers lie in T5X either side by side ("encoder/layers_3/mlp/wo/kernel
 array whose second dimension is the layers ("encoder/layers/mlp/wo/kernel"; until 2023 "encoder/encoder/...").
 """
 
-import ast
 import dataclasses
 import functools
-import inspect
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -16,10 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from meshway.framework.conversion import flaxformer
 from meshway.framework.conversion.rules import Form, Rule, Shape, pieces_of
 from meshway.framework.conversion.settings import Bindings
 from meshway.framework.conversion.t5x_files import T5XArrays, T5XFiles
-from meshway.framework.conversion.t5x_optimizer import Kind, factor_rules, filled, slots_in
+from meshway.framework.conversion.t5x_optimizer import Kind, factor_rules, filled, settings_of, slots_in
 from meshway.framework.conversion.values import Values, complete_values
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Axes, Params
@@ -27,11 +26,8 @@ from meshway.framework.optimizers.adafactor import FactorRules
 from meshway.framework.optimizers.optimizers import Optimizer, OptimizerState, adafactor
 from meshway.framework.trees import flatten
 
-_ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu", "linear": "linear"}
 _LAYER = re.compile(r"(encoder|decoder)/(?:layers_(?P<layer>\d+)|(?P<scanned>layers|encoder|decoder))/(?P<rest>.+)")
 _BIAS = "relpos_bias/rel_embedding"  # of a stack, or of each of its layers (umT5, T5X's scalable examples)
-# Arguments of T5X's Adafactor that ours calls the same; beta1 is one where there is momentum.
-_ADAFACTOR = ("decay_rate", "step_offset", "clipping_threshold", "multiply_by_parameter_scale", "epsilon1", "epsilon2")
 Table = tuple[tuple[str, str, str], ...]  # T5X's name, ours, how dimensions differ
 
 _VECTOR, _MATRIX = "embed -> embed", "rows columns -> rows columns"
@@ -89,10 +85,12 @@ class Layout:
     Attributes:
       scanned: the name under which all layers lie in one array, '' where they lie side by side.
       splits_heads: whether heads and their size are two dimensions of an attention's kernels.
+      fused: arrays of a layer that hold several kernels (Flaxformer's), as 'self_attention/qkv_fused/kernel'.
     """
 
     scanned: str = ""
     splits_heads: bool = False
+    fused: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,25 +127,11 @@ class T5XNetwork:
         Raises:
           UserError: the state is another optimizer's; it has momentum, and nothing tells its beta1.
         """
-        kind = Kind.of(files.moments, files, self.factor_rules)
-        bound = files.bound_to("Adafactor")
-        defaults = inspect.signature(adafactor).parameters
-        found = {
-            name: bound[name]
-            for name in _ADAFACTOR
-            if bound.get(name, defaults[name].default) != defaults[name].default
-        }
-        if kind.momentum:
-            if not isinstance(bound.get("beta1"), float):
-                raise UserError(
-                    f"{files.directory} has Adafactor's momentum, and arrays do not tell its beta1: put T5X's "
-                    f"config.gin, with adafactor.Adafactor.beta1, into {files.config_file.parent}, or take the "
-                    "parameters alone"
-                )
-            found["beta1"] = bound["beta1"]
-        if not kind.factored:
-            return found | {"factored": False}
-        return found | ({"logical_factor_rules": kind.rules} if kind.rules else {})
+        if any(rule.form.has_parts or "/expert/" in rule.theirs for rule in self.rules):
+            raise UserError(
+                f"{files.directory} has Flaxformer's fused kernels or experts, whose optimizer state is not converted"
+            )
+        return settings_of(files, Kind.of(files.moments, files, self.factor_rules))
 
     def optimizer_state(self, files: T5XFiles, shapes: Params, axes: Axes) -> OptimizerState:
         """Returns the state of `optimizers.adafactor` in a checkpoint.
@@ -185,6 +169,9 @@ def network_of(files: T5XFiles) -> T5XNetwork:
     encoder, decoder = stacks["encoder"], stacks["decoder"]
     if decoder is None:
         raise UserError(f"{files.directory} is neither a T5 nor a decoder of T5X: it has no layers in 'decoder'")
+    flaxformer.check(files)
+    layers = {name: stack.num_layers for name, stack in stacks.items() if stack}
+    mixture = flaxformer.mixture(files, layers, decoder.has_biases)
     around = _AROUND_LM if encoder is None else _AROUND_T5
     vocab_size, d_model = _shape_of(around[0][0], shapes)
     by_layer = decoder.has_biases
@@ -194,7 +181,6 @@ def network_of(files: T5XFiles) -> T5XNetwork:
         )
     num_heads, num_buckets = decoder.shape(_BIAS) if by_layer else _shape_of(f"decoder/{_BIAS}", shapes)
     gated, tied = decoder.is_gated, "decoder/logits_dense/kernel" not in shapes
-    activations = _activations(files, gated)
     bindings: Bindings = {
         "VOCAB_SIZE": vocab_size,
         "D_MODEL": d_model,
@@ -202,12 +188,16 @@ def network_of(files: T5XFiles) -> T5XNetwork:
         "NUM_HEADS": num_heads,
         "HEAD_DIM": math.prod(decoder.shape("self_attention/out/kernel")[:-1]) // num_heads,
         "NUM_BUCKETS": num_buckets,
-        "ACTIVATIONS": activations,
+        "ACTIVATIONS": flaxformer.activations(files, gated),
         "TIED_LOGITS": tied,
+        **flaxformer.scaling(files),
     }
-    layers = {name: stack.num_layers for name, stack in stacks.items() if stack}
     layouts = {name: stack.layout for name, stack in stacks.items() if stack}
-    return _network(bindings, layers, layouts, gated, by_layer)
+    network = _network(bindings, layers, layouts, gated, by_layer)
+    if mixture is None:
+        return network
+    bindings, rules = network.bindings | mixture.bindings, network.rules + mixture.rules
+    return dataclasses.replace(network, include=mixture.include, bindings=bindings, rules=rules)
 
 
 def network_for(shapes: Mapping[str, Shape], layouts: Mapping[str, Layout] | None, activations: Any) -> T5XNetwork:
@@ -295,7 +285,7 @@ class _Stack:
     @property
     def is_gated(self) -> bool:
         """Whether the MLP has two inner layers."""
-        return "mlp/wi_1/kernel" in self.first
+        return "mlp/wi_1/kernel" in self.first or self.first.get("mlp/wi_fused/kernel", (1, 1))[-2] > 1
 
     @property
     def splits_heads(self) -> bool:
@@ -305,7 +295,7 @@ class _Stack:
     @property
     def layout(self) -> Layout:
         """How its layers lie."""
-        return Layout(self.scanned, self.splits_heads)
+        return Layout(self.scanned, self.splits_heads, flaxformer.fused_arrays(self.first))
 
     @property
     def has_biases(self) -> bool:
@@ -321,14 +311,14 @@ class _Stack:
 def _stack_rules(stack: str, layout: Layout, gated: bool, by_layer: bool) -> Iterator[Rule]:
     """Yields where the parameters of a stack's layers lie."""
     biases = ((_BIAS, "position_bias/embedding", _TABLE),) if by_layer else ()
-    for theirs, ours, form in (*_LAYER_NAMES[stack], *(_GATED if gated else _PLAIN), *biases):
+    table = (*_LAYER_NAMES[stack], *(_GATED if gated else _PLAIN), *biases)
+    for theirs, ours, form in flaxformer.as_fused(table, layout.fused):
         if layout.splits_heads:
             form = form.replace("(heads head_dim)", "heads head_dim")
         if layout.scanned:
-            left, right = form.split(" -> ")
-            first, *others = re.findall(r"\(.*?\)|\w+", left)
-            form = f"{' '.join((first, 'layers', *others))} -> layers {right}"
-        yield Rule(f"{stack}/{layout.scanned or 'layers_{layer}'}/{theirs}", f"{stack}/{{block}}/{ours}", Form(form))
+            form = flaxformer.scanned(form)
+        name = f"{stack}/{layout.scanned or 'layers_{layer}'}/{theirs}"
+        yield Rule(name, flaxformer.paths(stack, ours), Form(form))
 
 
 def _layers(names: Mapping[str, Shape]) -> Iterator[tuple[re.Match[str], Shape]]:
@@ -360,26 +350,6 @@ def _stack_biases(stacks: Collection[str], by_layer: bool) -> Table:
     if "encoder" not in stacks:
         return ((f"decoder/{_BIAS}", "position_bias/embedding", _TABLE),)
     return tuple((f"{stack}/{_BIAS}", f"{stack}_position_bias/embedding", _TABLE) for stack in stacks)
-
-
-def _activations(files: T5XFiles, gated: bool) -> tuple[str, ...]:
-    """Returns the MLP's activations that a run's config binds, else those of T5 1.1 or 1.0."""
-    found = re.findall(rf"\b({files.ACTIVATIONS})\s*=\s*([(\[][^)\]]*[)\]]|'\w+'|\"\w+\")", files.config)
-    if not found:
-        return ("gelu", "linear") if gated else ("relu",)
-    said = f"{files.config_file}: {found[0][0]} = {' and '.join(dict.fromkeys(value for _, value in found))}"
-    try:
-        values = [ast.literal_eval(value) for _, value in found]
-    except (ValueError, SyntaxError) as error:
-        raise UserError(f"{said} cannot be read") from error
-    names, *others = [[value] if isinstance(value, str) else [str(name) for name in value] for value in values]
-    if any(other != names for other in others):
-        raise UserError(f"{said}: several, and meshway's networks have the same in all their layers")
-    unknown = [name for name in names if name not in _ACTIVATIONS]
-    if unknown or len(names) != 1 + gated:
-        wanted = f"{1 + gated} of {', '.join(_ACTIVATIONS)}"
-        raise UserError(f"{said} is not what the checkpoint can be converted with: {wanted}")
-    return tuple(_ACTIVATIONS[name] for name in names)
 
 
 def _some(names: Iterable[str], limit: int = 4) -> str:

@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from meshway.framework.trees import unflatten
 _STEP_FOLDER = re.compile(r"checkpoint_(\d+)")
 _NATIVE, _ORBAX = "checkpoint", "state"  # the msgpack file of the one, the folder of arrays of the other
 SLOTS = ("m", "v", "v_col", "v_row")  # of each parameter: Adafactor's momentum and second moments
+_NO_ARRAYS = "__save_format_metadata__"  # version numbers that Flaxformer keeps among its parameters
 _INLINE_ARRAY = 1  # flax's msgpack extension type of an array: (shape, dtype name, bytes)
 _DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}  # the file that marks an array -> tensorstore's driver
 
@@ -93,7 +94,7 @@ class T5XFiles(T5XArrays):
     Only descriptions are read at first, of all parameters; those of the optimizer's state where it is asked for.
     """
 
-    ACTIVATIONS = "mlp_activations"  # a pattern of what `config` binds an MLP's activations to
+    ACTIVATIONS = r"(?:mlp_|MlpBlock\.)?activations"  # a pattern of what `config` binds an MLP's activations to
 
     def __init__(self, directory: Path, step: int | None = None):
         """`directory` holds `checkpoint_STEP` folders (`step` None is the latest) or is one of them.
@@ -121,6 +122,13 @@ class T5XFiles(T5XArrays):
     def config(self) -> str:
         """The text of `config_file`, '' where there is none."""
         return self.config_file.read_text("utf-8", errors="replace") if self.config_file.is_file() else ""
+
+    def check_config(self, refused: Sequence[tuple[str, str]]) -> None:
+        """Raises UserError where `config` has a setting of `refused`, (its pattern, what it does), since something else
+        is computed by it from the same arrays."""
+        for pattern, what in refused:
+            if match := re.search(rf"^[^#\n]*({pattern})", self.config, re.MULTILINE):
+                raise UserError(f"{self.config_file}: {match[1]}: {what}, which meshway's T5 has not")
 
     def bound_to(self, name: str) -> dict[str, Any]:
         """Returns the literals that `config` binds to a class or function, in a block or one by one."""
@@ -223,6 +231,8 @@ class _Native:
 def _leaves(tree: Mapping[str, Any], parents: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in tree.items():
+        if key == _NO_ARRAYS:
+            continue
         inner = isinstance(value, dict) and "kvstore" not in value
         found |= _leaves(value, f"{parents}{key}/") if inner else {f"{parents}{key}": value}
     return found
@@ -367,14 +377,14 @@ def _zarr_spec(name: str, array: TensorSpec) -> Spec:
         "dtype": array.dtype.name,
         "kvstore": {"driver": "file", "path": f"{name.replace('/', '.')}/"},
         "metadata": {
-            "chunks": _chunks(array),
+            "chunks": chunks_of(array),
             "compressor": {"id": "gzip", "level": 1},
             "shape": list(array.shape),
         },
     }
 
 
-def _chunks(array: TensorSpec) -> list[int]:
+def chunks_of(array: TensorSpec) -> list[int]:
     """Returns the shape of chunks of at most `_CHUNK_BYTES`, which divide the array: the largest dimension is cut."""
     chunk = list(array.shape)
     while math.prod(chunk) * array.dtype.itemsize > _CHUNK_BYTES:

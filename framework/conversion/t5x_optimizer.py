@@ -7,6 +7,7 @@ column, layers are neither, and what has a bucket of relative positions is not f
 """
 
 import dataclasses
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,13 +17,22 @@ import optax
 
 from meshway.framework.axes import Names
 from meshway.framework.conversion.rules import Form, Group, Piece, Shape
-from meshway.framework.conversion.t5x_files import SLOTS, T5XArrays
+from meshway.framework.conversion.settings import Bindings
+from meshway.framework.conversion.t5x_files import SLOTS, T5XArrays, T5XFiles
 from meshway.framework.conversion.values import Values
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Params
 from meshway.framework.optimizers.adafactor import COLUMN, NONE, ROW, AdafactorState, FactorRules, factored_dims
+from meshway.framework.optimizers.transforms import adafactor
 from meshway.framework.trees import map_paths
 
+# Arguments of T5X's Adafactor that ours calls the same; beta1 is one where there is momentum.
+_ADAFACTOR = ("decay_rate", "step_offset", "clipping_threshold", "multiply_by_parameter_scale", "epsilon1", "epsilon2")
+_FACTORS = ("factors", "decay_factor", "steps_per_decay", "steps_per_cycle", "step_offset")
+_SCHEDULE = {"base_learning_rate": "LEARNING_RATE", "warmup_steps": "WARMUP_STEPS"}
+_SCHEDULE |= {name: f"schedules.t5_factors.{name}" for name in _FACTORS}
+# Those that change updates and that ours has not, or not so: its weight decay leaves vectors out.
+_NOT_TAKEN = ("weight_decay_rate", "weight_decay_rate_lr_exponent", "max_parameter_scale", "skip_nan_updates")
 MIN_DIM_SIZE = 128  # T5X's min_dim_size_to_factor, as it is where no recipe binds it
 UNUSED = (1,)  # the shape of a slot without values, in both
 _ATTENTION = {"embed": ROW, "heads": COLUMN, "kv_heads": COLUMN, "head_dim": COLUMN}
@@ -134,6 +144,43 @@ class Kind:
         matrices = [shape for shape in map(network.shape, network) if len(shape) == 2]
         expected = rules is not None or any(min(shape) >= MIN_DIM_SIZE for shape in matrices)
         return cls(rules, "v_row" in used or not expected, "m" in used)
+
+
+def settings_of(files: T5XFiles, kind: Kind) -> dict[str, Any]:
+    """Returns the arguments of `optimizers.adafactor` for a kind of state, and those that a `config.gin` binds.
+
+    Raises:
+      UserError: there is momentum, and nothing tells its beta1.
+    """
+    bound, defaults = files.bound_to("Adafactor"), inspect.signature(adafactor).parameters
+    found = {
+        name: bound[name] for name in _ADAFACTOR if bound.get(name, defaults[name].default) != defaults[name].default
+    }
+    if kind.momentum:
+        if not isinstance(bound.get("beta1"), float):
+            raise UserError(
+                f"{files.directory} has Adafactor's momentum, and arrays do not tell its beta1: put T5X's config.gin, "
+                f"with adafactor.Adafactor.beta1, into {files.config_file.parent}, or take the parameters alone"
+            )
+        found["beta1"] = bound["beta1"]
+    if not kind.factored:
+        return found | {"factored": False}
+    return found | ({"logical_factor_rules": kind.rules} if kind.rules else {})
+
+
+def schedule_of(files: T5XFiles) -> Bindings:
+    """Returns the bindings of the learning rate and of clipping that the `config.gin` beside a checkpoint tells, for a
+    recipe with `optimizers/adafactor.gin`."""
+    bound = files.bound_to("create_learning_rate_scheduler")
+    found: Bindings = {ours: bound[theirs] for theirs, ours in _SCHEDULE.items() if theirs in bound}
+    norm = files.bound_to("Adafactor").get("global_norm_clip_threshold")
+    return found | ({"optimizers.Optimizer.max_grad_norm": norm} if norm else {})
+
+
+def not_taken(files: T5XFiles) -> str:
+    """Returns what the `config.gin` beside a checkpoint binds to Adafactor and ours has not, '' for nothing."""
+    bound = files.bound_to("Adafactor")
+    return ", ".join(f"{name} = {bound[name]!r}" for name in _NOT_TAKEN if bound.get(name))
 
 
 def slots_in(

@@ -98,8 +98,10 @@ def read_framing(directory: Path, config: Mapping[str, Any], has_encoder: bool, 
       UserError: the files cannot be read, or an id is none of the tokenizer's.
     """
     framing = _framing(directory, config, has_encoder, vocabulary)
+    ids_of_tokens = vocabulary.ids.values() if isinstance(vocabulary, HuggingFace) else range(vocabulary.size)
+    known = frozenset(ids_of_tokens)  # a tokenizer.json may leave some below its highest out
     for field, ids in (("eos_token_id", framing.stop), (_START_FIELDS[has_encoder], framing.start)):
-        if wrong := [token for token in ids if token >= vocabulary.size]:
+        if wrong := [token for token in ids if token not in known]:
             raise UserError(
                 f"{directory / 'config.json'}, or {GENERATION}: {field} {wrong[0]} is not a token of the tokenizer "
                 f"there, whose ids end at {vocabulary.size - 1}: it is another model's, or lacks tokens that were "

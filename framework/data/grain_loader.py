@@ -15,6 +15,7 @@ from meshway.framework.data import eval_task, seqio_adapter, seqio_caches, seqio
 from meshway.framework.data.cache import builder as cache_builder
 from meshway.framework.data.cache.format import CachedSplit, features_from_json, read_json
 from meshway.framework.data.cache.shards import cache_directory
+from meshway.framework.data.cached_task import CachedTask, bare_split, counts
 from meshway.framework.data.objective import Converter, Objective, TaskInfo
 from meshway.framework.data.prefetch import WorkerStream
 from meshway.framework.data.rows.examples import Examples, First, Lazy, Stepped, numpy_steps
@@ -26,7 +27,6 @@ from meshway.framework.data.rows.row_stream import RowStream, Source
 from meshway.framework.data.seqio_converters import adapted
 from meshway.framework.data.source import SplitRead
 from meshway.framework.data.task_data import (
-    CachedTask,
     check_arguments,
     framing_of,
     module_names,
@@ -50,7 +50,7 @@ class CachedData:
       converter: turns a task's examples into the model's arrays.
       module: name(s) of the Python module(s) whose import registers the tasks.
       seed: of order and of all randomness, at least 0; both are fresh each epoch.
-      train_split: what `train` reads.
+      train_split: what `train` reads, such as 'train' or a slice of the cached order, 'train[:90%]'.
       eval_split: what `eval_tasks` read.
       eval_examples: evaluate on the first so many examples of each task (None: all).
       eval_lengths: tokens by task feature when evaluating; None, or None for a feature: room for the longest example of
@@ -116,10 +116,15 @@ class CachedData:
 
         For a task that is not cached yet, `train` and `eval_tasks` provide only specs and counts.
         """
+        source = self._copy()
+        source._is_dry = True
+        return source
+
+    def _copy(self) -> "CachedData":
+        """Returns the same source, which has not looked at any cache yet."""
         source = copy.copy(self)
         for name in ("tasks", "_framing", "_training"):
             vars(source).pop(name, None)
-        source._is_dry = True
         return source
 
     def reads(self, evaluate: bool) -> list[SplitRead]:
@@ -154,6 +159,9 @@ class CachedData:
         if not all(task.is_cached for task in tasks):
             periods([task.name for task in tasks], rates, self._changes)
             return task_data.Unread(spec)
+        for task, (objective, examples, steps) in zip(tasks, opened, strict=True):
+            if not steps and processes.is_primary() and not self._is_dry:
+                task_data.say_cut(task.name, examples, objective, list(self.lengths))
         sources = [self._source(task, *each) for task, each in zip(tasks, opened, strict=True)]
         stream = RowStream(self.name, sources, rates, self._changes, spec, self.batch_size, rows, self._seed)
         return stream if online or self._num_workers == 0 else WorkerStream(stream, self._num_workers)
@@ -163,10 +171,14 @@ class CachedData:
 
         Returns:
           task -> rows of each pass, until they repeat; not of tasks whose rows are known only as they are read.
+
+        Raises:
+          UserError: a task is not cached: nothing is built here.
         """
-        found = {}
-        for task in self._training:
-            source = self._source(task, *self.open_task(task, self.train_split))
+        cached, found = self._copy(), {}
+        cached._build = False
+        for task in cached._training:
+            source = cached._source(task, *cached.open_task(task, cached.train_split))
             if isinstance(source, RowSource):
                 found[task.name] = source.count_rounds()
         return found
@@ -262,11 +274,11 @@ class CachedData:
             provider = seqio_adapter.find_provider(self.name, self.modules)
             tasks = {task.name: task for task in seqio_adapter.subtasks(provider)}
             missing = self._look_at_caches() if self._is_dry else self._ensure_caches()
-            counts = {name: task_data.counts(self._directory / name) for name in tasks}
+            found = {name: counts(self._directory / name) for name in tasks}
             # A rate may need a number of examples, which is known only once the task is cached: any number does here.
             for name in missing:
-                counts[name] = dict.fromkeys(seqio_caches.splits(tasks[name], self._directory / name), 1)
-            rates = seqio_adapter.mixing_rates(provider, counts)
+                found[name] = dict.fromkeys(seqio_caches.splits(tasks[name], self._directory / name), 1)
+            rates = seqio_adapter.mixing_rates(provider, found)
             if processes.is_primary() and not self._is_dry:
                 _write_if_changed(description, {"rates": rates})
         elif (self._directory / self.name / "info.json").is_file():
@@ -327,7 +339,7 @@ class CachedData:
         if not task.is_cached:
             imported = seqio_caches.origin(task.task, task.directory)
             return task_data.open_task(task.task, split, self.converter, lengths, start, bos, imported)
-        cached = CachedSplit(task.directory, split)
+        cached, read = task.read(split)
         steps = numpy_steps(task.info["online"], cached.features)
         if steps is None and task.task is None:
             raise UserError(
@@ -342,7 +354,7 @@ class CachedData:
             empty = frozenset()
         info = TaskInfo(task.name, promised, start, empty, bos)
         objective = self.converter.bind(info, lengths)
-        return objective, Stepped(cached, steps, objective.trims) if steps else cached, steps is None
+        return objective, Stepped(read, steps, objective.trims) if steps else read, steps is None
 
     def _source(self, task: CachedTask, objective: Objective, examples: Examples, online: bool) -> Source:
         sizes = vocabulary_sizes(self._vocabularies, self.lengths)
@@ -370,7 +382,8 @@ class CachedData:
         return run
 
     def _with_split(self, split: str, purpose: str) -> list[CachedTask]:
-        having = with_split({task.name: task.splits for task in self.tasks}, split, purpose, self.name)
+        splits = {task.name: task.splits for task in self.tasks}
+        having = with_split(splits, bare_split(split), purpose, self.name)
         return [task for task in self.tasks if task.name in having]
 
     def _may_be_drawn(self, task: CachedTask) -> bool:

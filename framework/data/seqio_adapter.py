@@ -172,36 +172,18 @@ def import_seqio() -> ModuleType:
       UserError: seqio or TensorFlow cannot be imported.
     """
     stage = contextlib.nullcontext() if "seqio" in sys.modules else terminal.stage("importing seqio and TensorFlow")
-    needed = "seqio tasks need seqio and TensorFlow"
-    with stage:
-        import_tensorflow(needed)
-        try:
-            import seqio
-        except ImportError as error:
-            raise UserError(f"{needed}, which cannot be imported: {error}") from error
-    return seqio
-
-
-def import_tensorflow(needed: str) -> ModuleType:
-    """Imports TensorFlow, quietly and with accelerators left to JAX.
-
-    Args:
-      needed: who needs what, for the message: "seqio tasks need seqio and TensorFlow".
-
-    Raises:
-      UserError: it cannot be imported, or holds accelerators already.
-    """
     try:
-        with dropped():
+        with stage, dropped():
+            import seqio
             import tensorflow as tf
 
             with without_notes():
                 hide_accelerators(tf)
     except ImportError as error:
-        raise UserError(f"{needed}, which cannot be imported: {error}") from error
+        raise UserError(f"seqio tasks need seqio and TensorFlow, which cannot be imported: {error}") from error
     except RuntimeError as error:
         raise UserError(f"TensorFlow already holds this machine's accelerators, which JAX needs: {error}") from error
-    return tf
+    return seqio
 
 
 def find_provider(name: str, modules: Sequence[str]) -> Any:

@@ -147,7 +147,7 @@ def features(task: Any, cache: SeqioCache) -> dict[str, FeatureInfo]:
     """
 
     def open_split(task: Any, split: str) -> Any:
-        return _reader(cache, split)(_files(task, cache, split)[0])
+        return seqio_steps.dense(task, _reader(cache, split)(_files(task, cache, split)[0]))
 
     return seqio_steps.features(task, cache.splits, open_split, f" of the seqio cache {cache.directory}")
 
@@ -188,7 +188,7 @@ def _records(task: Any, reader: Any, path: str) -> Iterator[Example]:
     import tensorflow as tf
 
     try:
-        yield from numpy_examples(in_order(reader(path)))
+        yield from numpy_examples(in_order(seqio_steps.dense(task, reader(path))))
     except tf.errors.OpError as error:
         raise UserError(
             f"{path} of the seqio cache of task {task.name!r} is damaged: {seqio_steps.cause(error)}; write that cache "

@@ -162,12 +162,14 @@ class SeqioConverter:
         self._check_lengths(lengths)
         reads = self._reads(lengths)
 
+        # Of packed examples, whose features have no lengths of their own.
+        row = sum(lengths.values()) if "decoder_causal_attention" in reads else lengths.get("targets", 1)
+
         def example(share: int) -> Example:
             found = {}
             for name, info in reads.items():
-                length = lengths.get(name, max(lengths.values(), default=1))
-                shape: Any = () if not info.shape else (max(1, length // share), *info.shape[1:])
-                found[name] = np.ones(shape, info.dtype)
+                size = max(1, lengths.get(name, row) // share)
+                found[name] = np.ones([size if each is None else each for each in info.shape], info.dtype)
             return found
 
         made = self.convert([example(1)], one_each(1, list(lengths)), lengths, "one example of full length")

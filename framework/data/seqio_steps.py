@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from meshway.framework.data.cache.fingerprint import qualified_name
+from meshway.framework.data.cache.fingerprint import step_name, takes_lengths
 from meshway.framework.data.cache.format import BYTES
 from meshway.framework.data.objective import FeatureInfo, VocabularyInfo
 from meshway.framework.data.rows.examples import TENSORFLOW, TWINS, wrong_id
@@ -58,9 +58,10 @@ def divide_steps(task: Any) -> DividedSteps:
     `tf.py_function` cannot be seen.)
 
     Raises:
-      UserError: a preprocessor fails while the dataset is built.
+      UserError: a preprocessor fails while the dataset is built, or appends an EOS that a vocabulary lacks.
     """
     seqio = import_seqio()
+    check_eos(task)
     with task_errors(task.name, "preprocessors"):
         steps = tuple(task.preprocessors)
     total = len(steps)
@@ -68,7 +69,10 @@ def divide_steps(task: Any) -> DividedSteps:
         if isinstance(step, seqio.CacheDatasetPlaceholder):
             reason = f"{place} of {total - 1} preprocessors, up to the task's CacheDatasetPlaceholder"
             return DividedSteps(steps[:place], steps[place + 1 :], place + 1, reason)
-    dataset = _empty_like(_source(task, _splits(task)[0]).element_spec)
+    import tensorflow as tf
+
+    spec = _source(task, _splits(task)[0]).element_spec
+    dataset = tf.data.Dataset.from_generator(lambda: iter(()), output_signature=spec)
     last_of_dicts = 0
     for place, step in enumerate(steps):
         stops = "reads sequence_length" if takes_lengths(step) else ""
@@ -86,19 +90,25 @@ def divide_steps(task: Any) -> DividedSteps:
     return DividedSteps(steps, (), total, f"all {total} preprocessors")
 
 
-def takes_lengths(step: Callable[..., Any]) -> bool:
-    """Returns whether seqio passes `sequence_length` to a preprocessor, or to the function that it maps."""
-    if dataclasses.is_dataclass(step):
-        fields = {field.name for field in dataclasses.fields(step)}
-        mapped = getattr(step, "map_fn", None)
-        return "sequence_length" in fields and (mapped is None or takes_lengths(mapped))
-    bound = step.keywords if isinstance(step, functools.partial) else {}
-    return "sequence_length" in inspect.signature(step).parameters and "sequence_length" not in bound
-
-
-def step_name(step: Any) -> str:
-    """Returns the bare name of a preprocessor."""
-    return qualified_name(step).rpartition(".")[2]
+def check_eos(task: Any) -> None:
+    """Raises UserError where a task appends EOS to a feature whose vocabulary has none."""
+    preprocessors = import_seqio().preprocessors
+    twins = [getattr(preprocessors, name) for name in TWINS]
+    with task_errors(task.name, "preprocessors"):
+        if not any(getattr(step, "func", step) in twins for step in task.preprocessors):
+            return
+    for name, feature in task.output_features.items():
+        if not (feature.add_eos and feature.required and feature.rank):
+            continue
+        with task_errors(task.name, "vocabulary"):
+            vocabulary = feature.vocabulary
+            eos_id, size = vocabulary.eos_id, vocabulary.vocab_size
+        if eos_id is None or eos_id < 0 or 0 < size <= eos_id:
+            own = "no EOS" if eos_id is None or eos_id < 0 else f"{size:,} ids, and its EOS would be {eos_id}"
+            raise UserError(
+                f"task {task.name!r} appends EOS to feature {name!r}, whose vocabulary {vocabulary} has {own}: give it "
+                "one (HuggingFaceVocabulary takes eos_token, as '</s>'), or declare the feature with add_eos=False"
+            )
 
 
 def features(
@@ -302,7 +312,24 @@ def _cached_dataset(task: Any, split: str, shard: int = 0, num_shards: int = 1, 
     else:
         dataset = _source(task, split, seed)
         dataset = dataset.shard(num_shards, shard) if num_shards > 1 else dataset
-    return task._preprocess_dataset(dataset, divide_steps(task).cached)
+    return dense(task, task._preprocess_dataset(dataset, divide_steps(task).cached))
+
+
+def dense(task: Any, dataset: Any) -> Any:
+    """Returns a dataset with ragged and sparse features filled up with 0, as seqio's converters make them; unchanged
+    where steps in TensorFlow come later, which may tell padding from data."""
+    import tensorflow as tf
+
+    specs = dataset.element_spec
+    kinds = (tf.RaggedTensorSpec, tf.SparseTensorSpec)
+    names = [name for name, spec in specs.items() if isinstance(spec, kinds)] if isinstance(specs, dict) else []
+    if not names or online_entries(task) == TENSORFLOW:
+        return dataset
+
+    def filled(value: Any) -> Any:
+        return value.to_tensor() if isinstance(value, tf.RaggedTensor) else tf.sparse.to_dense(value)
+
+    return dataset.map(lambda example: {**example, **{name: filled(example[name]) for name in names}})
 
 
 def _infos(task: Any, split: str, dataset: Any) -> dict[str, FeatureInfo]:
@@ -317,7 +344,10 @@ def _infos(task: Any, split: str, dataset: Any) -> dict[str, FeatureInfo]:
     found = {}
     for name, spec in sorted(specs.items()):
         if not isinstance(spec, tf.TensorSpec):
-            raise UserError(f"{where}: feature {name!r} is {spec}, but only dense tensors can be cached")
+            raise UserError(
+                f"{where}: feature {name!r} is {spec}; only dense tensors can be cached "
+                "where steps in TensorFlow come after the cache: make it dense before, or move those steps"
+            )
         shape = spec.shape
         feature = task.output_features.get(name)
         if feature is not None and feature.dtype != spec.dtype:
@@ -342,12 +372,6 @@ def _vocabulary(feature: Any) -> VocabularyInfo | None:
     eos_id = vocabulary.eos_id  # SentencePiece returns -1 where there is none
     eos_id = None if eos_id is None or eos_id < 0 else int(eos_id)
     return VocabularyInfo(int(vocabulary.vocab_size), eos_id, int(vocabulary.extra_ids))
-
-
-def _empty_like(spec: Any) -> Any:
-    import tensorflow as tf
-
-    return tf.data.Dataset.from_generator(lambda: iter(()), output_signature=spec)
 
 
 @contextlib.contextmanager

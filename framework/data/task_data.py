@@ -1,21 +1,18 @@
 """What the data sources share: arguments, vocabularies, preprocessors on other records, tasks not cached yet."""
 
 import dataclasses
-import functools
 import inspect
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
-from meshway.framework.data import seqio_adapter, seqio_caches, seqio_steps
+from meshway.framework.data import cached_task, seqio_adapter, seqio_caches, seqio_steps
 from meshway.framework.data.cache.fingerprint import qualified_name
-from meshway.framework.data.cache.format import read_json
 from meshway.framework.data.objective import Converter, FeatureInfo, Objective, Spec, TaskInfo
-from meshway.framework.data.rows.examples import TENSORFLOW, Examples
+from meshway.framework.data.rows.examples import TENSORFLOW, Examples, First, Stepped
 from meshway.framework.data.seqio_adapter import task_errors
 from meshway.framework.data.seqio_caches import SeqioCache
 from meshway.framework.data.seqio_steps import declared
@@ -44,8 +41,10 @@ def vocabularies_of(
     """Returns the vocabulary of each feature that the converter reads and a seqio task declares.
 
     Raises:
-      UserError: a vocabulary cannot be loaded, or is not the one the recipe names.
+      UserError: a vocabulary cannot be loaded, lacks an EOS that its task appends, or is not the one the recipe names.
     """
+    for task in tasks:
+        seqio_steps.check_eos(task)
     with task_errors(name, "vocabulary"):
         texts = {feature for task in tasks for feature, info in declared(task).items() if info.vocabulary is not None}
         features = {feature: value for task in tasks for feature, value in task.output_features.items()}
@@ -91,6 +90,37 @@ def with_split(tasks: Mapping[str, Sequence[str]], split: str, purpose: str, nam
     return having
 
 
+_MEASURED = 1_000_000  # examples of a task
+
+
+def say_cut(name: str, examples: Examples, objective: Objective, read: Sequence[str]) -> None:
+    """Prints how many examples of a task are longer than its lengths, and what share of its tokens no row shows.
+
+    Args:
+      name: the task.
+      examples: with their sizes; of more than a million, the first million are looked at.
+      objective: what cuts them, or leaves them out.
+      read: the features that it reads.
+    """
+    if not objective.row_lengths:
+        return
+    count = min(len(examples), _MEASURED)
+    first = examples.first(count) if isinstance(examples, Stepped) else First(examples, count)
+    lost = objective.lost(first.sizes) + (first.lost if isinstance(first, Stepped) else 0)
+    cut = int((lost > 0).sum())
+    if not cut:
+        return
+    whole = first.whole if isinstance(first, Stepped) else first.sizes
+    tokens = sum(int(sizes.sum(dtype=np.int64)) for feature, sizes in whole.items() if feature in read)
+    of = "" if count == len(examples) else "the first "
+    print(
+        f"data: task {name!r}: {cut:,} of {of}{count:,} examples are longer than TASK_FEATURE_LENGTHS, and "
+        f"{100 * int(lost.sum()) / max(tokens, 1):.2g} % of all tokens in no row: raise them, or "
+        "choose the converter's `overlong`",
+        file=sys.stderr,
+    )
+
+
 def trims(steps: Sequence[Callable[..., Any]]) -> bool:
     """Returns whether preprocessors have seqio's append_eos_after_trim among them, and none needs `sequence_length`."""
     return seqio_adapter.import_seqio().preprocessors.append_eos_after_trim in steps and not any(
@@ -128,13 +158,14 @@ def preprocess(
       lengths: passed to its preprocessors as `sequence_length`.
 
     Raises:
-      UserError: there is no such task, or it is a mixture. The returned function raises ValueError where a preprocessor
-        fails, or makes more or fewer examples than there are records.
+      UserError: there is no such task, it is a mixture, or it appends an EOS that a vocabulary lacks. The returned
+        function raises ValueError where a preprocessor fails, or makes more or fewer examples than there are records.
     """
     provider = seqio_adapter.find_provider(name, modules)
     tasks = seqio_adapter.subtasks(provider)
     if [task.name for task in tasks] != [name]:
         raise UserError(f"--preprocess={name} is a mixture; name one of its tasks: {[task.name for task in tasks]}")
+    seqio_steps.check_eos(tasks[0])
 
     def run(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         features = {field: _feature(field, [record.get(field) for record in records]) for field in _fields(records)}
@@ -253,61 +284,18 @@ def open_task(
             raise
         kept = {name: feature for name, feature in promised.items() if name not in empty}
         objective = converter.bind(TaskInfo(task.name, kept, tuple(start), frozenset(empty), tuple(bos)), lengths)
-    count = imported.count(split) if imported else seqio_steps.source_count(task, split)
-    return objective, NotCached(count), online
+    whole = cached_task.bare_split(split)
+    count = imported.count(whole) if imported else seqio_steps.source_count(task, whole)
+    return objective, NotCached(count if count is None else len(cached_task.slice_of(split, count))), online
 
 
 def _empty(task: Any, split: str, imported: SeqioCache | None) -> set[str]:
     """Returns the features that are empty in the first examples."""
     if imported:
-        all_of_them = seqio_caches.examples(imported, task, split, 0, 1, 0, [])
+        all_of_them = seqio_caches.examples(imported, task, cached_task.bare_split(split), 0, 1, 0, [])
     else:
-        all_of_them = seqio_steps.cacheable(task, split, 0, 1)
+        all_of_them = seqio_steps.cacheable(task, cached_task.bare_split(split), 0, 1)
     examples = list(itertools.islice(all_of_them, _LOOKED_AT))
     seqio_steps.release_sources()
     names = set.intersection(*(set(example) for example in examples)) if examples else set()
     return {name for name in names if all(np.ndim(each[name]) and not len(each[name]) for each in examples)}
-
-
-@dataclasses.dataclass(frozen=True)
-class CachedTask:
-    """A task with its cache.
-
-    Attributes:
-      name: its name.
-      rate: its share of the mixture, relative to the others'.
-      directory: where it is cached.
-      task: the seqio Task; None on a machine without seqio.
-      is_cached: whether all of it is cached; False is possible only in a dry run, which caches nothing.
-    """
-
-    name: str
-    rate: float
-    directory: Path
-    task: Any
-    is_cached: bool = True
-
-    @functools.cached_property
-    def info(self) -> dict[str, Any]:
-        """info.json."""
-        return read_json(self.directory / "info.json")
-
-    @functools.cached_property
-    def splits(self) -> list[str]:
-        """The splits that are cached, or will be."""
-        if not self.is_cached:
-            return seqio_caches.splits(self.task, self.directory)
-        return sorted(path.parent.name for path in self.directory.glob("*/index.json"))
-
-    def num_examples(self, split: str) -> int | None:
-        """Returns how many examples a split has; if not cached, how many its source reports, None if it does not."""
-        if not self.is_cached:
-            imported = seqio_caches.origin(self.task, self.directory)
-            return imported.count(split) if imported else seqio_steps.source_count(self.task, split)
-        return counts(self.directory)[split]
-
-
-def counts(directory: Path) -> dict[str, int]:
-    """Returns how many examples each split of a cached task has."""
-    indices = {path.parent.name: read_json(path) for path in directory.glob("*/index.json")}
-    return {split: sum(shard["examples"] for shard in index["shards"]) for split, index in indices.items()}

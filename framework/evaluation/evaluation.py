@@ -15,8 +15,7 @@ from meshway.framework.errors import first_line
 from meshway.framework.inference.decoding import FREE, Decoder, Stop, decoding_model, one_ahead
 from meshway.framework.inference.sampling import Sampling
 from meshway.framework.interfaces import Batch, Metrics, Params
-from meshway.framework.partitioning.program_cache import ProgramCache
-from meshway.framework.partitioning.sharded_model import ShardedModel
+from meshway.framework.partitioning.sharded_model import ProgramCache, ShardedModel
 
 # The result of one task, as it is written to files: `metrics` by name; `counts` of the rows, tokens and examples behind
 # them; some `predictions` as text, and on request all of them, `kept`; and if any, `values` of metrics besides numbers,

@@ -106,6 +106,7 @@ class EvaluationJob:
       display: what a person sees.
       skip_removed: whether a checkpoint that is removed before it could be read, or is damaged, is passed over; else it
         is an error.
+      averaged: whether averages of parameters are read instead of them.
       loggers: what takes the scalars beside TensorBoard; it closes them.
     """
 
@@ -120,12 +121,13 @@ class EvaluationJob:
         split: str | None,
         display: EvaluationDisplay,
         skip_removed: bool,
+        averaged: bool = False,
         loggers: Sequence[Writer] = (),
     ) -> None:
         self._directory, self._evaluator, self._params, self._queue = directory, evaluator, params, queue
         self._records, self._fingerprint, self._split = records, fingerprint, split
         self._display, self._skip_removed = display, skip_removed
-        self._primary = processes.is_primary()
+        self._primary, self._averaged = processes.is_primary(), averaged
         self._loggers = Writers(loggers)
         self._checkpoints: Checkpoints | None = None
         self._failures: list[str] = []
@@ -173,7 +175,7 @@ class EvaluationJob:
         params, failure, unreadable = None, "", False
         try:
             if self._checkpoints is None:
-                self._checkpoints = Checkpoints(self._directory.checkpoints, read_only=True)
+                self._checkpoints = Checkpoints(self._directory.checkpoints, read_only=True, averaged=self._averaged)
             with stage(f"reading checkpoint {step}"):
                 params = self._checkpoints.load_params(step, self._params)
         except (UserError, DamagedCheckpoint) as error:

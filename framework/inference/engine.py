@@ -16,8 +16,7 @@ from meshway.framework.inference.decoding import FREE, Decoded, Decoder, Stop, d
 from meshway.framework.inference.rows import RowFormat, Tokens
 from meshway.framework.inference.sampling import DecodeState, Sampling
 from meshway.framework.interfaces import Batch, Cache, Decodes, Params
-from meshway.framework.partitioning.program_cache import ProgramCache
-from meshway.framework.partitioning.sharded_model import ShardedBatch, ShardedModel
+from meshway.framework.partitioning.sharded_model import ProgramCache, ShardedBatch, ShardedModel
 
 SCORE_INSTEAD = "it may score given targets (--mode=score)"
 

@@ -115,6 +115,7 @@ def open_session(
     append_eos: bool | None = None,
     stop: str | Sequence[str] = (),
     say: Callable[[str], object] = warnings.warn,
+    averaged: bool = False,
 ) -> Session:
     """Opens a checkpoint under a layout: any, whatever it was trained under.
 
@@ -126,6 +127,7 @@ def open_session(
       append_eos: see `load_text`.
       stop: text, or texts, that end a prediction; see `Text.stops`.
       say: is told of later checkpoints that cannot be read.
+      averaged: whether to read the averages of parameters that the run kept (EMA_DECAY).
 
     Raises:
       UserError: there is no such run or step; it holds another model; its vocabularies cannot be read; the layout does
@@ -144,7 +146,7 @@ def open_session(
     sharded = ShardedModel(model, layout)
     text = load_text(folder.parent, RowFormat.of(model).has_encoder, append_eos, _vocabulary_size(sharded))
     text = dataclasses.replace(text, stops=stops)
-    checkpoints = Checkpoints(folder, read_only=True)
+    checkpoints = Checkpoints(folder, read_only=True, averaged=averaged)
 
     def read(step: int) -> Params:
         with terminal.stage(f"reading checkpoint {step}"):

@@ -357,7 +357,7 @@ def load_text(run: Path, has_encoder: bool, append_eos: bool | None = None, size
       size: how many ids the model knows.
 
     Raises:
-      UserError: the vocabularies cannot be read.
+      UserError: the vocabularies cannot be read; `append_eos`, and that of inputs has no EOS.
     """
     if not (run / "vocabularies.json").exists():
         ids, known = IdsOnly(run, size), vocabularies.read_framing_of_ids(run)
@@ -373,11 +373,15 @@ def load_text(run: Path, has_encoder: bool, append_eos: bool | None = None, size
 def text_of(
     inputs: Vocabulary, targets: Vocabulary, framing: Framing, has_encoder: bool, append_eos: bool | None = None
 ) -> Text:
-    """Returns the text of two vocabularies; see `load_text`."""
+    """Returns the text of two vocabularies; see `load_text`. Raises UserError likewise."""
 
     def end(vocabulary: Vocabulary) -> tuple[int, ...]:
         return () if vocabulary.eos_id is None else (vocabulary.eos_id,)
 
+    if append_eos and inputs.eos_id is None:
+        raise UserError(
+            f"append_eos: inputs cannot end with EOS, as the run's {inputs} has none: leave append_eos out, or False"
+        )
     said = framing.append_eos if append_eos is None else append_eos
     ends = has_encoder if said is None else said
     after = end(inputs) if ends else ()

@@ -7,6 +7,7 @@ this one treats each layer as a matrix.
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import optax
 from meshway.framework.axes import Names
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Axes, Params
+from meshway.framework.trees import map_paths
 
 # Axes along which independent tensors are stacked: nothing is ever averaged over them.
 BATCH_AXES = ("layers", "expert", "stage")
@@ -106,12 +108,13 @@ def scale_by_adafactor(
     decay_rate: float = 0.8,
     step_offset: int = 0,
     clipping_threshold: float | None = 1.0,
-    multiply_by_parameter_scale: bool = True,
+    multiply_by_parameter_scale: bool | Sequence[tuple[str, bool]] = True,
     min_dim_size_to_factor: int = 128,
     epsilon1: float = 1e-30,
     epsilon2: float = 1e-3,
     factored: bool = True,
     logical_factor_rules: FactorRules | None = None,
+    max_parameter_scale: float | None = None,
 ) -> optax.GradientTransformation:
     """Returns Adafactor without learning rate, momentum and sign: chain it with a negative scale.
 
@@ -126,7 +129,8 @@ def scale_by_adafactor(
       decay_rate: exponent of the second moment's decay.
       step_offset: the update at which t starts again, for fine-tuning.
       clipping_threshold: largest RMS of an update before the parameter's scale; None does not clip.
-      multiply_by_parameter_scale: whether steps are relative to the parameter's RMS.
+      multiply_by_parameter_scale: whether steps are relative to the parameter's RMS; or (regex over the whole
+        '/'-joined path, whether), of which the first that matches decides, as T5X's `HParamMap` (which searches).
       min_dim_size_to_factor: a matrix with fewer rows or columns than this keeps all its second moments.
       epsilon1: added to squared gradients.
       epsilon2: least scale of a parameter.
@@ -134,6 +138,7 @@ def scale_by_adafactor(
       logical_factor_rules: axis name -> 'row', 'column' or 'none', as T5X's: a parameter all of whose axes are in it is
         factored by them and not by its sizes (see `factored_dims`). T5X does so where layers are scanned, or heads and
         their size are two dimensions.
+      max_parameter_scale: largest scale of a parameter, against growth without bound; None for any.
 
     Raises:
       UserError: another word in `logical_factor_rules`; from `init`, if they would factor what is no matrix.
@@ -144,7 +149,8 @@ def scale_by_adafactor(
         decay_rate=decay_rate,
         step_offset=step_offset,
         clipping_threshold=clipping_threshold,
-        multiply_by_parameter_scale=multiply_by_parameter_scale,
+        scaled=_scaled(multiply_by_parameter_scale, axes),
+        max_scale=math.inf if max_parameter_scale is None else max_parameter_scale,
         min_dim_size_to_factor=min_dim_size_to_factor,
         epsilon1=epsilon1,
         epsilon2=epsilon2,
@@ -160,7 +166,8 @@ class _Adafactor:
     decay_rate: float
     step_offset: int
     clipping_threshold: float | None
-    multiply_by_parameter_scale: bool
+    scaled: Any  # a tree of booleans
+    max_scale: float
     min_dim_size_to_factor: int
     epsilon1: float
     epsilon2: float
@@ -177,11 +184,11 @@ class _Adafactor:
         self, grads: Params, state: AdafactorState, params: Params | None = None
     ) -> tuple[Params, AdafactorState]:
         if params is None:
-            if self.multiply_by_parameter_scale:
+            if any(jax.tree.leaves(self.scaled)):
                 raise ValueError("scale_by_adafactor: update() needs the parameters, to scale by their RMS")
             params = grads
         leaves, treedef = _flatten(grads)
-        trees = (params, self.axes, state.v_row, state.v_col, state.v)
+        trees = (params, self.axes, self.scaled, state.v_row, state.v_col, state.v)
         columns = [treedef.flatten_up_to(tree) for tree in trees]
         t = (state.step - self.step_offset + 1).astype(jnp.float32)
         beta2 = 1.0 - t**-self.decay_rate
@@ -209,6 +216,7 @@ class _Adafactor:
         grad: jax.Array,
         param: jax.Array,
         names: Names,
+        scaled: bool,
         v_row: jax.Array,
         v_col: jax.Array,
         v: jax.Array,
@@ -233,9 +241,31 @@ class _Adafactor:
         tensor = tuple(index for index, name in enumerate(names) if name not in BATCH_AXES)
         if self.clipping_threshold is not None:
             scale = scale / jnp.maximum(1.0, _rms(update, tensor) / self.clipping_threshold)
-        if self.multiply_by_parameter_scale:
-            scale = scale * jnp.maximum(_rms(param, tensor), self.epsilon2)
+        if scaled:
+            rms = jnp.maximum(_rms(param, tensor), self.epsilon2)
+            scale = scale * (rms if math.isinf(self.max_scale) else jnp.minimum(rms, self.max_scale))
         return update * scale, v_row, v_col, v
+
+
+def _scaled(setting: bool | Sequence[tuple[str, bool]], axes: Axes) -> Any:
+    """Returns for each parameter whether its updates are multiplied by its scale."""
+    if isinstance(setting, bool):
+        return map_paths(lambda path, names: setting, axes)
+    used: set[str] = set()
+
+    def of(path: str, names: Names) -> bool:
+        found = next(((pattern, scaled) for pattern, scaled in setting if re.fullmatch(pattern, path)), None)
+        if found is None:
+            raise UserError(
+                f"multiply_by_parameter_scale: no pattern matches {path!r}; end with ('.*', True) for the rest"
+            )
+        used.add(found[0])
+        return found[1]
+
+    made = map_paths(of, axes)
+    if unused := [pattern for pattern, _ in setting if pattern not in used]:
+        raise UserError(f"multiply_by_parameter_scale: {unused[0]!r} matches no (remaining) parameter")
+    return made
 
 
 def _checked(rules: FactorRules | None) -> FactorRules | None:

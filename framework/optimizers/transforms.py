@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
@@ -41,7 +42,7 @@ def adafactor(
     decay_rate: float = 0.8,
     step_offset: int = 0,
     clipping_threshold: float | None = 1.0,
-    multiply_by_parameter_scale: bool = True,
+    multiply_by_parameter_scale: bool | Sequence[tuple[str, bool]] = True,
     min_dim_size_to_factor: int = 128,
     beta1: float | None = None,
     weight_decay_rate: float | None = None,
@@ -49,6 +50,12 @@ def adafactor(
     epsilon2: float = 1e-3,
     factored: bool = True,
     logical_factor_rules: FactorRules | None = None,
+    dtype_momentum: str | None = None,
+    weight_decay_rate_lr_exponent: float | None = None,
+    decay_vectors: bool = False,
+    global_norm_clip_threshold: float | None = None,
+    max_parameter_scale: float | None = None,
+    skip_nan_updates: bool = False,
 ) -> AxesAware:
     """Adafactor as in T5X; `adafactor.scale_by_adafactor` documents the arguments not named here.
 
@@ -56,10 +63,19 @@ def adafactor(
       learning_rate: relative to each parameter's scale, unless `multiply_by_parameter_scale` is off.
       beta1: decay of the momentum, an average (without bias correction) of updates times the learning rate.
       weight_decay_rate: share of each matrix subtracted at each update, independent of the learning rate.
+      dtype_momentum: of the momentum between updates; None for that of parameters.
+      weight_decay_rate_lr_exponent: multiplies that share (or 1, if it is None) by this power of the learning rate.
+      decay_vectors: whether vectors and scalars are decayed too, as in T5X.
+      global_norm_clip_threshold: largest global norm of the gradients; `Optimizer.max_grad_norm` is the same, but for
+        parameters with an optimizer of their own.
+      skip_nan_updates: whether an entry that would become NaN, of parameters or of the state, stays as it was. (A step
+        whose gradient has a norm that is not finite is left out by itself.)
     """
 
     def build(axes: Axes) -> optax.GradientTransformation:
+        clip = global_norm_clip_threshold
         chain = [
+            *([] if clip is None else [optax.clip_by_global_norm(clip)]),
             scale_by_adafactor(
                 axes,
                 decay_rate=decay_rate,
@@ -71,16 +87,51 @@ def adafactor(
                 epsilon2=epsilon2,
                 factored=factored,
                 logical_factor_rules=logical_factor_rules,
+                max_parameter_scale=max_parameter_scale,
             ),
             optax.scale_by_learning_rate(learning_rate),
         ]
         if beta1 is not None:
-            chain.append(optax.ema(beta1, debias=False))
-        if weight_decay_rate is not None:
-            chain.append(optax.add_decayed_weights(-weight_decay_rate, decay_mask(axes)))
-        return optax.chain(*chain)
+            chain.append(optax.ema(beta1, debias=False, accumulator_dtype=dtype_momentum))
+        mask = map_paths(lambda path, names: True, axes) if decay_vectors else decay_mask(axes)
+        if weight_decay_rate_lr_exponent:
+            rate = 1.0 if weight_decay_rate is None else weight_decay_rate
+            chain.append(_decayed_by_learning_rate(rate, weight_decay_rate_lr_exponent, learning_rate, mask))
+        elif weight_decay_rate is not None:
+            chain.append(optax.add_decayed_weights(-weight_decay_rate, mask))
+        made = optax.chain(*chain)
+        return _without_nans(made) if skip_nan_updates else made
 
     return AxesAware(build)
+
+
+def _decayed_by_learning_rate(
+    rate: float, exponent: float, learning_rate: float | Schedule, mask: Any
+) -> optax.GradientTransformation:
+    """Returns what subtracts rate * learning rate ** exponent of each parameter that the mask is True for."""
+
+    def init(params: Params) -> optax.ScaleByScheduleState:
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    def update(
+        updates: Params, state: optax.ScaleByScheduleState, params: Params
+    ) -> tuple[Params, optax.ScaleByScheduleState]:
+        share = rate * (learning_rate(state.count) if callable(learning_rate) else learning_rate) ** exponent
+        updates = jax.tree.map(lambda u, p, decays: u - share * p if decays else u, updates, params, mask)
+        return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _without_nans(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns a transformation that leaves alone what it would make NaN, entry by entry, of parameters and state."""
+
+    def update(updates: Params, state: Any, params: Params) -> tuple[Params, Any]:
+        updates, new = transformation.update(updates, state, params)
+        updates = jax.tree.map(lambda u, p: jnp.where(jnp.isnan(p + u), 0, u).astype(u.dtype), updates, params)
+        return updates, jax.tree.map(lambda value, old: jnp.where(jnp.isnan(value), old, value), new, state)
+
+    return optax.GradientTransformation(transformation.init, update)
 
 
 def adamw(

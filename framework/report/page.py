@@ -11,8 +11,19 @@ from typing import Any
 
 from meshway.framework.errors import UserError
 from meshway.framework.files import io_errors, replace_file
-from meshway.framework.report.plots import Points, bar_plot, figure, folded, legend, section, shown_value
-from meshway.framework.report.run_files import Run, metrics_of, number, read_run
+from meshway.framework.report.plots import (
+    Points,
+    Run,
+    bar_plot,
+    figure,
+    folded,
+    legend,
+    metrics_of,
+    number,
+    read_run,
+    section,
+    shown_value,
+)
 from meshway.framework.telemetry.timeline import KINDS, Attempt
 from meshway.framework.terminal import count_of, format_bytes, format_duration
 from meshway.framework.web_page import escape, framed, numbers, table, web_page

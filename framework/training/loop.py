@@ -10,8 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 
 from meshway.framework.data.prefetch import BatchSizes
-from meshway.framework.distributed.processes import StopSignal, barrier
-from meshway.framework.distributed.step_watch import StepWatch
+from meshway.framework.distributed.processes import StepWatch, StopSignal, barrier
 from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.interfaces import Batch
 from meshway.framework.telemetry.profiler import planned
@@ -27,9 +26,21 @@ Step = Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Any]]
 class SizedSteps:
     """The compiled steps of a run's batch sizes, all that are still to come: called as one of them is."""
 
-    def __init__(self, program: TrainProgram, schedule: Sequence[tuple[int, int]], start: int, end: int):
-        """Compiles those of batches `start` + 1 to `end`; raises as `TrainProgram.compile_step`."""
-        self._sizes = sizes = BatchSizes(program.batch_size, schedule)
+    def __init__(
+        self,
+        program: TrainProgram,
+        schedule: Sequence[tuple[int, int]],
+        start: int,
+        end: int,
+        skipped: Sequence[tuple[int, int]] = (),
+    ):
+        """Compiles those of the run's steps `start` + 1 to `end`, as if every batch that is `skipped` were before them.
+
+        Raises:
+          UserError: as `TrainProgram.compile_step`.
+        """
+        self._program, self._sizes = program, BatchSizes(program.batch_size, schedule)
+        sizes, end = self._sizes, end + sum(last - first + 1 for first, last in skipped)
         wanted = [size for size in sizes.after(start) if any(sizes.at(n) == size for n in _ends(sizes, start, end))]
         self._programs = {size: program.of_size(size) for size in wanted}
         self._steps = {size: each.compile_step() for size, each in self._programs.items()}
@@ -44,8 +55,9 @@ class SizedSteps:
         return self._by_rows[len(next(iter(batch.values())))].shard_batch(batch)
 
     def flops(self, step: int) -> float:
-        """Returns the model FLOPs of a step."""
-        return self._programs[self._sizes.at(step)].flops
+        """Returns the model FLOPs of the run's step of this number, from 1."""
+        size = self._sizes.at(step)
+        return (self._programs.get(size) or self._program.of_size(size)).flops
 
     def planned(self) -> str:
         """Returns what memory the step of the largest batch needs, for people."""

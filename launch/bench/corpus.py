@@ -1,8 +1,9 @@
-"""meshway bench data --corpus_size=N,N: what opening a corpus of N examples takes, and going anywhere in it.
+"""meshway bench data: what making a cache takes, and with --corpus_size=N,N what a corpus of N examples does.
 
-The corpora are synthetic, and made of the files of a real cache: index, sizes of every example (log-normal), and shards
-of array_record with an index of every record. Only the tokens are not real: an example of n tokens has one id n times,
-and all shards are one file with as many names. So reading tokens from a cold disk is not measured.
+That is, to open it and to go anywhere in it. The corpora are synthetic, and made of the files of a real cache: index,
+sizes of every example (log-normal), and shards of array_record with their own index. Only the tokens are not real: an
+example of n tokens has one id n times, and all shards are one file with as many names. So reading tokens from a cold
+disk is not measured.
 
 Each figure is of a fresh process. Memory is the most that it had resident, less what its imports took.
 """
@@ -19,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from meshway.framework.data import seqio_adapter
+from meshway.framework.data.cache import builder as cache_builder
 from meshway.framework.data.cache import format as cache_format
 from meshway.framework.data.cache.shards import write_index, write_shard
 from meshway.framework.data.grain_loader import CachedData, CachedTask
@@ -30,6 +33,7 @@ from meshway.framework.data.windowed_text import WindowedTextConverter
 from meshway.framework.errors import UserError
 from meshway.framework.terminal import format_columns
 from meshway.launch.bench.rounds import STATUS, resident_mib
+from meshway.launch.bench.stages import Sample
 
 NAME = "corpus"
 _SHARD = 250_000  # examples
@@ -38,37 +42,53 @@ _PASS = 5  # the pass into which one figure seeks, from 1
 _TO = {"first batch": 0, "end of a pass": 1, "fifth pass": _PASS}
 
 
-def measure(data: CachedData, sizes: Sequence[int]) -> list[dict[str, Any]]:
+def measure(data: CachedData, sizes: str | int, as_json: bool = False) -> dict[str, Any]:
     """Makes corpora of these sizes one after the other, measures each, and prints a table of all.
 
     Args:
       data: the recipe's; its converter and lengths are those of the corpora.
-      sizes: how many examples.
+      sizes: how many examples, as '1000000,50000000'.
+      as_json: print everything as JSON too, on one line that begins with RESULT.
 
     Returns:
-      what was measured of each: examples; rows, seconds and MiB of counting the rows of a pass; and by figure of `_TO`
-      the batch, seconds to open, seconds in all, and MiB.
+      `corpora`, a list: examples; rows, seconds and MiB of counting the rows of a pass; and by figure of `_TO` the
+      batch, seconds to open, seconds in all, and MiB.
+
+    Raises:
+      UserError: a size is no number above 0.
     """
     found = []
-    for size in sizes:
+    for size in _numbers(sizes):
         with tempfile.TemporaryDirectory(prefix="meshway-corpus-") as directory:
-            write(Path(directory) / NAME, size, data.converter, data.lengths)
+            count = write(Path(directory) / NAME, size, data.converter, data.lengths)
             given = (data.lengths, data.batch_size, data.converter, directory)
             rows = _in_fresh_process(_count, given)
             last = int(rows["rows"]) // data.batch_size - 1  # the last whole batch of the first pass
             batches = {name: last * number + (number > 1) for name, number in _TO.items()}
             figures = {name: _in_fresh_process(_go, given, batch) for name, batch in batches.items()}
-        found.append({"examples": size, "rows": rows, "figures": figures})
+        found.append({"examples": count, "rows": rows, "figures": figures})
     print(format_table(found, data))
-    return found
+    if as_json:
+        print(f"\nRESULT {json.dumps({'corpora': found})}", flush=True)
+    return {"corpora": found}
 
 
-def write(task_directory: Path, count: int, converter: Converter, lengths: Mapping[str, int]) -> None:
-    """Writes the cache of a synthetic task in `task_directory`, its split `train` with `count` examples."""
-    # Of text, a converter that makes pairs of it reads the targets alone.
-    names = ["targets"] if isinstance(converter, WindowedTextConverter) else list(converter.task_features)
-    vocabulary = Bytes()
-    feature = FeatureInfo("int32", (None,), VocabularyInfo(vocabulary.size, vocabulary.eos_id))
+def _numbers(text: str | int) -> list[int]:
+    parts = str(text).replace("_", "").split(",")
+    if not all(part.strip().isdigit() and int(part) for part in parts):
+        raise UserError(
+            f"bench.data.measure.corpus_size must be numbers of examples, such as 1000000,50000000, not {text!r}"
+        )
+    return [int(part) for part in parts]
+
+
+def write(task_directory: Path, count: int, converter: Converter, lengths: Mapping[str, int]) -> int:
+    """Writes the cache of a synthetic task, its split `train` with about `count` examples; returns how many."""
+    # Of text, a converter that makes pairs of it reads the targets alone, and divides those that are too long.
+    is_text = isinstance(converter, WindowedTextConverter)
+    names = ["targets"] if is_text else list(converter.task_features)
+    vocabulary = Bytes(100)
+    feature = FeatureInfo("int32", (None,), VocabularyInfo(vocabulary.size, vocabulary.eos_id, vocabulary.extra_ids))
     features = dict.fromkeys(names, feature)
     split, work = task_directory / "train", task_directory / "work"
     for path in (split, work, task_directory / "vocabularies"):
@@ -83,18 +103,48 @@ def write(task_directory: Path, count: int, converter: Converter, lengths: Mappi
     shard = min(_SHARD, count)
     columns = {}
     for place, name in enumerate(names):
-        longest = lengths[name] * (4 if len(names) == 1 else 1)  # alone it may be split
-        median = max(1.0, min(np.exp(5 - 2 * place), lengths[name] / 3))
+        length = sum(lengths.values()) if is_text else lengths[name]
+        longest, median = length * (4 if len(names) == 1 else 1), max(1.0, min(np.exp(5 - 2 * place), length / 3))
         columns[name] = np.clip(random.lognormal(np.log(median), 0.8, shard), 1, longest).astype(np.int32)
     made = write_shard(
         ({name: np.full(columns[name][at], _ID, np.int32) for name in names} for at in range(shard)),
         *(features, split, 0, 1, NAME, [], work),
     )
-    whole = max(1, count // shard)
-    for number in range(whole):
-        os.link(split / cache_format.shard_name(0, 1), split / cache_format.shard_name(number, whole))
-    (split / cache_format.shard_name(0, 1)).unlink() if whole > 1 else None
+    whole = count // shard
+    if whole > 1:
+        for number in range(whole):
+            os.link(split / cache_format.shard_name(0, 1), split / cache_format.shard_name(number, whole))
+        (split / cache_format.shard_name(0, 1)).unlink()
     write_index(split, [made] * whole, NAME, work)
+    return whole * shard
+
+
+def caching(data: CachedData) -> dict[str, Sample]:
+    """Builds the training splits of all tasks once more in one process, and has seqio run the same tasks to their end.
+
+    seqio's own script runs on Beam; without it, what remains is its pipeline of source and preprocessors, which is
+    iterated here and nothing written. It may use all cores, while the cache is built by one process.
+    """
+    with tempfile.TemporaryDirectory(prefix="meshway-bench-") as directory:
+        begin = time.perf_counter()
+        arguments = ([data.name], data.modules, directory, [data.train_split])
+        built = cache_builder.build(*arguments, num_workers=1, progress=False)
+        passed = time.perf_counter() - begin
+    ours = {
+        "examples": sum(one.examples for one in built),
+        "tokens": sum(sum(one.tokens.values()) for one in built),
+        "megabytes": sum(one.bytes for one in built) / 1e6,
+    }
+    theirs, begin = {"examples": 0, "tokens": 0}, time.perf_counter()
+    for task in data.tasks:
+        if data.train_split not in task.splits:
+            continue
+        with seqio_adapter.task_errors(task.name, "its pipeline"):
+            options = {"shuffle": False, "num_epochs": 1, "trim_output_features": False}
+            for example in task.task.get_dataset(dict(data.lengths), data.train_split, **options).as_numpy_iterator():
+                theirs["examples"] += 1
+                theirs["tokens"] += sum(example[name].size for name in data.converter.task_features if name in example)
+    return {"cache": Sample(passed, ours), "cache: seqio": Sample(time.perf_counter() - begin, theirs)}
 
 
 def _open(given: tuple[Mapping[str, int], int, Converter, str]) -> RowStream:

@@ -16,7 +16,6 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from meshway.framework.data import seqio_adapter
-from meshway.framework.data.cache import builder as cache_builder
 from meshway.framework.data.features import EncoderDecoder, LanguageModel
 from meshway.framework.data.grain_loader import CachedData
 from meshway.framework.data.objective import FeatureInfo, Objective, TaskInfo, VocabularyInfo
@@ -108,20 +106,6 @@ class Bench:
         self._add_loaders()
         self.stages.append(Seeking(lambda: self._stream(self.data.name, 0), _SEEK))
 
-    def build_cache(self) -> Sample:
-        """Builds the training splits of all tasks once more, in a temporary directory."""
-        with tempfile.TemporaryDirectory(prefix="meshway-bench-") as directory:
-            begin = time.perf_counter()
-            splits = [self.data.train_split]
-            built = cache_builder.build([self.data.name], self.data.modules, directory, splits=splits, progress=False)
-            passed = time.perf_counter() - begin
-        counts = {
-            "examples": sum(one.examples for one in built),
-            "tokens": sum(sum(one.tokens.values()) for one in built),
-            "megabytes": sum(one.bytes for one in built) / 1e6,
-        }
-        return Sample(passed, counts)
-
     def measure_memory(self, batches: int | None) -> dict[str, float]:
         """Reads batches as training does; returns how many, and MiB resident at the start and along the way.
 
@@ -172,10 +156,7 @@ class Bench:
         if self._with_seqio and leaf.twin:
             name = f"pack {leaf.name}: seqio"
             lengths = leaf.objective.row_lengths
-            self._add_twin(
-                ours.name,
-                lambda: stages.SeqioPacking(name, ours.converted, lengths, self.data.batch_size),
-            )
+            self._add_twin(ours.name, lambda: stages.SeqioPacking(name, ours.converted, lengths, self.data.batch_size))
 
     def _add_loaders(self) -> None:
         name = self.data.name
@@ -257,8 +238,7 @@ def measure(
       workers: the loader is timed with 1, 2, ... so many processes; None for one a core, 4 at most.
       as_json: print everything as JSON too, on one line that begins with RESULT.
       imported: modules that the recipe itself imports, which may register tasks.
-      corpus_size: examples of synthetic corpora under the recipe's converter and lengths, as '1000000,50000000', which
-        are measured instead of the recipe's own.
+      corpus_size: `sizes` of `corpus.measure`, which is then called instead.
 
     Returns:
       what was printed, as JSON holds it.
@@ -276,18 +256,15 @@ def measure(
         return made
 
     if corpus_size is not None:
-        _say("making synthetic corpora in a temporary directory")
-        corpora = {"corpora": corpus.measure(make(num_workers=0), _sizes_of(corpus_size))}
-        if as_json:
-            print(f"\nRESULT {json.dumps(corpora)}", flush=True)
-        return corpora
+        return corpus.measure(make(num_workers=0), corpus_size, as_json)
     bench = Bench(make, seconds, min(cores, 4) if workers is None else workers, cores)
     _say(f"watching memory while {bench.data.name} is read")
     memory = bench.measure_memory(batches)
     cached: dict[str, dict[str, Any]] = {}
     if seqio_adapter.installed():
         _say("building the cache once more, in a temporary directory")
-        cached["cache"] = summary([bench.build_cache()])
+        cached = {name: summary([sample]) for name, sample in corpus.caching(bench.data).items()}
+        bench.pairs.append(("cache", "cache: seqio"))
     samples = _timed(bench)
     timed = cached | {name: summary(taken) for name, taken in samples.items()}
     ratios = [{"ours": ours, "seqio": theirs, "ratio": _ratio(timed, ours, theirs)} for ours, theirs in bench.pairs]
@@ -306,16 +283,6 @@ def measure(
     if as_json:
         print(f"\nRESULT {json.dumps(found)}", flush=True)
     return found
-
-
-def _sizes_of(text: str | int) -> list[int]:
-    """Returns the numbers of a text such as '1000000,50000000'."""
-    parts = str(text).replace("_", "").split(",")
-    if not all(part.strip().isdigit() and int(part) for part in parts):
-        raise UserError(
-            f"bench.data.measure.corpus_size must be numbers of examples, such as 1000000,50000000, not {text!r}"
-        )
-    return [int(part) for part in parts]
 
 
 def _timed(bench: Bench) -> dict[str, list[Sample]]:

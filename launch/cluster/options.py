@@ -13,9 +13,8 @@ from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.files import local_path
 from meshway.launch.cluster.gke import Gke, Xpk
 from meshway.launch.cluster.job import Job, Renderer
+from meshway.launch.cluster.queues import SkyPilot, Slurm
 from meshway.launch.cluster.ray_cluster import RayCluster
-from meshway.launch.cluster.skypilot import SkyPilot
-from meshway.launch.cluster.slurm import Slurm
 from meshway.launch.cluster.tpu_vm import TpuVm
 from meshway.launch.flags import Flag, Parser, add_flags, flag, flags_of, given, refuse_unknown, sentence
 from meshway.launch.invocation import Invocation
@@ -35,7 +34,7 @@ class Local:
 
     def run(self, job: Job) -> int:
         """Runs the job in `processes` processes; returns the exit code."""
-        from meshway.launch.cluster.local import run_local
+        from meshway.launch.cluster.supervisor import run_local
 
         os.environ.update(job.environment)
         return run_local(job.words, self.processes, self.devices, job.restarts, self.elastic, self.log_dir)

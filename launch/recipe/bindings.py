@@ -29,6 +29,7 @@ MODULES: Mapping[str, str] = {
     "positions": "meshway.models.layers.positions",
     "rotary": "meshway.models.layers.rotary",
     "routers": "meshway.models.layers.mixture.routers",
+    "schedules": "meshway.framework.optimizers.schedules",
     "stack": "meshway.models.layers.stack",
     "t5": "meshway.models.language.t5",
     "train": "meshway.launch.train",

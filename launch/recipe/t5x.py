@@ -25,12 +25,15 @@ _WORDS = {  # what answers name -> its module
     "evaluation": "meshway.framework.evaluation",
     "features": "meshway.framework.data",
     "grain_loader": "meshway.framework.data",
+    "loop": "meshway.framework.training",
     "manager": "meshway.framework.checkpoints",
     "mapping": "meshway.framework.checkpoints",
     "mesh": "meshway.framework.partitioning",
     "optimizers": "meshway.framework.optimizers",
     "sampling": "meshway.framework.inference",
+    "schedule": "meshway.framework.evaluation",
     "schedules": "meshway.framework.optimizers",
+    "train": "meshway.launch",
 }
 _BELOW = "\n        "
 _UNKNOWN = f"# nothing here is known to stand for it; see {PAGE}"
@@ -239,7 +242,7 @@ class _Answers:
 
     def first(self) -> Iterable[str]:
         """Returns what stands above all that was answered: imports that the answers need, and files."""
-        words = {word for line in self._said for word in re.findall(r"(?:^|@)(\w+)\.", line) if word in _WORDS}
+        words = {word for line in self._said for word in re.findall(r"(?:^|@|/)(\w+)\.", line) if word in _WORDS}
         listed = [*(f"from {_WORDS[word]} import {word}" for word in sorted(words)), *self.above]
         if listed:
             yield "and above these:" + "".join(_BELOW + each for each in listed)

@@ -38,7 +38,7 @@ def _seed(value: Any) -> str:
 
 
 def _factored(value: Any) -> str:
-    return "# factored by the names of a parameter's axes, as T5X's standard rules are"
+    return "# layers are matrices, factored by size; `meshway convert --optimizer_state` binds what a checkpoint needs"
 
 
 def _initial(value: Any) -> str:
@@ -63,6 +63,10 @@ def _prefix(value: Any) -> str:
     return "FEATURE_CONVERTER = @features.PrefixLanguageModel()\nfeatures.PrefixLanguageModel.pack = %PACK"
 
 
+def _listed(macro: str, scope: str) -> Answer:
+    return lambda value: f"{macro} = None" if value is None else f"{macro} = [@{scope}/schedule.EvalDataset()]"
+
+
 def _two_dimensions(value: Any) -> str:
     return "LAYOUT = 'model_2d'" if value == 2 else "# the default of LAYOUT = 'model_1d'"
 
@@ -85,43 +89,30 @@ _DATA: Mapping[str, Answer] = {
 }
 
 
-def _evaluated(scope: str) -> dict[str, Answer]:
-    """The rows of a data set that is evaluated; `scope` is T5X's and ours."""
+def _own_data(scope: str) -> dict[str, Answer]:
+    """Returns the rows of `scope`/utils.DatasetConfig: what differs from the run's own data is read by a source of its
+    own, of which all else is as the run's."""
 
-    def own(parameter: str) -> Answer:
+    def own(parameter: str, kinds: Any = (str, int)) -> Answer:
         lines = (
             f"{scope}/schedule.EvalDataset.data = @{scope}/grain_loader.CachedData()",
             f"{scope}/grain_loader.CachedData.{parameter} = {{value}}",
         )
-        return lambda value: "\n".join(lines) if isinstance(value, str | int) else "# evaluation has the recipe's"
+        return lambda value: "\n".join(lines) if isinstance(value, kinds) else "# evaluation has the recipe's"
 
     return {
         "mixture_or_task_name": own("mixture_or_task_name"),
+        "module": own("module", str),
         "batch_size": own("batch_size"),
-        "task_feature_lengths": _eval_lengths,
-        "module": "# evaluation has the recipe's",
+        "task_feature_lengths": own("eval_lengths", (Mapping, type(None))),
+        "split": f"{scope}/schedule.EvalDataset.split = {{value}}",
         "use_cached": _CACHED,
         "use_custom_packing_ops": "# there is one packing",
         "use_memory_cache": "# evaluation reads the cache",
         "shuffle": "# evaluation reads in order",
         "seed": "# evaluation reads in order",
-        "pack": "# metrics of predictions and scores are never packed",
-        "split": "grain_loader.CachedData.eval_split = {value}",
+        "pack": "# evaluation does not pack: an example counts once",
     }
-
-
-def _eval_lengths(value: Any) -> str:
-    if value is None or isinstance(value, Mapping):
-        return "EVAL_FEATURE_LENGTHS = {value}"
-    return "# EVAL_FEATURE_LENGTHS = %TASK_FEATURE_LENGTHS is the default"
-
-
-def _infer_eval(value: Any) -> str:
-    return "INFER_EVAL = None" if value is None else "# INFER_EVAL is the run's own data unless it says otherwise"
-
-
-def _train_eval(value: Any) -> str:
-    return "TRAIN_EVAL = None" if value is None else "# TRAIN_EVAL is the run's own data unless it says otherwise"
 
 
 def _actions(value: Any) -> str:
@@ -146,9 +137,10 @@ _TRAIN: Mapping[str, Answer] = {
     "use_hardware_rng": "USE_HARDWARE_RNG = {value}",
     "model_dir": "MODEL_DIR = {value}",
     "model": "MODEL = {value}",
-    "infer_eval_dataset_cfg": _infer_eval,
-    "train_eval_dataset_cfg": _train_eval,
+    "train_eval_dataset_cfg": _listed("TRAIN_EVAL", "train_eval"),
+    "infer_eval_dataset_cfg": _listed("INFER_EVAL", "infer_eval"),
     "actions": _actions,
+    "run_eval_before_training": "# the first evaluation is before the first step",
     "train_dataset_cfg": _INCLUDED,
     "checkpoint_cfg": _INCLUDED,
     "partitioner": "# LAYOUT says how arrays are sharded",
@@ -160,6 +152,10 @@ _TRAIN: Mapping[str, Answer] = {
     "use_orbax": "# always",
     "verify_matching_vocabs_fn": "# always",
 }
+_ADAFACTOR = (
+    *("decay_rate", "step_offset", "clipping_threshold", "multiply_by_parameter_scale", "min_dim_size_to_factor"),
+    *("beta1", "weight_decay_rate", "epsilon1", "epsilon2", "factored"),
+)
 _STOPPING = ("metric", "mode", "patience", "atol", "rtol")
 _DECODES: Mapping[str, Answer] = {
     "return_all_decodes": "evaluation.Evaluation.all_decodes = {value}",
@@ -193,7 +189,7 @@ _MODEL: Mapping[str, Answer] = {
     "vocabulary": _OF_TASK,
     "input_vocabulary": _OF_TASK,
     "output_vocabulary": _OF_TASK,
-    "feature_converter_cls": "FEATURE_CONVERTER = {value}",
+    "feature_converter_cls": "include 'objectives/seqio_converter.gin'\nSEQIO_CONVERTER = {value}",
 }
 
 
@@ -205,8 +201,8 @@ def _under(name: str, rows: Mapping[str, Answer]) -> dict[str, Answer]:
 BINDINGS: Mapping[str, Answer] = {
     **_under("utils.DatasetConfig", {**dict.fromkeys(_DATA, _EVAL), "batch_size": _DATA["batch_size"]}),
     **_under("train/utils.DatasetConfig", _DATA),
-    **_under("train_eval/utils.DatasetConfig", _evaluated("train_eval")),
-    **_under("infer_eval/utils.DatasetConfig", _evaluated("infer_eval")),
+    **_under("train_eval/utils.DatasetConfig", _own_data("train_eval")),
+    **_under("infer_eval/utils.DatasetConfig", _own_data("infer_eval")),
     **_under("main.train", _TRAIN),
     **_under("main.evaluate", dict.fromkeys(("model", "dataset_cfg", "partitioner", "output_dir"), _EVAL)),
     **_under("main.infer", dict.fromkeys(("model", "dataset_cfg", "partitioner", "output_dir"), _EVAL)),
@@ -239,6 +235,7 @@ BINDINGS: Mapping[str, Answer] = {
     "utils.SaveCheckpointConfig.checkpointer_cls": "# there is one",
     "utils.RestoreCheckpointConfig.path": _initial,
     "utils.RestoreCheckpointConfig.mode": "# a run's directory means its latest; .../checkpoints/STEP that one",
+    "utils.RestoreCheckpointConfig.restore_dataset": "# a run that is resumed always does",
     "utils.RestoreCheckpointConfig.dtype": "# parameters have the model's dtype",
     "utils.RestoreCheckpointConfig.strict": "mapping.Initial.left_at_init = []  # patterns that may be missing",
     "utils.RestoreCheckpointConfig.assignment_map": "mapping.Initial.renames = {value}",
@@ -252,6 +249,7 @@ BINDINGS: Mapping[str, Answer] = {
     "trainer.MoeTrainer.learning_rate_fn": _INCLUDED,
     "trainer.Trainer.num_microbatches": "NUM_MICROBATCHES = {value}",
     "trainer.Trainer.learning_rate_fn": _INCLUDED,
+    "trainer.Trainer.weight_metrics_computer": "WEIGHT_STATISTICS_PERIOD = 1000  # steps",
     "utils.create_learning_rate_scheduler.factors": "schedules.t5_factors.factors = {value}",
     "utils.create_learning_rate_scheduler.base_learning_rate": "LEARNING_RATE = {value}",
     "utils.create_learning_rate_scheduler.warmup_steps": "WARMUP_STEPS = {value}",
@@ -282,15 +280,14 @@ BINDINGS: Mapping[str, Answer] = {
     "decoding.temperature_sample.topp": "sampling.Sampling.top_p = {value}",
     "decoding.temperature_sample.rescale_log_probs": "sampling.Sampling.rescale_log_probs = {value}",
     "decoding.beam_search.alpha": "beam_search.BeamSearch.alpha = {value}",
-    "adafactor.Adafactor.decay_rate": "optimizers.adafactor.decay_rate = {value}",
-    "adafactor.Adafactor.step_offset": "optimizers.adafactor.step_offset = {value}",
-    "adafactor.Adafactor.beta1": "optimizers.adafactor.momentum = {value}",
+    **{f"adafactor.Adafactor.{each}": f"optimizers.adafactor.{each} = {{value}}" for each in _ADAFACTOR},
+    "adafactor.Adafactor.learning_rate": "LEARNING_RATE = {value}",
     "adafactor.Adafactor.logical_factor_rules": _factored,
     **_under("network.T5Config", _SIZES),
     **_under("network.TransformerConfig", _SIZES),
     "network.Transformer.config": _INCLUDED,
     "network.DecoderWrapper.config": _INCLUDED,
-    "seqio.Evaluator.sequence_length": _eval_lengths,
+    "seqio.Evaluator.sequence_length": "EVAL_FEATURE_LENGTHS = {value}",
     "seqio.Evaluator.logger_cls": "# metrics.jsonl, TensorBoard, eval/TASK.jsonl and report.html are always written",
     "seqio.Evaluator.num_examples": "evaluation.Evaluation.max_predictions = {value}",
     "seqio.Evaluator.use_memory_cache": "# evaluation reads the cache",
@@ -344,5 +341,5 @@ FLAGS: Mapping[str, str] = {
     "--process_id",
     "--initialization_timeout": "MESHWAY_START_SECONDS=N in the environment",
     "--tfds_data_dir": "TFDS_DATA_DIR=DIR in the environment",
-    "--seqio_additional_cache_dirs": "--gin.CACHE_DIR=DIR",
+    "--seqio_additional_cache_dirs": "--gin.SEQIO_CACHE_DIRS=['DIR']",
 }

@@ -59,11 +59,12 @@ _NAMES = (
         "adam_learning_rate adam_weight_decay weight_decay_rate eps epsilon1 epsilon2 step_offset start_step noise "
         "num_workers from_step rates step",
     ),
-    (_RATE, "dropout_rate label_smoothing b1 b2 adam_b1 adam_b2 beta beta1 momentum"),
+    (_RATE, "decay dropout_rate label_smoothing b1 b2 adam_b1 adam_b2 beta beta1 momentum"),
     (
         _POSITIVE,
         "epsilon base capacity_factor eval_capacity_factor soft_cap logits_soft_cap factor query_scale gate_scale "
         "low_frequency_factor high_frequency_factor beta_fast beta_slow clipping_threshold decay_rate decay_factor "
+        "max_parameter_scale global_norm_clip_threshold "
         "loss_normalizing_factor",
     ),
 )

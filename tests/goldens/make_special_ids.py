@@ -308,8 +308,12 @@ def expected(case: Case, folder: Path) -> dict[str, Any]:
         }
 
     def pair(prompt: str, completion: str) -> dict[str, Any]:
-        after = tokenizer(completion, add_special_tokens=False)["input_ids"]
-        return {"prompt": prompt, "completion": completion, "ids": [tokenizer(prompt)["input_ids"], after]}
+        whole, read = (
+            [cut(prompt)["input_ids"], cut(completion, add_special_tokens=False)["input_ids"]]
+            for cut in (tokenizer, file)
+        )
+        found = {"prompt": prompt, "completion": completion, "ids": whole}
+        return found | ({"file": read} if read != whole else {})
 
     def prediction(ids: list[int]) -> dict[str, Any]:
         before = ids[: next((place for place, token in enumerate(ids) if token in stop), len(ids))]

@@ -88,6 +88,15 @@ def test_a_recipes_task_is_cached(tmp_path, capsys, recipe):
     assert name in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_rows_of_a_recipe_s_large_tasks_are_counted(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cache, "PARALLEL", 0)
+    assert cli.main(["cache", "--gin_file=t5.gin", "--num_shards=1"]) == 0
+    assert "task 'lab_halves': " in (printed := capsys.readouterr().out) and "rows a pass; kept" in printed
+    assert cli.main(["cache", "--gin_file=t5.gin", "--gin.TASK_FEATURE_LENGTHS={'inputs': 9}"]) == 0
+    assert "rows are not counted yet, the first run will: " in capsys.readouterr().out
+
+
 def test_bad_examples_and_empty_splits_are_reported(monkeypatch, capsys):
     bad = ["task 'a', split 'train', example 3 of shard 0 of 8: ValueError: no"]
     built = [
@@ -161,7 +170,7 @@ def source_of(recipe):
 def test_processes_that_write_caches_are_told_what_the_recipe_imports(imports, monkeypatch):
     recipe, modules = imports
     found = []
-    monkeypatch.setattr(cache, "cache", lambda **given: found.append(given))
+    monkeypatch.setattr(cache, "cache", lambda **given: found.append(given) or [])
     cache.run(Invocation("cache", None, (str(recipe),)))
     assert found[0]["imported"] == modules == source_of(recipe).modules
     resolved = config.load(Invocation("inspect", "data", (str(recipe),))).resolved

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from saved_runs import VOCABULARY, save_run
+from tiers import tiers
 
 from meshway.framework.data.vocabulary import Framing
 from meshway.framework.inference.beam_search import BeamSearch
@@ -37,9 +38,10 @@ def documented() -> str:
     return textwrap.dedent("\n".join(block))
 
 
+@pytest.mark.slow
 def test_the_documented_lines_predict_without_meshway_what_infer_does(run, tmp_path):
     """Lowered for machines that are not there, too."""
-    folder = tmp_path / "exported"
+    folder = tmp_path / "programs"
     words = ("--platforms=cpu,tpu,cuda", "--modes=predict", "--max_input_length=16", "--max_new_tokens=6")
     assert export(f"--model_dir={run}", f"--output={folder}", *words) == 0
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -62,7 +64,7 @@ def loaded(folder, mode):
     return params, manifest, jax.export.deserialize((folder / entry["file"]).read_bytes())
 
 
-@pytest.mark.slow
+@pytest.mark.proofs
 def test_a_saved_model_has_the_programs_as_signatures(run, tmp_path):
     tensorflow = pytest.importorskip("tensorflow")
     words = ("--saved_model", "--max_input_length=16", "--max_new_tokens=4")
@@ -78,9 +80,10 @@ def test_a_saved_model_has_the_programs_as_signatures(run, tmp_path):
         np.testing.assert_allclose(found[name], wanted[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["sampled", "beams"])
-@pytest.mark.parametrize("family", ["t5_1_1", "lm"])
+CASES = [("t5_1_1", "sampled"), ("lm", "beams"), ("t5_1_1", "beams"), ("lm", "sampled")]
+
+
+@pytest.mark.parametrize("family, how", tiers(CASES, slow=CASES[:2]))
 def test_programs_are_equal_to_the_predictor(family, how, tmp_path):
     """In bfloat16 parameters, with several decodes; scores too."""
     framing = None if family == "t5_1_1" else Framing((300,), False)

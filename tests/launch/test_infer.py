@@ -24,7 +24,7 @@ from meshway.framework.inference.decoding import Decoded, Stop
 from meshway.framework.inference.predictor import Predictor
 from meshway.framework.inference.rows import Text, doubling
 from meshway.framework.inference.sampling import Sampling
-from meshway.framework.partitioning import program_cache
+from meshway.framework.partitioning import sharded_model
 from meshway.framework.telemetry.profiler import Compilations
 from meshway.framework.training.run_directory import RunDirectory
 from meshway.launch import cli
@@ -82,7 +82,7 @@ def test_more_beams_than_tokens_are_refused(run, questions, tmp_path, capsys):
 def test_a_batch_for_which_there_is_no_room_is_refused(run, tmp_path, capsys, monkeypatch, words):
     """Before it runs: the machine would end the process, and say nothing."""
     (tmp_path / "in.jsonl").write_text('{"inputs": "a", "targets": "b"}\n')
-    monkeypatch.setattr(program_cache, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(sharded_model, "free_memory", lambda device: 1000)
     assert infer(f"--model_dir={run}", f"--input={tmp_path}/in.jsonl", f"--output={tmp_path}/out.jsonl", *words) == 2
     kind = "score" if "score" in words[0] else "predict"
     said = capsys.readouterr().err
@@ -123,6 +123,7 @@ def test_json_lines_in_json_lines_out(run, questions, tmp_path, capsys):
     assert total["examples"] == 5 and total["read_tokens"] == sum(len(text) + 1 for text in TEXTS)
 
 
+@pytest.mark.slow
 def test_shards_of_a_job_are_together_what_one_job_writes(run, questions, tmp_path, capsys):
     """Sampled, so that an example that is numbered otherwise would show. The last one makes the result."""
     words = (f"--model_dir={run}", f"--input={questions}", "--chunk_size=1", "--max_new_tokens=4", "--temperature=1")
@@ -137,6 +138,7 @@ def test_shards_of_a_job_are_together_what_one_job_writes(run, questions, tmp_pa
     assert "this very job is finished" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_class_of_ones_own_writes_its_format(run, questions, tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "own_writers.py").write_text(

@@ -54,11 +54,19 @@ def own_batch():
     return {name: np.pad(rows, [(0, 1), *[(0, 0)] * (rows.ndim - 1)]) for name, rows in batch.items()}
 
 
+@pytest.mark.slow
 def test_a_step_is_one_on_a_batch_of_these_examples(model):
     batch, params, before = own_batch(), jax.device_get(model.state.params), model.step
     loss, weight, _ = jax.jit(model.program.model.loss, static_argnums=2)(params, batch, None)
     np.testing.assert_allclose(model.train_step(EXAMPLES)["loss"], loss / weight, rtol=1e-5)
     assert len(model.train_steps(EXAMPLES, 3)) == 3 and model.step == before + 4
+
+
+def test_examples_that_are_cut_are_said(model, capsys):
+    model.train_step([{"inputs": "x" * 50, "targets": "y"}, *EXAMPLES[:1]])
+    assert "'examples in memory': 1 of 2 examples are longer than TASK_FEATURE_LENGTHS" in capsys.readouterr().err
+    model.train_step(EXAMPLES)
+    assert "longer" not in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -143,7 +151,7 @@ def test_what_is_wrong_with_examples_is_told(model, recipe, tmp_path):
             call()
 
 
-@pytest.mark.slow
+@pytest.mark.proofs
 def test_a_run_of_parameters_alone_is_trained_on(tmp_path):
     """As a converted one is; its own recipe lacks an optimizer."""
     run = save_run(tmp_path / "run", "lm")

@@ -11,14 +11,14 @@ from tiers import tiers
 
 from meshway.framework.checkpoints.mapping import Initial
 from meshway.framework.conversion.tokenizer_files import read_vocabulary
-from meshway.framework.data.vocabularies import read_framing
+from meshway.framework.data.vocabularies import Opaque, read_framing
 from meshway.framework.data.vocabulary import Framing
 from meshway.framework.errors import UserError
 from meshway.framework.inference.bulk.inputs import Reader, Record
 from meshway.framework.inference.predictor import Predictor
 from meshway.framework.inference.rows import RowFormat, load_text
 from meshway.framework.training.run_directory import RunDirectory
-from meshway.launch import train
+from meshway.launch import cli, train
 from meshway.launch.convert import convert
 from meshway.launch.invocation import Invocation
 from meshway.launch.recipe import config
@@ -58,10 +58,10 @@ def llama(tmp_path, template=(1,), generation=None, **fields):
     return directory
 
 
-def data_of(run, *features):
+def data_of(run, *features, recipe=None):
     lengths = dict.fromkeys((*features, "targets"), 8)
     given = ("BATCH_SIZE=8", f"TASK_FEATURE_LENGTHS={lengths}", "MODEL_DIR='x'", "TRAIN_STEPS=1")
-    files = (str(run / "recipe.gin"), "optimizers/sgd.gin")
+    files = (str(recipe or run / "recipe.gin"), "optimizers/sgd.gin")
     invocation = Invocation("train", gin_files=files, bindings=(*given, "MIXTURE_OR_TASK_NAME='x'"))
     return config.load(invocation).build("train.train", given=["resolved"])["data"]
 
@@ -146,6 +146,54 @@ def test_tokens_added_beside_a_sentence_piece_model_are_not_lost(tmp_path, name,
         return
     with pytest.raises(UserError, match=rf"{name} adds '<\|im_end\|>'.*tokenizer.json"):
         convert(str(directory), str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"tokenizer_config.json": {"eos_token": "</t>"}}, "tokenizer_config.json: eos_token '</t>' is not a token of"),
+        ({"tokenizer_config.json": {"eos_token": {"content": "<e>"}}}, "tokenizer_config.json: eos_token '<e>' is not"),
+        ({"special_tokens_map.json": {"eos_token": "<e>"}}, "special_tokens_map.json: eos_token '<e>' is not a token"),
+        ({"tokenizer_config.json": {"eos_token": 2}}, "tokenizer_config.json: eos_token is 2, but must be the text"),
+        ({"generation_config.json": {"eos_token_id": 60}}, "eos_token_id 60 is not a token of the tokenizer"),
+    ],
+    ids=str,
+)
+def test_an_eos_that_the_tokenizer_lacks_ends_in_one_message(tmp_path, capsys, files, said):
+    directory = copy_of("llama2", tmp_path)
+    for name, content in files.items():
+        (directory / name).write_text(json.dumps(content))
+    assert cli.main(["convert", f"--from={directory}", f"--to={tmp_path / 'run'}"]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "eos"),
+    [
+        ({"tokenizer_config.json": {"eos_token": "w9"}}, 9),
+        (
+            {"tokenizer_config.json": {"eos_token": {"content": "w9"}}, "special_tokens_map.json": {"eos_token": "w8"}},
+            9,
+        ),
+        ({"special_tokens_map.json": {"eos_token": "w8"}}, 8),
+        ({"tokenizer_config.json": {"eos_token": None}}, 2),
+    ],
+    ids=str,
+)
+def test_texts_end_with_the_eos_of_the_tokenizers_files_and_predictions_there_too(tmp_path, files, eos):
+    directory = llama(tmp_path, generation={"eos_token_id": [2, 3]})
+    for name, content in files.items():
+        (directory / name).write_text(json.dumps(content))
+    convert(str(directory), str(tmp_path / "run"))
+    text = load_text(tmp_path / "run", has_encoder=False)
+    assert text.read_targets("w5") == [5, eos] and text.stop == tuple(dict.fromkeys((2, 3, eos)))
+
+
+def test_inputs_that_are_to_end_in_an_eos_that_is_none_are_refused(tmp_path):
+    RunDirectory(tmp_path).save_vocabularies({"targets": Opaque("endless", 400)})
+    with pytest.raises(UserError, match="append_eos: inputs cannot end with EOS, as the run's .*endless has none"):
+        load_text(tmp_path, has_encoder=False, append_eos=True)
 
 
 @pytest.mark.parametrize(
@@ -238,3 +286,12 @@ def test_a_run_that_starts_otherwise_than_its_initial_parameters_says_so(tmp_pat
     (tmp_path / "run" / "vocabularies.json").unlink()
     (directory / "tokenizer.json").unlink()
     assert Initial(str(tmp_path / "run")).start() is Initial(str(directory)).start() is None
+
+
+@pytest.mark.parametrize("template", [(1,), ()], ids=str)
+def test_streamed_data_start_and_stop_as_cached_data_do(tmp_path, template):
+    convert(str(llama(tmp_path, template, {"eos_token_id": [2, 3]})), str(tmp_path / "run"))
+    (tmp_path / "streamed.gin").write_text(f"include '{tmp_path}/run/recipe.gin'\ninclude 'data/streamed.gin'\n")
+    data = data_of(tmp_path / "run", recipe=tmp_path / "streamed.gin")
+    assert type(data).__name__ == "SeqioData" and list(data._named) == ["targets"]
+    assert (data._start, data._stop_ids) == (list(template), [2, 3])

@@ -8,12 +8,13 @@ import pytest
 from flax.core import meta
 from tiny import greedy, loaded
 
+from meshway.framework.checkpoints.manager import Checkpoints
 from meshway.framework.errors import UserError
 from meshway.framework.optimizers.optimizers import Optimizer
 from meshway.framework.partitioning.mesh import MeshShape
 from meshway.framework.partitioning.partitioner import Layout
 from meshway.framework.training.program import TrainProgram
-from meshway.models.linen import Linen
+from meshway.models.linen import Linen, LinenClassifier
 from meshway.models.t5x_model import T5XModel, T5XTransformer
 
 LENGTHS = {"targets": 12}
@@ -106,7 +107,7 @@ def test_a_linen_module_trains_as_its_own_loop(where):
     close(state.params, params)
 
 
-@pytest.mark.parametrize("where", ["single", "sharded"])
+@pytest.mark.parametrize("where", ["single", pytest.param("sharded", marks=pytest.mark.slow)])
 def test_a_model_of_t5x_trains_as_its_own_loop(where):
     """With the sum of its loss, as T5X's trainer has it."""
     theirs = lab().BaseModel(lab().T5XStyle(VOCAB))
@@ -138,7 +139,7 @@ def test_what_a_model_of_t5x_says_is_reported_and_scored():
     np.testing.assert_allclose(mean.loss(params, batch, None)[0], loss * weight, rtol=1e-6)
 
 
-@pytest.mark.parametrize("style", ["Boxed", "T5XStyle"])
+@pytest.mark.parametrize("style", [pytest.param("Boxed", marks=pytest.mark.slow), "T5XStyle"])
 def test_predictions_recompute_rows(style):
     """Greedy decoding from prompts of different lengths finds what the module itself says after each prefix."""
     module = getattr(lab(), style)(VOCAB)
@@ -195,3 +196,72 @@ def test_what_is_missing_is_told_once(wrong, message):
 def test_axes_by_pattern_stand_before_those_of_the_module():
     model = Linen(lab().Boxed(VOCAB, names=("embed",)), LENGTHS, param_axes=[("wi/.*", ("embed", None))])
     assert model.axes()["wi"]["kernel"] == ("embed", None) and model.axes()["wo"]["kernel"] == ("mlp", "embed")
+
+
+NORMED_AXES = [("norm/.*", ("mlp",)), (".*/bias", (None,)), ("out/kernel", ("mlp", None))]
+
+
+def images(seed):
+    random = np.random.default_rng(seed)
+    return {
+        "image": random.standard_normal((8, 4, 4)).astype(np.float32),
+        "label": random.integers(0, 10, 8, np.int32),
+        "loss_weights": np.ones(8, np.float32),
+    }
+
+
+def normed(**options):
+    rules = [("mlp", "model"), ("*", None)]
+    where = Layout(MeshShape(ici={"data": 4, "model": 2}), rules, [("batch", "data"), ("mlp", "model"), ("*", None)])
+    model = LinenClassifier(lab().Normed(), (4, 4), param_axes=NORMED_AXES, collections=["batch_stats"])
+    return TrainProgram(model, Optimizer(optax.adam, 0.01), where, 8, {}, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_batch_statistics_are_updated_as_by_ones_own_loop(microbatches, tmp_path):
+    """Microbatches hand them on one to the next, as T5X's do; a step that is left out leaves them; they are saved."""
+    program, module = normed(num_microbatches=microbatches), lab().Normed()
+    statistics = {"batch_stats/norm/mean", "batch_stats/norm/var"}
+    assert program.model.untrained() == statistics and not statistics & program.optimizer.trainable
+    step, state = program.compile_step(), program.init()
+    variables = meta.unbox(module.init(jax.random.key(0), jnp.ones((1, 4, 4))))
+    params, stats, optimizer = variables["params"], variables["batch_stats"], optax.adam(0.01)
+    moments = optimizer.init(params)
+
+    def loss_of(params, stats, batch):
+        total = 0.0
+        for at in range(microbatches):
+            part = {name: value[at::microbatches] for name, value in batch.items()}
+            logits, new = module.apply(
+                {"params": params, "batch_stats": stats}, part["image"], train=True, mutable=["batch_stats"]
+            )
+            stats = new["batch_stats"]
+            total += jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, part["label"]))
+        return total / 8, stats
+
+    gradient_of = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
+    for seed in range(3):
+        state, metrics = step(state, program.shard_batch(images(seed)))
+        (loss, stats), gradients = gradient_of(params, stats, images(seed))
+        updates, moments = optimizer.update(gradients, moments)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(metrics["loss"][0] / metrics["loss"][1], loss, rtol=1e-5)
+        assert "variables" not in metrics
+    close(state.params, {**params, "batch_stats": stats})
+    logits = module.apply({"params": params, "batch_stats": stats}, images(9)["image"])
+    score = jnp.take_along_axis(jax.nn.log_softmax(logits), images(9)["label"][:, None], axis=1)
+    np.testing.assert_allclose(program.model.score(jax.device_get(state.params), images(9)), score, rtol=1e-4)
+    before = jax.device_get(state.params)
+    state, _ = step(state, program.shard_batch(images(4) | {"loss_weights": np.full(8, np.inf, np.float32)}))
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.params))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state, 4, {}, {})
+    checkpoints.wait()
+    restored, _ = checkpoints.restore(4, program.abstract_state)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
+
+
+def test_batch_statistics_must_be_asked_for():
+    with pytest.raises(ValueError, match=r"bind linen.Linen.collections = \('batch_stats',\)"):
+        LinenClassifier(lab().Normed(), (4, 4), param_axes=NORMED_AXES).axes()

@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from running import copy_lab, lines, meshway
+from running import copy_lab, lines, meshway, state_hash
 
 ROOT = Path(__file__).parent.parent.parent
 ARGUMENTS = ("train", "--gin_file=bigram.gin", "--simulated_devices=4")
@@ -106,3 +106,33 @@ def test_a_linen_module_trains_resumes_and_is_evaluated(tmp_path):
     after = lines(run / "eval" / "lab_halves.jsonl")[-1]
     assert after["step"] == 20 and "fingerprint" in after and after["metrics"]["same_length"] is not None
     assert abs(after["metrics"]["loss"] - before["metrics"]["loss"]) < 1e-4
+
+
+OPTIONS = (
+    "--gin.BATCH_SIZE_SCHEDULE=[(4, 4), (9, 8)]", "--gin.BATCH_SIZE=16", "--gin.EMA_DECAY=0.5", "--gin.SPIKE_LOSS=1.5",
+    "--gin.WEIGHT_STATISTICS_PERIOD=10", "--gin.SKIP_BATCHES=[(6, 7)]", "--gin.EMA_EVALUATE=True",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_run_with_every_option_of_a_step_resumes_exactly_amid_its_schedule(tmp_path):
+    """Stopped while batches have 8 rows, with averages, a guard's memory and batches left out."""
+    lab = copy_lab(tmp_path)
+    for name, stops in (("whole", [20]), ("stopped", [6, 20])):
+        for steps in stops:
+            words = (f"--gin.MODEL_DIR={tmp_path / name}", f"--gin.TRAIN_STEPS={steps}", "--gin.REPORT_PERIOD=1")
+            done = meshway(*ARGUMENTS, *words, *OPTIONS, cwd=lab)
+            assert done.returncode == 0, done.stdout + done.stderr
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert state_hash(whole, 20) == state_hash(stopped, 20)
+    reports = {line["step"]: line for line in lines(whole / "metrics.jsonl") if "loss" in line}
+    # Batches 6 and 7 are left out, so that step 8 takes batch 10; rows have 128 tokens at most.
+    tokens = {step: line["tokens_per_second"] * line["step_seconds"] for step, line in reports.items()}
+    assert all(tokens[step] <= 4 * 128 < tokens[5] for step in (1, 2, 3, 4)) and tokens[7] <= 8 * 128 < tokens[8]
+    assert {step for step, line in reports.items() if "weight_rms/inner" in line} == {10, 20}
+    found = {}
+    for words in (("--averaged",), ()):
+        done = meshway("eval", f"--model_dir={whole}", "--simulated_devices=4", *words, cwd=lab)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found[words] = lines(whole / "eval" / "lab_lines.jsonl")[-1]["metrics"]["loss"]
+    assert abs(found[("--averaged",)] - reports[20]["validation/loss"]) < 1e-4 < abs(found[()] - found[("--averaged",)])

@@ -99,6 +99,10 @@ CASES = {
         (*T5, "--gin_file=initial/upcycle.gin", "--gin.UPCYCLE_FROM=nowhere", "--gin.MODEL_DIR={dir}"),
         ["Initial.path: nowhere is neither a run directory"],
     ),
+    "relative steps without a step": (
+        (*T5, "--gin.TRAIN_STEPS_RELATIVE=5", "--gin.MODEL_DIR={dir}"),
+        ["TRAIN_STEPS_RELATIVE=5 counts from the step", "INITIAL_CHECKPOINT_PATH"],
+    ),
     "module that is not there": (
         (*T5, "--gin.MIXTURE_OR_TASK_MODULE=tasks.topic", "--gin.MODEL_DIR={dir}"),
         ["tasks.topic"],

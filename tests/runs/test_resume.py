@@ -1,6 +1,7 @@
 """A run that is killed or stopped, and started again, ends where an undisturbed one ends: bit for bit."""
 
 import random
+import shutil
 import signal
 import time
 
@@ -9,6 +10,7 @@ from running import lines, meshway, start, state_hash
 from tiers import tiers
 
 from meshway.framework.telemetry.timeline import read_goodput
+from meshway.launch.status import read_status
 
 ARGUMENTS = ("train", "--gin_file=t5.gin")
 
@@ -155,3 +157,19 @@ def test_what_a_run_leaves_behind(undisturbed):
     assert {"same_length", "loss"} <= set(evaluation["metrics"])
     assert {"input", "target", "prediction"} == set(evaluation["predictions"][0])
     assert "params/token_embedding/embedding" in (undisturbed / "model_info.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_run_counts_on_from_another_and_resumes_without_it(undisturbed, tmp_path):
+    """As fine-tuning in T5X: ten more steps, then five more, once what it started from is gone."""
+    before = shutil.copytree(undisturbed, tmp_path / "before")
+    words = (*ARGUMENTS, f"--gin.MODEL_DIR={tmp_path / 'tuned'}", f"--gin.INITIAL_CHECKPOINT_PATH={before}")
+    words += ("--gin.mapping.Initial.optimizer_state=True",)
+    done = meshway(*words, "--gin.TRAIN_STEPS_RELATIVE=10")
+    assert done.returncode == 0 and "done: step 40" in done.stdout, done.stdout + done.stderr
+    shutil.rmtree(before)
+    done = meshway(*words, "--gin.TRAIN_STEPS_RELATIVE=15")
+    assert done.returncode == 0 and "done: step 45" in done.stdout, done.stdout + done.stderr
+    found = [line["step"] for line in lines(tmp_path / "tuned" / "metrics.jsonl")]
+    assert found == [30, 35, 40, 45]
+    assert read_status(tmp_path / "tuned").total == 45

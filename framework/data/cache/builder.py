@@ -107,7 +107,7 @@ def build(
                 if task.name not in plans:
                     _clear(root / task.name, overwrite)
                     imported = seqio_caches.origin(task, root / task.name, from_seqio)
-                    works[task.name] = stack.enter_context(working(root / task.name))
+                    works[task.name] = stack.enter_context(working(root / task.name, part == (1, 1)))
                     plans[task.name] = _plan(task, name, root, splits, num_shards, works[task.name], imported)
         _check_part(part, plans.values())
         return _build(list(plans.values()), works, tuple(modules), num_workers, max_bad_examples, progress, part)

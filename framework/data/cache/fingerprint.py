@@ -12,7 +12,7 @@ import inspect
 import json
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,21 @@ def qualified_name(step: Any) -> str:
         step = step.func if isinstance(step, functools.partial) else step.map_fn
     named = step if hasattr(step, "__qualname__") else type(step)
     return f"{named.__module__}.{named.__qualname__}"
+
+
+def takes_lengths(step: Callable[..., Any]) -> bool:
+    """Returns whether seqio passes `sequence_length` to a preprocessor, or to the function that it maps."""
+    if dataclasses.is_dataclass(step):
+        fields = {field.name for field in dataclasses.fields(step)}
+        mapped = getattr(step, "map_fn", None)
+        return "sequence_length" in fields and (mapped is None or takes_lengths(mapped))
+    bound = step.keywords if isinstance(step, functools.partial) else {}
+    return "sequence_length" in inspect.signature(step).parameters and "sequence_length" not in bound
+
+
+def step_name(step: Any) -> str:
+    """Returns the bare name of a preprocessor."""
+    return qualified_name(step).rpartition(".")[2]
 
 
 def vocabulary_fingerprint(vocabulary: Any) -> str:

@@ -8,11 +8,13 @@ import base64
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 import shutil
 import tempfile
 import zlib
+from array import array as growing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,7 +128,7 @@ def write_shard(
     path = split_directory / shard_name(shard, num_shards)
     temporary = work / f"{split_directory.name}.{path.name}"
     names = sized(features)
-    sizes: list[list[int]] = [[] for _ in names]
+    sizes = [growing("i") for _ in names]  # of int32
     with failures_of(path):
         writer = ArrayRecordWriter(str(temporary), _WRITER)
         count = 0
@@ -226,9 +228,9 @@ def write_index(split_directory: Path, shards: Sequence[Shard], fingerprint: str
     }
     with failures_of(split_directory):
         for name in shards[0].sizes:
-            path = work / f"{split_directory.name}.{name}.npy"
-            np.save(path, np.concatenate([shard.sizes[name] for shard in shards]))
-            replace(split_directory / f"sizes.{name}.npy", path.read_bytes(), work)
+            column = np.concatenate([shard.sizes[name] for shard in shards])
+            save = functools.partial(np.save, arr=column)
+            replace_file(split_directory / f"sizes.{name}.npy", save, work / f"{split_directory.name}.{name}.npy")
         replace(split_directory / "index.json", _text(index), work)
 
 
@@ -315,17 +317,18 @@ _LOCK = "lock"
 
 
 @contextlib.contextmanager
-def working(directory: Path) -> Iterator[Path]:
+def working(directory: Path, alone: bool = True) -> Iterator[Path]:
     """Yields a new folder inside `directory` for this process alone, removed after the block.
 
-    It is locked in the block; folders that no living process has locked are removed first.
+    It is locked in the block; folders that no living process has locked are removed first, unless other machines
+    (not `alone`) may build there too: not every network's file system shows their locks.
 
     Raises:
       EnvironmentFailure: the directory cannot be written.
     """
     with failures_of(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        for left in directory.glob(f"{_PREFIX}*"):
+        for left in directory.glob(f"{_PREFIX}*") if alone else ():
             _remove_if_dead(left)
         work, lock = _new_folder(directory)
     try:

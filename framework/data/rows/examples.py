@@ -97,8 +97,9 @@ def sizes_at(examples: Examples, which: np.ndarray | slice) -> dict[str, np.ndar
     return {name: column[which] for name, column in examples.sizes.items()}
 
 
-_TOGETHER = 1 << 20  # examples whose sizes are looked at together
-_BLOCK = 64  # examples of a task of more; divides _TOGETHER
+_TOGETHER = 1 << 18  # examples whose sizes are looked at together, by each of a few threads
+_BLOCK = 64  # examples; divides _TOGETHER
+_EACH = 1 << 20  # examples of a task that is small enough to keep where each one's items begin
 
 
 class ItemNumbers:
@@ -119,7 +120,7 @@ class ItemNumbers:
 
     def __init__(self, examples: Examples, objective: Objective) -> None:
         self._examples, self._objective = examples, objective
-        self._block = 1 if len(examples) <= _TOGETHER else _BLOCK
+        self._block = 1 if len(examples) <= _EACH else _BLOCK
         self._ends: np.ndarray | None = None  # items of all blocks up to each; None if each example makes one
         self.total = len(examples)
         if not objective.row_lengths:
@@ -329,6 +330,10 @@ class Stepped:
         """How many tokens of each example the steps trimmed, int64 [examples]."""
         whole = self.whole
         return sum((whole[name] - kept for name, kept in self.sizes.items()), np.zeros(len(self), np.int64))
+
+    def first(self, count: int) -> "Stepped":
+        """Returns the first `count` of them."""
+        return Stepped(First(self.examples, count), self._steps, self._lengths)
 
     def read(self, indices: Sequence[int] | np.ndarray) -> list[Any]:
         examples = self.examples.read(indices)

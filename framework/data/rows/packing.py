@@ -118,13 +118,15 @@ def _fullest_that_fit(
     free_others: list[int] = []
     refusals: list[int] = []
     for size, other in zip(sizes, others, strict=True):
-        candidates, found, needed = occupied >> size, -1, other - guards
+        candidates, free, found, needed = occupied >> size, size - 1, -1, other - guards
         while candidates and found < 0:
-            lowest = candidates & -candidates
-            candidates ^= lowest
-            free = size + lowest.bit_length() - 1
+            step = (candidates & -candidates).bit_length()
+            free += step
+            candidates >>= step
             stack = open_rows[free]
-            for at in range(len(stack) - 1, -1, -1):
+            at = len(stack)
+            while at:
+                at -= 1
                 row = stack[at]
                 if free_others[row] - needed & guards == guards:
                     found = row

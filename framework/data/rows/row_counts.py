@@ -184,9 +184,17 @@ def count(source: Pools, phase: int, pools: np.ndarray, processes: int, quiet: b
     return rows
 
 
+_one_at_a_time = threading.Lock()
+
+
 def ahead(work: Callable[[], None]) -> None:
-    """Runs `work` in the background until this process ends."""
-    threading.Thread(target=work, name="row counts", daemon=True).start()
+    """Runs `work` in the background, after what was asked for before, until this process ends."""
+
+    def run() -> None:
+        with _one_at_a_time:
+            work()
+
+    threading.Thread(target=run, name="row counts", daemon=True).start()
 
 
 def say(text: str) -> None:

@@ -29,7 +29,8 @@ from meshway.framework.errors import UserError
 
 POOL_ITEMS = 16384
 _SAMPLED_POOLS = 16  # from which the mean number of items per row is computed
-_WALK = 2  # pools planned on the way to a row before those of the whole round are counted, and kept
+_WALK = 2  # pools planned on the way to a row before those of the whole round are counted
+_PLANS = 4  # held in memory
 _PROBED = 1024  # examples whose sizes under the objective tell it from others
 
 
@@ -92,8 +93,8 @@ class RowSource:
         self._table = table if self._pack else None
         self._asked: set[int] = set()  # phases that were looked for in the table
         self._trusts_table = self._counts_ahead = True
-        self._plan = functools.lru_cache(maxsize=4)(self._plan_pool)
-        self._order = functools.lru_cache(maxsize=4)(self._pool_order)
+        self._plan = functools.lru_cache(maxsize=_PLANS)(self._plan_pool)
+        self._order = functools.lru_cache(maxsize=_PLANS)(self._pool_order)
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in vars(self).items() if name not in ("_plan", "_order")}
@@ -101,8 +102,8 @@ class RowSource:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._plan = functools.lru_cache(maxsize=4)(self._plan_pool)
-        self._order = functools.lru_cache(maxsize=4)(self._pool_order)
+        self._plan = functools.lru_cache(maxsize=_PLANS)(self._plan_pool)
+        self._order = functools.lru_cache(maxsize=_PLANS)(self._pool_order)
 
     @property
     def items_per_row(self) -> float:
@@ -163,12 +164,15 @@ class RowSource:
         unknown = np.flatnonzero(self._rows[phase] < 0)
         if not self._pack or not len(unknown):
             return
-        if self._table is None or self._num_pools <= _WALK:
+        if self._num_pools <= _PLANS:
+            for pool in unknown.tolist():
+                self._rows[phase, pool] = self._plan(phase, pool).num_rows  # which is read next
+            return
+        if self._table is None:
             self._rows[phase, unknown] = row_counts.count(self, phase, unknown, 0)
             return
         with self._table.claimed(self._identity, phase):
-            rows = self._kept_rows(phase)  # another process may have counted meanwhile
-            if rows is None:
+            if (rows := self._kept_rows(phase)) is None:  # else another process has counted meanwhile
                 processes = min(os.cpu_count() or 1, len(unknown) // row_counts.FEWEST)
                 rows = self._rows[phase].copy()
                 rows[unknown] = row_counts.count(self, phase, unknown, processes)
@@ -273,6 +277,11 @@ class RowSource:
             plan = self._plan(phase, pool)
             if plan.num_rows == self._rows[phase, pool]:
                 return place, pool, plan
+            if self._table is None or not self._trusts_table:
+                raise UserError(
+                    f"task {self.name!r}: {type(self.objective).__name__}.measure gives other sizes of the same items "
+                    "than before, but must depend on its arguments alone"
+                )
             row_counts.say(f"the kept rows of {self.name!r} are wrong, those of pool {pool}: they are counted again")
             self._rows[:] = -1
             self._trusts_table = False
@@ -281,8 +290,7 @@ class RowSource:
         """Takes the rows of a phase from the table, the first time."""
         if phase not in self._asked:
             self._asked.add(phase)
-            rows = self._kept_rows(phase)
-            if rows is not None:
+            if (rows := self._kept_rows(phase)) is not None:
                 self._rows[phase] = rows
 
     def _kept_rows(self, phase: int) -> np.ndarray | None:
@@ -302,8 +310,7 @@ class RowSource:
         for phase in range(self._cycle):
             if (self._rows[phase] >= 0).all():
                 continue
-            rows = self._kept_rows(phase)
-            if rows is None:
+            if (rows := self._kept_rows(phase)) is None:
                 try:
                     lock = self._table.claim(self._identity, phase)
                 except OSError:  # there is no folder to keep them in

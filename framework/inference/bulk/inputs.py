@@ -155,6 +155,7 @@ class Example:
       inputs, targets: token ids; no targets unless they are scored.
       sizes: the tokens that it takes in a batch, by feature.
       begun: ids that its prediction must begin with.
+      truncated: whether its inputs are only a part of the record's.
     """
 
     index: int
@@ -163,6 +164,7 @@ class Example:
     targets: list[int]
     sizes: Mapping[str, int]
     begun: Sequence[int] = ()
+    truncated: bool = False
 
 
 class Reader:
@@ -242,8 +244,9 @@ class Reader:
                 raise ValueError(f"field {targets_field!r} holds nothing to score")
         sizes = self._sizes(inputs, targets)
         over = {name: size for name, size in sizes.items() if size > self._limits[name]}
+        truncated = False
         if over and self._truncate and (shorter := self._truncated(inputs, targets)) is not None:
-            inputs, sizes, over = shorter, self._sizes(shorter, targets), {}
+            inputs, sizes, over, truncated = shorter, self._sizes(shorter, targets), {}, True
         for name, size in over.items():
             raise ValueError(f"{size:,} tokens of {name}, and there is room for {self._limits[name]:,}")
         if not self._scores and not self._sizes(inputs, targets)["inputs"]:
@@ -252,7 +255,7 @@ class Reader:
         begun = self._text.read_begun(begun)
         if self._format.has_encoder or not after_start(inputs, self._format.bos):
             begun = after_start(begun, self._format.bos)
-        return Example(record.index, record.values, inputs, targets, sizes, begun)
+        return Example(record.index, record.values, inputs, targets, sizes, begun, truncated)
 
     def _sizes(self, inputs: list[int], targets: list[int]) -> dict[str, int]:
         if self._scores:

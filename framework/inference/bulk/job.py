@@ -137,6 +137,7 @@ class Job:
             )
         rows, counts = self._rows(examples)
         counts |= {"examples": len(examples), "skipped": len(problems), "seconds": time.monotonic() - began}
+        counts["truncated"] = sum(each.truncated for each in examples)
         if self._store is not None:
             self._store.commit(number, rows, digest, counts, problems)
         for problem in problems:
@@ -171,6 +172,7 @@ def summary(store: ChunkStore) -> dict[str, Any]:
     return {
         "examples": int(counts["examples"]),
         "skipped": int(counts["skipped"]),
+        "truncated": int(counts["truncated"]),
         "read_tokens": int(counts["read_tokens"]),
         "made_tokens": int(counts["made_tokens"]),
         "padding": round(counts["padded_tokens"] / places, 4) if places else 0.0,
@@ -189,10 +191,16 @@ def lines_of(counts: Mapping[str, Any]) -> list[str]:
         f"examples/s, {counts['tokens_per_second']:,} tokens/s; {counts['read_tokens']:,} tokens read, "
         f"{counts['made_tokens']:,} made; {100 * counts['padding']:.1f} % of the input places were padding; "
         f"{counts['programs']} programs compiled",
+        *of_truncated(counts["truncated"]),
         *(f"left out: {line}" for line in left_out[:20]),
     ]
     more = [f"left out: and {len(left_out) - 20:,} more, listed in the summary"] if len(left_out) > 20 else []
     return lines + more
+
+
+def of_truncated(count: int) -> list[str]:
+    """Returns how many examples were cut, for people; [] where none was."""
+    return [f"truncated: the inputs of {count_of(count, 'example')}, which were too long"] if count else []
 
 
 def of_shares(share: Share, num_chunks: int, missing: Sequence[int]) -> str:
@@ -202,9 +210,10 @@ def of_shares(share: Share, num_chunks: int, missing: Sequence[int]) -> str:
         done += f" ({count_of(num_chunks, 'chunk')} are too few for all: give a smaller --chunk_size)"
     if not missing:
         return f"{done}, and another job has made the result of all"
-    shards = ", ".join(str(shard) for shard in sorted({number % share.count for number in missing}))
+    shards = sorted({number % share.count for number in missing})
+    whose = f"shard{'s' if len(shards) > 1 else ''} {', '.join(map(str, shards))}"
     return (
-        f"{done}; {len(missing):,} of {count_of(num_chunks, 'chunk')} are to come from shards {shards}: the job that "
+        f"{done}; {len(missing):,} of {count_of(num_chunks, 'chunk')} are to come from {whose}: the job that "
         "ends last makes the result, or the same command without --num_shards and --shard_id"
     )
 

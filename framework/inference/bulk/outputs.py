@@ -1,5 +1,4 @@
-"""The paths of an output, unfinished and finished, its lock, durable writes to it, and what already exists there: this
-job's chunks or result, another job's, or other files."""
+"""The paths of an output, unfinished and finished, its locks, durable writes to it, and what already exists there."""
 
 import contextlib
 import dataclasses
@@ -51,7 +50,7 @@ class OutputPaths:
 
     @property
     def lock(self) -> Path:
-        """The lock on all that is there: a whole job holds it all the time, a share in its turn."""
+        """The lock that a whole job holds all the time, and a share in its turn."""
         return self.parts / "lock"
 
     @property
@@ -155,11 +154,8 @@ def output_paths(output: Path, format: str | None, share: Share = Share(), own: 
 
 
 class OutputLock:
-    """The locks on an output's folder of chunks, which is created if it does not exist.
-
-    A whole job excludes everyone else. Shares work side by side, and take turns where one looks at, or changes, what is
-    of all: at the start and at the end.
-    """
+    """The locks on an output's folder of chunks, which is created if it does not exist. A whole job excludes everyone
+    else; shares work side by side, and take turns at the start and the end, where one changes what is of all."""
 
     def __init__(self, paths: OutputPaths) -> None:
         self._paths = paths
@@ -174,8 +170,7 @@ class OutputLock:
         """Creates the folder and takes the lock of this process.
 
         Raises:
-          UserError: another process holds it, or the whole of which this is a share, or a share of this whole; the
-            folder cannot be created.
+          UserError: another process holds it, or that of a share of this whole job; the folder cannot be created.
         """
         paths, tries = self._paths, 1 if self._paths.share.is_whole else _TRIES
         with io_errors(paths.parts):
@@ -195,9 +190,19 @@ class OutputLock:
             raise UserError(_working(*others[0]))
 
     def take_turn(self, wait: bool = True) -> bool:
-        """Returns whether this process alone may look at what is of all, waiting for its turn if asked to."""
+        """Returns whether this process alone may look at what is of all, waiting for other shares if asked to.
+
+        Raises:
+          UserError: what it would wait for is a whole job.
+        """
         if self._turn is None and not self._paths.share.is_whole:
+            tries = _TRIES
             while (found := try_lock(self._paths.lock)) is None and wait:
+                holder, shares = holder_of(self._paths.lock), self.others()
+                if holder is not None and not any(holder.is_process_of(each) for each, _ in shares):
+                    tries -= 1
+                if not tries:
+                    raise UserError(_working(holder, self._paths.lock))
                 time.sleep(_POLL_SECONDS)
             self._turn = found
             return found is not None
@@ -218,8 +223,7 @@ class OutputLock:
         return [(holder, path) for holder, path in found if holder is not None]
 
     def discard(self) -> None:
-        """Releases all that is held, and removes its files, those that killed shares left, and the folder if it is
-        empty."""
+        """Releases all that is held; removes its files, those of killed shares, and the folder if it is empty."""
         self.end_turn()
         if self._own is not None:
             with contextlib.suppress(OSError):

@@ -86,7 +86,7 @@ def test_a_run_starts_from_one_directly_or_converted(tmp_path):
     converted = flatten(params_of(tmp_path / "run", model))
     for path in (prefix, f"{prefix}.index", prefix.parent):
         initial = Initial(str(path))
-        assert initial.known_step() == 1_000_000
+        assert initial.known_step() == 1_000_000 and initial.is_here
         initial.check(fresh, model.axes())
     direct = flatten(initial.restore(unflatten(flatten(fresh)), model.axes()))
     for name, value in converted.items():

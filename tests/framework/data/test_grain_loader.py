@@ -11,6 +11,7 @@ from meshway.framework.data.encoder_only import MaskedLanguageModel
 from meshway.framework.data.features import EncoderDecoder, LanguageModel, PrefixLanguageModel
 from meshway.framework.data.grain_loader import CachedData
 from meshway.framework.data.prefetch import WorkerStream
+from meshway.framework.data.rows import row_source
 from meshway.framework.data.rows.mixing import Rates
 from meshway.framework.errors import UserError
 
@@ -40,6 +41,15 @@ def assert_same(left, right):
     for one, other in zip(left, right, strict=True):
         for name in one:
             np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def test_training_says_what_is_cut(data, capsys):
+    """Of texts of 7 and 8 bytes and of 4, and of their EOS."""
+    data("tiny_b", lengths={"inputs": 6, "targets": 3}).train(slice(None))
+    said = "'tiny_b': 23 of 23 examples are longer than TASK_FEATURE_LENGTHS, and 34 % of all tokens in no row"
+    assert said in capsys.readouterr().err
+    data("tiny_b").train(slice(None))
+    assert "longer" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["tiny_a", "tiny_mix", "tiny_b"])
@@ -303,3 +313,15 @@ def test_a_text_that_begins_with_its_start_has_it_once(data):
         assert (batch["decoder_input_tokens"][:, :2] == 1).sum(axis=1).tolist() == [1] * 4
         assert batch["decoder_input_tokens"][:, 0].tolist() == [1] * 4
         assert (batch["decoder_target_tokens"][:, 0] == batch["decoder_input_tokens"][:, 1]).all()
+
+
+def test_rows_are_counted_once_for_all_runs_of_a_cache(data, caches, monkeypatch):
+    monkeypatch.setattr(row_source, "POOL_ITEMS", 4)
+    new = data("tiny_b", seed=5)
+    expected = [new.train(slice(None)).batch(number) for number in (3, 900)]  # the second is far beyond the first pass
+    (path,) = (caches / "tiny_b" / "train").glob("rows.*.0.json")
+    assert new.count_rows() == {"tiny_b": [sum(json.loads(path.read_text())["rows"])]}
+    monkeypatch.delattr(row_source.RowSource, "count")
+    again = data("tiny_b", seed=5)
+    assert_same([again.train(slice(None)).batch(number) for number in (3, 900)], expected)
+    assert again.count_rows() == new.count_rows()

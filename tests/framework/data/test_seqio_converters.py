@@ -131,6 +131,10 @@ def test_prepacked_examples_are_taken_as_they_are(own):
     rows = [{name: array[row].astype(np.int32) for name, array in decoder.items()} for row in range(len(rows))]
     converter = SeqioConverter(seqio.feature_converters.PrePackedLMFeatureConverter, pack=False)
     assert_same(lay(converter.bind(task(*rows[0]), {"targets": LENGTHS["targets"]}), rows, False), decoder)
+    rows = [row | {"decoder_causal_attention": row["decoder_segment_ids"]} for row in rows]
+    converter = SeqioConverter(seqio.feature_converters.PrePackedPrefixLMFeatureConverter, pack=False)
+    batch = lay(converter.bind(task(*rows[0]), {"inputs": 6, "targets": LENGTHS["targets"] - 6}), rows, False)
+    assert_same(batch, decoder | {"decoder_prefix_mask": decoder["decoder_segment_ids"]})
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from tiers import tiers
 from meshway.framework.data import seqio_adapter, seqio_steps
 from meshway.framework.data.objective import FeatureInfo, VocabularyInfo
 from meshway.framework.data.rows import examples as examples_lib
+from meshway.framework.data.task_data import vocabularies_of
 from meshway.framework.errors import UserError
 
 TOKENS = FeatureInfo("int32", (None,), VocabularyInfo(269, 1, 10))
@@ -239,6 +240,31 @@ def test_online_steps_that_fail_or_break_the_declaration_are_told(tasks):
     wrong = tasks.add("cut_wrong", [*tasks.PLAIN, tasks.halved, tasks.to_int64])
     with pytest.raises(UserError, match="feature 'targets'.*int64, expected int32"):
         online(wrong)
+
+
+@pytest.mark.parametrize(("eos_id", "said"), [(None, "no EOS"), (-1, "no EOS"), (999, "its EOS would be 999")], ids=str)
+def test_an_eos_that_the_vocabulary_lacks_is_told_where_it_is_appended(tasks, monkeypatch, eos_id, said):
+    class Endless(tasks.seqio.ByteVocabulary):
+        @property
+        def eos_id(self):
+            return eos_id
+
+    features = {name: tasks.seqio.Feature(Endless(), add_eos=name == "inputs") for name in ("inputs", "targets")}
+    tokenize, append, trim = (getattr(tasks.steps, name) for name in ("tokenize", *examples_lib.TWINS))
+    for step in (append, trim, functools.partial(append, sequence_length={"inputs": 3})):
+        task = tasks.add("cut_endless", [tokenize, step], features=features)
+        for read in (
+            seqio_steps.divide_steps,
+            seqio_steps.check_eos,
+            lambda task: vocabularies_of("", [task], None, {}),
+        ):
+            with pytest.raises(
+                UserError, match=f"'cut_endless' appends EOS to feature 'inputs'.* {said}.*add_eos=False"
+            ):
+                read(task)
+    seqio_steps.check_eos(tasks.add("cut_endless", [tokenize], features=features))  # nothing appends it
+    features["inputs"] = features["targets"]
+    seqio_steps.check_eos(tasks.add("cut_endless", [tokenize, append], features=features))
 
 
 @pytest.mark.parametrize("lengths", [{}, {"inputs": 5}, {"inputs": 1, "targets": 2}, {"targets": 0}, {"targets": 100}])

@@ -3,7 +3,7 @@
 import pytest
 
 from meshway.framework.distributed.barrier import Deadlines
-from meshway.framework.distributed.step_watch import StepWatch
+from meshway.framework.distributed.processes import StepWatch
 from meshway.framework.errors import UserError
 
 

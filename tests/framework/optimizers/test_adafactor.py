@@ -1,12 +1,19 @@
 """Adafactor by axis names equals optax's on matrices, and treats stacked layers as separate ones."""
 
+import importlib.util
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from meshway.framework.errors import UserError
 from meshway.framework.optimizers.adafactor import factored_dims, matrix_dims, scale_by_adafactor
+from meshway.framework.optimizers.optimizer_state import transformation_axes
+from meshway.framework.optimizers.transforms import adafactor
+from meshway.framework.trees import flatten
 
 STEPS = 5
 
@@ -166,3 +173,88 @@ def test_parameter_scale_needs_parameters() -> None:
     transform = scale_by_adafactor({"w": ("embed",)})
     with pytest.raises(ValueError, match="needs the parameters"):
         transform.update({"w": jnp.ones(4)}, transform.init({"w": jnp.ones(4)}))
+
+
+RULES = {"embed": "row", "heads": "column", "head_dim": "column", "mlp": "column", "relpos_buckets": "none"}
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "dims"),
+    [
+        (("layers", "embed", "heads", "head_dim"), (3, 4, 2, 2), ((1,), (2, 3))),
+        (("layers", "mlp", "embed"), (3, 6, 4), ((1,), (2,))),
+        (("layers", "embed"), (300, 400), None),
+        (("layers", "heads", "relpos_buckets"), (3, 200, 200), None),
+        (("vocab", "embed"), (200, 130), ((0,), (1,))),  # an axis without a rule: by size
+        (("vocab", "embed"), (200, 120), None),
+        ((), (), None),
+    ],
+)
+def test_rules_decide_by_names_and_sizes_for_the_rest(names, shape, dims) -> None:
+    assert factored_dims(names, shape, 128, RULES) == dims
+
+
+def test_factoring_by_rules_is_that_of_a_least_size_of_one() -> None:
+    """So is the state, whose axes are known."""
+    axes = {"kernel": ("layers", "mlp", "embed"), "scale": ("embed",)}
+    params = {"kernel": _normal(0, (2, 6, 4)), "scale": _normal(1, (4,))}
+    grads = [
+        {name: _normal(5 * step + i, leaf.shape) for i, (name, leaf) in enumerate(params.items())} for step in range(3)
+    ]
+    found, state = _run(scale_by_adafactor(axes, logical_factor_rules=RULES), params, grads)
+    expected, _ = _run(scale_by_adafactor(axes, min_dim_size_to_factor=1), params, grads)
+    for a, b in zip(found, expected, strict=True):
+        _assert_close(a, b)
+    assert transformation_axes(state, axes, params).v_col["kernel"] == ("layers", "embed")
+
+
+def test_rules_that_do_not_fit_are_told() -> None:
+    with pytest.raises(UserError, match="'embed' is 'rows', not 'row', 'column' or 'none'"):
+        scale_by_adafactor({"w": ("embed", "mlp")}, logical_factor_rules={"embed": "rows"})
+    with pytest.raises(UserError, match="is no matrix of a row and a column"):
+        factored_dims(("embed", "heads", "mlp"), (4, 4, 4), 1, RULES)
+
+
+def _t5x():
+    """The script that made T5X's numbers: its options, parameters and gradients."""
+    path = Path(__file__).parents[2] / "goldens" / "make_t5x_adafactor.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module, np.load(path.parent / "t5x" / "adafactor.npz")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n == "momentum" else ()) for n in _t5x()[0].CASES]
+)
+def test_options_equal_those_of_t5x(name: str) -> None:
+    made, expected = _t5x()
+    case, offset = made.CASES[name], made.CASES[name].get("step_offset", 0)
+    options = {key: value for key, value in case.items() if key != "nan_at"}
+    axes = {"table": ("vocab", "embed"), "dense": {"kernel": ("embed", "mlp"), "bias": ("mlp",)}, "norm": ("embed",)}
+    rates = jnp.asarray(made.LEARNING_RATES)
+    transform = adafactor(lambda step: rates[step], min_dim_size_to_factor=8, decay_vectors=True, **options).build(axes)
+    params = made.tree(0, 0.5)
+    state = transform.init(params)
+    if offset:
+        state = (state[0]._replace(step=jnp.int32(offset)), *state[1:])
+    # Compiled as a whole, products in bfloat16 are not rounded in between, as those of T5X's numbers are.
+    update = transform.update if "dtype_momentum" in options else jax.jit(transform.update)
+    for gradient in made.gradients(case):
+        updates, state = update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    if "dtype_momentum" in options:
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(state[-1].ema)} == {"bfloat16"}
+    for path, value in flatten(params).items():
+        np.testing.assert_allclose(value, expected[f"{name}/{path}"], rtol=2e-5, atol=1e-6, err_msg=path)
+    if name != "plain":
+        different = [np.abs(expected[f"{name}/{path}"] - expected[f"plain/{path}"]).max() for path in flatten(params)]
+        assert name == "offset" or max(different) > 1e-3, "the option does something here"
+
+
+def test_patterns_of_the_parameter_scale_are_all_used_and_cover_all() -> None:
+    axes = {"a": ("embed",), "b": ("embed",)}
+    with pytest.raises(UserError, match="no pattern matches 'b'"):
+        scale_by_adafactor(axes, multiply_by_parameter_scale=[("a", False)])
+    with pytest.raises(UserError, match="'c' matches no"):
+        scale_by_adafactor(axes, multiply_by_parameter_scale=[("c", False), (".*", True)])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from meshway.framework.errors import UserError
-from meshway.framework.partitioning.program_cache import ProgramCache
+from meshway.framework.partitioning.sharded_model import ProgramCache
 from meshway.framework.telemetry.profiler import Compilations
 
 PARAMS = bigram_table.BigramTable().init(jax.random.key(0))

@@ -11,7 +11,7 @@ from meshway.framework.errors import UserError
 from meshway.framework.evaluation.records import Records
 from meshway.framework.report import plots
 from meshway.framework.report.page import write_report
-from meshway.framework.report.run_files import read_run
+from meshway.framework.report.plots import read_run
 from meshway.framework.telemetry.timeline import Timeline, read_goodput
 from meshway.framework.telemetry.writers import json_line
 

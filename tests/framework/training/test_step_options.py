@@ -11,6 +11,8 @@ import pytest
 from tiny import Descent, Quadratic, loaded, program
 
 from meshway.framework.checkpoints.manager import Checkpoints
+from meshway.framework.checkpoints.mapping import Initial
+from meshway.framework.checkpoints.stored import StoredParams
 from meshway.framework.errors import UserError
 from meshway.framework.optimizers.optimizers import Optimizer, ParameterAverage
 from meshway.framework.partitioning.mesh import MeshShape
@@ -93,6 +95,15 @@ def test_averages_are_saved_restored_exactly_and_read_alone(averaged, tmp_path):
     shapes = made.sharded.abstract_params
     equal(Checkpoints(tmp_path, read_only=True, averaged=True).load_params(4, shapes), state.average)
     equal(Checkpoints(tmp_path, read_only=True).load_params(4, shapes), state.params)
+    run = tmp_path / "run" / "checkpoints"
+    saved = Checkpoints(run)
+    saved.save(state, 4, {}, {})
+    saved.close()
+    schema = checkpoints.recipe(4)["schema"]
+    for averaged, expected in ((True, state.average), (False, state.params)):
+        equal(Initial(str(run.parent), averaged=averaged).restore(made.init().params, made.axes), expected)
+        stored = StoredParams(tmp_path / "4" / "state", schema, averages=checkpoints.averages(4) if averaged else ())
+        equal({name: stored._read(name, ()) for name in stored.shapes}, expected)
     with pytest.raises(UserError, match="was saved with EMA_DECAY, and the recipe has none"):
         checkpoints.restore(4, small().abstract_state)
     checkpoints.save(dataclasses.replace(state, average={}, spikes={}), 5, {}, {})

@@ -85,3 +85,16 @@ class BaseModel:
         weights = batch["decoder_loss_weights"]
         loss = -jnp.sum(chosen * weights)
         return loss, {"nats": (loss, jnp.sum(weights)), "rows": jnp.asarray(float(weights.shape[0]))}
+
+
+class Normed(nn.Module):
+    """A classifier of images with batch statistics."""
+
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, image, train=False):
+        kernel = nn.with_logical_partitioning(nn.initializers.normal(0.3), (None, "mlp"))
+        x = nn.Dense(16, use_bias=False, kernel_init=kernel)(image.reshape(image.shape[0], -1))
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name="norm")(x)
+        return nn.Dense(self.num_classes, name="out")(jnp.tanh(x))

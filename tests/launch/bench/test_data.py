@@ -13,7 +13,7 @@ from meshway.framework.data.features import EncoderDecoder, LanguageModel, Prefi
 from meshway.framework.data.grain_loader import CachedData
 from meshway.framework.data.rows.examples import InMemory
 from meshway.framework.errors import UserError
-from meshway.launch.bench import data, stages
+from meshway.launch.bench import corpus, data, stages
 from meshway.launch.bench.stages import Packing, Sample, Stage, batch_counts, log_normal
 from meshway.launch.invocation import Invocation
 from meshway.launch.recipe import config
@@ -41,7 +41,7 @@ def test_a_run_measures_every_stage_and_prints_it(make_data, capsys):
     tasks = ("kept_plain", "log-normal 32/16")
     ours |= {f"{stage} {name}" for name in tasks for stage in ("plan", "pack")}
     theirs = {f"pack {name}: seqio" for name in tasks}
-    theirs |= {f"load kept_plain: seqio, {source}" for source in ("its source", "from memory")}
+    theirs |= {f"load kept_plain: seqio, {source}" for source in ("its source", "from memory")} | {"cache: seqio"}
     assert found["stages"].keys() == ours | theirs and found["notes"] == []
     assert {entry["seqio"] for entry in found["ratios"]} == theirs
     assert all(stage["tokens/s"] > 0 for name, stage in found["stages"].items() if name != "seek")
@@ -142,3 +142,22 @@ def test_a_recipe_names_its_data_and_the_bench_may_ask_for_it_in_other_ways():
 def test_an_argument_out_of_range_is_refused():
     with pytest.raises(UserError, match="bench.data.measure.batches must be at least 1, not 0"):
         data.measure(None, batches=0)
+
+
+@pytest.mark.slow
+def test_a_corpus_of_any_size_is_made_and_measured(make_data, monkeypatch, capsys):
+    monkeypatch.setattr(corpus, "_SHARD", 1000)
+    arguments = functools.partial(make_data, converter=SpanCorruption(), mixture_or_task_name="no_such_task")
+    (found,) = data.measure(arguments, corpus_size=3000, as_json=True)["corpora"]
+    assert found["examples"] == 3000 and found["rows"]["rows"] > 500
+    last = found["rows"]["rows"] // 2 - 1
+    assert [figure["batch"] for figure in found["figures"].values()] == [0, last, 5 * last + 1]
+    assert all(0 < figure["open"] < figure["seconds"] for figure in found["figures"].values())
+    table, _, result = capsys.readouterr().out.partition("\nRESULT ")
+    assert json.loads(result) == {"corpora": [found]} and "fifth pass" in table
+
+
+@pytest.mark.parametrize("wrong", ["many", "0", "10,", "-5"])
+def test_a_corpus_size_that_is_none(make_data, wrong):
+    with pytest.raises(UserError, match=f"must be numbers of examples, such as 1000000,50000000, not '{wrong}'"):
+        data.measure(make_data, corpus_size=wrong)

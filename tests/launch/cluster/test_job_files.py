@@ -15,8 +15,7 @@ from hosts import FLAGS, WORDS
 from meshway.framework.errors import UserError
 from meshway.launch.cluster.gke import Gke, Xpk
 from meshway.launch.cluster.job import Job, quoted, variable
-from meshway.launch.cluster.skypilot import SkyPilot
-from meshway.launch.cluster.slurm import Slurm
+from meshway.launch.cluster.queues import SkyPilot, Slurm
 from meshway.launch.cluster.tpu_vm import TpuVm
 
 WORKER = ["launch", "worker", "--restarts=3", "--", *WORDS]

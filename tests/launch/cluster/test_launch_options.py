@@ -11,7 +11,7 @@ from running import LAB, free_port
 from meshway.framework.errors import UserError
 from meshway.framework.terminal import installed_version
 from meshway.launch import cli
-from meshway.launch.cluster import local, ray_cluster, supervisor
+from meshway.launch.cluster import ray_cluster, supervisor
 from meshway.launch.cluster.job import tpu_chips
 from meshway.launch.cluster.options import KINDS
 from meshway.launch.cluster.tpu_vm import TpuVm
@@ -186,7 +186,7 @@ def test_a_recipe_is_checked_before_anything_is_made(kind, wrong, capsys, tmp_pa
     def started(*args):
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr(local, "run_local", started)
+    monkeypatch.setattr(supervisor, "run_local", started)
     monkeypatch.setattr(ray_cluster, "run_on_ray", started)
     more, expected = WRONG[wrong]
     command = ["train", f"--gin_file={LAB}/t5.gin", "--gin.MODEL_DIR=/data/run", *more]
@@ -310,7 +310,7 @@ def test_a_run_s_own_recipe_is_the_hosts_where_it_is_not_here(capsys):
 
 def test_local_runs_the_processes(monkeypatch):
     seen = []
-    monkeypatch.setattr(local, "run_local", lambda *args: seen.append(args) or 75)
+    monkeypatch.setattr(supervisor, "run_local", lambda *args: seen.append(args) or 75)
     monkeypatch.delenv("LAUNCHED", raising=False)
     words = ["launch", "local", "--processes=4", "--devices=2", "--restarts=3", "--elastic", "--log_dir=logs"]
     assert cli.main([*words, *TRAIN]) == 75

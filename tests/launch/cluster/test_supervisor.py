@@ -11,7 +11,7 @@ from running import environment
 
 from meshway.framework.distributed.watch import LOST_A_PEER
 from meshway.framework.errors import UserError
-from meshway.launch.cluster import job, local, supervisor
+from meshway.launch.cluster import job, supervisor
 from meshway.launch.cluster.supervisor import Child, Children
 
 # What a process does, by attempt and place; `words` are: a folder that counts the attempts, and a script.
@@ -41,7 +41,7 @@ def began(folder, process=0):
 
 
 def run(tmp_path, script, processes=3, **options):
-    return local.run_local([str(tmp_path), script], processes, 1, log_dir=str(tmp_path / "logs"), **options)
+    return supervisor.run_local([str(tmp_path), script], processes, 1, log_dir=str(tmp_path / "logs"), **options)
 
 
 def test_a_run_that_goes_well_is_run_once(tmp_path, capfd):
@@ -87,7 +87,7 @@ def test_elastic_attempts_have_fewer_processes(tmp_path):
     assert run(tmp_path, "sys.exit(1 if attempt < 3 else 0)", restarts=5, processes=4, elastic=True) == 0
     assert [began(tmp_path, process) for process in range(4)] == [4, 2, 1, 1]
     assert "num_processes" not in (tmp_path / "began-0-2").read_text(), "one process needs no others"
-    assert local.process_counts(12) == [12, 6, 4, 3, 2, 1]
+    assert supervisor.process_counts(12) == [12, 6, 4, 3, 2, 1]
     with pytest.raises(UserError, match="--elastic has no effect without --restarts=N"):
         run(tmp_path, "", restarts=0, processes=4, elastic=True)
 
@@ -96,7 +96,7 @@ def test_each_attempt_says_where_it_goes_on(tmp_path, capfd):
     script = "os.makedirs(folder / 'checkpoints' / str(10 * (attempt + 1))); sys.exit(1)"
     (tmp_path / "checkpoints" / "90.orbax-checkpoint-tmp").mkdir(parents=True)
     words = [str(tmp_path), script, f"--gin.MODEL_DIR={tmp_path}"]
-    assert local.run_local(words, 1, 1, restarts=1) == 1
+    assert supervisor.run_local(words, 1, 1, restarts=1) == 1
     assert "starting again, from step 10; restarts left: 0" in capfd.readouterr().err
     assert (tmp_path / "logs" / "process_0.log").exists()
 
@@ -119,10 +119,10 @@ def test_a_supervisor_of_one_process(tmp_path, capfd):
 def test_a_signal_is_handed_on_as_sigterm(tmp_path, kind, number, code):
     """A cluster that takes a host away must not take the run for done; a person who stops it may."""
     script = "signal.signal(15, lambda *_: sys.exit(0)); (folder / f'up-{process}').touch(); time.sleep(600)"
-    call = "local.run_local(words, 2, 1, restarts=3)" if kind == "local" else "supervisor.supervise(words, 3)"
+    call = "supervisor.run_local(words, 2, 1, restarts=3)" if kind == "local" else "supervisor.supervise(words, 3)"
     program = f"""
 import sys
-from meshway.launch.cluster import job, local, supervisor
+from meshway.launch.cluster import job, supervisor
 job.command = lambda words: [sys.executable, "-c", {SCRIPT!r}, *words]
 words = [{str(tmp_path)!r}, {script!r}]
 sys.exit({call})
@@ -141,7 +141,7 @@ sys.exit({call})
 def test_wrong_numbers():
     for options in ({"processes": 0}, {"devices": 0}, {"restarts": -1}):
         with pytest.raises(UserError, match="must be at least"):
-            local.run_local(["train"], **{"processes": 1, "devices": 1, **options})
+            supervisor.run_local(["train"], **{"processes": 1, "devices": 1, **options})
 
 
 def test_causes_come_before_consequences():

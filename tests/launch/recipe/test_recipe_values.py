@@ -123,7 +123,7 @@ def test_no_macro_of_a_shipped_recipe_takes_what_it_cannot_be(recipe, macro, tex
 @pytest.mark.parametrize(
     "binding, message",
     [
-        ("TRAIN_STEPS=4.5", "TRAIN_STEPS = 4.5, taken by loop.Periods.total: a whole number is needed"),
+        ("TRAIN_STEPS=4.5", "TRAIN_STEPS = 4.5, taken by loop.Periods.total: a whole number or None is needed"),
         ("LEARNING_RATE='1e-3'", "LEARNING_RATE = '1e-3', taken by schedules.t5_factors.base_learning_rate: a number"),
         ("DTYPE=floot32", "DTYPE = 'floot32', taken by .*: no such dtype; did you mean 'float32'"),
         ("D_MODEL=0", "D_MODEL = 0, taken by .*: it must be at least 1"),

@@ -25,6 +25,7 @@ READ = {
     "LOSS_NORMALIZING_FACTOR",
     "LABEL_SMOOTHING",
     "Z_LOSS",
+    "USE_HARDWARE_RNG",
 }
 
 
@@ -106,6 +107,10 @@ EXPECTED = {
         "CHECKPOINT_PERIOD = 5000",
         "LAYOUT = 'model_1d'",
         "LOSS_NORMALIZING_FACTOR = None",
+        "USE_HARDWARE_RNG = True",
+        "INFER_EVAL = [@infer_eval/schedule.EvalDataset()]",
+        "infer_eval/schedule.EvalDataset.data = @infer_eval/grain_loader.CachedData()",
+        "infer_eval/grain_loader.CachedData.eval_lengths = None",
         "mesh.MeshShape.ici = {'data': -1, 'model': 2}",
         "beam_search.BeamSearch.num_beams = 4",
         "manager.Keep.latest = None",
@@ -117,12 +122,14 @@ EXPECTED = {
         "DROPOUT_RATE = 0.1",
         "TRAIN_STEPS = 1020000",
         "EVAL_PERIOD = 100",
+        "infer_eval/grain_loader.CachedData.batch_size = 64",
+        "mapping.Initial.count_on = True",
         "LEARNING_RATE = 0.001",
         "infer_eval/grain_loader.CachedData.batch_size = 64",
         "schedules.t5_factors.factors = 'constant'",
     ),
     "evaluating": (
-        "EVAL_FEATURE_LENGTHS = None",
+        "infer_eval/grain_loader.CachedData.eval_lengths = None",
         "TRAIN_EVAL = None",
         "evaluation.Evaluation.all_decodes = True",
         "evaluation.Evaluation.keep_predictions = True",

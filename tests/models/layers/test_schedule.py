@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshway.models.layers.schedule import circular
+from meshway.models.layers.pipeline import circular
 
 SIZES = st.builds(  # stages, microbatches, repeats
     lambda stages, groups, repeats, rest: (stages, groups * stages + (rest % stages if repeats == 1 else 0), repeats),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from meshway.framework.data.cache import format as cache_format
+from meshway.framework.data.cache import shards as cache_shards
 from meshway.framework.data.cache.shards import write_index, write_shard
 from meshway.framework.data.objective import FeatureInfo, VocabularyInfo
 from meshway.framework.errors import UserError
@@ -158,3 +159,34 @@ def test_damage_is_told_with_the_file_and_the_way_out(split):
     assert "3 sizes for 20 examples" in refused(lambda: cache_format.CachedSplit(split, "train").sizes)
     (split / "train" / "index.json").write_text("{")
     assert "index.json" in refused(lambda: cache_format.CachedSplit(split, "train"))
+
+
+def test_sizes_of_some_examples_leave_few_pages_mapped(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_format, "_MAPPED", 64)  # bytes: 16 sizes
+    monkeypatch.setattr(cache_format, "_SCANNED", 7)
+    infos = dict.fromkeys(("x", "none"), FeatureInfo("int32", (None,)))
+    made = ({"x": np.zeros(7 * i % 13, np.int32), "none": np.zeros(0, np.int32)} for i in range(100))
+    directory = tmp_path / "task" / "train"
+    tmp_path.joinpath("work").mkdir()
+    write_index(directory, [write_shard(made, infos, directory, 0, 1, "f", [], tmp_path / "work")], "f", tmp_path)
+    info = {"task": "task", "features": cache_format.features_to_json(infos)}
+    (tmp_path / "task" / "info.json").write_text(json.dumps(info))
+    found = cache_format.CachedSplit(tmp_path / "task", "train")
+    assert found.empty == {"none"}
+    numbers = np.random.default_rng(0).integers(0, 100, 300)
+    for which in (numbers, np.sort(numbers), numbers[:1], numbers[:0], slice(0, 100), slice(90, 120), slice(5, 6)):
+        expected = 7 * np.arange(100)[which] % 13
+        assert found.sizes_at(which)["x"].tolist() == found.sizes["x"][which].tolist() == expected.tolist()
+
+
+def test_records_that_were_written_one_by_one_are_read(split, tmp_path, monkeypatch):
+    """As all were before groups of eight."""
+    monkeypatch.setattr(cache_shards, "_WRITER", "group_size:1")
+    found = cache_format.CachedSplit(split, "train")
+    directory, examples = tmp_path / "old" / "train", list(found)
+    shard = write_shard(examples, found.features, directory, 0, 1, "f", [], tmp_path / "work")
+    write_index(directory, [shard], "f", tmp_path / "work")
+    (tmp_path / "old" / "info.json").write_text((split / "info.json").read_text())
+    old = cache_format.CachedSplit(tmp_path / "old", "train")
+    assert [e["x"].tolist() for e in old.read([19, 3, 3])] == [e["x"].tolist() for e in found.read([19, 3, 3])]
+    assert old.identity != found.identity

@@ -3,6 +3,7 @@ import pytest
 from tasks_in_memory import random_examples, task
 
 from meshway.framework.data.features import EncoderDecoder
+from meshway.framework.data.prefetch import BatchSizes, TrainingStream
 from meshway.framework.data.rows.mixing import Rates
 from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.data.rows.row_stream import RowStream
@@ -173,3 +174,79 @@ def test_a_task_added_later_starts_at_its_beginning():
     assert more.state()["c.rows"] == 0
     take(more, 3)
     assert more.state()["c.rows"] > 0
+
+
+SIZES = BatchSizes(16, [(3, 4), (6, 8)])
+
+
+def resizing(sizes=SIZES, skipped=(), share=None, **options):
+    """A stream whose batches change their size; `share` (i, n) reads the i-th of n shares of each batch's rows."""
+
+    def opened(size):
+        i, n = share or (0, 1)
+        return stream(batch_size=size, rows=slice(i * size // n, (i + 1) * size // n), **options)
+
+    return TrainingStream(opened, sizes, skipped)
+
+
+def rows_of(batches):
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def test_batches_of_several_sizes_hold_each_row_once():
+    batches = take(resizing(names="a", rates={"a": 1.0}), 9)
+    assert [len(batch["decoder_input_tokens"]) for batch in batches] == [4] * 3 + [8] * 3 + [16] * 3
+    assert_same([rows_of(batches)], [rows_of(take(stream(names="a", rates={"a": 1.0}, batch_size=4), 21))])
+    parts = [take(resizing(share=(i, 2)), 9) for i in (0, 1)]
+    assert_same([{n: np.concatenate([p[n] for p in ps]) for n in ps[0]} for ps in zip(*parts)], take(resizing(), 9))
+
+
+def test_a_restart_amid_a_schedule_goes_on_as_if_it_had_never_stopped():
+    """Of a mixture whose rates change too: where a size begins, rows are interleaved from there."""
+    changes = [Rates(5, {"a": 4.0}), Rates(8, {"b": 0.0})]
+    whole = resizing(changes=changes)
+    batches, states = [], [whole.state()]
+    for _ in range(11):
+        batches.append(next(whole))
+        states.append(whole.state())
+    for at in (10, 3, 4, 0, 6, 7):
+        again = resizing(changes=changes)
+        again.restore(states[at])
+        assert_same(take(again, 11 - at), batches[at:])
+    other = resizing(BatchSizes(8))  # another schedule: it continues after the same rows
+    other.restore(states[4])
+    assert other.state() == states[4] and len(next(other)["decoder_input_tokens"]) == 8
+
+
+@pytest.mark.parametrize("sizes", [SIZES, BatchSizes(8)])
+def test_batches_are_skipped_unread(sizes):
+    whole = take(resizing(sizes), 12)
+    some = resizing(sizes, [(3, 5), (7, 7), (8, 8)])
+    assert_same(take(some, 4), [whole[0], whole[1], whole[5], whole[8]])
+    assert some.state()["batch"] == 9, "its position counts what was left out"
+    state = some.state()
+    again = resizing(sizes, [(3, 5), (10, 11)])  # asked for only now, in a run that goes on
+    again.restore(state)
+    assert_same(take(again, 1), [whole[11]])
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (lambda: BatchSizes(8, [(5, 4), (5, 8)]), "steps must rise"),
+        (lambda: BatchSizes(8, [(5, 0)]), "sizes be at least 1"),
+        (lambda: BatchSizes(8, [5, 4]), r"has 5, not \(last step"),
+        (lambda: resizing(skipped=[(4, 3)]), r"skip_batches has \(4, 3\)"),
+        (lambda: TrainingStream(lambda size: Counting(), SIZES), "counts batches, not examples"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused(wrong, message):
+    with pytest.raises(UserError, match=message):
+        wrong()
+
+
+class Counting:
+    """A stream of batches that cannot be told in rows."""
+
+    def state(self):
+        return {"batches": 0}

@@ -473,6 +473,25 @@ def test_shares_work_side_by_side_and_nobody_else(tmp_path):
         commit(odd, (1, 3))
     with contextlib.closing(store(tmp_path / "left.jsonl")) as whole:
         assert list(whole.committed()) == [1, 3]
+        with pytest.raises(
+            UserError, match=r"is working on this output .*left.jsonl.parts/lock is locked.: wait for it"
+        ):
+            store(tmp_path / "left.jsonl", share=Share(0, 2))
+
+
+def test_chunks_of_shares_on_several_disks_may_be_copied_together(tmp_path):
+    for place in (0, 1):
+        (tmp_path / str(place)).mkdir()
+        with contextlib.closing(store(tmp_path / str(place) / "out.jsonl", share=Share(place, 2))) as chunks:
+            commit(chunks, range(place, 4, 2))
+    parts = [tmp_path / place / "out.jsonl.parts" for place in ("0", "1")]
+    for path in parts[1].glob("chunk-*"):
+        path.rename(parts[0] / path.name)
+    job_of(tmp_path / "whole.jsonl")
+    with contextlib.closing(store(tmp_path / "0" / "out.jsonl")) as chunks:
+        assert not chunks.missing([f"digest {number}" for number in range(4)])
+        chunks.finish(4, {"checkpoint": "somewhere"})
+    assert (tmp_path / "0" / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_names_that_do_not_fit_are_told(tmp_path):

@@ -157,8 +157,7 @@ def test_after_a_crash_at_every_step_a_rerun_ends_the_same(tmp_path, disk, name,
     assert step > 30
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name, format", [OUTPUTS[0], OUTPUTS[4]])
+@pytest.mark.parametrize("name, format", tiers([OUTPUTS[0], OUTPUTS[4]], slow=[OUTPUTS[0]]))
 def test_after_a_crash_at_every_step_of_a_share_the_shares_end_as_a_whole(tmp_path, disk, name, format):
     (tmp_path / "whole").mkdir()
     run(tmp_path / "whole" / name, format)
@@ -299,7 +298,8 @@ def test_kill_9_at_random_moments_changes_nothing(tmp_path, name, format, num_ch
     assert tree(tmp_path / "killed") == tree(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("name, format", tiers([OUTPUTS[0], OUTPUTS[4]], slow=[OUTPUTS[0]]))
+@pytest.mark.proofs
+@pytest.mark.parametrize("name, format", [OUTPUTS[0], OUTPUTS[4]])
 def test_shares_that_are_killed_while_others_work_end_as_a_whole(tmp_path, name, format):
     (tmp_path / "whole").mkdir()
     (tmp_path / "shared").mkdir()

@@ -148,6 +148,7 @@ def test_long_inputs_are_cut_where_that_is_asked_for():
     long = Record(0, {"inputs": "x" * 30}, "a:1", b"")
     (example,), problems = reader(truncate=True).read([long])
     assert not problems and example.inputs == [*VOCABULARY.encode("x" * 19), 1]  # its EOS stays
+    assert example.truncated
     decoder_only = Reader(
         Text(VOCABULARY, VOCABULARY, (0,), (1,)),
         RowFormat(has_encoder=False),
@@ -156,6 +157,11 @@ def test_long_inputs_are_cut_where_that_is_asked_for():
     )
     (example,), problems = decoder_only.read([Record(0, {"inputs": "abcdefgh"}, "a:1", b"")])
     assert VOCABULARY.decode(example.inputs) == "defgh" and example.sizes == {"inputs": 6}  # the end, behind the start
+
+
+def test_what_is_cut_is_counted(tmp_path):
+    _, counts, _ = run(tmp_path, records(["x" * 30, "y", "z" * 20]), truncate=True)
+    assert (counts["truncated"], counts["examples"]) == (2, 3)
 
 
 def test_targets_are_read_for_scores_and_inputs_need_not_be():

@@ -1,0 +1,122 @@
+"""A run goes on from another one's checkpoint: its step, its schedules, its optimizer's state, or none of them."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import losses, program
+
+from meshway.framework.checkpoints import continuation
+from meshway.framework.checkpoints.manager import Checkpoints
+from meshway.framework.checkpoints.mapping import Initial
+from meshway.framework.errors import UserError
+from meshway.framework.optimizers.optimizer_state import counted_from
+from meshway.framework.optimizers.optimizers import Optimizer, adafactor, adamw
+from meshway.framework.optimizers.schedules import t5_factors
+from meshway.framework.training.loop import Periods
+from meshway.framework.training.step import TrainState
+
+SHAPES = {"w": jax.ShapeDtypeStruct((4, 6), jnp.float32)}
+AXES = {"w": ("embed", "mlp")}
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A run with checkpoints of parameters at steps 3 and 12."""
+    checkpoints = Checkpoints(tmp_path / "trained" / "checkpoints")
+    for step in (3, 12):
+        checkpoints.save_params({"w": jnp.full((4, 6), step, jnp.float32)}, step)
+    checkpoints.close()
+    return str(tmp_path / "trained")
+
+
+def test_the_first_step_is_zero_unless_it_counts_on(trained):
+    assert continuation.first_step(None) == 0 == continuation.first_step(Initial(trained))
+    assert continuation.first_step(Initial(trained, count_on=True)) == 12
+    assert continuation.first_step(Initial(trained, step=3), relative=20) == 3
+    for relative, count_on, total, end in ((None, False, 7, 7), (20, True, None, 32), (20, False, 5, 32)):
+        initial = Initial(trained, count_on=count_on)
+        periods = Periods(total=total, relative=relative)
+        assert periods.counted_from(continuation.first_step(initial, relative)).last == end
+
+
+def test_a_run_of_its_own_knows_where_it_began(tmp_path):
+    own = Checkpoints(tmp_path / "own" / "checkpoints")
+    own.first_step = 12
+    own.save_params({"w": jnp.ones(2)}, 15)
+    own.close()
+    again = Checkpoints(tmp_path / "own" / "checkpoints", read_only=True)
+    assert continuation.first_step(Initial("moved/away", count_on=True), 20, again) == 12
+
+
+def test_what_cannot_be_counted_is_told(trained):
+    with pytest.raises(UserError, match="TRAIN_STEPS_RELATIVE=20 counts from the step .* starts from none"):
+        continuation.first_step(None, 20)
+    with pytest.raises(UserError, match="TRAIN_STEPS=10 is the step at which training ends.* counts on from step 12"):
+        Periods(total=10).counted_from(12)
+    with pytest.raises(UserError, match="TRAIN_STEPS is None: set"):
+        Periods(total=None).counted_from(12)
+    with pytest.raises(UserError, match="Initial.count_on is set, and there is nothing .* INITIAL_CHECKPOINT_PATH"):
+        Initial(None, count_on=True)
+    with pytest.raises(UserError, match="Initial.optimizer_state and Initial.renames"):
+        Initial(trained, optimizer_state=True, renames=[("a", "b")])
+    unknown = SimpleNamespace(path="gpt2", count_on=True, known_step=lambda: None)
+    with pytest.raises(UserError, match="TRAIN_STEPS_RELATIVE=5: .* is a Hugging Face directory, which has no step"):
+        continuation.first_step(unknown, 5)
+
+
+def test_schedules_that_start_again_are_noted(trained):
+    note = continuation.restart_note(Initial(trained), 0)
+    assert "steps start from 0" in note and "trained for 12 steps" in note and "count_on = True" in note
+    assert continuation.restart_note(Initial(trained), 12) == "" == continuation.restart_note(None, 0)
+
+
+def test_schedules_count_on_and_fresh_moments_do_not():
+    rate = t5_factors("constant * linear_warmup", base_learning_rate=1.0, warmup_steps=10)
+    bound = Optimizer(adamw, rate).bind(AXES, SHAPES)
+    state = counted_from(bound.init({"w": jnp.ones((4, 6))}), 5)
+    assert state.step == 5 and bound.learning_rate(state.step) == 0.5
+    kinds = (optax.ScaleByAdamState, optax.ScaleByScheduleState)
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
+    found = {type(node).__name__: int(node.count) for node in nodes if isinstance(node, kinds)}
+    assert found == {"ScaleByAdamState": 0, "ScaleByScheduleState": 5}
+
+
+def state_of(optimizer):
+    bound = Optimizer(optimizer, 0.1).bind(AXES, SHAPES)
+    params = {"w": jnp.ones((4, 6))}
+    return TrainState(jnp.int32(0), params, bound.init(params), jnp.int32(0), jnp.int32(0))
+
+
+def test_another_optimizers_state_is_refused_before_it_is_read(tmp_path, trained):
+    checkpoints = Checkpoints(tmp_path / "with" / "checkpoints")
+    checkpoints.save(state_of(adafactor), 4, {}, {})
+    checkpoints.close()
+    initial = Initial(str(tmp_path / "with"), optimizer_state=True)
+    continuation.check(initial, state_of(adafactor), AXES)
+    with pytest.raises(UserError, match="the state of another optimizer than this recipe's: .*not in the checkpoint"):
+        continuation.check(initial, state_of(adamw), AXES)
+    with pytest.raises(UserError, match="has no optimizer state, only parameters"):
+        continuation.check(Initial(trained, optimizer_state=True), state_of(adafactor), AXES)
+
+
+@pytest.mark.slow
+def test_training_goes_on_as_if_uninterrupted(tmp_path):
+    """With its step and its optimizer's state, bit for bit; the state of the run stays as it was."""
+    made = program("lm", optimizer="adafactor", layout="fsdp_model")
+    expected, last = losses(made, 4)
+    _, halfway = losses(made, 2)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(halfway, 2, {}, {})
+    checkpoints.close()
+    initial = Initial(str(tmp_path), optimizer_state=True, count_on=True)
+    state = continuation.begin(initial, made.init(), made.axes, continuation.first_step(initial))
+    found, end = losses(made, 2, state, first=2)
+    assert found == expected[2:]
+    jax.tree.map(np.testing.assert_array_equal, end, last)
+    fresh = continuation.begin(dataclasses.replace(initial, count_on=False), made.init(), made.axes, 0)
+    assert int(fresh.step) == 0 == int(fresh.opt_state.step) and int(fresh.opt_state.inner[0].step) == 2
