@@ -13,6 +13,7 @@ MACROS = {
     "MIXTURE_OR_TASK_MODULE": "the Python module(s) whose import registers it",
     "CACHE_DIR": "where tasks are cached, each in a folder of its name",
     "TASK_FEATURE_LENGTHS": "tokens by feature, as {'inputs': 256, 'targets': 64}",
+    "EVAL_FEATURE_LENGTHS": "the same when evaluating; None: the longest of the split",
     "TRAIN_STEPS": "the step at which training ends",
     "BATCH_SIZE": "examples in a global batch",
     "SEED": "the seed of parameters, dropout and data order",
