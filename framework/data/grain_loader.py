@@ -153,8 +153,8 @@ class CachedData:
         online = any(steps for _, _, steps in opened) or getattr(self.converter, "needs_tensorflow", False)
         if online and self._num_workers:
             raise UserError(
-                f"{self.name!r} has steps after the cache, or a converter, that need TensorFlow, which cannot run in "
-                "worker processes: set CachedData.num_workers to 0"
+                f"{self.name!r} has steps after the cache that need TensorFlow, or a converter that does, which cannot "
+                "run in worker processes: set CachedData.num_workers to 0"
             )
         if not all(task.is_cached for task in tasks):
             periods([task.name for task in tasks], rates, self._changes)

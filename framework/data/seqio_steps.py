@@ -1,7 +1,4 @@
-"""Dividing a seqio task at its cache: the preprocessors whose output is cached, and those that run when it is read.
-
-One of the `seqio_*.py`, which alone import seqio or TensorFlow, and only inside functions.
-"""
+"""Dividing a seqio task at its cache: the preprocessors whose output is cached, and those that run when it is read."""
 
 import contextlib
 import dataclasses
@@ -63,6 +60,8 @@ def divide_steps(task: Any) -> DividedSteps:
     import tensorflow as tf
 
     seqio = import_seqio()
+    import tensorflow as tf
+
     check_eos(task)
     with task_errors(task.name, "preprocessors"):
         steps = tuple(task.preprocessors)
@@ -72,7 +71,7 @@ def divide_steps(task: Any) -> DividedSteps:
             reason = f"{place} of {total - 1} preprocessors, up to the task's CacheDatasetPlaceholder"
             return DividedSteps(steps[:place], steps[place + 1 :], place + 1, reason)
     spec = _source(task, _splits(task)[0]).element_spec
-    dataset = tf.data.Dataset.from_generator(lambda: iter(()), output_signature=spec)
+    dataset = tf.data.Dataset.from_generator(list, output_signature=spec)
     last_of_dicts = 0
     for place, step in enumerate(steps):
         stops = "reads sequence_length" if takes_lengths(step) else ""
@@ -316,8 +315,7 @@ def _cached_dataset(task: Any, split: str, shard: int = 0, num_shards: int = 1, 
 
 
 def dense(task: Any, dataset: Any) -> Any:
-    """Returns a dataset with ragged and sparse features filled up with 0, as seqio's converters make them; unchanged
-    where steps in TensorFlow come later, which may tell padding from data."""
+    """Returns a dataset with ragged and sparse features filled up with 0, where no step in TensorFlow comes later."""
     import tensorflow as tf
 
     specs = dataset.element_spec

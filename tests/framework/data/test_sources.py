@@ -5,9 +5,9 @@ import pytest
 
 from meshway.framework.data.cache import builder as cache_builder
 from meshway.framework.data.cache.format import CachedSplit
+from meshway.framework.data.cached_task import bare_split, slice_of
 from meshway.framework.data.features import EncoderDecoder
 from meshway.framework.data.grain_loader import CachedData
-from meshway.framework.data.task_data import bare_split, slice_of
 from meshway.framework.errors import UserError
 
 LENGTHS = {"inputs": 16, "targets": 8}
