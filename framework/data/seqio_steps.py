@@ -60,7 +60,6 @@ def divide_steps(task: Any) -> DividedSteps:
     import tensorflow as tf
 
     seqio = import_seqio()
-    import tensorflow as tf
 
     check_eos(task)
     with task_errors(task.name, "preprocessors"):

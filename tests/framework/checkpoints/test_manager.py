@@ -11,7 +11,7 @@ import pytest
 from tiers import tiers
 from tiny import losses, program
 
-from meshway.framework.checkpoints import manager
+from meshway.framework import errors
 from meshway.framework.checkpoints.manager import Checkpoints, DamagedCheckpoint, Keep, read_last
 from meshway.framework.checkpoints.mapping import Initial
 from meshway.framework.errors import UserError
@@ -89,7 +89,7 @@ def test_a_truncated_checkpoint_is_told_and_the_one_before_named(saved, tmp_path
 def test_arrays_that_come_after_a_failed_read_say_nothing(monkeypatch):
     heard = []
     monkeypatch.setattr(sys, "unraisablehook", lambda found: heard.append(str(found.exc_value)))
-    manager._quiet_closed_loops.__wrapped__()
+    errors.quiet_closed_loops.__wrapped__()
 
     class Late:
         def __init__(self, words):
@@ -217,7 +217,7 @@ def test_coroutines_that_orbax_leaves_behind_are_not_shown(monkeypatch):
     """Thrown away after a failed read, each would add a traceback to the one message."""
     shown = []
     monkeypatch.setattr(sys, "unraisablehook", shown.append)
-    manager._quiet_closed_loops.__wrapped__()
+    errors.quiet_closed_loops.__wrapped__()
     for path in ("site-packages/orbax/checkpoint/_src/serialization.py", "site-packages/mine.py"):
         left = SimpleNamespace(cr_code=SimpleNamespace(co_filename=path))
         sys.unraisablehook(SimpleNamespace(exc_value=Exception("while reading array index"), object=left))

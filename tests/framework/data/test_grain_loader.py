@@ -251,7 +251,10 @@ def test_a_dry_run_makes_no_cache_and_says_what_a_run_would_read(data, tmp_path,
         ({"name": "tiny_broken"}, "'tiny_broken', preprocessor 1 of 1 .crash.: KeyError: 'no such field'"),
         ({"name": "tiny_b", "build": False}, "not cached in .*tiny_b/train"),
         ({"converter": LanguageModel()}, "task 'tiny_a' has 'inputs', which LanguageModel reads where"),
-        ({"name": "tiny_a", "num_workers": 2}, "'tiny_a' has steps after the cache, or a converter, that need TensorFlow"),
+        (
+            {"name": "tiny_a", "num_workers": 2},
+            "'tiny_a' has steps after the cache, or a converter, that need TensorFlow",
+        ),
     ],
 )
 def test_a_dry_run_finds_the_same_mistakes(data, tmp_path, arguments, message):
