@@ -1,5 +1,5 @@
-"""Compares a compiled step's communication with its closed-form minimum, and explains the excess; makes the `Setting` of
-the closed forms from a program: its mesh, its parameters and how its loss uses them."""
+"""Compares a compiled step's communication with its closed-form minimum, and explains the excess; makes the `Setting`
+of the closed forms from a program: its mesh, its parameters and how its loss uses them."""
 
 import dataclasses
 import math
