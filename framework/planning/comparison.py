@@ -1,5 +1,4 @@
-"""Compares a compiled step's communication with its closed-form minimum, and explains the excess; makes the `Setting`
-of the closed forms from a program: its mesh, its parameters and how its loss uses them."""
+"""Makes closed forms' `Setting` from a program, compares a compiled step with their minimum, and explains the excess."""
 
 import dataclasses
 import math

@@ -253,7 +253,7 @@ def test_a_dry_run_makes_no_cache_and_says_what_a_run_would_read(data, tmp_path,
         ({"converter": LanguageModel()}, "task 'tiny_a' has 'inputs', which LanguageModel reads where"),
         (
             {"name": "tiny_a", "num_workers": 2},
-            "after the cache, or a converter, that need TensorFlow",
+            "'tiny_a' has steps after the cache that need TensorFlow, or a converter",
         ),
     ],
 )
