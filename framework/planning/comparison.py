@@ -1,4 +1,4 @@
-"""Makes closed forms' `Setting` from a program, compares a compiled step with their minimum, and explains the excess."""
+"""Compares what a compiled step sends with the minimum of closed forms, whose `Setting` a program gives."""
 
 import dataclasses
 import math
