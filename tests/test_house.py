@@ -27,7 +27,7 @@ DOORS = {
 PLACES = {
     "framework": "errors axes terminal progress files web_page interfaces trees distributed partitioning telemetry "
     "data optimizers planning training conversion checkpoints inference report evaluation",
-    "models": "layers.masks layers.side_outputs module layers losses objective language vision .",
+    "models": "layers.masks layers.side_outputs module layers losses language vision objectives .",
     "tasks": ".",
     "launch": "flags cluster.job invocation verbs recipe dry_run cluster .",
 }
