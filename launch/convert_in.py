@@ -16,7 +16,7 @@ from meshway.framework.conversion.hugging_face import HuggingFaceModel, open_mod
 from meshway.framework.conversion.mesh_tensorflow import MeshTensorFlowFiles, open_checkpoint
 from meshway.framework.conversion.rules import Shape
 from meshway.framework.conversion.settings import Bindings, Reference
-from meshway.framework.conversion.t5x_optimizer import not_taken, schedule_of
+from meshway.framework.conversion.t5x_optimizer import schedule_of
 from meshway.framework.conversion.values import Tensors, Values
 from meshway.framework.data.vocabulary import Framing
 from meshway.framework.errors import UserError
@@ -265,8 +265,6 @@ def from_t5x(
         RunDirectory(folder).save_vocabularies(dict.fromkeys(features, text), framing)
     more = "; --optimizer_state takes Adafactor's in" if system == "T5X" else ""
     left_out = {} if optimizer_state else {"left out": f"the optimizer's state{more}"}
-    if optimizer_state and (settings := not_taken(files)):
-        left_out = {"not taken": f"{settings}, which config.gin binds to Adafactor: what comes next differs by them"}
     return {
         "network": network.include,
         "checkpoint": f"step {files.step} of {files.directory}",

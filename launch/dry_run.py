@@ -16,6 +16,7 @@ import jax
 from meshway.framework.checkpoints import continuation
 from meshway.framework.checkpoints.manager import Checkpoints, Keep
 from meshway.framework.checkpoints.mapping import Initial
+from meshway.framework.data.prefetch import BatchSizes, check_skipped
 from meshway.framework.data.source import DataSource, SplitRead
 from meshway.framework.data.vocabulary import Vocabulary
 from meshway.framework.errors import EnvironmentFailure, UserError, first_line
@@ -53,6 +54,8 @@ def check(
     train_eval: Sequence[EvalDataset] | None = OWN,
     infer_eval: Sequence[EvalDataset] | None = OWN,
     hooks: Sequence[Hook] = (),
+    batch_size_schedule: Sequence[tuple[int, int]] = (),
+    skip_batches: Sequence[tuple[int, int]] = (),
 ) -> Resolved:
     """Checks what a run checks before it traces its step, with its own calls; nothing is written.
 
@@ -60,6 +63,9 @@ def check(
       UserError: as `train.train`.
     """
     initial = None if initial is None or initial.path is None else initial
+    check_skipped(skip_batches)
+    for size in BatchSizes(program.batch_size, batch_size_schedule).after(0):
+        program.of_size(size)  # raises where it is not divisible over the mesh
     schedule, own = Schedule(train_eval, infer_eval, periods.evaluate, evaluation), data
     data = getattr(data, "for_dry_run", lambda: data)()
     directory = None if model_dir is None else RunDirectory(local_path(model_dir))
@@ -194,6 +200,8 @@ def check_training(recipe: "Recipe", chips: Chips | None) -> list[str]:
         "train_eval",
         "infer_eval",
         "hooks",
+        "batch_size_schedule",
+        "skip_batches",
     )
     given = {name: value for name, value in arguments.items() if name in known}
     if not local_path(given["model_dir"]).is_dir():
@@ -202,6 +210,8 @@ def check_training(recipe: "Recipe", chips: Chips | None) -> list[str]:
     if initial is not None and initial.path and not initial.is_here:
         left.append(f"{initial.path}, where parameters start from, is not here: left to the hosts to check")
         given["initial"] = None
+        if (periods := given["periods"]).relative is not None:  # counted from a step that only the hosts know
+            given["periods"] = dataclasses.replace(periods, total=periods.relative, relative=None)
     try:
         check(**given)
     except (OSError, EnvironmentFailure) as error:  # what it reads is on the hosts

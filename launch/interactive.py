@@ -39,6 +39,7 @@ from meshway.framework.inference.predictor import Prediction, Predictor, Scored,
 from meshway.framework.inference.rows import RowFormat, Text, text_of
 from meshway.framework.inference.sampling import Sampling
 from meshway.framework.interfaces import Batch
+from meshway.framework.training.loop import Periods
 from meshway.framework.training.program import TrainProgram, check_vocabularies
 from meshway.framework.training.run_directory import RunDirectory, summarize
 from meshway.framework.training.step import TrainState
@@ -105,12 +106,13 @@ class InteractiveModel:
             self.program: TrainProgram = part("program")
             data: DataSource = part("data")
             initial: Initial | None = part("initial")
+            periods: Periods = part("periods")
             part.rest()
         self._converter: Converter = data.converter  # type: ignore[attr-defined]
         self._vocabularies, framing = _vocabularies(vocabularies, found[0].parent if found else None, data)
         self._framing = framing or Framing(())
         check_vocabularies(self.program, self._vocabularies)
-        self.state = _restored(self.program, *found) if found else _fresh(self.program, initial)
+        self.state = _restored(self.program, *found) if found else _fresh(self.program, initial, periods.relative)
         self._decoder, self._seed = decoder, seed
         self._evaluated = _Current(self.program.batch_size, self.program.lengths)
 
@@ -181,7 +183,7 @@ class InteractiveModel:
         task = _as_task(metric_fns, postprocess_fn, self._vocabularies)
         arguments = (self._converter, program.lengths, program.batch_size, self._vocabularies, task, self._framing.stop)
         self._evaluated.task = TaskEvaluation(_NAME, InMemory(read), objective, *arguments)
-        report = next(self._evaluator.results(self.state.params)).report
+        report = next(self._evaluator.results(self.program.evaluated(self.state))).report
         for function, message in report.get("failed", {}).items():
             raise UserError(f"evaluate: {function} raised {message}")
         return dict(report["metrics"])
@@ -238,7 +240,8 @@ class InteractiveModel:
 
     def _take(self, batch: Batch) -> dict[str, float]:
         self.state, metrics = self._compiled(self.state, self.program.shard_batch(batch))
-        return {name: float(total / max(weight, 1e-9)) for name, (total, weight) in jax.device_get(metrics).items()}
+        found = jax.device_get(metrics)
+        return {name: float(total / weight) for name, (total, weight) in found.items() if weight}
 
     def _stream(self, source: RowSource, limit: int | None) -> Iterator[Batch]:
         program = self.program
@@ -333,11 +336,11 @@ def _vocabularies(
     return data.vocabularies(), source_framing(data)
 
 
-def _fresh(program: TrainProgram, initial: Initial | None) -> TrainState:
+def _fresh(program: TrainProgram, initial: Initial | None, relative: int | None) -> TrainState:
     state = program.init()
     if initial is None or initial.path is None:
         return state
-    first = continuation.first_step(initial)
+    first = continuation.first_step(initial, relative)
     begun = continuation.begin(initial, state, program.axes, first)
     return program.with_params(begun, begun.params)
 
@@ -345,10 +348,13 @@ def _fresh(program: TrainProgram, initial: Initial | None) -> TrainState:
 def _restored(program: TrainProgram, folder: Path, step: int) -> TrainState:
     """Returns the state of a checkpoint; with a fresh optimizer where it has only parameters, as converted runs do."""
     checkpoints = Checkpoints(folder, read_only=True)
-    if any(name.startswith("opt_state/") for name in checkpoints.recipe(step)["schema"]):
+    schema = checkpoints.recipe(step)["schema"]
+    if "skipped" in schema:  # what `convert` writes has parameters, and an optimizer's state on request
         return checkpoints.restore(step, program.abstract_state)[0]
-    state = program.init()
-    return program.with_params(state, checkpoints.load_params(step, program.sharded.abstract_params))
+    with_optimizer = any(name.startswith("opt_state/") for name in schema)
+    initial = Initial(str(folder / str(step)), optimizer_state=with_optimizer, count_on=True)
+    begun = continuation.begin(initial, program.init(), program.axes, step)
+    return program.with_params(begun, begun.params)
 
 
 def _as_task(

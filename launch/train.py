@@ -25,7 +25,7 @@ from meshway.framework.data.source import DataSource
 from meshway.framework.data.vocabulary import Framing
 from meshway.framework.distributed import processes
 from meshway.framework.distributed.processes import agree
-from meshway.framework.errors import at_the_end
+from meshway.framework.errors import UserError, at_the_end
 from meshway.framework.evaluation.evaluation import Evaluation
 from meshway.framework.evaluation.records import Records
 from meshway.framework.evaluation.schedule import OWN, EvalDataset, EvaluationLog, Schedule, begin_hooks
@@ -99,7 +99,7 @@ def train(
             directory.prepare(sum(row.total_bytes for row in rows if not row.name.startswith("batch")))
         checkpoints = Checkpoints(directory.checkpoints, keep, resolved)
         start = max(checkpoints.steps(), default=0)
-        periods, initial = _counted(periods, checkpoints, start, initial)
+        periods, initial = _counted(program, periods, checkpoints, start, initial)
         _agree(resolved, start)
         if start >= periods.last:
             print(f"step {start} of {periods.last} is already reached in {directory.root}; raise TRAIN_STEPS to go on")
@@ -117,8 +117,9 @@ def train(
         restored = _restore_last(checkpoints, program, primary) if start else None
         restored_seconds = time.time() - restoring
         start = restored[0] if restored else checkpoints.first_step
+        resumed = start if restored else 0  # what an attempt without a checkpoint reported is written anew
         passes = Schedule(train_eval, infer_eval, periods.evaluate, evaluation).open(program.sharded, data)
-        begin_hooks(hooks, passes, Records(directory.evaluations) if primary else None, start)
+        begin_hooks(hooks, passes, Records(directory.evaluations) if primary else None, resumed)
         with contextlib.ExitStack() as stack:
             if primary:
                 stack.enter_context(at_the_end(lambda: write_report(directory.root)))
@@ -137,9 +138,11 @@ def train(
             if primary:
                 directory.describe(_with_end(resolved, periods.last), rows, summarize(program, rows))
             progress = stack.enter_context(contextlib.closing(_progress(periods, start, primary)))
-            writers = _writers(directory, start, resolved, loggers) if primary else Writers([])
-            says = (progress.note, program.evaluated, first, writers.write_values)
-            evaluate = EvaluationLog(passes, periods.last, directory, start, primary, *says)
+            writers = _writers(directory, resumed, resolved, loggers) if primary else Writers([])
+            evaluate = EvaluationLog(
+                *(passes, periods.last, directory, resumed, primary, progress.note, program.evaluated),
+                *(first, writers.write_values),
+            )
             reporter = _reporter(writers, progress, timeline, program, step, first)
             stack.enter_context(at_the_end(reporter.close))
             loop = Loop(
@@ -152,7 +155,7 @@ def train(
                 save=checkpoints.save,
                 hooks=hooks,
                 max_skipped_in_a_row=max_skipped_in_a_row,
-                first=checkpoints.first_step,
+                first=first,
                 also_refused=program.also_refused,
             )
             last = loop.run(state, start)
@@ -166,7 +169,7 @@ def train(
 
 
 def _counted(
-    periods: Periods, checkpoints: Checkpoints, last: int, initial: Initial | None
+    program: TrainProgram, periods: Periods, checkpoints: Checkpoints, last: int, initial: Initial | None
 ) -> tuple[Periods, Initial | None]:
     """Finds the step that the run began with, or begins with where it has no checkpoint (`last` 0): `first_step`.
 
@@ -175,6 +178,11 @@ def _counted(
     """
     initial = None if initial is None or initial.path is None else initial
     checkpoints.first_step = continuation.first_step(initial, periods.relative, checkpoints if last else None)
+    if checkpoints.first_step and program.average is not None and program.average.warmup:
+        raise UserError(
+            f"EMA_WARMUP counts steps from 0, and this run counts on from step {checkpoints.first_step}, where it does "
+            "nothing: leave it out"
+        )
     return periods.counted_from(checkpoints.first_step), initial
 
 
@@ -323,8 +331,9 @@ def run(invocation: "Invocation") -> None:
             from meshway.launch.dry_run import check, described
             from meshway.launch.inspection import layout
 
-            arguments = (program, data, model_dir, periods, evaluation, keep, initial, train_eval, infer_eval, hooks)
-            found = layout(program), "", described(check(*arguments))
+            read = (train_eval, infer_eval, hooks, batch_size_schedule, skip_batches)
+            resolved = check(program, data, model_dir, periods, evaluation, keep, initial, *read)
+            found = layout(program), "", described(resolved)
             if processes.is_primary():
                 print(recipe.resolved, *found, sep="\n")
             return

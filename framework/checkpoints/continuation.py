@@ -26,10 +26,10 @@ def first_step(initial: Initial | None, relative: int | None = None, own: Checkp
     Raises:
       UserError: `relative` is given and there is no such checkpoint, or it has no step.
     """
-    if relative is None and (initial is None or not initial.count_on):
-        return 0
     if own is not None:
         return own.read_first_step()
+    if relative is None and (initial is None or not initial.count_on):
+        return 0
     if initial is None:
         raise UserError(
             f"TRAIN_STEPS_RELATIVE={relative} counts from the step of the checkpoint that a run starts from, and this "

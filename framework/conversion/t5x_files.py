@@ -131,13 +131,16 @@ class T5XFiles(T5XArrays):
                 raise UserError(f"{self.config_file}: {match[1]}: {what}, which meshway's T5 has not")
 
     def bound_to(self, name: str) -> dict[str, Any]:
-        """Returns the literals that `config` binds to a class or function, in a block or one by one."""
+        """Returns what `config` binds to a class or function, in blocks or one by one: literals, and macros that are."""
         blocks = re.findall(rf"\b{name}:[ \t]*\n((?:[ \t]+.*\n|\n|#.*\n)*)", self.config + "\n")
         lines = [line for block in blocks for line in re.findall(r"^[ \t]+(\w+) = (.+)$", block, re.MULTILINE)]
         lines += re.findall(rf"\b{name}\.(\w+) = (.+)$", self.config, re.MULTILINE)
         found = {}
         for parameter, value in lines:
-            with contextlib.suppress(ValueError, SyntaxError):  # a reference or a macro
+            if value.startswith("%"):
+                macro = re.findall(rf"^{re.escape(value[1:].strip())} = (.+)$", self.config, re.MULTILINE)
+                value = macro[-1] if macro else value
+            with contextlib.suppress(ValueError, SyntaxError):  # a reference
                 found[parameter] = ast.literal_eval(value)
         return found
 

@@ -27,12 +27,15 @@ from meshway.framework.optimizers.transforms import adafactor
 from meshway.framework.trees import map_paths
 
 # Arguments of T5X's Adafactor that ours calls the same; beta1 is one where there is momentum.
-_ADAFACTOR = ("decay_rate", "step_offset", "clipping_threshold", "multiply_by_parameter_scale", "epsilon1", "epsilon2")
+_ADAFACTOR = (
+    *("decay_rate", "step_offset", "clipping_threshold", "multiply_by_parameter_scale", "epsilon1", "epsilon2"),
+    *("weight_decay_rate", "weight_decay_rate_lr_exponent", "max_parameter_scale", "skip_nan_updates"),
+)
 _FACTORS = ("factors", "decay_factor", "steps_per_decay", "steps_per_cycle", "step_offset")
 _SCHEDULE = {"base_learning_rate": "LEARNING_RATE", "warmup_steps": "WARMUP_STEPS"}
 _SCHEDULE |= {name: f"schedules.t5_factors.{name}" for name in _FACTORS}
-# Those that change updates and that ours has not, or not so: its weight decay leaves vectors out.
-_NOT_TAKEN = ("weight_decay_rate", "weight_decay_rate_lr_exponent", "max_parameter_scale", "skip_nan_updates")
+# The defaults of T5X's function, where a recipe binds something to it.
+_SCHEDULED = {"factors": "constant * linear_warmup * rsqrt_decay", "base_learning_rate": 0.5, "warmup_steps": 1000}
 MIN_DIM_SIZE = 128  # T5X's min_dim_size_to_factor, as it is where no recipe binds it
 UNUSED = (1,)  # the shape of a slot without values, in both
 _ATTENTION = {"embed": ROW, "heads": COLUMN, "kv_heads": COLUMN, "head_dim": COLUMN}
@@ -94,8 +97,10 @@ def slot_pieces(
       momentum: whether there is one (beta1).
 
     Raises:
-      UserError: ours would factor another parameter than T5X.
+      UserError: ours would factor another parameter than T5X, or some arrays hold several parameters.
     """
+    if fused := [piece.theirs for piece in pieces if len(piece.ours) != 1]:
+        raise UserError(f"{fused[0]} holds several parameters: its optimizer state is not converted, leave it out")
     found = []
     for piece in pieces:
         (path,) = piece.ours
@@ -156,6 +161,8 @@ def settings_of(files: T5XFiles, kind: Kind) -> dict[str, Any]:
     found = {
         name: bound[name] for name in _ADAFACTOR if bound.get(name, defaults[name].default) != defaults[name].default
     }
+    if found.get("weight_decay_rate"):
+        found["decay_vectors"] = True  # T5X's decays vectors too
     if kind.momentum:
         if not isinstance(bound.get("beta1"), float):
             raise UserError(
@@ -172,15 +179,10 @@ def schedule_of(files: T5XFiles) -> Bindings:
     """Returns the bindings of the learning rate and of clipping that the `config.gin` beside a checkpoint tells, for a
     recipe with `optimizers/adafactor.gin`."""
     bound = files.bound_to("create_learning_rate_scheduler")
+    bound = _SCHEDULED | bound if bound else bound
     found: Bindings = {ours: bound[theirs] for theirs, ours in _SCHEDULE.items() if theirs in bound}
     norm = files.bound_to("Adafactor").get("global_norm_clip_threshold")
     return found | ({"optimizers.Optimizer.max_grad_norm": norm} if norm else {})
-
-
-def not_taken(files: T5XFiles) -> str:
-    """Returns what the `config.gin` beside a checkpoint binds to Adafactor and ours has not, '' for nothing."""
-    bound = files.bound_to("Adafactor")
-    return ", ".join(f"{name} = {bound[name]!r}" for name in _NOT_TAKEN if bound.get(name))
 
 
 def slots_in(

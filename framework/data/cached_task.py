@@ -122,7 +122,19 @@ class Sliced:
     def __len__(self) -> int:
         return len(self._numbers)
 
-    @functools.cached_property
+    @property
+    def identity(self) -> str:
+        """What tells these examples from others, where it is a cached split that they are of."""
+        whole: Any = self._examples
+        return f"{whole.identity}[{self._numbers.start}:{self._numbers.stop}]"
+
+    @property
+    def directory(self) -> Path:
+        """Where the cached split is."""
+        whole: Any = self._examples
+        return whole.directory
+
+    @property
     def sizes(self) -> Mapping[str, np.ndarray]:
         return {name: x[self._numbers.start : self._numbers.stop] for name, x in self._examples.sizes.items()}
 

@@ -15,10 +15,10 @@ from meshway.framework.data import eval_task, seqio_adapter, seqio_caches, seqio
 from meshway.framework.data.cache import builder as cache_builder
 from meshway.framework.data.cache.format import CachedSplit, features_from_json, read_json
 from meshway.framework.data.cache.shards import cache_directory
-from meshway.framework.data.cached_task import CachedTask, bare_split, counts
+from meshway.framework.data.cached_task import CachedTask, Sliced, bare_split, counts
 from meshway.framework.data.objective import Converter, Objective, TaskInfo
 from meshway.framework.data.prefetch import WorkerStream
-from meshway.framework.data.rows.examples import Examples, First, Lazy, Stepped, numpy_steps
+from meshway.framework.data.rows.examples import TENSORFLOW, Examples, First, Lazy, Stepped, numpy_steps
 from meshway.framework.data.rows.mixing import Rates, periods
 from meshway.framework.data.rows.online_source import OnlineSource
 from meshway.framework.data.rows.row_counts import RowTable
@@ -191,17 +191,22 @@ class CachedData:
         given = eval_task.given_lengths("CachedData", self._eval_lengths, self.lengths)
         lengths = self.lengths | given
         opened = [self._open_evaluation(task, split, lengths, given) for task in tasks]
-        if given.keys() != lengths.keys() and all(task.is_cached for task in tasks):
-            lengths = eval_task.measured_lengths(opened, given, lengths)
+        unseen = self._is_dry and any(task.is_cached and task.info["online"] == TENSORFLOW for task in tasks)
+        if given.keys() != lengths.keys() and all(task.is_cached for task in tasks) and not unseen:
+            read = [(objective, self._first(examples)) for objective, examples in opened]
+            lengths = eval_task.measured_lengths(read, given, lengths)
             kept = [each if isinstance(each, Lazy) else None for _, each in opened]
             arguments = zip(tasks, kept, strict=True)
             opened = [self._open_evaluation(task, split, lengths, given, each) for task, each in arguments]
         rest = (self.converter, lengths, self.batch_size, vocabularies)
         stop = self._framing.stop if self._framing else ()
         return [
-            eval_task.TaskEvaluation(task.name, examples, objective, *rest, task.task, stop)
+            eval_task.TaskEvaluation(task.name, self._first(examples), objective, *rest, task.task, stop)
             for task, (objective, examples) in zip(tasks, opened, strict=True)
         ]
+
+    def _first(self, examples: Examples) -> Examples:
+        return examples if self._eval_examples is None else First(examples, self._eval_examples)
 
     def _open_evaluation(
         self,
@@ -213,18 +218,17 @@ class CachedData:
     ) -> tuple[Objective, Examples]:
         """Returns a task's objective under `lengths`, and its examples; `stepped`: those after steps in TensorFlow."""
         objective, examples, online = self.open_task(task, split, lengths)
-        if stepped is not None:
-            return objective, stepped
-        if self._eval_examples is not None:
-            examples = First(examples, self._eval_examples)
-        if not online or self._is_dry:
+        if stepped is not None or not online:
+            return objective, examples if stepped is None else stepped
+        steps = task.task.preprocessors[task.info["cut"]["online_from"] :]
+        if given.keys() != lengths.keys():
+            task_data.check_measurable(task.name, steps, given)
+        if self._is_dry:
             return objective, examples
 
         def read(lengths: Mapping[str, int]) -> list[Any]:
             return self._steps(task, lengths)(examples.read(range(len(examples))), eval_task.EVAL_SEED)
 
-        steps = task.task.preprocessors[task.info["cut"]["online_from"] :]
-        task_data.check_measurable(task.name, steps, given)
         whole = functools.partial(read, {}) if task_data.trims(steps) else None
         stepped = Lazy(functools.partial(read, given), whole)
         len(stepped)  # now: a step that fails does so before anything is compiled
@@ -361,13 +365,11 @@ class CachedData:
         arguments = (objective, self.converter.pack, self._shuffle, self._seed, sizes)
         if not online:
             read = examples.examples if isinstance(examples, Stepped) else examples
-            table = RowTable(self._row_folders(read), read.identity) if isinstance(read, CachedSplit) else None
+            table = None
+            if isinstance(read, CachedSplit | Sliced):  # counts lie beside the examples or, if those may only be read,
+                table = RowTable([read.directory, cache_directory().parent / "rows"], read.identity)  # with the user's
             return RowSource(task.name, examples, *arguments, table)
         return OnlineSource(task.name, examples, self._steps(task), *arguments)
-
-    def _row_folders(self, read: CachedSplit) -> list[Path]:
-        """Returns where counts of rows are kept: beside the examples or, if that may only be read, with the user's."""
-        return [read.directory, cache_directory().parent / "rows"]
 
     def _steps(
         self, task: CachedTask, lengths: Mapping[str, int] | None = None

@@ -130,6 +130,13 @@ class BatchSizes:
         return list(dict.fromkeys([size for step, size in self.schedule if step > number] + [self.last]))
 
 
+def check_skipped(skipped: Sequence[tuple[int, int]]) -> None:
+    """Raises UserError for what is no range of batches to leave out."""
+    for entry in skipped:
+        if not (isinstance(entry, Sequence) and len(entry) == 2 and 1 <= entry[0] <= entry[1]):
+            raise UserError(f"SKIP_BATCHES has {entry!r}, not (first, last) numbers of batches, counted from 1")
+
+
 class TrainingStream:
     """A training stream whose batches change their size, or some of whose batches are left out.
 
@@ -148,9 +155,7 @@ class TrainingStream:
     def __init__(
         self, open_stream: Callable[[int], Dataset], sizes: BatchSizes, skipped: Sequence[tuple[int, int]] = ()
     ) -> None:
-        for entry in skipped:
-            if not (isinstance(entry, Sequence) and len(entry) == 2 and 1 <= entry[0] <= entry[1]):
-                raise UserError(f"skip_batches has {entry!r}, not (first, last) numbers of batches, counted from 1")
+        check_skipped(skipped)
         self._open, self._sizes, self._skipped = open_stream, sizes, sorted(tuple(entry) for entry in skipped)
         self._size, self._stream = sizes.at(1), open_stream(sizes.at(1))
         if sizes.schedule and "rows" not in self._stream.state():

@@ -366,7 +366,7 @@ def _vocabulary(feature: Any) -> VocabularyInfo | None:
     if not feature.dtype.is_integer or not feature.rank or not feature.vocabulary.vocab_size:
         return None
     vocabulary = feature.vocabulary
-    eos_id = None if (vocabulary.eos_id or 0) < 0 else vocabulary.eos_id  # SentencePiece has -1 where there is none
+    eos_id = None if vocabulary.eos_id is None or vocabulary.eos_id < 0 else int(vocabulary.eos_id)  # -1 is none
     return VocabularyInfo(int(vocabulary.vocab_size), eos_id, int(vocabulary.extra_ids))
 
 

@@ -40,19 +40,34 @@ class SizedSteps:
           UserError: as `TrainProgram.compile_step`.
         """
         self._program, self._sizes = program, BatchSizes(program.batch_size, schedule)
+        self._programs: dict[int, TrainProgram] = {}
+        self._steps: dict[int, Any] = {}
         sizes, end = self._sizes, end + sum(last - first + 1 for first, last in skipped)
-        wanted = [size for size in sizes.after(start) if any(sizes.at(n) == size for n in _ends(sizes, start, end))]
-        self._programs = {size: program.of_size(size) for size in wanted}
-        self._steps = {size: each.compile_step() for size, each in self._programs.items()}
-        local = {size: program.partitioner.process_rows(size) for size in wanted}
-        self._by_rows = {rows.stop - rows.start: self._programs[size] for size, rows in local.items()}
+        for size in sizes.after(start):
+            if any(sizes.at(number) == size for number in _ends(sizes, start, end)):
+                self._compile(size)
+
+    def _compile(self, size: int) -> None:
+        self._programs[size] = self._program.of_size(size)
+        self._steps[size] = self._programs[size].compile_step()
 
     def __call__(self, state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Any]:
         return self._steps[next(iter(batch.values())).shape[0]](state, batch)
 
     def shard_batch(self, batch: Batch) -> dict[str, jax.Array]:
         """Puts this process's rows of a batch, of any of the sizes, on its devices."""
-        return self._by_rows[len(next(iter(batch.values())))].shard_batch(batch)
+        return self._programs[self._size_of(len(next(iter(batch.values()))))].shard_batch(batch)
+
+    def _size_of(self, local_rows: int) -> int:
+        """Returns the size of a batch of which this process has so many rows; one that was not expected, since batches
+        were left out by an earlier command, is compiled now."""
+        for size in self._sizes.after(0):
+            rows = self._program.partitioner.process_rows(size)
+            if rows.stop - rows.start == local_rows:
+                if size not in self._programs:
+                    self._compile(size)
+                return size
+        raise AssertionError(f"no batch of the schedule has {local_rows} rows here")
 
     def flops(self, step: int) -> float:
         """Returns the model FLOPs of the run's step of this number, from 1."""
@@ -222,7 +237,8 @@ class Periods:
         """
         if self.relative is not None:
             return dataclasses.replace(self, total=first + self.relative, relative=None)
-        if first and first >= self.last:
+        last = self.last
+        if first and first >= last:
             raise UserError(
                 f"TRAIN_STEPS={self.total} is the step at which training ends, and this run counts on from step "
                 f"{first}: set TRAIN_STEPS_RELATIVE to the number of further steps, or TRAIN_STEPS to more than that"
@@ -276,17 +292,17 @@ class Loop:
         """
         streaks: list[tuple[int, jax.Array]] = []
         scalars: dict[str, float] = {}
-        if start == self.first and self.evaluate.due(start):
-            with self.reporter.pause("evaluation", state.step):
-                scalars = self.evaluate(state, start)
-            self.reporter.evaluated(start, scalars)
-            self.reason = self._ask_hooks(start)
         step = start
         with contextlib.ExitStack() as stack:
-            stop = stack.enter_context(self.stop)
-            stack.enter_context(self.reporter.training())
             for hook in self.hooks:
                 stack.callback(hook.close)
+            if start == self.first and self.evaluate.due(start):  # a hook that wants to stop then has one step yet
+                with self.reporter.pause("evaluation", state.step):
+                    scalars = self.evaluate(state, start)
+                self.reporter.evaluated(start, scalars)
+                self.reason = self._ask_hooks(start)
+            stop = stack.enter_context(self.stop)
+            stack.enter_context(self.reporter.training())
             watch = stack.enter_context(self.watch)
             for step in range(start + 1, self.periods.last + 1):
                 with self.reporter.waiting():
@@ -298,7 +314,7 @@ class Loop:
                 if self.evaluate.due(step):
                     with self.reporter.pause("evaluation", state.step), watch.paused():
                         found = self.evaluate(state, step)
-                        self.reason = self._ask_hooks(step)
+                        self.reason = self.reason or self._ask_hooks(step)
                     scalars = scalars | found
                     self.reporter.evaluated(step, found)
                 elif step % self.periods.report == 0:

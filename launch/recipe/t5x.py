@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from meshway.launch.recipe.t5x_names import BINDINGS, MACROS, PAGE, REFERENCES, Answer
+from meshway.launch.recipe.t5x_names import BINDINGS, GREEDY, MACROS, PAGE, REFERENCES, Answer
 from meshway.launch.recipe.text import Binding, Import, Include, Reference, Statement, leaves
 
-_FAMILIES = {"t5_1_1": "t5_1_1", "t5_1_0": "t5", "mt5": "mt5", "byt5": "byt5", "umt5": "umt5"}
+_FAMILIES = {"t5_1_1": "t5_1_1", "t5_1_0": "t5", "mt5": "mt5", "byt5": "byt5"}
 _RUNS = {
     "pretrain.gin": "include 'recipes/pretrain.gin'",
     "finetune.gin": "include 'recipes/finetune.gin'",
@@ -16,7 +16,8 @@ _RUNS = {
     "infer.gin": "# `meshway infer --model_dir=DIR --split=SPLIT --output=FILE` has its defaults",
     "infer_from_tfexample_file.gin": "# meshway infer --model_dir=DIR --input=FILES --output=FILE",
     "precompile.gin": "# `meshway train --dry_run` and `meshway inspect layout` tell of a run before it is paid for",
-    "export.gin": "# meshway convert --from=RUN --to=DIR",
+    "export.gin": "# meshway export --model_dir=DIR --output=DIR",
+    "export_seqio.gin": "# meshway export --model_dir=DIR --output=DIR",
 }
 _WORDS = {  # what answers name -> its module
     "beam_search": "meshway.framework.inference",
@@ -63,8 +64,9 @@ def answers(statements: Sequence[Statement]) -> list[str]:
             found.add(f"{each.place}: include {each.file!r}", answer.split("\n"))
         if isinstance(each, Binding) and (answer := binding(each, ours)):
             lines = answer.split("\n")
-            found.above += [line for line in lines if line.startswith("include ") and line not in found.above]
-            rest = [line for line in lines if not line.startswith("include ")]
+            first = [line for line in lines if line.startswith("include ") or line == GREEDY]
+            found.above += [line for line in first if line not in found.above]
+            rest = [line for line in lines if line not in first]
             found.add(f"{each.place}: {each.name} = {each.value!r}", rest or ["# a file included above brings it"])
     return [*found.lines, *found.first()]
 
@@ -90,21 +92,31 @@ def includes(file: str) -> str:
     if "configs/runs/" in path:
         answer = _RUNS.get(name, _UNKNOWN)
         return f"{answer}\nLAYOUT = 'expert'" if "contrib/moe/" in path and not answer.startswith("#") else answer
+    if path.startswith("examples/scalable_t5/umt5/"):
+        return _umt5(name)
+    if name == "adamw_opt.gin":
+        return "include 'optimizers/adamw.gin'"
     if match := re.fullmatch(r"(examples|contrib/gpu)/(scalable_)?t5/(\w+)/(\w+)\.gin", path):
         _, scalable, family, size = match.groups()
         if family in _FAMILIES:
             return _family(_FAMILIES[family], size.lower(), bool(scalable))
     if match := re.fullmatch(r"examples/decoder_only/models/(\w+)\.gin", path):
         return _with_t5x_values(f"models/t5x_decoder/{match.group(1)}")
-    if path.startswith("examples/scalable_t5/umt5/"):
-        return "# models/umt5 has what it binds, recipes/pretrain and recipes/finetune the rest"
     if "/examples/" in path.removeprefix("examples/"):
         return "# give it by --gin_file, to have its own lines answered"
     return _UNKNOWN
 
 
+def _umt5(name: str) -> str:
+    if match := re.fullmatch(r"pretrain_(\w+)\.gin", name):
+        return _with_t5x_values(f"models/umt5/{match.group(1)}") + "\ninclude 'recipes/pretrain.gin'"
+    if name == "vocab.gin":
+        return "VOCAB_SIZE = 256384"
+    return "# models/umt5 has what it binds, recipes/pretrain and recipes/finetune the rest"
+
+
 def _family(family: str, size: str, scalable: bool) -> str:
-    if not scalable or family == "umt5":
+    if not scalable:
         return _with_t5x_values(f"models/{family}/{size}")
     # T5X's scalable examples have a position bias in each layer, as umT5 has.
     vocabulary = {"t5_1_1": 32128, "mt5": 250112}
@@ -222,7 +234,8 @@ class _Answers:
 
     Attributes:
       lines: those so far.
-      above: includes that stand before everything else, since their defaults would undo what was bound before.
+      above: what stands before everything else: includes, whose defaults would undo what was bound before, and defaults
+        of T5X's own.
     """
 
     def __init__(self) -> None:
@@ -241,7 +254,12 @@ class _Answers:
 
     def first(self) -> Iterable[str]:
         """Returns what stands above all that was answered: imports that the answers need, and files."""
-        words = {word for line in self._said for word in re.findall(r"(?:^|@|/)(\w+)\.", line) if word in _WORDS}
+        words = {
+            word
+            for line in {*self._said, *self.above}
+            for word in re.findall(r"(?:^|@|/)(\w+)\.", line)
+            if word in _WORDS
+        }
         listed = [*(f"from {_WORDS[word]} import {word}" for word in sorted(words)), *self.above]
         if listed:
             yield "and above these:" + "".join(_BELOW + each for each in listed)

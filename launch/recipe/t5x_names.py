@@ -11,6 +11,7 @@ from typing import Any
 Answer = str | Callable[[Any], str]
 
 PAGE = "docs/coming_from_t5x.md"
+GREEDY = "sampling.Sampling.top_k = 1"  # T5X's default, where nothing binds topk
 _CACHED = "# tasks are cached when they are first read; include 'data/streamed.gin' streams them instead"
 _INCLUDED = "# the included files bring it"
 _OF_TASK = "# vocabularies are those of the task's features"
@@ -54,13 +55,30 @@ def _beams(value: Any) -> str:
 
 
 def _decodes(value: Any) -> str:
-    return "evaluation.Evaluation.decoder = @sampling.Sampling()\nsampling.Sampling.num_decodes = {value}"
+    if value == 1:
+        return "# one prediction of each example is the default"
+    return f"{GREEDY}\nevaluation.Evaluation.decoder = @sampling.Sampling()\nsampling.Sampling.num_decodes = {{value}}"
+
+
+def _top_p(value: Any) -> str:
+    return "sampling.Sampling.top_p = " + ("1.0" if value == 0 else "{value}")
+
+
+def _microbatches(value: Any) -> str:
+    return "# the whole batch at once is the default" if value is None else "NUM_MICROBATCHES = {value}"
+
+
+def _statistics(value: Any) -> str:
+    return "# off is the default" if value is None else "WEIGHT_STATISTICS_PERIOD = 1000  # steps"
 
 
 def _prefix(value: Any) -> str:
     if not value:
         return "features.LanguageModel.inputs = True"
-    return "FEATURE_CONVERTER = @features.PrefixLanguageModel()\nfeatures.PrefixLanguageModel.pack = %PACK"
+    return (
+        "FEATURE_CONVERTER = @features.PrefixLanguageModel()\nfeatures.PrefixLanguageModel.pack = %PACK\n"
+        "objectives.DecoderOnly.prefix = True"
+    )
 
 
 def _listed(macro: str, scope: str) -> Answer:
@@ -154,7 +172,8 @@ _TRAIN: Mapping[str, Answer] = {
 }
 _ADAFACTOR = (
     *("decay_rate", "step_offset", "clipping_threshold", "multiply_by_parameter_scale", "min_dim_size_to_factor"),
-    *("beta1", "weight_decay_rate", "epsilon1", "epsilon2", "factored"),
+    *("beta1", "epsilon1", "epsilon2", "factored", "weight_decay_rate_lr_exponent", "global_norm_clip_threshold"),
+    *("max_parameter_scale", "skip_nan_updates", "dtype_momentum"),
 )
 _STOPPING = ("metric", "mode", "patience", "atol", "rtol")
 _DECODES: Mapping[str, Answer] = {
@@ -245,11 +264,11 @@ BINDINGS: Mapping[str, Answer] = {
     **{f"trainer.EarlyStoppingAction.{each}": f"loop.EarlyStopping.{each} = {{value}}" for each in _STOPPING},
     "trainer.TerminateOnNanAction.*": "# a run whose loss is not finite stops by itself",
     "trainer.MoeTrainer.num_expert_partitions": "LAYOUT = 'expert'",
-    "trainer.MoeTrainer.num_microbatches": "NUM_MICROBATCHES = {value}",
+    "trainer.MoeTrainer.num_microbatches": _microbatches,
     "trainer.MoeTrainer.learning_rate_fn": _INCLUDED,
-    "trainer.Trainer.num_microbatches": "NUM_MICROBATCHES = {value}",
+    "trainer.Trainer.num_microbatches": _microbatches,
     "trainer.Trainer.learning_rate_fn": _INCLUDED,
-    "trainer.Trainer.weight_metrics_computer": "WEIGHT_STATISTICS_PERIOD = 1000  # steps",
+    "trainer.Trainer.weight_metrics_computer": _statistics,
     "utils.create_learning_rate_scheduler.factors": "schedules.t5_factors.factors = {value}",
     "utils.create_learning_rate_scheduler.base_learning_rate": "LEARNING_RATE = {value}",
     "utils.create_learning_rate_scheduler.warmup_steps": "WARMUP_STEPS = {value}",
@@ -277,10 +296,12 @@ BINDINGS: Mapping[str, Answer] = {
     "models.DecoderOnlyModel.module": "objectives.DecoderOnly.network = {value}",
     "decoding.temperature_sample.temperature": "sampling.Sampling.temperature = {value}",
     "decoding.temperature_sample.topk": "sampling.Sampling.top_k = {value}",
-    "decoding.temperature_sample.topp": "sampling.Sampling.top_p = {value}",
+    "decoding.temperature_sample.topp": _top_p,
     "decoding.temperature_sample.rescale_log_probs": "sampling.Sampling.rescale_log_probs = {value}",
     "decoding.beam_search.alpha": "beam_search.BeamSearch.alpha = {value}",
     **{f"adafactor.Adafactor.{each}": f"optimizers.adafactor.{each} = {{value}}" for each in _ADAFACTOR},
+    "adafactor.Adafactor.weight_decay_rate": "optimizers.adafactor.weight_decay_rate = {value}\n"
+    "optimizers.adafactor.decay_vectors = True",
     "adafactor.Adafactor.learning_rate": "LEARNING_RATE = {value}",
     "adafactor.Adafactor.logical_factor_rules": _factored,
     **_under("network.T5Config", _SIZES),
@@ -329,8 +350,8 @@ REFERENCES: Mapping[str, str] = {
     "network.Transformer": "include 'models/t5_1_1/common.gin'",
     "scalable_t5.network.Transformer": "include 'models/umt5/common.gin'",  # a position bias in each layer
     "network.DecoderWrapper": "include 'models/t5x_decoder/common.gin'",
-    "decoding.beam_search": "evaluation.Evaluation.decoder = @beam_search.BeamSearch()",
-    "decoding.temperature_sample": "evaluation.Evaluation.decoder = @sampling.Sampling()",
+    "decoding.beam_search": "# beams are asked for by num_decodes; one is greedy decoding, the default",
+    "decoding.temperature_sample": f"{GREEDY}\nevaluation.Evaluation.decoder = @sampling.Sampling()",
 }
 FLAGS: Mapping[str, str] = {
     "--gin_bindings": "--gin.NAME=VALUE",

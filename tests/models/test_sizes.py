@@ -36,6 +36,7 @@ PUBLISHED = {  # each at its own vocabulary; T5's is padded to 32,128
     "mt5/xxl": 12_921_057_280,
     "umt5/small": 306_601_984,
     "umt5/base": 592_043_520,
+    "umt5/large": 1_242_449_920,
     "umt5/xl": 3_768_356_864,
     "umt5/xxl": 12_972_531_712,
     "byt5/small": 299_637_760,

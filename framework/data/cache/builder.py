@@ -97,6 +97,8 @@ def build(
     ):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise UserError(f"{name} must be a whole number of at least {least}, not {value!r}")
+    if overwrite and part != (1, 1):
+        raise UserError("--overwrite with --part would remove what other machines have made: remove the cache first")
     root = local_path(directory)
     with contextlib.ExitStack() as stack:
         stack.callback(seqio_steps.release_sources)

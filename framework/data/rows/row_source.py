@@ -196,8 +196,8 @@ class RowSource:
         Returns:
           (batch features [rows, ...], how many items they hold).
         """
-        self._count_ahead()
         items, placement = self._find(numbers)
+        self._count_ahead()  # now: what has just been counted is not waited for
         order = np.argsort(items.index, kind="stable")  # neighbours in a shard are read together
         found = self.examples.read(items.index[order])
         check_ids(self.name, found, items.index[order], self._vocabulary_sizes)

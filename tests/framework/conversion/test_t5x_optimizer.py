@@ -180,19 +180,20 @@ def test_other_states_are_refused_in_one_message(runs, tmp_path, state, message)
 
 
 @pytest.mark.slow
-def test_what_a_config_binds_to_adafactor_is_bound_here(runs, tmp_path, capsys):
+def test_what_a_config_binds_to_adafactor_is_bound_here(runs, tmp_path):
     text = "adafactor.Adafactor:\n    beta1 = 0.9\n    decay_rate = 0.7\n    step_offset = 0\n"
     text += "    weight_decay_rate = 0.01\n    global_norm_clip_threshold = 2.0\n"
-    text += (
-        "utils.create_learning_rate_scheduler:\n    base_learning_rate = 0.5\n    factors = 'constant * rsqrt_decay'\n"
-    )
+    text += "RATE = 0.5\nutils.create_learning_rate_scheduler:\n    base_learning_rate = %RATE\n"
+    text += "    factors = 'constant * rsqrt_decay'\n"
     run = rewritten(runs["momentum_native"], tmp_path / "run", moments_of, text)
     convert(str(run), str(tmp_path / "in"), optimizer_state=True)
     recipe = (tmp_path / "in" / "recipe.gin").read_text()
     assert "optimizers.adafactor.decay_rate = 0.7" in recipe and "optimizers.adafactor.beta1 = 0.9" in recipe
     assert "\nLEARNING_RATE = 0.5\n" in recipe and "schedules.t5_factors.factors = 'constant * rsqrt_decay'" in recipe
     assert "optimizers.Optimizer.max_grad_norm = 2.0" in recipe
-    assert "not taken" in (said := capsys.readouterr().out) and "weight_decay_rate = 0.01, which config.gin" in said
+    assert "optimizers.adafactor.weight_decay_rate = 0.01" in recipe
+    assert "optimizers.adafactor.decay_vectors = True" in recipe, "T5X's weight decay takes vectors too"
+    assert "\nWARMUP_STEPS = 1000\n" in recipe, "T5X's default, not that of optimizers/adafactor.gin"
     assert "step_offset" not in recipe and "'kv_heads': 'column'" in recipe
 
 

@@ -184,6 +184,9 @@ def test_a_file_of_t5x_by_its_name():
         *(f"t5x/examples/t5/{name}.gin" for name in ("t5_1_1/xxl", "t5_1_0/11B", "t5_1_0/3B", "mt5/small", "byt5/xl")),
         "t5x/examples/scalable_t5/t5_1_1/xl.gin",
         "t5x/examples/scalable_t5/mt5/base.gin",
+        "t5x/examples/scalable_t5/mt5/large.gin",
+        "t5x/examples/scalable_t5/umt5/pretrain_large.gin",
+        "t5x/examples/t5/t5_1_1/adamw_opt.gin",
         "t5x/contrib/gpu/t5/t5_1_1/large.gin",
         "t5x/examples/decoder_only/models/xxl.gin",
         "t5x/configs/runs/pretrain.gin",
@@ -198,6 +201,22 @@ def test_what_stands_for_a_file_is_there(file):
 
 def test_a_users_own_folder_is_not_taken_for_t5x():
     assert t5x.includes("mylab/t5x/base.gin") == "" and t5x.includes("models/t5_1_1/base.gin") == ""
+
+
+@pytest.mark.parametrize(
+    "name, value, answer",
+    [
+        ("trainer.Trainer.num_microbatches", None, "# the whole batch at once is the default"),
+        ("decoding.temperature_sample.topp", 0.0, "sampling.Sampling.top_p = 1.0"),
+        (
+            "models.DecoderOnlyModel.predict_batch_with_aux.num_decodes",
+            1,
+            "# one prediction of each example is the default",
+        ),
+    ],
+)
+def test_values_that_mean_nothing_there_mean_nothing_here(name, value, answer):
+    assert t5x_names.BINDINGS[name](value) == answer
 
 
 def test_every_answer_is_gin_or_a_reason():
