@@ -30,6 +30,7 @@ from meshway.framework.inference.rows import doubling
 from meshway.framework.interfaces import ArraySpec, Batch
 from meshway.framework.partitioning.partitioner import path_name
 from meshway.framework.terminal import format_bytes, installed_version
+from meshway.launch.infer_flags import refuse_idle_in_export
 
 if TYPE_CHECKING:
     from meshway.launch.recipe.config import Invocation
@@ -300,8 +301,11 @@ def run(invocation: "Invocation") -> None:
             opened: RecipeModel = part("opened")  # MODEL, LAYOUT and TASK_FEATURE_LENGTHS
             model_dir: str = part("model_dir")  # MODEL_DIR
             decoder: Decoder = part("decoder")  # --temperature, --top_k, --top_p, --num_decodes
-            how = part.rest()  # --output, --platforms, --modes, --beams, ...
-        export(opened, model_dir, decoder, **how)
+            beams: int | None = part("beams")
+            modes: str = part("modes")
+            how = part.rest()  # --output, --platforms, ...
+        refuse_idle_in_export(invocation.bindings, decoder, modes, beams)
+        export(opened, model_dir, decoder, beams=beams, modes=modes, **how)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Flags of `meshway infer` that would change nothing beside others: they are refused, not passed over."""
+"""Flags of `meshway infer` and `export` that would change nothing beside others: they are refused, not passed over."""
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 from meshway.framework.errors import UserError
 from meshway.launch.flags import flags_of
-from meshway.launch.verbs import InferFlags
+from meshway.launch.verbs import ExportFlags, InferFlags
 
 _DRAWN = ("--temperature", "--top_k", "--top_p", "--num_decodes", "--seed")
 _PREDICTED = (*_DRAWN, "--beams", "--stop", "--begin_field")
@@ -32,12 +32,42 @@ def refuse_idle(bindings: Sequence[str], arguments: Mapping[str, Any]) -> None:
     Raises:
       UserError: a flag was given that has no effect; one is named, with the reason.
     """
+    given = _given(bindings, InferFlags)
+    _refuse(given, _rules(given, arguments))
+
+
+def refuse_idle_in_export(bindings: Sequence[str], decoder: Any, modes: str, beams: int | None) -> None:
+    """Does the same for `meshway export`, of whose arguments these three decide."""
+    given = _given(bindings, ExportFlags)
+    predicts, greedy = "predict" in modes, getattr(decoder, "temperature", None) == 0
+    _refuse(given, _drawing(not predicts, "with --modes=score, which predicts nothing", beams is not None, greedy))
+
+
+def _given(bindings: Sequence[str], flags: type) -> set[str]:
+    """Returns the names of the flags that a command line has, under their own names or as `--gin.`."""
     names = {binding.partition("=")[0].strip() for binding in bindings}
-    given = {flag.name for flag in flags_of(InferFlags) if flag.binding in names}
-    for rule in _rules(given, arguments):
+    return {flag.name for flag in flags_of(flags) if flag.binding in names}
+
+
+def _refuse(given: Collection[str], rules: Sequence[_Rule]) -> None:
+    for rule in rules:
         for flag in rule.flags if rule.when else ():
             if flag in given:
                 raise UserError(f"{flag} has no effect {rule.why}: {rule.instead}")
+
+
+def _drawing(scores: bool, why: str, beams: bool, greedy: bool) -> list[_Rule]:
+    """Returns the rules of flags that say how predictions are made."""
+    return [
+        _Rule(scores, _PREDICTED, why),
+        _Rule(beams, _DRAWN, "with --beams: a beam search draws nothing, and returns as many predictions as beams"),
+        _Rule(
+            greedy,
+            ("--top_k", "--top_p", "--num_decodes", "--seed"),
+            "at temperature 0, where the likeliest token is always taken",
+            "give --temperature above 0, or leave it out",
+        ),
+    ]
 
 
 def by_flag(settings: Mapping[str, str]) -> dict[str, str]:
@@ -81,15 +111,8 @@ def _rules(given: Collection[str], arguments: Mapping[str, Any]) -> list[_Rule]:
     output = "" if writer else str(arguments["output"].where)
     several = beams or decoder.num_decodes > 1
     return [
-        _Rule(scores, _PREDICTED, "with --mode=score, which predicts nothing"),
+        *_drawing(scores, "with --mode=score, which predicts nothing", beams, greedy),
         _Rule(not scores, ("--targets_field",), "without --mode=score: only there are targets read"),
-        _Rule(beams, _DRAWN, "with --beams: a beam search draws nothing, and returns as many predictions as beams"),
-        _Rule(
-            greedy,
-            ("--top_k", "--top_p", "--num_decodes", "--seed"),
-            "at temperature 0, where the likeliest token is always taken",
-            "give --temperature above 0, or leave it out",
-        ),
         _Rule(inputs.where is None, ("--format", "--columns"), "without --input: they define how a file is read"),
         _Rule(scores and bool(inputs.prompts), ("--mode",), "with --prompt, which has no targets to score"),
         _Rule(bool(inputs.prompts), ("--begin_field",), "with --prompt, which has no other fields"),

@@ -131,7 +131,7 @@ class T5XFiles(T5XArrays):
                 raise UserError(f"{self.config_file}: {match[1]}: {what}, which meshway's T5 has not")
 
     def bound_to(self, name: str) -> dict[str, Any]:
-        """Returns what `config` binds to a class or function, in blocks or one by one: literals, and macros that are."""
+        """Returns what `config` binds to a class or function, in blocks or one by one: literals, and macros of some."""
         blocks = re.findall(rf"\b{name}:[ \t]*\n((?:[ \t]+.*\n|\n|#.*\n)*)", self.config + "\n")
         lines = [line for block in blocks for line in re.findall(r"^[ \t]+(\w+) = (.+)$", block, re.MULTILINE)]
         lines += re.findall(rf"\b{name}\.(\w+) = (.+)$", self.config, re.MULTILINE)

@@ -1,6 +1,7 @@
 """Every flag of infer does something, or is refused with the reason: nothing is computed here."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -8,7 +9,7 @@ from meshway.framework.errors import UserError
 from meshway.framework.inference.sampling import Sampling
 from meshway.launch import cli
 from meshway.launch.infer import Inputs, Output
-from meshway.launch.infer_flags import by_flag, refuse_idle
+from meshway.launch.infer_flags import by_flag, refuse_idle, refuse_idle_in_export
 
 BEAMS, GREEDY = "with --beams", "at temperature 0"
 WITH_AUX = {"mode": "predict_with_aux"}
@@ -128,3 +129,19 @@ def test_a_value_is_named_by_the_flag_that_was_written(words, said, capsys):
     more = ["--model_dir=x"] if verb != "cache" else ["--module=math"]
     assert cli.main([verb, "--gin_file=quickstart", *more, *flags]) == 2
     assert said in (found := capsys.readouterr().err), found
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("--beams=4", "--num_decodes=3"), "--num_decodes has no effect with --beams"),
+        (("--modes=score", "--beams=4"), "--beams has no effect with --modes=score"),
+        (("--top_k=9",), "--top_k has no effect at temperature 0"),
+    ],
+)
+def test_export_refuses_them_too(words, message):
+    given = cli.parse(["export", "--model_dir=run", "--output=out", *words])
+    decoder, beams = Sampling(temperature=0.0), 4 if "--beams=4" in words else None
+    modes = "score" if "--modes=score" in words else "predict,score"
+    with pytest.raises(UserError, match=re.escape(message)):
+        refuse_idle_in_export(given.bindings, decoder, modes, beams)
