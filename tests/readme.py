@@ -104,6 +104,7 @@ def furnish(folder: Path) -> None:
     _tokenizer(json.loads((llama / "config.json").read_text())["vocab_size"]).save(str(llama / "tokenizer.json"))
     with tarfile.open(GOLDENS / "t5x" / "t5_native.tar.gz") as archive:
         archive.extractall(folder / "t5x_runs" / "small", filter="data")
+    shutil.copytree(GOLDENS / "mesh_tensorflow" / "t5_1_1", folder / "t5.1.1.base")
     (folder / "spiece.model").write_bytes(sentence_pieces())
     for number in (1, 2):
         (folder / f"questions-{number}.jsonl").write_text('{"inputs": "write 7"}\n')

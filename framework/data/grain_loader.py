@@ -218,7 +218,7 @@ class CachedData:
     ) -> tuple[Objective, Examples]:
         """Returns a task's objective under `lengths`, and its examples; `stepped`: those after steps in TensorFlow."""
         objective, examples, online = self.open_task(task, split, lengths)
-        if stepped is not None or not online:
+        if stepped is not None or not online or not task.is_cached:
             return objective, examples if stepped is None else stepped
         steps = task.task.preprocessors[task.info["cut"]["online_from"] :]
         if given.keys() != lengths.keys():

@@ -66,7 +66,7 @@ def test_a_run_resumes_with_its_own_vocabulary_only(tmp_path, monkeypatch):
     def restore(step, state):
         raise Stopped
 
-    checkpoints = SimpleNamespace(steps=lambda: [3], restore=restore)
+    checkpoints = SimpleNamespace(steps=lambda: [3], restore=restore, read_first_step=lambda: 0)
     monkeypatch.setattr(train, "Checkpoints", lambda *_: checkpoints)
     monkeypatch.setattr(train, "_progress", lambda *_: None)
     with pytest.raises(Stopped):

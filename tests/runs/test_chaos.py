@@ -21,6 +21,7 @@ RECIPE = (
     f"--gin.CHECKPOINT_PERIOD={CHECKPOINT_PERIOD}",
 )  # fmt: skip
 CUT = LAB.parent / "cut"  # its sitecustomize.py puts a link that can be cut before each process
+FOUR = {"kill": 1, "kill in save": 1, "stop": 1, "cut": 1}
 EIGHT = {"kill": 2, "kill in save": 2, "stop": 2, "cut": 2}
 TWENTY = {"kill": 6, "kill in save": 5, "stop": 5, "cut": 4}
 STEPS_A_LOSS = 20
@@ -123,7 +124,7 @@ def check_reasons(run, way, victim, attempt):
     assert blamed == ([str(victim)] if way == "stop" else []), outcome
 
 
-@pytest.mark.parametrize("ways", tiers([EIGHT, TWENTY], slow=[EIGHT]), ids=lambda ways: str(sum(ways.values())))
+@pytest.mark.parametrize("ways", tiers([FOUR, EIGHT, TWENTY], slow=[FOUR]), ids=lambda ways: str(sum(ways.values())))
 def test_losses_leave_no_trace(tmp_path, undisturbed, ways):
     folder = tmp_path / "chaos"
     folder.mkdir()

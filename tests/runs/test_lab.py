@@ -90,7 +90,7 @@ def test_from_the_wheel_and_the_sdist(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.proofs
 def test_a_linen_module_trains_resumes_and_is_evaluated(tmp_path):
     lab, run = copy_lab(tmp_path), tmp_path / "run"
     recipe = ("train", "--gin_file=linen.gin", f"--gin.MODEL_DIR={run}", "--simulated_devices=4")

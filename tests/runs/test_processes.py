@@ -123,7 +123,7 @@ def test_checkpoints_cross_between_any_two_counts(by_count, tmp_path, first, the
     assert losses(folder) == pytest.approx(losses(by_count[1]), rel=1e-6)
 
 
-@pytest.mark.slow  # each process compiles everything, on the same two cores
+@pytest.mark.proofs  # each process compiles everything, on the same two cores
 def test_a_hook_s_word_stops_all_processes_at_one_step(tmp_path):
     """That of process 0 counts, whatever the others' hooks say."""
     words = arguments(tmp_path, "--gin.EVAL_PERIOD=2")

@@ -86,6 +86,7 @@ def kill_and_resume(folder, undisturbed, waits):
     assert f" in {len(found.attempts)} attempts: " in done.stdout
 
 
+@pytest.mark.slow
 def test_kill_9_loses_nothing(tmp_path, undisturbed):
     kill_and_resume(tmp_path, undisturbed, [(10, 0.05)])
 

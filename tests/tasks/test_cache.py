@@ -35,6 +35,7 @@ def test_a_place_that_cannot_be_written_is_named(monkeypatch, tmp_path):
         cached_file("x.bin", lambda: b"")
 
 
+@pytest.mark.slow
 def test_processes_that_race_all_succeed_and_leave_one_whole_file(monkeypatch, tmp_path):
     code = """if True:
         import pathlib, sys, time

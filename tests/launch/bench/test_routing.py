@@ -38,7 +38,7 @@ def test_settings_that_cannot_be_meant(options, message):
         Routing(None, None, 5, **options)
 
 
-@pytest.mark.slow
+@pytest.mark.proofs
 def test_batch_priority_routing_beats_vanilla_where_room_is_short(tmp_path, capsys):
     """Four seeds gave 84.0 and 87.6 % with room for 0.25, 82.6 and 86.4 % for 0.15, no seed gaining less than 2.1."""
     invocation = Invocation(

@@ -151,7 +151,7 @@ def test_an_objective_that_measures_otherwise_each_time_is_told():
         one.take(np.arange(4))
 
 
-@pytest.mark.parametrize("changed", ["seed", "examples", "lengths", "policy"])
+@pytest.mark.parametrize("changed", [pytest.param("seed", marks=pytest.mark.slow), "examples", "lengths", "policy"])
 def test_rows_of_anything_else_are_not_used(tmp_path, changed):
     table = RowTable([tmp_path], "these")
     source(1200, table=table).count_rounds()

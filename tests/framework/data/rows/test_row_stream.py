@@ -236,7 +236,7 @@ def test_batches_are_skipped_unread(sizes):
         (lambda: BatchSizes(8, [(5, 4), (5, 8)]), "steps must rise"),
         (lambda: BatchSizes(8, [(5, 0)]), "sizes be at least 1"),
         (lambda: BatchSizes(8, [5, 4]), r"has 5, not \(last step"),
-        (lambda: resizing(skipped=[(4, 3)]), r"skip_batches has \(4, 3\)"),
+        (lambda: resizing(skipped=[(4, 3)]), r"SKIP_BATCHES has \(4, 3\)"),
         (lambda: TrainingStream(lambda size: Counting(), SIZES), "counts batches, not examples"),
     ],
 )
