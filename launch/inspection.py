@@ -240,7 +240,8 @@ def layout(
 def _device(program: "TrainProgram", hardware: str | None) -> tuple[str, int | None]:
     """Returns (name, bytes of memory) of the accelerator that is asked about, else of the program's own; None where
     nothing tells."""
-    from meshway.framework.planning.hardware import chip_named, memory_of
+    from meshway.framework.planning.hardware import memory_of
+    from meshway.framework.planning.topology import chip_named
 
     if hardware is None:
         device = program.partitioner.mesh.devices.flat[0]

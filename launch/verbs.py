@@ -176,6 +176,30 @@ class StatusFlags:
 
 
 @dataclasses.dataclass(frozen=True)
+class PlanFlags:
+    topology: str = binds("plan.plan.topology", "the chips: v5p:4x4x8, v5e:8x16, h100:8", "CHIP:SIDES", required=True)
+    phase: Literal["prefill", "decode"] | None = binds("plan.plan.phase", "prefill or decode (default: both)", "PHASE")
+    batch: int | None = binds("plan.plan.batch", "sequences (default: 1)", "N")
+    context: int | None = binds(
+        "plan.plan.context", "tokens of a prompt, and those that a step of decoding reads (default: 2048)", "N"
+    )
+    new_tokens: int | None = binds("plan.plan.new_tokens", "steps after a prompt (default: 128)", "N")
+    weights: Literal["float32", "bfloat16", "int8"] | None = binds(
+        "plan.plan.weights", "float32, bfloat16 (default) or int8", "DTYPE"
+    )
+    cache: Literal["float32", "bfloat16", "int8"] | None = binds(
+        "plan.plan.cache", "of keys and values: float32, bfloat16 (default) or int8", "DTYPE"
+    )
+    wires: Literal["flat", "torus"] | None = binds(
+        "plan.plan.wires",
+        "collectives have all links of a chip (flat, default) or those of their axes (torus)",
+        "WIRES",
+    )
+    overlap: bool = binds("plan.plan.overlap", "collectives go on beside products")
+    json: bool = flag("print it as JSON", default=False)
+
+
+@dataclasses.dataclass(frozen=True)
 class InspectLayoutFlags:
     hardware: str | None = binds(
         "inspection.layout.hardware", "report whether a step fits this chip (v5p, 'H100 NVL')", "CHIP"
@@ -337,6 +361,13 @@ VERBS = {
         on_devices=False,
         slow=False,
         macros=(),
+    ),
+    "plan": Verb(
+        "meshway.launch.plan",
+        "choose an inference layout for a slice of chips: time, memory and price of each, from closed forms",
+        flags=PlanFlags,
+        on_devices=False,
+        macros=("TASK_FEATURE_LENGTHS",),
     ),
     "inspect": Verb(
         "meshway.launch.inspection",

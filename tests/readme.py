@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 ROOT = Path(__file__).parent.parent
 # The front page, and the pages under docs/ that go on from it, in the order in which someone reads on.
-_DOCS = "recipes runs data models inference parallelism processes speed"
+_DOCS = "recipes runs data models inference parallelism planning processes speed"
 PAGES = ["README", *(f"docs/{name}" for name in _DOCS.split())]
 README = "\n".join((ROOT / f"{page}.md").read_text() for page in PAGES)
 GOLDENS = ROOT / "tests" / "goldens"

@@ -1,6 +1,5 @@
-"""Peak performance and memory of devices: published figures of accelerators, measured ones for others."""
+"""Peak performance and memory of the devices there are: published figures of accelerators, measured ones for others."""
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,75 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from meshway.framework.errors import UserError
-
-_GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Published figures of one JAX device.
-
-    Attributes:
-      bfloat16: dense matmul peak in FLOP/s, inputs in bfloat16 (vendors' "with sparsity" figures are halved).
-      float32: the same for float32 inputs at JAX's default precision: TPUs make one bfloat16 pass, NVIDIA
-        GPUs use TensorFloat-32.
-      memory_bytes: device memory; slightly less is available to a program.
-      source: where the figures come from.
-    """
-
-    bfloat16: float
-    float32: float
-    memory_bytes: int
-    source: str
-
-
-def _tpu(tflops: float, gib: int, page: str) -> Chip:
-    return Chip(tflops * 1e12, tflops * 1e12, gib * _GIB, f"Google Cloud TPU documentation, {page}")
-
-
-def _gpu(tflops: float, gigabytes: int, sheet: str) -> Chip:
-    return Chip(tflops * 1e12, tflops / 2 * 1e12, gigabytes * 10**9, f"NVIDIA {sheet} data sheet, dense")
-
-
-# By `jax.Device.device_kind`. The two cores of a TPU v4 or v5p act as one device; those
-# of a TPU7x are two, so its figures are half a chip's.
-CHIPS: dict[str, Chip] = {
-    "TPU v4": _tpu(275, 32, "v4"),
-    "TPU v5 lite": _tpu(197, 16, "v5e"),
-    "TPU v5e": _tpu(197, 16, "v5e"),
-    "TPU v5": _tpu(459, 95, "v5p"),
-    "TPU v5p": _tpu(459, 95, "v5p"),
-    "TPU v6 lite": _tpu(918, 32, "v6e"),
-    "TPU v6e": _tpu(918, 32, "v6e"),
-    "TPU7x": _tpu(2307 / 2, 96, "TPU7x, half a chip"),
-    "NVIDIA A100-SXM4-40GB": _gpu(312, 40, "A100"),
-    "NVIDIA A100-SXM4-80GB": _gpu(312, 80, "A100"),
-    "NVIDIA A100-PCIE-40GB": _gpu(312, 40, "A100"),
-    "NVIDIA A100 80GB PCIe": _gpu(312, 80, "A100"),
-    "NVIDIA H100 80GB HBM3": _gpu(989.4, 80, "H100 SXM"),
-    "NVIDIA H100 PCIe": _gpu(756, 80, "H100 PCIe"),
-    "NVIDIA H100 NVL": _gpu(835, 94, "H100 NVL"),
-    "NVIDIA H200": _gpu(989.4, 141, "H200 SXM"),
-    "NVIDIA H200 NVL": _gpu(835, 141, "H200 NVL"),
-    "NVIDIA B200": _gpu(2250, 180, "HGX B200"),
-}
-
-
-def chip_named(name: str) -> tuple[str, Chip]:
-    """Returns (kind, figures) of the accelerator `name`: a device kind, or a part of exactly one.
-
-    Raises:
-      UserError: it is part of no known device kind, or of several.
-    """
-    wanted = name.lower().strip()
-    parts = [kind for kind in CHIPS if wanted and wanted in kind.lower()]
-    exact = [kind for kind in parts if wanted == kind.lower() or kind.lower().endswith(f" {wanted}")]
-    found = exact or parts
-    if len(found) != 1:
-        listed = found or list(CHIPS)
-        raise UserError(f"no accelerator is called {name!r}{' alone' if found else ''}; there are {', '.join(listed)}")
-    return found[0], CHIPS[found[0]]
+from meshway.framework.planning.topology import CHIPS
 
 
 def memory_of(device: jax.Device) -> int | None:

@@ -8,9 +8,9 @@ from tiny import program
 
 from meshway.framework.axes import sharded_by
 from meshway.framework.errors import UserError
-from meshway.framework.planning.hardware import CHIPS, chip_named
 from meshway.framework.planning.memory import TOLERANCE, Memory, step_memory
 from meshway.framework.planning.shard_sizes import Propagation, read_function
+from meshway.framework.planning.topology import CHIPS, chip_named
 from meshway.launch import cli
 
 SMALL = ("SCAN=True", "BATCH_SIZE=32", "D_MODEL=32", "D_FF=64", "NUM_HEADS=2", "HEAD_DIM=16")

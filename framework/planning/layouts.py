@@ -1,0 +1,281 @@
+"""Which inference layout is best for a pass: what each costs in time and memory, and their order.
+
+The closed forms are those of `cost.py`; here they are added up for a whole pass of a model: its products, what it reads
+from the chips' memory, and what it sends (ESTI, section 2 and appendix A). Pure Python, without JAX.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
+
+from meshway.framework.planning.cost import (
+    BATCH_OVER,
+    FEED_FORWARD,
+    GATHERED_OVER,
+    Arrangement,
+    AttentionLayout,
+    Collective,
+    FeedForward,
+    Transformer,
+    cache_bytes,
+    mfu,
+    products,
+)
+from meshway.framework.planning.topology import Chip, Topology
+
+Phase = Literal["prefill", "decode"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """One forward pass over a batch.
+
+    Attributes:
+      length: new tokens of each sequence: the prompt's in prefill, 1 in decoding.
+      context: tokens of each sequence that attention reads, the new ones included; of the encoder's output in the
+        attention to it, `inputs`.
+      weight_bytes, cache_bytes, activation_bytes: of an element.
+      overlap: whether communication goes on beside the products.
+    """
+
+    phase: Phase
+    batch: int
+    length: int
+    context: int
+    inputs: int = 0
+    weight_bytes: float = 2
+    cache_bytes: float = 2
+    activation_bytes: float = 2
+    overlap: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of the batch."""
+        return self.batch * self.length
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What a pass costs by one layout of one arrangement.
+
+    Attributes:
+      compute, memory, communication: seconds that products, reads of the chip's memory, and collectives take alone.
+      weights, cache, activations: bytes on a chip; gathered weights of a layer are among the activations.
+      params: that a token is multiplied with.
+    """
+
+    model: Transformer
+    what: Pass
+    chip: Chip
+    mesh: Arrangement
+    feed_forward: FeedForward
+    attention: AttentionLayout
+    compute: float
+    memory: float
+    communication: float
+    weights: float
+    cache: float
+    activations: float
+    params: int
+    num_collectives: int
+
+    @property
+    def seconds(self) -> float:
+        """Of the pass: products wait for memory, and, without overlap, for collectives."""
+        busy = max(self.compute, self.memory)
+        return max(busy, self.communication) if self.what.overlap else busy + self.communication
+
+    @property
+    def bound(self) -> str:
+        """What takes longest."""
+        terms = {"compute": self.compute, "memory": self.memory, "communication": self.communication}
+        return max(terms, key=lambda name: terms[name])
+
+    @property
+    def bytes(self) -> float:
+        """On each chip, together."""
+        return self.weights + self.cache + self.activations
+
+    @property
+    def fits(self) -> bool:
+        """Whether a chip's memory holds them."""
+        return self.bytes <= self.chip.memory_bytes
+
+    @property
+    def mfu(self) -> float:
+        """The share of the chips' peak."""
+        return mfu(self.params, self.what.tokens, self.mesh.size("xyz"), self.chip.bfloat16, self.seconds)
+
+    @property
+    def chip_seconds_per_token(self) -> float:
+        """The price of a token."""
+        return self.mesh.size("xyz") * self.seconds / self.what.tokens
+
+    @property
+    def rank(self) -> tuple[bool, float, float, int]:
+        """The order of preference: what fits; then time; where something hides the rest, the sum of all; then fewer
+        collectives."""
+        total = self.compute + self.memory + self.communication
+        return not self.fits, self.seconds, total, self.num_collectives
+
+
+def estimate(
+    model: Transformer,
+    what: Pass,
+    chip: Chip,
+    mesh: Arrangement,
+    feed_forward: FeedForward,
+    attention: AttentionLayout,
+) -> Estimate:
+    """Returns what a pass costs."""
+    chips = mesh.size("xyz")
+    layers, attentions, params = _run_by(model, what)
+    collectives = _layer(model, what, mesh, feed_forward, attention, attentions)
+    sizes = [what.weight_bytes if each.weights else what.activation_bytes for each in collectives]
+    communication = layers * sum(each.seconds(mesh, size) for each, size in zip(collectives, sizes, strict=True))
+    gathered = mesh.size(GATHERED_OVER.get(feed_forward, ""))
+    cache = _cache(model, what, attention, mesh)
+    scores = 4 * layers * what.tokens * model.num_heads * model.head_dim * _read(what, attentions)
+    weights = model.num_params * what.weight_bytes / chips
+    read = params * what.weight_bytes * gathered / chips + (cache if what.phase == "decode" else 0)
+    layer = (attentions * model.attention_params + model.mlp_params) * what.weight_bytes * gathered / chips
+    width = (model.mlp_matrices - 1) * model.d_ff + model.d_model
+    hidden = what.tokens * width * what.activation_bytes / mesh.size("yz" if feed_forward == "2D" else "xyz")
+    return Estimate(
+        model=model,
+        what=what,
+        chip=chip,
+        mesh=mesh,
+        feed_forward=feed_forward,
+        attention=attention,
+        compute=(2 * params * what.tokens + scores) / (chips * chip.bfloat16),
+        memory=read / chip.memory_bandwidth,
+        communication=communication,
+        weights=weights,
+        cache=cache,
+        activations=hidden + (layer if gathered > 1 else 0),
+        params=params,
+        num_collectives=sum(mesh.size(each.axes) > 1 for each in collectives),
+    )
+
+
+def _run_by(model: Transformer, what: Pass) -> tuple[int, int, int]:
+    """Returns the layers that a pass goes through, attention layers in each, and the weights that meet each token."""
+    if model.encoder_layers and what.phase == "prefill":
+        return model.encoder_layers, 1, model.encoder_params
+    return model.layers, model.attentions, model.decoder_params + model.logits_params
+
+
+def _read(what: Pass, attentions: int) -> float:
+    """Returns how many tokens a new one attends to, on average, in all attention layers of a layer."""
+    before = what.context - what.length
+    return before + (what.length + 1) / 2 + (what.inputs if attentions > 1 else 0)
+
+
+def _cache(model: Transformer, what: Pass, attention: AttentionLayout, mesh: Arrangement) -> float:
+    own = cache_bytes(model, what.batch, what.context, attention, mesh, what.cache_bytes)
+    if not model.encoder_layers:
+        return model.layers * own
+    inputs = what.inputs if what.phase == "decode" else what.length
+    crossed = cache_bytes(model, what.batch, inputs, attention, mesh, what.cache_bytes)
+    return model.layers * (crossed + (own if what.phase == "decode" else 0))
+
+
+def _layer(
+    model: Transformer,
+    what: Pass,
+    mesh: Arrangement,
+    feed_forward: FeedForward,
+    attention: AttentionLayout,
+    attentions: int,
+) -> list[Collective]:
+    """Returns the collectives of a layer. Keys and values of the new tokens are left out: they are small."""
+    heads, hidden = model.num_heads * model.head_dim, model.d_ff * (model.mlp_matrices - 1)
+    of = functools.partial(products, feed_forward, what.tokens, model.d_model, mesh=mesh)
+    if model.parallel:
+        found = of(width_in=hidden + heads, width_out=model.d_ff + heads)
+    else:
+        found = [*of(width_in=hidden, width_out=model.d_ff)]
+        found += attentions * of(width_in=heads, width_out=heads)
+    # Queries and outputs change between the axes that shard the batch in the products, and those that do in attention.
+    products_over, attention_over = GATHERED_OVER.get(feed_forward, ""), BATCH_OVER[attention]
+    if changed := "".join(axis for axis in "xyz" if (axis in products_over) != (axis in attention_over)):
+        found += 2 * attentions * [Collective("all-to-all", changed, what.tokens * heads / mesh.size("xyz"))]
+    return found
+
+
+def arrangements(topology: Topology, flat: bool) -> list[Arrangement]:
+    """Returns the ways to give each ring of a topology to x, y or z, one for equal rings, evenly shared ones first."""
+    total = topology.chip.sends if flat or not topology.chip.torus else None
+    alike = Counter(topology.rings)
+    shares = [
+        [(x, y, count - x - y) for x in range(count + 1) for y in range(count + 1 - x)] for count in alike.values()
+    ]
+    found = []
+    for share in itertools.product(*shares):
+        x, y, z = (
+            tuple(ring for ring, numbers in zip(alike, share, strict=True) for _ in range(numbers[axis]))
+            for axis in range(3)
+        )
+        found.append(Arrangement(x, y, z, total))
+    return sorted(found, key=lambda one: max(one.sizes))
+
+
+def estimates(
+    model: Transformer,
+    what: Pass,
+    topology: Topology,
+    flat: bool = True,
+    feed_forward: Sequence[FeedForward] = FEED_FORWARD,
+) -> list[Estimate]:
+    """Returns what a pass costs by every layout on every arrangement of a topology, the best first.
+
+    Attention is sharded over the batch only where it has a row for each part, and weights are gathered only over axes
+    that can shard the batch instead.
+
+    Args:
+      flat: how the wires are read, see above. The paper's measurements on 64 chips follow the flat reading.
+    """
+    found = []
+    for mesh in arrangements(topology, flat):
+        for layout in feed_forward:
+            over = GATHERED_OVER.get(layout, "")
+            if over and (what.batch % mesh.size(over) or mesh.size(over) == 1):
+                continue
+            found += [
+                estimate(model, what, topology.chip, mesh, layout, attention)
+                for attention in _attentions(what.batch, mesh)
+            ]
+    return sorted(found, key=lambda each: each.rank)
+
+
+def together(prefills: Iterable[Estimate], decodes: Iterable[Estimate], steps: int) -> tuple[Estimate, Estimate] | None:
+    """Returns the best layouts of prefill and of `steps` steps of decoding that share one copy of the weights.
+
+    They are of one arrangement, and their weights rest alike: gathered ones rest as those of a 2D layout do.
+    None where no two do.
+    """
+    first: dict[tuple[Arrangement, bool], Estimate] = {}
+    for each in prefills:
+        first.setdefault((each.mesh, each.feed_forward == "1D"), each)
+    then: dict[tuple[Arrangement, bool], Estimate] = {}
+    for each in decodes:
+        then.setdefault((each.mesh, each.feed_forward == "1D"), each)
+    pairs = [(first[key], then[key]) for key in first if key in then]
+    return min(
+        pairs,
+        key=lambda pair: (not (pair[0].fits and pair[1].fits), pair[0].seconds + steps * pair[1].seconds),
+        default=None,
+    )
+
+
+def _attentions(batch: int, mesh: Arrangement) -> Iterator[AttentionLayout]:
+    seen = set()
+    for name, over in BATCH_OVER.items():
+        size = mesh.size(over)
+        if size <= batch and size not in seen:
+            seen.add(size)
+            yield name

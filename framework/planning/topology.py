@@ -1,0 +1,182 @@
+"""Accelerators as published, and how many of them are wired: `v5p:4x4x8`, `H100:64`. Pure Python."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+from meshway.framework.errors import UserError, did_you_mean
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published figures of one JAX device.
+
+    Attributes:
+      bfloat16: dense matmul peak in FLOP/s, inputs in bfloat16 (vendors' "with sparsity" figures are halved).
+      float32: the same for float32 inputs at JAX's default precision: TPUs make one bfloat16 pass, NVIDIA
+        GPUs use TensorFloat-32.
+      memory_bytes: device memory; slightly less is available to a program.
+      memory_bandwidth: bytes/s read from it.
+      link_bandwidth: bytes/s that one link sends one way, of TPUs as How to Scale Your Model, chapter 2, has it; of a
+        GPU what all its links to the switch do.
+      torus: dimensions of the torus that its links form, two links each; 0 for a switch.
+      source: where the figures come from.
+    """
+
+    bfloat16: float
+    float32: float
+    memory_bytes: int
+    memory_bandwidth: float
+    link_bandwidth: float
+    torus: int
+    source: str
+
+    @property
+    def sends(self) -> float:
+        """Bytes/s that it sends one way over all its links."""
+        return self.link_bandwidth * (2 * self.torus or 1)
+
+
+def _tpu(tflops: float, gib: int, gigabytes: float, link: float, torus: int, page: str) -> Chip:
+    source = f"Google Cloud TPU documentation, {page}"
+    return Chip(tflops * 1e12, tflops * 1e12, gib * _GIB, gigabytes * 1e9, link * 1e9, torus, source)
+
+
+def _gpu(tflops: float, gigabytes: int, bandwidth: float, link: float, sheet: str) -> Chip:
+    source = f"NVIDIA {sheet} data sheet, dense"
+    return Chip(tflops * 1e12, tflops / 2 * 1e12, gigabytes * 10**9, bandwidth * 1e9, link * 1e9, 0, source)
+
+
+# By `jax.Device.device_kind`. The two cores of a TPU v4 or v5p act as one device; those
+# of a TPU7x are two, so its figures are half a chip's.
+CHIPS: dict[str, Chip] = {
+    "TPU v4": _tpu(275, 32, 1200, 45, 3, "v4"),
+    "TPU v5 lite": _tpu(197, 16, 819, 45, 2, "v5e"),
+    "TPU v5e": _tpu(197, 16, 819, 45, 2, "v5e"),
+    "TPU v5": _tpu(459, 95, 2765, 90, 3, "v5p"),
+    "TPU v5p": _tpu(459, 95, 2765, 90, 3, "v5p"),
+    "TPU v6 lite": _tpu(918, 32, 1640, 90, 2, "v6e"),
+    "TPU v6e": _tpu(918, 32, 1640, 90, 2, "v6e"),
+    "TPU7x": _tpu(2307 / 2, 96, 7380 / 2, 100 / 2, 3, "TPU7x, half a chip"),
+    "NVIDIA A100-SXM4-40GB": _gpu(312, 40, 1555, 300, "A100"),
+    "NVIDIA A100-SXM4-80GB": _gpu(312, 80, 2039, 300, "A100"),
+    "NVIDIA A100-PCIE-40GB": _gpu(312, 40, 1555, 32, "A100"),
+    "NVIDIA A100 80GB PCIe": _gpu(312, 80, 1935, 32, "A100"),
+    "NVIDIA H100 80GB HBM3": _gpu(989.4, 80, 3350, 450, "H100 SXM"),
+    "NVIDIA H100 PCIe": _gpu(756, 80, 2000, 64, "H100 PCIe"),
+    "NVIDIA H100 NVL": _gpu(835, 94, 3900, 64, "H100 NVL"),
+    "NVIDIA H200": _gpu(989.4, 141, 4800, 450, "H200 SXM"),
+    "NVIDIA H200 NVL": _gpu(835, 141, 4800, 64, "H200 NVL"),
+    "NVIDIA B200": _gpu(2250, 180, 8000, 900, "HGX B200"),
+}
+
+
+def chip_named(name: str) -> tuple[str, Chip]:
+    """Returns (kind, figures) of the accelerator `name`: a device kind, or a part of exactly one.
+
+    Raises:
+      UserError: it is part of no known device kind, or of several.
+    """
+    wanted = name.lower().strip()
+    parts = [kind for kind in CHIPS if wanted and wanted in kind.lower()]
+    exact = [kind for kind in parts if wanted == kind.lower() or kind.lower().endswith(f" {wanted}")]
+    found = exact or parts
+    if len(found) != 1:
+        listed = found or list(CHIPS)
+        raise UserError(f"no accelerator is called {name!r}{' alone' if found else ''}; there are {', '.join(listed)}")
+    return found[0], CHIPS[found[0]]
+
+
+# What people call a whole system, as topologies name it; one part of a device kind may be several chips' own.
+_FAMILIES = {
+    "v4": "TPU v4",
+    "v5e": "TPU v5e",
+    "v5p": "TPU v5p",
+    "v6e": "TPU v6e",
+    "tpu7x": "TPU7x",
+    "a100": "NVIDIA A100-SXM4-80GB",
+    "h100": "NVIDIA H100 80GB HBM3",
+    "h200": "NVIDIA H200",
+    "b200": "NVIDIA B200",
+}
+_WHOLE = {2: 16, 3: 4}  # torus dimension -> wrapped around where a side is this (2D), or a multiple of it (3D cubes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """One side of a torus, or a part of what a switch connects.
+
+    Attributes:
+      size: devices along it.
+      bandwidth: bytes/s that a device sends along it, both ways together; half of it where no link wraps around.
+    """
+
+    size: int
+    bandwidth: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices of one kind, wired.
+
+    Attributes:
+      name: as it was asked for.
+      kind: the device's.
+      rings: sides of the torus; of a switch, the prime factors of its number of devices, which may be joined freely.
+    """
+
+    name: str
+    kind: str
+    chip: Chip
+    rings: tuple[Ring, ...]
+
+    @property
+    def num_chips(self) -> int:
+        """Devices in all."""
+        return math.prod(ring.size for ring in self.rings)
+
+
+def topology(name: str) -> Topology:
+    """Returns the topology that a text names: a chip, a colon, and the sides of its torus or the number of GPUs.
+
+    A side of a TPU slice is a ring where its last chip has a link to the first: sides that are a multiple of 4 in a
+    slice of whole cubes (v4, v5p, TPU7x), sides of 16 (v5e, v6e).
+
+    Raises:
+      UserError: there is no such chip, or it has no torus of so many sides.
+    """
+    family, colon, sides = name.strip().lower().partition(":")
+    kind = _FAMILIES.get(family)
+    if kind is None:
+        near = did_you_mean(family, _FAMILIES) or f"; there are {', '.join(_FAMILIES)}"
+        raise UserError(f"topology {name!r}: no accelerator is called {family!r}{near}")
+    chip = CHIPS[kind]
+    example = "x".join("4" * chip.torus) or "8"
+    if not colon or not re.fullmatch(r"[1-9][0-9]*(x[1-9][0-9]*)*", sides):
+        raise UserError(f"topology {name!r} does not say how many: write it as {family}:{example}")
+    sizes = [int(side) for side in sides.split("x")]
+    if not chip.torus:
+        rings = [Ring(prime, chip.link_bandwidth) for size in sizes for prime in _primes(size)]
+        return Topology(name, kind, chip, tuple(rings) or (Ring(1, chip.link_bandwidth),))
+    if len(sizes) != chip.torus:
+        raise UserError(
+            f"topology {name!r}: {kind}s form a torus of {chip.torus} dimensions, and it has {len(sizes)}: "
+            f"write it as {family}:{example}"
+        )
+    whole = _WHOLE[chip.torus]
+    wrapped = [size == whole if chip.torus == 2 else all(each % whole == 0 for each in sizes) for size in sizes]
+    rings = [Ring(size, chip.link_bandwidth * (2 if wraps else 1)) for size, wraps in zip(sizes, wrapped, strict=True)]
+    return Topology(name, kind, chip, tuple(rings))
+
+
+def _primes(number: int) -> Iterator[int]:
+    """Yields a number's prime factors, in order."""
+    factor = 2
+    while number > 1:
+        while number % factor == 0:
+            yield factor
+            number //= factor
+        factor = factor + 1 if factor * factor <= number else number

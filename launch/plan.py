@@ -1,0 +1,266 @@
+"""meshway plan: which layout serves a model on a slice of chips best, from closed forms, before any chip is paid for.
+
+    meshway plan --gin_file=models/palm/540b.gin --topology=v4:4x4x4 --batch=64 --context=2048
+
+Reads a recipe's model, computes no array, and prints for prefill and decoding what each inference layout of Pope et al.
+2022 costs: time and what it is spent on, memory of a chip, price of a token.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from meshway.framework.errors import UserError
+from meshway.framework.interfaces import Model
+from meshway.framework.planning.cost import Transformer
+from meshway.framework.planning.dimensions import transformer_of
+from meshway.framework.planning.layouts import Estimate, Pass, Phase, estimates, together
+from meshway.framework.planning.topology import Topology, topology
+from meshway.framework.terminal import count_of, format_bytes, format_columns
+
+if TYPE_CHECKING:
+    from meshway.launch.recipe.config import Invocation
+
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+ITEMSIZES = {"float32": 4, "bfloat16": 2, "int8": 1}
+_SHOWN = 8  # layouts of a phase in the printed table; as JSON there are all
+_DOUBLINGS = 12
+_TRACED = {"inputs": 8, "targets": 8}  # lengths for a recipe without a task: sizes do not depend on them
+
+Dtype = Literal["float32", "bfloat16", "int8"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What was found.
+
+    Attributes:
+      num_params: of the model, norms and biases too.
+      phases: phase -> every layout, the best first.
+      pair: prefill and decoding with one copy of the weights, and the steps that it is best for; None for one phase.
+    """
+
+    model: Transformer
+    num_params: int
+    where: Topology
+    passes: Mapping[Phase, Pass]
+    phases: Mapping[Phase, Sequence[Estimate]]
+    pair: tuple[Estimate, Estimate] | None
+    new_tokens: int
+
+
+def plan(
+    model: Model,
+    lengths: Mapping[str, int] | None,
+    topology: str,
+    phase: Phase | None = None,
+    batch: int = 1,
+    context: int = 2048,
+    new_tokens: int = 128,
+    weights: Dtype = "bfloat16",
+    cache: Dtype = "bfloat16",
+    wires: Literal["flat", "torus"] = "flat",
+    overlap: bool = False,
+) -> Plan:
+    """Returns what inference costs by each layout on a slice of chips.
+
+    Args:
+      model: a recipe's.
+      lengths: tokens by task feature, as the recipe has them; None for a recipe without a task.
+      topology: chips, as `v5p:4x4x8` or `h100:8`.
+      phase: None for both.
+      batch: sequences.
+      context: tokens of the prompt; those that a step of decoding attends to. Of a model with an encoder its inputs.
+      new_tokens: steps of decoding that follow one prefill, where one copy of the weights serves both.
+      weights, cache: types that parameters, and keys and values, are stored in; products are in bfloat16.
+      wires: flat, where each collective has all of a chip's links, or torus, where it has those of its axes.
+      overlap: whether collectives go on beside products.
+
+    Raises:
+      UserError: there is no such topology, the model is no dense transformer that decodes, or it does not fit.
+    """
+    where = _topology(topology)
+    sizes, num_params = transformer_of(model, lengths or _TRACED)
+    options: dict[str, Any] = {"weight_bytes": ITEMSIZES[weights], "cache_bytes": ITEMSIZES[cache], "overlap": overlap}
+    passes = {name: _pass(name, sizes, batch, context, new_tokens, options) for name in PHASES if phase in (None, name)}
+    flat = wires == "flat"
+    found = {name: estimates(sizes, what, where, flat) for name, what in passes.items()}
+    for name, ranked in found.items():
+        if not ranked[0].fits:
+            raise UserError(_too_large(sizes, passes[name], where, ranked, flat))
+    pair = together(found["prefill"], found["decode"], new_tokens) if phase is None else None
+    return Plan(sizes, num_params, where, passes, found, pair, new_tokens)
+
+
+def _topology(name: str) -> Topology:
+    try:
+        return topology(name)
+    except UserError as error:
+        raise UserError(f"--topology: {error}") from None
+
+
+def _pass(
+    phase: Phase, model: Transformer, batch: int, context: int, new_tokens: int, options: Mapping[str, Any]
+) -> Pass:
+    if phase == "prefill":
+        return Pass(phase, batch, context, context, **options)
+    if model.encoder_layers:
+        return Pass(phase, batch, 1, new_tokens, inputs=context, **options)
+    return Pass(phase, batch, 1, context, **options)
+
+
+def _too_large(model: Transformer, what: Pass, where: Topology, ranked: Sequence[Estimate], flat: bool) -> str:
+    """Returns what is too large, and what would fit."""
+    least = min(ranked, key=lambda each: each.bytes)
+    narrow = dataclasses.replace(what, weight_bytes=1)
+    remedies = []
+    if what.weight_bytes > 1 and estimates(model, narrow, where, flat)[0].fits:
+        remedies.append("--weights=int8")
+    larger = where
+    for _ in range(_DOUBLINGS):
+        larger = _doubled(larger)
+        if estimates(model, what, larger, flat)[0].fits:
+            remedies.append(f"--topology={larger.name}")
+            break
+    fits = f"; it fits with {' or '.join(remedies)}" if remedies else ""
+    return (
+        f"{what.phase} does not fit: {where.name} has {format_bytes(where.chip.memory_bytes)} a chip, and the layout "
+        f"that needs least keeps {format_bytes(least.weights)} of weights, {format_bytes(least.cache)} of keys and "
+        f"values and {format_bytes(least.activations)} of activations there{fits}"
+    )
+
+
+def _doubled(where: Topology) -> Topology:
+    """Returns a topology of twice as many chips, its shortest side twice as long."""
+    family, _, sides = where.name.partition(":")
+    sizes = [int(side) for side in sides.split("x")]
+    shortest = sizes.index(min(sizes))
+    sizes[shortest] *= 2
+    return topology(f"{family}:{'x'.join(map(str, sizes))}")
+
+
+def format_plan(found: Plan) -> str:
+    """Returns a plan as text: a table of each phase, and what serves both."""
+    where, model = found.where, found.model
+    kind = f"{where.num_chips:,} x {where.kind}"
+    heads = f"{model.num_heads} heads, {model.num_kv_heads} of keys and values, of {model.head_dim}"
+    blocks = f"{model.layers} layers" + (f" after {model.encoder_layers} of an encoder" if model.encoder_layers else "")
+    block = f"{'gated' if model.gated else 'ungated'}, {'parallel' if model.parallel else 'serial'}"
+    lines = [
+        f"{where.name}: {kind}, {format_bytes(where.chip.memory_bytes)} each",
+        f"{found.num_params:,} parameters: {blocks}, d_model {model.d_model}, d_ff {model.d_ff} ({block}), {heads}",
+    ]
+    for phase, ranked in found.phases.items():
+        lines += ["", _title(found.passes[phase]), *_table(_distinct(ranked))]
+    if found.pair:
+        first, then = found.pair
+        seconds = first.seconds + found.new_tokens * then.seconds
+        lines += [
+            "",
+            f"one copy of the weights, for a prompt and {count_of(found.new_tokens, 'step')} of decoding "
+            f"({_time(seconds)}): mesh {_mesh(first)}, prefill by {first.feed_forward} and {first.attention}, decoding "
+            f"by {then.feed_forward} and {then.attention}",
+        ]
+    lines += [
+        "",
+        "estimates of closed forms (docs/planning.md): what a chip reaches of its published peaks is not in",
+    ]
+    return "\n".join(lines)
+
+
+def _title(what: Pass) -> str:
+    sequences = count_of(what.batch, "sequence")
+    if what.phase == "prefill":
+        return f"prefill of {sequences}, {what.length:,} tokens each"
+    inputs = f" and {what.inputs:,} of inputs" if what.inputs else ""
+    return f"a step of decoding of {sequences}, {what.context:,} tokens{inputs} each"
+
+
+_HEAD = (
+    "mesh x,y,z",
+    "feed-forward",
+    "attention",
+    "time",
+    "compute",
+    "memory",
+    "sent",
+    "MFU",
+    "a chip",
+    "chip-ms/token",
+)
+
+
+def _table(ranked: Sequence[Estimate]) -> list[str]:
+    rows = [
+        (
+            _mesh(each),
+            each.feed_forward,
+            each.attention,
+            _time(each.seconds),
+            _time(each.compute),
+            _time(each.memory),
+            _time(each.communication),
+            f"{each.mfu:.0%}",
+            format_bytes(each.bytes) if each.fits else f"{format_bytes(each.bytes)}, too much",
+            f"{1000 * each.chip_seconds_per_token:,.3g}",
+        )
+        for each in ranked[:_SHOWN]
+    ]
+    left = len(ranked) - _SHOWN
+    return format_columns([_HEAD, *rows], right=range(3, len(_HEAD))) + ([f"... and {left} more"] if left > 0 else [])
+
+
+def _distinct(ranked: Sequence[Estimate]) -> list[Estimate]:
+    """Returns the estimates without those that equal a better one in all but the mesh."""
+    seen: dict[tuple[str, str, float, float], Estimate] = {}
+    for each in ranked:
+        seen.setdefault((each.feed_forward, each.attention, each.seconds, each.bytes), each)
+    return list(seen.values())
+
+
+def _mesh(each: Estimate) -> str:
+    return ",".join(map(str, each.mesh.sizes))
+
+
+def _time(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:,.2f} s"
+    return f"{1e3 * seconds:,.2f} ms" if seconds >= 1e-3 else f"{1e6 * seconds:,.1f} us"
+
+
+def as_json(found: Plan) -> dict[str, Any]:
+    """Returns a plan as JSON holds it: seconds, bytes, shares."""
+    return {
+        "topology": {"name": found.where.name, "kind": found.where.kind, "chips": found.where.num_chips},
+        "model": dataclasses.asdict(found.model) | {"num_params": found.num_params},
+        "phases": {
+            phase: {"pass": dataclasses.asdict(found.passes[phase]), "layouts": [_entry(each) for each in ranked]}
+            for phase, ranked in found.phases.items()
+        },
+        "together": [_entry(each) for each in found.pair] if found.pair else None,
+    }
+
+
+def _entry(each: Estimate) -> dict[str, Any]:
+    names = ("feed_forward", "attention", "seconds", "compute", "memory", "communication", "bound", "mfu", "fits")
+    sizes = ("weights", "cache", "activations", "bytes", "chip_seconds_per_token")
+    return {"mesh": each.mesh.sizes} | {name: getattr(each, name) for name in (*names, *sizes)}
+
+
+def run(invocation: "Invocation") -> None:
+    """Runs the verb from the command line."""
+    import jax
+
+    from meshway.launch.recipe import config
+
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed: accelerators stay free
+    found = plan(**config.load(invocation, import_unreferenced=False).build("plan.plan"))
+    print(json.dumps(as_json(found), indent=2) if invocation.options.json else format_plan(found))
+
+
+if __name__ == "__main__":
+    from meshway.launch import cli
+
+    sys.exit(cli.main(["plan", *sys.argv[1:]]))

@@ -1,0 +1,79 @@
+"""The layouts that Pope et al. 2022 (ESTI) chose, and what an estimate adds up."""
+
+import pytest
+
+from meshway.framework.planning.cost import Transformer
+from meshway.framework.planning.layouts import Pass, estimates, together
+from meshway.framework.planning.topology import topology
+
+PALM_540B = Transformer(118, 18432, 73728, 48, 1, 256, 256_128, parallel=True)
+PALM_62B = Transformer(64, 8192, 32768, 32, 1, 256, 256_128, parallel=True)
+PALM_8B = Transformer(32, 4096, 16384, 16, 1, 256, 256_128, parallel=True)
+
+
+def decode(batch: int, context: int = 2048, **options: float) -> Pass:
+    return Pass("decode", batch, 1, context, **options)
+
+
+def prefill(batch: int, length: int, **options: float) -> Pass:
+    return Pass("prefill", batch, length, length, **options)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_picks_of_the_paper_on_64_chips(overlap: bool) -> None:
+    slice_ = topology("v4:4x4x4")
+    for batch in (64, 128, 256, 512):
+        best = estimates(PALM_540B, decode(batch, overlap=overlap), slice_)[0]
+        assert best.feed_forward == "2D" and best.attention != "heads" and best.fits
+    best = estimates(PALM_540B, prefill(512, 2048, overlap=overlap), slice_)[0]
+    assert best.feed_forward.startswith("WG")
+    both = estimates(PALM_540B, prefill(512, 2048, overlap=overlap), slice_, feed_forward=("2D", "WG-XYZ"))
+    assert both[0].feed_forward == "WG-XYZ"
+    assert estimates(PALM_540B, prefill(1, 2048, overlap=overlap), slice_)[0].feed_forward == "2D"
+    assert estimates(PALM_540B, prefill(1, 2048, overlap=overlap), slice_)[0].attention == "heads"
+
+
+def test_attention_over_the_batch_from_4_rows_on() -> None:
+    slice_ = topology("v4:4x4x4")
+    for flat in (False, True):
+        every = {batch: estimates(PALM_540B, decode(batch), slice_, flat) for batch in (1, 2, 4, 16, 64)}
+        found = [next(e for e in each if e.mesh.sizes == (4, 4, 4)).attention for each in every.values()]
+        assert found[:2] == ["heads", "heads"]
+        assert all(layout.startswith("batch") for layout in found[2:])
+
+
+def test_one_chip_sends_nothing_and_reads_its_weights_once_a_token() -> None:
+    (best, *_) = estimates(PALM_8B, decode(1, weight_bytes=1), topology("v5p:1x1x1"))
+    assert best.communication == 0 and best.num_collectives == 0
+    assert best.memory * best.chip.memory_bandwidth == pytest.approx(PALM_8B.num_params + best.cache)
+    assert best.bound == "memory" and best.fits
+
+
+def test_int8_weights_halve_the_reads_and_a_model_that_is_too_large_comes_last() -> None:
+    slice_ = topology("v5e:4x4")
+    wide, narrow = (estimates(PALM_62B, decode(32, weight_bytes=size), slice_)[0] for size in (2, 1))
+    assert wide.weights == 2 * narrow.weights and wide.seconds > narrow.seconds
+    assert not any(each.fits for each in estimates(PALM_540B, decode(32), slice_))
+
+
+def test_an_encoder_runs_in_prefill_and_its_output_is_read_in_decoding() -> None:
+    xxl = Transformer(24, 4096, 10240, 64, 64, 64, 32128, encoder_layers=24, tied=False)
+    assert xxl.num_params == pytest.approx(11.135e9, rel=1e-3)
+    slice_ = topology("v4:2x2x2")
+    read = estimates(xxl, prefill(8, 512), slice_)[0]
+    step = estimates(xxl, Pass("decode", 8, 1, 64, inputs=512), slice_)[0]
+    assert read.params == xxl.encoder_params and step.params == xxl.decoder_params + xxl.logits_params
+    whole = 2 * 24 * 8 * (64 + 512) * 64 * 64 * 2
+    assert step.cache == whole / 8
+
+
+def test_prefill_and_decoding_share_one_copy_of_the_weights() -> None:
+    """The paper's offline setting: weights gathered for the prompts, stationary for the steps, resting alike."""
+    slice_ = topology("v4:4x4x4")
+    read, step = (estimates(PALM_540B, what, slice_) for what in (prefill(512, 2048), decode(512, 2112)))
+    first, then = together(read, step, 64) or pytest.fail("none")
+    assert first.mesh == then.mesh and first.fits and then.fits
+    assert first.feed_forward.startswith("WG") and then.feed_forward == "2D"
+    alone = read[0].seconds + 64 * step[0].seconds
+    assert alone <= first.seconds + 64 * then.seconds < 1.02 * alone
+    assert together([], step, 64) is None
