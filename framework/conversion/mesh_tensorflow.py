@@ -9,6 +9,7 @@ is taken for the T5X network that it would become, and what that network is here
 import copy
 import dataclasses
 import functools
+import glob
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -276,10 +277,12 @@ def _layer_names(sublayers: Sequence[tuple[str, str, str]], norm: str) -> Iterat
 
 
 def _checkpoints(path: Path) -> list[Path]:
-    """Returns the prefixes of the checkpoints that a path names: one, or those in a folder."""
+    """Returns the prefixes of the checkpoints that a path names: one, or those in a folder, where a file of another
+    kind may be called `*.index` too."""
     path = path.expanduser().absolute()
     if path.is_dir():
-        return sorted(file.with_suffix("") for file in path.glob("*.index") if file.is_file())
+        prefixes = (file.with_suffix("") for file in path.glob("*.index") if file.is_file())
+        return sorted(prefix for prefix in prefixes if any(path.glob(f"{glob.escape(prefix.name)}.data-*-of-*")))
     match = _PREFIX.fullmatch(str(path))
     prefix = Path(match["prefix"]) if match else path
     return [prefix] if Path(f"{prefix}.index").is_file() else []
