@@ -1,7 +1,5 @@
 """T5X's checkpoints array by array: its native format, read and written, and what it writes through Orbax, read."""
 
-import ast
-import contextlib
 import functools
 import json
 import math
@@ -18,7 +16,7 @@ from flax import serialization
 
 from meshway.framework.conversion.tensor_files import DTYPES, Box
 from meshway.framework.conversion.tensor_files import Spec as TensorSpec
-from meshway.framework.errors import UserError, first_line
+from meshway.framework.errors import EnvironmentFailure, UserError, first_line
 from meshway.framework.files import io_errors
 from meshway.framework.trees import unflatten
 
@@ -129,20 +127,6 @@ class T5XFiles(T5XArrays):
         for pattern, what in refused:
             if match := re.search(rf"^[^#\n]*({pattern})", self.config, re.MULTILINE):
                 raise UserError(f"{self.config_file}: {match[1]}: {what}, which meshway's T5 has not")
-
-    def bound_to(self, name: str) -> dict[str, Any]:
-        """Returns what `config` binds to a class or function, in blocks or one by one: literals, and macros of some."""
-        blocks = re.findall(rf"\b{name}:[ \t]*\n((?:[ \t]+.*\n|\n|#.*\n)*)", self.config + "\n")
-        lines = [line for block in blocks for line in re.findall(r"^[ \t]+(\w+) = (.+)$", block, re.MULTILINE)]
-        lines += re.findall(rf"\b{name}\.(\w+) = (.+)$", self.config, re.MULTILINE)
-        found = {}
-        for parameter, value in lines:
-            if value.startswith("%"):
-                macro = re.findall(rf"^{re.escape(value[1:].strip())} = (.+)$", self.config, re.MULTILINE)
-                value = macro[-1] if macro else value
-            with contextlib.suppress(ValueError, SyntaxError):  # a reference
-                found[parameter] = ast.literal_eval(value)
-        return found
 
     @functools.cached_property
     def moments(self) -> T5XArrays:
@@ -356,16 +340,23 @@ def write_native(
       wrote: told the bytes of each array that was written.
 
     Raises:
-      UserError: an array cannot be read; the disk refuses.
+      UserError: an array cannot be read; the folder cannot be made.
+      EnvironmentFailure: the disk is full, or refuses.
     """
-    folder.mkdir(parents=True)
+    with io_errors(folder):
+        folder.mkdir(parents=True)
     leaves: dict[str, Any] = dict(inline)
     for name, array in arrays.items():
         leaves[name] = spec = _zarr_spec(name, array)
-        own = {"driver": "file", "path": f"{folder / spec['kvstore']['path']}/"}
-        with io_errors(folder):
-            store = tensorstore.open(spec | {"kvstore": own}, create=True, open=True).result()
-            store.write(read(name)).result()
+        value, path = read(name), f"{folder / spec['kvstore']['path']}/"
+        own = spec | {"kvstore": {"driver": "file", "path": path}}
+        try:
+            tensorstore.open(own, create=True, open=True).result().write(value).result()
+        except ValueError as error:  # whatever the disk says
+            said = re.search(r"([^:]+) \[os_error_code", str(error))  # after the path, twice
+            raise EnvironmentFailure(
+                f"cannot write {path}: {said[1].strip() if said else first_line(error)}"
+            ) from error
         wrote(array.num_bytes)
     tree = unflatten(dict(sorted(leaves.items(), key=lambda item: item[0].split("/"))))
     with io_errors(folder / _NATIVE):
