@@ -192,7 +192,7 @@ UMT5 = dataclasses.replace(
     name="umt5",
     model_types=("umt5",),
     architecture="UMT5ForConditionalGeneration",
-    defaults=MT5.defaults | {"tie_word_embeddings": True},
+    defaults={**MT5.defaults, "tie_word_embeddings": True},
     rules=_rules(by_layer=True),
     ignored=(),
     silent=T5.silent | {"scalable_attention"},  # published files say so of T5X's network, and transformers reads it not
