@@ -19,6 +19,7 @@ from meshway.framework.checkpoints.sources import (
     Shape,
     Source,
     VocabularyChange,
+    names_in,
     vocabulary_change,
 )
 from meshway.framework.distributed import processes
@@ -211,9 +212,7 @@ class Initial:
 
     def sources(self, shapes: Mapping[str, Shape], axes: Mapping[str, Names], schema: Schema) -> dict[str, Source]:
         """Returns the source of each parameter but those left at init; raises as `restore` does."""
-        saved = {
-            name.removeprefix("params/"): tuple(spec[0]) for name, spec in schema.items() if name.startswith("params/")
-        }
+        saved = {name: tuple(schema[f"params/{name}"][0]) for name in names_in(schema, "params")}
         used: set[str] = set()
         sources, problems, unresized = dict[str, Source](), list[str](), list[str]()
         lengths, saved_lengths = pattern_lengths(shapes), pattern_lengths(saved)

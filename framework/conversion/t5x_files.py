@@ -18,6 +18,7 @@ from meshway.framework.conversion.tensor_files import DTYPES, Box
 from meshway.framework.conversion.tensor_files import Spec as TensorSpec
 from meshway.framework.errors import EnvironmentFailure, UserError, first_line
 from meshway.framework.files import io_errors
+from meshway.framework.terminal import listed
 from meshway.framework.trees import unflatten
 
 _STEP_FOLDER = re.compile(r"checkpoint_(\d+)")
@@ -141,7 +142,7 @@ class T5XFiles(T5XArrays):
         slots = [f"{name}/{slot}" for name in self for slot in SLOTS]
         if other := sorted(set(names) ^ set(slots)):
             kinds = sorted({name.rpartition("/")[2] for name in names} - set(SLOTS))
-            found = f"it has {', '.join(kinds[:4])}" if kinds else f"{other[0]} is in one of them only"
+            found = f"it has {listed(kinds, 4)}" if kinds else f"{other[0]} is in one of them only"
             raise UserError(
                 f"{self.directory} does not hold the state of T5X's Adafactor ({', '.join(SLOTS)} of each parameter): "
                 f"{found}. No other optimizer's state is converted: take the parameters alone"
@@ -253,7 +254,7 @@ class _Orbax:
         found: dict[str, Values] = {name: self._open("target", name) for name in self._names("target")}
         missing = [name for name in _promised(self._where / "_METADATA") if name not in found]
         if missing or not found:
-            lacks = ", ".join(missing[:4]) or "every parameter (target.*)"
+            lacks = listed(missing, 4) or "every parameter (target.*)"
             raise UserError(f"{self._where} is incomplete, or no T5X checkpoint: it lacks {lacks}")
         return found
 
