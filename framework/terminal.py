@@ -63,6 +63,13 @@ def count_of(number: int, noun: str, verb: str = "", plural: str = "") -> str:
     return " ".join([*words, verb if one else {"is": "are", "has": "have", "": ""}[verb]]).rstrip()
 
 
+def listed(items: Iterable[object], limit: int = 8, separator: str = ", ") -> str:
+    """Returns things in one line, the first `limit` of them: 'a, b and 3 more', or with '; ' 'a; b; and 3 more'."""
+    texts = [str(item) for item in items]
+    left = f"{' ' if separator == ', ' else separator}and {len(texts) - limit} more" if len(texts) > limit else ""
+    return separator.join(texts[:limit]) + left
+
+
 def installed_version() -> str:
     """Returns the version of the installed package, "uninstalled" where it runs from a folder."""
     try:

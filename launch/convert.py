@@ -119,7 +119,8 @@ def fresh_directory(target: Path) -> Iterator[Path]:
     """Yields a directory beside `target` that takes its name once all went well, and is removed otherwise.
 
     Raises:
-      UserError: `target` is there, or cannot be made.
+      UserError: `target` is there, or cannot be made; a file cannot be read or written.
+      EnvironmentFailure: the disk is full or broken.
     """
     if target.exists() or target.is_symlink():
         raise UserError(f"--to={target} is there already: give a new directory, nothing is written over")
@@ -135,7 +136,7 @@ def fresh_directory(target: Path) -> Iterator[Path]:
     except OSError as error:
         if is_disk_trouble(error):
             raise EnvironmentFailure(f"cannot write {target}: {error.strerror}") from error
-        raise
+        raise UserError(f"--to={target} is not made: {error}") from error  # a file that may not be read, a folder gone
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -23,7 +23,7 @@ from meshway.framework.errors import UserError
 from meshway.framework.files import local_path
 from meshway.framework.interfaces import Model
 from meshway.framework.progress import progress_of_bytes
-from meshway.framework.terminal import count_of, format_bytes
+from meshway.framework.terminal import count_of, format_bytes, listed
 from meshway.framework.trees import flatten
 from meshway.launch.convert_in import NOTES, ORIGIN, T5X_NOTES
 from meshway.launch.recipe import bindings as recipe_bindings
@@ -244,8 +244,7 @@ def _compare(gin: str, include: str, bindings: Mapping[str, Any], folder: Path, 
         for name in recipe_bindings.differences(found, expected)
     ]
     if other:
-        more = f"; and {len(other) - 4} more" if len(other) > 4 else ""
-        raise UserError(f"the model is {none} could load: {'; '.join(other[:4])}{more}")
+        raise UserError(f"the model is {none} could load: {listed(other, 4, '; ')}")
     return model
 
 

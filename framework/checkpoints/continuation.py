@@ -94,7 +94,7 @@ def check(initial: Initial, shapes: TrainState, axes: Axes) -> None:
     """
     initial.check(shapes.params, axes)
     if initial.optimizer_state:
-        opened = initial.open()
+        opened = initial.opened
         if isinstance(opened, Tensors):
             _of_tensors(initial, opened, shapes.params, axes, shapes.opt_state)
         else:
@@ -103,7 +103,7 @@ def check(initial: Initial, shapes: TrainState, axes: Axes) -> None:
 
 def _optimizer_state(initial: Initial, state: TrainState, axes: Axes) -> Any:
     """Returns the optimizer's state in the checkpoint, sharded like that of `state`."""
-    wanted, opened = state.opt_state, initial.open()
+    wanted, opened = state.opt_state, initial.opened
     if isinstance(opened, Tensors):
         from meshway.framework.conversion.values import fill_leaf  # training itself reads no other formats
 

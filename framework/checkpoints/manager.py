@@ -13,7 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from meshway.framework.checkpoints.sources import differences, schema_of
+from meshway.framework.checkpoints.sources import differences, names_in, schema_of
 from meshway.framework.distributed import processes
 from meshway.framework.errors import (
     EnvironmentFailure,
@@ -288,7 +288,7 @@ class Checkpoints:
 
     def averages(self, step: int) -> frozenset[str]:
         """Returns the paths of the parameters of which a checkpoint has averages; UserError if there are none."""
-        names = frozenset(name[8:] for name in self.recipe(step)["schema"] if name.startswith("average/"))
+        names = frozenset(names_in(self.recipe(step)["schema"], "average"))
         if not names:
             raise UserError(
                 f"checkpoint {self.folder / str(step)} has no averaged parameters: its run was trained without "

@@ -2,6 +2,7 @@
 layers in another pattern, and experts made of dense layers."""
 
 import dataclasses
+import functools
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from meshway.framework.checkpoints.sources import (
     Shape,
     Source,
     VocabularyChange,
+    names_in,
     vocabulary_change,
 )
 from meshway.framework.distributed import processes
@@ -129,7 +131,7 @@ class Initial:
           UserError: there is no checkpoint; a parameter has no source or another shape; a pattern matches nothing, or
             `resize` applies to nothing.
         """
-        opened = self.open()
+        opened = self.opened
         if isinstance(opened, Tensors):
             return self._from_tensors(opened, params, flatten(axes))
         checkpoints, step = opened
@@ -154,12 +156,11 @@ class Initial:
 
     def known_step(self) -> int | None:
         """Returns the step of the checkpoint, None where it has none; raises UserError where there is no checkpoint."""
-        opened = self.open()
-        return opened.step if isinstance(opened, Tensors) else opened[1]
+        return _step_of(self.opened)
 
     def check(self, params: Params, axes: Axes) -> None:
         """Finds the source of each parameter without reading any; `params` may be shapes. Raises as `restore` does."""
-        opened, shapes = self.open(), _shapes(flatten(params))
+        opened, shapes = self.opened, _shapes(flatten(params))
         if isinstance(opened, Tensors):
             sources = self._tensor_sources(opened, shapes, flatten(axes))
             opened.values(_shapes(sources))
@@ -167,8 +168,24 @@ class Initial:
             checkpoints, step = opened
             self.sources(shapes, flatten(axes), checkpoints.recipe(step)["schema"])
 
-    def open(self) -> "Tensors | tuple[Checkpoints, int]":
-        """Returns what is at `path`: another system's tensors, or (checkpoints of ours, step)."""
+    @functools.cached_property
+    def opened(self) -> "Tensors | tuple[Checkpoints, int]":
+        """What is at `path`: another system's tensors, or (checkpoints of ours, step).
+
+        It is opened once, and by all processes at the step that process 0 found: a run that still trains may save
+        another checkpoint, and remove one, at any moment.
+
+        Raises:
+          UserError: there is nothing, or settings that do not apply to it.
+        """
+        found = self._open(self.step)
+        step = _step_of(found)
+        if self.step is not None or step is None:
+            return found
+        common = int(processes.barrier("finding the checkpoint to start from", None, str(step))[0])
+        return found if common == step else self._open(common)
+
+    def _open(self, step: int | None) -> "Tensors | tuple[Checkpoints, int]":
         from meshway.framework.conversion import (
             hugging_face,  # training itself reads no other formats
             mesh_tensorflow,
@@ -178,16 +195,16 @@ class Initial:
         directory = self._directory
         if hugging_face.is_model(directory):
             return self._hugging_face(directory)
-        if mesh_tensorflow.is_checkpoint(directory):
-            return self._t5x(directory, "checkpoint of Mesh-TensorFlow")
-        found = find_checkpoint(directory, self.step, "Initial.path")
+        found = find_checkpoint(directory, step, "Initial.path")
         if found is not None:
             checkpoints = Checkpoints(found[0], read_only=True, averaged=self.averaged)
             if self.averaged:
                 checkpoints.averages(found[1])  # raises now where there are none
             return checkpoints, found[1]
+        if mesh_tensorflow.is_checkpoint(directory):
+            return self._t5x(directory, step, "checkpoint of Mesh-TensorFlow")
         if t5x_files.is_run(directory):
-            return self._t5x(directory)
+            return self._t5x(directory, step, "checkpoint of T5X")
         raise UserError(
             f"Initial.path: {directory} is neither a run directory nor a checkpoint (no checkpoints/ in it), nor a "
             "Hugging Face directory or a checkpoint of T5X or Mesh-TensorFlow"
@@ -195,9 +212,7 @@ class Initial:
 
     def sources(self, shapes: Mapping[str, Shape], axes: Mapping[str, Names], schema: Schema) -> dict[str, Source]:
         """Returns the source of each parameter but those left at init; raises as `restore` does."""
-        saved = {
-            name.removeprefix("params/"): tuple(spec[0]) for name, spec in schema.items() if name.startswith("params/")
-        }
+        saved = {name: tuple(schema[f"params/{name}"][0]) for name in names_in(schema, "params")}
         used: set[str] = set()
         sources, problems, unresized = dict[str, Source](), list[str](), list[str]()
         lengths, saved_lengths = pattern_lengths(shapes), pattern_lengths(saved)
@@ -239,11 +254,11 @@ class Initial:
             print(f"Initial.path: not read of {directory}: {', '.join(model.left_over)}", file=sys.stderr)
         return Tensors(model.bindings["VOCAB_SIZE"], model.values, None, None)
 
-    def _t5x(self, directory: Path, what: str = "checkpoint of T5X") -> "Tensors":
+    def _t5x(self, directory: Path, step: int | None, what: str) -> "Tensors":
         from meshway.framework.conversion import mesh_tensorflow
 
         self._check_alone(what, ("step",))
-        files, network = mesh_tensorflow.open_checkpoint(directory, self.step)
+        files, network = mesh_tensorflow.open_checkpoint(directory, step)
         return Tensors(
             network.bindings["VOCAB_SIZE"],
             lambda shapes: network.values(files, shapes),
@@ -341,6 +356,10 @@ class Tensors:
     values: Callable[[Mapping[str, Shape]], Mapping[str, "Values"]]
     step: int | None
     optimizer_state: Callable[[Params, Axes], Any] | None
+
+
+def _step_of(opened: Tensors | tuple[Checkpoints, int]) -> int | None:
+    return opened.step if isinstance(opened, Tensors) else opened[1]
 
 
 def _shapes(leaves: Mapping[str, Any]) -> dict[str, Shape]:

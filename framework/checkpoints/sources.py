@@ -1,7 +1,7 @@
 """Which saved parameter another one comes from, and how shapes and names of a checkpoint are kept."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from meshway.framework.axes import Names, sharded_by
 from meshway.framework.partitioning.partitioner import path_name
+from meshway.framework.terminal import listed
 
 Schema = dict[str, list[Any]]  # path -> [shape as a list, dtype name]
 
@@ -18,6 +19,11 @@ def schema_of(tree: Any) -> Schema:
     """Returns the schema of a tree of arrays or ShapeDtypeStructs."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {path_name(path): [list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves}
+
+
+def names_in(names: Iterable[str], part: str) -> list[str]:
+    """Returns what lies in a part of a schema or tree, such as "params", by its name there."""
+    return [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
 
 
 def differences(saved: Schema, wanted: Schema, limit: int = 4) -> str:
@@ -30,23 +36,12 @@ def differences(saved: Schema, wanted: Schema, limit: int = 4) -> str:
     ]
     missing = [name for name in wanted if name not in saved]
     extra = [name for name in saved if name not in wanted]
-    parts = [
-        _listed("", shapes, limit),
-        _listed("not in the checkpoint: ", missing, limit),
-        _listed("only in the checkpoint: ", extra, limit),
-    ]
-    return "; ".join(part for part in parts if part)
+    titles = {"": shapes, "not in the checkpoint: ": missing, "only in the checkpoint: ": extra}
+    return "; ".join(title + listed(names, limit) for title, names in titles.items() if names)
 
 
 def _shown(spec: list[Any]) -> str:
     return f"{spec[1]}[{','.join(map(str, spec[0]))}]"
-
-
-def _listed(title: str, items: list[str], limit: int) -> str:
-    if not items:
-        return ""
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return title + ", ".join(items[:limit]) + more
 
 
 Shape = tuple[int, ...]

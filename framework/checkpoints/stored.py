@@ -15,7 +15,7 @@ from orbax.checkpoint import type_handlers
 
 from meshway.framework.axes import Names
 from meshway.framework.checkpoints.manager import Checkpoints, DamagedCheckpoint
-from meshway.framework.checkpoints.sources import Schema
+from meshway.framework.checkpoints.sources import Schema, names_in
 from meshway.framework.conversion.rules import Piece, Shape
 from meshway.framework.conversion.t5x_optimizer import UNUSED, SlotPiece, slot_pieces
 from meshway.framework.conversion.tensor_files import Spec
@@ -37,7 +37,7 @@ class StoredParams:
           DamagedCheckpoint: one that the checkpoint's own list names is not there.
         """
         self._state, self._part, self._averages = state, part, averages
-        names = [name.removeprefix(f"{part}/") for name in schema if name.startswith(f"{part}/")]
+        names = names_in(schema, part)
         self._arrays = {name: self._open(name, tensorstore.Context()) for name in names}
         # A stack that was saved from few devices lies in chunks of many layers: one is kept while its layers are read.
         kept = max((_chunk_bytes(array) for array in self._arrays.values()), default=0)
@@ -103,7 +103,7 @@ class StoredMoments:
     def __init__(self, state: Path, schema: Schema):
         """Raises UserError: the state is another optimizer's, or only of some parameters."""
         self._state, self._schema = state, schema
-        names = [name.removeprefix("params/") for name in schema if name.startswith("params/")]
+        names = names_in(schema, "params")
         parts = {slot: self._part(slot, names) for slot in ("v_row", "v_col", "v")}
         if not all(parts.values()):
             raise UserError(

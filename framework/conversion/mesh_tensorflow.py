@@ -9,6 +9,7 @@ is taken for the T5X network that it would become, and what that network is here
 import copy
 import dataclasses
 import functools
+import glob
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 from meshway.framework.conversion import t5x
 from meshway.framework.conversion.t5x_files import T5XArrays, T5XFiles
 from meshway.framework.errors import UserError, first_line, nearest_names
-from meshway.framework.terminal import count_of
+from meshway.framework.terminal import count_of, listed
 
 _PREFIX = re.compile(r"(?P<prefix>.+?)(?:\.index|\.meta|\.data-\d{5}-of-\d{5})?")
 _STEP = re.compile(r".*-(\d+)")
@@ -193,7 +194,7 @@ class _Names:
         if decoder is None:
             raise UserError(
                 f"{files.directory} is not a T5 of Mesh-TensorFlow: it has no decoder/block_000/..., but "
-                f"{', '.join(list(files)[:4]) or 'nothing'}"
+                f"{listed(files, 4) or 'nothing'}"
             )
         alone = "encoder" not in found
         if not alone and (own := [f"{stack}/embedding" for stack in ("encoder", decoder)])[0] in files:
@@ -235,10 +236,9 @@ class _Names:
         if unknown:
             wanted = re.sub(r"block_\d+", "block_000", unknown[0])
             near = nearest_names(wanted, [*around, *(f"{stack}/block_000/{own}" for stack, own in places)])
-            more = f" and {len(unknown) - 6} more" if len(unknown) > 6 else ""
             raise UserError(
                 f"{self.directory}: {count_of(len(unknown), 'variable', 'has')} no place in T5: "
-                f"{', '.join(unknown[:6])}{more}" + (f" (nearest that has: {near[0]})" if near else "")
+                f"{listed(unknown, 6)}" + (f" (nearest that has: {near[0]})" if near else "")
             )
         self._check_complete(files)
         return found
@@ -276,10 +276,12 @@ def _layer_names(sublayers: Sequence[tuple[str, str, str]], norm: str) -> Iterat
 
 
 def _checkpoints(path: Path) -> list[Path]:
-    """Returns the prefixes of the checkpoints that a path names: one, or those in a folder."""
+    """Returns the prefixes of the checkpoints that a path names: one, or those in a folder, where a file of another
+    kind may be called `*.index` too."""
     path = path.expanduser().absolute()
     if path.is_dir():
-        return sorted(file.with_suffix("") for file in path.glob("*.index") if file.is_file())
+        prefixes = (file.with_suffix("") for file in path.glob("*.index") if file.is_file())
+        return sorted(prefix for prefix in prefixes if any(path.glob(f"{glob.escape(prefix.name)}.data-*-of-*")))
     match = _PREFIX.fullmatch(str(path))
     prefix = Path(match["prefix"]) if match else path
     return [prefix] if Path(f"{prefix}.index").is_file() else []
@@ -316,7 +318,7 @@ def _check_files(prefix: Path, needed: int) -> None:
         if not (prefix.parent / name).is_file()
     ]
     if missing:
-        raise UserError(f"{prefix} is incomplete: {', '.join(missing[:4])} is missing beside its index")
+        raise UserError(f"{prefix} is incomplete: {listed(missing, 4)} is missing beside its index")
     there = sum(file.stat().st_size for file in files)
     if there < needed:
         raise UserError(

@@ -11,7 +11,7 @@ import einops
 import numpy as np
 
 from meshway.framework.errors import UserError, nearest_names
-from meshway.framework.terminal import count_of
+from meshway.framework.terminal import count_of, listed
 from meshway.framework.trees import block_of, pattern_lengths
 
 Sizes = Mapping[str, int]
@@ -186,7 +186,7 @@ def pieces_of(rules: Sequence[Rule], base: str, shapes: Mapping[str, Shape]) -> 
             pieces.append(Piece(name, ours, index, rule.form, sizes))
     if problems:
         raise UserError(
-            f"{count_of(len(problems), 'parameter')} of the model without a place in this family: {_listed(problems)}"
+            f"{count_of(len(problems), 'parameter')} of the model without a place in this family: {listed(problems)}"
         )
     return pieces
 
@@ -221,11 +221,11 @@ def check_tensors(
     if missing:
         near = nearest_names(missing[0], left) if left else []
         hint = f" (nearest there: {near[0]})" if near else ""
-        problems.append(f"{count_of(len(missing), 'tensor', 'is')} missing: {_listed(missing)}{hint}")
+        problems.append(f"{count_of(len(missing), 'tensor', 'is')} missing: {listed(missing)}{hint}")
     if left:
-        problems.append(f"{count_of(len(left), 'tensor', 'has')} no place in the model: {_listed(left)}")
+        problems.append(f"{count_of(len(left), 'tensor', 'has')} no place in the model: {listed(left)}")
     if shapes:
-        problems.append(f"{count_of(len(shapes), 'tensor', 'has')} another shape than the model: {_listed(shapes)}")
+        problems.append(f"{count_of(len(shapes), 'tensor', 'has')} another shape than the model: {listed(shapes)}")
     if problems:
         raise UserError("; ".join(problems))
 
@@ -255,8 +255,3 @@ def _indices(shape: Shape) -> Iterator[tuple[int, ...]]:
     for first in range(shape[0]):
         for rest in _indices(shape[1:]):
             yield (first, *rest)
-
-
-def _listed(names: Sequence[str], limit: int = 8) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

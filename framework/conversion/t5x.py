@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Axes, Params
 from meshway.framework.optimizers.adafactor import FactorRules
 from meshway.framework.optimizers.optimizers import Optimizer, OptimizerState, adafactor
+from meshway.framework.terminal import listed
 from meshway.framework.trees import flatten
 
 _LAYER = re.compile(r"(encoder|decoder)/(?:layers_(?P<layer>\d+)|(?P<scanned>layers|encoder|decoder))/(?P<rest>.+)")
@@ -332,7 +333,7 @@ def _shape_of(name: str, shapes: Mapping[str, Shape], prefix: str = "") -> Shape
     if name not in shapes:
         raise UserError(
             f"the T5X checkpoint has no {prefix}{name}, which T5 and T5X's decoder-only example have; it has "
-            + _some(prefix + known for known in shapes)
+            + listed((prefix + known for known in shapes), 4)
         )
     return shapes[name]
 
@@ -350,8 +351,3 @@ def _stack_biases(stacks: Collection[str], by_layer: bool) -> Table:
     if "encoder" not in stacks:
         return ((f"decoder/{_BIAS}", "position_bias/embedding", _TABLE),)
     return tuple((f"{stack}/{_BIAS}", f"{stack}_position_bias/embedding", _TABLE) for stack in stacks)
-
-
-def _some(names: Iterable[str], limit: int = 4) -> str:
-    names = list(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

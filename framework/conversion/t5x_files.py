@@ -1,7 +1,5 @@
 """T5X's checkpoints array by array: its native format, read and written, and what it writes through Orbax, read."""
 
-import ast
-import contextlib
 import functools
 import json
 import math
@@ -18,8 +16,9 @@ from flax import serialization
 
 from meshway.framework.conversion.tensor_files import DTYPES, Box
 from meshway.framework.conversion.tensor_files import Spec as TensorSpec
-from meshway.framework.errors import UserError, first_line
+from meshway.framework.errors import EnvironmentFailure, UserError, first_line
 from meshway.framework.files import io_errors
+from meshway.framework.terminal import listed
 from meshway.framework.trees import unflatten
 
 _STEP_FOLDER = re.compile(r"checkpoint_(\d+)")
@@ -130,20 +129,6 @@ class T5XFiles(T5XArrays):
             if match := re.search(rf"^[^#\n]*({pattern})", self.config, re.MULTILINE):
                 raise UserError(f"{self.config_file}: {match[1]}: {what}, which meshway's T5 has not")
 
-    def bound_to(self, name: str) -> dict[str, Any]:
-        """Returns what `config` binds to a class or function, in blocks or one by one: literals, and macros of some."""
-        blocks = re.findall(rf"\b{name}:[ \t]*\n((?:[ \t]+.*\n|\n|#.*\n)*)", self.config + "\n")
-        lines = [line for block in blocks for line in re.findall(r"^[ \t]+(\w+) = (.+)$", block, re.MULTILINE)]
-        lines += re.findall(rf"\b{name}\.(\w+) = (.+)$", self.config, re.MULTILINE)
-        found = {}
-        for parameter, value in lines:
-            if value.startswith("%"):
-                macro = re.findall(rf"^{re.escape(value[1:].strip())} = (.+)$", self.config, re.MULTILINE)
-                value = macro[-1] if macro else value
-            with contextlib.suppress(ValueError, SyntaxError):  # a reference
-                found[parameter] = ast.literal_eval(value)
-        return found
-
     @functools.cached_property
     def moments(self) -> T5XArrays:
         """The state of T5X's Adafactor: four arrays a parameter, such as "decoder/decoder_norm/scale/v_row".
@@ -157,7 +142,7 @@ class T5XFiles(T5XArrays):
         slots = [f"{name}/{slot}" for name in self for slot in SLOTS]
         if other := sorted(set(names) ^ set(slots)):
             kinds = sorted({name.rpartition("/")[2] for name in names} - set(SLOTS))
-            found = f"it has {', '.join(kinds[:4])}" if kinds else f"{other[0]} is in one of them only"
+            found = f"it has {listed(kinds, 4)}" if kinds else f"{other[0]} is in one of them only"
             raise UserError(
                 f"{self.directory} does not hold the state of T5X's Adafactor ({', '.join(SLOTS)} of each parameter): "
                 f"{found}. No other optimizer's state is converted: take the parameters alone"
@@ -269,7 +254,7 @@ class _Orbax:
         found: dict[str, Values] = {name: self._open("target", name) for name in self._names("target")}
         missing = [name for name in _promised(self._where / "_METADATA") if name not in found]
         if missing or not found:
-            lacks = ", ".join(missing[:4]) or "every parameter (target.*)"
+            lacks = listed(missing, 4) or "every parameter (target.*)"
             raise UserError(f"{self._where} is incomplete, or no T5X checkpoint: it lacks {lacks}")
         return found
 
@@ -356,16 +341,23 @@ def write_native(
       wrote: told the bytes of each array that was written.
 
     Raises:
-      UserError: an array cannot be read; the disk refuses.
+      UserError: an array cannot be read; the folder cannot be made.
+      EnvironmentFailure: the disk is full, or refuses.
     """
-    folder.mkdir(parents=True)
+    with io_errors(folder):
+        folder.mkdir(parents=True)
     leaves: dict[str, Any] = dict(inline)
     for name, array in arrays.items():
         leaves[name] = spec = _zarr_spec(name, array)
-        own = {"driver": "file", "path": f"{folder / spec['kvstore']['path']}/"}
-        with io_errors(folder):
-            store = tensorstore.open(spec | {"kvstore": own}, create=True, open=True).result()
-            store.write(read(name)).result()
+        value, path = read(name), f"{folder / spec['kvstore']['path']}/"
+        own = spec | {"kvstore": {"driver": "file", "path": path}}
+        try:
+            tensorstore.open(own, create=True, open=True).result().write(value).result()
+        except ValueError as error:  # whatever the disk says
+            said = re.search(r"([^:]+) \[os_error_code", str(error))  # after the path, twice
+            raise EnvironmentFailure(
+                f"cannot write {path}: {said[1].strip() if said else first_line(error)}"
+            ) from error
         wrote(array.num_bytes)
     tree = unflatten(dict(sorted(leaves.items(), key=lambda item: item[0].split("/"))))
     with io_errors(folder / _NATIVE):

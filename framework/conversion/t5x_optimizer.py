@@ -6,8 +6,10 @@ goes by the names of its axes, whatever its sizes: 'embed' is the row, heads, th
 column, layers are neither, and what has a bucket of relative positions is not factored.
 """
 
+import ast
 import dataclasses
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,7 +33,8 @@ _ADAFACTOR = (
     *("decay_rate", "step_offset", "clipping_threshold", "multiply_by_parameter_scale", "epsilon1", "epsilon2"),
     *("weight_decay_rate", "weight_decay_rate_lr_exponent", "max_parameter_scale", "skip_nan_updates"),
 )
-_FACTORS = ("factors", "decay_factor", "steps_per_decay", "steps_per_cycle", "step_offset")
+_RATE = "create_learning_rate_scheduler"
+_FACTORS = ("factors", "decay_factor", "steps_per_decay", "steps_per_cycle", "step_offset", "min_learning_rate")
 _SCHEDULE = {"base_learning_rate": "LEARNING_RATE", "warmup_steps": "WARMUP_STEPS"}
 _SCHEDULE |= {name: f"schedules.t5_factors.{name}" for name in _FACTORS}
 # The defaults of T5X's function, where a recipe binds something to it.
@@ -155,9 +158,10 @@ def settings_of(files: T5XFiles, kind: Kind) -> dict[str, Any]:
     """Returns the arguments of `optimizers.adafactor` for a kind of state, and those that a `config.gin` binds.
 
     Raises:
-      UserError: there is momentum, and nothing tells its beta1.
+      UserError: there is momentum, and nothing tells its beta1; an argument is bound to a reference.
     """
-    bound, defaults = files.bound_to("Adafactor"), inspect.signature(adafactor).parameters
+    bound = _bound(files, "Adafactor", (*_ADAFACTOR, "beta1"))
+    defaults = inspect.signature(adafactor).parameters
     found = {
         name: bound[name] for name in _ADAFACTOR if bound.get(name, defaults[name].default) != defaults[name].default
     }
@@ -177,12 +181,56 @@ def settings_of(files: T5XFiles, kind: Kind) -> dict[str, Any]:
 
 def schedule_of(files: T5XFiles) -> Bindings:
     """Returns the bindings of the learning rate and of clipping that the `config.gin` beside a checkpoint tells, for a
-    recipe with `optimizers/adafactor.gin`."""
-    bound = files.bound_to("create_learning_rate_scheduler")
+    recipe with `optimizers/adafactor.gin`.
+
+    Raises:
+      UserError: the rate is not T5X's own schedule, or something of it is bound to a reference.
+    """
+    other = re.search(rf"\blearning_rate_fn = @(?!\S*{_RATE}\b)(\S+)", files.config)
+    if other:
+        raise UserError(
+            f"{files.config_file}: learning_rate_fn = @{other[1]} is not T5X's {_RATE}, and is not taken over: remove "
+            "that line, and bind optimizers.Optimizer.learning_rate in the recipe, or take the parameters alone"
+        )
+    bound = _bound(files, _RATE, tuple(_SCHEDULE))
     bound = _SCHEDULED | bound if bound else bound
     found: Bindings = {ours: bound[theirs] for theirs, ours in _SCHEDULE.items() if theirs in bound}
-    norm = files.bound_to("Adafactor").get("global_norm_clip_threshold")
+    norm = _bound(files, "Adafactor", ("global_norm_clip_threshold",)).get("global_norm_clip_threshold")
     return found | ({"optimizers.Optimizer.max_grad_norm": norm} if norm else {})
+
+
+def _bound(files: T5XFiles, name: str, parameters: Sequence[str]) -> dict[str, Any]:
+    """Returns what the `config.gin` beside a checkpoint binds parameters of a class or function to, in blocks or one by
+    one.
+
+    Raises:
+      UserError: one is bound to a reference, or to a macro that is none of a value.
+    """
+    text = files.config + "\n"
+    blocks = re.findall(rf"\b{name}:[ \t]*\n((?:[ \t]+.*\n|\n|#.*\n)*)", text)
+    found = {}
+    for parameter in parameters:
+        inside = [each for block in blocks for each in _values(block, parameter)]
+        if given := [*inside, *_values(text, rf"(?:.*\b)?{name}\.{parameter}")]:
+            said = value = given[-1]
+            for _ in range(8):  # macros of macros
+                if macro := re.match(r"%([\w./]+)", value):
+                    value = (_values(text, re.escape(macro[1])) or [value])[-1]
+            try:
+                found[parameter] = ast.literal_eval(value)
+            except (ValueError, SyntaxError) as error:
+                raise UserError(
+                    f"{files.config_file}: {name}.{parameter} = {said} is a reference, and what it stands for is not "
+                    "known here: write its value there, or take the parameters alone"
+                ) from error
+    return found
+
+
+def _values(text: str, name: str) -> list[str]:
+    """Returns the values that lines of gin bind to a name (a pattern), in their order, each in one line: gin wraps long
+    ones, and indents the rest."""
+    found = re.findall(rf"^([ \t]*)(?:{name}) = (.*(?:\n(?:\1[ \t]+\S.*|\1[)\]}}].*))*)", text, re.MULTILINE)
+    return [re.sub(r"\s*\\?\n\s*", " ", value).strip("\\ ") for _, value in found]
 
 
 def slots_in(

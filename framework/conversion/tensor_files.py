@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.files import io_errors
+from meshway.framework.terminal import listed
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -121,8 +122,8 @@ class TensorFiles:
         if not index.is_file():
             raise UserError(f"{self.directory} has neither {SINGLE} nor {INDEX}{_other_weights(self.directory)}")
         try:
-            listed = json.loads(index.read_text("utf-8"))["weight_map"]
-            files = {str(name): self.directory / str(file) for name, file in listed.items()}
+            places = json.loads(index.read_text("utf-8"))["weight_map"]
+            files = {str(name): self.directory / str(file) for name, file in places.items()}
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{index} cannot be read: {_words(error)}") from error
         missing = sorted({path.name for path in files.values() if not path.is_file()})
@@ -130,7 +131,7 @@ class TensorFiles:
             some = next(name for name, path in files.items() if path.name == missing[0])
             raise UserError(
                 f"{self.directory} lacks {len(missing)} of {len(set(files.values()))} shards that {INDEX} lists: "
-                f"{', '.join(missing[:4])} (as of tensor {some!r}); fetch the directory again"
+                f"{listed(missing, 4)} (as of tensor {some!r}); fetch the directory again"
             )
         return files
 

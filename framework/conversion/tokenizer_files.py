@@ -11,6 +11,8 @@ from meshway.framework.conversion.family import FLAG, OBJECT, PLACE, check_field
 from meshway.framework.data.vocabularies import HuggingFace, SentencePiece
 from meshway.framework.data.vocabulary import Framing, Vocabulary
 from meshway.framework.errors import UserError, did_you_mean
+from meshway.framework.files import io_errors
+from meshway.framework.terminal import listed
 
 GENERATION = "generation_config.json"
 _CONFIG, _SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
@@ -64,7 +66,7 @@ def read_vocabulary(directory: Path, config: Mapping[str, Any]) -> Vocabulary | 
             if path.is_file():
                 _check_added(directory, SentencePiece(path.read_bytes()))
                 _check_eos(directory, SentencePiece(path.read_bytes()))
-                extra = _extra_ids(directory) if config.get("model_type") in ("t5", "mt5") else 0
+                extra = _extra_ids(directory) if config.get("model_type") in ("t5", "mt5", "umt5") else 0
                 content = path.read_bytes()
                 own = _sentinels(SentencePiece(content).ids)
                 return SentencePiece(content, sentinels=own) if own else SentencePiece(content, extra)
@@ -181,15 +183,14 @@ def copy_files(source: Path, target: Path, names: tuple[str, ...] = FILES) -> li
     """Copies those of the files that are there; returns their names.
 
     Raises:
-      UserError: the disk refuses.
+      UserError: a file cannot be read or written.
+      EnvironmentFailure: the disk is full or broken.
     """
     found = [name for name in names if (source / name).is_file()]
-    try:
+    with io_errors(target):
         target.mkdir(parents=True, exist_ok=True)
         for name in found:
             shutil.copyfile(source / name, target / name)
-    except OSError as error:
-        raise UserError(f"cannot copy to {target}: {error.strerror or error}") from error
     return found
 
 
@@ -245,7 +246,7 @@ def _check_added(directory: Path, pieces: SentencePiece) -> None:
         lacks = [token for token, id in tokens.items() if known.get(token, known.get(token.replace(" ", "▁"))) != id]
         if missing := [token for token in lacks if not sentinel.fullmatch(token)]:
             raise UserError(
-                f"{directory / name} adds {', '.join(map(repr, missing[:4]))} to a SentencePiece model, which cannot "
+                f"{directory / name} adds {listed(map(repr, missing), 4)} to a SentencePiece model, which cannot "
                 f"hold them: put the tokenizer's {TOKENIZERS} there too, which transformers' save_pretrained writes "
                 "for a fast tokenizer"
             )

@@ -14,6 +14,7 @@ import jax
 from jax._src import distributed as jax_distributed  # the store has no public name
 
 from meshway.framework.errors import EnvironmentFailure, UserError
+from meshway.framework.terminal import listed
 
 _PREFIX = "meshway/"
 
@@ -197,9 +198,8 @@ def _await_result(
 
 def named(processes: Iterable[int], num_processes: int) -> str:
     """Returns `process 2 of 4` or `processes 2, 3 of 4`; lists at most eight."""
-    listed = sorted(processes)
-    words = ", ".join(map(str, listed[:8])) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
-    return f"process{'es' if len(listed) > 1 else ''} {words} of {num_processes}"
+    numbers = sorted(processes)
+    return f"process{'es' if len(numbers) > 1 else ''} {listed(numbers)} of {num_processes}"
 
 
 def _arrived(keys: Iterable[str]) -> set[int]:

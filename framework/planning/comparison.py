@@ -26,7 +26,7 @@ from meshway.framework.planning.communication import (
     unmerged,
 )
 from meshway.framework.planning.products import Uses, Weight, find_uses
-from meshway.framework.terminal import format_bytes
+from meshway.framework.terminal import format_bytes, listed
 
 SCALARS, OPTIMIZER = "scalars", "optimizer"
 TOLERANCE = 0.005  # relative: larger differences are explained
@@ -272,9 +272,9 @@ def _largest(rows: Sequence[Collective], limit: int = 2) -> str:
     order = sorted(groups.items(), key=lambda item: -sum(row.sent for row in item[1]))
     shown = [
         f"{sum(row.count for row in group)} {kind} of {shape} ({where}): {format_bytes(sum(row.sent for row in group))}"
-        for (kind, shape, where), group in order[:limit]
+        for (kind, shape, where), group in order
     ]
-    return "; ".join(shown) + (f"; and {len(order) - limit} more kinds" if len(order) > limit else "")
+    return listed(shown, limit, "; ")
 
 
 def ratio(measured: float, least: float) -> str:

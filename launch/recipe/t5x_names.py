@@ -181,7 +181,7 @@ _DECODES: Mapping[str, Answer] = {
     "prompt_with_targets": "evaluation.Evaluation.prompt_with_targets = {value}",
 }
 _SCORES: Mapping[str, Answer] = {"return_intermediates": "evaluation.Evaluation.return_intermediates = {value}"}
-_RATES = ("decay_factor", "steps_per_decay", "steps_per_cycle", "step_offset")
+_RATES = ("decay_factor", "steps_per_decay", "steps_per_cycle", "step_offset", "min_learning_rate")
 _SIZES: Mapping[str, Answer] = {
     "vocab_size": "VOCAB_SIZE = {value}",
     "emb_dim": "D_MODEL = {value}",

@@ -1,8 +1,8 @@
-"""Numbers of things agree with their nouns and verbs."""
+"""Numbers of things agree with their nouns and verbs, and long lists say how long they are."""
 
 import pytest
 
-from meshway.framework.terminal import count_of
+from meshway.framework.terminal import count_of, listed
 
 
 @pytest.mark.parametrize(
@@ -16,3 +16,11 @@ from meshway.framework.terminal import count_of
 )
 def test_one_and_several(arguments, words):
     assert count_of(*arguments) == words
+
+
+@pytest.mark.parametrize(
+    "number, separator, words",
+    [(0, ", ", ""), (2, ", ", "0, 1"), (3, ", ", "0, 1 and 1 more"), (5, "; ", "0; 1; and 3 more")],
+)
+def test_long_lists_are_cut(number, separator, words):
+    assert listed(range(number), 2, separator) == words

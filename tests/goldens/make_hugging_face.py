@@ -37,7 +37,7 @@ class Case:
         checkpoints spell some of them otherwise.
       max_shard: above this size (such as "20KB") the weights are cut into several files with an index.
       dtype: what the file holds; the values are rounded to it, and logits are computed in float32 all the same.
-      untied: give the model an output layer of its own, where transformers 5 ties it by itself (T5 1.1, mT5).
+      untied: give the model an output layer of its own, where transformers 5 ties it by itself (T5 1.1, mT5, umT5).
     """
 
     model_type: str
@@ -172,6 +172,15 @@ CASES = {
     ),
     "mistral": Case("mistral", DECODER | {"sliding_window": 4}, dtype=torch.bfloat16),
     "mixtral": Case("mixtral", DECODER | {"intermediate_size": 14, "num_local_experts": 5, "num_experts_per_tok": 2}),
+    "umt5": Case(
+        "umt5",
+        T5
+        | GATED
+        | {"num_decoder_layers": 3, "relative_attention_num_buckets": 12}
+        | {"relative_attention_max_distance": 9},
+        published={"tie_word_embeddings": False, "scale_decoder_outputs": None, "scalable_attention": True},
+        untied=True,
+    ),
 }
 
 

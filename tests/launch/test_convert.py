@@ -1,6 +1,8 @@
 """`meshway convert`: what it writes, what it refuses, and that runs go on from it."""
 
+import errno
 import json
+import os
 import shutil
 
 import jax
@@ -27,11 +29,11 @@ from meshway.framework.conversion.settings import Reference
 from meshway.framework.conversion.tensor_files import TensorFiles
 from meshway.framework.data import vocabularies
 from meshway.framework.data.vocabularies import SentencePiece
-from meshway.framework.errors import UserError
+from meshway.framework.errors import EnvironmentFailure, UserError
 from meshway.framework.training.run_directory import RunDirectory
 from meshway.framework.trees import flatten
 from meshway.launch import cli, convert_out
-from meshway.launch.convert import convert
+from meshway.launch.convert import convert, fresh_directory
 from meshway.launch.invocation import Invocation
 from meshway.launch.recipe import config
 
@@ -319,3 +321,10 @@ def test_wrong_places(mistral, tmp_path, capsys):
     ):
         assert cli.main(["convert", *flags]) == 2
         assert words in capsys.readouterr().err, flags
+
+
+@pytest.mark.parametrize("number, kind", [(errno.EACCES, UserError), (errno.ENOSPC, EnvironmentFailure)])
+def test_a_file_that_cannot_be_opened_is_named_and_nothing_is_left(tmp_path, number, kind):
+    with pytest.raises(kind, match=os.strerror(number)), fresh_directory(tmp_path / "out"):
+        raise OSError(number, os.strerror(number), "somewhere/model.safetensors")
+    assert not list(tmp_path.iterdir())

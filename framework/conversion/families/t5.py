@@ -1,4 +1,4 @@
-"""T5 1.0 and 1.1, mT5, and all that have their shape: Flan-T5, ByT5, UL2."""
+"""T5 1.0 and 1.1, mT5, umT5, and all that have their shape: Flan-T5, ByT5, UL2."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -100,8 +100,9 @@ def _norm(theirs: str, ours: str) -> Rule:
     return Rule(f"{theirs}.weight", f"{ours}/scale", Form("embed -> embed"))
 
 
-def _stack(stack: str, parts: tuple[tuple[str, str], ...]) -> tuple[Rule, ...]:
-    """Returns the rules of one stack, of (their name, our name) for its attentions, then of its MLP."""
+def _stack(stack: str, parts: tuple[tuple[str, str], ...], by_layer: bool) -> tuple[Rule, ...]:
+    """Returns the rules of one stack, of (their name, our name) for its attentions, then of its MLP; `by_layer` where
+    each of its layers has a position bias, else the first holds that of all."""
     ours, rules = f"{stack}/{{block}}", list[Rule]()
     for place, (theirs, name) in enumerate(parts):
         layer = f"{stack}.block.{{layer}}.layer.{place}"
@@ -119,20 +120,24 @@ def _stack(stack: str, parts: tuple[tuple[str, str], ...]) -> tuple[Rule, ...]:
         Rule(f"{dense}.wo.weight", f"{ours}/mlp/wo/kernel", Form("embed mlp -> mlp embed")),
         _norm(f"{stack}.final_layer_norm", f"{stack}_norm"),
         Rule(
-            f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-            f"{stack}_position_bias/embedding",
+            f"{stack}.block.{'{layer}' if by_layer else '0'}.layer.0.SelfAttention.relative_attention_bias.weight",
+            f"{ours}/position_bias/embedding" if by_layer else f"{stack}_position_bias/embedding",
             Form("buckets heads -> heads buckets"),
         ),
     ]
     return tuple(rules)
 
 
-_RULES = (
-    Rule("shared.weight", "token_embedding/embedding", Form("vocab embed -> vocab embed")),
-    *_stack("encoder", (("SelfAttention", "attention"),)),
-    *_stack("decoder", (("SelfAttention", "attention"), ("EncDecAttention", "cross_attention"))),
-    Rule("lm_head.weight", "logits/kernel", Form("vocab embed -> embed vocab")),
-)
+def _rules(by_layer: bool = False) -> tuple[Rule, ...]:
+    """Returns the rules of both stacks and of what is around them; see `_stack`."""
+    return (
+        Rule("shared.weight", "token_embedding/embedding", Form("vocab embed -> vocab embed")),
+        *_stack("encoder", (("SelfAttention", "attention"),), by_layer),
+        *_stack("decoder", (("SelfAttention", "attention"), ("EncDecAttention", "cross_attention")), by_layer),
+        Rule("lm_head.weight", "logits/kernel", Form("vocab embed -> embed vocab")),
+    )
+
+
 _DEFAULTS: dict[str, Any] = {
     "vocab_size": 32128,
     "d_model": 512,
@@ -159,7 +164,7 @@ T5 = Family(
     architecture="T5ForConditionalGeneration",
     defaults=_DEFAULTS,
     settings=(*_SETTINGS, Output()),
-    rules=_RULES,
+    rules=_rules(),
     copies={
         "lm_head.weight": "shared.weight",
         "encoder.embed_tokens.weight": "shared.weight",
@@ -180,5 +185,16 @@ MT5 = dataclasses.replace(
     | {"vocab_size": 250112, "d_ff": 1024, "num_layers": 8, "num_heads": 6, "feed_forward_proj": "gated-gelu"}
     | {"tie_word_embeddings": False},
     settings=(*_SETTINGS, Output(scales=False)),
+    folder=None,
+)
+UMT5 = dataclasses.replace(
+    T5,
+    name="umt5",
+    model_types=("umt5",),
+    architecture="UMT5ForConditionalGeneration",
+    defaults={**MT5.defaults, "tie_word_embeddings": True},
+    rules=_rules(by_layer=True),
+    ignored=(),
+    silent=T5.silent | {"scalable_attention"},  # published files say so of T5X's network, and transformers reads it not
     folder=None,
 )

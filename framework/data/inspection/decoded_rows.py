@@ -19,6 +19,7 @@ from meshway.framework.data.rows.examples import Examples
 from meshway.framework.data.rows.packing import Arrays
 from meshway.framework.data.token_rows import shift_right
 from meshway.framework.data.vocabulary import HuggingFace, Vocabulary
+from meshway.framework.terminal import listed
 
 SAMPLED = 10_000  # examples of a source that are searched, evenly spread
 _AT_ONCE = 500
@@ -55,11 +56,10 @@ class SpecialTokenCounts:
 
     def __str__(self) -> str:
         counts = self.tokens.most_common()
-        named = [f"`{visible(token)}` {_times(count)}" for token, count in counts[:_SHOWN]]
-        named += [f"{len(counts) - _SHOWN} more"] if counts[_SHOWN:] else []
+        named = [f"`{visible(token)}` {_times(count)}" for token, count in counts]
         hold = "holds" if self.holding == 1 else "hold"
         found = f"{self.holding:,} of {self.examples:,} examples {hold} special tokens written in their text"
-        return f"{found} ({', '.join(named)})" if named else found
+        return f"{found} ({listed(named, _SHOWN)})" if named else found
 
 
 def sentence(found: Mapping[str, SpecialTokenCounts]) -> str:

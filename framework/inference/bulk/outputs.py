@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.files import Holder, holder_of, io_errors, replace_file, sync, try_lock
 from meshway.framework.inference.bulk.inputs import Share
-from meshway.framework.terminal import count_of
+from meshway.framework.terminal import count_of, listed
 
 FILE_FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "txt"}  # of one merged file
 SHARD_FORMATS = ("jsonl", "parquet")
@@ -393,7 +393,5 @@ def _written_by_us(path: Path) -> Iterator[None]:
 
 def _differences(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:
     names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
-    shown = [
-        f"{name}: {theirs.get(name, _NOT_GIVEN)} there, {ours.get(name, _NOT_GIVEN)} now" for name in names[:_SHOWN]
-    ]
-    return ", ".join([*shown, *([f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else [])])
+    said = (f"{name}: {theirs.get(name, _NOT_GIVEN)} there, {ours.get(name, _NOT_GIVEN)} now" for name in names)
+    return listed(said, _SHOWN)

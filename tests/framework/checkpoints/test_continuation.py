@@ -13,6 +13,8 @@ from tiny import losses, program
 from meshway.framework.checkpoints import continuation
 from meshway.framework.checkpoints.manager import Checkpoints
 from meshway.framework.checkpoints.mapping import Initial
+from meshway.framework.conversion import mesh_tensorflow
+from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError
 from meshway.framework.optimizers.optimizer_state import counted_from
 from meshway.framework.optimizers.optimizers import Optimizer, adafactor, adamw
@@ -27,10 +29,7 @@ AXES = {"w": ("embed", "mlp")}
 @pytest.fixture
 def trained(tmp_path):
     """A run with checkpoints of parameters at steps 3 and 12."""
-    checkpoints = Checkpoints(tmp_path / "trained" / "checkpoints")
-    for step in (3, 12):
-        checkpoints.save_params({"w": jnp.full((4, 6), step, jnp.float32)}, step)
-    checkpoints.close()
+    save(tmp_path / "trained", 3, 12)
     return str(tmp_path / "trained")
 
 
@@ -42,6 +41,43 @@ def test_the_first_step_is_zero_unless_it_counts_on(trained):
         initial = Initial(trained, count_on=count_on)
         periods = Periods(total=total, relative=relative)
         assert periods.counted_from(continuation.first_step(initial, relative)).last == end
+
+
+def save(folder, *steps):
+    """Adds checkpoints of a parameter that is its step to a run."""
+    checkpoints = Checkpoints(folder / "checkpoints")
+    for step in steps:
+        checkpoints.save_params({"w": jnp.full((4, 6), step, jnp.float32)}, step)
+    checkpoints.close()
+
+
+def test_all_is_read_from_the_checkpoint_that_was_found_first(tmp_path, trained):
+    """The run that it starts from trains on meanwhile."""
+    initial = Initial(trained, count_on=True)
+    first = continuation.first_step(initial)
+    save(tmp_path / "trained", 20)
+    state = state_of(adafactor)
+    continuation.check(initial, state, AXES)
+    begun = continuation.begin(initial, state, AXES, first)
+    assert first == 12 == int(begun.step) and float(begun.params["w"].max()) == 12
+    assert Initial(trained).known_step() == 20
+
+
+@pytest.mark.parametrize("given", [None, 12])
+def test_all_processes_read_the_checkpoint_that_the_first_one_found(trained, monkeypatch, given):
+    asked = []
+    monkeypatch.setattr(processes, "barrier", lambda *args: asked.append(args) or {0: "3", 1: args[2]})
+    initial = Initial(trained, step=given)
+    begun = continuation.begin(initial, state_of(adafactor), AXES, 0)
+    assert initial.known_step() == float(begun.params["w"].max()) == (3 if given is None else 12)
+    assert len(asked) == (given is None)
+
+
+def test_a_run_is_no_tensorflow_checkpoint_whatever_else_lies_there(tmp_path, trained):
+    (tmp_path / "trained" / "notes.index").write_text("of someone's own")
+    assert Initial(trained).known_step() == 12 and not mesh_tensorflow.is_checkpoint(tmp_path / "trained")
+    (tmp_path / "trained" / "notes.data-00000-of-00001").write_text("and its like")
+    assert Initial(trained).known_step() == 12
 
 
 def test_a_run_of_its_own_knows_where_it_began(tmp_path):

@@ -121,6 +121,7 @@ KINDS = {  # transformers' name -> (options, whether it may be given an output l
     "qwen2": (qwen2, False),
     "qwen3": (decoder, False),
     "t5": (lambda random: t5(random) | {"tie_word_embeddings": False}, True),
+    "umt5": (lambda random: t5(random) | {"tie_word_embeddings": False}, True),
 }
 
 
@@ -154,6 +155,5 @@ def test_the_goldens_go_out_to_transformers(tmp_path):
         kind = getattr(transformers, config.architectures[0])
         expected = dict(np.load(Path(folder) / "expected.npz"))
         logits = expected.pop("logits")
-        np.testing.assert_allclose(
-            oracle.logits_of(oracle.read(kind, tmp_path / name / "ours"), expected), logits, atol=1e-6, err_msg=name
-        )
+        found = oracle.logits_of(oracle.read(kind, tmp_path / name / "ours"), expected)
+        assert np.abs(found - logits).max() <= 2e-6 * np.abs(logits).max(), name  # another torch than made them

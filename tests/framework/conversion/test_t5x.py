@@ -356,16 +356,28 @@ def test_bfloat16_and_unconverted_dtypes(tmp_path, arrays):
         T5XFiles(write(tmp_path / "whole", arrays)).read(name)
 
 
-def test_a_t5x_model_goes_on_to_hugging_face(runs, tmp_path, arrays):
-    """Its recipe says what config.json does: exported, it is the T5 that transformers knows."""
-    convert(str(runs["t5_native"]), str(tmp_path / "run"), step=1234)
-    convert(str(tmp_path / "run"), str(tmp_path / "exported"), family="t5")
-    tensors = TensorFiles(tmp_path / "exported")
-    np.testing.assert_array_equal(tensors.read("shared.weight"), arrays["token_embedder/embedding"])
-    query = tensors.read("decoder.block.1.layer.1.EncDecAttention.q.weight")
-    np.testing.assert_array_equal(query.T, arrays["decoder/layers_1/encoder_decoder_attention/query/kernel"])
+@pytest.mark.parametrize(
+    "kind, family", [("t5_native", "t5"), pytest.param("scalable_orbax", "umt5", marks=pytest.mark.slow)]
+)
+def test_a_t5x_model_goes_on_to_hugging_face(runs, tmp_path, kind, family):
+    """Its recipe says what config.json does: exported, it is the T5, or umT5, that transformers knows."""
+    convert(str(runs[kind]), str(tmp_path / "run"))
+    convert(str(tmp_path / "run"), str(tmp_path / "exported"), family=family)
+    tensors, files = TensorFiles(tmp_path / "exported"), T5XFiles(runs[kind])
+    np.testing.assert_array_equal(tensors.read("shared.weight"), files.read("token_embedder/embedding"))
+    query = tensors.read("decoder.block.1.layer.1.EncDecAttention.q.weight").T
+    bias = "decoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
+    if family == "umt5":  # layers are in one array, its second dimension
+        theirs = files.read("decoder/decoder/encoder_decoder_attention/query/kernel")[:, 1].reshape(query.shape)
+        biases = files.read("decoder/decoder/relpos_bias/rel_embedding")
+        for layer in range(3):
+            np.testing.assert_array_equal(tensors.read(bias.format(layer)).T, biases[:, layer])
+    else:
+        theirs = files.read("decoder/layers_1/encoder_decoder_attention/query/kernel")
+    np.testing.assert_array_equal(query, theirs)
     config = json.loads((tmp_path / "exported/config.json").read_text())
-    assert (config["feed_forward_proj"], config["tie_word_embeddings"], config["num_heads"]) == ("gated-gelu", False, 3)
+    assert (config["feed_forward_proj"], config["tie_word_embeddings"]) == ("gated-gelu", False)
+    assert (config["model_type"], config["num_heads"]) == (family, 3 if family == "t5" else 2)
 
 
 def test_text_comes_with_the_vocabulary_of_the_task(runs, tmp_path):

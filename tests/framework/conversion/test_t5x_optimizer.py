@@ -4,17 +4,20 @@ That T5X itself restores what goes out was seen by `tests/goldens/make_t5x.py re
 byte.
 """
 
+import resource
 import tarfile
 from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from meshway.framework.checkpoints import continuation
 from meshway.framework.conversion.t5x_files import T5XFiles, chunks_of, write_native
+from meshway.framework.conversion.t5x_optimizer import Kind, schedule_of, settings_of
 from meshway.framework.conversion.tensor_files import Spec
-from meshway.framework.errors import UserError
+from meshway.framework.errors import EnvironmentFailure, UserError
 from meshway.launch.convert import convert
 from meshway.launch.invocation import Invocation
 from meshway.launch.recipe import config
@@ -197,6 +200,58 @@ def test_what_a_config_binds_to_adafactor_is_bound_here(runs, tmp_path):
     assert "step_offset" not in recipe and "'kv_heads': 'column'" in recipe
 
 
+BOUND = """
+from t5x import utils
+DECAY = %POWER
+POWER = 0.7  # of the step
+RATE = 1e-3
+adafactor.Adafactor:
+    decay_rate = %DECAY
+    logical_factor_rules = @adafactor.standard_logical_factor_rules()
+    epsilon2 = \\
+        0.01
+trainer.Trainer.learning_rate_fn = @utils.create_learning_rate_scheduler()
+utils.create_learning_rate_scheduler:
+    base_learning_rate = %RATE
+    factors = \\
+        ('constant * linear_warmup * '
+         'rsqrt_decay')
+    min_learning_rate = 1e-05
+"""
+
+
+def told(tmp_path, config):
+    """What a config tells of the optimizer and of its rate."""
+    files = SimpleNamespace(config=config, config_file=tmp_path / "config.gin", directory=tmp_path)
+    return settings_of(files, Kind(None, True, False)), schedule_of(files)
+
+
+def test_all_that_a_config_says_is_taken(tmp_path):
+    settings, schedule = told(tmp_path, BOUND)
+    assert settings == {"decay_rate": 0.7, "epsilon2": 0.01}
+    assert schedule == {
+        "schedules.t5_factors.factors": "constant * linear_warmup * rsqrt_decay",
+        "schedules.t5_factors.min_learning_rate": 1e-5,
+        "LEARNING_RATE": 1e-3,
+        "WARMUP_STEPS": 1000,
+    }
+
+
+@pytest.mark.parametrize(
+    "old, new, said",
+    [
+        ("0.7  #", "@decays.mine() #", "Adafactor.decay_rate = %DECAY is a reference"),
+        ("\n        0.01", "\n        @mine.epsilon()", "Adafactor.epsilon2 = @mine.epsilon.. is a reference"),
+        ("RATE = 1e-3", "", "create_learning_rate_scheduler.base_learning_rate = %RATE is a reference"),
+        ("1e-05", "@mine.least()", "create_learning_rate_scheduler.min_learning_rate = @mine.least"),
+        ("@utils.create_learning_rate_scheduler()", "@mine.rate()", "learning_rate_fn = @mine.rate.. is not T5X's"),
+    ],
+)
+def test_what_a_config_does_not_say_is_refused(tmp_path, old, new, said):
+    with pytest.raises(UserError, match=f"config.gin: {said}"):
+        told(tmp_path, BOUND.replace(old, new))
+
+
 def test_parameters_alone_keep_their_step(runs, tmp_path):
     """In, and out for T5X: without a state it restores parameters as for inference."""
     convert(str(runs["momentum_native"]), str(tmp_path / "in"))
@@ -213,3 +268,17 @@ def test_parameters_alone_keep_their_step(runs, tmp_path):
 def test_large_arrays_are_cut_in_equal_chunks():
     assert chunks_of(Spec((3, 2**23), np.dtype(np.float32))) == [3, 2**22]
     assert chunks_of(Spec((), np.dtype(np.float32))) == []
+
+
+@pytest.mark.parametrize("size, place", [(64, "checkpoint"), (4096, r"target\.table/")])
+def test_a_full_disk_ends_with_the_file_that_could_not_be_written(tmp_path, size, place):
+    """A limit on files' sizes stands for it."""
+    table = np.random.default_rng(0).normal(size=size).astype(np.float32)
+    specs, limits = {"target/table": Spec(table.shape, table.dtype)}, resource.getrlimit(resource.RLIMIT_FSIZE)
+    inline = {"state/step": np.zeros(500)}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(EnvironmentFailure, match=f"cannot write .*checkpoint_5/{place}: .*File too large"):
+            write_native(tmp_path / "checkpoint_5", specs, lambda name: table, inline)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
