@@ -240,7 +240,7 @@ def _fresh(
         if initial is None:
             return state
         begun = continuation.begin(initial, state, program.axes, first)
-        return program.with_params(begun, begun.params)
+        return program.with_average(begun)
 
 
 def _say_start(initial: Initial | None, framing: Framing | None, say: Callable[[str], None]) -> None:
