@@ -42,10 +42,10 @@ class SizedSteps:
         self._program, self._sizes = program, BatchSizes(program.batch_size, schedule)
         self._programs: dict[int, TrainProgram] = {}
         self._steps: dict[int, Any] = {}
-        sizes, end = self._sizes, end + sum(last - first + 1 for first, last in skipped)
-        for size in sizes.after(start):
-            if any(sizes.at(number) == size for number in _ends(sizes, start, end)):
-                self._compile(size)
+        end += sum(last - first + 1 for first, last in skipped)
+        numbers = [start + 1, *[step for step, _ in schedule if start < step <= end], end]
+        for size in dict.fromkeys(map(self._sizes.at, numbers)):
+            self._compile(size)
 
     def _compile(self, size: int) -> None:
         self._programs[size] = self._program.of_size(size)
@@ -77,11 +77,6 @@ class SizedSteps:
     def planned(self) -> str:
         """Returns what memory the step of the largest batch needs, for people."""
         return planned(self._steps[max(self._steps)])
-
-
-def _ends(sizes: BatchSizes, start: int, end: int) -> list[int]:
-    """Returns a batch of each size among batches `start` + 1 to `end`."""
-    return [start + 1, end, *[step for step, _ in sizes.schedule if start < step <= end]]
 
 
 class Hook(Protocol):
