@@ -50,6 +50,12 @@ class Variables(abc.ABC):
     """What Linen calls variables as `params` and `axes`: nested dicts with string keys, beside one of axis names."""
 
     def __init__(self, name: str, options: VariableOptions):
+        """Raises ValueError where a pattern is no regular expression."""
+        for pattern, _ in options.param_axes:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"param_axes: {pattern!r} is not a regular expression: {error}") from None
         self._name, self._collections = name, tuple(options.collections)
         self._param_axes, self._axis_names = options.param_axes, options.axis_names
 
@@ -271,7 +277,7 @@ class Linen(RowDecoding, LinenNetwork):
           z_loss, label_smoothing: see `losses.CrossEntropy`.
 
         Raises:
-          ValueError: an argument of the module's call has no value.
+          ValueError: an argument of the module's call has no value, or a pattern of `param_axes` is no regex.
         """
         self._encoder, self._prefix = encoder, prefix
         options = VariableOptions(param_axes, axis_names, collections)

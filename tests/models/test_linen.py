@@ -182,6 +182,7 @@ def test_dropout_is_drawn_from_the_steps_key():
     [
         (lambda: Linen(lab().Boxed(VOCAB, names=("embed",)), LENGTHS).axes(), r"wi/kernel of shape \[16, 32\] has"),
         (lambda: Linen(lab().Boxed(VOCAB), {"targets": 4}, param_axes=[("no", ())]).axes(), "'no' matches no param"),
+        (lambda: Linen(lab().Boxed(VOCAB), LENGTHS, param_axes=[("(no", ())]), r"'\(no' is not a regular expression"),
         (lambda: Linen(lab().Boxed(VOCAB), LENGTHS, arguments={"ids": "decoder_positions"}), "no argument 'ids'"),
         (lambda: Linen(lab().Scaled(), LENGTHS), "argument 'x' of Scaled.__call__ is no feature of a batch"),
         (lambda: T5XTransformer(lab().Boxed(VOCAB), LENGTHS), "Boxed has no method get_initial_variables"),
