@@ -1,4 +1,4 @@
-"""The training loop: one screen. What happens besides steps is in the four things it calls."""
+"""The training loop, and what its parts meet: compiled steps, evaluations, hooks, periods."""
 
 import contextlib
 import dataclasses
@@ -260,8 +260,8 @@ class Periods:
 class Loop:
     """The parts of a run; `run` turns them.
 
-    `shard_batch` puts a batch on devices. `save(state, step,
-    position, scalars)` starts a checkpoint; it gets the last evaluation's scalars, by which best checkpoints are kept.
+    `shard_batch` puts a batch on devices. `save(state, step, position, scalars)` starts a checkpoint; it gets the last
+    evaluation's scalars, by which best checkpoints are kept.
     """
 
     step: Step

@@ -334,9 +334,7 @@ def open_data(
         check_batch(of_size.batch_spec, dataset.spec())
         return dataset
 
-    dataset = stream(program.batch_size)
-    if schedule or skipped:
-        dataset = TrainingStream(stream, BatchSizes(program.batch_size, schedule), skipped)
+    dataset = TrainingStream(stream, BatchSizes(program.batch_size, schedule), skipped)
     vocabularies = data.vocabularies()
     check_vocabularies(program, vocabularies)
     return dataset, vocabularies, source_framing(data)

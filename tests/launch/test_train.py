@@ -22,7 +22,7 @@ from meshway.framework.partitioning.partitioner import Layout
 from meshway.framework.training.loop import EarlyStopping, Periods
 from meshway.framework.training.program import TrainProgram
 from meshway.framework.training.run_directory import RunDirectory
-from meshway.launch import train
+from meshway.launch import dry_run, train
 from meshway.launch.invocation import Invocation
 from meshway.launch.recipe import config
 
@@ -191,6 +191,31 @@ def test_a_run_goes_on_with_its_data_and_ends_once(tmp_path, capsys, program, mo
     before = timeline(tmp_path)
     assert "step 5 of 5 is already reached" in run(5) and "step 5 of 4 is already reached" in run(4)
     assert timeline(tmp_path) == before
+
+
+class Numbered(Ones):
+    """The same, with a position that says how many batches came before."""
+
+    def state(self):
+        return {"batches": self._position}
+
+    def restore(self, state):
+        self._position = state["batches"]
+
+
+def test_batches_are_left_out_once_and_those_that_were_trained_are_refused(tmp_path, program):
+    def run(total, *skipped):
+        train.train(program, Numbered(program), str(tmp_path), Periods(total=total), skip_batches=skipped)
+        return json.loads((tmp_path / "checkpoints" / str(total) / "data" / "metadata").read_text())
+
+    assert run(2, (2, 3)) == {"batches": 4, "skipped.2": 3}
+    assert run(3, (2, 3)) == {"batches": 5, "skipped.2": 3} and run(4) == {"batches": 6, "skipped.2": 3}
+    message = r"SKIP_BATCHES: batches 4 to 6 were trained already, in steps 2 to 4, .* from checkpoint 4: begin anew"
+    with pytest.raises(UserError, match=message):
+        run(5, (2, 6))
+    with pytest.raises(UserError, match=message):
+        dry_run.check(program, Numbered(program), str(tmp_path), Periods(total=5), skip_batches=[(2, 6)])
+    assert run(5, (7, 7))["batches"] == 8
 
 
 class Evaluated(Ones):
