@@ -78,7 +78,8 @@ def train(
       infer_eval: of what predictions are made and scores found for the tasks' metrics; None for nothing.
       keep: which checkpoints stay.
       initial: another run's parameters to start from; None, or one without a path, for fresh ones.
-      hooks: called after each step; those that have `after_evaluation` see what evaluations find, and may stop the run.
+      hooks: called after each step; those that have `after_evaluation` or `after_report` see what evaluations find, or
+        what is reported of training, and may stop the run.
       loggers: what takes each report, beside TensorBoard and `metrics.jsonl`.
       max_skipped_in_a_row: steps in a row whose updates were left out, after which the run stops.
       batch_size_schedule: (last step, examples of a batch up to it), in order, before the program's batch size. Here

@@ -243,10 +243,26 @@ def test_a_run_that_does_not_improve_is_saved_and_stops_and_says_why(tmp_path, c
     assert "stopped after step 6 of 9, saved." in capsys.readouterr().out, "those of before count on: 0, 2, 4, 6"
 
 
+def test_a_hook_sees_what_is_reported_of_training_and_stops_the_run(tmp_path, capsys, program):
+    seen = {}
+    watching = SimpleNamespace(after_step=lambda step: None, close=lambda: None, after_report=seen.__setitem__)
+    hooks = [watching, EarlyStopping(("train", "loss"), "min", atol=1e3)]  # the loss falls, by less
+    train.train(program, Evaluated(program), str(tmp_path), Periods(total=9, report=2, evaluate=3), hooks=hooks)
+    assert "step 5 of 9, saved. EarlyStopping: loss of train has not improved in the last 3 reports" in (
+        capsys.readouterr().out
+    )
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    reports = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    assert {step: metrics["loss"] for step, metrics in seen.items()} == {step: reports[step] for step in (2, 3, 4)}
+    wrong = EarlyStopping(("train", "lost"), "min")
+    with pytest.raises(UserError, match="'train' has no metric 'lost'; .*; did you mean 'loss'"):
+        train.train(program, Evaluated(program), str(tmp_path), Periods(total=9, report=1), hooks=[wrong])
+
+
 def test_a_hook_that_asks_for_what_is_not_evaluated_is_told_before_anything_is_compiled(tmp_path, program, monkeypatch):
     monkeypatch.setattr(type(program), "compile_step", lambda self: pytest.fail("compiled"))
     hooks = [EarlyStopping(("one", "loss"), "min")]
-    with pytest.raises(UserError, match="nothing called 'one' is evaluated; it is one of ones; did you mean 'ones'"):
+    with pytest.raises(UserError, match="nothing called 'one' is .*; it is one of ones, train; did you mean 'ones'"):
         train.train(program, Evaluated(program), str(tmp_path), Periods(total=9, evaluate=2), hooks=hooks)
 
 
