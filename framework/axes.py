@@ -43,7 +43,7 @@ class Ambient(Protocol):
         ...
 
     def mesh_axes(self, name: str) -> tuple[str, ...]:
-        """Returns the mesh axes, of more than one device, that shard a logical axis; raises on an unknown name."""
+        """Returns the mesh axes, of more than one device, that shard a logical axis; LookupError on an unknown name."""
         ...
 
     def lookup(
@@ -98,7 +98,7 @@ def constrain_lookup(x: jax.Array, names: Names, table: jax.Array, table_names: 
 
     Where mesh axes shard both the batch and the entries of the table (fsdp), each device looks up its part for the
     tokens of all devices along these axes, and the results are exchanged
-    (`partitioning.activations` has a drawing). Without the steps in between, XLA gathers the
+    (`partitioner.Activations.lookup` has a drawing). Without the steps in between, XLA gathers the
     gradient of every token on every device if several axes shard the batch.
 
     Args:
@@ -140,6 +140,7 @@ def mesh_axes(name: str) -> tuple[str, ...]:
 
     Raises:
       ValueError: a mesh is set without a layout.
+      LookupError: the layout does not map the name.
     """
     layout = _ambient_layout((name,))
     return () if layout is None else layout.mesh_axes(name)

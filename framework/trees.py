@@ -7,6 +7,7 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict, path_aware_map, unflatten_dict
 
+from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.interfaces import Axes, Params
 
 
@@ -36,6 +37,28 @@ def select(tree: Params, paths: Collection[str]) -> Params:
 def merge(tree: Params, part: Params) -> Params:
     """Returns `tree` with the leaves of `part`, which has some of its paths, in place of its own."""
     return unflatten(flatten_dict(tree, keep_empty_nodes=True, sep="/") | flatten(part))
+
+
+def check_pattern(pattern: str, where: str) -> None:
+    """Raises UserError for what is no regular expression; the recipe gives it at `where`."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{where}: {pattern!r} is not a regular expression: {error}") from None
+
+
+def matching(pattern: str, paths: Iterable[str], where: str) -> list[str]:
+    """Returns the paths that a regex, which the recipe gives at `where`, matches in full.
+
+    Raises:
+      UserError: it matches none, or is not a regex.
+    """
+    check_pattern(pattern, where)
+    matched = [path for path in paths if re.fullmatch(pattern, path)]
+    if not matched:
+        hint = did_you_mean(pattern, paths) or f"; parameters left are {', '.join(sorted(paths)[:5])}, ..."
+        raise UserError(f"{where}: {pattern!r} matches no (remaining) parameter{hint}")
+    return matched
 
 
 def axis_sizes(axes: Axes, shapes: Params, name: str) -> list[int]:

@@ -16,7 +16,7 @@ import jax
 from meshway.framework.checkpoints import continuation
 from meshway.framework.checkpoints.manager import Checkpoints, Keep
 from meshway.framework.checkpoints.mapping import Initial
-from meshway.framework.data.prefetch import BatchSizes, check_skipped
+from meshway.framework.data.prefetch import BatchSizes, check_not_trained, check_skipped
 from meshway.framework.data.source import DataSource, SplitRead
 from meshway.framework.data.vocabulary import Vocabulary
 from meshway.framework.errors import EnvironmentFailure, UserError, first_line
@@ -76,8 +76,10 @@ def check(
     if directory is not None:
         notes = _look(directory, program, periods, keep)
     _, vocabularies, framing = open_data(program, data)
-    if resumed is not None:
+    if resumed is not None and checkpoints is not None:
         resumed.check_vocabularies(vocabularies, framing)
+        last = max(steps := checkpoints.steps())
+        check_not_trained(skip_batches, checkpoints.position(last), last, first, steps)
     elif initial is not None:
         continuation.check(initial, program.state_shapes, program.axes)
         notes.append(f"parameters start from {initial.path}")

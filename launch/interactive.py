@@ -342,7 +342,7 @@ def _fresh(program: TrainProgram, initial: Initial | None, relative: int | None)
         return state
     first = continuation.first_step(initial, relative)
     begun = continuation.begin(initial, state, program.axes, first)
-    return program.with_params(begun, begun.params)
+    return program.with_average(begun)
 
 
 def _restored(program: TrainProgram, folder: Path, step: int) -> TrainState:
@@ -354,7 +354,7 @@ def _restored(program: TrainProgram, folder: Path, step: int) -> TrainState:
     with_optimizer = any(name.startswith("opt_state/") for name in schema)
     initial = Initial(str(folder / str(step)), optimizer_state=with_optimizer, count_on=True)
     begun = continuation.begin(initial, program.init(), program.axes, step)
-    return program.with_params(begun, begun.params)
+    return program.with_average(begun)
 
 
 def _as_task(

@@ -20,7 +20,7 @@ from meshway.framework import terminal
 from meshway.framework.checkpoints import continuation
 from meshway.framework.checkpoints.manager import Checkpoints, DamagedCheckpoint, Keep
 from meshway.framework.checkpoints.mapping import Initial
-from meshway.framework.data.prefetch import prefetch
+from meshway.framework.data.prefetch import check_not_trained, prefetch
 from meshway.framework.data.source import DataSource
 from meshway.framework.data.vocabulary import Framing
 from meshway.framework.distributed import processes
@@ -78,12 +78,13 @@ def train(
       infer_eval: of what predictions are made and scores found for the tasks' metrics; None for nothing.
       keep: which checkpoints stay.
       initial: another run's parameters to start from; None, or one without a path, for fresh ones.
-      hooks: called after each step; those that have `after_evaluation` see what evaluations find, and may stop the run.
+      hooks: called after each step; those that have `after_evaluation` or `after_report` see what evaluations find, or
+        what is reported of training, and may stop the run.
       loggers: what takes each report, beside TensorBoard and `metrics.jsonl`.
       max_skipped_in_a_row: steps in a row whose updates were left out, after which the run stops.
       batch_size_schedule: (last step, examples of a batch up to it), in order, before the program's batch size. Here
         and below 1 is the run's own first step.
-      skip_batches: (first, last) numbers of batches that no step takes, as of the steps that would take them.
+      skip_batches: (first, last) numbers of batches that no step takes; step N takes batch N until some are left out.
       resolved: the resolved recipe, written to the run directory and into checkpoints.
       began: when this attempt at the run began, in seconds since 1970; None means now.
 
@@ -114,7 +115,7 @@ def train(
         if primary:
             directory.save_vocabularies(vocabularies, framing)
         restoring = time.time()
-        restored = _restore_last(checkpoints, program, primary) if start else None
+        restored = _restore_last(checkpoints, program, primary, skip_batches) if start else None
         restored_seconds = time.time() - restoring
         start = restored[0] if restored else checkpoints.first_step
         resumed = start if restored else 0  # what an attempt without a checkpoint reported is written anew
@@ -201,11 +202,12 @@ def _agree(resolved: str, start: int) -> None:
 
 
 def _restore_last(
-    checkpoints: Checkpoints, program: TrainProgram, primary: bool
+    checkpoints: Checkpoints, program: TrainProgram, primary: bool, skipped: Sequence[tuple[int, int]]
 ) -> tuple[int, TrainState, dict[str, int]] | None:
     """Returns (step, state, data position) of the last checkpoint that can be read; None where none can.
 
-    Those after it are set aside: their folders get another name, which is said.
+    Those after it are set aside: their folders get another name, which is said. Raises UserError where batches that are
+    to be `skipped` were trained before it.
     """
     while steps := checkpoints.steps():
         problem = ""
@@ -216,6 +218,7 @@ def _restore_last(
             problem = str(error)
         told = processes.barrier(f"reading checkpoint {steps[-1]}", None, problem)
         if not any(told.values()):
+            check_not_trained(skipped, position, steps[-1], checkpoints.first_step, steps)
             return steps[-1], state, position
         if len(steps) == 1:
             raise DamagedCheckpoint(next(problem for problem in told.values() if problem))
@@ -240,7 +243,7 @@ def _fresh(
         if initial is None:
             return state
         begun = continuation.begin(initial, state, program.axes, first)
-        return program.with_params(begun, begun.params)
+        return program.with_average(begun)
 
 
 def _say_start(initial: Initial | None, framing: Framing | None, say: Callable[[str], None]) -> None:

@@ -7,6 +7,7 @@ optimizers, checkpoints and evaluation know nothing of Linen.
 
 import abc
 import dataclasses
+import functools
 import inspect
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -49,6 +50,12 @@ class Variables(abc.ABC):
     """What Linen calls variables as `params` and `axes`: nested dicts with string keys, beside one of axis names."""
 
     def __init__(self, name: str, options: VariableOptions):
+        """Raises ValueError where a pattern is no regular expression."""
+        for pattern, _ in options.param_axes:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"param_axes: {pattern!r} is not a regular expression: {error}") from None
         self._name, self._collections = name, tuple(options.collections)
         self._param_axes, self._axis_names = options.param_axes, options.axis_names
 
@@ -60,6 +67,11 @@ class Variables(abc.ABC):
         """Returns fresh parameters; mutable collections are beside them, each under its own name."""
         return self._state(unfreeze(meta.unbox(dict(self.initial_variables(rng)))))
 
+    @functools.cached_property
+    def _abstract(self) -> dict[str, Any]:
+        """The collections of variables as shapes, in the boxes that name their axes."""
+        return unfreeze(dict(jax.eval_shape(self.initial_variables, jax.random.key(0))))
+
     def axes(self) -> dict[str, Any]:
         """Returns the logical axes of each parameter, a tree of the structure of `init`.
 
@@ -67,7 +79,7 @@ class Variables(abc.ABC):
           ValueError: a parameter has no axes, or not one for each dimension; a pattern matches none; or the module has
             batch statistics that `collections` does not name.
         """
-        variables = unfreeze(dict(jax.eval_shape(self.initial_variables, jax.random.key(0))))
+        variables = self._abstract
         if "batch_stats" in variables and "batch_stats" not in self._collections:
             raise ValueError(
                 f"{self._name} has batch statistics: bind linen.Linen.collections = ('batch_stats',), so that steps "
@@ -99,7 +111,7 @@ class Variables(abc.ABC):
 
     def untrained(self) -> frozenset[str]:
         """Returns the paths of what `init` has beside parameters: variables that the loss itself updates."""
-        shapes = jax.eval_shape(self.init, jax.random.key(0))
+        shapes = self._state(meta.unbox(self._abstract))
         return frozenset(path for path in flatten_dict(shapes, sep="/") if path.split("/")[0] in self._collections)
 
     def _given(self, path: str, unused: set[str]) -> Sequence[str | None] | None:
@@ -128,7 +140,7 @@ class Variables(abc.ABC):
             target = self._axis_names.get(name, name)
             try:
                 rules.append((name, (target and axes_lib.mesh_axes(target)) or None))
-            except Exception:  # a name that this layout does not map: an error only if a parameter has it
+            except LookupError:  # a name that this layout does not map: an error only if a parameter has it
                 continue
         return rules
 
@@ -166,13 +178,13 @@ class LinenNetwork(Variables, TargetLoss):
         Raises:
           ValueError: the module returns something else.
         """
-        return self._apply(params, batch, rng, ())[0], lambda logits: logits
+        return self._apply(params, batch, rng)[0], lambda logits: logits
 
     def loss_and_updates(
         self, params: dict[str, Any], batch: Batch, rng: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, Metrics, dict[str, Any]]:
         """Returns what `loss` does, and new values of the variables of `untrained`, a part of the tree of `init`."""
-        logits, updates = self._apply(params, batch, rng, self._collections)
+        logits, updates = self._apply(params, batch, rng)
         return *self._criterion(lambda logits: logits, logits, *self.targets(batch)), updates
 
     def observe(self, params: dict[str, Any], batch: Batch, names: Collection[str]) -> dict[str, jax.Array]:
@@ -183,22 +195,23 @@ class LinenNetwork(Variables, TargetLoss):
         """
         trained, others = self._split(params)
         call = self._call(batch, training=False)
-        _, found = self._module.apply(
-            {"params": trained, **others}, **call, capture_intermediates=True, mutable=["intermediates"]
-        )
+        with nn.logical_axis_rules(self._rules()):
+            _, found = self._module.apply(
+                {"params": trained, **others}, **call, capture_intermediates=True, mutable=["intermediates"]
+            )
         flat = flatten_dict(unfreeze(found["intermediates"]), sep="/")
         values = {path.removesuffix("/__call__"): value[0] for path, value in flat.items() if len(value) == 1}
         if missing := [name for name in names if not isinstance(values.get(name), jax.Array)]:
             raise ValueError(f"no intermediate {missing[0]!r}; {self._name} has {', '.join(sorted(values))}")
         return {name: values[name] for name in names}
 
-    def _apply(
-        self, params: dict[str, Any], batch: Batch, rng: jax.Array | None, mutable: Sequence[str]
-    ) -> tuple[jax.Array, dict[str, Any]]:
+    def _apply(self, params: dict[str, Any], batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, dict[str, Any]]:
+        """Returns the logits, and new values of the collections where the module trains."""
         trained, others = self._split(params)
+        mutable = [] if rng is None else list(self._collections)
         call, rngs = self._call(batch, training=rng is not None), {} if rng is None else {"dropout": rng}
         with nn.logical_axis_rules(self._rules()):
-            made, updates = self._module.apply({"params": trained, **others}, **call, rngs=rngs, mutable=list(mutable))
+            made, updates = self._module.apply({"params": trained, **others}, **call, rngs=rngs, mutable=mutable)
         if not isinstance(made, jax.Array) or made.ndim != self.targets(batch)[0].ndim + 1:
             raise ValueError(
                 f"{self._name} must return the logits of each target, [batch, ..., classes]; it returned "
@@ -264,7 +277,7 @@ class Linen(RowDecoding, LinenNetwork):
           z_loss, label_smoothing: see `losses.CrossEntropy`.
 
         Raises:
-          ValueError: an argument of the module's call has no value.
+          ValueError: an argument of the module's call has no value, or a pattern of `param_axes` is no regex.
         """
         self._encoder, self._prefix = encoder, prefix
         options = VariableOptions(param_axes, axis_names, collections)

@@ -77,7 +77,8 @@ class T5XModel(Variables):
         """
         if not hasattr(self._model, "score_batch"):
             raise ValueError(f"{self._name} has no method score_batch: it scores nothing")
-        scores = self._model.score_batch(params, batch)
+        with nn.logical_axis_rules(self._rules()):
+            scores = self._model.score_batch(params, batch)
         return scores[:, None] if scores.ndim == 1 else scores
 
     def observe(self, params: dict[str, Any], batch: Batch, names: Collection[str]) -> dict[str, jax.Array]:

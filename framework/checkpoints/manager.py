@@ -185,8 +185,11 @@ class Checkpoints:
         self.check(step, abstract)
         tree = _as_tree(abstract)
         arguments = ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree))
-        items = self._read(step, state=arguments, data=ocp.args.JsonRestore())
-        return TrainState(**items["state"]), dict(items["data"])
+        return TrainState(**self._read(step, state=arguments)["state"]), self.position(step)
+
+    def position(self, step: int) -> dict[str, int]:
+        """Returns the data position of a checkpoint; raises DamagedCheckpoint if it cannot be read."""
+        return dict(self._read(step, data=ocp.args.JsonRestore())["data"])
 
     def check(self, step: int, abstract: TrainState) -> None:
         """Compares a checkpoint's schema with `abstract`, without reading its state; raises as `restore` does."""
@@ -281,10 +284,8 @@ class Checkpoints:
     def restore_part(self, step: int, tree: dict[str, Any]) -> Any:
         """Restores only the fields of a state, and of these only the leaves, that are in `tree`, ShapeDtypeStructs with
         shardings."""
-        arguments = ocp.args.PyTreeRestore(
-            tree, ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
-        )
-        return self._read(step, state=arguments)["state"]
+        given = ocp.checkpoint_utils.construct_restore_args(tree)
+        return self._read(step, state=ocp.args.PyTreeRestore(tree, given, partial_restore=True))["state"]
 
     def averages(self, step: int) -> frozenset[str]:
         """Returns the paths of the parameters of which a checkpoint has averages; UserError if there are none."""

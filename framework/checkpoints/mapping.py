@@ -26,7 +26,7 @@ from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError, did_you_mean, nearest_names
 from meshway.framework.files import local_path
 from meshway.framework.interfaces import Axes, Params
-from meshway.framework.trees import block_of, flatten, map_paths, pattern_lengths, unflatten
+from meshway.framework.trees import block_of, check_pattern, flatten, map_paths, pattern_lengths, unflatten
 
 if TYPE_CHECKING:
     from meshway.framework.conversion.values import Values
@@ -80,6 +80,10 @@ class Initial:
                 f"Initial.{changed[0]} is set, and there is nothing that the run starts from: bind "
                 "INITIAL_CHECKPOINT_PATH, or mapping.Initial.path"
             )
+        for pattern in (pattern for pattern, _ in self.renames):
+            check_pattern(pattern, "Initial.renames")
+        for pattern in self.left_at_init:
+            check_pattern(pattern, "Initial.left_at_init")
         if self.resize is not None and self.resize not in RESIZES:
             near = did_you_mean(str(self.resize), RESIZES) or f"; it is None or one of {', '.join(RESIZES)}"
             raise UserError(f"Initial.resize = {self.resize!r} is not a way to resize a vocabulary{near}")
@@ -329,8 +333,11 @@ class Initial:
         pattern = _first_match(name, [pattern for pattern, _ in self.renames], used)
         if pattern is None:
             return name
-        # Grouped, since of 'x|xy' the first alternative would rename a prefix of the name.
-        return re.sub(f"^(?:{pattern})$", dict(self.renames)[pattern], name)
+        replacement = dict(self.renames)[pattern]
+        try:  # grouped, since of 'x|xy' the first alternative would rename a prefix of the name
+            return re.sub(f"^(?:{pattern})$", replacement, name)
+        except re.error as error:  # such as a group that the pattern has not
+            raise UserError(f"Initial.renames: {pattern!r} becomes {replacement!r}: {error}") from None
 
     def _check(self, problems: list[str], used: set[str], repeated: set[str]) -> None:
         """Raises UserError with all problems, unused patterns and unused `repeat_along`."""

@@ -137,11 +137,62 @@ def check_skipped(skipped: Sequence[tuple[int, int]]) -> None:
             raise UserError(f"SKIP_BATCHES has {entry!r}, not (first, last) numbers of batches, counted from 1")
 
 
+_LEFT_OUT = "skipped."  # in a position, before the number of a batch: the last one of those left out from there on
+
+
+def number_of(position: Mapping[str, int]) -> int | None:
+    """Returns how many batches came before a position of a training stream; None where it does not tell."""
+    return position.get("batch", position.get("batches"))
+
+
+def left_out(position: Mapping[str, int]) -> dict[int, int]:
+    """Returns the batches that a run left out up to a position of its data: first -> last, both included."""
+    return {int(key.removeprefix(_LEFT_OUT)): last for key, last in position.items() if _is_left_out(key)}
+
+
+def _is_left_out(key: str) -> bool:
+    return key.startswith(_LEFT_OUT) and key.removeprefix(_LEFT_OUT).isdigit()  # not 'skipped.rows', of a task
+
+
+def check_not_trained(
+    skipped: Sequence[tuple[int, int]], position: Mapping[str, int], step: int, first_step: int, kept: Sequence[int]
+) -> None:
+    """Raises UserError where batches that are to be left out were trained already.
+
+    Args:
+      skipped: (first, last) numbers of batches.
+      position: of the data, in the checkpoint of `step`, from which the run goes on.
+      first_step: the step that the run began with.
+      kept: the steps of the checkpoints that there are.
+    """
+    number = number_of(position)
+    if number is None:
+        return
+    gone = {batch for first, last in left_out(position).items() for batch in range(first, last + 1)}
+    asked = {batch for first, last in skipped for batch in range(first, min(last, number) + 1)}
+    trained = sorted(asked - gone)
+    # The second: a checkpoint of a version that did not keep which were left out, and all that it left out are these.
+    if not trained or len(trained) == number - (step - first_step) - len(gone):
+        return
+
+    def step_of(batch: int) -> int:
+        return step - (number - batch) + sum(batch < each <= number for each in gone)
+
+    first, last = trained[0], trained[-1]
+    before = [each for each in kept if each < step_of(first)]
+    back = f"go back to checkpoint {max(before)}, by removing those after it," if before else "begin anew, elsewhere,"
+    raise UserError(
+        f"SKIP_BATCHES: batches {first} to {last} were trained already, in steps {step_of(first)} to {step_of(last)}, "
+        f"and the run goes on from checkpoint {step}: {back} or take these out of SKIP_BATCHES to go on without"
+    )
+
+
 class TrainingStream:
     """A training stream whose batches change their size, or some of whose batches are left out.
 
     Each size is a stream of its own that continues where the one before stopped, so that every example is still seen
-    once a pass. A position is the same integers as without, and leads to the same batches as an uninterrupted run.
+    once a pass. A position leads to the same batches as an uninterrupted run; it is the same integers as without, and
+    beside them those of `left_out`.
 
     Args:
       open_stream: size of a batch -> the data's stream, from the start.
@@ -163,6 +214,9 @@ class TrainingStream:
                 "BATCH_SIZE_SCHEDULE: this data counts batches, not examples, so their size cannot change; use cached "
                 "data (grain_loader.CachedData)"
             )
+        if skipped and number_of(self._stream.state()) is None:
+            raise UserError("SKIP_BATCHES: this data does not number its batches, so that none can be left out")
+        self._left_out: dict[int, int] = {}
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -170,17 +224,20 @@ class TrainingStream:
     def __next__(self) -> Batch:
         for first, last in self._skipped:
             if first <= self._number + 1 <= last:
+                self._left_out[self._number + 1] = last
                 self._advance(last)
-        self._resize()
+        if self._sizes.schedule:
+            self._resize()
         return next(self._stream)
 
     def state(self) -> dict[str, int]:
         """Returns the position after the last batch returned."""
-        return self._stream.state()
+        return self._stream.state() | {f"{_LEFT_OUT}{first}": last for first, last in self._left_out.items()}
 
     def restore(self, state: Mapping[str, int]) -> None:
         """Goes to a position, which counts rows: a stream of any size continues from it."""
-        self._stream.restore(state)
+        self._left_out = left_out(state)
+        self._stream.restore({key: value for key, value in state.items() if not _is_left_out(key)})
 
     def spec(self) -> Spec:
         """Returns (global shape, dtype) of each feature of the next batch."""
@@ -189,8 +246,9 @@ class TrainingStream:
     @property
     def _number(self) -> int:
         """How many batches came before."""
-        state = self._stream.state()
-        return state["batch"] if "batch" in state else state["batches"]
+        number = number_of(self._stream.state())
+        assert number is not None
+        return number
 
     def _advance(self, number: int) -> None:
         """Leaves out the batches up to `number`, reading none where the stream can do without."""

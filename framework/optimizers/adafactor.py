@@ -7,7 +7,6 @@ this one treats each layer as a matrix.
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ import optax
 from meshway.framework.axes import Names
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Axes, Params
-from meshway.framework.trees import map_paths
+from meshway.framework.trees import flatten, map_paths, matching
 
 # Axes along which independent tensors are stacked: nothing is ever averaged over them.
 BATCH_AXES = ("layers", "expert", "stage")
@@ -251,21 +250,15 @@ def _scaled(setting: bool | Sequence[tuple[str, bool]], axes: Axes) -> Any:
     """Returns for each parameter whether its updates are multiplied by its scale."""
     if isinstance(setting, bool):
         return map_paths(lambda path, names: setting, axes)
-    used: set[str] = set()
-
-    def of(path: str, names: Names) -> bool:
-        found = next(((pattern, scaled) for pattern, scaled in setting if re.fullmatch(pattern, path)), None)
-        if found is None:
-            raise UserError(
-                f"multiply_by_parameter_scale: no pattern matches {path!r}; end with ('.*', True) for the rest"
-            )
-        used.add(found[0])
-        return found[1]
-
-    made = map_paths(of, axes)
-    if unused := [pattern for pattern, _ in setting if pattern not in used]:
-        raise UserError(f"multiply_by_parameter_scale: {unused[0]!r} matches no (remaining) parameter")
-    return made
+    left, found = flatten(axes), dict[str, bool]()
+    for pattern, scaled in setting:
+        found |= dict.fromkeys(matching(pattern, left, "multiply_by_parameter_scale"), scaled)
+        left = {path: names for path, names in left.items() if path not in found}
+    if left:
+        raise UserError(
+            f"multiply_by_parameter_scale: no pattern matches {next(iter(left))!r}; end with ('.*', True) for the rest"
+        )
+    return map_paths(lambda path, names: found[path], axes)
 
 
 def _checked(rules: FactorRules | None) -> FactorRules | None:

@@ -28,12 +28,11 @@ from meshway.framework.optimizers.transforms import (
     grouped,
     lion,
     made_by,
-    matching,
     muon,
     sgd,
     sign_sgd,
 )
-from meshway.framework.trees import flatten, merge, select
+from meshway.framework.trees import flatten, matching, merge, select
 
 __all__ = [
     "AxesAware",

@@ -7,8 +7,7 @@ as one tensor (optax.adafactor, lamb, lars) treat a stack of layers as a single 
 
 import dataclasses
 import inspect
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,11 +16,11 @@ import optax
 from optax import contrib
 
 from meshway.framework.axes import Names
-from meshway.framework.errors import UserError, did_you_mean
+from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Axes, Params
 from meshway.framework.optimizers.adafactor import FactorRules, matrix_dims, scale_by_adafactor
 from meshway.framework.optimizers.schedules import Schedule
-from meshway.framework.trees import flatten, map_paths, merge, select
+from meshway.framework.trees import flatten, map_paths, matching, merge, select
 
 # Axes of tables, whose rows are looked up: they are not linear maps, which Muon orthogonalises.
 TABLE_AXES = ("vocab", "relpos_buckets", "length", "positions")
@@ -310,19 +309,3 @@ def grouped(groups: Sequence[tuple[frozenset[str], optax.GradientTransformation]
         return updates, tuple(states)
 
     return optax.GradientTransformation(init, update)
-
-
-def matching(pattern: str, paths: Iterable[str], where: str) -> list[str]:
-    """Returns the paths that a regex, which the recipe gives at `where`, matches in full.
-
-    Raises:
-      UserError: it matches none, or is not a regex.
-    """
-    try:
-        matched = [path for path in paths if re.fullmatch(pattern, path)]
-    except re.error as error:
-        raise UserError(f"{where}: {pattern!r} is not a regular expression: {error}") from None
-    if not matched:
-        hint = did_you_mean(pattern, paths) or f"; parameters left are {', '.join(sorted(paths)[:5])}, ..."
-        raise UserError(f"{where}: {pattern!r} matches no (remaining) parameter{hint}")
-    return matched

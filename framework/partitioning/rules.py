@@ -14,6 +14,10 @@ OTHERS = "*"  # in a table: all other names of the vocabulary
 Axes = tuple[str, ...]  # mesh axes that shard one dimension together; () for none
 
 
+class UnmappedAxis(UserError, LookupError):
+    """A logical axis that no rule maps: a LookupError to models, which know no UserError."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Resolution:
     """Where an array lies.
@@ -160,7 +164,7 @@ class Rules:
             return self._targets[OTHERS]
         if name not in self._targets:
             known = self._targets.keys() - {OTHERS} | (VOCABULARY.keys() if OTHERS in self._targets else set())
-            raise UserError(
+            raise UnmappedAxis(
                 f"{what} has logical axis {name!r}, which no rule of {self.title} maps; rules know "
                 f"{sorted(known)}{did_you_mean(name, known)} (write ({name!r}, None) to replicate it)"
             )

@@ -107,7 +107,7 @@ def resharding_waste(setting: Setting, rows: Sequence[Collective], limit: float)
     program is in the compilation cache. The all-gather that it warns of is in the program and found here.
 
     Args:
-      setting: of the program (`setting.setting_of`).
+      setting: of the program (`comparison.setting_of`).
       rows: its collectives.
       limit: the share of all bytes sent above which to warn, for each kind and set of axes.
     """

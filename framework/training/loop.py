@@ -1,4 +1,4 @@
-"""The training loop: one screen. What happens besides steps is in the four things it calls."""
+"""The training loop, and what its parts meet: compiled steps, evaluations, hooks, periods."""
 
 import contextlib
 import dataclasses
@@ -42,10 +42,10 @@ class SizedSteps:
         self._program, self._sizes = program, BatchSizes(program.batch_size, schedule)
         self._programs: dict[int, TrainProgram] = {}
         self._steps: dict[int, Any] = {}
-        sizes, end = self._sizes, end + sum(last - first + 1 for first, last in skipped)
-        for size in sizes.after(start):
-            if any(sizes.at(number) == size for number in _ends(sizes, start, end)):
-                self._compile(size)
+        end += sum(last - first + 1 for first, last in skipped)
+        numbers = [start + 1, *[step for step, _ in schedule if start < step <= end], end]
+        for size in dict.fromkeys(map(self._sizes.at, numbers)):
+            self._compile(size)
 
     def _compile(self, size: int) -> None:
         self._programs[size] = self._program.of_size(size)
@@ -77,11 +77,6 @@ class SizedSteps:
     def planned(self) -> str:
         """Returns what memory the step of the largest batch needs, for people."""
         return planned(self._steps[max(self._steps)])
-
-
-def _ends(sizes: BatchSizes, start: int, end: int) -> list[int]:
-    """Returns a batch of each size among batches `start` + 1 to `end`."""
-    return [start + 1, end, *[step for step, _ in sizes.schedule if start < step <= end]]
 
 
 class Hook(Protocol):
@@ -116,17 +111,38 @@ class EvaluationHook(Hook, Protocol):
         ...
 
 
+@runtime_checkable
+class ReportHook(Hook, Protocol):
+    """A hook that sees what is reported of training, and may stop the run; it may be an `EvaluationHook` as well.
+
+    Every process calls it; that of process 0 decides for all. Numbers of the machine (`step_seconds`, memory) are each
+    process's own.
+    """
+
+    def after_report(self, step: int, metrics: Mapping[str, float]) -> str | None:
+        """Returns why the run is to stop, after the step that follows `step`, once that is saved; None to go on.
+
+        Args:
+          step: the last step that the report is of; it is known once the next step has begun.
+          metrics: a line of `metrics.jsonl`: means over the steps since the report before.
+        """
+        ...
+
+
+TRAINING = "train"  # what stands for a task where a metric is one of the reports of training, as in T5X
+
+
 class EarlyStopping:
     """Stops a run whose metric does not improve: T5X's `EarlyStoppingAction`.
 
-    It stops where each of the last `patience` values of the metric is no better than the one before it, by more than
-    `atol + rtol * |the one before|`. A value that is not a number is no better. Evaluations of a run that is resumed
-    count on.
+    It looks at the last `patience` values of the metric, and stops where none of them is better than the one before it
+    among these, by more than `atol + rtol * |the one before|`. A value that is not a number is no better. Evaluations
+    of a run that is resumed count on; reports of training are counted anew.
 
     Args:
-      metric: (task, metric), as in `eval/<task>.jsonl`.
+      metric: (task, metric), as in `eval/<task>.jsonl`; ('train', metric) as in `metrics.jsonl`.
       mode: 'min' where less is better, 'max' where more is.
-      patience: how many evaluations in a row are looked at, at least 2.
+      patience: how many values in a row are looked at, at least 2.
       atol, rtol: tolerances, at least 0.
     """
 
@@ -147,12 +163,14 @@ class EarlyStopping:
         self._sign = 1.0 if mode == "min" else -1.0
         self._patience, self._atol, self._rtol = patience, atol, rtol
         self._values: list[float] = []
+        if self._task == TRAINING:  # no ReportHook else: processes wait for each other at what these are asked
+            self.after_report = self._after_report
 
     def begin(self, names: Sequence[str], earlier: Mapping[int, Found]) -> None:
-        if self._task not in names:
+        if self._task not in (*names, TRAINING):
             raise UserError(
                 f"EarlyStopping.metric: nothing called {self._task!r} is evaluated; it is one of "
-                f"{', '.join(names) or 'none'}{did_you_mean(self._task, names)}"
+                f"{', '.join([*names, TRAINING])}{did_you_mean(self._task, [*names, TRAINING])}"
             )
         for step in sorted(earlier):
             self._add(earlier[step])
@@ -163,7 +181,11 @@ class EarlyStopping:
         if any(self._better(one, before) for before, one in itertools.pairwise(self._values)):
             return None
         values = ", ".join(f"{value:.4g}" for value in self._values)
-        return f"{self._metric} of {self._task} has not improved in the last {self._patience} evaluations: {values}"
+        seen = "reports" if self._task == TRAINING else "evaluations"
+        return f"{self._metric} of {self._task} has not improved in the last {self._patience} {seen}: {values}"
+
+    def _after_report(self, step: int, metrics: Mapping[str, float]) -> str | None:
+        return self.after_evaluation(step, {TRAINING: {"metrics": metrics}})
 
     def after_step(self, step: int) -> None: ...
 
@@ -175,7 +197,8 @@ class EarlyStopping:
         if report is None:
             return False
         if self._metric not in report["metrics"]:
-            if not report.get("failed"):
+            # Statistics of weights are not in every report.
+            if not report.get("failed") and not self._metric.startswith("weight_"):
                 known = sorted(report["metrics"])
                 raise UserError(
                     f"EarlyStopping.metric: {self._task!r} has no metric {self._metric!r}; it is one of "
@@ -265,8 +288,8 @@ class Periods:
 class Loop:
     """The parts of a run; `run` turns them.
 
-    `shard_batch` puts a batch on devices. `save(state, step,
-    position, scalars)` starts a checkpoint; it gets the last evaluation's scalars, by which best checkpoints are kept.
+    `shard_batch` puts a batch on devices. `save(state, step, position, scalars)` starts a checkpoint; it gets the last
+    evaluation's scalars, by which best checkpoints are kept.
     """
 
     step: Step
@@ -310,6 +333,7 @@ class Loop:
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):  # steps, by number, in a profile
                     state, metrics = self.step(state, self.shard_batch(batch))
                 self.reporter.add(step, metrics)
+                self.reason = self.reason or self._ask_about_report()
                 streaks = self._await_step_before_last(streaks, step, metrics)
                 if self.evaluate.due(step):
                     with self.reporter.pause("evaluation", state.step), watch.paused():
@@ -334,11 +358,19 @@ class Loop:
         return step
 
     def _ask_hooks(self, step: int) -> str:
-        """Returns why hooks want the run to stop, the same on every process; "" where none does."""
+        """Returns why hooks want the run to stop after an evaluation, the same on every process; "" where none does."""
         hooks = [hook for hook in self.hooks if isinstance(hook, EvaluationHook)]
-        said = [(type(hook).__name__, hook.after_evaluation(step, self.evaluate.reports)) for hook in hooks]
-        reason = "; ".join(f"{name}: {why}" for name, why in said if why)
-        return barrier(f"the hooks after evaluation {step}", None, reason)[0] if hooks else ""
+        answers = [(hook, hook.after_evaluation(step, self.evaluate.reports)) for hook in hooks]
+        return _agreed(f"the hooks after evaluation {step}", answers)
+
+    def _ask_about_report(self) -> str:
+        """Returns the same of the report that was written last, if it was not asked about."""
+        hooks = [hook for hook in self.hooks if isinstance(hook, ReportHook)]
+        reported = self.reporter.take_reported() if hooks else None
+        if reported is None:
+            return ""
+        step, metrics = reported
+        return _agreed(f"the hooks after report {step}", [(hook, hook.after_report(step, metrics)) for hook in hooks])
 
     def _await_step_before_last(
         self, streaks: list[tuple[int, jax.Array]], step: int, metrics: Any
@@ -359,3 +391,9 @@ class Loop:
                     f"(limit max_skipped_in_a_row={self.max_skipped_in_a_row}, step {step}); their updates were left "
                     "out. Lower the learning rate, or set Optimizer.max_grad_norm, and resume from the last checkpoint"
                 )
+
+
+def _agreed(name: str, answers: Sequence[tuple[Hook, str | None]]) -> str:
+    """Waits for all processes; returns what process 0's hooks answered, in one line, "" where none wants to stop."""
+    reason = "; ".join(f"{type(hook).__name__}: {why}" for hook, why in answers if why)
+    return barrier(name, None, reason)[0] if answers else ""

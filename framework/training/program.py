@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -97,25 +98,26 @@ class TrainProgram:
 
     def of_size(self, batch_size: int) -> "TrainProgram":
         """Returns the program of the same state with batches of another size, and with the least number of equal
-        microbatches that are no larger than this one's.
+        microbatches that are no larger than this one's and whose rows the devices of the batch share evenly.
 
         Raises:
           UserError: the batch is not divisible over the mesh.
         """
         if batch_size == self.batch_size:
             return self
-        largest = self.batch_size // self.num_microbatches
         program = copy.copy(self)
         for name in ("flops", "_traced_loss"):  # of batches
             vars(program).pop(name, None)
         program.batch_size = batch_size
-        program.num_microbatches = next(
-            count for count in range(1, batch_size + 1) if batch_size % count == 0 and batch_size // count <= largest
-        )
         try:
             program.batch = self.sharded.batch(batch_size, self.lengths)
         except UserError as error:
             raise UserError(f"BATCH_SIZE_SCHEDULE: {error}") from error
+        largest, sizes = self.batch_size // self.num_microbatches, self.partitioner.mesh.shape
+        parts = math.prod(sizes[axis] for axis in self.partitioner.activation_rules.axes_of("batch"))
+        counts = [n for n in range(1, batch_size + 1) if batch_size % n == 0 and batch_size // n <= largest]
+        # Where none divides, a rule's next alternative may do; if there is none, the trace says what does not fit.
+        program.num_microbatches = next((n for n in counts if batch_size // n % parts == 0), counts[0])
         program.batch_spec, program.batch_shardings = program.batch.spec, program.batch.shardings
         program._step = dataclasses.replace(self._step, num_microbatches=program.num_microbatches)
         return program
@@ -177,19 +179,19 @@ class TrainProgram:
         )
         return initialise(key)
 
-    def with_params(self, state: TrainState, params: Params) -> TrainState:
-        """Returns a fresh state with other parameters, from which an average begins too."""
+    def with_average(self, state: TrainState) -> TrainState:
+        """Returns a state whose averages, if there are any, begin at its parameters."""
         if self.average is None:
-            return dataclasses.replace(state, params=params)
+            return state
         begin, trainable = self.average.init, self.optimizer.trainable
         where = self.state_shardings
         begun = self.partitioner.compile(
             lambda params: begin(select(params, trainable)),
-            params,
+            state.params,
             in_shardings=(where.params,),
             out_shardings=where.average,
         )
-        return dataclasses.replace(state, params=params, average=begun(params))
+        return dataclasses.replace(state, average=begun(state.params))
 
     @property
     def also_refused(self) -> str:
@@ -332,9 +334,7 @@ def open_data(
         check_batch(of_size.batch_spec, dataset.spec())
         return dataset
 
-    dataset = stream(program.batch_size)
-    if schedule or skipped:
-        dataset = TrainingStream(stream, BatchSizes(program.batch_size, schedule), skipped)
+    dataset = TrainingStream(stream, BatchSizes(program.batch_size, schedule), skipped)
     vocabularies = data.vocabularies()
     check_vocabularies(program, vocabularies)
     return dataset, vocabularies, source_framing(data)

@@ -16,8 +16,7 @@ from meshway.framework.axes import constrain
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Metrics, Model, Params, untrained
 from meshway.framework.optimizers.optimizers import BoundOptimizer, ParameterAverage
-from meshway.framework.optimizers.transforms import matching
-from meshway.framework.trees import flatten, merge, select
+from meshway.framework.trees import flatten, matching, merge, select
 
 # A number divides as it is, None leaves the sum; the words are those of `divisor` and `reweighted`.
 LossNormalizingFactor = (

@@ -136,7 +136,7 @@ def _own_data(scope: str) -> dict[str, Answer]:
 def _actions(value: Any) -> str:
     if "EarlyStoppingAction" in repr(value):
         return "train.train.hooks = [@loop.EarlyStopping()]"
-    return "# train.train.hooks = [@mylab.Hook()], a class with after_evaluation"
+    return "# train.train.hooks = [@mylab.Hook()], a class with after_evaluation or after_report"
 
 
 def _results(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""A hook of one's own that sees evaluations."""
+"""A hook of one's own that sees evaluations and reports."""
 
 import os
 
@@ -12,6 +12,10 @@ class StopsAt:
     def after_evaluation(self, step, found):
         assert set(found) <= set(self.names)
         return f"the lab says {step}" if os.environ.get("LAB_STOP") == str(step) else None
+
+    def after_report(self, step, metrics):
+        assert metrics["loss"] > 0
+        return f"the lab says {step}" if os.environ.get("LAB_STOP_REPORT") == str(step) else None
 
     def after_step(self, step):
         pass

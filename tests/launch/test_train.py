@@ -22,7 +22,7 @@ from meshway.framework.partitioning.partitioner import Layout
 from meshway.framework.training.loop import EarlyStopping, Periods
 from meshway.framework.training.program import TrainProgram
 from meshway.framework.training.run_directory import RunDirectory
-from meshway.launch import train
+from meshway.launch import dry_run, train
 from meshway.launch.invocation import Invocation
 from meshway.launch.recipe import config
 
@@ -193,6 +193,31 @@ def test_a_run_goes_on_with_its_data_and_ends_once(tmp_path, capsys, program, mo
     assert timeline(tmp_path) == before
 
 
+class Numbered(Ones):
+    """The same, with a position that says how many batches came before."""
+
+    def state(self):
+        return {"batches": self._position}
+
+    def restore(self, state):
+        self._position = state["batches"]
+
+
+def test_batches_are_left_out_once_and_those_that_were_trained_are_refused(tmp_path, program):
+    def run(total, *skipped):
+        train.train(program, Numbered(program), str(tmp_path), Periods(total=total), skip_batches=skipped)
+        return json.loads((tmp_path / "checkpoints" / str(total) / "data" / "metadata").read_text())
+
+    assert run(2, (2, 3)) == {"batches": 4, "skipped.2": 3}
+    assert run(3, (2, 3)) == {"batches": 5, "skipped.2": 3} and run(4) == {"batches": 6, "skipped.2": 3}
+    message = r"SKIP_BATCHES: batches 4 to 6 were trained already, in steps 2 to 4, .* from checkpoint 4: begin anew"
+    with pytest.raises(UserError, match=message):
+        run(5, (2, 6))
+    with pytest.raises(UserError, match=message):
+        dry_run.check(program, Numbered(program), str(tmp_path), Periods(total=5), skip_batches=[(2, 6)])
+    assert run(5, (7, 7))["batches"] == 8
+
+
 class Evaluated(Ones):
     """The same, with tasks to evaluate: the tokens that it trains on, so that their loss falls."""
 
@@ -218,10 +243,26 @@ def test_a_run_that_does_not_improve_is_saved_and_stops_and_says_why(tmp_path, c
     assert "stopped after step 6 of 9, saved." in capsys.readouterr().out, "those of before count on: 0, 2, 4, 6"
 
 
+def test_a_hook_sees_what_is_reported_of_training_and_stops_the_run(tmp_path, capsys, program):
+    seen = {}
+    watching = SimpleNamespace(after_step=lambda step: None, close=lambda: None, after_report=seen.__setitem__)
+    hooks = [watching, EarlyStopping(("train", "loss"), "min", atol=1e3)]  # the loss falls, by less
+    train.train(program, Evaluated(program), str(tmp_path), Periods(total=9, report=2, evaluate=3), hooks=hooks)
+    assert "step 5 of 9, saved. EarlyStopping: loss of train has not improved in the last 3 reports" in (
+        capsys.readouterr().out
+    )
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    reports = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    assert {step: metrics["loss"] for step, metrics in seen.items()} == {step: reports[step] for step in (2, 3, 4)}
+    wrong = EarlyStopping(("train", "lost"), "min")
+    with pytest.raises(UserError, match="'train' has no metric 'lost'; .*; did you mean 'loss'"):
+        train.train(program, Evaluated(program), str(tmp_path), Periods(total=9, report=1), hooks=[wrong])
+
+
 def test_a_hook_that_asks_for_what_is_not_evaluated_is_told_before_anything_is_compiled(tmp_path, program, monkeypatch):
     monkeypatch.setattr(type(program), "compile_step", lambda self: pytest.fail("compiled"))
     hooks = [EarlyStopping(("one", "loss"), "min")]
-    with pytest.raises(UserError, match="nothing called 'one' is evaluated; it is one of ones; did you mean 'ones'"):
+    with pytest.raises(UserError, match="nothing called 'one' is .*; it is one of ones, train; did you mean 'ones'"):
         train.train(program, Evaluated(program), str(tmp_path), Periods(total=9, evaluate=2), hooks=hooks)
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from flax.core import meta
 from tiny import greedy, loaded
 
@@ -13,6 +14,7 @@ from meshway.framework.errors import UserError
 from meshway.framework.optimizers.optimizers import Optimizer
 from meshway.framework.partitioning.mesh import MeshShape
 from meshway.framework.partitioning.partitioner import Layout
+from meshway.framework.planning.comparison import setting_of
 from meshway.framework.training.program import TrainProgram
 from meshway.models.linen import Linen, LinenClassifier
 from meshway.models.t5x_model import T5XModel, T5XTransformer
@@ -89,11 +91,12 @@ def test_a_linen_module_trains_as_its_own_loop(where):
     program = made(Linen(module, LENGTHS), layout(where, "vocab", "mlp"))
     if where == "sharded":
         assert program.state_shardings.params["wi"]["kernel"].spec == jax.sharding.PartitionSpec("fsdp", "model")
-        with program.partitioner.activate():
-            text = str(
-                jax.make_jaxpr(lambda *a: program.model.loss(*a, None))(program.param_shapes, program.abstract_batch)
-            )
-        assert "(('data', 'fsdp'), None, 'model')" in text, "flax's own constraint follows our rules"
+        for pass_ in (lambda *a: program.model.loss(*a, None), lambda *a: program.model.observe(*a, ["wi"])):
+            with program.partitioner.activate():
+                text = str(jax.make_jaxpr(pass_)(program.param_shapes, program.abstract_batch))
+            assert "(('data', 'fsdp'), None, 'model')" in text, "flax's own constraint follows our rules"
+        with jax.set_mesh(program.partitioner.mesh), pytest.raises(ValueError, match="a mesh is set but no layout"):
+            program.model.loss(program.param_shapes, program.abstract_batch, None)
     losses, state = trained(program)
 
     def loss_of(params, batch):
@@ -132,6 +135,11 @@ def test_what_a_model_of_t5x_says_is_reported_and_scored():
     loss, weight, metrics = model.loss(params, batch, None)
     assert metrics["nats"] == (loss, weight) and float(metrics["rows"][0]) == 8 and set(metrics) == {"nats", "rows"}
     np.testing.assert_allclose(jnp.sum(model.score(params, batch)), -loss, rtol=1e-6)
+    rules = []
+    theirs.score_batch = lambda params, batch: (rules.extend(nn.get_logical_axis_rules()), jnp.zeros(8))[1]
+    with program.partitioner.activate():
+        assert T5XModel(theirs, LENGTHS, encoder=False).score(params, batch).shape == (8, 1)
+    assert ("batch", None) in rules, "its constraints are given the layout's rules"
     theirs._loss_normalizing_factor = "NUM_REAL_TARGET_TOKENS"
     with pytest.raises(ValueError, match="bind LOSS_NORMALIZING_FACTOR"):
         T5XModel(theirs, LENGTHS, encoder=False)
@@ -169,15 +177,12 @@ def test_dropout_is_drawn_from_the_steps_key():
     assert len({without, first, second}) == 3 and first == float(model.loss(params, batch, jax.random.key(1))[0])
 
 
-def misnamed():
-    return Linen(lab().Boxed(VOCAB, names=("embed", "mpl")), LENGTHS)
-
-
 @pytest.mark.parametrize(
     "wrong, message",
     [
         (lambda: Linen(lab().Boxed(VOCAB, names=("embed",)), LENGTHS).axes(), r"wi/kernel of shape \[16, 32\] has"),
         (lambda: Linen(lab().Boxed(VOCAB), {"targets": 4}, param_axes=[("no", ())]).axes(), "'no' matches no param"),
+        (lambda: Linen(lab().Boxed(VOCAB), LENGTHS, param_axes=[("(no", ())]), r"'\(no' is not a regular expression"),
         (lambda: Linen(lab().Boxed(VOCAB), LENGTHS, arguments={"ids": "decoder_positions"}), "no argument 'ids'"),
         (lambda: Linen(lab().Scaled(), LENGTHS), "argument 'x' of Scaled.__call__ is no feature of a batch"),
         (lambda: T5XTransformer(lab().Boxed(VOCAB), LENGTHS), "Boxed has no method get_initial_variables"),
@@ -215,6 +220,21 @@ def normed(**options):
     where = Layout(MeshShape(ici={"data": 4, "model": 2}), rules, [("batch", "data"), ("mlp", "model"), ("*", None)])
     model = LinenClassifier(lab().Normed(), (4, 4), param_axes=NORMED_AXES, collections=["batch_stats"])
     return TrainProgram(model, Optimizer(optax.adam, 0.01), where, 8, {}, **options)
+
+
+def test_a_loss_in_training_may_be_asked_for_without_the_statistics_that_it_updates():
+    """As `meshway bench parallel` and `meshway inspect` ask for it."""
+    program = normed()
+    assert setting_of(program).mesh == {"data": 4, "model": 2}
+    params, key = program.model.init(jax.random.key(0)), jax.random.key(1)
+    found = program.model.loss(params, images(0), key)[0]
+    assert found == program.model.loss_and_updates(params, images(0), key)[0]
+
+
+def test_a_module_is_traced_once_for_its_shapes(monkeypatch):
+    model, made = normed().model, []  # whose program has asked for both
+    monkeypatch.setattr(type(model), "initial_variables", lambda self, rng: made.append(rng))
+    assert model.axes()["norm"]["scale"] == ("mlp",) and model.untrained() and not made
 
 
 @pytest.mark.slow

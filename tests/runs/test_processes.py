@@ -125,14 +125,15 @@ def test_checkpoints_cross_between_any_two_counts(by_count, tmp_path, first, the
 
 @pytest.mark.proofs  # each process compiles everything, on the same two cores
 def test_a_hook_s_word_stops_all_processes_at_one_step(tmp_path):
-    """That of process 0 counts, whatever the others' hooks say."""
-    words = arguments(tmp_path, "--gin.EVAL_PERIOD=2")
+    """That of process 0 counts, whatever the others' hooks say: of evaluations, and of reports a step later."""
+    words = arguments(tmp_path, "--gin.EVAL_PERIOD=2", "--gin.REPORT_PERIOD=1")
     words = [words[0], "--gin_file=stopping.gin", *words[2:]]
-    processes = start_together(2, *words, variables=((0, {"LAB_STOP": "4"}), (1, {"LAB_STOP": "2"})))
+    own = {"LAB_STOP": "6", "LAB_STOP_REPORT": "3"}, {"LAB_STOP": "2", "LAB_STOP_REPORT": "1"}
+    processes = start_together(2, *words, variables=enumerate(own))
     said = outputs(processes)
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
-    assert "stopped after step 4 of 10, saved. StopsAt: the lab says 4. Run the same command" in said[0]
+    assert "stopped after step 4 of 10, saved. StopsAt: the lab says 3. Run the same command" in said[0]
 
 
 @pytest.mark.slow  # each process compiles everything, on the same two cores

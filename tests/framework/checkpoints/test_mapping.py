@@ -38,6 +38,15 @@ def test_an_alternative_that_begins_another_renames_the_whole_name():
     assert found(["z/w", "q"], renames=[("(z)/w|q", "c/w")]) == {"z/w": "c/w", "q": "c/w"}
 
 
+def test_what_is_no_regular_expression_is_told():
+    with pytest.raises(UserError, match=r"Initial.renames: '\(x' is not a regular expression"):
+        found(["x"], renames=[("(x", "a/w")])
+    with pytest.raises(UserError, match=r"Initial.left_at_init: '\*' is not a regular expression"):
+        found(["x"], left_at_init=["*"])
+    with pytest.raises(UserError, match=r"Initial.renames: 'x' becomes 'a/.*1': invalid group reference"):
+        found(["x"], renames=[("x", r"a/\1")])
+
+
 def test_what_is_left_at_init_goes_by_the_models_own_name():
     renames = [("x/(.*)", r"a/\1")]
     assert found(["x/w", "x/b"], renames=renames, left_at_init=["x/b"]) == {"x/w": "a/w"}

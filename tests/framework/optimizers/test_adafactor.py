@@ -258,3 +258,5 @@ def test_patterns_of_the_parameter_scale_are_all_used_and_cover_all() -> None:
         scale_by_adafactor(axes, multiply_by_parameter_scale=[("a", False)])
     with pytest.raises(UserError, match="'c' matches no"):
         scale_by_adafactor(axes, multiply_by_parameter_scale=[("c", False), (".*", True)])
+    with pytest.raises(UserError, match=r"multiply_by_parameter_scale: '\(c' is not a regular expression"):
+        scale_by_adafactor(axes, multiply_by_parameter_scale=[("(c", False), (".*", True)])

@@ -217,10 +217,7 @@ def test_flops_of_the_program_are_three_forward_passes_and_do_not_depend_on_scan
 
 def generators(made):
     """Returns the types of random keys in a step's gradients."""
-    shapes = made.param_shapes, made.abstract_batch, jax.ShapeDtypeStruct((), np.int32)
-    with made.partitioner.activate():
-        traced = jax.make_jaxpr(made._step.gradients)(*shapes)
-    types = [str(each.outvars[0].aval.dtype) for each in traced.eqns if each.outvars]
+    types = [str(each.outvars[0].aval.dtype) for each in made.trace_gradients().eqns if each.outvars]
     return {each for each in types if each.startswith("key<")}
 
 

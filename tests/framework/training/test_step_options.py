@@ -116,9 +116,21 @@ def test_averages_are_saved_restored_exactly_and_read_alone(averaged, tmp_path):
 
 def test_an_average_begins_at_the_parameters_that_a_run_starts_from(averaged):
     made, seen, _ = averaged
-    state = made.with_params(made.init(), jax.device_put(seen[-1], made.state_shardings.params))
+    params = jax.device_put(seen[-1], made.state_shardings.params)
+    state = made.with_average(dataclasses.replace(made.init(), params=params))
     equal(state.average, seen[-1])
     trained(made, 1, state)  # nothing is donated twice
+
+
+def test_microbatches_of_another_size_of_batch_divide_over_the_mesh():
+    made = small(batch_size=32, num_microbatches=2)
+    found = {size: made.of_size(size) for size in (16, 40, 48, 56, 72, 1048)}
+    counts = {size: each.num_microbatches for size, each in found.items()}
+    assert counts == {16: 1, 40: 5, 48: 3, 56: 7, 72: 9, 1048: 131}, "rows of each: 16 or 8, over 8 devices"
+    for each in found.values():
+        each.trace_loss()
+    with pytest.raises(UserError, match="BATCH_SIZE_SCHEDULE: batch feature .* set BATCH_SIZE to a multiple of 8"):
+        made.of_size(20)
 
 
 def test_only_trained_parameters_have_an_average():

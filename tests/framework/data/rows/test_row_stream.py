@@ -3,7 +3,7 @@ import pytest
 from tasks_in_memory import random_examples, task
 
 from meshway.framework.data.features import EncoderDecoder
-from meshway.framework.data.prefetch import BatchSizes, TrainingStream
+from meshway.framework.data.prefetch import BatchSizes, TrainingStream, check_not_trained, left_out
 from meshway.framework.data.rows.mixing import Rates
 from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.data.rows.row_stream import RowStream
@@ -225,9 +225,41 @@ def test_batches_are_skipped_unread(sizes):
     assert_same(take(some, 4), [whole[0], whole[1], whole[5], whole[8]])
     assert some.state()["batch"] == 9, "its position counts what was left out"
     state = some.state()
+    assert left_out(state) == {3: 5, 7: 7, 8: 8}
     again = resizing(sizes, [(3, 5), (10, 11)])  # asked for only now, in a run that goes on
     again.restore(state)
     assert_same(take(again, 1), [whole[11]])
+    later = resizing(sizes)  # nothing is asked for any more, and what was left out is known still
+    later.restore(again.state())
+    take(later, 1)
+    assert left_out(later.state()) == {3: 5, 7: 7, 8: 8, 10: 11}
+
+
+@pytest.mark.parametrize(
+    "skipped, kept, message",
+    [
+        ([(3, 5), (7, 7), (11, 20)], [2, 6], None),
+        ([(3, 4)], [2, 6], None),
+        ([(2, 5)], [2, 6], r"batches 2 to 2 .* in steps 2 to 2, and the run goes on from checkpoint 6: begin anew"),
+        ([(6, 20)], [1, 2, 6], r"batches 6 to 10 were .* in steps 3 to 6, and .* 6: go back to checkpoint 2, by remov"),
+    ],
+)
+@pytest.mark.parametrize("first", [0, 100])
+def test_batches_that_were_trained_cannot_be_left_out(skipped, kept, message, first):
+    """At the sixth step of a run that took batches 1, 2, 6, 8, 9, 10."""
+    position = {"batch": 10, "rows": 40, "skipped.3": 5, "skipped.7": 7, "skipped.rows": 40}
+    if message is None:
+        check_not_trained(skipped, position, first + 6, first, [first + step for step in kept])
+        return
+    with pytest.raises(UserError, match=message if not first else "go back to checkpoint 102|begin anew"):
+        check_not_trained(skipped, position, first + 6, first, [first + step for step in kept])
+
+
+def test_a_checkpoint_that_does_not_say_what_was_left_out_is_believed_where_the_numbers_agree():
+    check_not_trained([(3, 5), (7, 7)], {"batches": 10}, 6, 0, [6])
+    check_not_trained([(3, 5), (7, 7)], {"position": 10}, 6, 0, [6])  # data of one's own, which does not tell
+    with pytest.raises(UserError, match="batches 3 to 7 were trained already"):
+        check_not_trained([(3, 7)], {"batches": 10}, 6, 0, [6])
 
 
 @pytest.mark.parametrize(
@@ -238,6 +270,7 @@ def test_batches_are_skipped_unread(sizes):
         (lambda: BatchSizes(8, [5, 4]), r"has 5, not \(last step"),
         (lambda: resizing(skipped=[(4, 3)]), r"SKIP_BATCHES has \(4, 3\)"),
         (lambda: TrainingStream(lambda size: Counting(), SIZES), "counts batches, not examples"),
+        (lambda: TrainingStream(lambda size: Counting("at"), BatchSizes(8), [(2, 3)]), "does not number its batches"),
     ],
 )
 def test_a_schedule_that_cannot_be_is_refused(wrong, message):
@@ -248,5 +281,8 @@ def test_a_schedule_that_cannot_be_is_refused(wrong, message):
 class Counting:
     """A stream of batches that cannot be told in rows."""
 
+    def __init__(self, name="batches"):
+        self.name = name
+
     def state(self):
-        return {"batches": 0}
+        return {self.name: 0}
