@@ -65,13 +65,13 @@ class TaskResult(NamedTuple):
     Attributes:
       name: of the task.
       report: what was found.
-      loss: its summed loss, and weight.
+      loss: its summed loss, and weight; None where nothing was run teacher-forced.
       note: what is to be said of it, once; "" for nothing.
     """
 
     name: str
     report: Report
-    loss: np.ndarray
+    loss: np.ndarray | None
     note: str = ""
 
 
@@ -124,7 +124,7 @@ class Evaluator:
         """Yields each task's result as soon as it is computed; every process must consume all of them."""
         for task in self._tasks:
             report: Report = {"metrics": {}, "counts": {}, "predictions": []}
-            loss, rows, examples = np.zeros(2), 0, 0
+            loss, rows, examples = None, 0, 0
             if self._losses:
                 sums, rows = self._teacher_forced(params, task, observe)
                 report["metrics"] |= {name: float(total / max(weight, 1e-9)) for name, (total, weight) in sums.items()}
