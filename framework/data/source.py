@@ -119,6 +119,27 @@ class Overlong(NamedTuple):
     skipped: int
 
 
+class Merging(Protocol):
+    """The metrics of a task that need no more than one batch at a time, over one evaluation.
+
+    Attributes:
+      needs_predictions, needs_tokens, needs_intermediates: what the task's other metrics need of all examples:
+        postprocessed predictions, their token ids, what the model computed beside scores.
+    """
+
+    needs_predictions: bool
+    needs_tokens: bool
+    needs_intermediates: bool
+
+    def predicted(self, indices: Sequence[int], tokens: np.ndarray, scores: Sequence[Any]) -> None:
+        """Takes the predictions of some examples, ids [examples, ..., length], and their scores."""
+        ...
+
+    def scored(self, indices: Sequence[int], scores: Sequence[float], intermediates: Any) -> None:
+        """Takes the scores of some examples, and what the model computed beside them, None where nothing needs it."""
+        ...
+
+
 class EvalTask(Protocol):
     """One split of a task, read once, in a fixed order, and its metrics."""
 
@@ -206,6 +227,10 @@ class EvalTask(Protocol):
         """Returns the postprocessed target of example `index`."""
         ...
 
+    def merging(self, paired: bool = False) -> Merging:
+        """Begins the metrics of one evaluation. `paired`: metrics of scores get (scores, intermediates)."""
+        ...
+
     def metrics(
         self,
         predictions: Sequence[Any] | None = None,
@@ -214,8 +239,10 @@ class EvalTask(Protocol):
         tokens: np.ndarray | None = None,
         intermediates: Mapping[str, Any] | None = None,
         paired: bool = False,
+        merged: Any = None,
     ) -> Measured:
         """Returns the task's metrics of postprocessed predictions, in example order (may be the first n examples), of
         values that belong to them, of scores by example index, of the predictions' token ids [n, ..., length], and of
-        what the model computed beside the scores, in the examples' order. `paired`: metrics of scores get both."""
+        what the model computed beside the scores, in the examples' order. `paired`: metrics of scores get both.
+        `merged`: what `merging` returned, given all batches."""
         ...

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
-from meshway.framework.errors import UserError, first_line
+from meshway.framework.errors import UserError, described
 from meshway.framework.inference.beam_search import NEVER
 from meshway.framework.inference.bulk.inputs import Example
 from meshway.framework.inference.decoding import one_ahead
@@ -299,7 +299,7 @@ class OwnFormat:
             raise UserError(self._raised("merge", error)) from error
 
     def _raised(self, method: str, error: Exception) -> str:
-        return f"{method} of writer {self._kind} raised {type(error).__name__}: {first_line(error)}"
+        return f"{method} of writer {self._kind} raised {described(error)}"
 
     def is_final(self, path: Path) -> bool:
         return True
