@@ -209,7 +209,8 @@ def _visible(unused: list[Binding], bindings: list[Binding], packages: set[str])
 
 
 def _package(target: Target) -> str:
-    """Returns the package of a target: of ours, whose parts import each other one way only, the part (meshway.models)."""
+    """Returns the package of a target: of ours, whose parts import each other one way only, `meshway.models` or the
+    like."""
     whole, _, rest = target.module.partition(".")
     return whole if is_foreign(target.module) else f"{whole}.{rest.partition('.')[0]}"
 

@@ -201,16 +201,15 @@ def number(value: Any) -> float:
     return float(str(np.float32(value)))
 
 
-def numbers(values: np.ndarray) -> list[float]:
-    """Returns `number` of each."""
-    return [number(value) for value in values]
+def numbers(values: np.ndarray) -> Any:
+    """Returns `number` of each, in lists as the array has dimensions."""
+    return np.vectorize(number, otypes=[float])(values).tolist()
 
 
-def _of_row(name: str, value: np.ndarray, sizes: Mapping[str, int]) -> list[Any]:
+def _of_row(name: str, value: np.ndarray, sizes: Mapping[str, int]) -> Any:
     """Returns one example's intermediate value without its padding."""
     size = sizes["inputs"] if name.startswith("encoder") else sizes["targets"]
-    kept = value[:size].astype(np.float32)
-    return np.vectorize(number, otypes=[float])(kept).tolist() if kept.size else kept.tolist()
+    return numbers(value[:size])
 
 
 class Encoding(Protocol):
