@@ -80,6 +80,22 @@ class DataSource(Protocol):
         ...
 
 
+def other_split(data: DataSource, split: str | None) -> str | None:
+    """Returns a split's name, None where it is the validation split of `data`."""
+    return None if split == getattr(data, "eval_split", None) else split
+
+
+def for_dry_run(data: DataSource) -> DataSource:
+    """Returns the source that makes the same checks and writes nothing, as caches."""
+    source: DataSource = data.for_dry_run() if hasattr(data, "for_dry_run") else data
+    return source
+
+
+def reads_of(data: DataSource, evaluate: bool) -> list[SplitRead]:
+    """Returns the splits that training reads, and with `evaluate` evaluations, as far as the source tells."""
+    return list(data.reads(evaluate)) if hasattr(data, "reads") else []
+
+
 def tasks_of(data: DataSource, split: str | None) -> Sequence["EvalTask"]:
     """Returns the tasks of a split, by default those of the validation split.
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from meshway.framework import terminal
-from meshway.framework.data.source import DataSource, EvalTask, SplitRead, tasks_of
+from meshway.framework.data.source import DataSource, EvalTask, SplitRead, for_dry_run, other_split, reads_of, tasks_of
 from meshway.framework.errors import UserError
 from meshway.framework.evaluation.evaluation import Evaluation, Evaluator, Report, TaskResult
 from meshway.framework.evaluation.records import Record, Records, record_name
@@ -102,7 +102,7 @@ class Schedule:
         train, infer = lists.values()
         passes: list[tuple[_Wanted, Pass]] = []
         for each in [*train, *(each for each in infer if each not in train)]:
-            source = _dry(each.data) if is_dry else each.data
+            source = for_dry_run(each.data) if is_dry else each.data
             with contextlib.nullcontext() if is_dry else terminal.stage("opening the evaluation data"):
                 tasks = tasks_of(source, each.split)
             if each.data is not own:
@@ -118,9 +118,7 @@ class Schedule:
         found: dict[SplitRead, None] = {}
         for listed in (self.train_eval, self.infer_eval):
             for each in self._wanted("", listed, own):
-                source: Any = _dry(each.data)
-                listed = source.reads(True) if hasattr(source, "reads") else ()
-                read = [one for one in listed if one.purpose == "evaluation"]
+                read = [one for one in reads_of(for_dry_run(each.data), True) if one.purpose == "evaluation"]
                 split = each.split
                 found |= dict.fromkeys(one._replace(split=split, examples=None) if split else one for one in read)
         return list(found)
@@ -133,24 +131,16 @@ class Schedule:
             period = each.period or self.period
             if period is not None:
                 data = own if each.data is None else each.data
-                split = None if each.split == getattr(data, "eval_split", None) else each.split
-                wanted = _Wanted(data, split, period, each.evaluation or self.evaluation)
+                wanted = _Wanted(data, other_split(data, each.split), period, each.evaluation or self.evaluation)
                 if wanted in found:
                     raise UserError(f"{name} has the same data, split and period twice: leave one of them out")
                 found.append(wanted)
         return found
 
 
-def _dry(data: DataSource) -> DataSource:
-    """Returns a source that writes nothing, as caches."""
-    source: DataSource = data.for_dry_run() if hasattr(data, "for_dry_run") else data
-    return source
-
-
 def _label(wanted: _Wanted, own: DataSource) -> str | None:
     """Returns the split that an evaluation reads, None where it is the validation split of the run's data."""
-    read = wanted.split or getattr(wanted.data, "eval_split", None)
-    return None if read == getattr(own, "eval_split", None) else read
+    return other_split(own, wanted.split or getattr(wanted.data, "eval_split", None))
 
 
 def _refuse_same_tasks(what: str, passes: Sequence[Pass]) -> None:

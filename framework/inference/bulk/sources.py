@@ -280,7 +280,7 @@ class TaskSource:
         Raises:
           UserError: no task has the needed features, or one of the fields.
         """
-        self._fields = fields
+        self._fields, self._keeps_all = fields, list(fields or ()) == [ALL_FIELDS]
         self._tasks = [task for task in tasks if task.num_examples and set(needed) <= _features(task)]
         self.description = f"split {split!r} of {', '.join(task.name for task in self._tasks)}"
         lacking = ", ".join(task.name for task in tasks if task not in self._tasks)
@@ -290,8 +290,8 @@ class TaskSource:
         if lacking:
             print(f"data: {lacking} left out: no examples with {what}", file=sys.stderr)
         there = {name for task in self._tasks for name in task.read([0])[0]}
-        for name in fields or ():
-            if name not in there and list(fields or ()) != [ALL_FIELDS]:
+        for name in () if self._keeps_all else fields or ():
+            if name not in there:
                 near = did_you_mean(name, there)
                 raise UserError(f"no task has a feature {name!r} to keep{near}; there are {', '.join(sorted(there))}")
 
@@ -324,7 +324,7 @@ class TaskSource:
         """Returns which features of an example a record gets beside its text, in their order."""
         if self._fields is None:
             return [name for name in example if name.endswith("_pretokenized")]
-        return [name for name in example if name in self._fields or list(self._fields) == [ALL_FIELDS]]
+        return [name for name in example if self._keeps_all or name in self._fields]
 
 
 def _features(task: ReadableTask) -> set[str]:
