@@ -40,6 +40,8 @@ setup(
         "array_record>=0.8.3,<0.9",
         "absl-py>=2,<3",
         "sentencepiece>=0.2,<0.3",
+        "protobuf>=5.28,<8",
+        "google-crc32c>=1.6,<2",
         "tensorboardX>=2.6,<3",
         "matplotlib>=3.8,<4",
         "rich>=13,<16",

@@ -75,6 +75,11 @@ def mute() -> bool:
     return bool(gone)
 
 
+def described(error: BaseException) -> str:
+    """Returns the kind of an error and the first line of its message: what is told of an error in a user's own code."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 def nearest_steps(step: int, steps: Sequence[int], limit: int = 6) -> str:
     """Returns in words the steps nearest to one that is not among `steps`, which are ascending and not empty."""
     near = sorted(sorted(steps, key=lambda other: abs(other - step))[:limit])

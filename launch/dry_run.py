@@ -17,7 +17,7 @@ from meshway.framework.checkpoints import continuation
 from meshway.framework.checkpoints.manager import Checkpoints, Keep
 from meshway.framework.checkpoints.mapping import Initial
 from meshway.framework.data.prefetch import BatchSizes, check_not_trained, check_skipped
-from meshway.framework.data.source import DataSource, SplitRead
+from meshway.framework.data.source import DataSource, SplitRead, for_dry_run, reads_of
 from meshway.framework.data.vocabulary import Vocabulary
 from meshway.framework.errors import EnvironmentFailure, UserError, first_line
 from meshway.framework.evaluation.evaluation import Evaluation
@@ -67,7 +67,7 @@ def check(
     for size in BatchSizes(program.batch_size, batch_size_schedule).after(0):
         program.of_size(size)  # raises where it is not divisible over the mesh
     schedule, own = Schedule(train_eval, infer_eval, periods.evaluate, evaluation), data
-    data = getattr(data, "for_dry_run", lambda: data)()
+    data = for_dry_run(data)
     directory = None if model_dir is None else RunDirectory(local_path(model_dir))
     resumed = directory if directory is not None and _last(directory, keep) else None
     checkpoints = None if resumed is None else _checkpoints(resumed, keep)
@@ -87,7 +87,7 @@ def check(
     passes = schedule.open(program.sharded, own, is_dry=True)
     begin_hooks(hooks, passes, None, 0)
     notes += [line for each in passes for line in each.evaluator.left_out]
-    reads = [*(data.reads(False) if hasattr(data, "reads") else ()), *schedule.reads(own)]
+    reads = [*reads_of(data, False), *schedule.reads(own)]
     names = dict.fromkeys(name for each in passes for name in each.names)
     found = _resolved(program, data, vocabularies, list(names))
     if framing is not None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from meshway.framework import terminal
-from meshway.framework.data.source import DataSource, EvalTask, tasks_of
+from meshway.framework.data.source import DataSource, EvalTask, other_split, tasks_of
 from meshway.framework.data.vocabulary import source_framing
 from meshway.framework.distributed import processes
 from meshway.framework.distributed.processes import agree
@@ -105,7 +105,7 @@ def evaluate(
     vocabularies = data.vocabularies()
     check_vocabularies(sharded, vocabularies)
     directory.check_vocabularies(vocabularies, source_framing(data))
-    split = None if split == getattr(data, "eval_split", None) else split
+    split = other_split(data, split)
     with terminal.stage("opening the evaluation data"):
         tasks = split_tasks(data, split)
     settings = dataclasses.replace(evaluation, max_predictions=max_predictions)

@@ -278,7 +278,7 @@ def _run(
         if int(told[0]):
             progress.note(f"{output.where}: this very job is finished; --overwrite runs it again")
             return {"finished_before": True}
-        job = Job(source.records(), reader, work, store, policy, batch_size, progress)
+        job = Job(source, reader, work, store, policy, batch_size, progress)
         digests = job.run()
         if store is None:
             return {}

@@ -89,6 +89,8 @@ def task(
         output_features=dict.fromkeys(("inputs", "targets"), SimpleNamespace(vocabulary=vocabulary)),
         postprocess_fn=postprocess or (lambda output, example, is_target: output),
         **{kind: fns.get(kind, []) for kind in kinds},
+        metric_fns=[],
+        metric_objs=fns.get("metric_objs", []),
     )
     objective = converter.bind(tasks_in_memory.task(*converter.task_features), lengths)
     given = [{"inputs": np.array(inputs), "targets": np.array(targets)} for inputs, targets in examples]

@@ -1,8 +1,8 @@
 """A task's validation split as the framework's `EvalTask`; handed a seqio task, it imports no seqio."""
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from meshway.framework.data.task_metrics import (
     PREDICTION_WITH_AUX,
     SCORE,
     SCORE_WITH_INTERMEDIATES,
+    MergedMetrics,
     TaskMetrics,
 )
 from meshway.framework.data.vocabulary import Vocabulary, before_stop, vocabulary_sizes
@@ -262,6 +263,10 @@ class TaskEvaluation:
             text = text.decode("utf-8")
         return self._task.postprocess_fn(text, example=example, is_target=True)
 
+    def merging(self, paired: bool = False) -> MergedMetrics:
+        """Begins the metrics of one evaluation. `paired`: metrics of scores get (scores, intermediates)."""
+        return self._metrics.merging(self.read, paired)
+
     def metrics(
         self,
         predictions: Sequence[Any] | None = None,
@@ -270,6 +275,7 @@ class TaskEvaluation:
         tokens: np.ndarray | None = None,
         intermediates: Mapping[str, Any] | None = None,
         paired: bool = False,
+        merged: MergedMetrics | None = None,
     ) -> Measured:
         """Runs the task's metric functions and metric objects, those of what is given; one that raises is named, the
         others are run.
@@ -282,32 +288,37 @@ class TaskEvaluation:
           intermediates: what the model computed beside the scores, a tree of arrays [scores, ...].
           paired: whether metrics of scores get (scores, intermediates) in their place, as seqio's do where a score
             function returns both.
+          merged: what `merging` returned, given all batches; None: metric objects that merge are run like the others.
 
         Raises:
           UserError: there are more predictions than examples.
         """
-        found, of_task = Measured({}, {}, {}), self._metrics
         if predictions is not None and len(predictions) > self.num_examples:
             raise UserError(f"task {self.name!r}: {len(predictions)} predictions for {self.num_examples} examples")
-        aux = None if aux_values is None else {name: np.asarray(values) for name, values in aux_values.items()}
-        functions: dict[str, Any] | None = None
-        if predictions is not None:
-            targets = [self.target(index) for index in range(len(predictions))]
-            functions = {"targets": targets, "predictions": list(predictions)}
-        examples = None if tokens is None else self.read(range(len(tokens)))
-        of_task.run(PREDICTION, functions, None if examples is None else (examples, tokens), found)
-        if aux is not None:
-            with_aux = None if functions is None else functions | {"aux_values": aux}
-            of_task.run(PREDICTION_WITH_AUX, with_aux, None if examples is None else (examples, (tokens, aux)), found)
+        found = Measured({}, {}, {})
+        run = functools.partial(self._metrics.run, found=found, merged=merged)
+        targets = self._lazy(range(len(predictions or ()))).targets
+        examples = self._lazy(range(0 if tokens is None else len(tokens))).examples
+        texts: dict[str, Any] | None = None if predictions is None else {"predictions": list(predictions)}
+        run(PREDICTION, texts, tokens, targets, examples)
+        if aux_values is not None:
+            aux = {name: np.asarray(values) for name, values in aux_values.items()}
+            texts = None if texts is None else texts | {"aux_values": aux}
+            run(PREDICTION_WITH_AUX, texts, None if tokens is None else (tokens, aux), targets, examples)
         if scores is not None:
             indices = sorted(scores)
             values: Any = np.array([scores[index] for index in indices])
-            both = (values, intermediates)
-            functions = {"targets": [self.target(index) for index in indices], "scores": both if paired else values}
-            examples = self.read(indices)
-            of_task.run(SCORE, functions, (examples, functions["scores"]), found)
-            of_task.run(SCORE_WITH_INTERMEDIATES, None, None if intermediates is None else (examples, both), found)
+            both, of = (values, intermediates), self._lazy(indices)
+            given = both if paired else values
+            run(SCORE, {"scores": given}, given, of.targets, of.examples)
+            run(SCORE_WITH_INTERMEDIATES, None, None if intermediates is None else both, of.targets, of.examples)
         return found
+
+    def _lazy(self, indices: Sequence[int]) -> "_Lazy":
+        return _Lazy(
+            functools.cache(lambda: [self.target(index) for index in indices]),
+            functools.cache(lambda: self.read(indices)),
+        )
 
     @functools.cached_property
     def _metrics(self) -> TaskMetrics:
@@ -353,3 +364,10 @@ class TaskEvaluation:
     def _vocabulary(self, feature: str) -> Any:
         """Returns the task's own vocabulary where there is one."""
         return self._task.output_features[feature].vocabulary if self._task is not None else self._vocabularies[feature]
+
+
+class _Lazy(NamedTuple):
+    """Postprocessed targets of some examples, and the examples: they may be many, and are made where a metric asks."""
+
+    targets: Callable[[], list[Any]]
+    examples: Callable[[], list[Mapping[str, Any]]]

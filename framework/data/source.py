@@ -80,6 +80,22 @@ class DataSource(Protocol):
         ...
 
 
+def other_split(data: DataSource, split: str | None) -> str | None:
+    """Returns a split's name, None where it is the validation split of `data`."""
+    return None if split == getattr(data, "eval_split", None) else split
+
+
+def for_dry_run(data: DataSource) -> DataSource:
+    """Returns the source that makes the same checks and writes nothing, as caches."""
+    source: DataSource = data.for_dry_run() if hasattr(data, "for_dry_run") else data
+    return source
+
+
+def reads_of(data: DataSource, evaluate: bool) -> list[SplitRead]:
+    """Returns the splits that training reads, and with `evaluate` evaluations, as far as the source tells."""
+    return list(data.reads(evaluate)) if hasattr(data, "reads") else []
+
+
 def tasks_of(data: DataSource, split: str | None) -> Sequence["EvalTask"]:
     """Returns the tasks of a split, by default those of the validation split.
 
@@ -117,6 +133,27 @@ class Overlong(NamedTuple):
 
     truncated: int
     skipped: int
+
+
+class Merging(Protocol):
+    """The metrics of a task that need no more than one batch at a time, over one evaluation.
+
+    Attributes:
+      needs_predictions, needs_tokens, needs_intermediates: what the task's other metrics need of all examples:
+        postprocessed predictions, their token ids, what the model computed beside scores.
+    """
+
+    needs_predictions: bool
+    needs_tokens: bool
+    needs_intermediates: bool
+
+    def predicted(self, indices: Sequence[int], tokens: np.ndarray, scores: Sequence[Any]) -> None:
+        """Takes the predictions of some examples, ids [examples, ..., length], and their scores."""
+        ...
+
+    def scored(self, indices: Sequence[int], scores: Sequence[float], intermediates: Any) -> None:
+        """Takes the scores of some examples, and what the model computed beside them, None where nothing needs it."""
+        ...
 
 
 class EvalTask(Protocol):
@@ -206,6 +243,10 @@ class EvalTask(Protocol):
         """Returns the postprocessed target of example `index`."""
         ...
 
+    def merging(self, paired: bool = False) -> Merging:
+        """Begins the metrics of one evaluation. `paired`: metrics of scores get (scores, intermediates)."""
+        ...
+
     def metrics(
         self,
         predictions: Sequence[Any] | None = None,
@@ -214,8 +255,10 @@ class EvalTask(Protocol):
         tokens: np.ndarray | None = None,
         intermediates: Mapping[str, Any] | None = None,
         paired: bool = False,
+        merged: Any = None,
     ) -> Measured:
         """Returns the task's metrics of postprocessed predictions, in example order (may be the first n examples), of
         values that belong to them, of scores by example index, of the predictions' token ids [n, ..., length], and of
-        what the model computed beside the scores, in the examples' order. `paired`: metrics of scores get both."""
+        what the model computed beside the scores, in the examples' order. `paired`: metrics of scores get both.
+        `merged`: what `merging` returned, given all batches."""
         ...

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from meshway.framework.data.source import Measured
-from meshway.framework.errors import UserError, first_line
+from meshway.framework.errors import UserError, described, first_line
 
 # seqio.metrics.ModelOutputType
 PREDICTION, SCORE, PREDICTION_WITH_AUX, SCORE_WITH_INTERMEDIATES = 1, 2, 3, 4
@@ -65,28 +65,47 @@ class TaskMetrics:
         """The names of the metrics of scores."""
         return self._names(_OF_SCORES)
 
+    def merging(self, read: Callable[[Sequence[int]], Sequence[Mapping[str, Any]]], paired: bool) -> "MergedMetrics":
+        """Returns what the metric objects that merge are gathered in; see `MergedMetrics` for the arguments."""
+        merged = {kind: [each for each in objects if _merges(each)] for kind, objects in self._objects.items()}
+        rest = {kind for kind, objects in self._objects.items() if len(merged[kind]) < len(objects)}
+        functions = {kind for kind, listed in self._functions.items() if listed}
+        beside = SCORE_WITH_INTERMEDIATES in rest or (paired and SCORE in rest | functions)
+        needs = (bool(functions & {*_OF_PREDICTIONS}), bool(rest & {*_OF_PREDICTIONS}), beside)
+        features = self._task.output_features if merged else {}
+        return MergedMetrics(merged, features, read, paired, *needs)
+
     def run(
         self,
         kind: int,
-        functions: Mapping[str, Any] | None,
-        objects: tuple[Sequence[Mapping[str, Any]], Any] | None,
+        given: Mapping[str, Any] | None,
+        output: Any,
+        targets: Callable[[], Sequence[Any]],
+        examples: Callable[[], Sequence[Mapping[str, Any]]],
         found: Measured,
+        merged: "MergedMetrics | None" = None,
     ) -> None:
         """Adds to `found` what the metrics of one kind make of a model's outputs; one that raises is named there.
 
         Args:
           kind: PREDICTION, ...
-          functions: the keyword arguments of metric functions; None: they are not run.
-          objects: (examples, the model's output for them) for metric objects; None: they are not run.
+          given: keyword arguments of metric functions, beside `targets`; None: they are not run.
+          output: what the model made, for metric objects; None: they are not run.
+          targets: what metric functions compare with; called where there is one.
+          examples: those that `output` is of; called where there is a metric object.
           found: what is added to.
+          merged: the values of metric objects that merge, which are not run on `output` then.
         """
         calls: list[tuple[str, Callable[[], Any]]] = []
-        if functions is not None:
-            calls += [(_name(each), functools.partial(each, **functions)) for each in self._functions.get(kind, ())]
-        if objects is not None:
-            calls += [
-                (_name(each), functools.partial(self._compute, each, *objects)) for each in self._objects.get(kind, ())
-            ]
+        if given is not None and (listed := self._functions.get(kind)):
+            arguments = {"targets": targets(), **given}
+            calls += [(_name(each), functools.partial(each, **arguments)) for each in listed]
+        own = self._objects.get(kind, ())
+        at_once = [each for each in own if merged is None or not _merges(each)]
+        if output is not None and at_once:
+            calls += [(_name(each), functools.partial(self._compute, each, examples(), output)) for each in at_once]
+        if merged is not None:
+            calls += merged.calls(kind)
         for name, call in calls:
             try:
                 scalars, shown = plain_values(call())
@@ -95,7 +114,7 @@ class TaskMetrics:
                 found.values.update(scalars)
                 found.shown.update(shown)
             except Exception as error:
-                found.failures[name] = f"{type(error).__name__}: {first_line(error)}"
+                found.failures[name] = described(error)
 
     def _compute(self, metric: Any, examples: Sequence[Mapping[str, Any]], output: Any) -> Mapping[str, Any]:
         """Runs a metric object as seqio's Evaluator does: over all examples at once."""
@@ -105,7 +124,7 @@ class TaskMetrics:
             value, _ = made.actual_compute(examples, features, "targets", None)
         else:
             value = made.compute()
-        return value if isinstance(value, Mapping) else {_name(metric): value}
+        return _named(metric, value)
 
     def _kind(self, metric: Any) -> int:
         try:
@@ -128,6 +147,86 @@ class TaskMetrics:
         return [
             _name(each) for kind in kinds for each in (*self._functions.get(kind, ()), *self._objects.get(kind, ()))
         ]
+
+
+class MergedMetrics:
+    """A task's metric objects whose values merge, over one evaluation: each batch's outputs become values, which are
+    merged into those of the batches before, as seqio's MetricManager has it; nothing else is kept of a batch.
+
+    All other metrics are computed once, from all examples: functions, and objects that collect what they are given
+    (`actual_compute`) or have no `merge` of their own, as seqio's LegacyMetric.
+
+    Args:
+      objects: those that merge, by kind.
+      features: the task's output features.
+      read: indices -> the examples.
+      paired: whether metrics of scores get (scores, intermediates) in their place.
+      needs_predictions, needs_tokens, needs_intermediates: what the other metrics need of all examples: postprocessed
+        predictions, their token ids, what the model computed beside scores.
+    """
+
+    def __init__(
+        self,
+        objects: Mapping[int, Sequence[Any]],
+        features: Mapping[str, Any],
+        read: Callable[[Sequence[int]], Sequence[Mapping[str, Any]]],
+        paired: bool,
+        needs_predictions: bool,
+        needs_tokens: bool,
+        needs_intermediates: bool,
+    ) -> None:
+        self._objects, self._features, self._read, self._paired = objects, features, read, paired
+        self.needs_predictions, self.needs_tokens = needs_predictions, needs_tokens
+        self.needs_intermediates = needs_intermediates
+        self._merged: dict[tuple[int, int], Any] = {}
+        self._errors: dict[tuple[int, int], Exception] = {}
+
+    def predicted(self, indices: Sequence[int], tokens: np.ndarray, scores: Sequence[Any]) -> None:
+        """Takes the predictions of some examples, ids [examples, ..., length], and their scores."""
+        self._add(PREDICTION, indices, tokens)
+        self._add(PREDICTION_WITH_AUX, indices, (tokens, {"scores": np.asarray(scores)}))
+
+    def scored(self, indices: Sequence[int], scores: Sequence[float], intermediates: Any) -> None:
+        """Takes the scores of some examples, and what the model computed beside them, None where nothing needs it."""
+        values = np.array(scores)
+        self._add(SCORE, indices, (values, intermediates) if self._paired else values)
+        if intermediates is not None:
+            self._add(SCORE_WITH_INTERMEDIATES, indices, (values, intermediates))
+
+    def _add(self, kind: int, indices: Sequence[int], output: Any) -> None:
+        objects = self._objects.get(kind)
+        examples = self._read(indices) if objects else ()
+        for number, metric in enumerate(objects or ()):
+            place = kind, number
+            if place in self._errors:
+                continue
+            try:
+                made = metric.from_model_output(examples, output, self._features, "targets")
+                self._merged[place] = self._merged[place].merge(made) if place in self._merged else made
+            except Exception as error:
+                self._errors[place] = error
+
+    def calls(self, kind: int) -> list[tuple[str, Callable[[], Mapping[str, Any]]]]:
+        """Returns (name, what computes it) of the metrics of one kind that some batch was given for."""
+        places = [(kind, number) for number in range(len(self._objects.get(kind, ())))]
+        found = [place for place in places if place in self._merged or place in self._errors]
+        return [(_name(self._objects[kind][place[1]]), functools.partial(self._compute, place)) for place in found]
+
+    def _compute(self, place: tuple[int, int]) -> Mapping[str, Any]:
+        if place in self._errors:
+            raise self._errors[place]
+        return _named(self._objects[place[0]][place[1]], self._merged[place].compute())
+
+
+def _merges(metric: Any) -> bool:
+    """Whether a metric object's values are merged: it has a `merge` other than clu's, which raises."""
+    merge = getattr(metric, "merge", None)
+    is_base = (getattr(merge, "__module__", ""), getattr(merge, "__qualname__", "")) == ("clu.metrics", "Metric.merge")
+    return callable(merge) and not is_base and not hasattr(metric, "actual_compute")
+
+
+def _named(metric: Any, value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {_name(metric): value}
 
 
 def _own_objects(task: Any) -> list[Any]:

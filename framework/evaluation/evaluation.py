@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meshway.framework.data.source import EvalTask
-from meshway.framework.errors import first_line
+from meshway.framework.data.source import EvalTask, Merging
+from meshway.framework.errors import described
 from meshway.framework.inference.decoding import FREE, Decoder, Stop, decoding_model, one_ahead
 from meshway.framework.inference.sampling import Sampling
 from meshway.framework.interfaces import Batch, Metrics, Params
@@ -65,13 +65,13 @@ class TaskResult(NamedTuple):
     Attributes:
       name: of the task.
       report: what was found.
-      loss: its summed loss, and weight.
+      loss: its summed loss, and weight; None where nothing was run teacher-forced.
       note: what is to be said of it, once; "" for nothing.
     """
 
     name: str
     report: Report
-    loss: np.ndarray
+    loss: np.ndarray | None
     note: str = ""
 
 
@@ -124,14 +124,17 @@ class Evaluator:
         """Yields each task's result as soon as it is computed; every process must consume all of them."""
         for task in self._tasks:
             report: Report = {"metrics": {}, "counts": {}, "predictions": []}
-            loss, rows, examples = np.zeros(2), 0, 0
+            loss, rows, examples = None, 0, 0
             if self._losses:
                 sums, rows = self._teacher_forced(params, task, observe)
                 report["metrics"] |= {name: float(total / max(weight, 1e-9)) for name, (total, weight) in sums.items()}
                 loss = sums["loss"]
                 report["counts"] |= {"rows": rows, "tokens": float(loss[1])}
-            if self._metrics:
-                examples = self._add_metrics(report, params, task, observe)
+            if self._metrics and (examples := self._limit(task)):
+                found = self._own_metrics(params, task, examples, observe)
+                report["metrics"] |= found.pop("metrics")
+                report["counts"] |= found.pop("counts")
+                report |= found
             overlong = task.overlong(rows, examples)
             report["counts"] |= {"truncated": overlong.truncated}
             report["counts"] |= {"skipped": overlong.skipped} if overlong.skipped else {}
@@ -161,63 +164,69 @@ class Evaluator:
         """Runs a program on a batch of a task, as `ProgramCache.run`."""
         return self._programs[task.batch_size].run(*arguments, **options)
 
-    def _add_metrics(self, report: Report, params: Params, task: EvalTask, observe: Observer) -> int:
-        """Adds the results of the task's own metric functions on predictions and scores; returns of how many of its
-        first examples they are."""
+    def _limit(self, task: EvalTask) -> int:
+        """Returns of how many of a task's first examples its own metrics are."""
+        if not (task.has_metrics or task.has_score_metrics):
+            return 0
         limit = self._settings.max_predictions
-        limit = task.num_examples if limit is None else min(limit, task.num_examples)
-        predictions: list[Any] | None = None
-        aux: dict[str, list[float]] | None = None
-        tokens: np.ndarray | None = None
-        scores: dict[int, float] | None = None
-        intermediates: dict[str, Any] | None = None
+        return task.num_examples if limit is None else min(limit, task.num_examples)
+
+    def _own_metrics(self, params: Params, task: EvalTask, limit: int, observe: Observer) -> Report:
+        """Returns what the task's own metrics of predictions and scores find, of its first `limit` examples."""
+        counts: dict[str, int] = {}
+        found: Report = {"counts": counts, "metrics": {}}
         failed: dict[str, str] = {}
-        if task.has_metrics and limit:
-            predicted = self._predictions(params, task, limit, observe)
-            report["predictions"] = predicted.samples[: self._settings.num_samples]
-            failed = predicted.failed
+        merging = task.merging(self._settings.return_intermediates)
+        given: dict[str, Any] = {"merged": merging, "paired": self._settings.return_intermediates}
+        if task.has_metrics:
+            predicted = self._predictions(params, task, limit, merging, observe)
+            found["predictions"] = predicted.samples[: self._settings.num_samples]
+            failed |= predicted.failed
             if self._settings.keep_predictions:
                 numbered = enumerate(zip(predicted.samples, predicted.scores, strict=False))
-                report["kept"] = [{"example": index, **texts, "score": score} for index, (texts, score) in numbered]
-            report["counts"]["predictions"] = len(predicted.values)
-            tokens, aux = np.stack(predicted.tokens), {"scores": predicted.scores}
-            predictions = None if failed else predicted.values
-        if task.has_score_metrics and limit:
-            scores, intermediates = self._scores(params, task, limit, observe)
-            report["counts"]["scores"] = len(scores)
-        if tokens is not None or scores is not None:
-            paired = self._settings.return_intermediates
-            try:
-                measured = task.metrics(predictions, aux, scores, tokens, intermediates, paired)
-            except Exception as error:  # a target's postprocessing: the task's own code, like that of predictions
-                failed |= {"postprocess_fn": described(error)}
-            else:
-                report["metrics"] |= measured.values
-                report |= {"values": measured.shown} if measured.shown else {}
-                failed |= measured.failures
-        if failed:
-            report["failed"] = failed
-        return limit if task.has_metrics or task.has_score_metrics else 0
+                found["kept"] = [{"example": index, **texts, "score": score} for index, (texts, score) in numbered]
+            counts["predictions"] = predicted.count
+            given["aux_values"] = {"scores": predicted.scores}
+            given["tokens"] = np.stack(predicted.tokens) if merging.needs_tokens else None
+            given["predictions"] = predicted.values if merging.needs_predictions and not failed else None
+        if task.has_score_metrics:
+            given["scores"], given["intermediates"] = self._scores(params, task, limit, merging, observe)
+            counts["scores"] = len(given["scores"])
+        try:
+            measured = task.metrics(**given)
+        except Exception as error:  # a target's postprocessing: the task's own code, like that of predictions
+            failed |= {"postprocess_fn": described(error)}
+        else:
+            found["metrics"] = measured.values
+            found |= {"values": measured.shown} if measured.shown else {}
+            failed |= measured.failures
+        return found | ({"failed": failed} if failed else {})
 
-    def _predictions(self, params: Params, task: EvalTask, limit: int, observe: Observer) -> "_Predicted":
-        found = _Predicted([], [], [], {}, [])
+    def _predictions(
+        self, params: Params, task: EvalTask, limit: int, merging: Merging, observe: Observer
+    ) -> "_Predicted":
+        """Returns the predictions of the first `limit` examples, as far as metrics need them of all at once."""
+        found, settings = _Predicted(), self._settings
         batches = _until(task.prompt_batches(), limit)
         for indices, decoded in one_ahead((each[1], self._decode(params, task, *each)) for each in batches):
-            tokens, scores = map(np.asarray, decoded)
-            for index, row, score in zip(indices.tolist(), tokens, scores.tolist(), strict=False):
-                found.tokens.append(row)
-                found.scores.append(score)
+            tokens, scores = (np.asarray(each)[: len(indices)] for each in decoded)
+            merging.predicted(indices.tolist(), tokens, scores.tolist())
+            found.scores += scores.tolist()
+            found.tokens += list(tokens) if merging.needs_tokens else []
+            for index, row in zip(indices.tolist(), tokens, strict=True):
                 if found.failed:
-                    continue  # with the programs, which other processes are part of
+                    break  # not the loop over batches: other processes are part of their programs
+                as_text = settings.keep_predictions or len(found.samples) < settings.num_samples
                 try:
-                    prediction = task.postprocess(index, row)
-                    if self._settings.keep_predictions or len(found.samples) < self._settings.num_samples:
+                    prediction = task.postprocess(index, row) if as_text or merging.needs_predictions else None
+                    if as_text:
                         texts = {"input": task.inputs_text(index), "target": str(task.target(index))}
                         found.samples.append(texts | {"prediction": str(prediction)})
                 except Exception as error:
                     found.failed["postprocess_fn"] = f"on example {index}: {described(error)}"
-                    continue
-                found.values.append(prediction)
+                    break
+                found.count += 1
+                found.values += [prediction] if merging.needs_predictions else []
             observe(task.name, "predictions", min(int(indices[-1]) + 1, limit), limit)
         return found
 
@@ -248,10 +257,10 @@ class Evaluator:
         return found
 
     def _scores(
-        self, params: Params, task: EvalTask, limit: int, observe: Observer
+        self, params: Params, task: EvalTask, limit: int, merging: Merging, observe: Observer
     ) -> tuple[dict[int, float], dict[str, Any] | None]:
-        """Returns (example -> log-probability of its targets, what the model computed beside these if metrics ask for
-        it), of those of the first `limit` examples that have a row."""
+        """Returns (example -> log-probability of its targets, what the model computed beside these if metrics need it
+        of all at once), of those of the first `limit` examples that have a row."""
         model, settings = self._sharded.model, self._settings
         beside = settings.return_intermediates or task.needs_intermediates
 
@@ -264,20 +273,16 @@ class Evaluator:
                 found |= {"token_scores": scores} | kept | observed
             return found
 
-        scores: dict[int, float] = {}
-        others: dict[int, list[dict[str, np.ndarray]]] = {}
+        scores = _Scores(merging, beside)
         started = (
             (indices, self._run(task, "scores", scored, params, batch, spec=self._specs[task.name], static=beside))
             for batch, indices in _until(task.score_batches(), limit)
         )
         for indices, found in one_ahead(started):
-            arrays = {name: np.asarray(array) for name, array in found.items()}
-            for row, index in enumerate(indices.tolist()):
-                scores[index] = scores.get(index, 0.0) + float(arrays["sum"][row])
-                if beside:
-                    others.setdefault(index, []).append({name: each[row] for name, each in arrays.items()})
+            scores.add(indices.tolist(), {name: np.asarray(array) for name, array in found.items()})
             observe(task.name, "scores", min(int(indices[-1]) + 1, limit), limit)
-        return scores, _intermediates(others) if beside else None
+        scores.merge()
+        return scores.values, _intermediates(scores.rows) if merging.needs_intermediates else None
 
 
 _KEPT = ("decoder_target_tokens", "decoder_loss_weights")  # of a batch, beside the scores of its tokens
@@ -306,15 +311,49 @@ def _begun(task: EvalTask, indices: np.ndarray, length: int) -> np.ndarray:
     return forced
 
 
-class _Predicted(NamedTuple):
-    """Postprocessed predictions of the first examples, their scores, some as text, which functions failed, and the
-    predictions as token ids."""
+class _Scores:
+    """The scores of examples by index, as their rows come, which follow each other; and, if anything needs what the
+    model computed beside them, that of each row."""
 
-    values: list[Any]
-    scores: list[Any]
-    samples: list[dict[str, str]]
-    failed: dict[str, str]
-    tokens: list[np.ndarray]
+    def __init__(self, merging: Merging, beside: bool) -> None:
+        self._merging, self._beside = merging, beside
+        self._waiting: list[int] = []  # examples that metrics which merge have not had
+        self.values: dict[int, float] = {}
+        self.rows: dict[int, list[dict[str, np.ndarray]]] = {}
+
+    def add(self, indices: Sequence[int], arrays: Mapping[str, np.ndarray]) -> None:
+        """Takes the rows of a batch: the example of each, and name -> [rows, ...]."""
+        for row, index in enumerate(indices):
+            if index not in self.values:
+                self._waiting.append(index)
+            self.values[index] = self.values.get(index, 0.0) + float(arrays["sum"][row])
+            if self._beside:
+                self.rows.setdefault(index, []).append({name: each[row] for name, each in arrays.items()})
+        self.merge(all_but=1)  # whose next row may be in the next batch
+
+    def merge(self, all_but: int = 0) -> None:
+        """Gives the metrics that merge the examples that they have not had, without the last `all_but`."""
+        whole = self._waiting[: len(self._waiting) - all_but]
+        self._waiting = self._waiting[len(whole) :]
+        if whole:
+            beside = _intermediates({index: self.rows[index] for index in whole}) if self._beside else None
+            self._merging.scored(whole, [self.values[index] for index in whole], beside)
+        if not self._merging.needs_intermediates:
+            for index in whole:
+                self.rows.pop(index, None)
+
+
+@dataclasses.dataclass
+class _Predicted:
+    """Predictions of the first examples: how many could be postprocessed, these and their token ids as far as metrics
+    need them, all scores, some or all as text, and which functions failed."""
+
+    count: int = 0
+    values: list[Any] = dataclasses.field(default_factory=list)
+    tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
+    scores: list[Any] = dataclasses.field(default_factory=list)
+    samples: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def truncation(task: str, counts: Mapping[str, Any], lengths: Mapping[str, int]) -> str:
@@ -328,11 +367,6 @@ def truncation(task: str, counts: Mapping[str, Any], lengths: Mapping[str, int])
     if not parts:
         return ""
     return f"{task}: {' and '.join(parts)}, longer than {dict(lengths)}; EVAL_FEATURE_LENGTHS=None has room for all"
-
-
-def described(error: Exception) -> str:
-    """Returns an error of a task's own code in one line."""
-    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _until(batches: Iterator[tuple[Batch, np.ndarray]], limit: int) -> Iterator[tuple[Batch, np.ndarray]]:

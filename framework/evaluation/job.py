@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, Unpack
 from meshway.framework.checkpoints.manager import Checkpoints, DamagedCheckpoint
 from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError
-from meshway.framework.evaluation.evaluation import Evaluator
-from meshway.framework.evaluation.records import Record, Records, StepQueue, complete_steps, record_name
+from meshway.framework.evaluation.evaluation import Evaluator, TaskResult
+from meshway.framework.evaluation.records import Records, StepQueue, complete_steps
+from meshway.framework.evaluation.schedule import collected
 from meshway.framework.interfaces import Params, Writer
 from meshway.framework.progress import Bar, Display, Screen, seconds_left
 from meshway.framework.report.page import is_of_router, write_report
@@ -89,7 +90,6 @@ class _Pass(NamedTuple):
 
 
 _REMOVAL = 10.0  # seconds that the removal of a checkpoint may take
-_VALIDATION = "validation"
 
 
 class EvaluationJob:
@@ -214,39 +214,29 @@ class EvaluationJob:
 
     def _evaluate(self, step: int, params: Params) -> None:
         self._display.begin(step)
-        records: dict[str, Record] = {}
-        for name, report, _, note in self._evaluator.results(params, self._display.observe):
-            self._display.found(name, report)
-            if note and note not in self._noted:
-                self._noted.append(note)
-                self._display.say(note)
-            for function, message in report.get("failed", {}).items():
-                self._failures.append(f"task {name!r}, {function}: {message}")
-                self._display.say(f"step {step}  {name}  {function} raised {message}")
-            records[record_name(name, self._split)] = report | ({"split": self._split} if self._split else {})
+        results = self._evaluator.results(params, self._display.observe)
+        found = collected((self._split, self._shown(step, result)) for result in results)
         if self._primary:
-            self._records.add(step, records, self._fingerprint)
-            self._write_events(step, records)
+            self._records.add(step, found.reports, self._fingerprint)
+            # A file of its own a step, whole: TensorBoard, which reads one file after the other, misses none.
+            writer = TensorBoardWriter(self._directory.tensorboard / "eval", start_step=None)
+            with contextlib.closing(Writers([writer])) as own:
+                for each in (own, self._loggers):
+                    each.write(step, found.scalars)
+                    each.write_values(step, found.values)
             write_report(self._directory.root)
 
-    def _write_events(self, step: int, records: dict[str, Record]) -> None:
-        """Writes a file of its own a step, whole: TensorBoard, which reads one file after the other, misses none."""
-        prefix = self._split or _VALIDATION
-        scalars = {
-            f"{prefix}/{task}/{name}": value
-            for task, record in zip(self._evaluator.task_names, records.values(), strict=True)
-            for name, value in record["metrics"].items()
-        }
-        values = {
-            f"{prefix}/{task}/{name}": value
-            for task, record in zip(self._evaluator.task_names, records.values(), strict=True)
-            for name, value in record.get("values", {}).items()
-        }
-        writer = TensorBoardWriter(self._directory.tensorboard / "eval", start_step=None)
-        with contextlib.closing(Writers([writer])) as own:
-            for each in (own, self._loggers):
-                each.write(step, scalars)
-                each.write_values(step, values)
+    def _shown(self, step: int, result: TaskResult) -> TaskResult:
+        """Tells people of a task's result as soon as it is there; returns it."""
+        name, report, _, note = result
+        self._display.found(name, report)
+        if note and note not in self._noted:
+            self._noted.append(note)
+            self._display.say(note)
+        for function, message in report.get("failed", {}).items():
+            self._failures.append(f"task {name!r}, {function}: {message}")
+            self._display.say(f"step {step}  {name}  {function} raised {message}")
+        return result
 
 
 def is_done(records: Records, names: list[str], fingerprint: str) -> Callable[[int], bool]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from meshway.framework import terminal
-from meshway.framework.data.source import DataSource, EvalTask, SplitRead, tasks_of
+from meshway.framework.data.source import DataSource, EvalTask, SplitRead, for_dry_run, other_split, reads_of, tasks_of
 from meshway.framework.errors import UserError
 from meshway.framework.evaluation.evaluation import Evaluation, Evaluator, Report, TaskResult
 from meshway.framework.evaluation.records import Record, Records, record_name
@@ -50,11 +50,6 @@ class Pass(NamedTuple):
     evaluator: Evaluator
     period: int
     split: str | None
-
-    @property
-    def label(self) -> str:
-        """The first part of the names of its scalars."""
-        return self.split or "validation"
 
     @property
     def names(self) -> list[str]:
@@ -107,7 +102,7 @@ class Schedule:
         train, infer = lists.values()
         passes: list[tuple[_Wanted, Pass]] = []
         for each in [*train, *(each for each in infer if each not in train)]:
-            source = _dry(each.data) if is_dry else each.data
+            source = for_dry_run(each.data) if is_dry else each.data
             with contextlib.nullcontext() if is_dry else terminal.stage("opening the evaluation data"):
                 tasks = tasks_of(source, each.split)
             if each.data is not own:
@@ -123,9 +118,7 @@ class Schedule:
         found: dict[SplitRead, None] = {}
         for listed in (self.train_eval, self.infer_eval):
             for each in self._wanted("", listed, own):
-                source: Any = _dry(each.data)
-                listed = source.reads(True) if hasattr(source, "reads") else ()
-                read = [one for one in listed if one.purpose == "evaluation"]
+                read = [one for one in reads_of(for_dry_run(each.data), True) if one.purpose == "evaluation"]
                 split = each.split
                 found |= dict.fromkeys(one._replace(split=split, examples=None) if split else one for one in read)
         return list(found)
@@ -138,24 +131,16 @@ class Schedule:
             period = each.period or self.period
             if period is not None:
                 data = own if each.data is None else each.data
-                split = None if each.split == getattr(data, "eval_split", None) else each.split
-                wanted = _Wanted(data, split, period, each.evaluation or self.evaluation)
+                wanted = _Wanted(data, other_split(data, each.split), period, each.evaluation or self.evaluation)
                 if wanted in found:
                     raise UserError(f"{name} has the same data, split and period twice: leave one of them out")
                 found.append(wanted)
         return found
 
 
-def _dry(data: DataSource) -> DataSource:
-    """Returns a source that writes nothing, as caches."""
-    source: DataSource = data.for_dry_run() if hasattr(data, "for_dry_run") else data
-    return source
-
-
 def _label(wanted: _Wanted, own: DataSource) -> str | None:
     """Returns the split that an evaluation reads, None where it is the validation split of the run's data."""
-    read = wanted.split or getattr(wanted.data, "eval_split", None)
-    return None if read == getattr(own, "eval_split", None) else read
+    return other_split(own, wanted.split or getattr(wanted.data, "eval_split", None))
 
 
 def _refuse_same_tasks(what: str, passes: Sequence[Pass]) -> None:
@@ -179,22 +164,25 @@ def _check_fit(sharded: ShardedModel, data: DataSource, tasks: Sequence[EvalTask
 def begin_hooks(hooks: Sequence[Hook], passes: Sequence[Pass], records: Records | None, start: int) -> None:
     """Tells the hooks that see evaluations which there are, and what was found up to step `start`; `records` are None
     where another process writes them. Raises UserError where a hook asks for what is not evaluated."""
+    seeing = [hook for hook in hooks if isinstance(hook, EvaluationHook)]
+    if not seeing:
+        return  # the records of a long run are long
     names = list(dict.fromkeys(name for each in passes for name in each.names))
     found: dict[int, dict[str, Record]] = {}
     if records is not None and start:
         for name in names:
             for step, record in records.read(name).items():
                 found.setdefault(step, {})[name] = record
-    for hook in hooks:
-        if isinstance(hook, EvaluationHook):
-            hook.begin(names, {step: found[step] for step in sorted(found) if step <= start})
+    for hook in seeing:
+        hook.begin(names, {step: found[step] for step in sorted(found) if step <= start})
 
 
 class Collected(NamedTuple):
     """One step's evaluations.
 
     Attributes:
-      scalars: `<label>/<task>/<metric>`, and `<label>/loss` over the tokens of all tasks of which a loss was found.
+      scalars: `<label>/<task>/<metric>`, and `<label>/loss` over the tokens of all tasks of which a loss was found; the
+        label is the split, or "validation".
       reports: by name of the record.
       values: what metrics return besides numbers, as `task_metrics.plain_values` has it, by names as scalars have them.
       notes: what is to be said.
@@ -206,19 +194,20 @@ class Collected(NamedTuple):
     notes: list[str]
 
 
-def collected(found: Iterable[tuple[str, str | None, TaskResult]]) -> Collected:
+def collected(found: Iterable[tuple[str | None, TaskResult]]) -> Collected:
     """Returns the results of one step's evaluations together.
 
     Args:
-      found: (label, split, result); a task's split is None for the usual one. Results of one task are joined.
+      found: (split, result); a task's split is None for the usual one. Results of one task are joined.
     """
     scalars: dict[str, float] = {}
     reports: dict[str, Report] = {}
     totals: dict[str, np.ndarray] = {}
     values: dict[str, dict[str, Any]] = {}
     notes: list[str] = []
-    for label, split, (name, report, loss, note) in found:
-        if "loss" in report["metrics"] or loss[1]:
+    for split, (name, report, loss, note) in found:
+        label = split or "validation"
+        if loss is not None:
             totals[label] = totals.get(label, np.zeros(2)) + loss
         scalars |= {f"{label}/{name}/{metric}": value for metric, value in report["metrics"].items()}
         values |= {f"{label}/{name}/{metric}": value for metric, value in report.get("values", {}).items()}
@@ -246,7 +235,7 @@ def _joined(one: Report, other: Report) -> Report:
 
 def evaluated(evaluator: Evaluator, params: Params) -> tuple[dict[str, float], dict[str, Report]]:
     """Returns (scalars, reports by task) of all tasks of an evaluator; every process must call it at the same step."""
-    found = collected(("validation", None, result) for result in evaluator.results(params))
+    found = collected((None, result) for result in evaluator.results(params))
     return found.scalars, found.reports
 
 
@@ -286,7 +275,7 @@ class EvaluationLog:
         self._compiled: set[int] = set()
         self._told: set[str] = set()
         self.reports: dict[str, Report] = {}
-        self._latest: dict[str, Report] = {}  # of each task
+        self._predictions: dict[str, list[dict[str, str]]] = {}  # the latest of each task
         if self._records is not None:
             self._records.keep_up_to(start)
         for each in self._passes:
@@ -305,9 +294,9 @@ class EvaluationLog:
         passes = [self._passes[number] for number in due]
         with terminal.stage(f"evaluating step {step}") if first else contextlib.nullcontext():
             params = self._params_of(state)
-            results = ((each.label, each.split, one) for each in passes for one in each.evaluator.results(params))
+            results = ((each.split, one) for each in passes for one in each.evaluator.results(params))
             scalars, self.reports, values, notes = collected(results)
-        self._latest |= self.reports
+        self._predictions |= {name: report["predictions"] for name, report in self.reports.items()}
         if self._records is not None:
             self._records.add(step, self.reports)
             self._write_values(step, values)
@@ -321,8 +310,8 @@ class EvaluationLog:
     def samples(self, limit: int = 3) -> str:
         """Returns a few predictions of the last evaluation as text, for a terminal."""
         lines = []
-        for name, report in self._latest.items():
-            for sample in report["predictions"][:limit]:
+        for name, predictions in self._predictions.items():
+            for sample in predictions[:limit]:
                 shown = {part: textwrap.shorten(sample[part], 100) for part in ("input", "target", "prediction")}
                 lines += [f"{name}", *[f"  {part:10}  {text}" for part, text in shown.items()]]
         return "\n".join(lines)

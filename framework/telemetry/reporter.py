@@ -101,6 +101,10 @@ class Pending:
         """
         return {name: _mean(pairs) for name, pairs in self._pairs.items()}
 
+    def unmeasured(self) -> set[str]:
+        """Returns the metrics that none of the steps had, which have weight 0 in all; blocks as `result`."""
+        return {name for name, pairs in self._pairs.items() if not any(float(np.asarray(pair[1])) for pair in pairs)}
+
 
 @jax.jit
 def _sum(metrics: list[Metrics]) -> Metrics:
@@ -237,12 +241,13 @@ class Reporter:
         writer: Writer,
         progress: Progress,
         timeline: Timeline,
-        flops_per_step: float | Callable[[int], float],
+        flops_per_step: Callable[[int], float],
         peak_flops: float,
         devices: Sequence[Any] = (),
     ):
-        """`flops_per_step` (by a step's number, where batches change their size) over `peak_flops`, the matmul peak of
-        all devices together in FLOP/s, gives `mfu`; `devices`, those of this process, are asked for their memory."""
+        """`flops_per_step`, by a step's number, over `peak_flops`, the matmul peak of all devices together in FLOP/s,
+        gives `mfu`; `devices`, those of this process, are asked for their memory. A report leaves out metrics that none
+        of its steps measured, as `training.step.WeightStatistics` does at some steps only."""
         self._writer, self._progress, self._timeline = writer, progress, timeline
         self._flops, self._peak, self._devices = flops_per_step, peak_flops, devices
         self._buffer = MetricBuffer()
@@ -282,16 +287,13 @@ class Reporter:
             return
         (step, pending, scalars), self._pending = self._pending, None
         if pending is not None:
-            means = pending.result()
+            unmeasured = pending.unmeasured()
+            means = {name: value for name, value in pending.result().items() if name not in unmeasured}
             # Read once the last of the steps has run: steps in flight belong to the next report.
             before, self._before = self._before, self._timeline.seconds()
             waited = self._before["data_wait"] - before["data_wait"]
             elapsed = self._before["training"] - before["training"] + waited
             means.pop("skipped_in_a_row", None)
-            # Statistics of weights are computed at some steps only (`training.step.WeightStatistics`).
-            means = {
-                name: value for name, value in means.items() if not (name.startswith("weight_") and value != value)
-            }
             tokens = means.pop("tokens", None)
             seconds = elapsed / pending.num_steps
             scalars |= means | {
@@ -300,8 +302,7 @@ class Reporter:
             }
             if tokens is not None:
                 scalars["tokens_per_second"] = tokens / seconds
-            flops = self._flops(step) if callable(self._flops) else self._flops
-            scalars["mfu"] = flops / seconds / self._peak
+            scalars["mfu"] = self._flops(step) / seconds / self._peak
             scalars |= memory_in_use(self._devices)
             self._progress.update(step, scalars)
             self._timeline.mark("report", step)

@@ -195,17 +195,24 @@ def _hidden_packages(every: Reach, program: Program) -> set[str]:
     known, and may refer to anything of the same package."""
     ours = ("meshway.launch.", "meshway.framework.", f"{program.package}.")
     found = [target for target in every.targets if not target.module.startswith(ours)]
-    return {target.module.partition(".")[0] for target in found if _is_hidden(target)}
+    return {_package(target) for target in found if _is_hidden(target)}
 
 
 def _visible(unused: list[Binding], bindings: list[Binding], packages: set[str]) -> list[Binding]:
     """Returns the unused bindings without those of `packages`, and without what only these use: the verb that imports
     what the recipe refers to there judges them."""
-    hidden = [each for each in unused if each.target and each.target.module.partition(".")[0] in packages]
+    hidden = [each for each in unused if each.target and _package(each.target) in packages]
     theirs = {binding_key(binding) for binding in hidden}
     for binding in hidden:
         theirs |= Walk(bindings, importing=False).follow(binding).used
     return [binding for binding in unused if binding_key(binding) not in theirs]
+
+
+def _package(target: Target) -> str:
+    """Returns the package of a target: of ours, whose parts import each other one way only, `meshway.models` or the
+    like."""
+    whole, _, rest = target.module.partition(".")
+    return whole if is_foreign(target.module) else f"{whole}.{rest.partition('.')[0]}"
 
 
 def _is_hidden(target: Target) -> bool:
@@ -260,8 +267,10 @@ def _unused_message(binding: Binding, ours: Reach, every: Reach) -> str:
     assert binding.target is not None
     wanted = configurables.key(binding.target)
     if binding.scope and wanted in {configurables.key(target) for target in ours.targets | every.targets}:
-        near = did_you_mean(binding.scope, ours.opened | every.opened)
-        why = f"no reference opens the scope {binding.scope!r}{near}"
+        scopes = ours.opened | every.opened
+        why = f"no reference opens the scope {binding.scope!r}{did_you_mean(binding.scope, scopes)}"
+        if binding.scope in scopes:
+            why = f"nothing refers to {binding.selector} in the scope {binding.scope!r}"
         return f"{binding.where} has no effect: {why}"
     return f"{binding.where} has no effect: nothing in use refers to @{binding.selector}; remove it, or refer to it"
 

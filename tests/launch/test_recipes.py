@@ -8,6 +8,7 @@ import jax
 import pytest
 from tiny import DECODERS, ENCODER_DECODERS, ENCODERS, FAMILIES, MIXTURES, VISION, program
 
+from meshway.framework.errors import UserError
 from meshway.launch import cli
 from meshway.launch.invocation import Invocation
 from meshway.launch.recipe import config
@@ -51,6 +52,26 @@ def test_a_recipe_resolves_to_its_golden_text(name):
     assert resolved == path.read_text()
     again = Invocation(verb=verb, subject=subject, gin_files=(str(path),))
     assert config.load(again, import_unreferenced=False).resolved == resolved
+
+
+@pytest.mark.parametrize(
+    ("binding", "why"),
+    [
+        (
+            "infer_evall/schedule.EvalDataset.split='train'",
+            "no reference opens the scope 'infer_evall'; did you mean 'infer_eval' or 'train_eval'?",
+        ),
+        (
+            "infer_eval/evaluation.Evaluation.max_predictions=3",
+            "nothing refers to evaluation.Evaluation in the scope 'infer_eval'",
+        ),
+    ],
+)
+def test_a_binding_of_ours_without_effect_is_refused_though_a_model_is_not_imported_yet(binding, why):
+    invocation = Invocation("train", gin_files=("recipes/quickstart.gin",), bindings=("MODEL_DIR='run'", binding))
+    with pytest.raises(UserError) as error:
+        config.load(invocation, import_unreferenced=False)
+    assert str(error.value) == f"--gin.{binding.partition('=')[0]} has no effect: {why}"
 
 
 def test_every_family_is_tested():

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
-from meshway.framework.errors import UserError, first_line
+from meshway.framework.errors import UserError, described
 from meshway.framework.inference.beam_search import NEVER
 from meshway.framework.inference.bulk.inputs import Example
 from meshway.framework.inference.decoding import one_ahead
@@ -201,16 +201,15 @@ def number(value: Any) -> float:
     return float(str(np.float32(value)))
 
 
-def numbers(values: np.ndarray) -> list[float]:
-    """Returns `number` of each."""
-    return [number(value) for value in values]
+def numbers(values: np.ndarray) -> Any:
+    """Returns `number` of each, in lists as the array has dimensions."""
+    return np.vectorize(number, otypes=[float])(values).tolist()
 
 
-def _of_row(name: str, value: np.ndarray, sizes: Mapping[str, int]) -> list[Any]:
+def _of_row(name: str, value: np.ndarray, sizes: Mapping[str, int]) -> Any:
     """Returns one example's intermediate value without its padding."""
     size = sizes["inputs"] if name.startswith("encoder") else sizes["targets"]
-    kept = value[:size].astype(np.float32)
-    return np.vectorize(number, otypes=[float])(kept).tolist() if kept.size else kept.tolist()
+    return numbers(value[:size])
 
 
 class Encoding(Protocol):
@@ -299,7 +298,7 @@ class OwnFormat:
             raise UserError(self._raised("merge", error)) from error
 
     def _raised(self, method: str, error: Exception) -> str:
-        return f"{method} of writer {self._kind} raised {type(error).__name__}: {first_line(error)}"
+        return f"{method} of writer {self._kind} raised {described(error)}"
 
     def is_final(self, path: Path) -> bool:
         return True

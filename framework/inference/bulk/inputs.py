@@ -64,6 +64,14 @@ class Share:
         return chunk % self.count == self.index
 
 
+Wanted = Callable[[int], bool]  # whether the record of an index is to be parsed
+
+
+def every(index: int) -> bool:
+    """Wants all records."""
+    return True
+
+
 FORMATS = ("jsonl", "tsv", "parquet", "text", "tfrecord")
 COMPRESSED = ".gz"  # of lines and TFRecord; Parquet has its own compression
 _SUFFIXES = {

@@ -14,6 +14,7 @@ from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError
 from meshway.framework.inference.bulk.batches import Work, compute
 from meshway.framework.inference.bulk.inputs import Example, Reader, Record, Share
+from meshway.framework.inference.bulk.sources import Source
 from meshway.framework.inference.bulk.store import ChunkStore
 from meshway.framework.progress import Bar, Display, Screen, seconds_left
 from meshway.framework.terminal import count_of
@@ -82,7 +83,7 @@ class Job:
 
     def __init__(
         self,
-        records: Iterable[Record],
+        source: Source,
         reader: Reader,
         work: Work,
         store: ChunkStore | None,
@@ -90,7 +91,7 @@ class Job:
         batch_size: int,
         progress: JobProgress,
     ):
-        self._records, self._reader, self._work, self._store = records, reader, work, store
+        self._source, self._reader, self._work, self._store = source, reader, work, store
         self._policy, self._batch_size, self._progress = policy, batch_size, progress
 
     def run(self) -> list[str]:
@@ -103,7 +104,13 @@ class Job:
           UserError: a record cannot be used, or is not what it was when its chunk was committed; the disk refuses.
         """
         done, digests = self._committed(), []
-        for number, records in enumerate(_chunks(self._records, self._policy.chunk_size)):
+
+        def wanted(index: int) -> bool:
+            number = index // self._policy.chunk_size
+            return self._policy.share.owns(number) and (number not in done or self._policy.overwrite)
+
+        records_of_all = self._source.records(wanted=wanted)
+        for number, records in enumerate(_chunks(records_of_all, self._policy.chunk_size)):
             digest = _digest(records)
             digests.append(digest)
             if done.get(number, digest) != digest and not self._policy.overwrite:

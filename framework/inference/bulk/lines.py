@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 from meshway.framework.errors import UserError
-from meshway.framework.inference.bulk.inputs import COMPRESSED, Record
+from meshway.framework.inference.bulk.inputs import COMPRESSED, Record, Wanted, every
 
 STDIN = "-"
 _LONGEST = 1 << 28  # bytes of a line; a longer one suggests that the file has another format
@@ -74,8 +74,8 @@ class LineSource:
         headers = len(self._paths) if self._format == "tsv" and not self._columns else 0
         return max(0, sum(_num_lines(path) for path in self._paths) - headers)
 
-    def records(self, start: int = 0) -> Iterator[Record]:
-        """Yields the records from index `start` on; those before are skipped without parsing.
+    def records(self, start: int = 0, wanted: Wanted = every) -> Iterator[Record]:
+        """Yields the records from index `start` on; those before, and those not `wanted`, are not parsed.
 
         Raises:
           UserError: there is no record at all (also before `start`), a file cannot be read, or standard input is read
@@ -87,7 +87,7 @@ class LineSource:
             for number, line in lines:
                 if index >= start:
                     raw = header + b"\n" + line if header else line
-                    values, problem = _parsed(line, parse)
+                    values, problem = _parsed(line, parse) if wanted(index) else ({}, "")
                     yield Record(index, values, place(path, number), raw, problem)
                 index += 1
         if not index:

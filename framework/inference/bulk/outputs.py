@@ -181,10 +181,10 @@ class OutputLock:
                 # A holder that ends removes file and folder, which may happen between any two steps here.
                 with contextlib.suppress(FileNotFoundError):
                     self._own = try_lock(paths.own_lock)
-                    tries -= self._own is None
-                    if not tries:
-                        raise UserError(_working(holder_of(paths.own_lock), paths.own_lock))
                     if self._own is None:
+                        tries -= 1
+                        if not tries:
+                            raise UserError(_working(holder_of(paths.own_lock), paths.own_lock))
                         time.sleep(_POLL_SECONDS)
         if paths.share.is_whole and (others := self.others()):
             raise UserError(_working(*others[0]))

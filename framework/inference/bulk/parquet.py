@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from meshway.framework.errors import UserError, did_you_mean, first_line
 from meshway.framework.inference.bulk.batches import plain
-from meshway.framework.inference.bulk.inputs import Record
+from meshway.framework.inference.bulk.inputs import Record, Wanted, every
 
 _COMPRESSION = "zstd"
 _BATCH = 1024  # rows converted to Python at once
@@ -148,8 +148,9 @@ class ParquetSource:
                 count += file.metadata.num_rows
         return count
 
-    def records(self, start: int = 0) -> Iterator[Record]:
-        """Yields the records from index `start` on; files and row groups before it are not read.
+    def records(self, start: int = 0, wanted: Wanted = every) -> Iterator[Record]:
+        """Yields the records from index `start` on; files and row groups before it are not read. `raw` is made of what
+        was parsed, so all are.
 
         Raises:
           UserError: there is no record at all (also before `start`), or a file cannot be read.

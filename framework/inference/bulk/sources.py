@@ -1,6 +1,7 @@
 """Sources of records for a job: files, globs, standard input, prompts of the command line, tasks."""
 
 import contextlib
+import functools
 import gzip
 import json
 import os
@@ -9,12 +10,15 @@ import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+import google_crc32c
 import numpy as np
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError
 
-from meshway.framework.errors import UserError, did_you_mean
+from meshway.framework.errors import UserError, did_you_mean, first_line
 from meshway.framework.files import local_path
-from meshway.framework.inference.bulk.batches import number, numbers
-from meshway.framework.inference.bulk.inputs import Record, check_format, find_files, format_of
+from meshway.framework.inference.bulk.batches import numbers
+from meshway.framework.inference.bulk.inputs import Record, Wanted, check_format, every, find_files, format_of
 from meshway.framework.inference.bulk.lines import INPUTS, STDIN, LineSource, read_again
 from meshway.framework.inference.bulk.parquet import ParquetSource
 from meshway.framework.terminal import count_of
@@ -36,8 +40,9 @@ class Source(Protocol):
         """The approximate number of records, for an estimate of the time; None if unknown."""
         ...
 
-    def records(self, start: int = 0) -> Iterator[Record]:
-        """Yields the records from index `start` on, with few of them in memory at a time.
+    def records(self, start: int = 0, wanted: Wanted = every) -> Iterator[Record]:
+        """Yields the records from index `start` on, with few of them in memory at a time. Those that are not `wanted`
+        need not be parsed: they may have their index, place and raw bytes alone.
 
         Raises:
           UserError: the input cannot be read, or has no record at all.
@@ -95,7 +100,7 @@ class PromptSource:
         """The number of records."""
         return len(self._prompts)
 
-    def records(self, start: int = 0) -> Iterator[Record]:
+    def records(self, start: int = 0, wanted: Wanted = every) -> Iterator[Record]:
         """Yields the records from index `start` on."""
         for index, text in enumerate(self._prompts[start:], start):
             yield Record(index, {self._field: text}, f"prompt {index + 1}", json.dumps(text).encode())
@@ -123,8 +128,8 @@ class TFRecordSource:
         """None: only reading them all would tell."""
         return None
 
-    def records(self, start: int = 0) -> Iterator[Record]:
-        """Yields the records from index `start` on; those before are not parsed.
+    def records(self, start: int = 0, wanted: Wanted = every) -> Iterator[Record]:
+        """Yields the records from index `start` on; those before, and those not `wanted`, are not parsed.
 
         Raises:
           UserError: there is no record at all (also before `start`), or a file cannot be read, or is damaged where it
@@ -133,8 +138,11 @@ class TFRecordSource:
         index = 0
         for path in self._paths:
             for place, (content, checksum) in enumerate(_framed(path), 1):
-                if index >= start:
-                    yield _example(index, content, checksum, f"{path} record {place}")
+                where = f"{path} record {place}"
+                if index >= start and wanted(index):
+                    yield _example(index, content, checksum, where)
+                elif index >= start:
+                    yield Record(index, {}, where, content)
                 index += 1
         if not index:
             raise UserError(f"the input is empty: {self.description}")
@@ -170,96 +178,72 @@ def _is_length(head: bytes) -> bool:
     return len(head) == 12 and _masked_crc32c(head[:8]) == int.from_bytes(head[8:], "little")
 
 
-def _crc_table() -> list[int]:
-    table = []
-    for value in range(256):
-        for _ in range(8):
-            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
-        table.append(value)
-    return table
-
-
-_CRC_TABLE = _crc_table()
-
-
 def _masked_crc32c(content: bytes) -> int:
     """Returns the CRC-32C (Castagnoli), rotated and shifted as TFRecord files have it."""
-    crc, table = 0xFFFFFFFF, _CRC_TABLE
-    for byte in content:
-        crc = table[(crc ^ byte) & 0xFF] ^ crc >> 8
-    crc ^= 0xFFFFFFFF
+    crc = google_crc32c.value(content)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def _example(index: int, content: bytes, checksum: int, place: str) -> Record:
-    """Returns the record of a tf.train.Example."""
+    """Returns the record of a tf.train.Example, features by name."""
     if _masked_crc32c(content) != checksum:
         return Record(index, {}, place, content, "it is damaged: its checksum is another one")
     try:
-        found = _features_of(content)
-    except (ValueError, IndexError) as error:
-        return Record(index, {}, place, content, f"not a tf.train.Example: {error}")
-    ids = {name: values for name, values in found.items() if values and isinstance(values[0], int)}
-    return Record(index, {n: each[0] if len(each) == 1 else each for n, each in found.items()}, place, content, ids=ids)
+        features = _example_class().FromString(content).features.feature
+    except DecodeError as error:
+        return Record(index, {}, place, content, f"not a tf.train.Example: {first_line(error)}")
+    values: dict[str, Any] = {}
+    ids: dict[str, list[int]] = {}
+    for name in sorted(features):  # a protobuf map has no order
+        kind = features[name].WhichOneof("kind")
+        found = list(getattr(features[name], kind).value) if kind else []
+        if kind == "bytes_list":
+            found = [_text(each) for each in found]
+        elif kind == "float_list":
+            found = numbers(np.array(found, np.float32))
+        elif found:
+            ids[name] = found
+        values[name] = found[0] if len(found) == 1 else found
+    return Record(index, values, place, content, ids=ids)
 
 
-def _features_of(content: bytes) -> dict[str, list[Any]]:
-    """Returns the values of each feature of a tf.train.Example: Example.features (1), whose map `feature` (1) has
-    entries of a name (1) and a Feature (2), which is a list of bytes (1), of floats (2) or of int64 (3)."""
-    found: dict[str, list[Any]] = {}
-    for features in _sub(memoryview(content), 1):
-        for entry in _sub(features, 1):
-            name = b"".join(_sub(entry, 1)).decode()
-            found[name] = []
-            for feature in _sub(entry, 2):
-                found[name] += [_text(each) for texts in _sub(feature, 1) for each in _sub(texts, 1)]
-                for floats in _sub(feature, 2):
-                    found[name] += numbers(np.frombuffer(b"".join(_sub(floats, 1, 5)), "<f4"))
-                for integers in _sub(feature, 3):
-                    packed = memoryview(b"".join(_sub(integers, 1, 0)))
-                    while packed:
-                        value, packed = _varint(packed)
-                        found[name].append(value - (value >> 63 << 64))
-    return found
+@functools.cache
+def _example_class() -> Any:
+    """Returns the message class of tf.train.Example, as tensorflow/core/example's example.proto and feature.proto
+    declare it; in a pool of its own, beside which TensorFlow may be imported."""
+    field, package = descriptor_pb2.FieldDescriptorProto, "meshway"
+    file = descriptor_pb2.FileDescriptorProto(name="meshway/example.proto", package=package, syntax="proto3")
+
+    def message(name: str, *fields: tuple[str, int, str | int], label: int, within: Any = file.message_type) -> Any:
+        made = within.add(name=name)
+        for called, number, kind in fields:
+            known = {"type": kind} if isinstance(kind, int) else {"type": field.TYPE_MESSAGE, "type_name": kind}
+            made.field.add(name=called, number=number, label=label, **known)
+        return made
+
+    one, many = field.LABEL_OPTIONAL, field.LABEL_REPEATED
+    message("BytesList", ("value", 1, field.TYPE_BYTES), label=many)
+    message("FloatList", ("value", 1, field.TYPE_FLOAT), label=many)
+    message("Int64List", ("value", 1, field.TYPE_INT64), label=many)
+    lists = (("bytes_list", 1, "BytesList"), ("float_list", 2, "FloatList"), ("int64_list", 3, "Int64List"))
+    feature = message("Feature", *[(name, number, f".{package}.{kind}") for name, number, kind in lists], label=one)
+    feature.oneof_decl.add(name="kind")
+    for each in feature.field:
+        each.oneof_index = 0
+    features = message("Features", ("feature", 1, f".{package}.Features.FeatureEntry"), label=many)
+    pair = ("key", 1, field.TYPE_STRING), ("value", 2, f".{package}.Feature")
+    message("FeatureEntry", *pair, label=one, within=features.nested_type).options.map_entry = True
+    message("Example", ("features", 1, f".{package}.Features"), label=one)
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{package}.Example"))
 
 
-def _sub(content: memoryview, field: int, wire_type: int = 2) -> list[memoryview]:
-    """Returns the content of each field of a protobuf message that has number `field`: of wire type 2
-    (length-delimited), or also `wire_type`, that of its elements where they are not packed."""
-    found = []
-    while content:
-        key, content = _varint(content)
-        kind, before = key & 7, content
-        if kind == 0:
-            _, content = _varint(content)
-            size = len(before) - len(content)
-        elif kind == 2:
-            size, before = _varint(content)
-        else:
-            size = {1: 8, 5: 4}[kind] if kind in (1, 5) else -1
-        if not 0 <= size <= len(before):
-            raise ValueError("a field is cut off, or of an unknown kind")
-        value, content = before[:size], before[size:]
-        if key >> 3 == field and kind in (2, wire_type):
-            found.append(value)
-    return found
-
-
-def _varint(content: memoryview) -> tuple[int, memoryview]:
-    """Returns the integer at the beginning, seven bits a byte, and what follows."""
-    value = 0
-    for place in range(10):
-        value |= (content[place] & 0x7F) << 7 * place
-        if content[place] < 0x80:
-            return value & 0xFFFFFFFFFFFFFFFF, content[place + 1 :]
-    raise ValueError("an integer is longer than 64 bits")
-
-
-def _text(value: memoryview) -> str | bytes:
+def _text(value: bytes) -> str | bytes:
     try:
-        return bytes(value).decode()
+        return value.decode()
     except UnicodeDecodeError:
-        return bytes(value)
+        return value
 
 
 class ReadableTask(Protocol):
@@ -296,7 +280,7 @@ class TaskSource:
         Raises:
           UserError: no task has the needed features, or one of the fields.
         """
-        self._fields = fields
+        self._fields, self._keeps_all = fields, list(fields or ()) == [ALL_FIELDS]
         self._tasks = [task for task in tasks if task.num_examples and set(needed) <= _features(task)]
         self.description = f"split {split!r} of {', '.join(task.name for task in self._tasks)}"
         lacking = ", ".join(task.name for task in tasks if task not in self._tasks)
@@ -306,8 +290,8 @@ class TaskSource:
         if lacking:
             print(f"data: {lacking} left out: no examples with {what}", file=sys.stderr)
         there = {name for task in self._tasks for name in task.read([0])[0]}
-        for name in fields or ():
-            if name not in there and list(fields or ()) != [ALL_FIELDS]:
+        for name in () if self._keeps_all else fields or ():
+            if name not in there:
                 near = did_you_mean(name, there)
                 raise UserError(f"no task has a feature {name!r} to keep{near}; there are {', '.join(sorted(there))}")
 
@@ -316,20 +300,22 @@ class TaskSource:
         """The number of records."""
         return sum(task.num_examples for task in self._tasks)
 
-    def records(self, start: int = 0) -> Iterator[Record]:
-        """Yields the records from index `start` on."""
+    def records(self, start: int = 0, wanted: Wanted = every) -> Iterator[Record]:
+        """Yields the records from index `start` on; the text of those not `wanted` is not made."""
         first = 0
         for task in self._tasks:
             for begin in range(max(0, start - first), task.num_examples, _READ_AHEAD):
                 places = range(begin, min(begin + _READ_AHEAD, task.num_examples))
                 for place, example in zip(places, task.read(places)):
-                    yield self._record(task, first + place, place, example)
+                    yield self._record(task, first + place, place, example, wanted(first + place))
             first += task.num_examples
 
-    def _record(self, task: ReadableTask, index: int, place: int, example: Mapping[str, Any]) -> Record:
+    def _record(
+        self, task: ReadableTask, index: int, place: int, example: Mapping[str, Any], is_wanted: bool
+    ) -> Record:
         ids = {name: [int(t) for t in example[name]] for name in ("inputs", "targets") if _is_tokens(example.get(name))}
         values: dict[str, Any] = {"task": task.name, "example": place}
-        values |= {name: task.text(name, place) for name in ids}
+        values |= {name: task.text(name, place) for name in ids if is_wanted}
         kept = {f"{name}_tokens" if name in ids else name: _kept(example[name]) for name in self._named(example)}
         raw = json.dumps([task.name, place, ids, kept], sort_keys=True, default=repr).encode()
         return Record(index, values | kept, f"task {task.name!r} example {place}", raw, ids=ids)
@@ -338,7 +324,7 @@ class TaskSource:
         """Returns which features of an example a record gets beside its text, in their order."""
         if self._fields is None:
             return [name for name in example if name.endswith("_pretokenized")]
-        return [name for name in example if name in self._fields or list(self._fields) == [ALL_FIELDS]]
+        return [name for name in example if self._keeps_all or name in self._fields]
 
 
 def _features(task: ReadableTask) -> set[str]:
@@ -349,14 +335,14 @@ def _kept(value: Any) -> Any:
     """Returns a feature as text, numbers, and lists of them."""
     value = np.asarray(value)
     if value.dtype == np.float32:
-        return np.vectorize(number, otypes=[object])(value).tolist() if value.size else value.tolist()
+        return numbers(value)
     return _decoded(value.tolist())
 
 
 def _decoded(value: Any) -> Any:
     if isinstance(value, list):
         return [_decoded(each) for each in value]
-    return _text(memoryview(value)) if isinstance(value, bytes) else value
+    return _text(value) if isinstance(value, bytes) else value
 
 
 def _is_tokens(value: Any) -> bool:

@@ -262,6 +262,13 @@ def test_metric_objects_find_what_seqio_s_evaluator_finds(seqio):
     assert {name: found.values[name] for name in names} == pytest.approx(
         {name: float(getattr(theirs[name], "value", theirs[name])) for name in names}
     )
+    merged = mine.merging()  # Longest has a `merge`; the others are computed of all examples at once
+    assert (merged.needs_predictions, merged.needs_tokens, merged.needs_intermediates) == (True, True, True)
+    for part in (slice(0, 4), slice(4, 7)):
+        merged.predicted(range(7)[part], np.stack(tokens)[part], scores[part])
+        merged.scored(range(7)[part], scores[part], None)
+    given = (predictions, {"scores": scores}, dict(enumerate(scores)), np.stack(tokens), beside)
+    assert mine.metrics(*given, merged=merged) == found
     seqio.TaskRegistry.remove("tiny_objects")
     add("tiny_objects", preprocessors=kept.preprocessors, metric_objs=[clu.metrics.Average])
     (task,) = data("tiny_objects").eval_tasks()

@@ -283,6 +283,76 @@ def test_metrics_of_scores_get_what_was_computed_beside_them(params):
     assert [row[mask > 0].tolist() for row, mask in zip(ids, weights)] == [targets for _, targets in EXAMPLES]
 
 
+def metric_objects(merge):
+    """A metric object of each kind of model output, which adds up what it is given; and how many examples at a time."""
+    seen = []
+
+    class Total:
+        def __init__(self, total):
+            self.total = total
+
+        @classmethod
+        def from_model_output(cls, inputs, model_output, features, target_field_name):
+            kind = cls.model_output_type
+            seen.append((kind, [len(example[target_field_name]) for example in inputs]))
+            values, beside = model_output if kind > 2 else (model_output, {"scores": np.zeros(len(inputs))})
+            assert len(values) == len(inputs)
+            beside = beside["scores"] if "scores" in beside else beside["decoder"]["token_scores"][0]
+            return cls(float(np.sum(values)) + 2 * float(np.sum(beside)))
+
+        def compute(self):
+            return {type(self).__name__: self.total}
+
+    if merge:
+        Total.merge = merge
+    names = {1: "predicted", 2: "scored", 3: "with_aux", 4: "with_intermediates"}
+    return seen, [type(name, (Total,), {"model_output_type": kind}) for kind, name in names.items()]
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_predictions": 5}, {"max_predictions": 0}], ids=str)
+def test_metric_objects_are_merged_batch_by_batch_and_nothing_else_of_a_batch_is_kept(params, settings, monkeypatch):
+    """They find what they find of all examples at once, of an example in several rows too, which batches divide."""
+    lengths = {"targets": 4}
+    examples = [([], target) for target in ([2, 3, 1], [5, 6, 7, 8, 9, 10, 5, 6, 7, 1], [3, 4, 1], [4, 1], [8, 1], [1])]
+    found, counts, real = {}, {}, bigram_table.TaskEvaluation.metrics
+    for merges in (False, True):
+        merge = (lambda self, other: type(self)(self.total + other.total)) if merges else None
+        seen, objects = metric_objects(merge)
+        of_scores = bigram_table.task(
+            examples, LanguageModel(), batch_size=2, lengths=lengths, metric_objs=[objects[1], objects[3]]
+        )
+        of_predictions = bigram_table.task(EXAMPLES, metric_objs=[objects[0], objects[2]], name="predicted")
+        given = []
+
+        def metrics(self, given=given, **all_at_once):
+            given.append(all_at_once)
+            return real(self, **all_at_once)
+
+        monkeypatch.setattr(bigram_table.TaskEvaluation, "metrics", metrics)
+        reports = evaluate(params, of_scores, of_predictions, **settings)[1]
+        found[merges] = {name: value for report in reports.values() for name, value in report["metrics"].items()}
+        counts[merges] = [report["counts"] for report in reports.values()]
+        assert not any("failed" in report for report in reports.values())
+        for each in given if merges else ():
+            assert [each.get(name) for name in ("predictions", "tokens", "intermediates")] == [None] * 3
+    if settings.get("max_predictions") != 0:
+        count = settings.get("max_predictions", 6)
+        sizes = [len(target) for _, target in examples][:count]
+        assert len(found[True]) == 5
+        assert sum((lengths for kind, lengths in seen if kind == 2), []) == sizes
+        assert [len(lengths) for kind, lengths in seen if kind == 1] == [4, count - 4]
+    assert found[True] == pytest.approx(found[False]) and counts[True] == counts[False]
+
+
+def test_a_metric_object_that_cannot_be_merged_is_named(params):
+    def merge(self, other):
+        raise ValueError("of other shapes")
+
+    _, objects = metric_objects(merge)
+    report = evaluate(params, bigram_table.task(EXAMPLES, metric_objs=objects[:2]))[1]["ids"]
+    assert report["failed"] == dict.fromkeys(("predicted", "scored"), "ValueError: of other shapes")
+
+
 def test_all_predictions_of_a_task_are_kept_on_request(params, tmp_path):
     _, functions = recorders()
     task = bigram_table.task(EXAMPLES, **functions)

@@ -11,8 +11,8 @@ from meshway.framework.checkpoints.manager import Checkpoints, DamagedCheckpoint
 from meshway.framework.errors import UserError
 from meshway.framework.evaluation import job as job_module
 from meshway.framework.evaluation.evaluation import Evaluation, Evaluator
-from meshway.framework.evaluation.job import EvaluationDisplay, EvaluationJob, is_done, record_name
-from meshway.framework.evaluation.records import Claims, Records, StepQueue, Wanted
+from meshway.framework.evaluation.job import EvaluationDisplay, EvaluationJob, is_done
+from meshway.framework.evaluation.records import Claims, Records, StepQueue, Wanted, record_name
 from meshway.framework.telemetry.writers import Writers
 from meshway.framework.training.run_directory import RunDirectory
 
@@ -65,6 +65,7 @@ def test_own_loggers_get_each_step_s_scalars(saved, tmp_path):
     work.job._loggers = Writers([SimpleNamespace(write=written.__setitem__, close=lambda: closed.append(1))])
     assert work.job.run() == 3
     assert list(written) == [1, 2, 3] and "validation/ids/length" in written[1] and closed == [1]
+    assert written[1]["validation/loss"] == written[1]["validation/ids/loss"]  # over all tasks: there is one
 
 
 def test_every_step_is_evaluated_written_and_passed_over_the_next_time(saved, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from meshway.framework.errors import UserError
 from meshway.framework.evaluation.evaluation import Evaluation
-from meshway.framework.evaluation.schedule import EvalDataset, EvaluationLog, Schedule
+from meshway.framework.evaluation.schedule import EvalDataset, EvaluationLog, Schedule, begin_hooks
 from meshway.framework.training.loop import EarlyStopping, EvaluationHook
 from meshway.framework.training.run_directory import RunDirectory
 
@@ -28,7 +28,7 @@ def opened(sharded, **arguments):
 
 def test_by_default_the_run_s_own_data_is_one_pass(sharded):
     (only,) = opened(sharded)
-    assert only.names == ["ids", "more"] and (only.period, only.label) == (10, "validation")
+    assert only.names == ["ids", "more"] and (only.period, only.split) == (10, None)
     assert opened(sharded, period=None) == [] == opened(sharded, train_eval=None, infer_eval=())
 
 
@@ -36,9 +36,9 @@ def test_each_list_has_data_splits_periods_and_settings_of_its_own(sharded, tmp_
     log, said = (), []
     infer = [EvalDataset(OTHER, period=4), EvalDataset(split="train", evaluation=Evaluation(max_predictions=1))]
     passes = opened(sharded, infer_eval=infer)
-    assert [(each.names, each.period, each.label) for each in passes] == [
-        (["ids", "more"], 10, "validation"),
-        (["other"], 4, "validation"),
+    assert [(each.names, each.period, each.split) for each in passes] == [
+        (["ids", "more"], 10, None),
+        (["other"], 4, None),
         (["ids.train", "more.train"], 10, "train"),
     ]
     log = EvaluationLog(passes, 21, RunDirectory(tmp_path), 0, True, said.append)
@@ -51,6 +51,10 @@ def test_each_list_has_data_splits_periods_and_settings_of_its_own(sharded, tmp_
     assert set(scalars) == {*[f"validation/{name}" for name in names], "train/ids/count", "train/more/count"}
     assert scalars["train/ids/count"] == 1.0
     log(state, 20)
+    (_, mixed, own) = (list(each.evaluator.results(state.params)) for each in passes)
+    assert [result.loss for result in (*mixed, *own)] == [None] * 3  # nothing is run teacher-forced
+    assert log.samples(1).count("prediction") == 3  # the latest of each task, though only one was evaluated last
+    assert log(state, 4) and log.samples(1).count("prediction") == 3
 
     def records(name):
         return [json.loads(line) for line in (tmp_path / "eval" / f"{name}.jsonl").read_text().splitlines()]
@@ -86,6 +90,23 @@ def test_what_would_be_written_twice_or_cannot_be_read_is_refused(sharded, train
 def test_a_period_of_no_steps_is_refused():
     with pytest.raises(UserError, match="EvalDataset.period is 0"):
         EvalDataset(period=0)
+
+
+def test_records_of_earlier_evaluations_are_read_for_hooks_that_see_them_alone(sharded):
+    class Stopping(EarlyStopping):
+        def begin(self, names, earlier):
+            self.begun = names, earlier
+
+    def read(name):
+        asked.append(name)
+        return {5: {"metrics": {"loss": 1.0}}, 15: {"metrics": {"loss": 2.0}}}
+
+    asked, records, hook = [], SimpleNamespace(read=read), Stopping(("ids", "loss"), "min")
+    begin_hooks([SimpleNamespace(after_save=lambda step: None)], opened(sharded), records, 10)
+    assert not asked
+    begin_hooks([hook], opened(sharded), records, 10)
+    names = ["ids", "more"]
+    assert asked == names and hook.begun == (names, {5: dict.fromkeys(names, {"metrics": {"loss": 1.0}})})
 
 
 def found(value, metric="loss", **more):

@@ -1,5 +1,6 @@
 import io
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,12 +47,14 @@ def test_rates_are_of_training_and_waiting_is_time_without_a_step_to_do(tmp_path
         JsonlWriter(tmp_path / "metrics.jsonl"),
         Progress(9, stream=screen),
         told,
-        flops_per_step=8.0,
+        flops_per_step=lambda step: 8.0,
         peak_flops=4.0,
         devices=[SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 12})],
     )
     devices.now = 10.0  # before the first step
     metrics = {"loss": (jnp.float32(6), jnp.float32(2)), "tokens": (jnp.float32(60), jnp.float32(1))}
+    metrics["weight_rms/not_now"] = jnp.float32(0), jnp.float32(0)
+    metrics["weight_rms/broken"] = jnp.float32(math.nan), jnp.float32(1)
     with report.training():
         with report.waiting():
             devices.now, devices.idle_at = devices.now + 3, 0.0  # nothing to do all the while
@@ -74,6 +77,7 @@ def test_rates_are_of_training_and_waiting_is_time_without_a_step_to_do(tmp_path
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert line["step_seconds"] == pytest.approx(20 / 3) and line["mfu"] == pytest.approx(8 / (20 / 3) / 4)
     assert line["data_wait_fraction"] == pytest.approx((3 + 1) / 20)
+    assert line["weight_rms/broken"] is None and "weight_rms/not_now" not in line
     assert line["device_peak_bytes_in_use"] == 12 and "device_bytes_limit" not in line
     assert line["tokens_per_second"] == pytest.approx(60 / (20 / 3)) and line["loss"] == 3.0
     assert "router/entropy" not in screen.getvalue() and "t/f1" in screen.getvalue()

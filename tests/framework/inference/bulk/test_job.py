@@ -1,6 +1,7 @@
 """A job's order, its chunks, its resumption and what it does with records it cannot use; nothing is computed here."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -41,6 +42,10 @@ def records(texts, first=0):
     ]
 
 
+def unparsed(record):
+    return Record(record.index, {}, record.place, record.raw)
+
+
 def text():
     return Text(VOCABULARY, VOCABULARY, (0,), (1,), end=(1,))
 
@@ -57,7 +62,10 @@ def run(folder, given, work=None, skip_bad=False, share=Share(), **options):
     store.open()
     try:
         progress = JobProgress(len(given), silent=True)
-        digests = Job(given, reader(**options), work, store, Policy(4, skip_bad, share=share), 3, progress).run()
+        source = SimpleNamespace(
+            records=lambda wanted: [each if wanted(each.index) else unparsed(each) for each in given]
+        )
+        digests = Job(source, reader(**options), work, store, Policy(4, skip_bad, share=share), 3, progress).run()
         if missing := store.missing(digests):
             return missing
         counts = summary(store)

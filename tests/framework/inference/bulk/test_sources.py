@@ -15,6 +15,8 @@ import pyarrow.parquet
 import pytest
 
 from meshway.framework.errors import UserError
+from meshway.framework.inference.bulk import lines as line_files
+from meshway.framework.inference.bulk import sources
 from meshway.framework.inference.bulk.sources import TaskSource, open_source
 
 ROWS = [{"inputs": f"question {i} — é", "id": i, "scores": [i / 2] * (i % 3)} for i in range(23)]
@@ -257,6 +259,23 @@ TFRECORDS = [
 ]
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "tsv", "txt", "tfrecord"])
+def test_records_that_are_not_wanted_are_not_parsed_and_have_their_bytes(tmp_path, kind, monkeypatch):
+    if kind == "tfrecord":
+        (path := tmp_path / "x.tfrecord").write_bytes(b"".join(map(bytes.fromhex, TFRECORDS)))
+    else:
+        path, _ = write(tmp_path, kind, ROWS[:3])
+    whole, parsed = read(path), []
+    monkeypatch.setattr(
+        line_files, "_parsed", lambda line, parse, real=line_files._parsed: parsed.append(line) or real(line, parse)
+    )
+    monkeypatch.setattr(sources, "_example", lambda *given, real=sources._example: parsed.append(given) or real(*given))
+    some = list(open_source(str(path)).records(wanted=lambda index: index == 1))
+    assert len(parsed) == 1 and some[1] == whole[1]
+    assert [(each.index, each.raw, each.place) for each in some] == [(x.index, x.raw, x.place) for x in whole]
+    assert [each.values for each in some[::2]] == [{}, {}] and not any(each.problem for each in some)
+
+
 def test_tfexamples_hold_what_tensorflow_wrote(tmp_path):
     """A damaged record is its own problem; one whose length is damaged, that of the input."""
     first, second, third = map(bytes.fromhex, TFRECORDS)
@@ -266,6 +285,9 @@ def test_tfexamples_hold_what_tensorflow_wrote(tmp_path):
     records = read(tmp_path / "x.tfrecord*")
     assert [each.values for each in records] == [EXAMPLES[0] | {"one": 5}, *EXAMPLES[1:]]
     assert records[0].ids == {"ids": EXAMPLES[0]["ids"], "one": [5]} and records[1].place == f"{path} record 2"
+    assert list(records[0].values) == sorted(EXAMPLES[0])
+    path.write_bytes(frame(b"\x0a\x05no") + first)
+    assert [each.problem.partition(":")[0] for each in read(path)] == ["not a tf.train.Example", ""]
     path.write_bytes(first + second.replace(b"aaa", b"baa"))
     assert [each.problem for each in read(path)] == ["", "it is damaged: its checksum is another one"]
     for content, message in (
@@ -277,6 +299,12 @@ def test_tfexamples_hold_what_tensorflow_wrote(tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match=message):
             read(path)
+
+
+def frame(content):
+    length = len(content).to_bytes(8, "little")
+    checksums = [sources._masked_crc32c(each).to_bytes(4, "little") for each in (length, content)]
+    return length + checksums[0] + content + checksums[1]
 
 
 @pytest.mark.slow
