@@ -129,6 +129,12 @@ class Sliced:
         return f"{whole.identity}[{self._numbers.start}:{self._numbers.stop}]"
 
     @property
+    def span(self) -> tuple[str, int, int]:
+        """(the split, number of the first example, number after the last), where it is a cached split."""
+        whole: Any = self._examples
+        return whole.split, self._numbers.start, self._numbers.stop
+
+    @property
     def directory(self) -> Path:
         """Where the cached split is."""
         whole: Any = self._examples

@@ -93,7 +93,7 @@ class CachedData:
         self.name = mixture_or_task_name
         self.lengths = dict(lengths)
         self.batch_size = batch_size
-        self.converter = adapted(converter)
+        self.converter = adapted(converter, self.lengths)
         self.modules = module_names(module)
         self._seed = seed
         self.train_split = train_split

@@ -61,17 +61,18 @@ class SeqioCache:
         return int(self.stats[split]["examples"])
 
 
-def origin(task: Any, directory: Path, from_seqio: str | None = None) -> SeqioCache | None:
+def origin(task: Any, directory: Path | None, from_seqio: str | None = None) -> SeqioCache | None:
     """Returns the cache of seqio's from which our cache of a task is made; None where its preprocessors make it.
 
     Args:
       task: the seqio task.
-      directory: CACHE_DIR/TASK. If it exists, it tells: seqio's cache may be gone once ours is complete.
+      directory: CACHE_DIR/TASK. If it exists, it tells: seqio's cache may be gone once ours is complete. None: it does
+        not, being made anew.
       from_seqio: where a cache must be, as `open_cache`; None looks in seqio's global cache directories.
     """
     if from_seqio is not None:
         return open_cache(task, from_seqio)
-    if (path := directory / "info.json").is_file():
+    if directory is not None and (path := directory / "info.json").is_file():
         told = read_json(path).get("seqio_cache")
         return None if told is None else SeqioCache(**told)
     with task_errors(task.name, "cache directories"):
@@ -79,7 +80,7 @@ def origin(task: Any, directory: Path, from_seqio: str | None = None) -> SeqioCa
     return None if found is None else open_cache(task, found)
 
 
-def splits(task: Any, directory: Path, from_seqio: str | None = None) -> list[str]:
+def splits(task: Any, directory: Path | None, from_seqio: str | None = None) -> list[str]:
     """Returns the splits that our cache of a task has, or will have; arguments as `origin`."""
     found = origin(task, directory, from_seqio)
     with task_errors(task.name, "splits"):

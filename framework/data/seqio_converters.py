@@ -6,6 +6,7 @@ converter that packs packs what was planned. TensorFlow is needed as batches are
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import re
@@ -69,23 +70,33 @@ class SeqioConverter:
                 "seqio.PassThroughFeatureConverter is passthrough.PassThrough here, which is told shapes and dtypes"
             )
         self.name = type(converter).__name__
-        self.converter = converter
+        self.converter = self._described = converter  # what converts, and what says which features there are
         self.pack = bool(getattr(converter, "_pack", False))
         self._shapes = {name: tuple(shape) for name, shape in (shapes or {}).items()}
         self._left_out = set(left_out)
+
+    def under(self, lengths: Mapping[str, int]) -> "SeqioConverter":
+        """Returns the converter that it is under lengths: seqio's for decoders is one of three."""
+        seqio = import_seqio()
+        if not isinstance(self._described, seqio.feature_converters.DecoderFeatureConverter):
+            return self
+        kind = "prefixsuffixlm" if "suffixes" in lengths else "prefixlm" if "inputs" in lengths else "strictlm"
+        found = copy.copy(self)
+        found._described = getattr(self.converter, f"{kind}_feature_converter")
+        return found
 
     @property
     def task_features(self) -> tuple[str, ...]:
         """The features of a task that it reads, under some lengths at least."""
         seqio = import_seqio()
-        if isinstance(self.converter, seqio.feature_converters.DecoderFeatureConverter):
+        if isinstance(self._described, seqio.feature_converters.DecoderFeatureConverter):
             return ("inputs", "targets", "suffixes")
         return tuple(self._reads({}))
 
     @property
     def can_predict(self) -> bool:
         """Whether batches tell what a prediction begins from: an encoder's inputs, or a prefix."""
-        made = {*getattr(self.converter, "MODEL_FEATURES", ()), *getattr(self.converter, "BATCH_FEATURES", ())}
+        made = {*getattr(self._described, "MODEL_FEATURES", ()), *getattr(self._described, "BATCH_FEATURES", ())}
         return "decoder_input_tokens" in made and bool(made & {"encoder_input_tokens", "decoder_causal_attention"})
 
     def spec(self, lengths: Mapping[str, int], batch_size: int) -> Spec:
@@ -102,6 +113,8 @@ class SeqioConverter:
         Raises:
           UserError: the task's features, the lengths and the converter do not fit.
         """
+        if (under := self.under(lengths)) is not self:
+            return under.bind(task, lengths)
         self._probe(lengths)
         reads = self._reads(lengths)
         for name, info in reads.items():
@@ -124,12 +137,9 @@ class SeqioConverter:
     def _reads(self, lengths: Mapping[str, int]) -> dict[str, FeatureInfo]:
         """Returns the task features that it reads under `lengths`, by name."""
         seqio = import_seqio()
-        converter = self.converter
+        converter = self.under(lengths)._described
         if isinstance(converter, seqio.feature_converters.PrePackedLMFeatureConverter):
             return {name: FeatureInfo("int32", (None,)) for name in converter.BATCH_FEATURES}
-        if isinstance(converter, seqio.feature_converters.DecoderFeatureConverter):
-            kind = "prefixsuffixlm" if "suffixes" in lengths else "prefixlm" if "inputs" in lengths else "strictlm"
-            converter = getattr(converter, f"{kind}_feature_converter")
         specs = {**converter.TASK_FEATURES, **getattr(converter, "_passthrough_features", {})}
         if texts := [name for name, spec in specs.items() if spec.dtype.name == "string"]:
             raise UserError(
@@ -281,10 +291,11 @@ def _errors(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {told}") from error
 
 
-def adapted(converter: Any) -> Any:
-    """Returns a converter of ours as it is, and one of seqio's within a `SeqioConverter`."""
-    is_seqio = hasattr(converter, "get_model_feature_lengths") and not hasattr(converter, "bind")
-    return SeqioConverter(converter) if is_seqio else converter
+def adapted(converter: Any, lengths: Mapping[str, int]) -> Any:
+    """Returns a converter of ours as it is, and one of seqio's within a `SeqioConverter`, as it is under `lengths`."""
+    if hasattr(converter, "get_model_feature_lengths") and not hasattr(converter, "bind"):
+        converter = SeqioConverter(converter)
+    return converter.under(lengths) if isinstance(converter, SeqioConverter) else converter
 
 
 @dataclasses.dataclass(frozen=True)

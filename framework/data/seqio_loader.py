@@ -85,7 +85,7 @@ class SeqioData:
         self.name = mixture_or_task_name
         self.lengths = dict(lengths)
         self.batch_size = batch_size
-        self.converter = adapted(converter)
+        self.converter = adapted(converter, self.lengths)
         self._modules = module_names(module)
         self._seed = seed
         self._train_split = train_split

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,27 +102,33 @@ def build(
     root = local_path(directory)
     with contextlib.ExitStack() as stack:
         stack.callback(seqio_steps.release_sources)
-        plans: dict[str, _Plan] = {}
-        works: dict[str, Path] = {}
+        leaves: dict[str, tuple[str, Any]] = {}  # and the provider of each
         for name in names:
-            for task in _leaves(name, modules, root, splits, from_seqio):
-                if task.name not in plans:
-                    _clear(root / task.name, overwrite)
-                    imported = seqio_caches.origin(task, root / task.name, from_seqio)
-                    works[task.name] = stack.enter_context(working(root / task.name, part == (1, 1)))
-                    plans[task.name] = _plan(task, name, root, splits, num_shards, works[task.name], imported)
-        _check_part(part, plans.values())
-        return _build(list(plans.values()), works, tuple(modules), num_workers, max_bad_examples, progress, part)
+            for task in _leaves(name, modules, root, splits, from_seqio, overwrite):
+                leaves.setdefault(task.name, (name, task))
+        for name in leaves:
+            cache_shards.check_folder(root / name)
+        for name in leaves if overwrite else ():
+            with failures_of(root / name), contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(root / name)
+        imported = {name: seqio_caches.origin(task, root / name, from_seqio) for name, (_, task) in leaves.items()}
+        shards = {name: num_shards or _num_shards(root / name, imported[name]) for name in leaves}
+        _check_part(part, shards)  # before anything is written
+        plans, works = [], {}
+        for name, (provider, task) in leaves.items():
+            works[name] = stack.enter_context(working(root / name, part == (1, 1)))
+            plans.append(_plan(task, provider, root, splits, shards[name], works[name], imported[name]))
+        return _build(plans, works, tuple(modules), num_workers, max_bad_examples, progress, part)
 
 
-def _check_part(part: tuple[int, int], plans: Iterable[_Plan]) -> None:
+def _check_part(part: tuple[int, int], shards: Mapping[str, int]) -> None:
     index, count = part
     if not 1 <= index <= count:
         raise UserError(f"--part={index}/{count}: parts are numbered from 1, as 1/{max(count, 1)} for the first")
-    for plan in plans:
-        if count > plan.num_shards:
+    for name, num_shards in shards.items():
+        if count > num_shards:
             raise UserError(
-                f"--part={index}/{count}: task {plan.task.name!r} has {plan.num_shards} shards a split, too few for "
+                f"--part={index}/{count}: task {name!r} has {num_shards} shards a split, too few for "
                 f"{count} parts; give all parts --num_shards={count} or more"
             )
 
@@ -176,11 +182,16 @@ def missing(name: str, modules: Sequence[str], directory: str | Path, splits: Se
 
 
 def _leaves(
-    name: str, modules: Sequence[str], root: Path, splits: Sequence[str] | None, from_seqio: str | None = None
+    name: str,
+    modules: Sequence[str],
+    root: Path,
+    splits: Sequence[str] | None,
+    from_seqio: str | None = None,
+    anew: bool = False,
 ) -> list[Any]:
-    """Returns the tasks of a task or mixture, without those that have none of `splits`."""
+    """Returns the tasks of a task or mixture, without those that have none of `splits`; `anew`: whatever is cached."""
     tasks = seqio_adapter.subtasks(seqio_adapter.find_provider(name, modules))
-    having = {task.name: _wanted(task, root, None, from_seqio) for task in tasks}
+    having = {task.name: seqio_caches.splits(task, None if anew else root / task.name, from_seqio) for task in tasks}
     for split in splits or ():
         known = sorted({each for own in having.values() for each in own})
         if split not in known:
@@ -188,21 +199,17 @@ def _leaves(
     return [task for task in tasks if splits is None or set(splits) & set(having[task.name])]
 
 
-def _wanted(task: Any, root: Path, splits: Sequence[str] | None, from_seqio: str | None = None) -> list[str]:
-    known = seqio_caches.splits(task, root / task.name, from_seqio)
+def _wanted(task: Any, root: Path, splits: Sequence[str] | None) -> list[str]:
+    known = seqio_caches.splits(task, root / task.name)
     return [split for split in known if splits is None or split in splits]
 
 
-def _clear(directory: Path, overwrite: bool) -> None:
-    """Removes a task's old cache if `overwrite`; UserError if the folder is something else."""
-    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    # Vocabularies are written before info.json: another builder is between the two, or was killed there.
-    begun = [name for name in names if name == cache_shards.VOCABULARIES or name.startswith(".building-")]
-    if "info.json" not in names and len(begun) < len(names):
-        raise UserError(f"{directory} is not a task's cache: it holds {sorted(names)[:5]} and no info.json")
-    if overwrite and directory.exists():
-        with failures_of(directory):
-            shutil.rmtree(directory)
+def _num_shards(directory: Path, imported: SeqioCache | None) -> int:
+    """Returns how many shards a split has where nobody says: as many as there are, or as seqio's cache has."""
+    path = directory / "info.json"
+    if path.is_file():
+        return cache_format.read_json(path)["parts"]["number of shards"]
+    return imported.num_shards if imported else NUM_SHARDS
 
 
 def _plan(
@@ -210,7 +217,7 @@ def _plan(
     provider: str,
     root: Path,
     splits: Sequence[str] | None,
-    num_shards: int | None,
+    num_shards: int,
     work: Path,
     imported: SeqioCache | None,
 ) -> _Plan:
@@ -218,9 +225,6 @@ def _plan(
     directory = root / task.name
     path = directory / "info.json"
     old = cache_format.read_json(path) if path.is_file() else None
-    if num_shards is None:
-        made = imported.num_shards if imported else NUM_SHARDS
-        num_shards = old["parts"]["number of shards"] if old else made
     wanted = [split for split in (imported or task).splits if splits is None or split in splits]
     divided = seqio_steps.divide_steps(task)
     with seqio_adapter.task_errors(task.name, "fingerprint"):

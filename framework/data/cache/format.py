@@ -230,6 +230,11 @@ class CachedSplit:
         return {name: _gather(column, which) for name, column in self.sizes.items()}
 
     @property
+    def span(self) -> tuple[str, int, int]:
+        """(its name, 0, its number of examples): which examples a position counts."""
+        return self.split, 0, len(self)
+
+    @property
     def empty(self) -> frozenset[str]:
         """The features of which every example has 0 tokens; none where there is no example."""
         names = list(self.sizes) if len(self) else []

@@ -316,6 +316,15 @@ _PREFIX = ".building-"
 _LOCK = "lock"
 
 
+def check_folder(directory: Path) -> None:
+    """Raises UserError if a task's folder is something else than its cache, or one that is begun."""
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    # Vocabularies are written before info.json: another builder is between the two, or was killed there.
+    begun = [name for name in names if name == VOCABULARIES or name.startswith(_PREFIX)]
+    if "info.json" not in names and len(begun) < len(names):
+        raise UserError(f"{directory} is not a task's cache: it holds {sorted(names)[:5]} and no info.json")
+
+
 @contextlib.contextmanager
 def working(directory: Path, alone: bool = True) -> Iterator[Path]:
     """Yields a new folder inside `directory` for this process alone, removed after the block.

@@ -311,6 +311,11 @@ class Stepped:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "sizes"}
 
+    @property
+    def span(self) -> tuple[str, int, int] | None:
+        """Which of a split's examples these are, where they are of one."""
+        return getattr(self.examples, "span", None)
+
     @functools.cached_property
     def sizes(self) -> Mapping[str, np.ndarray]:
         return functools.reduce(lambda sizes, step: step.sizes(sizes, self._lengths), self._steps, self.examples.sizes)

@@ -9,7 +9,7 @@ import numpy as np
 
 from meshway.framework.data.objective import Spec
 from meshway.framework.data.rows.examples import Examples
-from meshway.framework.data.rows.mixing import Interleaving, Rates, periods
+from meshway.framework.data.rows.mixing import Interleaving, Rates, key_of, periods
 from meshway.framework.data.rows.packing import Arrays
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Batch
@@ -146,12 +146,12 @@ class RowStream:
         return list(self._rates)
 
     def state(self) -> dict[str, int]:
-        """Returns the position: batches and rows drawn, rows drawn of each source, and the seed."""
+        """Returns the position: batches and rows drawn, the seed, and of each source the rows drawn and of what."""
         result = {"batch": self.position, "rows": self._row_of(self.position), "seed": self._seed}
         for name, count in self.drawn(self.position).items():
             result[f"{name}.rows"] = count
         for source in self.sources:
-            extra = source.state(result[f"{source.name}.rows"])
+            extra = _span(source) | source.state(result[f"{source.name}.rows"])
             result |= {f"{source.name}.{key}": value for key, value in extra.items()}
         return result
 
@@ -185,6 +185,8 @@ class RowStream:
         for source, count in zip(self.sources, taken.tolist(), strict=True):
             prefix = f"{source.name}."
             own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            if count:
+                _check_span(source, own)
             source.restore(count, {key: value for key, value in own.items() if key != "rows"})
 
     def spec(self) -> Spec:
@@ -228,3 +230,23 @@ class RowStream:
         chosen = self._period(batch).interleaving.sources(int(rows[0]), len(rows))
         places = [np.flatnonzero(chosen == number) for number in range(len(self.sources))]
         return [(place, count + np.arange(len(place))) for place, count in zip(places, taken, strict=True)]
+
+
+def _span(source: Source) -> dict[str, int]:
+    """Returns which examples of which split a source reads, as a position holds it; {} where they are of none."""
+    span = getattr(source.examples, "span", None)
+    return {} if span is None else {"split": key_of(span[0]) % 2**31, "from": span[1], "to": span[2]}
+
+
+def _check_span(source: Source, saved: Mapping[str, int]) -> None:
+    """Raises UserError where a position counts rows of other examples of the task; older ones do not say."""
+    mine = _span(source)
+    if all(saved.get(key, value) == value for key, value in mine.items()):
+        return
+    name, start, stop = source.examples.span  # type: ignore[attr-defined]
+    of = "another split" if saved["split"] != mine["split"] else f"examples {saved['from']:,} to {saved['to'] - 1:,}"
+    raise UserError(
+        f"task {source.name!r}: the saved data position is of {of}, and this run reads examples {start:,} to "
+        f"{stop - 1:,} of split {name!r}: resume with the train_split and the cache of the run, or start a new run from "
+        "its parameters (train.train.initial)"
+    )

@@ -110,6 +110,16 @@ def test_an_imported_cache_outlives_its_origin_and_its_preprocessors(tasks, copi
     assert task_fingerprint.stale(ours / "old_pairs", later) == ["vocabulary of 'targets' changed"]
 
 
+def test_a_cache_made_anew_has_the_splits_of_what_it_is_made_from(tasks, written, copied, tmp_path, monkeypatch):
+    directory, _ = written
+    (copied / "old_pairs" / "info.validation.json").unlink()
+    cache_builder.build(["old_pairs"], MODULES, tmp_path, from_seqio=str(copied), **BUILD)
+    monkeypatch.setattr(tasks.seqio.utils, "_GLOBAL_CACHE_DIRECTORIES", [str(directory)])
+    monkeypatch.setattr(tasks.OLD, "_cache_dir", None)
+    (built,) = cache_builder.build(["old_pairs"], MODULES, tmp_path, ["validation"], overwrite=True, **BUILD)
+    assert built.examples == tasks.COUNTS["validation"]
+
+
 def _cut(folder):
     path = folder / "train.tfrecord-00001-of-00003"
     path.write_bytes(path.read_bytes()[:-7])

@@ -106,6 +106,22 @@ def test_seqios_own_are_ours(own, theirs, ours, pack):
         assert_same({name: array[:, : other[name].shape[1]] for name, array in one.items()}, other)
 
 
+def test_a_decoder_of_targets_alone_has_nothing_to_predict_from(own, seqio, tmp_path):
+    decoder = own.seqio.feature_converters.DecoderFeatureConverter(pack=False)
+    arguments = {"lengths": {"targets": 16}, "batch_size": 2, "converter": decoder}
+    for made in (
+        CachedData("tiny_c", cache_dir=str(tmp_path), num_workers=0, **arguments),
+        SeqioData("tiny_c", **arguments),
+    ):
+        (evaluation,) = made.eval_tasks()
+        assert not evaluation.has_metrics and "nothing to predict from" in evaluation.left_out[0]
+        assert next(evaluation.batches())[1] == 2 and list(made.vocabularies()) == ["targets"]
+    alone, pairs = (SeqioConverter(decoder).bind(task("inputs", "targets"), x) for x in ({"targets": 16}, LENGTHS))
+    assert "decoder_prefix_mask" in pairs.prompts(nonzero(2))
+    with pytest.raises(UserError, match="neither an encoder's inputs nor a prefix"):
+        alone.prompts(nonzero(2))
+
+
 @pytest.mark.slow
 def test_prepacked_examples_are_taken_as_they_are(own):
     seqio, examples = own.seqio, nonzero(12, longest=9)

@@ -47,6 +47,16 @@ def test_slices_of_a_cached_split_are_apart_and_together_the_whole(seqio, tmp_pa
     stream = one.train(slice(None))
     rows = np.concatenate([next(stream)["encoder_input_tokens"] for _ in range(5)])
     assert np.array_equal(rows[18:], rows[:2])  # the next pass
+    with pytest.raises(
+        UserError, match=r"'tiny_c': .* is of examples 0 to 17, and this run reads examples 5 to 22 of split 'train'"
+    ):
+        data("train[5:]", "train").train(slice(None)).restore(stream.state())  # as many, but others
+    with pytest.raises(
+        UserError, match=r"is of another split, and this run reads examples 0 to 6 of split 'validation'"
+    ):
+        data("validation", "train").train(slice(None)).restore(stream.state())
+    older = {key: value for key, value in stream.state().items() if not key.endswith((".split", ".from", ".to"))}
+    one.train(slice(None)).restore(older)
     (whole,) = data("train", "train").eval_tasks()
     assert whole.num_examples == 23
     for split in ("train[90%]", "train[a:b]", "train[:90%"):

@@ -367,6 +367,9 @@ def test_arguments_and_folders_are_checked(tmp_path):
     (tmp_path / "kept_plain" / "thesis.tex").touch()
     assert "is not a task's cache" in refused(lambda: build(tmp_path, overwrite=True))
     assert (tmp_path / "kept_plain" / "thesis.tex").exists()
+    assert "--part=3/2: parts are numbered from 1" in refused(lambda: build(tmp_path / "new", part=(3, 2)))
+    assert "has 3 shards a split, too few for 9 parts" in refused(lambda: build(tmp_path / "new", part=(2, 9)))
+    assert not (tmp_path / "new").exists()  # no cache is planned
     (tmp_path / "file").touch()
     assert "writing" in refused(lambda: build(tmp_path / "file"), EnvironmentFailure)
 
