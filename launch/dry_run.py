@@ -6,6 +6,7 @@ process, as many as the place was asked for.
 
 import dataclasses
 import importlib.util
+import inspect
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ import jax
 from meshway.framework.checkpoints import continuation
 from meshway.framework.checkpoints.manager import Checkpoints, Keep
 from meshway.framework.checkpoints.mapping import Initial
-from meshway.framework.data.prefetch import BatchSizes, check_not_trained, check_skipped
+from meshway.framework.data.prefetch import BatchSizes, check_not_trained
 from meshway.framework.data.source import DataSource, SplitRead, for_dry_run, reads_of
 from meshway.framework.data.vocabulary import Vocabulary
 from meshway.framework.errors import EnvironmentFailure, UserError, first_line
@@ -62,24 +63,19 @@ def check(
     Raises:
       UserError: as `train.train`.
     """
-    initial = None if initial is None or initial.path is None else initial
-    check_skipped(skip_batches)
-    for size in BatchSizes(program.batch_size, batch_size_schedule).after(0):
-        program.of_size(size)  # raises where it is not divisible over the mesh
     schedule, own = Schedule(train_eval, infer_eval, periods.evaluate, evaluation), data
     data = for_dry_run(data)
     directory = None if model_dir is None else RunDirectory(local_path(model_dir))
-    resumed = directory if directory is not None and _last(directory, keep) else None
-    checkpoints = None if resumed is None else _checkpoints(resumed, keep)
-    first = continuation.first_step(initial, periods.relative, checkpoints)
-    periods, notes = periods.counted_from(first), list[str]()
-    if directory is not None:
-        notes = _look(directory, program, periods, keep)
-    _, vocabularies, framing = open_data(program, data)
-    if resumed is not None and checkpoints is not None:
-        resumed.check_vocabularies(vocabularies, framing)
-        last = max(steps := checkpoints.steps())
-        check_not_trained(skip_batches, checkpoints.position(last), last, first, steps)
+    saved = None if directory is None else _saved(directory, keep)
+    first, periods, initial = continuation.counted(program, periods, initial, saved)
+    notes = [] if directory is None else _look(directory, program, periods, saved)
+    for size in BatchSizes(program.batch_size, batch_size_schedule).after(0):
+        program.of_size(size)  # raises where it is not divisible over the mesh
+    _, vocabularies, framing = open_data(program, data, batch_size_schedule, skip_batches)
+    if directory is not None and saved is not None:
+        directory.check_vocabularies(vocabularies, framing)
+        last = max(steps := saved.steps())
+        check_not_trained(skip_batches, saved.position(last), last, saved.first_step, steps)
     elif initial is not None:
         continuation.check(initial, program.state_shapes, program.axes)
         notes.append(f"parameters start from {initial.path}")
@@ -102,30 +98,27 @@ def described(resolved: Resolved) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def _look(directory: RunDirectory, program: TrainProgram, periods: Periods, keep: Keep) -> list[str]:
+def _look(directory: RunDirectory, program: TrainProgram, periods: Periods, saved: Checkpoints | None) -> list[str]:
     """Checks a run directory, and returns notes on it."""
-    rows = program.explain()
-    directory.check(sum(row.total_bytes for row in rows if not row.name.startswith("batch")))
+    directory.check(program.explain())
     notes = []
     if holder := holder_of(directory.lock):
         notes.append(f"{directory.root} is being trained by {holder}: a second run would be refused")
-    if last := _last(directory, keep):
-        _checkpoints(directory, keep).check(last, program.abstract_state)
+    if saved is not None:
+        last = max(saved.steps())
+        saved.check(last, program.abstract_state)
         reached = f"; step {periods.last} is reached already" if last >= periods.last else ""
         notes.append(f"{directory.root} goes on from its checkpoint {last}{reached}")
     return notes
 
 
-def _last(directory: RunDirectory, keep: Keep) -> int:
-    """Returns the step of the last checkpoint, 0 for none."""
-    keep.policy()
+def _saved(directory: RunDirectory, keep: Keep) -> Checkpoints | None:
+    """Returns the checkpoints of a run, None where it has none."""
+    keep.policy()  # raises for what cannot be kept
     if not directory.checkpoints.is_dir():
-        return 0
-    return max(_checkpoints(directory, keep).steps(), default=0)
-
-
-def _checkpoints(directory: RunDirectory, keep: Keep) -> Checkpoints:
-    return Checkpoints(directory.checkpoints, keep, read_only=True)
+        return None
+    found = Checkpoints(directory.checkpoints, keep, read_only=True)
+    return found if found.steps() else None
 
 
 def _resolved(
@@ -191,20 +184,7 @@ def check_training(recipe: "Recipe", chips: Chips | None) -> list[str]:
     arguments["program"].trace_loss()
     if left:
         return left
-    known = (
-        "program",
-        "data",
-        "model_dir",
-        "periods",
-        "evaluation",
-        "keep",
-        "initial",
-        "train_eval",
-        "infer_eval",
-        "hooks",
-        "batch_size_schedule",
-        "skip_batches",
-    )
+    known = inspect.signature(check).parameters
     given = {name: value for name, value in arguments.items() if name in known}
     if not local_path(given["model_dir"]).is_dir():
         given["model_dir"] = None  # where the hosts mount it

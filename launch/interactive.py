@@ -200,7 +200,7 @@ class InteractiveModel:
         directory = RunDirectory(local_path(model_dir))
         rows = self.program.explain()
         with directory.held():
-            directory.prepare(sum(row.total_bytes for row in rows if not row.name.startswith("batch")))
+            directory.prepare(rows)
             directory.save_vocabularies(self._vocabularies, self._framing if "targets" in self._vocabularies else None)
             directory.describe(self._resolved, rows, summarize(self.program, rows))
             checkpoints = Checkpoints(directory.checkpoints, recipe=self._resolved)
@@ -337,12 +337,9 @@ def _vocabularies(
 
 
 def _fresh(program: TrainProgram, initial: Initial | None, relative: int | None) -> TrainState:
-    state = program.init()
     if initial is None or initial.path is None:
-        return state
-    first = continuation.first_step(initial, relative)
-    begun = continuation.begin(initial, state, program.axes, first)
-    return program.with_average(begun)
+        return program.init()
+    return continuation.begin(initial, program, continuation.first_step(initial, relative))
 
 
 def _restored(program: TrainProgram, folder: Path, step: int) -> TrainState:
@@ -353,8 +350,7 @@ def _restored(program: TrainProgram, folder: Path, step: int) -> TrainState:
         return checkpoints.restore(step, program.abstract_state)[0]
     with_optimizer = any(name.startswith("opt_state/") for name in schema)
     initial = Initial(str(folder / str(step)), optimizer_state=with_optimizer, count_on=True)
-    begun = continuation.begin(initial, program.init(), program.axes, step)
-    return program.with_average(begun)
+    return continuation.begin(initial, program, step)
 
 
 def _as_task(

@@ -25,7 +25,7 @@ from meshway.framework.data.source import DataSource
 from meshway.framework.data.vocabulary import Framing
 from meshway.framework.distributed import processes
 from meshway.framework.distributed.processes import agree
-from meshway.framework.errors import UserError, at_the_end
+from meshway.framework.errors import at_the_end
 from meshway.framework.evaluation.evaluation import Evaluation
 from meshway.framework.evaluation.records import Records
 from meshway.framework.evaluation.schedule import OWN, EvalDataset, EvaluationLog, Schedule, begin_hooks
@@ -97,13 +97,17 @@ def train(
     with directory.held() if primary else contextlib.nullcontext():
         rows = program.explain()
         if primary:
-            directory.prepare(sum(row.total_bytes for row in rows if not row.name.startswith("batch")))
+            directory.prepare(rows)
         checkpoints = Checkpoints(directory.checkpoints, keep, resolved)
         start = max(checkpoints.steps(), default=0)
-        periods, initial = _counted(program, periods, checkpoints, start, initial)
+        first, periods, initial = continuation.counted(program, periods, initial, checkpoints if start else None)
+        checkpoints.first_step = first
         _agree(resolved, start)
         if start >= periods.last:
-            print(f"step {start} of {periods.last} is already reached in {directory.root}; raise TRAIN_STEPS to go on")
+            print(
+                f"step {start} of {periods.last} is already reached in {directory.root}; raise TRAIN_STEPS (or "
+                "TRAIN_STEPS_RELATIVE) to go on"
+            )
             return
         with terminal.stage("opening the training data"):
             dataset, vocabularies, framing = open_data(program, data, batch_size_schedule, skip_batches)
@@ -117,7 +121,7 @@ def train(
         restoring = time.time()
         restored = _restore_last(checkpoints, program, primary, skip_batches) if start else None
         restored_seconds = time.time() - restoring
-        start = restored[0] if restored else checkpoints.first_step
+        start = restored[0] if restored else first
         resumed = start if restored else 0  # what an attempt without a checkpoint reported is written anew
         passes = Schedule(train_eval, infer_eval, periods.evaluate, evaluation).open(program.sharded, data)
         begin_hooks(hooks, passes, Records(directory.evaluations) if primary else None, resumed)
@@ -132,7 +136,6 @@ def train(
                 _say(primary, f"resuming from {directory.checkpoints / str(start)}")
             stream = stack.enter_context(contextlib.closing(prefetch(dataset)))  # reads while the step compiles
             with timeline.phase("compile"), terminal.stage("compiling the training step"):
-                first = checkpoints.first_step
                 step = SizedSteps(program, batch_size_schedule, start - first, periods.last - first, skip_batches)
             timeline.mark("compiled", devices=program.partitioner.mesh.size)
             state = restored[1] if restored else _fresh(program, initial, start, framing, primary)
@@ -167,24 +170,6 @@ def train(
             _say_goodbye(directory, last, periods, evaluate.samples(), loop.reason)
         if last < periods.last and loop.stop.number == signal.SIGINT:
             raise KeyboardInterrupt  # what comes after this command takes it for done otherwise
-
-
-def _counted(
-    program: TrainProgram, periods: Periods, checkpoints: Checkpoints, last: int, initial: Initial | None
-) -> tuple[Periods, Initial | None]:
-    """Finds the step that the run began with, or begins with where it has no checkpoint (`last` 0): `first_step`.
-
-    Returns:
-      (the periods, with a total; what the run starts from, None for fresh parameters).
-    """
-    initial = None if initial is None or initial.path is None else initial
-    checkpoints.first_step = continuation.first_step(initial, periods.relative, checkpoints if last else None)
-    if checkpoints.first_step and program.average is not None and program.average.warmup:
-        raise UserError(
-            f"EMA_WARMUP counts steps from 0, and this run counts on from step {checkpoints.first_step}, where it does "
-            "nothing: leave it out"
-        )
-    return periods.counted_from(checkpoints.first_step), initial
 
 
 def _with_end(resolved: str, last: int) -> str:
@@ -239,11 +224,7 @@ def _fresh(
     if note := continuation.restart_note(initial, first):
         say(note)
     with terminal.stage("making the initial parameters"):
-        state = program.init()
-        if initial is None:
-            return state
-        begun = continuation.begin(initial, state, program.axes, first)
-        return program.with_average(begun)
+        return program.init() if initial is None else continuation.begin(initial, program, first)
 
 
 def _say_start(initial: Initial | None, framing: Framing | None, say: Callable[[str], None]) -> None:

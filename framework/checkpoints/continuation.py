@@ -12,7 +12,36 @@ from meshway.framework.checkpoints.sources import Schema, differences, schema_of
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Axes, Params
 from meshway.framework.optimizers.optimizer_state import counted_from, counter_like
+from meshway.framework.training.loop import Periods
+from meshway.framework.training.program import TrainProgram
 from meshway.framework.training.step import TrainState
+
+
+def counted(
+    program: TrainProgram, periods: Periods, initial: Initial | None, own: Checkpoints | None
+) -> tuple[int, Periods, Initial | None]:
+    """Finds the step that a run begins with, or began with.
+
+    Args:
+      program: what is trained.
+      periods: as the recipe has them.
+      initial: what the run starts from; None, or one without a path, for fresh parameters.
+      own: the run's checkpoints where it has some.
+
+    Returns:
+      (that step, the periods with a total, what the run starts from: None for fresh parameters).
+
+    Raises:
+      UserError: as `first_step` and `Periods.counted_from`; or averages are warmed up, and steps count on.
+    """
+    initial = None if initial is None or initial.path is None else initial
+    first = first_step(initial, periods.relative, own)
+    if first and program.average is not None and program.average.warmup:
+        raise UserError(
+            f"EMA_WARMUP counts steps from 0, and this run counts on from step {first}, where it does nothing: leave "
+            "it out"
+        )
+    return first, periods.counted_from(first), initial
 
 
 def first_step(initial: Initial | None, relative: int | None = None, own: Checkpoints | None = None) -> int:
@@ -61,33 +90,35 @@ def restart_note(initial: Initial | None, first: int) -> str:
     )
 
 
-def begin(initial: Initial, state: TrainState, axes: Axes, first: int) -> TrainState:
-    """Returns a fresh state, of sharded arrays, begun from a checkpoint.
+def begin(initial: Initial, program: TrainProgram, first: int) -> TrainState:
+    """Returns a fresh state, of sharded arrays, begun from a checkpoint; averages of parameters begin with them.
 
     Where steps count on, so do schedules. The moments of a fresh optimizer's state have counted no update.
 
     Args:
       initial: the checkpoint, and what is taken from it.
-      state: what the recipe begins with.
-      axes: the logical axis names of each parameter.
+      program: what is trained.
       first: the step that the run begins with.
 
     Raises:
       UserError: as `Initial.restore` and `check`.
     """
-    opt_state = _optimizer_state(initial, state, axes) if initial.optimizer_state else state.opt_state
+    state = program.init()
+    opt_state = _optimizer_state(initial, state, program.axes) if initial.optimizer_state else state.opt_state
     if first or initial.optimizer_state:
         opt_state = counted_from(opt_state, first)
-    params = initial.restore(state.params, axes)
-    return dataclasses.replace(state, step=counter_like(state.step, first), params=params, opt_state=opt_state)
+    begun = dataclasses.replace(state, step=counter_like(state.step, first), opt_state=opt_state)
+    begun = dataclasses.replace(begun, params=initial.restore(state.params, program.axes))
+    return program.with_average(begun)
 
 
 def check(initial: Initial, shapes: TrainState, axes: Axes) -> None:
     """Finds what `begin` would read, without reading it.
 
     Args:
-      initial, axes: as for `begin`.
+      initial: as for `begin`.
       shapes: the state's.
+      axes: the logical axis names of each parameter.
 
     Raises:
       UserError: as `Initial.check`; or `initial.optimizer_state` is set, and there is none or another optimizer's.

@@ -122,8 +122,8 @@ def hide_accelerators(tensorflow: Any) -> None:
 def without_notes() -> Iterator[None]:
     """Drops notes from standard error, and passes on all other lines.
 
-    They are written before any log level is read, so the stream itself is redirected. Nothing is dropped if the block
-    fails.
+    They are written before any log level is read, so the stream itself is redirected. What Python prints meanwhile goes
+    where it went before: a thread may say its last words and end the process. Nothing is dropped if the block fails.
     """
     try:
         saved = os.dup(2)
@@ -131,20 +131,37 @@ def without_notes() -> Iterator[None]:
         yield
         return
     failed = True
-    with tempfile.TemporaryFile() as caught:
-        sys.stderr.flush()
+    with tempfile.TemporaryFile() as caught, _python_speaks_on(saved):
         os.dup2(caught.fileno(), 2)
         try:
             yield
             failed = False
         finally:
-            sys.stderr.flush()
             os.dup2(saved, 2)
-            os.close(saved)
             caught.seek(0)
             for line in caught:
                 if failed or not _NOTE.match(line):
                     os.write(2, line)
+
+
+@contextlib.contextmanager
+def _python_speaks_on(descriptor: int) -> Iterator[None]:
+    """Points `sys.stderr` at a descriptor for the time of a `with` block, and leaves that open as long as it is used: a
+    logger that is made meanwhile keeps what it found."""
+    before = sys.stderr
+    before.flush()
+    try:
+        is_redirected = before.fileno() == 2
+    except (OSError, ValueError):  # a test's own
+        is_redirected = False
+    if is_redirected:
+        sys.stderr = open(descriptor, "w", buffering=1, encoding=before.encoding, errors=before.errors)  # noqa: SIM115
+    try:
+        yield
+    finally:
+        sys.stderr = before
+        if not is_redirected:
+            os.close(descriptor)
 
 
 _READ_AT_ONCE = 256  # examples handed from TensorFlow to numpy at a time

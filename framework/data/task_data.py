@@ -232,6 +232,10 @@ class Unread:
         """Returns (global shape, dtype) of each feature."""
         return dict(self._spec)
 
+    def state(self) -> dict[str, int]:
+        """Returns the position at the start."""
+        return {"batch": 0, "rows": 0}
+
 
 class NotCached:
     """The examples of a split that is not cached, for a dry run: only their number, if it is known."""

@@ -267,7 +267,7 @@ def dump_stacks(log: TextIO | None = None) -> None:
     if log is None and path:
         with open(path, "a") as file:
             faulthandler.dump_traceback(file=file, all_threads=True)
-        print(f"meshway: the stacks of all threads are in {path}", file=sys.stderr, flush=True)
+        print(f"the stacks of all threads are in {path}", file=sys.stderr, flush=True)
         return
     log = sys.stderr if log is None else log
     log.flush()

@@ -90,25 +90,25 @@ class RunDirectory:
             "give a folder you may write to: --gin.MODEL_DIR=..."
         )
 
-    def prepare(self, needed_bytes: int) -> None:
+    def prepare(self, rows: Sequence[Row]) -> None:
         """Makes the directory and tries to write in it, before anything costly.
 
         Args:
-          needed_bytes: room for the files of one checkpoint.
+          rows: `TrainProgram.explain()`: what a checkpoint will hold, besides rows of the batch.
 
         Raises:
-          UserError: it cannot be made or written, or the disk has less room than `needed_bytes`.
+          UserError: it cannot be made or written, or the disk has less room than one checkpoint needs.
         """
         probe = self.root / ".probe"
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             probe.write_bytes(b"meshway")
             probe.unlink()
-            self._check_room(self.root, needed_bytes)
+            self._check_room(self.root, rows)
         except OSError as error:
             raise self._refused(error) from error
 
-    def check(self, needed_bytes: int) -> None:
+    def check(self, rows: Sequence[Row]) -> None:
         """Says beforehand what `prepare` would, as far as that can be told without writing; raises as it does."""
         there = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
         try:
@@ -116,11 +116,12 @@ class RunDirectory:
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self.root))
             if not os.access(there, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
-            self._check_room(there, needed_bytes)
+            self._check_room(there, rows)
         except OSError as error:
             raise self._refused(error) from error
 
-    def _check_room(self, folder: Path, needed_bytes: int) -> None:
+    def _check_room(self, folder: Path, rows: Sequence[Row]) -> None:
+        needed_bytes = sum(row.total_bytes for row in rows if not row.name.startswith("batch"))
         free = shutil.disk_usage(folder).free
         if free < needed_bytes:
             raise UserError(

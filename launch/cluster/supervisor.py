@@ -4,6 +4,7 @@ checkpoint), and several processes of one run on this machine."""
 import contextlib
 import dataclasses
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from meshway.framework.distributed.barrier import Deadlines
 from meshway.framework.distributed.watch import LOST_A_PEER
 from meshway.framework.errors import UserError
 from meshway.framework.files import local_path
+from meshway.framework.terminal import count_of
 from meshway.launch.cluster import job
 
 _FINAL = (0, 2, 130)  # done; a user's mistake, which another try repeats; an interruption
@@ -87,8 +89,8 @@ class Children:
             )
             if child.log is not None:
                 file.write(f"--- {title}, process {child.index}: pid {child.process.pid}\n".encode())
-            if child.aloud and child.process.stdout:
-                echo = threading.Thread(target=_echo, args=(child.process.stdout, file), daemon=True)
+            if child.aloud and child.log is not None:
+                echo = threading.Thread(target=_echo, args=(child.process, file), daemon=True)
                 echo.start()
                 self._echoes.append(echo)
 
@@ -113,8 +115,9 @@ class Children:
                 if time.monotonic() >= deadline:
                     self._end(running)
             time.sleep(_POLL_SECONDS)
-        for echo in self._echoes:
-            echo.join(_TERM_SECONDS)
+        for echo in self._echoes:  # what was said last is in the log then
+            while echo.is_alive() and notice.count < 2:
+                echo.join(_POLL_SECONDS)
 
     def _running(self) -> list[Child]:
         """Returns those that have not ended, and notes those that have."""
@@ -164,13 +167,24 @@ class Notice:
         self.count += 1
 
 
-def _echo(stream: IO[bytes], log: IO[bytes]) -> None:
-    """Copies what a process prints to its log and to standard output, as it comes."""
-    while chunk := os.read(stream.fileno(), 65536):
+def _echo(process: subprocess.Popen, log: IO[bytes]) -> None:
+    """Copies what a process prints to its log and to standard output, as it comes, until it has ended and all is read:
+    its own children may hold its output longer."""
+    assert process.stdout is not None
+    out = getattr(sys.stdout, "buffer", None)
+    while True:
+        has_ended = process.poll() is not None  # asked first: what it wrote before can be read then
+        if not select.select([process.stdout], [], [], 0 if has_ended else _POLL_SECONDS)[0]:
+            if has_ended:
+                break
+            continue
+        if not (chunk := os.read(process.stdout.fileno(), 65536)):
+            break
         log.write(chunk)
-        with contextlib.suppress(BrokenPipeError):  # nobody listens; the run goes on, and its log is whole
-            sys.stdout.write(chunk.decode("utf-8", "replace"))
-            sys.stdout.flush()
+        with contextlib.suppress(OSError, ValueError):  # nobody listens; the run goes on, and its log is whole
+            if out is not None:
+                out.write(chunk)
+                sys.stdout.flush()
     log.close()
 
 
@@ -300,7 +314,7 @@ def run_local(
         logs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"the folder for logs, {logs}, cannot be made: {error.strerror or error}") from error
-    say(f"{processes} processes of {devices} devices; logs in {logs}")
+    say(f"{count_of(processes, 'process', plural='processes')} of {count_of(devices, 'device')}; logs in {logs}")
     own = {key: value for key, value in os.environ.items() if key not in _OF_CLUSTERS}
     environment = own | {"JAX_PLATFORMS": "cpu", "MESHWAY_CLUSTER": "none"}
     counts = process_counts(processes) if elastic else [processes]

@@ -37,6 +37,7 @@ _WORDS = {  # what answers name -> its module
 }
 _BELOW = "\n        "
 _UNKNOWN = f"# nothing here is known to stand for it; see {PAGE}"
+_PACKAGES = ("contrib", "examples", "gpu", "moe", "t5", "decoder_only")  # of T5X, around modules of the tables
 _PROGRAMS = ("__main__", "t5x.train", "t5x.eval", "t5x.infer", "t5x.main", "t5x.precompile")
 
 
@@ -46,7 +47,8 @@ def answers(statements: Sequence[Statement]) -> list[str]:
     Lines that are read here as they are, such as MIXTURE_OR_TASK_NAME or the import of tasks, are not among them.
     """
     imports = [each for each in statements if isinstance(each, Import)]
-    ours = {each.bound_name: _word(each.module) for each in imports if _is_t5x(each.module) or each.module == "seqio"}
+    read = [each for each in imports if _is_t5x(each.module) or each.module == "seqio"]
+    ours = {each.bound_name: _word(each.bound_module) for each in read}
     foreign = [each for each in imports if _is_t5x(each.module)]
     if not foreign and not any(isinstance(each, Include) and includes(each.file) for each in statements):
         return []
@@ -145,8 +147,8 @@ def binding(each: Binding, words: Mapping[str, str]) -> str:
     first, _, rest = each.selector.partition(".")
     if first not in words:
         return _value(each.value, words) if _names_t5x(each.value, words) else ""
-    name = _name(words[first], rest, each.parameter)
-    answer = _row(each.scope, name)
+    name = f"{_in_table(words[first], rest)}.{each.parameter}"
+    answer = _row(each.scope, name.removeprefix("scalable_t5."))
     if answer is None:
         return "" if words[first] == "seqio" else _UNKNOWN
     return _filled(answer, each.value, words)
@@ -184,21 +186,28 @@ def _row(scope: str, name: str) -> Answer | None:
 
 
 def _is_t5x(module: str) -> bool:
-    return module.partition(".")[0] == "t5x" or module == "__main__"
+    return module.partition(".")[0] in ("t5x", "__main__")
 
 
 def _word(module: str) -> str:
+    """Returns what the tables call a module, or `t5x` itself, which `import t5x.utils` binds."""
     if module in _PROGRAMS:
         return "main"
+    if module.startswith("__main__."):
+        return module.replace("__main__", "main")
     return "scalable_t5.network" if "scalable_t5" in module else module.rpartition(".")[2]
 
 
-def _name(word: str, rest: str, parameter: str) -> str:
-    """Returns the name of a parameter as the table has it; `import t5x.utils` leaves selectors their whole path."""
-    parts = [*rest.split("."), parameter]
-    while word == "t5x" and len(parts) > 2 and parts[0] in ("contrib", "examples", "gpu", "moe"):
+def _in_table(word: str, rest: str) -> str:
+    """Returns the name in the tables of what a selector means: its first word's, and the rest; or its whole path."""
+    if word != "t5x":
+        return f"{word}.{rest}" if rest else word
+    parts = rest.split(".")
+    while len(parts) > 2 and parts[0] in _PACKAGES:
         parts.pop(0)
-    return ".".join(parts if word == "t5x" else [word.removeprefix("scalable_t5."), *parts])
+    if f"t5x.{parts[0]}" in _PROGRAMS:
+        parts[0] = "main"
+    return ".".join(parts)
 
 
 def _names_t5x(value: Any, words: Mapping[str, str]) -> bool:
@@ -211,7 +220,7 @@ def _value(value: Any, words: Mapping[str, str]) -> str:
     if not isinstance(value, Reference):
         return _UNKNOWN
     word, _, rest = value.selector.partition(".")
-    return REFERENCES.get(f"{words[word]}.{rest}", _UNKNOWN)
+    return REFERENCES.get(_in_table(words[word], rest), _UNKNOWN)
 
 
 def _filled(answer: Answer, value: Any, words: Mapping[str, str]) -> str:

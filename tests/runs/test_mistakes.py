@@ -103,6 +103,10 @@ CASES = {
         (*T5, "--gin.TRAIN_STEPS_RELATIVE=5", "--gin.MODEL_DIR={dir}"),
         ["TRAIN_STEPS_RELATIVE=5 counts from the step", "INITIAL_CHECKPOINT_PATH"],
     ),
+    "batches of a stream that change their size": (
+        (*T5, "--gin_file=data/streamed.gin", "--gin.BATCH_SIZE_SCHEDULE=[(2, 8)]", "--gin.MODEL_DIR={dir}"),
+        ["BATCH_SIZE_SCHEDULE", "counts batches, not examples", "use cached data"],
+    ),
     "module that is not there": (
         (*T5, "--gin.MIXTURE_OR_TASK_MODULE=tasks.topic", "--gin.MODEL_DIR={dir}"),
         ["tasks.topic"],
@@ -167,6 +171,23 @@ def test_another_optimizer_is_told_how_to_take_the_parameters(short_run, capsys)
     message = mistake(capsys, *words)
     assert mistake(capsys, *words, "--dry_run") == message
     assert "another optimizer's state" in message and f"mapping.Initial.path = {str(short_run)!r}" in message
+
+
+def test_a_warmup_of_averages_from_a_step_that_counts_on(short_run, capsys, tmp_path):
+    """And a dry run of batches that change their size needs no cache."""
+    words = [
+        *T5,
+        "--gin.LAYOUT=single",
+        f"--gin.INITIAL_CHECKPOINT_PATH={short_run}",
+        f"--gin.MODEL_DIR={tmp_path}/run",
+    ]
+    words += ["--gin.TRAIN_STEPS_RELATIVE=2", "--gin.EMA_DECAY=0.9"]
+    message = mistake(capsys, *words, "--gin.EMA_WARMUP=True")
+    assert mistake(capsys, *words, "--gin.EMA_WARMUP=True", "--dry_run") == message
+    assert "EMA_WARMUP counts steps from 0, and this run counts on from step 2" in message
+    words += ["--gin.BATCH_SIZE_SCHEDULE=[(3, 8)]", f"--gin.CACHE_DIR={tmp_path}/cache"]
+    assert cli.main([*words, "--dry_run"]) == 0
+    assert "not cached yet" in capsys.readouterr().out and not (tmp_path / "cache").exists()
 
 
 def test_a_dry_run_says_where_a_run_would_go_on(short_run, capsys):

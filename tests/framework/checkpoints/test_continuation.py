@@ -150,9 +150,9 @@ def test_training_goes_on_as_if_uninterrupted(tmp_path):
     checkpoints.save(halfway, 2, {}, {})
     checkpoints.close()
     initial = Initial(str(tmp_path), optimizer_state=True, count_on=True)
-    state = continuation.begin(initial, made.init(), made.axes, continuation.first_step(initial))
+    state = continuation.begin(initial, made, continuation.first_step(initial))
     found, end = losses(made, 2, state, first=2)
     assert found == expected[2:]
     jax.tree.map(np.testing.assert_array_equal, end, last)
-    fresh = continuation.begin(dataclasses.replace(initial, count_on=False), made.init(), made.axes, 0)
+    fresh = continuation.begin(dataclasses.replace(initial, count_on=False), made, 0)
     assert int(fresh.step) == 0 == int(fresh.opt_state.step) and int(fresh.opt_state.inner[0].step) == 2

@@ -115,7 +115,7 @@ def test_the_next_losses_are_t5x_own(runs, taken_in, kind, direct):
     program, initial = program_of(taken_in(kind), *bindings)
     first = continuation.first_step(initial)
     continuation.check(initial, program.state_shapes, program.axes)
-    state = continuation.begin(initial, program.init(), program.axes, first)
+    state = continuation.begin(initial, program, first)
     assert first == int(state.step) == int(state.opt_state.step) == 1239
     batch = {name.removeprefix("batch/"): expected[name] for name in expected.files if name.startswith("batch/")}
     for side, tokens in (("encoder", "encoder_input_tokens"), ("decoder", "decoder_target_tokens")):

@@ -22,7 +22,7 @@ class config:
 """
 
 
-def said(folder, code):
+def said(folder, code, exits=0):
     """Runs code that imports a stand-in for TensorFlow; returns standard output, standard error."""
     package = folder / "tensorflow"
     package.mkdir()
@@ -32,7 +32,7 @@ def said(folder, code):
     (folder / "broken.py").write_text("import tensorflow\nraise ImportError('no such library')\n")
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(folder)!r})\n{code}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert not done.returncode, done.stderr
+    assert done.returncode == exits, done.stderr
     return done.stdout, done.stderr
 
 
@@ -72,3 +72,19 @@ def test_a_failure_to_load_keeps_every_line(tmp_path):
     """
     out, err = said(tmp_path, code)
     assert out == "no libcuda\n" and err == NOTES + "a warning that matters\n"
+
+
+def test_last_words_of_a_process_that_ends_during_the_import_are_heard(tmp_path):
+    """As of one that another one's mistake ends: a thread says so, and ends it at once."""
+    code = """if True:
+        import os, threading
+        from meshway.framework.data import seqio_adapter
+        def end():
+            print("meshway: process 0 of 2 stops", file=sys.stderr, flush=True)
+            os._exit(2)
+        with seqio_adapter.without_notes():
+            thread = threading.Thread(target=end)
+            thread.start()
+            thread.join()
+    """
+    assert said(tmp_path, code, exits=2)[1] == "meshway: process 0 of 2 stops\n"

@@ -1,5 +1,6 @@
 """Attempts at a run: who is blamed, who is ended, what is tried again. The processes are small scripts."""
 
+import io
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import time
 import pytest
 from running import environment
 
+from meshway.framework.distributed import watch
 from meshway.framework.distributed.watch import LOST_A_PEER
 from meshway.framework.errors import UserError
 from meshway.launch.cluster import job, supervisor
@@ -51,6 +53,37 @@ def test_a_run_that_goes_well_is_run_once(tmp_path, capfd):
     assert "said by 0" in heard and "said by 1" not in heard, "process 0 speaks"
     assert "said by 1" in (tmp_path / "logs" / "process_1.log").read_text()
     assert "said by 0" in (tmp_path / "logs" / "process_0.log").read_text()
+
+
+class Slow(io.TextIOWrapper):
+    """An output that is read slowly, and has no letters but English ones."""
+
+    def __init__(self):
+        super().__init__(io.BytesIO(), encoding="ascii", write_through=True)
+
+    def flush(self):
+        time.sleep(0.5)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_what_a_process_said_last_is_read_before_it_is_told(tmp_path, monkeypatch, capfd, held):
+    """It has ended while its first words are still on their way, or its output is held by a child that it leaves."""
+    monkeypatch.setattr(sys, "stdout", Slow())
+    child = "import subprocess; subprocess.Popen(['sleep', '5']); " if held else ""
+    script = child + "print('tâche ...', flush=True); time.sleep(0.1); print('meshway: error: no task', flush=True)"
+    assert run(tmp_path, f"{script}; sys.exit(2)", processes=1) == 2
+    assert "meshway: process 0 exited with 2 (error: no task)" in capfd.readouterr().err
+    assert "tâche" in (tmp_path / "logs" / "process_0.log").read_text()
+
+
+def test_where_stacks_are_is_not_why_a_process_ended(tmp_path, monkeypatch, capfd):
+    child = Child(0, [], tmp_path / "log", code=75)
+    monkeypatch.setenv("MESHWAY_STACKS", str(child.log))
+    child.log.write_text("meshway: process 0 of 2 stops: process 1 is missing\n")
+    watch.dump_stacks()
+    with child.log.open("a") as log:
+        log.write(capfd.readouterr().err)
+    assert child.outcome() == "process 0 exited with 75 (process 0 of 2 stops: process 1 is missing)"
 
 
 def test_a_killed_process_is_named_and_all_start_again(tmp_path, capfd):

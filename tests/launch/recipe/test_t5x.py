@@ -140,7 +140,29 @@ EXPECTED = {
         "train.train.hooks = [@loop.EarlyStopping()]",
     ),
     "own_model": ("NUM_LAYERS = 12", "TIED_LOGITS = True", "D_FF = 2048", "sampling.Sampling.top_k = 40"),
+    "whole_paths": (
+        "BATCH_SIZE = 128",
+        "CHECKPOINT_PERIOD = 5000",
+        "EVAL_PERIOD = 500",
+        "NUM_LAYERS = 12",
+        "evaluation.Evaluation.decoder = @sampling.Sampling()",
+        "optimizers.adafactor.decay_rate = 0.7",
+        "sampling.Sampling.top_k = 40",
+    ),
 }
+
+
+@pytest.mark.parametrize(
+    "imported, line, answer",
+    [
+        ("import t5x.examples.scalable_t5.network", "t5x.examples.scalable_t5.network.T5Config.emb_dim", "D_MODEL = 7"),
+        ("import t5x.train", "t5x.train.train.random_seed", "SEED = 7"),
+        ("from __main__ import train", "train.total_steps", "TRAIN_STEPS = 7"),
+        ("from t5x.contrib.moe import trainer", "trainer.MoeTrainer.num_microbatches", "NUM_MICROBATCHES = 7"),
+    ],
+)
+def test_however_a_module_is_imported(imported, line, answer):
+    assert f"\n        {answer}" in "\n".join(t5x.answers(parse(f"{imported}\n{line} = 7", "a.gin")))
 
 
 def test_what_is_said_twice_is_written_once(lab):
