@@ -231,8 +231,12 @@ class TaskEvaluation:
             yield self._objective.prompts(examples), indices
 
     def read(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
-        """Returns examples as their task made them, before any converter."""
-        return list(self._examples.read(indices))
+        """Returns examples as their task made them, before any converter; scalars are numpy's, as seqio gives them."""
+
+        def as_seqio(value: Any) -> Any:
+            return value[()] if isinstance(value, np.ndarray) and not value.ndim else value
+
+        return [{name: as_seqio(value) for name, value in each.items()} for each in self._examples.read(indices)]
 
     def text(self, feature: str, index: int) -> str:
         """Returns a feature of token ids of example `index` as text."""
@@ -344,7 +348,7 @@ class TaskEvaluation:
             yield next(stream), np.arange(start, min(start + size, total))
 
     def _example(self, index: int) -> Mapping[str, Any]:
-        return self._examples.read([index])[0]
+        return self.read([index])[0]
 
     def _decode(self, feature: str, tokens: Sequence[int] | np.ndarray) -> Any:
         """Decodes ids up to, and without, the first EOS."""
