@@ -192,7 +192,7 @@ class InteractiveModel:
     def save(self, model_dir: str | Path) -> Path:
         """Saves a checkpoint of the step in a run directory, with recipe and vocabularies; returns its folder.
 
-        `meshway eval`, `infer` and `serve` take it as any run's, and so does `InteractiveModel(model_dir=...)`. A
+        `meshway eval` and `infer` take it as any run's, and so does `InteractiveModel(model_dir=...)`. A
         training on a task starts from it by `Initial.path`.
 
         Raises:
