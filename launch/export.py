@@ -87,7 +87,7 @@ def export(
     tensorflow = _import_tensorflow() if saved_model else None
     if "predict" in wanted:
         decoding_model(opened.model, "it may score (--modes=score)")
-    session = open_session(opened.model, opened.layout, model_dir, step, say=lambda line: print(line, file=sys.stderr))
+    session = open_session(opened, model_dir, step, say=lambda line: print(line, file=sys.stderr))
     decoder = decoder if beams is None else BeamSearch(beams)
     session.engine(decoder, batch_size)  # refuses what does not fit
     writer = _Programs(session, folder, batch_size, chosen)

@@ -183,7 +183,7 @@ def infer(
     source = _source(inputs, mode, data)
     if mode != SCORE:
         decoding_model(opened.model, SCORE_INSTEAD)
-    session = open_session(opened.model, opened.layout, model_dir, step, inputs.append_eos, stop, _note, averaged)
+    session = open_session(opened, model_dir, step, inputs.append_eos, stop, _note, averaged)
     engine = session.engine(decoder, batch_size, seed)
     reader, work = _reader_and_work(
         inputs, opened.limits(max_input_length, max_new_tokens), session, engine, mode, names
@@ -301,6 +301,13 @@ def opened(model: Model, layout: Layout, lengths: Mapping[str, int] | None = Non
     return RecipeModel(model, layout, lengths)
 
 
+def _tasks(invocation: "Invocation") -> DataSource:
+    """Returns the tasks of an invocation's recipe; UserError if it has none."""
+    from meshway.launch.recipe import config
+
+    return tasks(**config.load(dataclasses.replace(invocation, subject="tasks")).build("infer.tasks"))
+
+
 def open_recipe(run: Path, bindings: Sequence[str] = ()) -> RecipeModel:
     """Returns model and layout of the recipe of a run, or of a checkpoint's run: the entry point of `Predictor`.
 
@@ -312,7 +319,8 @@ def open_recipe(run: Path, bindings: Sequence[str] = ()) -> RecipeModel:
 
     given = (f"MODEL_DIR={str(run)!r}", *bindings)
     invocation = files.of_run(Invocation("infer", "opened", bindings=given))
-    return opened(**config.load(invocation, import_unreferenced=False).build("infer.opened"))
+    found = opened(**config.load(invocation, import_unreferenced=False).build("infer.opened"))
+    return dataclasses.replace(found, vocabularies=lambda: _tasks(invocation).vocabularies())
 
 
 def _check_mode(mode: str, aux: str) -> list[str]:
@@ -373,9 +381,8 @@ def run(invocation: "Invocation") -> None:
             decoder: Decoder = part("decoder")  # --temperature, --top_k, --top_p, --num_decodes
             how = part.rest()  # what other flags bind: mode, beams, batch_size, ...
         refuse_idle(invocation.bindings, {"inputs": inputs, "output": output, "decoder": decoder, **how})
-        data = None
-        if inputs.split is not None:
-            data = tasks(**config.load(dataclasses.replace(invocation, subject="tasks")).build("infer.tasks"))
+        model = dataclasses.replace(model, vocabularies=lambda: _tasks(invocation).vocabularies())
+        data = None if inputs.split is None else _tasks(invocation)
         settings = recipe.settings("infer.opened", ("layout",)) | recipe.settings("infer.infer", _HOW)
         infer(model, model_dir, inputs, output, decoder, **how, data=data, settings=by_flag(settings))
 

@@ -72,7 +72,7 @@ class InteractiveModel:
         model_dir: str | Path | None = None,
         step: int | None = None,
         bindings: Sequence[str] = (),
-        vocabularies: Mapping[str, Vocabulary] | Vocabulary | None = None,
+        vocabularies: Mapping[str, Any] | Any | None = None,
         decoder: Decoder = Sampling(temperature=0.0),
         seed: int = 0,
     ):
@@ -83,7 +83,8 @@ class InteractiveModel:
           model_dir: a run, or one of its checkpoints, to start from: with its optimizer, if it was saved.
           step: which checkpoint; None for the latest.
           bindings: more of the recipe, as after `--gin.`: 'BATCH_SIZE=8'.
-          vocabularies: of each feature, or one for all; None for those of the run, else of the recipe's task.
+          vocabularies: of each feature, or one for all: meshway's, seqio's, or any object with `encode`, `decode`,
+            `vocab_size` and `eos_id`; None for those of the run, else of the recipe's task.
           decoder: how predictions are made; greedily by default.
           seed: of sampling, and of the order of `train_steps`.
 
@@ -191,7 +192,7 @@ class InteractiveModel:
     def save(self, model_dir: str | Path) -> Path:
         """Saves a checkpoint of the step in a run directory, with recipe and vocabularies; returns its folder.
 
-        `meshway eval`, `infer` and `serve` take it as any run's, and so does `InteractiveModel(model_dir=...)`. A
+        `meshway eval` and `infer` take it as any run's, and so does `InteractiveModel(model_dir=...)`. A
         training on a task starts from it by `Initial.path`.
 
         Raises:
@@ -318,17 +319,18 @@ def _load(recipe: str | None, directory: Path | None, bindings: Sequence[str]) -
 
 
 def _vocabularies(
-    given: Mapping[str, Vocabulary] | Vocabulary | None, run: Path | None, data: Any
+    given: Mapping[str, Any] | Any | None, run: Path | None, data: Any
 ) -> tuple[dict[str, Vocabulary], Framing | None]:
     """Returns the vocabulary of each feature, and what stands around text."""
-    if isinstance(given, Vocabulary):
+    if given is not None and not isinstance(given, Mapping):
         given = dict.fromkeys(data.converter.task_features, given)
     if given is not None:
-        return dict(given), Framing.of(given["targets"]) if "targets" in given else None
+        given = {name: saved_vocabularies.of_seqio(each) for name, each in given.items()}
+        return given, Framing.of(given["targets"]) if "targets" in given else None
     if run is not None and (run / "vocabularies.json").is_file():
         names = [path.stem for path in sorted((run / "vocabularies").glob("*.json")) if "." not in path.stem]
         found = {name: saved_vocabularies.load(run / "vocabularies", name) for name in names}
-        return found, saved_vocabularies.read_framing(run)
+        return saved_vocabularies.with_their_code(found, data.vocabularies), saved_vocabularies.read_framing(run)
     if data.name == _NAME:
         raise UserError(
             "there is no vocabulary: give vocabularies=, or a recipe with the MIXTURE_OR_TASK_NAME that has them"

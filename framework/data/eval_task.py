@@ -10,6 +10,7 @@ from meshway.framework.data.objective import Converter, Objective, Sizes
 from meshway.framework.data.rows.examples import Examples, check_ids, whole_sizes
 from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.data.rows.row_stream import RowStream
+from meshway.framework.data.seqio_vocabularies import WordPieces
 from meshway.framework.data.source import Measured, Overlong
 from meshway.framework.data.task_metrics import (
     PREDICTION,
@@ -231,8 +232,12 @@ class TaskEvaluation:
             yield self._objective.prompts(examples), indices
 
     def read(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
-        """Returns examples as their task made them, before any converter."""
-        return list(self._examples.read(indices))
+        """Returns examples as their task made them, before any converter; scalars are numpy's, as seqio gives them."""
+
+        def as_seqio(value: Any) -> Any:
+            return value[()] if isinstance(value, np.ndarray) and not value.ndim else value
+
+        return [{name: as_seqio(value) for name, value in each.items()} for each in self._examples.read(indices)]
 
     def text(self, feature: str, index: int) -> str:
         """Returns a feature of token ids of example `index` as text."""
@@ -354,12 +359,15 @@ class TaskEvaluation:
             yield next(stream), np.arange(start, min(start + size, total))
 
     def _example(self, index: int) -> Mapping[str, Any]:
-        return self._examples.read([index])[0]
+        return self.read([index])[0]
 
     def _decode(self, feature: str, tokens: Sequence[int] | np.ndarray) -> Any:
         """Decodes ids up to, and without, the first EOS."""
         own = self._vocabulary(feature)
-        return own.decode(before_stop(tokens, () if own.eos_id is None else (own.eos_id,)))
+        ids = before_stop(tokens, () if own.eos_id is None else (own.eos_id,))
+        if not ids and isinstance(self._vocabularies.get(feature), WordPieces):
+            return ""  # seqio's own raises
+        return own.decode(ids)
 
     def _vocabulary(self, feature: str) -> Any:
         """Returns the task's own vocabulary where there is one."""

@@ -247,8 +247,9 @@ class CachedData:
 
     def vocabularies(self) -> dict[str, Vocabulary]:
         """Returns the vocabulary of each feature that the converter reads and that holds text."""
-        if all(task.task is not None for task in self.tasks):
-            return vocabularies_of(self.name, [task.task for task in self.tasks], self.converter, self._named)
+        if seqio_adapter.installed():  # no cache is needed for them
+            registered = seqio_adapter.subtasks(seqio_adapter.find_provider(self.name, self.modules))
+            return vocabularies_of(self.name, registered, self.converter, self._named)
         found: dict[str, Vocabulary] = {}
         for task in self.tasks:
             features = features_from_json(task.info["features"])
@@ -338,8 +339,7 @@ class CachedData:
     ) -> tuple[Objective, Examples, bool]:
         """Returns (the task's objective, its examples, whether steps in TensorFlow must run on them first)."""
         lengths = lengths or self.lengths
-        framing = self._framing
-        start, bos = (framing.start, framing.bos) if framing else ((), ())
+        start, bos = (self._framing.start, self._framing.bos) if self._framing else ((), ())
         if not task.is_cached:
             imported = seqio_caches.origin(task.task, task.directory)
             return task_data.open_task(task.task, split, self.converter, lengths, start, bos, imported)

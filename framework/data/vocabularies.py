@@ -6,11 +6,20 @@
 import dataclasses
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from meshway.framework.data import detokenizing
+from meshway.framework.data.seqio_vocabularies import (
+    TABLES,
+    Codepoints,
+    Opaque,
+    Own,
+    Unigrams,
+    WordPieces,
+    by_its_tables,
+)
 from meshway.framework.data.vocabulary import Framing, HuggingFace, Vocabulary, byte_text, first_of
 from meshway.framework.errors import UserError, did_you_mean
 
@@ -147,62 +156,6 @@ class Bytes(Vocabulary):
         return {"extra_ids": self.extra_ids}
 
 
-class Opaque(Vocabulary):
-    """A vocabulary of a kind not known here: its numbers only. Only the task can encode and decode text.
-
-    Args:
-      name: what it is, such as its class.
-      size: number of ids, extra ids included.
-      eos_id: the id that ends a sequence.
-      unk_id: the id of unknown text.
-      extra_ids: how many of the highest ids are sentinels.
-      sample: ids of a fixed text, by which two of one size are compared; () if it encodes no text.
-      bos_id: the id that a text begins with; None: seqio's padding, 0.
-    """
-
-    kind = "opaque"
-
-    def __init__(
-        self,
-        name: str,
-        size: int,
-        eos_id: int | None = None,
-        unk_id: int | None = None,
-        extra_ids: int = 0,
-        sample: Sequence[int] = (),
-        bos_id: int | None = None,
-    ) -> None:
-        self.name, self.size, self.extra_ids = name, size, extra_ids
-        self.eos_id, self.unk_id, self._bos_id = eos_id, unk_id, bos_id
-        self.start = first_of(bos_id, self.pad_id)
-        self._sample = list(sample)
-
-    @property
-    def marks(self) -> frozenset[int]:
-        return super().marks if self._bos_id is None else super().marks | {self._bos_id}
-
-    def encode(self, text: str) -> list[int]:
-        raise UserError(f"{self} holds no text: only SentencePiece, byte and Hugging Face vocabularies do")
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Returns the ids themselves, as '<5> <17>'."""
-        return self._text([int(token) for token in ids])
-
-    def __str__(self) -> str:
-        return f"{super().__str__()}, {self.name}"
-
-    def _text(self, ids: list[int]) -> str:
-        return " ".join(map(self._piece, ids))
-
-    def _piece(self, token: int) -> str:
-        return f"<{token}>"
-
-    def _settings(self) -> dict[str, Any]:
-        names = ("name", "size", "eos_id", "unk_id", "extra_ids")
-        bos = {} if self._bos_id is None else {"bos_id": self._bos_id}
-        return {name: getattr(self, name) for name in names} | {"sample": self._sample} | bos
-
-
 def load(directory: Path, name: str) -> Vocabulary:
     """Reads what `Vocabulary.save` wrote.
 
@@ -271,12 +224,16 @@ def read_framing_of_ids(run: Path) -> Framing | None:
 def of_seqio(vocabulary: Any) -> Vocabulary:
     """Returns the same vocabulary without seqio; it is recognised by its class, so seqio is not imported.
 
-    SentencePieceVocabulary, ByteVocabulary and meshway's HuggingFaceVocabulary keep their text. Any other,
-    and any subclass with an encoding or decoding of its own, becomes `Opaque`.
+    seqio's vocabularies of text and meshway's HuggingFaceVocabulary keep it. Any other object with `encode` and
+    `decode`, and any subclass with an encoding or decoding of its own, becomes `Own`, which is `Opaque` once saved; one
+    without text (PassThroughVocabulary) is `Opaque`.
+
+    Raises:
+      UserError: it is no vocabulary: it has no `vocab_size`.
     """
     if isinstance(vocabulary, Vocabulary):
         return vocabulary
-    extra_ids = int(vocabulary.extra_ids)
+    extra_ids = int(getattr(vocabulary, "extra_ids", 0))
     if _is(vocabulary, "SentencePieceVocabulary"):
         return SentencePiece(
             _without_extra_ids(vocabulary.sp_model, extra_ids), extra_ids, bool(vocabulary._reverse_extra_ids)
@@ -286,13 +243,55 @@ def of_seqio(vocabulary: Any) -> Vocabulary:
     if _is(vocabulary, "HuggingFaceVocabulary"):
         content = vocabulary.tokenizer_json.encode("utf-8")
         return HuggingFace(content, vocabulary.eos_id, extra_ids, literal=vocabulary.literal)
+    numbers = numbers_only(vocabulary)
+    for name in TABLES:
+        made = by_its_tables(vocabulary, name) if _is(vocabulary, name) else None
+        if made and (made.size, made.eos_id, made.unk_id) == (numbers.size, numbers.eos_id, numbers.unk_id):
+            made.former = numbers.fingerprint
+            return made
+    named = {base.__name__ for base in type(vocabulary).__mro__ if base.__module__.split(".")[0] == "seqio"}
+    has_text = callable(getattr(vocabulary, "encode", None)) and callable(getattr(vocabulary, "decode", None))
+    return Own(vocabulary, numbers) if has_text and "PassThroughVocabulary" not in named else numbers
+
+
+def numbers_only(vocabulary: Any) -> Opaque:
+    """Returns what is known of a seqio vocabulary of any kind without its text; see `of_seqio`."""
     name = f"{type(vocabulary).__module__}.{type(vocabulary).__qualname__}"
-    eos_id, unk_id = (_optional(getattr(vocabulary, attribute)) for attribute in ("eos_id", "unk_id"))
+    if not hasattr(vocabulary, "vocab_size"):
+        raise UserError(f"{name} is no vocabulary: it has no vocab_size (and encode, decode, eos_id, as seqio's have)")
+    eos_id, unk_id = (_optional(getattr(vocabulary, attribute, None)) for attribute in ("eos_id", "unk_id"))
     try:
-        bos_id = _optional(vocabulary.bos_id)
+        bos_id = _optional(getattr(vocabulary, "bos_id", None))
     except NotImplementedError:  # raised by seqio's base class where a vocabulary has none
         bos_id = None
+    extra_ids = int(getattr(vocabulary, "extra_ids", 0))
     return Opaque(name, int(vocabulary.vocab_size), eos_id, unk_id, extra_ids, _sample_ids(vocabulary), bos_id)
+
+
+def with_their_code(
+    saved: Mapping[str, Vocabulary], registered: Callable[[], Mapping[str, Vocabulary]]
+) -> dict[str, Vocabulary]:
+    """Returns a run's saved vocabularies, those that only code knows replaced by the task's own.
+
+    Args:
+      saved: by feature.
+      registered: returns those of the run's task; called only where one of `saved` holds no text.
+    """
+    found = dict(saved)
+    lacking = {name: each for name, each in saved.items() if type(each) is Opaque and each.size}
+    if not lacking:
+        return found
+    own, why = dict[str, Vocabulary](), "which the run's task does not have"
+    try:
+        own = dict(registered())
+    except UserError as error:
+        why = f"which is looked up in the run's task: {error}"
+    for name, each in lacking.items():
+        if (now := own.get(name)) is not None and each.fingerprint in (now.fingerprint, now.former):
+            found[name] = now
+            continue
+        each.why = f" ({why})" if now is None else f" (the run's task now has another, {now})"
+    return found
 
 
 def check_named(task_name: str, vocabularies: Mapping[str, Any], named: Mapping[str, Any]) -> None:
@@ -324,7 +323,8 @@ def check_named(task_name: str, vocabularies: Mapping[str, Any], named: Mapping[
             )
 
 
-_KINDS: dict[str, Any] = {cls.kind: cls for cls in (SentencePiece, Bytes, HuggingFace, Opaque)}
+_CLASSES = (SentencePiece, Bytes, HuggingFace, Unigrams, Codepoints, WordPieces, Opaque)
+_KINDS: dict[str, Any] = {cls.kind: cls for cls in _CLASSES}
 
 
 def _is(vocabulary: Any, name: str) -> bool:

@@ -34,6 +34,7 @@ class Vocabulary(abc.ABC):
       sentinels: those ids, <extra_id_0> first, where they are not the highest, from the top down; else ().
       start: ids that a decoder reads before the first token of a text, unless the recipe names others: the vocabulary's
         BOS, T5's padding id, or the EOS that ended the text before; () if it has none of these.
+      former: the fingerprint that earlier versions gave it, None where it is the same.
     """
 
     kind: ClassVar[str]
@@ -45,10 +46,11 @@ class Vocabulary(abc.ABC):
     extra_ids: int
     sentinels: tuple[int, ...] = ()
     start: tuple[int, ...]
+    former: str | None = None
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text`, without an EOS. Raises UserError if the vocabulary cannot encode text."""
+        """Returns the ids of `text`, without an EOS. Raises ValueError if the vocabulary cannot encode it."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids` up to the first EOS; ids out of range are read as `unk_id`."""

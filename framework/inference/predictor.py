@@ -8,6 +8,7 @@ from pathlib import Path
 
 from meshway.framework import terminal
 from meshway.framework.checkpoints.manager import Checkpoints, find_checkpoint, read_last
+from meshway.framework.data.vocabulary import Vocabulary
 from meshway.framework.errors import UserError
 from meshway.framework.files import local_path
 from meshway.framework.inference.beam_search import BeamSearch
@@ -32,11 +33,13 @@ class RecipeModel:
     Attributes:
       model, layout: as they are bound.
       lengths: TASK_FEATURE_LENGTHS, if any.
+      vocabularies: returns those of its task, see `load_text`; None where nobody looks for them.
     """
 
     model: Model
     layout: Layout
     lengths: Mapping[str, int] | None = None
+    vocabularies: Callable[[], Mapping[str, Vocabulary]] | None = None
 
     def limits(self, inputs: int | None, targets: int | None) -> dict[str, int]:
         """Returns the most tokens of a prompt and of a prediction, see `limits_of`."""
@@ -108,8 +111,7 @@ class Session:
 
 
 def open_session(
-    model: Model,
-    layout: Layout,
+    opened: RecipeModel,
     path: str | Path,
     step: int | None = None,
     append_eos: bool | None = None,
@@ -117,11 +119,10 @@ def open_session(
     say: Callable[[str], object] = warnings.warn,
     averaged: bool = False,
 ) -> Session:
-    """Opens a checkpoint under a layout: any, whatever it was trained under.
+    """Opens a checkpoint under a layout, whatever it was trained under.
 
     Args:
-      model: of the run's recipe.
-      layout: how it lies on the mesh.
+      opened: of the run's recipe; its layout may be any.
       path: the run directory, or one of its checkpoints.
       step: which checkpoint; None for the latest that can be read.
       append_eos: see `load_text`.
@@ -143,9 +144,12 @@ def open_session(
         raise UserError(f"--model_dir={path} is neither a run directory nor a checkpoint (no checkpoints/ in it)")
     folder, last = found
     asked_for = step is not None or directory.absolute() == (folder / str(last)).absolute()
-    sharded = ShardedModel(model, layout)
-    text = load_text(folder.parent, RowFormat.of(model).has_encoder, append_eos, _vocabulary_size(sharded))
+    model, sharded = opened.model, ShardedModel(opened.model, opened.layout)
+    has_encoder, size = RowFormat.of(model).has_encoder, _vocabulary_size(sharded)
+    text = load_text(folder.parent, has_encoder, append_eos, size, opened.vocabularies)
     text = dataclasses.replace(text, stops=stops)
+    if why := getattr(text.targets, "why", ""):
+        say(f"predictions are written as ids, for the run's vocabulary holds no text{why}")
     checkpoints = Checkpoints(folder, read_only=True, averaged=averaged)
 
     def read(step: int) -> Params:
@@ -237,7 +241,7 @@ class Predictor:
         path = local_path(checkpoint)
         changes = [*bindings, *([f"LAYOUT={layout!r}"] if layout is not None else [])]
         opened = _recipe_reader()(path, changes)
-        session = open_session(opened.model, opened.layout, path, step, stop=stop)
+        session = open_session(opened, path, step, stop=stop)
         self._open(session, opened.limits(max_input_length, max_new_tokens), decoder, batch_size, seed)
 
     @classmethod

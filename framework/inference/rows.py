@@ -2,7 +2,7 @@
 
 import bisect
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -332,21 +332,13 @@ def stop_texts(given: str | Sequence[str]) -> tuple[str, ...]:
     return stops
 
 
-class IdsOnly(vocabularies.Opaque):
-    """Of a run without a vocabulary: its inputs are ids, and so are its predictions ('<5> <17>')."""
-
-    def __init__(self, run: Path, size: int) -> None:
-        super().__init__("ids", size)
-        self._run = run
-
-    def encode(self, text: str) -> list[int]:
-        """Raises ValueError, so that the record can be left out."""
-        raise ValueError(
-            f"text, but {self._run} holds no vocabularies (vocabularies.json): give token ids, as [17, 4, 1]"
-        )
-
-
-def load_text(run: Path, has_encoder: bool, append_eos: bool | None = None, size: int = 0) -> Text:
+def load_text(
+    run: Path,
+    has_encoder: bool,
+    append_eos: bool | None = None,
+    size: int = 0,
+    registered: Callable[[], Mapping[str, Vocabulary]] | None = None,
+) -> Text:
     """Returns the text of a run directory, by the vocabularies that were saved with it; without any it is ids alone.
 
     Args:
@@ -355,18 +347,23 @@ def load_text(run: Path, has_encoder: bool, append_eos: bool | None = None, size
       append_eos: whether inputs end with EOS; None for what was saved with the run, else what T5X's tasks do: to an
         encoder they do, and what a prediction goes on from does not.
       size: how many ids the model knows.
+      registered: returns the vocabularies of the run's task, for those that only their own code knows; None: they are
+        ids alone.
 
     Raises:
       UserError: the vocabularies cannot be read; `append_eos`, and that of inputs has no EOS.
     """
     if not (run / "vocabularies.json").exists():
-        ids, known = IdsOnly(run, size), vocabularies.read_framing_of_ids(run)
+        ids, known = vocabularies.Opaque("ids", size), vocabularies.read_framing_of_ids(run)
+        ids.why = f", for {run} holds no vocabularies (vocabularies.json)"
         if known is not None:
             return Text(ids, ids, known.start, known.stop)
         return Text(ids, ids, (0,) if has_encoder else ())  # an encoder's decoder needs one id to start from: T5X's
-    targets = vocabularies.load(run / "vocabularies", "targets")
-    has_inputs = (run / "vocabularies" / "inputs.json").is_file()
-    inputs = vocabularies.load(run / "vocabularies", "inputs") if has_inputs else targets
+    names = ["targets", *(["inputs"] if (run / "vocabularies" / "inputs.json").is_file() else [])]
+    found = {name: vocabularies.load(run / "vocabularies", name) for name in names}
+    if registered is not None:
+        found = vocabularies.with_their_code(found, registered)
+    inputs, targets = found.get("inputs", found["targets"]), found["targets"]
     return text_of(inputs, targets, vocabularies.read_framing(run), has_encoder, append_eos)
 
 

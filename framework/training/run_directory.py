@@ -181,7 +181,7 @@ class RunDirectory:
             raise UserError(f"{path} cannot be read: {error}; remove it to go on without this check") from error
         for feature, vocabulary in vocabularies.items():
             fingerprint, description = before.get(feature, (vocabulary.fingerprint, ""))
-            if fingerprint != vocabulary.fingerprint:
+            if fingerprint not in (vocabulary.fingerprint, vocabulary.former):
                 raise UserError(
                     f"feature {feature!r}: this run has been trained with a {description}, and its task now has a "
                     f"{vocabulary}: the same ids mean other text. Give the task the run's own vocabulary, "

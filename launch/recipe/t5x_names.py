@@ -163,7 +163,7 @@ _TRAIN: Mapping[str, Answer] = {
     "checkpoint_cfg": _INCLUDED,
     "partitioner": "# LAYOUT says how arrays are sharded",
     "trainer_cls": "# there is one step",
-    "summarize_config_fn": "# config.gin and model-info.txt are always written",
+    "summarize_config_fn": "# config.gin and model_info.txt are always written",
     "inference_evaluator_cls": "# there is one evaluator",
     "concurrent_metrics": "# always",
     "gc_period": "# Python's collector runs between steps",

@@ -10,11 +10,13 @@ import jax
 import numpy as np
 import pytest
 from saved_runs import LENGTHS, VOCABULARY, save_run
+from tiers import tiers
 
 from meshway.framework.data.features import EncoderDecoder
 from meshway.framework.data.objective import FeatureInfo, TaskInfo
 from meshway.framework.data.rows import packing
-from meshway.framework.data.vocabularies import Opaque
+from meshway.framework.data.seqio_adapter import import_seqio
+from meshway.framework.data.vocabularies import Opaque, of_seqio
 from meshway.framework.data.vocabulary import Framing
 from meshway.framework.errors import UserError
 from meshway.framework.inference.beam_search import BeamSearch
@@ -31,6 +33,7 @@ from meshway.launch import cli
 from meshway.launch.infer import open_recipe
 from meshway.models.objectives import DecoderOnly
 
+seqio = import_seqio()
 GOLDENS = Path(__file__).parents[1] / "goldens/hugging_face"
 TEXTS = ["one", "a text of some more words, which needs a longer bucket", "", "three", "four 4"]
 
@@ -490,6 +493,92 @@ def test_a_vocabulary_without_text_serves_token_ids(run, mode, tmp_path, capsys)
         assert infer(f"--model_dir={model_dir}", *words, f"--output={tmp_path / name}.jsonl") == 0, capsys.readouterr()
     (known,), (row,) = (rows_of(tmp_path / f"{name}.jsonl") for name in ("bytes", "opaque"))
     assert row["token_scores"] == known["token_scores"] and row.get("tokens") == known.get("tokens")
+
+
+class Backwards(seqio.ByteVocabulary):
+    """A vocabulary of a user's: bytes, the last one first."""
+
+    def _encode(self, s):
+        return super()._encode(s)[::-1]
+
+    def _decode(self, ids):
+        return super()._decode([token for token in ids if token != 1][::-1])
+
+
+def of_kind(kind, folder):
+    """A seqio vocabulary of at most 384 ids."""
+    letters = [*map(chr, range(32, 127)), "é"]
+    match kind:
+        case "words":
+            return seqio.UnigramVocabulary([f"w{n}" for n in range(380)], split_on_space=True)
+        case "characters":
+            return seqio.PartialCodepointVocabulary(list(map(ord, letters)), extra_ids=200)
+        case "word pieces":
+            words = ["[PAD]", "[UNK]", *letters[1:], *(f"##{letter}" for letter in letters[1:]), "[SEP]"]
+            (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+            return seqio.BertWordPieceVocabulary(str(folder / "vocab.txt"), end_of_sequence_id=192)
+    return Backwards(100)
+
+
+@pytest.fixture(scope="module")
+def backwards(tmp_path_factory):
+    """A run whose vocabulary only the code of its task knows."""
+    features = dict.fromkeys(LENGTHS, seqio.Feature(Backwards(100)))
+    source = seqio.FunctionDataSource(lambda split, shuffle_files, seed=None: None, splits=["train"])
+    seqio.TaskRegistry.add("infer_backwards", source=source, preprocessors=[], output_features=features)
+    yield save_run(tmp_path_factory.mktemp("runs") / "own", "t5_1_1", "MIXTURE_OR_TASK_NAME = 'infer_backwards'")
+    seqio.TaskRegistry.remove("infer_backwards")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    tiers(
+        ["words", "characters", "word pieces", "a user's"],
+        quick=["a user's"],
+        slow=["words", "characters", "word pieces"],
+    ),
+)
+def test_every_vocabulary_of_text_reads_and_writes_it(run, request, kind, tmp_path, capsys):
+    theirs = of_kind(kind, tmp_path)
+    known = of_seqio(theirs)
+    made, path = tmp_path / "run", tmp_path / "in.jsonl"
+    shutil.copytree(request.getfixturevalue("backwards") if kind == "a user's" else run, made)
+    RunDirectory(made).save_vocabularies(dict.fromkeys(LENGTHS, known), Framing.of(known))
+    texts = ["w3 w5 w9", "12 a . b", "w7"]
+    ids = [[*known.encode(text), *([] if known.eos_id is None else [known.eos_id])] for text in texts]
+    path.write_text("".join(json.dumps({"inputs": each}) + "\n" for each in [*texts, *ids]))
+    words = (f"--model_dir={made}", f"--input={path}", "--max_new_tokens=6", "--temperature=1.0", "--seed=3")
+    assert infer(*words, f"--output={tmp_path / 'out.jsonl'}") == 0, capsys.readouterr()
+    rows = rows_of(tmp_path / "out.jsonl")
+    assert "written as ids" not in capsys.readouterr().err
+    ends = lambda tokens: tokens[: tokens.index(known.eos_id)] if known.eos_id in tokens else tokens  # noqa: E731
+    for row in rows:
+        assert row["prediction"] == (theirs.decode(ends(row["tokens"])) if ends(row["tokens"]) else "")
+    stop = rows[0]["prediction"][1:3]
+    how = {"layout": "single", "batch_size": 4, "max_new_tokens": 6, "decoder": Sampling(temperature=1.0), "seed": 3}
+    predictor = Predictor(made, stop=stop, **how)
+    found = predictor.predict([*texts, *ids])
+    assert found[0].text == "".join(rows[0]["prediction"].partition(stop)[:2])
+    assert found[0].tokens == rows[0]["tokens"][: len(found[0].tokens)]
+    assert "".join(predictor.generate(texts[0], id=0)) == found[0].text
+    assert predictor.predict(ids[:1])[0].tokens == found[0].tokens  # text is read as its ids
+
+
+def test_a_vocabulary_whose_code_is_gone_says_where_it_was_looked_for(backwards, tmp_path, capsys):
+    path, gone = tmp_path / "in.jsonl", tmp_path / "gone"
+    path.write_text('{"inputs": "text"}\n')
+    shutil.copytree(backwards, gone)
+    recipe = (gone / "recipe.gin").read_text().replace("infer_backwards", "infer_forwards")
+    (gone / "recipe.gin").write_text(recipe)
+    words = (f"--model_dir={gone}", f"--input={path}", f"--output={tmp_path / 'out.jsonl'}")
+    RunDirectory(gone).save_vocabularies(dict.fromkeys(LENGTHS, of_seqio(Backwards(100))), None)
+    assert infer(*words) == 2
+    said = capsys.readouterr().err
+    assert "in.jsonl:1: field 'inputs': text, and there is none in opaque" in said and "infer_forwards" in said
+    path.write_text('{"inputs": [70, 71]}\n')
+    assert infer(*words) == 0
+    assert "predictions are written as ids" in capsys.readouterr().err
+    assert rows_of(tmp_path / "out.jsonl")[0]["prediction"].startswith("<")
 
 
 def test_a_malformed_line_is_named_or_left_out(run, tmp_path, capsys):

@@ -70,6 +70,28 @@ def test_examples_that_are_cut_are_said(model, capsys):
 
 
 @pytest.mark.slow
+def test_a_vocabulary_of_ones_own_is_taken_as_it_is(recipe):
+    class Codes:
+        vocab_size, eos_id = 384, 1
+
+        def encode(self, text):
+            return [ord(letter) + 2 for letter in text]
+
+        def decode(self, ids):
+            return "".join(chr(max(token - 2, 0)) for token in ids if token != 1)
+
+    seen = []
+
+    def metric(targets, predictions):
+        seen.extend(zip(targets, predictions, strict=True))
+        return {"examples": len(targets)}
+
+    model = InteractiveModel(recipe, vocabularies=Codes())
+    assert model.evaluate(EXAMPLES, [metric])["examples"] == 3
+    assert seen == list(zip(["one", "two", "three"], [each.text for each in model.predict(EXAMPLES)]))
+
+
+@pytest.mark.slow
 def test_a_saved_model_is_a_run_and_goes_on_bit_for_bit(model, tmp_path):
     model.train_steps(EXAMPLES, 2)
     step = model.step

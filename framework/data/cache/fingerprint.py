@@ -18,7 +18,7 @@ from typing import Any
 
 from meshway.framework.data.cache.format import FORMAT, read_json
 from meshway.framework.data.seqio_adapter import task_errors
-from meshway.framework.data.vocabularies import of_seqio
+from meshway.framework.data.vocabularies import numbers_only, of_seqio
 from meshway.framework.errors import UserError
 
 IMPORTED = "seqio cache"  # the part that tells from which cache of seqio's examples were taken
@@ -139,9 +139,10 @@ def step_name(step: Any) -> str:
 def vocabulary_fingerprint(vocabulary: Any) -> str:
     """Returns a text that changes whenever a seqio vocabulary's ids may."""
     known = of_seqio(vocabulary)
+    if known.former is None and known.kind != "opaque":
+        return f"{known}, {known.fingerprint}"
+    known = numbers_only(vocabulary)
     text = f"{known}, {known.fingerprint}"
-    if known.kind != "opaque":
-        return text
     # A class not known here: its text, its plain settings, and the content of the files they name.
     text += f", {_plain(str(vocabulary))}"
     for name, value in sorted(vars(vocabulary).items()):

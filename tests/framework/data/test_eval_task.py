@@ -42,6 +42,15 @@ def test_predictions_and_targets_end_before_eos():
     assert task.postprocess(0, np.array([5, 0, 6])) == [5, 0, 6]
 
 
+def test_scalars_are_what_seqio_gives_which_can_be_keys():
+    """The t5 package's metrics of MultiRC and ReCoRD group examples by `idx/question`."""
+    task = make([EXAMPLES[0] | {"idx/question": np.array(3, np.int32), "score": np.array(0.5)}])
+    task._task.postprocess_fn = lambda output, example, is_target: {example["idx/question"]: example["score"]}
+    assert task.postprocess(0, np.array([5])) == task.target(0) == {3: 0.5}
+    (example,) = task.read([0])
+    assert isinstance(example["idx/question"], np.int32) and isinstance(example["inputs"], np.ndarray)
+
+
 def test_a_pretokenized_target_is_not_trimmed():
     (example,) = EXAMPLES
     assert make([example | {"targets_pretokenized": b"whole \xc3\xa9"}]).target(0) == "whole é"

@@ -1,24 +1,35 @@
 import copy
 import json
 import pickle
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
+from unittest import mock
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from meshway.framework.data.cache.fingerprint import vocabulary_fingerprint
+from meshway.framework.data.eval_task import TaskEvaluation
+from meshway.framework.data.rows.examples import InMemory
 from meshway.framework.data.seqio_adapter import import_seqio
 from meshway.framework.data.vocabularies import (
     Bytes,
     HuggingFace,
     Opaque,
+    Own,
     SentencePiece,
     check_named,
     load,
+    numbers_only,
     of_seqio,
+    with_their_code,
 )
 from meshway.framework.errors import UserError
+from meshway.framework.training.run_directory import RunDirectory
 
 seqio = import_seqio()
 import tokenizers  # noqa: E402
@@ -150,12 +161,157 @@ def test_what_is_not_known_keeps_its_numbers_only():
     unknown = of_seqio(seqio.PassThroughVocabulary(17, eos_id=3))
     assert isinstance(unknown, Opaque) and (unknown.size, unknown.eos_id, unknown.unk_id) == (17, 3, None)
     assert unknown.pieces([5, 40]) == ["<5>", "<40>"] and unknown.decode([5, 40]) == "<5> <40>"
-    with pytest.raises(UserError, match="PassThroughVocabulary holds no text: only SentencePiece, byte and Hugging"):
+    with pytest.raises(ValueError, match="text, and there is none in opaque vocab.*PassThrough.*: give token ids, as"):
         unknown.encode("a")
-    assert isinstance(of_seqio(Shouting(4)), Opaque) and of_seqio(Shouting(4)).info.extra_ids == 4
+    assert type(pickle.loads(pickle.dumps(of_seqio(Shouting(4))))) is Opaque
+    with pytest.raises(UserError, match="builtins.object is no vocabulary: it has no vocab_size"):
+        of_seqio(object())
+    assert of_seqio(Shouting(4)).info.extra_ids == 4
     letters = [of_seqio(seqio.PartialCodepointVocabulary(list(map(ord, word)))) for word in ("The", "fox", "fox")]
     assert letters[0].size == letters[1].size
     assert letters[0].fingerprint != letters[1].fingerprint == letters[2].fingerprint
+
+
+PIECES = [
+    "[PAD]",
+    "the",
+    "##ing",
+    "##s",
+    *".,'",
+    "n",
+    "do",
+    "not",
+    "don",
+    "fox",
+    "é",
+    "jump",
+    "[UNK]",
+    *"a!",
+    "[CLS]",
+    "[SEP]",
+]
+
+
+class Letters:
+    """A vocabulary as users write one, with no base class."""
+
+    vocab_size, eos_id = 28, 1
+
+    def encode(self, text):
+        return [" abcdefghijklmnopqrstuvwxyz".index(letter) + 1 for letter in text]
+
+    def decode(self, ids):
+        return "".join(" abcdefghijklmnopqrstuvwxyz"[token - 1] for token in ids if token > 1)
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Returns seqio's vocabularies that are neither SentencePiece nor bytes, and one of a user's."""
+    words = tmp_path_factory.mktemp("pieces") / "vocab.txt"
+    words.write_text("\n".join(PIECES) + "\n")
+    special = {"start_of_sequence_id": 17, "end_of_sequence_id": 18}
+    return {
+        "words": seqio.UnigramVocabulary(["the", "fox", "é", "the"][:3], split_on_space=True),
+        "one word": seqio.UnigramVocabulary(["the fox", "fox"]),
+        "characters": seqio.FullCodepointVocabulary(),
+        "some characters": seqio.PartialCodepointVocabulary([*map(ord, "the fox.é☃")], extra_ids=3),
+        "word pieces": seqio.BertWordPieceVocabulary(str(words), **special),
+        "lower word pieces": seqio.BertWordPieceVocabulary(str(words), lower_case=True, **special),
+        "a user's": Shouting(4),
+    }
+
+
+OTHERS = ("words", "one word", "characters", "some characters", "word pieces", "lower word pieces", "a user's")
+SAID = [
+    "the fox",
+    "the",
+    "don't do a jump!",
+    "the  fox.\n",
+    "THE Fox \u2603",
+    "é zzz the\x00",
+    "fox jumping foxs , the",
+]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_kinds_of_seqio_keep_their_text_too(others, name, tmp_path):
+    theirs = others[name]
+    ours = of_seqio(theirs)
+    assert (ours.size, ours.eos_id, ours.unk_id) == (theirs.vocab_size, theirs.eos_id, theirs.unk_id)
+    assert (ours.pad_id, ours.extra_ids, ours.start) == (theirs.pad_id, theirs.extra_ids, (0,))
+    ours.save(tmp_path, "targets")
+    again = load(tmp_path, "targets")
+    assert again == ours and again.fingerprint == ours.fingerprint
+    both = [ours] if name == "a user's" else [ours, again, pickle.loads(pickle.dumps(ours))]
+    for each in both:
+        for text in SAID:
+            ids = np.asarray(theirs.encode(text))  # a scalar or, of word pieces, a matrix that is filled up with 0
+            assert each.encode(text) == [int(token) for token in ids.reshape(-1) if ids.ndim < 2 or token]
+        most = min(ours.size + 3, 300)
+        for ids in ([5, 2, 3], [2, ours.size - 1, 3], range(2, most), *([token] for token in range(most))):
+            assert each.decode(list(ids)) == theirs.decode(list(ids))
+            written = each.detokenizer()
+            kept = [each.known(token) for token in ids if token != each.eos_id]
+            assert "".join(map(written.feed, kept)) + written.finish() == each.decode(kept)
+            assert len(each.pieces(ids)) == len(ids)
+        assert each.decode([]) == ""
+
+
+def test_an_evaluation_writes_an_empty_prediction_of_any_kind(others):
+    for theirs in others.values():
+        task = SimpleNamespace(output_features={"targets": SimpleNamespace(vocabulary=theirs)})
+        evaluated = TaskEvaluation("t", InMemory([]), None, None, {}, 1, {"targets": of_seqio(theirs)}, task)
+        assert evaluated._decode("targets", [] if theirs.eos_id is None else [theirs.eos_id, 2]) == ""
+
+
+def test_characters_that_are_none_can_be_written(others):
+    ours = of_seqio(others["characters"])
+    assert ours.decode([97, 0xD800, 0x110000, 98]) == "a\ufffd\ufffdb"
+
+
+def test_a_vocabulary_of_other_numbers_than_its_class_has_goes_by_its_own_code():
+    class Ended(seqio.UnigramVocabulary):
+        eos_id = 1
+
+    ours = of_seqio(Ended(["</s>", "a"], split_on_space=True))
+    assert type(ours) is Own and ours.encode("a b") == [2, 3] and ours.decode([2, 1, 2]) == "a </s>"
+
+
+def test_an_object_with_an_encoding_and_a_decoding_is_a_vocabulary(tmp_path):
+    ours = of_seqio(Letters())
+    assert ours.encode("a fox") == [2, 1, 7, 16, 25] and ours.decode([7, 16, 25]) == "fox"
+    with pytest.raises(ValueError, match="Letters cannot encode 'naïve': ValueError: substring not found"):
+        ours.encode("naïve")
+    with pytest.raises(UserError, match=r"Letters cannot decode \[99\]: IndexError: string index out of range"):
+        ours.decode([99])
+    ours.save(tmp_path, "targets")
+    saved = {"targets": load(tmp_path, "targets")}
+    assert type(saved["targets"]) is Opaque and saved["targets"].decode([7, 16]) == "<7> <16>"
+    assert with_their_code(saved, lambda: {"targets": ours})["targets"] is ours
+    other = of_seqio(Shouting(4))
+    for registered, why in (
+        (lambda: {}, "which the run's task does not have"),
+        (lambda: {"targets": other}, "the run's task now has another, opaque vocabulary of 263 ids"),
+        (mock.Mock(side_effect=UserError("no task")), "which is looked up in the run's task: no task"),
+    ):
+        left = with_their_code(saved, registered)["targets"]
+        with pytest.raises(ValueError, match=re.escape(why) + ".*give token ids"):
+            left.encode("a")
+    assert with_their_code({"targets": Bytes()}, None) == {"targets": Bytes()}
+
+
+def test_runs_and_caches_of_kinds_that_were_numbers_only_go_on(others, tmp_path):
+    """Earlier versions saved these as opaque: a run is resumed, and its cache is not stale."""
+    for name in OTHERS[:-1]:
+        theirs = others[name]
+        before = numbers_only(theirs)
+        run = RunDirectory(tmp_path / name)
+        run.root.mkdir()
+        run.save_vocabularies({"targets": before})
+        run.check_vocabularies({"targets": of_seqio(theirs)})
+        assert vocabulary_fingerprint(theirs).startswith(f"{before}, {before.fingerprint}, ")
+        found = with_their_code({"targets": before}, lambda theirs=theirs: {"targets": of_seqio(theirs)})
+        assert found["targets"].encode("the fox") and type(found["targets"]) is not Opaque
 
 
 def test_fingerprints_tell_apart_whatever_changes_an_id(kinds):
@@ -176,7 +332,7 @@ def test_the_layout_of_a_tokenizer_json_does_not_matter(kinds):
 
 @pytest.mark.parametrize("name", [*NAMES, "opaque"])
 def test_what_is_saved_is_what_is_loaded(kinds, name, tmp_path):
-    ours = of_seqio(kinds.get(name) or seqio.FullCodepointVocabulary())
+    ours = of_seqio(kinds.get(name) or seqio.PassThroughVocabulary(17))
     ours.save(tmp_path, "targets")
     for again in (load(tmp_path, "targets"), pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours)):
         assert again == ours and type(again) is type(ours) and str(again) == str(ours)
