@@ -1,8 +1,10 @@
-"""Hugging Face directories taken in by `meshway convert`, and the logits of what came out."""
+"""Hugging Face directories taken in by `meshway convert`, and the logits of what came out; T5X's runs, unpacked."""
 
 import io
 import json
 import shutil
+import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -11,6 +13,7 @@ import sentencepiece
 
 from meshway.framework.checkpoints.manager import Checkpoints
 from meshway.framework.conversion.tensor_files import TensorFiles
+from meshway.framework.conversion.values import Values
 from meshway.framework.interfaces import Model
 from meshway.framework.trees import flatten, unflatten
 from meshway.launch.convert import convert
@@ -18,6 +21,20 @@ from meshway.launch.recipe.bindings import build_network
 
 Batch = dict[str, np.ndarray]
 HUGGING_FACE = Path(__file__).parent / "goldens" / "hugging_face"
+T5X = Path(__file__).parent / "goldens" / "t5x"
+
+
+def t5x_runs(folder: Path, *kinds: str) -> dict[str, Path]:
+    """Unpacks runs as T5X leaves them (`tests/goldens/t5x`); returns the folder of each."""
+    for kind in kinds:
+        with tarfile.open(T5X / f"{kind}.tar.gz") as archive:
+            archive.extractall(folder / kind, filter="data")
+    return {kind: folder / kind for kind in kinds}
+
+
+def whole(values: Mapping[str, Values]) -> dict[str, np.ndarray]:
+    """Returns the arrays that values of another format's files are."""
+    return {path: each.shard((slice(None),) * each.ndim) for path, each in values.items()}
 
 
 def model_of(run: Path) -> Model:

@@ -21,7 +21,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from meshway.framework import terminal
-from meshway.framework.distributed import processes, rendezvous
+from meshway.framework.distributed import rendezvous
 from meshway.framework.distributed import watch as watch_lib
 from meshway.framework.distributed.barrier import CoordinationStore, Deadlines, named, place
 from meshway.framework.distributed.barrier import barrier as wait_at_barrier
@@ -311,8 +311,8 @@ class StepWatch:
             if self._began is not None and self._seen >= _WARM_UP_STEPS:
                 self._durations.append(now - self._began)
             self._began, self._step, self._seen = now, step, self._seen + 1
-        if watch := processes.watch():
-            watch.at_step(step)
+        if others := watch():
+            others.at_step(step)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -350,11 +350,10 @@ class StepWatch:
                 if not self._showed_stacks:
                     self._showed_stacks = True
                     dump_stacks()
-            watch = processes.watch()
-            if watch and (seconds := self.hangs()):
+            if (others := watch()) and (seconds := self.hangs()):
                 message = f"step {self._step + 1} has not ended in {seconds:.0f} s{_steps()}"
-                watch.alarms.sound(LOST_A_PEER, message)
-                watch.end(LOST_A_PEER, message, stacks=True)
+                others.alarms.sound(LOST_A_PEER, message)
+                others.end(LOST_A_PEER, message, stacks=True)
 
     def _print(self, text: str) -> None:
         print(f"meshway: {text}{_steps()}", file=sys.stderr, flush=True)
@@ -362,10 +361,10 @@ class StepWatch:
 
 def _steps() -> str:
     """Returns the last step of each process: one that hangs is behind."""
-    watch = processes.watch()
-    if watch is None:
+    others = watch()
+    if others is None:
         return ""
     try:
-        return "; last steps by process: " + ", ".join(f"{each}: {step}" for each, step in watch.steps().items())
+        return "; last steps by process: " + ", ".join(f"{each}: {step}" for each, step in others.steps().items())
     except Exception:  # the store is gone: the watch reports it
         return ""

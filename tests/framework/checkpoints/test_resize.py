@@ -1,12 +1,11 @@
 """A run starts from a model whose vocabulary has another size: entries that both have keep their bits."""
 
 import re
-import tarfile
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from converted import HUGGING_FACE, t5x_runs, whole
 from tiny import program
 
 from meshway.framework.checkpoints.manager import Checkpoints
@@ -17,7 +16,6 @@ from meshway.framework.conversion.t5x_files import T5XFiles
 from meshway.framework.errors import UserError
 from meshway.framework.trees import flatten
 
-GOLDENS = Path(__file__).parents[2] / "goldens"
 SMALL = ("D_MODEL=16", "D_FF=24", "NUM_HEADS=2", "HEAD_DIM=8")
 OLD = 64
 
@@ -130,12 +128,12 @@ def stored(model, size, fresh, axes):
     for name, leaf in flatten(fresh).items():
         dims = zip(leaf.shape, axes[name], strict=True)
         shapes[name] = tuple(size if axis == "vocab" else dim for dim, axis in dims)
-    return {name: each.shard((slice(None),) * each.ndim) for name, each in model(shapes).items()}
+    return whole(model(shapes))
 
 
 @pytest.mark.parametrize("how, size", [("fresh", 75), ("shrink", 60), (None, 75)])
 def test_from_a_hugging_face_directory(how, size):
-    model = open_model(GOLDENS / "hugging_face" / "llama3")
+    model = open_model(HUGGING_FACE / "llama3")
     sizes = ("D_MODEL", "D_FF", "NUM_HEADS", "NUM_KV_HEADS", "HEAD_DIM", "NUM_LAYERS", "TIED_LOGITS")
     bindings = [f"{name}={model.bindings[name]!r}" for name in sizes]
     here = program("llama", *bindings, f"VOCAB_SIZE={size}", optimizer="sgd", layout="single")
@@ -151,9 +149,7 @@ def test_from_a_hugging_face_directory(how, size):
 
 @pytest.mark.slow
 def test_from_a_checkpoint_of_t5x(tmp_path):
-    with tarfile.open(GOLDENS / "t5x" / "decoder_native.tar.gz") as archive:
-        archive.extractall(tmp_path, filter="data")
-    directory = next(path.parent for path in tmp_path.rglob("checkpoint_*") if path.is_dir())
+    directory = t5x_runs(tmp_path, "decoder_native")["decoder_native"]
     files = T5XFiles(directory)
     network = network_of(files)
     size = network.bindings["VOCAB_SIZE"]

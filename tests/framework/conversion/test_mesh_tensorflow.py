@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from converted import params_of
+from converted import params_of, whole
 from tiers import tiers
 
 from meshway.framework.checkpoints.mapping import Initial
@@ -35,10 +35,6 @@ def model_of(network, path):
     """Returns the model of a network, by a recipe written to `path`."""
     path.write_text(bindings.text_of(network.include, network.bindings))
     return bindings.build_network(path)[0]
-
-
-def whole(values):
-    return {path: each.shard((slice(None),) * each.ndim) for path, each in values.items()}
 
 
 def written(kind, folder, change):

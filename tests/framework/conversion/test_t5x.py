@@ -3,7 +3,6 @@
 import functools
 import json
 import shutil
-import tarfile
 from pathlib import Path
 
 import jax
@@ -11,7 +10,7 @@ import msgpack
 import numpy as np
 import pytest
 import tensorstore
-from converted import model_of, params_of, sentence_pieces
+from converted import T5X, model_of, params_of, sentence_pieces, t5x_runs, whole
 
 from meshway.framework.conversion.rules import check_tensors, pieces_of
 from meshway.framework.conversion.t5x import network_of
@@ -28,18 +27,13 @@ from meshway.launch.convert import convert
 from meshway.launch.recipe import bindings
 from meshway.launch.recipe.bindings import build_network
 
-GOLDENS = Path(__file__).parent.parent.parent / "goldens" / "t5x"
 KINDS = ("t5_native", "decoder_native", "decoder_orbax", "scalable_orbax")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A folder of each run, as T5X leaves it: name -> path."""
-    folder = tmp_path_factory.mktemp("t5x")
-    for kind in KINDS:
-        with tarfile.open(GOLDENS / f"{kind}.tar.gz") as archive:
-            archive.extractall(folder / kind, filter="data")
-    return {kind: folder / kind for kind in KINDS}
+    return t5x_runs(tmp_path_factory.mktemp("t5x"), *KINDS)
 
 
 @pytest.fixture
@@ -100,7 +94,7 @@ def test_beams_and_greedy_decodes_are_t5x_own(runs, tmp_path, kind):
     convert(str(runs[kind]), str(tmp_path / "run"))
     model = model_of(tmp_path / "run")
     params = params_of(tmp_path / "run", model)
-    expected = np.load(GOLDENS / f"{kind.partition('_')[0]}_expected.npz")
+    expected = np.load(T5X / f"{kind.partition('_')[0]}_expected.npz")
     tokens = expected["batch/encoder_input_tokens"]
     batch = {"encoder_input_tokens": tokens, "encoder_segment_ids": (tokens > 0).astype(np.int32)}
     decode = functools.partial(jax.jit, static_argnums=0)(
@@ -116,7 +110,7 @@ def test_beams_and_greedy_decodes_are_t5x_own(runs, tmp_path, kind):
 def test_logits_and_loss_are_t5x_own(runs, tmp_path, kind):
     convert(str(runs[kind]), str(tmp_path / "run"))
     model = model_of(tmp_path / "run")
-    expected = np.load(GOLDENS / f"{kind.partition('_')[0]}_expected.npz")
+    expected = np.load(T5X / f"{kind.partition('_')[0]}_expected.npz")
     batch = {name.removeprefix("batch/"): expected[name] for name in expected.files if name.startswith("batch/")}
     for side, tokens in (("encoder", "encoder_input_tokens"), ("decoder", "decoder_target_tokens")):
         if tokens in batch:
@@ -130,10 +124,6 @@ def test_logits_and_loss_are_t5x_own(runs, tmp_path, kind):
     logits, loss = outputs(params_of(tmp_path / "run", model), batch)
     np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=2e-5 * np.abs(expected["logits"]).max())
     np.testing.assert_allclose(loss, expected["loss"], rtol=1e-6)
-
-
-def whole(values):
-    return {path: each.shard((slice(None),) * each.ndim) for path, each in values.items()}
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,12 @@ byte.
 """
 
 import resource
-import tarfile
 from inspect import signature
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from converted import T5X, t5x_runs
 
 from meshway.framework.checkpoints import continuation
 from meshway.framework.conversion.t5x_files import T5XFiles, chunks_of, write_native
@@ -23,18 +22,13 @@ from meshway.launch.invocation import Invocation
 from meshway.launch.recipe import config
 from meshway.launch.train import train
 
-GOLDENS = Path(__file__).parent.parent.parent / "goldens" / "t5x"
 KINDS = ("decoder_native", "scalable_orbax", "momentum_native", "sized_native")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A folder of each run, as T5X leaves it: name -> path."""
-    folder = tmp_path_factory.mktemp("t5x")
-    for kind in KINDS:
-        with tarfile.open(GOLDENS / f"{kind}.tar.gz") as archive:
-            archive.extractall(folder / kind, filter="data")
-    return {kind: folder / kind for kind in KINDS}
+    return t5x_runs(tmp_path_factory.mktemp("t5x"), *KINDS)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +104,7 @@ def program_of(run, *bindings):
 )
 def test_the_next_losses_are_t5x_own(runs, taken_in, kind, direct):
     """From a converted run, and from T5X's checkpoint itself, read into the shards."""
-    expected = np.load(GOLDENS / f"{kind.partition('_')[0]}_expected.npz")
+    expected = np.load(T5X / f"{kind.partition('_')[0]}_expected.npz")
     bindings = [f"mapping.Initial.path={str(runs[kind])!r}"] if direct else []
     program, initial = program_of(taken_in(kind), *bindings)
     first = continuation.first_step(initial)
