@@ -236,8 +236,8 @@ def parse_flag(flag: str) -> Binding:
 
 
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
-    """Returns `value` with `function` applied to what its lists, tuples and dicts hold."""
-    if isinstance(value, (list, tuple)):
+    """Returns `value` with `function` applied to what its lists, tuples and dicts hold; a NamedTuple is held whole."""
+    if type(value) in (list, tuple):
         return type(value)(map_leaves(function, item) for item in value)
     if isinstance(value, dict):
         return {map_leaves(function, key): map_leaves(function, item) for key, item in value.items()}
@@ -246,7 +246,7 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
 
 def leaves(value: Any) -> Iterator[Any]:
     """Yields what the lists, tuples and dicts of `value` hold, in order."""
-    if isinstance(value, (list, tuple)):
+    if type(value) in (list, tuple):
         for item in value:
             yield from leaves(item)
     elif isinstance(value, dict):

@@ -54,6 +54,17 @@ def test_a_recipe_resolves_to_its_golden_text(name):
     assert config.load(again, import_unreferenced=False).resolved == resolved
 
 
+@pytest.mark.parametrize("objective", ["span_corruption", "ul2"])
+def test_an_objective_resolves_over_a_model(objective, tmp_path):
+    """UL2's denoisers are NamedTuples, among Python's defaults: no text has them, and none is taken apart."""
+    files = ("models/t5_1_1/tiny.gin", "recipes/pretrain.gin", f"objectives/{objective}.gin")
+    invocation = Invocation("train", gin_files=files, bindings=NEEDED["pretrain"])
+    resolved = config.load(invocation, import_unreferenced=False).resolved
+    (path := tmp_path / "resolved.gin").write_text(resolved)
+    again = Invocation("train", gin_files=(str(path),))
+    assert config.load(again, import_unreferenced=False).resolved == resolved
+
+
 @pytest.mark.parametrize(
     ("binding", "why"),
     [
