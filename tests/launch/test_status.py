@@ -65,6 +65,7 @@ def test_no_run_is_named(tmp_path, capsys):
     for words, message in (
         (["status"], "meshway status needs --model_dir=DIR"),
         (["status", str(tmp_path / "nowhere")], "there is no such directory"),
+        (["status", __file__], "it is a file, not a directory"),
         (["status", str(tmp_path)], "is not a run directory"),
         (["status", "gs://bucket/run"], "is not a local path"),
     ):
