@@ -19,6 +19,11 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _RETRY_SECONDS = 0.001
 
 
+def no_directory(path: Path) -> str:
+    """Returns in words why a path that should be a directory is none."""
+    return "it is a file, not a directory" if path.exists() else "there is no such directory"
+
+
 def local_path(path: str | Path) -> Path:
     """Returns a local path, `~` expanded. Every setting that is a path is passed through here.
 

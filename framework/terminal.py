@@ -235,6 +235,28 @@ def _standard_error() -> TextIO:
         return sys.stderr
 
 
+@contextlib.contextmanager
+def spoken_on(descriptor: int) -> Iterator[None]:
+    """Points `sys.stderr` at a descriptor for the time of a `with` block in which stream 2 itself is turned elsewhere.
+
+    It stays open as long as it is used: a logger that is made meanwhile keeps what it found.
+    """
+    before = sys.stderr
+    before.flush()
+    try:
+        is_redirected = before.fileno() == 2
+    except (OSError, ValueError):  # a test's own
+        is_redirected = False
+    if is_redirected:
+        sys.stderr = open(descriptor, "w", buffering=1, encoding=before.encoding, errors=before.errors)  # noqa: SIM115
+    try:
+        yield
+    finally:
+        sys.stderr = before
+        if not is_redirected:
+            os.close(descriptor)
+
+
 def _said(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
 

@@ -47,6 +47,11 @@ class Run:
     step: int
     averaged: bool = False
 
+    @property
+    def state(self) -> Path:
+        """The folder of its arrays."""
+        return self.checkpoints / str(self.step) / "state"
+
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
@@ -69,6 +74,14 @@ def find_run(path: Path, step: int | None, averaged: bool = False) -> Run | None
     return None if found is None else Run(found[0].parent, *found, averaged)
 
 
+def _open(run: Run) -> tuple[dict[str, Any], Mapping[str, Any], StoredParams]:
+    """Returns what was saved beside a checkpoint, the bindings of its recipe, and its parameters, still to be read."""
+    checkpoints = Checkpoints(run.checkpoints, read_only=True)
+    saved, averages = checkpoints.recipe(run.step), checkpoints.averages(run.step) if run.averaged else ()
+    bindings = recipe_bindings.bindings_of(saved["gin"], f"the recipe of {run.root}")
+    return saved, bindings, StoredParams(run.state, saved["schema"], averages=averages)
+
+
 def to_hugging_face(
     run: Run, folder: Path, family: str | None, dtype: np.dtype | None, max_shard_size: str
 ) -> dict[str, str]:
@@ -86,12 +99,9 @@ def to_hugging_face(
       UserError: the model is of no family, or its recipe computes something that its config.json cannot express.
     """
     max_bytes = size_in_bytes(max_shard_size)
-    checkpoints = Checkpoints(run.checkpoints, read_only=True)
-    saved, averages = checkpoints.recipe(run.step), checkpoints.averages(run.step) if run.averaged else ()
-    bindings = recipe_bindings.bindings_of(saved["gin"], f"the recipe of {run.root}")
+    saved, bindings, stored = _open(run)
     origin = _origin(run, bindings)
     found = _family(family, origin, run)
-    stored = StoredParams(run.checkpoints / str(run.step) / "state", saved["schema"], averages=averages)
     base = origin.notes["base"] if origin else found.bases[0]
     pieces = pieces_of(found.rules, base, stored.shapes)
     specs = {piece.theirs: stored.spec(piece, dtype) for piece in pieces}
@@ -263,14 +273,10 @@ def to_t5x(run: Run, folder: Path, dtype: np.dtype | None, optimizer_state: bool
     Raises:
       UserError: the model is none of T5X's networks, or the state not that of T5X's Adafactor.
     """
-    checkpoints = Checkpoints(run.checkpoints, read_only=True)
-    saved, averages = checkpoints.recipe(run.step), checkpoints.averages(run.step) if run.averaged else ()
-    gin, schema, state = saved["gin"], saved["schema"], run.checkpoints / str(run.step) / "state"
-    bindings = recipe_bindings.bindings_of(gin, f"the recipe of {run.root}")
-    stored = StoredParams(state, schema, averages=averages)
+    saved, bindings, stored = _open(run)
     network = network_for(stored.shapes, _layouts(run, bindings), bindings.get("ACTIVATIONS"))
     there, none = f"T5X's network of {network.include}", "no network of T5X's examples that T5X"
-    model = _compare(gin, network.include, network.bindings, folder, there, none)
+    model = _compare(saved["gin"], network.include, network.bindings, folder, there, none)
     pieces = pieces_of(network.rules, "", stored.shapes)
     specs = {f"target/{piece.theirs}": stored.spec(piece, dtype) for piece in pieces}
     readers: dict[str, Callable[[], np.ndarray]] = {
@@ -278,7 +284,7 @@ def to_t5x(run: Run, folder: Path, dtype: np.dtype | None, optimizer_state: bool
     }
     inline, notes = {"state/step": np.asarray(run.step, np.int32)}, dict[str, str]()
     if optimizer_state:
-        moments = StoredMoments(state, schema)
+        moments = StoredMoments(run.state, saved["schema"])
         if moments.num_updates != run.step:
             notes["for T5X"] = f"adafactor.Adafactor.step_offset = {run.step - moments.num_updates}, where decay began"
         for name, spec, read in moments.arrays(network.factor_rules, pieces, stored.shapes, flatten(model.axes())):

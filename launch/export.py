@@ -77,7 +77,7 @@ def export(
         raise UserError("meshway export runs as one process")
     if not output:
         raise UserError("meshway export needs --output=DIR, the folder to make")
-    chosen = _chosen("--platforms", jax.default_backend() if platforms is None else platforms, PLATFORMS)
+    chosen = _chosen("--platforms", jax.export.default_export_platform() if platforms is None else platforms, PLATFORMS)
     wanted = _chosen("--modes", modes, MODES)
     folder = local_path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -221,14 +221,12 @@ class _Programs:
                     f"{first_line(error)}"
                 ) from error
         (self._folder / file).write_bytes(found.serialize())
-        names = sorted(jax.eval_shape(lambda *given: found.call(*given), params, features, *more.values()))
-        outputs = dict(zip(names, found.out_avals, strict=True))
         return {
             "file": file,
             "mode": mode,
             "lengths": dict(lengths),
             "arguments": {"batch": _described(features), **_described(more)},
-            "results": _described(outputs),
+            "results": _described(jax.tree.unflatten(found.out_tree, found.out_avals)),
             "devices": found.nr_devices,
         }
 
@@ -283,8 +281,8 @@ def _described(arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 def _chosen(flag: str, given: str | Sequence[str], known: Sequence[str]) -> list[str]:
     """Returns the names of a flag, each once."""
-    names = list(dict.fromkeys(given.split(",") if isinstance(given, str) else given))
-    names = ["cuda" if name == "gpu" else name for name in names]
+    listed = given.split(",") if isinstance(given, str) else given
+    names = list(dict.fromkeys("cuda" if name == "gpu" else name for name in listed))
     for name in names:
         if name not in known:
             raise UserError(f"{flag}: {name!r} is not one of {', '.join(known)}{did_you_mean(name, known)}")

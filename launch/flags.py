@@ -105,8 +105,9 @@ def binds(
 
 @functools.cache
 def flags_of(kind: type) -> tuple[Flag, ...]:
-    """Returns the flags of a dataclass, in the order of its fields; fields made otherwise are left out."""
-    hints = typing.get_type_hints(kind)
+    """Returns the flags of a dataclass: its own in the order of its fields, then those that it inherits; fields made
+    otherwise are left out."""
+    hints, own = typing.get_type_hints(kind), vars(kind).get("__annotations__", {})
     return tuple(
         dataclasses.replace(
             found,
@@ -115,7 +116,7 @@ def flags_of(kind: type) -> tuple[Flag, ...]:
             kind=_without_none(hints[field.name]),
             is_required=field.default is dataclasses.MISSING,
         )
-        for field in dataclasses.fields(kind)
+        for field in sorted(dataclasses.fields(kind), key=lambda field: field.name not in own)
         if (found := field.metadata.get("flag"))
     )
 

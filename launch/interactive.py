@@ -144,7 +144,7 @@ class InteractiveModel:
 
     def predict(self, examples: Sequence[Example], aux: Collection[str] = ()) -> list[Prediction]:
         """Returns a prediction of each example's `inputs`; with `aux`, also intermediate values of the model."""
-        return self._at_hand().predict([self._field(n, each, "inputs") for n, each in _listed(examples)], aux=aux)
+        return self._at_hand().predict([_field(n, each, "inputs") for n, each in _listed(examples)], aux=aux)
 
     def predict_with_aux(
         self, examples: Sequence[Example], names: Collection[str] = ()
@@ -156,9 +156,9 @@ class InteractiveModel:
 
     def score(self, examples: Sequence[Example]) -> list[Scored]:
         """Returns the log-probability of each example's `targets` after its `inputs` (none where it has none)."""
-        inputs = ["" if isinstance(each, Mapping) and "inputs" not in each else self._field(n, each, "inputs")
-                  for n, each in _listed(examples)]  # fmt: skip
-        return self._at_hand().score(inputs, [self._field(n, each, "targets") for n, each in _listed(examples)])
+        listed = _listed(examples)
+        inputs = [each.get("inputs", "") for _, each in listed]
+        return self._at_hand().score(inputs, [_field(n, each, "targets") for n, each in listed])
 
     def evaluate(
         self,
@@ -270,11 +270,11 @@ class InteractiveModel:
         """Returns examples as a task has them: token ids, the text that was given, and other fields as they are."""
         found = []
         for number, each in _listed(examples):
-            fields: dict[str, Any] = {"inputs": each} if isinstance(each, str) else dict(each)
+            fields = dict(each)
             for name in self._converter.task_features:
                 if name not in self._vocabularies:
                     continue
-                value = fields[name] = self._field(number, each, name)
+                value = fields[name] = _field(number, each, name)
                 if isinstance(value, str):
                     fields[f"{name}_pretokenized"] = value
                 fields[name] = np.asarray(self._ids(number, name, value), np.int32)
@@ -290,13 +290,6 @@ class InteractiveModel:
             return read(value) if read else self._vocabularies[name].encode(value) if isinstance(value, str) else value
         except ValueError as error:
             raise UserError(f"example {number}, field {name!r}: {error}") from error
-
-    def _field(self, number: int, example: Example, name: str) -> Any:
-        fields = {"inputs": example} if isinstance(example, str) else example
-        if name not in fields:
-            near = did_you_mean(name, fields)
-            raise UserError(f"example {number} has no {name!r}, only {sorted(fields)}{near}")
-        return fields[name]
 
 
 class _Current:
@@ -376,10 +369,18 @@ def _as_task(
     )
 
 
-def _listed(examples: Sequence[Example]) -> list[tuple[int, Example]]:
+def _field(number: int, fields: Mapping[str, Any], name: str) -> Any:
+    if name not in fields:
+        near = did_you_mean(name, fields)
+        raise UserError(f"example {number} has no {name!r}, only {sorted(fields)}{near}")
+    return fields[name]
+
+
+def _listed(examples: Sequence[Example]) -> list[tuple[int, Mapping[str, Any]]]:
+    """Returns (number, fields) of each example; a text alone is its `inputs`."""
     if isinstance(examples, str | Mapping):
         raise UserError("give a list of examples, each a dict such as {'inputs': ..., 'targets': ...}, or a text")
     for number, each in enumerate(examples):
         if not isinstance(each, str | Mapping):
             raise UserError(f"example {number} is neither a dict nor a text, but {type(each).__name__}")
-    return list(enumerate(examples))
+    return list(enumerate({"inputs": each} if isinstance(each, str) else each for each in examples))

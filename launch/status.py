@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from meshway.framework.errors import UserError
 from meshway.framework.evaluation.records import Records
-from meshway.framework.files import Holder, holder_of, local_path
+from meshway.framework.files import Holder, holder_of, local_path, no_directory
 from meshway.framework.telemetry.timeline import Goodput, goodput, in_one_line, read_goodput
 from meshway.framework.terminal import format_duration
 
@@ -75,7 +75,7 @@ def read_status(model_dir: Path) -> Status:
       UserError: there is no run.
     """
     if not model_dir.is_dir():
-        raise UserError(f"{model_dir}: there is no such directory")
+        raise UserError(f"{model_dir}: {no_directory(model_dir)}")
     if not any((model_dir / name).exists() for name in ("metrics.jsonl", "timeline.jsonl", "checkpoints", ".lock")):
         raise UserError(f"{model_dir} is not a run directory: it holds no metrics.jsonl, timeline.jsonl or checkpoints")
     last = _last_line(model_dir / "metrics.jsonl")

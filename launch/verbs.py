@@ -245,21 +245,25 @@ class ConvertFlags:
         required=True,
     )
     to: str | None = binds(
-        "convert.convert.target", "the directory to make: a run directory, or a Hugging Face one", "DIR"
+        "convert.convert.target", "the directory to make: a run, a Hugging Face or (--family=t5x) a T5X one", "DIR"
     )
     family: str | None = binds("convert.convert.family", "what the model is, or t5x (default: config.json's)", "FAMILY")
     dtype: Literal["float32", "bfloat16", "float16", "keep"] | None = binds(
         "convert.convert.dtype", "float32, bfloat16, float16 or keep (default: keep)", "DTYPE"
     )
-    step: int | None = binds("convert.convert.step", "which checkpoint of a run (default: the latest)", "N", least=0)
+    step: int | None = binds(
+        "convert.convert.step", "which checkpoint of a run, or of T5X (default: the latest)", "N", least=0
+    )
     averaged: bool = binds("convert.convert.averaged", "write out the averages of parameters that a run kept")
-    max_shard_size: str | None = binds("convert.convert.max_shard_size", "of a safetensors file (default: 5GB)", "SIZE")
+    max_shard_size: str | None = binds(
+        "convert.convert.max_shard_size", "the most of a safetensors file (default: 5GB)", "SIZE"
+    )
     vocabulary: str | None = binds(
         "convert.convert.vocabulary", "the SentencePiece model of a T5X checkpoint's task", "FILE"
     )
-    optimizer_state: bool = binds("convert.convert.optimizer_state", "of T5X's Adafactor too, in or out")
+    optimizer_state: bool = binds("convert.convert.optimizer_state", "the state of T5X's Adafactor too, in or out")
     ignore_fields: str | None = binds(
-        "convert.convert.ignore_fields", "of config.json, that change nothing (a,b)", "FIELDS"
+        "convert.convert.ignore_fields", "fields of config.json to pass over: they change nothing (a,b)", "FIELDS"
     )
 
 
@@ -390,7 +394,7 @@ VERBS = {
     ),
     "convert": Verb(
         "meshway.launch.convert",
-        "take a Hugging Face or T5X model in, with its recipe, or write a Hugging Face one",
+        "take a Hugging Face, T5X or Mesh-TensorFlow model in, with its recipe, or write a run as one of the first two",
         flags=ConvertFlags,
         recipe=False,
         on_devices=False,

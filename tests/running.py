@@ -40,6 +40,14 @@ def start(*words: str, cwd: Path = LAB, **variables: str) -> subprocess.Popen:
     )
 
 
+def python_after(program: str, cwd: Path = LAB) -> set[str]:
+    """Returns the modules that a fresh Python has loaded once it has run a program."""
+    words = [sys.executable, "-c", f"{program}; import sys; print('modules:', *sys.modules)"]
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.rpartition("modules:")[2].split())
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

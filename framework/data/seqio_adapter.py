@@ -131,7 +131,7 @@ def without_notes() -> Iterator[None]:
         yield
         return
     failed = True
-    with tempfile.TemporaryFile() as caught, _python_speaks_on(saved):
+    with tempfile.TemporaryFile() as caught, terminal.spoken_on(saved):
         os.dup2(caught.fileno(), 2)
         try:
             yield
@@ -142,26 +142,6 @@ def without_notes() -> Iterator[None]:
             for line in caught:
                 if failed or not _NOTE.match(line):
                     os.write(2, line)
-
-
-@contextlib.contextmanager
-def _python_speaks_on(descriptor: int) -> Iterator[None]:
-    """Points `sys.stderr` at a descriptor for the time of a `with` block, and leaves that open as long as it is used: a
-    logger that is made meanwhile keeps what it found."""
-    before = sys.stderr
-    before.flush()
-    try:
-        is_redirected = before.fileno() == 2
-    except (OSError, ValueError):  # a test's own
-        is_redirected = False
-    if is_redirected:
-        sys.stderr = open(descriptor, "w", buffering=1, encoding=before.encoding, errors=before.errors)  # noqa: SIM115
-    try:
-        yield
-    finally:
-        sys.stderr = before
-        if not is_redirected:
-            os.close(descriptor)
 
 
 _READ_AT_ONCE = 256  # examples handed from TensorFlow to numpy at a time

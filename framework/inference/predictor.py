@@ -10,7 +10,7 @@ from meshway.framework import terminal
 from meshway.framework.checkpoints.manager import Checkpoints, find_checkpoint, read_last
 from meshway.framework.data.vocabulary import Vocabulary
 from meshway.framework.errors import UserError
-from meshway.framework.files import local_path
+from meshway.framework.files import local_path, no_directory
 from meshway.framework.inference.beam_search import BeamSearch
 from meshway.framework.inference.bulk.batches import Predict, Score, Work, compute
 from meshway.framework.inference.bulk.inputs import Example, Reader, Record
@@ -138,7 +138,7 @@ def open_session(
     stops = stop_texts(stop)
     directory = local_path(path)
     if not directory.is_dir():
-        raise UserError(f"--model_dir={path}: there is no such directory")
+        raise UserError(f"--model_dir={path}: {no_directory(directory)}")
     found = find_checkpoint(directory, step, "--model_dir")
     if found is None:
         raise UserError(f"--model_dir={path} is neither a run directory nor a checkpoint (no checkpoints/ in it)")

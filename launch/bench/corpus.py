@@ -8,7 +8,6 @@ disk is not measured.
 Each figure is of a fresh process. Memory is the most that it had resident, less what its imports took.
 """
 
-import contextlib
 import json
 import multiprocessing
 import os
@@ -30,9 +29,9 @@ from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.data.rows.row_stream import RowStream
 from meshway.framework.data.vocabularies import Bytes
 from meshway.framework.data.windowed_text import WindowedTextConverter
-from meshway.framework.errors import UserError
+from meshway.framework.errors import EnvironmentFailure, UserError
 from meshway.framework.terminal import format_columns
-from meshway.launch.bench.rounds import STATUS, resident_mib
+from meshway.launch.bench.rounds import resident_mib
 from meshway.launch.bench.stages import Sample
 
 NAME = "corpus"
@@ -184,7 +183,9 @@ def _in_fresh_process(work: Any, *arguments: Any) -> dict[str, float]:
     try:
         return ours.recv()
     except EOFError as error:
-        raise UserError(f"the process that measures a corpus died; see above ({process.exitcode})") from error
+        process.join()
+        ended = f"exit code {process.exitcode}; a negative one is the signal that killed it"
+        raise EnvironmentFailure(f"the process that measures a corpus died ({ended}); see above") from error
     finally:
         process.join()
 
@@ -192,20 +193,12 @@ def _in_fresh_process(work: Any, *arguments: Any) -> dict[str, float]:
 def _measured(connection: Any, work: Any, arguments: Sequence[Any]) -> None:
     import array_record.python.array_record_module  # noqa: F401 an import is not what is measured
 
-    before, begin = resident_mib() if STATUS.is_file() else 0.0, time.perf_counter()
+    before, begin = resident_mib(), time.perf_counter()
     found = dict(work(*arguments))
     found["seconds"] = time.perf_counter() - begin
-    found["MiB"] = _most_resident() - before
+    found["MiB"] = resident_mib(most=True) - before
     connection.send(found)
     os._exit(0)  # counting ahead needs no end
-
-
-def _most_resident() -> float:
-    """Returns the most memory that this process had resident, in MiB, not counting what it was started from."""
-    with contextlib.suppress(OSError):
-        lines = STATUS.read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
-    return 0.0
 
 
 def format_table(found: Sequence[Mapping[str, Any]], data: CachedData) -> str:

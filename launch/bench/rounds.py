@@ -66,10 +66,11 @@ def format_mesh(mesh: Mapping[str, int]) -> str:
     return " x ".join(f"{axis}={size}" for axis, size in mesh.items())
 
 
-def resident_mib() -> float:
-    """Returns the resident memory of this process in MiB, as Linux tells it."""
-    lines = STATUS.read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) / 1024
+def resident_mib(most: bool = False) -> float:
+    """Returns the resident memory of this process in MiB, as Linux tells it: now, or the `most` so far, not counting
+    what it was started from; 0 on other systems."""
+    name, lines = "VmHWM:" if most else "VmRSS:", STATUS.read_text().splitlines() if STATUS.is_file() else []
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(name)), 0.0)
 
 
 def peak_mib() -> float:

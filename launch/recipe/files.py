@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from meshway.framework.errors import UserError, did_you_mean
-from meshway.framework.files import local_path
+from meshway.framework.files import local_path, no_directory
 from meshway.launch.invocation import Invocation
 from meshway.launch.recipe import t5x
 from meshway.launch.recipe.t5x_names import PAGE
@@ -230,7 +230,7 @@ def of_run(invocation: Invocation) -> Invocation:
     if directory is None:
         raise UserError(f"meshway {invocation.verb} needs a run: --model_dir=DIR, or a recipe: --gin_file=FILE")
     if not directory.is_dir():
-        raise UserError(f"--model_dir={directory}: there is no such directory{_beside(directory)}")
+        raise UserError(f"--model_dir={directory}: {no_directory(directory)}{_beside(directory)}")
     run = (
         directory.parent.parent if directory.name.isdecimal() and directory.parent.name == "checkpoints" else directory
     )
@@ -261,12 +261,15 @@ def run_directory(invocation: Invocation) -> Path | None:
 def _beside(directory: Path) -> str:
     """Returns the names beside a missing directory that are like its own, as a question."""
     parent = directory.parent
+    if directory.exists():
+        return ""
     if not parent.is_dir():
         return f" (nor {parent})"
     return did_you_mean(directory.name, [path.name for path in parent.iterdir() if path.is_dir()])
 
 
 def _inside(directory: Path) -> str:
-    """Returns the runs inside a directory, as an example."""
-    runs = sorted(path for path in directory.iterdir() if any((path / name).is_file() for name in RECIPES))
+    """Returns the run that a directory is part of, or else one inside it, as an example."""
+    near = [*list(directory.parents)[:3], *sorted(directory.iterdir())]
+    runs = [path for path in near if any((path / name).is_file() for name in RECIPES)]
     return f", as --model_dir={runs[0]}" if runs else ""

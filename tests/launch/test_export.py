@@ -17,6 +17,7 @@ from meshway.framework.inference.beam_search import BeamSearch
 from meshway.framework.inference.predictor import Predictor
 from meshway.framework.inference.sampling import Sampling
 from meshway.launch import cli
+from meshway.launch.export import PLATFORMS, _chosen
 
 PAGE = Path(__file__).parents[2] / "docs/inference.md"
 TEXTS = ["one", "another text"]
@@ -96,11 +97,14 @@ def test_programs_are_equal_to_the_predictor(family, how, tmp_path):
     predictor = Predictor(run, layout="single", decoder=decoder, batch_size=2, **limits)
     rows, text = predictor._session.row_format, predictor._session.text
     params, manifest, predict = loaded(tmp_path / "out", "predict")
-    length = [each for each in manifest["programs"] if each["mode"] == "predict"][-1]["lengths"]["inputs"]
+    entry = [each for each in manifest["programs"] if each["mode"] == "predict"][-1]
+    length = entry["lengths"]["inputs"]
     # Of one length, so that the predictor takes the largest bucket too.
     texts = ["a text of 18 bytes", "b text of 18 bytes"]
     batch = rows.prompts([text.read_inputs(each) for each in texts], length)
     found = predict.call(params, batch, np.arange(2, dtype=np.int32), np.int32(0))
+    results = {name: {"shape": list(each.shape), "dtype": str(each.dtype)} for name, each in found.items()}
+    assert entry["results"] == results
     for row, each in enumerate(predictor.predict(texts)):
         best = int(np.argmax(found["scores"][row]))
         assert found["tokens"][row, best, : found["lengths"][row, best]].tolist() == each.tokens
@@ -111,6 +115,10 @@ def test_programs_are_equal_to_the_predictor(family, how, tmp_path):
     result = score.call(params, rows.scored(*pairs, lengths))["log_probs"]
     for row, each in zip(rows.of_targets(np.asarray(result), *pairs), predictor.score(texts, ["abc", "de"])):
         np.testing.assert_allclose(row, each.token_scores, rtol=1e-4, atol=1e-5)
+
+
+def test_a_platform_is_one_by_either_name():
+    assert _chosen("--platforms", "gpu,cpu,cuda", PLATFORMS) == ["cuda", "cpu"]
 
 
 MISTAKES = {

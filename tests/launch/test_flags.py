@@ -40,6 +40,15 @@ def read(kind, *words):
     return given(flags_of(kind), parser.parse_args(words), "meshway it")
 
 
+@dataclasses.dataclass(frozen=True)
+class Reserved(Place):
+    node_list: str | None = flag("which nodes", "NODES", None)
+
+
+def test_a_kind_s_own_flags_come_before_those_it_inherits():
+    assert [each.name for each in flags_of(Reserved)] == ["--node_list", "--nodes", "--env", "--spot"]
+
+
 def test_fields_become_values():
     assert read(Place, "--nodes=3", "--env=A=1", "--env", "B=2") == {"nodes": 3, "env": ("A=1", "B=2")}
     assert Place(**read(Place, "--nodes=1", "--spot")) == Place(1, (), True)

@@ -3,6 +3,7 @@
 import functools
 import json
 import multiprocessing
+import os
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from meshway.framework.data.denoising import SpanCorruption
 from meshway.framework.data.features import EncoderDecoder, LanguageModel, PrefixLanguageModel
 from meshway.framework.data.grain_loader import CachedData
 from meshway.framework.data.rows.examples import InMemory
-from meshway.framework.errors import UserError
+from meshway.framework.errors import EnvironmentFailure, UserError
 from meshway.launch.bench import corpus, data, stages
 from meshway.launch.bench.stages import Packing, Sample, Stage, batch_counts, log_normal
 from meshway.launch.invocation import Invocation
@@ -155,6 +156,8 @@ def test_a_corpus_of_any_size_is_made_and_measured(make_data, monkeypatch, capsy
     assert all(0 < figure["open"] < figure["seconds"] for figure in found["figures"].values())
     table, _, result = capsys.readouterr().out.partition("\nRESULT ")
     assert json.loads(result) == {"corpora": [found]} and "fifth pass" in table
+    with pytest.raises(EnvironmentFailure, match="measures a corpus died .exit code 3;"):
+        corpus._in_fresh_process(os._exit, 3)
 
 
 @pytest.mark.parametrize("wrong", ["many", "0", "10,", "-5"])

@@ -42,6 +42,12 @@ def test_what_is_no_run_is_refused(tmp_path):
     (tmp_path / "quickstart" / "config.gin").write_text("")
     with pytest.raises(UserError, match=re.escape(f"as --model_dir={tmp_path}/quickstart")):
         of_run(invocation(f"MODEL_DIR='{tmp_path}'"))
+    (tmp_path / "quickstart" / "checkpoints" / "2" / "state").mkdir(parents=True)
+    for part in ("checkpoints", "checkpoints/2/state"):
+        with pytest.raises(UserError, match=re.escape(f", or a run, as --model_dir={tmp_path}/quickstart") + "$"):
+            of_run(invocation(f"MODEL_DIR='{tmp_path}/quickstart/{part}'"))
+    with pytest.raises(UserError, match="config.gin: it is a file, not a directory$"):
+        of_run(invocation(f"MODEL_DIR='{tmp_path}/quickstart/config.gin'"))
     with pytest.raises(UserError, match="meshway eval needs a run: --model_dir=DIR"):
         of_run(invocation())
     with pytest.raises(UserError, match="MODEL_DIR=3 is not a directory"):
