@@ -20,7 +20,8 @@ from meshway.launch.cluster.job import END_WITH_STARTER
 from meshway.launch.flags import Flag, Parser, add_flags, flags_of, given, refuse_unknown, sentence
 from meshway.launch.invocation import MACROS, Invocation
 from meshway.launch.recipe.t5x_names import FLAGS
-from meshway.launch.verbs import VERBS, ProcessFlags, RecipeFlags, module_of
+from meshway.launch.verb_flags import ProcessFlags, RecipeFlags
+from meshway.launch.verbs import VERBS, module_of
 
 _FILES = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)  # what holds text back until it is flushed
 

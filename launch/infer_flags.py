@@ -6,7 +6,7 @@ from typing import Any
 
 from meshway.framework.errors import UserError
 from meshway.launch.flags import flags_of
-from meshway.launch.verbs import ExportFlags, InferFlags
+from meshway.launch.verb_flags import ExportFlags, InferFlags
 
 _DRAWN = ("--temperature", "--top_k", "--top_p", "--num_decodes", "--seed")
 _PREDICTED = (*_DRAWN, "--beams", "--stop", "--begin_field")

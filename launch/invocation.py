@@ -41,7 +41,7 @@ class Invocation:
       num_processes: processes in the run, None to take it from the cluster.
       process_id: this process's rank, None to take it from the cluster.
       simulated_devices: CPU devices to simulate in this process, None for the real ones.
-      options: the verb's own flags, of its dataclass in `verbs.py`.
+      options: the verb's own flags, of its dataclass in `verb_flags.py`.
       command: `launch`: the command after `--`, as its verb reads it.
       job: `launch`: what is launched, the command after `--` in it.
       place: `launch`: where, of the class that the subject names (`cluster/`).

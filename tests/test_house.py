@@ -29,7 +29,7 @@ PLACES = {
     "data optimizers planning training conversion checkpoints inference report evaluation",
     "models": "layers.masks layers.side_outputs module layers losses language vision objectives .",
     "tasks": ".",
-    "launch": "flags cluster.job invocation verbs recipe dry_run cluster .",
+    "launch": "flags verb_flags cluster.job invocation verbs recipe dry_run cluster .",
 }
 ORDER = [f"{folder}.{name}".rstrip(".") for folder, names in PLACES.items() for name in names.split()]
 LONG = {("framework/training/loop.py", 120), ("launch/train.py", 120)}  # the loop, and what sets it up

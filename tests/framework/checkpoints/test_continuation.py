@@ -58,7 +58,7 @@ def test_all_is_read_from_the_checkpoint_that_was_found_first(tmp_path, trained)
     save(tmp_path / "trained", 20)
     state = state_of(adafactor)
     continuation.check(initial, state, AXES)
-    begun = continuation.begin(initial, state, AXES, first)
+    begun = continuation.begin(initial, program_of(state), first)
     assert first == 12 == int(begun.step) and float(begun.params["w"].max()) == 12
     assert Initial(trained).known_step() == 20
 
@@ -68,7 +68,7 @@ def test_all_processes_read_the_checkpoint_that_the_first_one_found(trained, mon
     asked = []
     monkeypatch.setattr(processes, "barrier", lambda *args: asked.append(args) or {0: "3", 1: args[2]})
     initial = Initial(trained, step=given)
-    begun = continuation.begin(initial, state_of(adafactor), AXES, 0)
+    begun = continuation.begin(initial, program_of(state_of(adafactor)), 0)
     assert initial.known_step() == float(begun.params["w"].max()) == (3 if given is None else 12)
     assert len(asked) == (given is None)
 
@@ -126,6 +126,11 @@ def state_of(optimizer):
     bound = Optimizer(optimizer, 0.1).bind(AXES, SHAPES)
     params = {"w": jnp.ones((4, 6))}
     return TrainState(jnp.int32(0), params, bound.init(params), jnp.int32(0), jnp.int32(0))
+
+
+def program_of(state):
+    """A program of a fresh state, as far as a beginning looks at it."""
+    return SimpleNamespace(init=lambda: state, axes=AXES, with_average=lambda begun: begun)
 
 
 def test_another_optimizers_state_is_refused_before_it_is_read(tmp_path, trained):
