@@ -107,6 +107,7 @@ _VIEWS = {
     "convert_element_type",
     "copy",
     "expand_dims",
+    "name",
     "optimization_barrier",
     "rev",
     "reshape",

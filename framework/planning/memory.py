@@ -29,7 +29,9 @@ from meshway.framework.planning.shard_sizes import (
 )
 from meshway.framework.terminal import format_bytes
 
-_ALIASES = frozenset(["copy", "expand_dims", "optimization_barrier", "reshape", "sharding_constraint", "squeeze"])
+_ALIASES = frozenset(
+    ["copy", "expand_dims", "name", "optimization_barrier", "reshape", "sharding_constraint", "squeeze"]
+)
 _FUSED = ELEMENTWISE | _ALIASES | {"broadcast_in_dim", "iota", "random_bits", "threefry2x32", "transpose"}
 _IN_PLACE = _FUSED | {"dynamic_update_slice", "scatter", "scatter-add", "scatter_add", "scan", "while"}
 _PINNING = (_IN_PLACE | {"transpose", "pad"}) - {"broadcast_in_dim", "iota", "while"}

@@ -126,6 +126,7 @@ def find_uses(closed: Any, weights: Sequence[Weight]) -> Uses:
 _SAME_DIMS = (
     "convert_element_type",
     "copy",
+    "name",
     "sharding_constraint",
     "optimization_barrier",
     "reduce_precision",
@@ -168,7 +169,7 @@ class _UseFinder:
                 inner = _body(equation.params.get(key))
                 if inner is not None and len(inner.invars) == len(operands):
                     return self.run(inner, operands, times)
-        if name in ("sharding_constraint", "copy") and isinstance(operands[0], Value):
+        if name in ("sharding_constraint", "copy", "name") and isinstance(operands[0], Value):
             if name == "sharding_constraint":
                 layout = (operands[0].shape, equation.params["sharding"].spec)
                 self.uses.laid_out[layout] = self.uses.laid_out.get(layout, 0) + times * operands[0].dtype.itemsize

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 from jax.sharding import PartitionSpec
 
 from meshway.framework.axes import DimAxes, sharded_by
@@ -14,14 +15,17 @@ _NOT_CALLS = frozenset(["scan", "while", "cond", "shard_map", "pallas_call"])
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Array:
-    """A value of the function; compared by identity."""
+    """A value of the function; compared by identity. `on_host` is one that waits in the host's memory."""
 
     shape: tuple[int, ...]
     dtype: Any
+    on_host: bool = False
 
     @property
     def itemsize(self) -> int:
-        """Bytes of an element."""
+        """Bytes of an element on its device."""
+        if self.on_host:
+            return 0
         return int(getattr(self.dtype, "itemsize", 8))  # keys of random numbers are two words
 
 
@@ -96,15 +100,17 @@ def _of(atom: Any, known: dict[Any, Array]) -> Array:
     if hasattr(atom, "val"):  # a literal
         return Array(tuple(atom.aval.shape), atom.aval.dtype)
     if atom not in known:
-        known[atom] = Array(tuple(getattr(atom.aval, "shape", ())), getattr(atom.aval, "dtype", None))
+        aval = atom.aval
+        on_host = getattr(aval, "memory_space", None) is jax.memory.Space.Host
+        known[atom] = Array(tuple(getattr(aval, "shape", ())), getattr(aval, "dtype", None), on_host)
     return known[atom]
 
 
 _NAMES = """
-    abs add add_any and atan2 cbrt ceil clamp convert_element_type copy cos cosh div eq erf erf_inv erfc exp exp2 expm1
-    floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not optimization_barrier or
-    pow reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh
-    sqrt square stop_gradient sub tan tanh xor
+    abs add add_any and atan2 cbrt ceil clamp convert_element_type copy cos cosh device_put div eq erf erf_inv erfc
+    exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul name ne neg nextafter not
+    optimization_barrier or pow reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic
+    shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor
 """
 ELEMENTWISE = frozenset(_NAMES.split())
 REDUCTIONS = frozenset(f"reduce_{name}" for name in ("and", "max", "min", "or", "prod", "sum")) | {"argmax", "argmin"}

@@ -6,6 +6,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from meshway.framework.axes import constrain
 from meshway.models.layers import cache as cache_lib
@@ -110,7 +111,7 @@ class Attention(nnx.Module):
     def keys_values(self, source: jax.Array, positions: jax.Array | None = None) -> KeysValues:
         """Projects source [batch, kv_length, d_model] to keys and values [batch, kv_length, kv_heads, head_dim]."""
         source = constrain(source, ("batch", "length", "embed"), free_for="kv_heads")
-        key, value = self.key(source), self.value(source)
+        key, value = checkpoint_name(self.key(source), "key_proj"), checkpoint_name(self.value(source), "value_proj")
         if self.key_norm is not None:
             key = self.key_norm(key)
         if self.rotary is not None and positions is not None:
@@ -160,7 +161,7 @@ class Attention(nnx.Module):
             keys are of different rows.
         """
         x = constrain(x, ("batch", queries, "embed"), free_for="heads")
-        query = self.query(x)
+        query = checkpoint_name(self.query(x), "query_proj")
         if self.query_norm is not None:
             query = self.query_norm(query)
         query = query * self.logit_scale
@@ -204,8 +205,8 @@ class Attention(nnx.Module):
             dropout_rate=self.dropout_rate,
             rng=rng,
         )
-        y = constrain(y, ("batch", queries, "heads", "head_dim"))
-        return constrain(self.out(y), ("batch", queries, "embed")), cache
+        y = checkpoint_name(constrain(y, ("batch", queries, "heads", "head_dim")), "attention_out")
+        return checkpoint_name(constrain(self.out(y), ("batch", queries, "embed")), "out_proj"), cache
 
     def _cache_dtype(self, computed: jnp.dtype) -> str | jnp.dtype:
         return computed if self.cache_dtype is None else self.cache_dtype

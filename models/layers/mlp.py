@@ -8,6 +8,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from meshway.framework.axes import constrain
 from meshway.models.layers.norm import dropout
@@ -130,6 +131,7 @@ class Mlp(nnx.Module):
         x = constrain(x, ("batch", "length", "embed"), free_for="mlp")
         hidden = jnp.ones((), x.dtype)
         for i, name in enumerate(self.activations):
-            hidden = hidden * ACTIVATIONS[name](getattr(self, f"wi_{i}")(x))
+            hidden = hidden * ACTIVATIONS[name](checkpoint_name(getattr(self, f"wi_{i}")(x), "mlp_wi"))
         hidden = constrain(hidden, ("batch", "length", "mlp"))
-        return constrain(self.wo(dropout(hidden, self.dropout_rate, rng)), ("batch", "length", "embed"))
+        y = constrain(self.wo(dropout(hidden, self.dropout_rate, rng)), ("batch", "length", "embed"))
+        return checkpoint_name(y, "mlp_wo")

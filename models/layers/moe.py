@@ -6,6 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from meshway.framework.axes import constrain
 from meshway.models.layers.mixture import dispatch as dispatch_lib
@@ -120,7 +121,7 @@ class MoeMlp(nnx.Module):
         _report_drops(kept, choices, real)
         if self.shared is not None:
             y = y + self.shared(x, rng=keys[2])
-        return constrain(y, ("batch", "length", "embed"))
+        return checkpoint_name(constrain(y, ("batch", "length", "embed")), "mlp_wo")
 
     def _num_groups(self, shape: tuple[int, ...], mesh: ExpertMesh | None) -> tuple[int, int]:
         """Returns (groups along the batch, groups along each row)."""

@@ -1,4 +1,4 @@
-"""A stack of layers run as a pipeline of microbatches, and the rematerialisation policies of layers.
+"""A stack of layers run as a pipeline of microbatches.
 
 Everything happens in one jitted program. All stages compute at once, as one `vmap` over an axis that the mesh shards;
 between time steps their outputs move on by one stage, which compiles to a collective-permute (GPipe in GSPMD, Xu et al.
@@ -18,24 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from meshway.framework.axes import Names, constrain, mesh_axes, placement
 from meshway.models.layers.positions import PositionBias
-
-Policy = Callable[..., bool]  # (primitive, *arrays, **params) -> whether the operation's result is saved
-
-# Primitives that only move numbers: cheap to recompute.
-MOVES = frozenset(
-    [
-        "broadcast_in_dim",
-        "concatenate",
-        "convert_element_type",
-        "dynamic_slice",
-        "gather",
-        "reshape",
-        "sharding_constraint",
-        "slice",
-        "squeeze",
-        "transpose",
-    ]
-)
+from meshway.models.layers.remat import Policy, all_but_moves, of_one_stage
 
 
 class Walk(NamedTuple):
@@ -89,47 +72,6 @@ def circular(num_stages: int, num_microbatches: int, num_repeats: int = 1) -> Wa
     microbatch = turn // (group * num_repeats) * group + turn % group
     repeat = np.where(active, turn % (group * num_repeats) // group, 0)
     return Walk(microbatch.astype(np.int32), repeat.astype(np.int32), active)
-
-
-def _through_calls(policy: Policy) -> Policy:
-    """Returns a policy that looks into functions with a custom derivative, such as `mlp.project`: jax asks about the
-    call as a whole, for which a policy about products would save nothing."""
-
-    def keeps(primitive: Any, *arrays: Any, **params: Any) -> bool:
-        inner = params.get("call_jaxpr")
-        if inner is None:
-            return policy(primitive, *arrays, **params)
-        return any(keeps(e.primitive, *[v.aval for v in e.invars], **e.params) for e in inner.jaxpr.eqns)
-
-    return keeps
-
-
-# By the name that `Stack.remat` takes.
-POLICIES: dict[str, Policy | None] = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": _through_calls(jax.checkpoint_policies.dots_saveable),
-    # Keeps projections, not scores.
-    "minimal": _through_calls(jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
-}
-
-
-def all_but_moves(primitive: Any, *_: Any, **__: Any) -> bool:
-    """The policy that recomputes MOVES, and nothing else."""
-    return primitive.name not in MOVES
-
-
-def of_one_stage(policy: Policy) -> Policy:
-    """Returns a policy for all stages of a pipeline at once that decides as `policy` does for one: under the `vmap`
-    over stages each product has one more batch axis."""
-
-    def decides(primitive: Any, *arrays: Any, **params: Any) -> bool:
-        if primitive is jax.lax.dot_general_p:
-            contracted, (left, right) = params["dimension_numbers"]
-            params = params | {"dimension_numbers": (contracted, (left[1:], right[1:]))}
-        return policy(primitive, *arrays, **params)
-
-    return _through_calls(decides)
 
 
 Layer = Any  # (states, dropout key, None for a cache) of one period of the stack; with a leading axis, of many

@@ -1,16 +1,17 @@
 """A stack of layers with stacked parameters, run by scan or unrolled."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from meshway.models.layers import pipeline as pipeline_lib
 from meshway.models.layers.blocks import SelfAttentionBlock
 from meshway.models.layers.norm import split_key
 from meshway.models.layers.pipeline import Pipeline
+from meshway.models.layers.remat import Policy, policy_of
 from meshway.models.layers.side_outputs import Reports, capture, sow
 
 UNROLLED_LAYERS_ON_CPU = 8  # beyond, compile time (4x at 12+12 layers) outweighs scan's 13-20 % of the CPU step
@@ -44,11 +45,11 @@ class Stack(nnx.Module):
         rngs: nnx.Rngs,
         blocks: Sequence[BlockFactory] = (SelfAttentionBlock,),
         scan: bool | str = "auto",
-        remat: str = "none",
+        remat: str | Mapping[str, str] = "none",
         pipeline: Pipeline | None = None,
     ):
-        """`scan` "auto" unrolls short stacks on CPU, except with a cache, and scans otherwise; `remat` names a policy
-        of `pipeline.POLICIES`; `pipeline`, which layout files bind, runs the stack over the mesh's stages, except with
+        """`scan` "auto" unrolls short stacks on CPU, except with a cache, and scans otherwise; `remat` is what
+        `remat.policy_of` takes; `pipeline`, which layout files bind, runs the stack over the mesh's stages, except with
         a cache.
 
         Raises:
@@ -56,13 +57,11 @@ class Stack(nnx.Module):
         """
         if num_layers < 1 or not blocks:
             raise ValueError(f"Stack: num_layers={num_layers} of {len(blocks)} blocks; there must be one of each")
-        if remat not in pipeline_lib.POLICIES:
-            raise ValueError(f"Stack.remat: unknown policy {remat!r}; known are {sorted(pipeline_lib.POLICIES)}")
         if scan not in (True, False, "auto"):
             raise ValueError(f"Stack.scan must be True, False or 'auto', not {scan!r}")
         self.pattern = min(len(blocks), num_layers)
         self.num_periods, self.remainder = divmod(num_layers, self.pattern)
-        self.scan, self.remat, self.pipeline = scan, remat, pipeline
+        self.scan, self.keep, self.pipeline = scan, policy_of(remat), pipeline
         for i, block in enumerate(blocks[: self.pattern]):
             keys = jax.random.split(rngs.params(), self.num_periods + (i < self.remainder))
             setattr(self, f"block_{i}", _stacked(block, d_model, keys))
@@ -88,6 +87,7 @@ class Stack(nnx.Module):
             x: jax.Array, layer: tuple[Any, Any, Any], context: dict[str, Any]
         ) -> tuple[jax.Array, tuple[Any, list[Reports]]]:
             states, period_key, caches = layer
+            x = checkpoint_name(x, "layer_input")
             new, reports_of_blocks = [], []
             for i, key in enumerate(split_key(period_key, self.pattern)[: len(states)]):
                 block = nnx.merge(graphdefs[i], states[i])
@@ -98,7 +98,7 @@ class Stack(nnx.Module):
             return x, (None if caches is None else new, reports_of_blocks)
 
         numbers = None if cache is None else jnp.arange(self.num_periods + bool(self.remainder))
-        layers, keep = (states, keys, numbers), pipeline_lib.POLICIES[self.remat]
+        layers, keep = (states, keys, numbers), self.keep
 
         def cached(carry: tuple[jax.Array, list[Any]], layer: Any) -> tuple[Any, list[Reports]]:
             # The cache is carried from layer to layer, so that it is updated in place: as an output of the scan it
@@ -149,7 +149,7 @@ class Stack(nnx.Module):
         period: Callable[[Any, Any], tuple[Any, Any]],
         x: Any,
         layers: Any,
-        keep: pipeline_lib.Policy | None,
+        keep: Policy | None,
         decoding: bool = False,
     ) -> tuple[Any, Any]:
         """Runs `period(x, layer)` over consecutive periods, `layers` [periods, ...], under remat policy `keep`; returns

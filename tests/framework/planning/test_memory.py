@@ -39,6 +39,20 @@ def test_what_is_kept_follows_the_remat_policy_and_the_rest_does_not():
     assert found["none"].gradients == found["none"].parameters
 
 
+def test_activations_are_kept_by_name_on_the_device_or_beside_it():
+    """What four more layers add: their inputs, [rows, length, d_model], and both products of gated feed-forward layers,
+    [rows, length, d_ff], float32. Offloaded ones are in no device's memory."""
+    stream, hidden = 4 * 32 * 16 * 32 * 4, 4 * 2 * 32 * 16 * 64 * 4
+    wanted = {
+        "{'layer_input': 'device', 'mlp_wi': 'device'}": stream + hidden,
+        "{'mlp_wi': 'offload'}": stream,  # each period's input is kept in any case
+        "{'layer_input': 'offload', 'mlp_wi': 'offload'}": 0,
+    }
+    for remat, kept in wanted.items():
+        few, many = (memory("lm", f"REMAT={remat}", layers=layers).activations for layers in (4, 8))
+        assert many - few == pytest.approx(kept, abs=0.1 * stream), remat
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", LAYERS)
 @pytest.mark.parametrize("remat", ["none", "full"])

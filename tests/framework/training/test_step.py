@@ -67,6 +67,17 @@ def test_options_of_a_step_are_taken():
     assert plain["dot_general"] < minimal["dot_general"] < full["dot_general"], "what is not kept is computed again"
 
 
+def test_gradients_are_the_same_whatever_is_kept_by_name_and_where():
+    def of(remat):
+        made = program("t5_1_1", *TWO_LAYERS["t5_1_1"], "SCAN=True", f"REMAT={remat}")
+        gradient = jax.jit(jax.grad(lambda params, batch: made.model.loss(params, batch, None)[0]))
+        return gradient(made.model.init(jax.random.key(0)), made.synthetic_batch())
+
+    expected = of("'none'")
+    for remat in ("{'query_proj': 'device', 'mlp_wo': 'device'}", "{'mlp_wi': 'offload', 'attention_out': 'device'}"):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), of(remat), expected)
+
+
 def test_microbatches_weigh_by_tokens():
     """Unequal weights in the microbatches: a mean of means would differ."""
     gradients = []

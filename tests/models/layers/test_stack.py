@@ -1,5 +1,7 @@
 """A stack is its layers in their order, whichever way they are run and however many are left over from its pattern."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,3 +99,23 @@ def test_a_pipeline_refuses_a_partial_period(monkeypatch):
 def test_a_stack_needs_layers():
     with pytest.raises(ValueError, match="num_layers=0"):
         network(0, 2).init(jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("remat", "message"),
+    [
+        ("ful", r"unknown policy 'ful' \(did you mean 'full'\?\)"),
+        ({"mlp_w": "device"}, r"no activation is called 'mlp_w' \(did you mean 'mlp_wo'\?\)"),
+        ({"mlp_wi": "host"}, "'mlp_wi' is kept in 'host'; it is 'device' or 'offload'"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(remat, message):
+    with pytest.raises(ValueError, match=message):
+        network(2, 2, remat=remat).init(jax.random.key(0))
+
+
+def test_offloading_needs_memory_beside_the_device(monkeypatch):
+    bare = SimpleNamespace(addressable_memories=lambda: [SimpleNamespace(kind="device")], device_kind="a chip")
+    monkeypatch.setattr(jax, "local_devices", lambda: [bare])
+    with pytest.raises(ValueError, match="'layer_input' is to be offloaded, and jax shows no pinned_host memory"):
+        network(2, 2, remat={"mlp_wi": "device", "layer_input": "offload"}).init(jax.random.key(0))
