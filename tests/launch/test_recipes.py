@@ -142,6 +142,7 @@ def test_inspect_names_the_rule_of_every_tensor(capsys):
     assert "layers, mlp, embed" in row and "mlp->model embed->data" in row and "(None, model, data)" in row
 
 
+@pytest.mark.slow
 def test_bench_prints_the_share_of_the_peak(capsys):
     bindings = [
         "D_MODEL=32",

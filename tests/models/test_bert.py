@@ -23,6 +23,7 @@ def bert():
     return made.model, params, {name: np.array(x) for name, x in made.synthetic_batch().items()}
 
 
+@pytest.mark.slow
 def test_every_place_sees_every_other_of_its_segment_only(bert):
     model, params, batch = bert
     batch = {name: x.copy() for name, x in batch.items()}

@@ -85,7 +85,7 @@ def close(found, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), jax.device_get(found), expected)
 
 
-@pytest.mark.parametrize("where", ["single", "sharded"])
+@pytest.mark.parametrize("where", [pytest.param("single", marks=pytest.mark.slow), "sharded"])
 def test_a_linen_module_trains_as_its_own_loop(where):
     module = lab().Boxed(VOCAB)
     program = made(Linen(module, LENGTHS), layout(where, "vocab", "mlp"))
@@ -147,7 +147,8 @@ def test_what_a_model_of_t5x_says_is_reported_and_scored():
     np.testing.assert_allclose(mean.loss(params, batch, None)[0], loss * weight, rtol=1e-6)
 
 
-@pytest.mark.parametrize("style", [pytest.param("Boxed", marks=pytest.mark.slow), "T5XStyle"])
+@pytest.mark.slow
+@pytest.mark.parametrize("style", ["Boxed", "T5XStyle"])
 def test_predictions_recompute_rows(style):
     """Greedy decoding from prompts of different lengths finds what the module itself says after each prefix."""
     module = getattr(lab(), style)(VOCAB)

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from tiers import tiers
 from tiny import LENGTHS, MIXTURES, ONE_LAYER, program
 
 from meshway.framework.trees import flatten
@@ -27,7 +28,7 @@ def test_the_active_parameters_of_mixtral_are_the_published_ones():
 LAYOUTS = {"deepseek": "fsdp_expert", "mixtral": "expert", "st_moe": "expert_model", "switch": "expert"}
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", tiers(MIXTURES, quick=["mixtral"], slow=set(MIXTURES) - {"mixtral"}))
 def test_an_inspected_layout_cuts_experts(family, capsys):
     words = ["TRAIN_STEPS=1", "BATCH_SIZE=16", f"TASK_FEATURE_LENGTHS={LENGTHS}", "VOCAB_SIZE=256"]
     words += ["MIXTURE_OR_TASK_NAME=task", f"LAYOUT={LAYOUTS[family]}", *ONE_LAYER[family]]

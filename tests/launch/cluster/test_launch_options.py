@@ -289,6 +289,7 @@ def test_what_would_differ_between_hosts_is_refused(kind, more, expected, capsys
     assert expected in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_shipped_recipes_and_a_working_folder_are_the_same_everywhere(capsys):
     run = ["--gin.MODEL_DIR=/data/run"]
     assert cli.main(["launch", "slurm", "--nodes=2", "--", "train", "--gin_file=quickstart", *run]) == 0

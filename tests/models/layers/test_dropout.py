@@ -97,7 +97,7 @@ def test_every_part_of_a_block_draws_for_itself(cross):
 T5, LM = ("t5_1_1", 2 + 4 + 2 + 6), ("lm", 2 + 4 * 2)
 
 
-@pytest.mark.parametrize("family, places", tiers([T5, LM], quick=[LM], slow=[T5]))
+@pytest.mark.parametrize("family, places", tiers([T5, LM], slow=[T5, LM]))
 def test_all_places_of_a_network_draw_each_by_its_own_key(family, places, monkeypatch):
     """Embeddings and outputs of each stack; of each layer the weights and the result of each attention, what is inside
     the MLP, and its result."""

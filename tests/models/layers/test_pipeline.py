@@ -92,7 +92,7 @@ def near(found, wanted, rtol=1e-5):
     "stages, repeats, microbatches, pattern, options",
     [
         (2, 2, 4, 1, {"scan": True}),
-        (4, 1, 5, 2, {"remat": "full"}),
+        pytest.param(4, 1, 5, 2, {"remat": "full"}, marks=pytest.mark.slow),
         pytest.param(4, 2, 4, 1, {"remat": "dots", "scan": True}, marks=pytest.mark.slow),
         pytest.param(2, 4, 2, 1, {"remat": "minimal"}, marks=pytest.mark.slow),
         pytest.param(8, 1, 2, 1, {}, marks=pytest.mark.slow),
@@ -108,6 +108,7 @@ def test_pipelined_is_whole(stages, repeats, microbatches, pattern, options):
     assert found[0][1][2]["size"].shape == (8,)
 
 
+@pytest.mark.slow
 def test_dropout_belongs_to_layers_and_microbatches():
     """Masks are the same however many stages there are, others in each microbatch, and others for another key."""
     x, *context = inputs()

@@ -31,6 +31,7 @@ CASES = [
 ON = [(RING, (2, 2, 2)), (RING, (1, 8, 1)), (PLAIN, (1, 4, 2)), (ULYSSES, (2, 2, 2)), (ULYSSES, (1, 4, 1))]
 
 
+@pytest.mark.slow
 def test_balanced_ring_equals_the_reference():
     # Parts of five tokens do not halve; heads are cut as well, and one key head serves two queries' heads.
     assert_equals_reference(RING, EVERYTHING, partitioner((1, 4, 2)))
