@@ -223,7 +223,7 @@ class _Given:
     def decoding(self) -> None:
         if not all(hasattr(self.model, name) for name in ("prefill", "decode")):
             return
-        case = TeacherForced.of(self.batch)
+        case = TeacherForced.of(self.batch, prefix="decoder_prefix_mask" in self.batch)
         found = case.through_cache(decoding_model(self.model), self.params)
         found = np.take_along_axis(found, case.targets[..., None], axis=2)[..., 0]
         wanted = np.take_along_axis(self.scores(case.batch), case.places, axis=1)

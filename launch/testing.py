@@ -9,6 +9,7 @@ Each raises AssertionError with one message: what is wrong, where, the example, 
 models are in `model_checks.py`.
 """
 
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -128,7 +129,7 @@ def _first_records(task: Any, count: int) -> Iterator[Any]:
         return source.get_dataset(split=split, shuffle=False, seed=seed if takes_seed else None).take(count)
 
     few = copy.copy(task)
-    name = f"{task.name}_first_{count}"
+    name = f"{task.name}__being_checked"
     few._name, few._source = name, seqio.FunctionDataSource(first, splits=list(task.splits))
     few.__dict__.pop("splits", None)
     seqio.TaskRegistry.remove(name)
@@ -202,12 +203,16 @@ def _check_rows(
     again = _examples(few, split, lengths or {})
     _assert_same(where, "is not the same when read again, with the same seed", examples, again)
     filled = {name for name in task.output_features if any(np.size(each.get(name, ())) for each in examples)}
+    own = converter is None
     converter = converter or (EncoderDecoder() if {"inputs", "targets"} <= filled else LanguageModel())
     read = converter.task_features
-    longest = {name: max((np.size(each.get(name, ())) for each in examples), default=1) for name in read}
+    ids = [name for name in read if name in filled and task.output_features[name].rank == 1]
+    longest = {name: max(len(each.get(name, ())) for each in examples) for name in ids}
     room = dict(lengths or longest)
     if isinstance(converter, LanguageModel):
         room = {name: size for name, size in room.items() if name in read or name not in task.output_features}
+    if own and "targets" not in filled:
+        raise AssertionError(f"{where} has no 'targets', only {sorted(filled)}: give the `converter` of its recipe")
     data = CachedData(few.name, room, 8, converter, eval_split=split, cache_dir=folder, num_workers=0)
     objective = data.open_task(data.tasks[0], split)[0]
     (evaluation,) = data.eval_tasks(split)
@@ -230,14 +235,14 @@ def _assert_same(where: str, what: str, ones: Sequence[Example], others: Sequenc
 
 def _check_packing(where: str, evaluation: TaskEvaluation) -> None:
     """Checks that packed rows have, segment by segment, what rows of one example each have."""
-    packed = [each for batch, real in evaluation.batches() for row in range(real) for each in _segments(batch, row)]
-    left = sorted(packed)
+    packed = (each for batch, real in evaluation.batches() for row in range(real) for each in _segments(batch, row))
+    left = collections.Counter(packed)
     for batch, indices in evaluation.score_batches():
         for row, index in enumerate(indices):
             for each in _segments(batch, row):
-                require(each in left, f"{where}, example {index}: no segment of a packed row is what it is alone")
-                left.remove(each)
-    require(not left, f"{where}: packed rows have {len(left)} segments that no example has alone")
+                require(left[each] > 0, f"{where}, example {index}: no segment of a packed row is what it is alone")
+                left[each] -= 1
+    require(not left.total(), f"{where}: packed rows have {left.total()} segments that no example has alone")
 
 
 def _segments(batch: Batch, row: int) -> list[str]:
