@@ -247,6 +247,6 @@ def _check_span(source: Source, saved: Mapping[str, int]) -> None:
     of = "another split" if saved["split"] != mine["split"] else f"examples {saved['from']:,} to {saved['to'] - 1:,}"
     raise UserError(
         f"task {source.name!r}: the saved data position is of {of}, and this run reads examples {start:,} to "
-        f"{stop - 1:,} of split {name!r}: resume with the train_split and the cache of the run, or start a new run from "
-        "its parameters (train.train.initial)"
+        f"{stop - 1:,} of split {name!r}: resume with the train_split and the cache of the run, or start a new run "
+        "from its parameters (train.train.initial)"
     )
