@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from meshway.framework.data import seqio_caches, seqio_steps
+from meshway.framework.data import seqio_caches, seqio_sources
 from meshway.framework.data.cache.format import CachedSplit, read_json
 from meshway.framework.data.rows.examples import Examples, sizes_at
 from meshway.framework.errors import UserError
@@ -54,7 +54,7 @@ class CachedTask:
             count = counts(self.directory)[whole]
         else:
             imported = seqio_caches.origin(self.task, self.directory)
-            count = imported.count(whole) if imported else seqio_steps.source_count(self.task, whole)
+            count = imported.count(whole) if imported else seqio_sources.source_count(self.task, whole)
         return count if count is None else len(slice_of(split, count))
 
     def read(self, split: str) -> tuple[CachedSplit, Examples]:

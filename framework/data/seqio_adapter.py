@@ -284,10 +284,9 @@ def numpy_examples(dataset: Any) -> Iterator[Example]:
     """Yields a tf.data.Dataset's elements as numpy, fetched many at a time: one by one costs three times as much."""
     import tensorflow as tf
 
-    specs = dataset.element_spec
     batchable = all(
         isinstance(spec, tf.TensorSpec) and (spec.shape.rank in (0, 1) or spec.shape.is_fully_defined())
-        for spec in specs.values()
+        for spec in dataset.element_spec.values()
     )
     if not batchable:
         yield from dataset.as_numpy_iterator()
@@ -296,7 +295,8 @@ def numpy_examples(dataset: Any) -> Iterator[Example]:
         columns = []
         for value in batch.values():
             if isinstance(value, tf.RaggedTensor):
-                columns.append(np.split(value.values.numpy(), value.row_splits.numpy()[1:-1]))
+                flat, splits = value.values.numpy(), value.row_splits.numpy().tolist()
+                columns.append([flat[start:stop] for start, stop in zip(splits, splits[1:], strict=False)])
             else:
                 columns.append(list(value.numpy()))
         for row in zip(*columns, strict=True):

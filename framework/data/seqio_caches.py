@@ -21,7 +21,7 @@ from typing import Any
 from meshway.framework.data import seqio_steps
 from meshway.framework.data.cache.format import read_json
 from meshway.framework.data.objective import FeatureInfo
-from meshway.framework.data.rows.examples import TENSORFLOW, wrong_id
+from meshway.framework.data.rows.examples import with_problems
 from meshway.framework.data.rows.packing import Example
 from meshway.framework.data.seqio_adapter import import_seqio, in_order, numpy_examples, task_errors
 from meshway.framework.errors import UserError, did_you_mean
@@ -173,11 +173,10 @@ def examples(
 
     files = _files(task, cache, split)
     reader = _reader(cache, split)
-    found = {} if seqio_steps.online_entries(task) == TENSORFLOW else seqio_steps.declared(task)
-    sizes = {name: info.vocabulary.size for name, info in found.items() if info.vocabulary and len(info.shape) == 1}
+    sizes = seqio_steps.id_sizes(task)
     for path in files[shard * len(files) // num_shards : (shard + 1) * len(files) // num_shards]:
-        for number, example in enumerate(_records(task, reader, path)):
-            if not (cause := wrong_id(example, sizes)):
+        for number, (example, cause) in enumerate(with_problems(_records(task, reader, path), sizes)):
+            if not cause:
                 yield example
                 continue
             bad.append(f"task {task.name!r}, split {split!r}, example {number} of {path}: {cause}")

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from meshway.framework.data import seqio_adapter, seqio_caches, seqio_steps, task_data
+from meshway.framework.data import seqio_adapter, seqio_caches, seqio_sources, seqio_steps, task_data
 from meshway.framework.data.eval_task import (
     EVAL_SEED,
     EvalLengths,
@@ -110,7 +110,7 @@ class SeqioData:
         """Returns what `train` reads, and with `evaluate` what `eval_tasks` do."""
         wanted = [("training", self._train_split)] + ([("evaluation", self.eval_split)] if evaluate else [])
         return [
-            SplitRead(task.name, split, purpose, seqio_steps.source_count(task, split), None)
+            SplitRead(task.name, split, purpose, seqio_sources.source_count(task, split), None)
             for purpose, split in wanted
             for task in self._with_split(split, purpose)
         ]

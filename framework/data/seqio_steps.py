@@ -3,17 +3,17 @@
 import contextlib
 import dataclasses
 import functools
-import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from meshway.framework.data import seqio_sources
 from meshway.framework.data.cache.fingerprint import step_name, takes_lengths
 from meshway.framework.data.cache.format import BYTES
 from meshway.framework.data.objective import FeatureInfo, VocabularyInfo
-from meshway.framework.data.rows.examples import TENSORFLOW, TWINS, wrong_id
+from meshway.framework.data.rows.examples import TENSORFLOW, TWINS, with_problems
 from meshway.framework.data.rows.mixing import key_of
 from meshway.framework.data.rows.packing import Example
 from meshway.framework.data.seqio_adapter import (
@@ -69,7 +69,7 @@ def divide_steps(task: Any) -> DividedSteps:
         if isinstance(step, seqio.CacheDatasetPlaceholder):
             reason = f"{place} of {total - 1} preprocessors, up to the task's CacheDatasetPlaceholder"
             return DividedSteps(steps[:place], steps[place + 1 :], place + 1, reason)
-    spec = _source(task, _splits(task)[0]).element_spec
+    spec = seqio_sources.opened(task, _splits(task)[0]).element_spec
     dataset = tf.data.Dataset.from_generator(list, output_signature=spec)
     last_of_dicts = 0
     for place, step in enumerate(steps):
@@ -154,18 +154,11 @@ def declared(task: Any) -> dict[str, FeatureInfo]:
     }
 
 
-def source_count(task: Any, split: str) -> int | None:
-    """Returns how many examples a split's source has, None if the source does not report it."""
-    with task_errors(task.name, f"split {split!r}"):
-        count = task.source.num_input_examples(split)
-        if count is None:
-            count = int(_source(task, split).cardinality())
-    return None if count < 0 else int(count)
-
-
-def release_sources() -> None:
-    """Releases source datasets that were kept to be read again."""
-    _source.cache_clear()
+def id_sizes(task: Any) -> dict[str, int]:
+    """Returns how many ids the vocabulary of each cached feature of token ids has."""
+    # Features that steps in TensorFlow still change may not hold token ids yet.
+    found = {} if online_entries(task) == TENSORFLOW else declared(task)
+    return {name: info.vocabulary.size for name, info in found.items() if info.vocabulary and len(info.shape) == 1}
 
 
 def cacheable(
@@ -196,14 +189,11 @@ def cacheable(
     bad = [] if bad is None else bad
     with task_errors(task.name, f"split {split!r}"), _seeded(key_of(seed, task.name, split, shard)):
         dataset = in_order(_cached_dataset(task, split, shard, num_shards, seed))
-    # Features that steps in TensorFlow still change may not hold token ids yet.
-    found = {} if online_entries(task) == TENSORFLOW else declared(task)
-    sizes = {name: info.vocabulary.size for name, info in found.items() if info.vocabulary and len(info.shape) == 1}
     failed = 0
-    for number, example in enumerate(_each(task, split, dataset)):
+    for number, (example, reason) in enumerate(with_problems(_each(task, split, dataset), id_sizes(task))):
         if isinstance(example, Exception):
             reason = cause(example)
-        elif not (reason := wrong_id(example, sizes)):
+        elif not reason:
             yield example
             continue
         bad.append(f"task {task.name!r}, split {split!r}, example {number} of shard {shard} of {num_shards}: {reason}")
@@ -233,6 +223,7 @@ def _each(task: Any, split: str, dataset: Any) -> Iterator[Example | Exception]:
         except StopIteration:
             return
         except tf.errors.OpError as error:
+            seqio_sources.release()  # if the source itself failed, what it holds lacks that example
             yield error
 
 
@@ -290,14 +281,6 @@ def _splits(task: Any) -> list[str]:
         return list(task.splits)
 
 
-@functools.lru_cache(maxsize=1)
-def _source(task: Any, split: str, seed: int = 0) -> Any:
-    """Returns a split's whole source dataset; kept while its shards are read one after the other."""
-    source_fn = getattr(task.source, "_dataset_fn", None)
-    seeded = source_fn is None or "seed" in inspect.signature(source_fn).parameters
-    return task.source.get_dataset(split=split, shuffle=False, seed=seed if seeded else None)
-
-
 def _cached_dataset(task: Any, split: str, shard: int = 0, num_shards: int = 1, seed: int = 0) -> Any:
     """Returns the dataset of a shard, after the cached preprocessors."""
     seqio = import_seqio()
@@ -308,7 +291,8 @@ def _cached_dataset(task: Any, split: str, shard: int = 0, num_shards: int = 1, 
         info = seqio.ShardInfo(shard, num_shards)
         dataset = source.get_dataset(split=split, shuffle=False, seed=seed, shard_info=info)
     else:
-        dataset = _source(task, split, seed)
+        whole = seqio_sources.held if num_shards > 1 else seqio_sources.opened
+        dataset = whole(task, split, seed)
         dataset = dataset.shard(num_shards, shard) if num_shards > 1 else dataset
     return dense(task, task._preprocess_dataset(dataset, divide_steps(task).cached))
 

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from meshway.framework.data import cached_task, seqio_adapter, seqio_caches, seqio_steps
+from meshway.framework.data import cached_task, seqio_adapter, seqio_caches, seqio_sources, seqio_steps
 from meshway.framework.data.cache.fingerprint import qualified_name
 from meshway.framework.data.objective import Converter, FeatureInfo, Objective, Spec, TaskInfo
 from meshway.framework.data.rows.examples import TENSORFLOW, Examples, First, Stepped
@@ -289,7 +289,7 @@ def open_task(
         kept = {name: feature for name, feature in promised.items() if name not in empty}
         objective = converter.bind(TaskInfo(task.name, kept, tuple(start), frozenset(empty), tuple(bos)), lengths)
     whole = cached_task.bare_split(split)
-    count = imported.count(whole) if imported else seqio_steps.source_count(task, whole)
+    count = imported.count(whole) if imported else seqio_sources.source_count(task, whole)
     return objective, NotCached(count if count is None else len(cached_task.slice_of(split, count))), online
 
 
@@ -300,6 +300,6 @@ def _empty(task: Any, split: str, imported: SeqioCache | None) -> set[str]:
     else:
         all_of_them = seqio_steps.cacheable(task, cached_task.bare_split(split), 0, 1)
     examples = list(itertools.islice(all_of_them, _LOOKED_AT))
-    seqio_steps.release_sources()
+    seqio_sources.release()
     names = set.intersection(*(set(example) for example in examples)) if examples else set()
     return {name for name in names if all(np.ndim(each[name]) and not len(each[name]) for each in examples)}

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from meshway.framework.data import seqio_adapter, seqio_caches, seqio_steps
+from meshway.framework.data import seqio_adapter, seqio_caches, seqio_sources, seqio_steps
 from meshway.framework.data.cache import fingerprint as task_fingerprint
 from meshway.framework.data.cache import format as cache_format
 from meshway.framework.data.cache import shards as cache_shards
@@ -101,7 +101,7 @@ def build(
         raise UserError("--overwrite with --part would remove what other machines have made: remove the cache first")
     root = local_path(directory)
     with contextlib.ExitStack() as stack:
-        stack.callback(seqio_steps.release_sources)
+        stack.callback(seqio_sources.release)
         leaves: dict[str, tuple[str, Any]] = {}  # and the provider of each
         for name in names:
             for task in _leaves(name, modules, root, splits, from_seqio, overwrite):
@@ -336,7 +336,7 @@ def _expected(plans: Sequence[_Plan], jobs: Sequence[Job]) -> int | None:
             missing = sum((job.task, job.split) == (plan.task.name, split) for job in jobs)
             count = plan.imported.count(split) if plan.imported else None
             if count is None:
-                count = seqio_steps.source_count(plan.task, split) if missing else 0
+                count = seqio_sources.source_count(plan.task, split) if missing else 0
             if count is None:
                 return None
             total += count * missing / plan.num_shards

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from meshway.framework.data.cache.format import FORMAT, encode, read_json, shard_name, sized
+from meshway.framework.data.cache.format import FORMAT, encoder, read_json, shard_name, sized
 from meshway.framework.data.objective import FeatureInfo
 from meshway.framework.data.rows.packing import Example
 from meshway.framework.data.vocabularies import of_seqio
@@ -127,7 +127,7 @@ def write_shard(
 
     path = split_directory / shard_name(shard, num_shards)
     temporary = work / f"{split_directory.name}.{path.name}"
-    names = sized(features)
+    encode, names = encoder(features), sized(features)
     sizes = [growing("i") for _ in names]  # of int32
     with failures_of(path):
         writer = ArrayRecordWriter(str(temporary), _WRITER)
@@ -135,7 +135,7 @@ def write_shard(
         report(0)
         for example in examples:
             try:
-                writer.write(encode(example, features))
+                writer.write(encode(example))
             except ValueError as error:
                 task, split = split_directory.parent.name, split_directory.name
                 place = f"example {count} of shard {shard} of {num_shards}"

@@ -6,8 +6,9 @@ features that get an EOS, with its id. It holds TENSORFLOW where a step has no n
 
 import dataclasses
 import functools
+import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -184,14 +185,31 @@ def check_ids(
     Raises:
       UserError: an id is outside the vocabulary; names the first such example.
     """
-    for feature, size in sizes.items():
-        arrays = [np.asarray(example[feature]) for example in examples if feature in example]
-        joined = np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
-        if not joined.size or (joined.min() >= 0 and joined.max() < size):
-            continue
+    if outside := [feature for feature, size in sizes.items() if not _inside(examples, feature, size)]:
         for number, example in zip(numbers, examples, strict=True):
-            if problem := wrong_id(example, {feature: size}):
+            if problem := wrong_id(example, {outside[0]: sizes[outside[0]]}):
                 raise UserError(f"task {name!r}, example {number}: {problem}")
+
+
+_CHECKED = 256  # examples whose ids are looked at together: one by one takes as long as to write them
+
+
+def with_problems(
+    examples: Iterable[Example | Exception], sizes: Mapping[str, int]
+) -> Iterator[tuple[Example | Exception, str]]:
+    """Yields each example with a message about its first id outside its vocabulary, "" if there is none."""
+    left = iter(examples)
+    while some := list(itertools.islice(left, _CHECKED)):
+        read = [example for example in some if not isinstance(example, Exception)]
+        fine = all(_inside(read, feature, size) for feature, size in sizes.items())
+        for example in some:
+            yield example, "" if fine or isinstance(example, Exception) else wrong_id(example, sizes)
+
+
+def _inside(examples: Sequence[Example], feature: str, size: int) -> bool:
+    arrays = [np.asarray(example[feature]) for example in examples if feature in example]
+    joined = np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
+    return not joined.size or bool(joined.min() >= 0 and joined.max() < size)
 
 
 def wrong_id(example: Example, sizes: Mapping[str, int]) -> str:
