@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from meshway.framework.data import seqio_adapter, seqio_steps
+from meshway.framework.data import seqio_adapter, seqio_sources, seqio_steps
 from meshway.framework.data.cache.builder import build
 from meshway.framework.data.eval_task import EVAL_SEED, TaskEvaluation
 from meshway.framework.data.features import EncoderDecoder, LanguageModel
@@ -138,7 +138,7 @@ def _first_records(task: Any, count: int) -> Iterator[Any]:
         yield few
     finally:
         seqio.TaskRegistry.remove(name)
-        seqio_steps.release_sources()
+        seqio_sources.release()
 
 
 def _examples(task: Any, split: str, lengths: Mapping[str, int], seed: int = EVAL_SEED) -> list[Example]:
@@ -152,7 +152,7 @@ def _examples(task: Any, split: str, lengths: Mapping[str, int], seed: int = EVA
     except UserError as error:
         raise UserError(f"{error}{'' if lengths else '; give `lengths` where a preprocessor reads them'}") from error
     finally:
-        seqio_steps.release_sources()
+        seqio_sources.release()
 
 
 def _check_examples(where: str, task: Any, examples: Sequence[Example], eos: bool) -> None:

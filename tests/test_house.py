@@ -18,6 +18,7 @@ DOORS = {
     "framework/data/seqio_caches.py",
     "framework/data/seqio_converters.py",
     "framework/data/seqio_loader.py",
+    "framework/data/seqio_sources.py",
     "framework/data/seqio_steps.py",
     "launch/bench/stages.py",  # runs seqio beside us, to time both
     "launch/export.py",  # writes a SavedModel

@@ -235,10 +235,7 @@ class CachedData:
         return objective, stepped
 
     def import_first(self, modules: Sequence[str]) -> None:
-        """Adds modules that register tasks, such as those a recipe imports.
-
-        Processes that write caches import them too, before `module`.
-        """
+        """Adds modules that register tasks, as a recipe imports them; processes that write caches import them too."""
         self.modules = list(dict.fromkeys([*modules, *self.modules]))
 
     def framing(self) -> Framing | None:
@@ -247,8 +244,11 @@ class CachedData:
 
     def vocabularies(self) -> dict[str, Vocabulary]:
         """Returns the vocabulary of each feature that the converter reads and that holds text."""
-        if seqio_adapter.installed():  # no cache is needed for them
-            registered = seqio_adapter.subtasks(seqio_adapter.find_provider(self.name, self.modules))
+        if "tasks" in vars(self):
+            registered = [task.task for task in self.tasks]
+        else:  # no cache is needed for them
+            registered = seqio_adapter.registered(self.name, self.modules) if seqio_adapter.installed() else [None]
+        if all(task is not None for task in registered):
             return vocabularies_of(self.name, registered, self.converter, self._named)
         found: dict[str, Vocabulary] = {}
         for task in self.tasks:

@@ -155,10 +155,8 @@ seqio_lock = threading.RLock()
 
 def installed() -> bool:
     """Returns whether seqio and TensorFlow are installed; without them a run can only read caches."""
-    names = ("seqio", "tensorflow")
-    if any(name in sys.modules and sys.modules[name] is None for name in names):
-        return False
-    return all(name in sys.modules or importlib.util.find_spec(name) for name in names)
+    names = ("seqio", "tensorflow")  # None in sys.modules stands for one that may not be imported
+    return all(sys.modules[name] if name in sys.modules else importlib.util.find_spec(name) for name in names)
 
 
 @functools.cache
@@ -200,6 +198,11 @@ def find_provider(name: str, modules: Sequence[str]) -> Any:
             f"{did_you_mean(name, sorted(tasks | mixtures))}"
         )
     return seqio.get_mixture_or_task(name)
+
+
+def registered(name: str, modules: Sequence[str]) -> list[Any]:
+    """Returns the registered task, or a mixture's tasks; raises as `find_provider`."""
+    return subtasks(find_provider(name, modules))
 
 
 def subtasks(provider: Any) -> list[Any]:

@@ -15,7 +15,7 @@ import jax
 
 from meshway.framework.data.vocabularies import FRAMING
 from meshway.framework.data.vocabulary import Framing, Vocabulary
-from meshway.framework.errors import UserError
+from meshway.framework.errors import EnvironmentFailure, UserError
 from meshway.framework.files import holder_of, io_errors, locked, replace_file
 from meshway.framework.partitioning.sharded_model import Row, format_rows, replicated_share
 from meshway.framework.planning.memory import Memory
@@ -84,11 +84,12 @@ class RunDirectory:
                 )
             yield
 
-    def _refused(self, error: OSError) -> UserError:
-        return UserError(
-            f"MODEL_DIR={str(self.root)!r} cannot be written: {error.strerror or error} ({error.filename}); "
-            "give a folder you may write to: --gin.MODEL_DIR=..."
-        )
+    def _refused(self, error: OSError) -> UserError | EnvironmentFailure:
+        at = f" ({error.filename})" if error.filename else ""
+        said = f"MODEL_DIR={str(self.root)!r} cannot be written: {error.strerror or error}{at}; "
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            return EnvironmentFailure(f"{said}make room there, and run it again")
+        return UserError(f"{said}give a folder you may write to: --gin.MODEL_DIR=...")
 
     def prepare(self, rows: Sequence[Row]) -> None:
         """Makes the directory and tries to write in it, before anything costly.
@@ -98,6 +99,7 @@ class RunDirectory:
 
         Raises:
           UserError: it cannot be made or written, or the disk has less room than one checkpoint needs.
+          EnvironmentFailure: the disk is full already.
         """
         probe = self.root / ".probe"
         try:

@@ -169,10 +169,13 @@ def _unused(program: Program, ours: Reach) -> tuple[Reach, list[Binding]]:
         last = final(program.bindings)
         return [binding for binding in last if not binding.is_default and binding_key(binding) not in used]
 
+    def judged(reach: Reach, packages: set[str]) -> list[Binding]:
+        left = leftover(reach)
+        return _visible(left, final(everything), packages) if left and packages else left
+
     every = Walk(final(everything), importing=False).run(roots)
-    left = leftover(every)
-    if left and (packages := _hidden_packages(every, program)):
-        left = _visible(left, final(everything), packages)
+    packages = _hidden_packages(every, program) if leftover(every) else set[str]()
+    left = judged(every, packages)
     if not left:
         return every, []
     for binding in left:  # two spellings of one object are known as one when both modules are imported
@@ -182,7 +185,7 @@ def _unused(program: Program, ours: Reach) -> tuple[Reach, list[Binding]]:
             except Unresolved:
                 continue  # reported with the other problems of bindings
     every = Walk(final(everything), importing=False).run(roots)
-    left = leftover(every)
+    left = judged(every, packages)
     positions = {id(binding): position for position, binding in enumerate(everything)}
     for moment, bindings in moments(everything) if left else ():
         used = Walk(bindings, importing=False).run(roots).used

@@ -10,7 +10,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -191,12 +191,11 @@ def check_ids(
                 raise UserError(f"task {name!r}, example {number}: {problem}")
 
 
+Read = TypeVar("Read", bound=Example | Exception)  # an example, or why it could not be read
 _CHECKED = 256  # examples whose ids are looked at together: one by one takes as long as to write them
 
 
-def with_problems(
-    examples: Iterable[Example | Exception], sizes: Mapping[str, int]
-) -> Iterator[tuple[Example | Exception, str]]:
+def with_problems(examples: Iterable[Read], sizes: Mapping[str, int]) -> Iterator[tuple[Read, str]]:
     """Yields each example with a message about its first id outside its vocabulary, "" if there is none."""
     left = iter(examples)
     while some := list(itertools.islice(left, _CHECKED)):

@@ -1,10 +1,13 @@
+import errno
 import json
+import os
 import platform
+from pathlib import Path
 
 import pytest
 
 from meshway.framework.data.vocabularies import Bytes, Opaque, load
-from meshway.framework.errors import UserError
+from meshway.framework.errors import EnvironmentFailure, UserError
 from meshway.framework.training.run_directory import RunDirectory
 
 
@@ -52,3 +55,12 @@ def test_what_cannot_be_written_is_named(tmp_path):
     (tmp_path / "vocabularies").write_text("")
     with pytest.raises(UserError, match="cannot write .*/vocabularies/targets.json"):
         RunDirectory(tmp_path).save_vocabularies({"targets": Bytes()})
+
+
+def test_a_full_disk_is_no_mistake_of_the_users(tmp_path, monkeypatch):
+    def full(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # a write has no name of its file
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(EnvironmentFailure, match="cannot be written: No space left on device; make room there"):
+        RunDirectory(tmp_path / "run").prepare([])

@@ -230,6 +230,21 @@ def test_the_first_recipe_of_a_process_is_checked_like_any_other(files):
     assert first.count("attention.Attention.") == 2 and ".d_ff" in first and "norm.RMSNorm.epsilon" in first
 
 
+DATA_ALONE = """
+import sys
+from meshway.launch.invocation import Invocation
+from meshway.launch.recipe import config
+for verb, subject in [("cache", None), ("inspect", "data"), ("bench", "data")]:
+    config.load(Invocation(verb, subject, ("quickstart",), ()))
+assert "meshway.models.objectives" not in sys.modules
+"""
+
+
+def test_verbs_that_import_no_model_do_not_judge_what_is_bound_of_it():
+    done = subprocess.run([sys.executable, "-c", DATA_ALONE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_what_a_name_means_in_a_module_of_the_users_is_the_users(tmp_path, monkeypatch):
     (tmp_path / "hooks_of_mine.py").write_text(
         "class Hook:\n    def __init__(self, factor: float, dtype: str, k: int): self.all = (factor, dtype, k)\n"
