@@ -67,6 +67,7 @@ def test_options_of_a_step_are_taken():
     assert plain["dot_general"] < minimal["dot_general"] < full["dot_general"], "what is not kept is computed again"
 
 
+@pytest.mark.slow
 def test_gradients_are_the_same_whatever_is_kept_by_name_and_where():
     def of(remat):
         made = program("t5_1_1", *TWO_LAYERS["t5_1_1"], "SCAN=True", f"REMAT={remat}")
