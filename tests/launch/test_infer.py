@@ -164,6 +164,7 @@ def test_a_class_of_ones_own_writes_its_format(run, questions, tmp_path, capsys,
     assert (tmp_path / "out.pairs").read_text().splitlines() == wanted
 
 
+@pytest.mark.slow
 def test_one_checkpoint_serves_as_well_as_its_run(run, questions, tmp_path):
     words = (f"--input={questions}", "--max_new_tokens=2")
     for name, model_dir in (("run", run), ("checkpoint", run / "checkpoints" / "7")):
@@ -407,6 +408,7 @@ def test_mistakes_are_named(name, run, questions, tmp_path, capsys):
     assert not (tmp_path / "out.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_model_without_a_decoder_is_refused_before_anything_is_compiled(questions, tmp_path, capsys):
     encoder = save_run(tmp_path / "bert", "bert")
     with Compilations() as compilations:

@@ -159,6 +159,7 @@ def resume(folder, *more):
     return (*T5, *SHORT[1:], "--gin.TRAIN_STEPS=4", "--gin.LAYOUT=single", f"--gin.MODEL_DIR={folder}", *more)
 
 
+@pytest.mark.slow
 def test_checkpoint_of_another_model(short_run, capsys):
     words = resume(short_run, "--gin.D_FF=256")
     message = mistake(capsys, *words)
@@ -166,6 +167,7 @@ def test_checkpoint_of_another_model(short_run, capsys):
     assert "another model" in message and "there and" in message and "config.gin" in message
 
 
+@pytest.mark.slow
 def test_another_optimizer_is_told_how_to_take_the_parameters(short_run, capsys):
     words = resume(short_run, "--gin_file=optimizers/lion.gin")
     message = mistake(capsys, *words)
@@ -173,6 +175,7 @@ def test_another_optimizer_is_told_how_to_take_the_parameters(short_run, capsys)
     assert "another optimizer's state" in message and f"mapping.Initial.path = {str(short_run)!r}" in message
 
 
+@pytest.mark.slow
 def test_a_warmup_of_averages_from_a_step_that_counts_on(short_run, capsys, tmp_path):
     """And a dry run of batches that change their size needs no cache."""
     words = [
@@ -190,6 +193,7 @@ def test_a_warmup_of_averages_from_a_step_that_counts_on(short_run, capsys, tmp_
     assert "not cached yet" in capsys.readouterr().out and not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_where_a_run_would_go_on(short_run, capsys):
     """And what it resolved: task, splits, vocabulary, lengths, converter, model, mesh, optimizer."""
     before = {path: path.stat().st_mtime_ns for path in short_run.rglob("*")}

@@ -118,6 +118,7 @@ def test_sigterm_saves_says_how_to_go_on_and_exits_0(tmp_path, undisturbed):
     assert check_timeline(tmp_path, [["stopped", "done"]]).seconds["lost"] == 0
 
 
+@pytest.mark.slow
 def test_running_a_finished_run_again_changes_nothing(undisturbed):
     before = state_hash(undisturbed, 30)
     metrics = (undisturbed / "metrics.jsonl").read_text()

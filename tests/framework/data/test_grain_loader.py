@@ -101,6 +101,7 @@ def test_slices_of_processes_join_to_the_batch(data, name):
         assert_same(joined, whole)
 
 
+@pytest.mark.slow
 def test_worker_processes_change_nothing(data):
     plain = take(data("tiny_b").train(slice(None)), 7)
     stream = data("tiny_b", num_workers=2).train(slice(None))
