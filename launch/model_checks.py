@@ -12,7 +12,6 @@ import numpy as np
 from meshway.framework.errors import UserError, did_you_mean, first_line
 from meshway.framework.inference.decoding import decoding_model
 from meshway.framework.interfaces import ArraySpec, Batch, Decodes, Model, Params
-from meshway.framework.partitioning.partitioner import path_name
 from meshway.framework.partitioning.sharded_model import ShardedModel
 from meshway.framework.trees import flatten
 from meshway.launch.invocation import Invocation
@@ -234,7 +233,7 @@ class _Given:
 def _check_axes(meshed: ShardedModel, spec: Mapping[str, ArraySpec]) -> None:
     """Checks that each parameter has a name for each dimension, and that the layout has a rule for each of these, and
     for those of activations."""
-    axes, shapes = ({path_name(path): x for path, x in _leaves(tree)} for tree in (meshed.axes, meshed.param_shapes))
+    axes, shapes = flatten(meshed.axes), flatten(meshed.param_shapes)
     for name in sorted(axes.keys() ^ shapes.keys()):
         lacking, others = ("axes()", axes) if name in shapes else ("init()", shapes)
         raise AssertionError(f"parameters: {lacking} lacks {name}, which the other has{did_you_mean(name, others)}")
@@ -244,11 +243,6 @@ def _check_axes(meshed: ShardedModel, spec: Mapping[str, ArraySpec]) -> None:
     with meshed.partitioner.activate():
         abstract = {name: jax.ShapeDtypeStruct(each.shape, each.dtype) for name, each in spec.items()}
         jax.eval_shape(lambda params, batch: meshed.model.loss(params, batch, None), meshed.param_shapes, abstract)
-
-
-def _leaves(tree: Any) -> list[tuple[Any, Any]]:
-    """Returns (path, leaf) of a tree whose leaves may be tuples of names."""
-    return jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def _check_gradients(given: _Given, meshed: ShardedModel, size: int, room: Mapping[str, int]) -> None:

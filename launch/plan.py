@@ -27,6 +27,7 @@ PHASES: tuple[Phase, ...] = ("prefill", "decode")
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "int8": 1}
 _SHOWN = 8  # layouts of a phase in the printed table; as JSON there are all
 _DOUBLINGS = 12
+_SWITCHED = 8  # GPUs that the switch of a machine joins
 _TRACED = {"inputs": 8, "targets": 8}  # lengths for a recipe without a task: sizes do not depend on them
 
 Dtype = Literal["float32", "bfloat16", "int8"]
@@ -162,6 +163,11 @@ def format_plan(found: Plan) -> str:
             f"one copy of the weights, for a prompt and {count_of(found.new_tokens, 'step')} of decoding "
             f"({_time(seconds)}): mesh {_mesh(first)}, prefill by {first.feed_forward} and {first.attention}, decoding "
             f"by {then.feed_forward} and {then.attention}",
+        ]
+    if not where.chip.torus and where.num_chips > _SWITCHED:
+        lines += [
+            "",
+            f"GPUs are counted as joined by one switch; a machine's joins {_SWITCHED}, and its network is slower",
         ]
     lines += [
         "",

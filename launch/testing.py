@@ -13,7 +13,6 @@ import collections
 import contextlib
 import copy
 import dataclasses
-import inspect
 import io
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -122,11 +121,9 @@ def _first_records(task: Any, count: int) -> Iterator[Any]:
     """Registers, for a while, a copy of a task that has the first records of its source alone."""
     seqio = seqio_adapter.import_seqio()
     source = task.source
-    source_fn = getattr(source, "_dataset_fn", None)
-    takes_seed = source_fn is None or "seed" in inspect.signature(source_fn).parameters
 
     def first(split: str, shuffle_files: bool, seed: int | None = None) -> Any:
-        return source.get_dataset(split=split, shuffle=False, seed=seed if takes_seed else None).take(count)
+        return seqio_sources.in_order(source, split, seed).take(count)
 
     few = copy.copy(task)
     name = f"{task.name}__being_checked"

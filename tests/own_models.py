@@ -1,17 +1,10 @@
 """A model of one's own in plain JAX: a sum of what was read so far, with or without a fault."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    shape: tuple
-    dtype: object
-    axes: tuple = ("batch", "length")
+from meshway.framework.interfaces import ArraySpec
 
 
 class Sums:
@@ -29,10 +22,10 @@ class Sums:
         return {"table": ("vocab", "embedd" if self.fault == "parameters" else "embed"), "outer": ("embed", "vocab")}
 
     def batch_spec(self, batch_size, lengths):
-        shape = (batch_size, lengths["targets"])
+        shape, axes = (batch_size, lengths["targets"]), ("batch", "length")
         names = ("input_tokens", "target_tokens", "segment_ids", "positions")
-        spec = {f"decoder_{name}": Spec(shape, np.dtype("int32")) for name in names}
-        return spec | {"decoder_loss_weights": Spec(shape, np.dtype("float32"))}
+        spec = {f"decoder_{name}": ArraySpec(shape, np.dtype("int32"), axes) for name in names}
+        return spec | {"decoder_loss_weights": ArraySpec(shape, np.dtype("float32"), axes)}
 
     def logits(self, params, batch, rng):
         segments = batch["decoder_segment_ids"]

@@ -16,9 +16,14 @@ _OVERHEAD = 256  # bytes that an example takes beside its content
 @functools.lru_cache(maxsize=1)
 def opened(task: Any, split: str, seed: int = 0) -> Any:
     """Returns a split's whole source dataset; kept while its shards are read one after the other."""
-    source_fn = getattr(task.source, "_dataset_fn", None)
+    return in_order(task.source, split, seed)
+
+
+def in_order(source: Any, split: str, seed: int | None) -> Any:
+    """Returns a source's dataset of a split, unshuffled; a function that takes no seed is given none."""
+    source_fn = getattr(source, "_dataset_fn", None)
     seeded = source_fn is None or "seed" in inspect.signature(source_fn).parameters
-    return task.source.get_dataset(split=split, shuffle=False, seed=seed if seeded else None)
+    return source.get_dataset(split=split, shuffle=False, seed=seed if seeded else None)
 
 
 @functools.lru_cache(maxsize=1)

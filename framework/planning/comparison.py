@@ -25,7 +25,7 @@ from meshway.framework.planning.communication import (
     minimum,
     unmerged,
 )
-from meshway.framework.planning.products import Uses, Weight, find_uses
+from meshway.framework.planning.products import Uses, Weight, find_uses, weights_of
 from meshway.framework.terminal import format_bytes, listed
 
 SCALARS, OPTIMIZER = "scalars", "optimizer"
@@ -316,12 +316,7 @@ def setting_of(program: Program) -> Setting:
     program.trace_loss()
     partitioner = program.partitioner
     shardings = partitioner.state_shardings(program.axes, program.param_shapes, "params")
-    paths = jax.tree_util.tree_flatten_with_path(program.param_shapes)[0]
-    names = jax.tree.leaves(program.axes, is_leaf=lambda node: isinstance(node, tuple))
-    weights = [
-        Weight(path_name(path), leaf.shape, leaf.dtype, tuple(name), sharded_by(sharding.spec, len(leaf.shape)))
-        for (path, leaf), name, sharding in zip(paths, names, jax.tree.leaves(shardings), strict=True)
-    ]
+    weights = weights_of(program.param_shapes, program.axes, shardings)
     with partitioner.activate() as asked:
         # With a key, as in a training step: without one, experts have the capacity of evaluation.
         closed = jax.make_jaxpr(lambda params, batch, key: program.model.loss(params, batch, key)[0])(

@@ -73,6 +73,11 @@ class Transformer:
         return self.layers * (self.attentions * self.attention_params + self.mlp_params)
 
     @property
+    def crossed_params(self) -> int:
+        """Weights that make keys and values of an encoder's output, once for all steps of decoding."""
+        return self.layers * 2 * self.d_model * self.head_dim * self.num_kv_heads if self.encoder_layers else 0
+
+    @property
     def logits_params(self) -> int:
         """Weights that the logits are made with."""
         return self.vocab_size * self.d_model

@@ -1,4 +1,5 @@
-"""The sizes of a recipe's model, read from how its loss uses its parameters: nothing is assumed of its classes."""
+"""The sizes of a recipe's model, read from how its loss uses its parameters: nothing is assumed of its classes but
+that an encoder's parameters lie under `encoder/`."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,9 +8,8 @@ import jax
 
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Model, Params
-from meshway.framework.partitioning.partitioner import path_name
 from meshway.framework.planning.cost import Transformer
-from meshway.framework.planning.products import Product, Uses, Weight, find_uses
+from meshway.framework.planning.products import Product, Uses, find_uses, weights_of
 
 _ENCODER = "encoder/"
 
@@ -40,12 +40,6 @@ def transformer_of(model: Model, lengths: Mapping[str, int]) -> tuple[Transforme
 
 
 def _uses(model: Model, shapes: Params, lengths: Mapping[str, int]) -> Uses:
-    paths = jax.tree_util.tree_flatten_with_path(shapes)[0]
-    names = jax.tree.leaves(model.axes(), is_leaf=lambda node: isinstance(node, tuple))
-    weights = [
-        Weight(path_name(path), leaf.shape, leaf.dtype, tuple(axes), ((),) * len(axes))
-        for (path, leaf), axes in zip(paths, names, strict=True)
-    ]
     try:
         batch = {
             name: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for name, spec in model.batch_spec(1, lengths).items()
@@ -53,7 +47,7 @@ def _uses(model: Model, shapes: Params, lengths: Mapping[str, int]) -> Uses:
         traced = jax.make_jaxpr(lambda params, batch: model.loss(params, batch, None)[0])(shapes, batch)
     except ValueError as error:
         raise UserError(f"{type(model).__name__}: {error}") from error
-    return find_uses(traced, weights)
+    return find_uses(traced, weights_of(shapes, model.axes()))
 
 
 def _stack(products: Sequence[Product], decodes: bool = True) -> dict[str, int]:

@@ -138,7 +138,7 @@ def estimate(
     communication = layers * sum(each.seconds(mesh, size) for each, size in zip(collectives, sizes, strict=True))
     gathered = mesh.size(GATHERED_OVER.get(feed_forward, ""))
     cache = _cache(model, what, attention, mesh)
-    scores = 4 * layers * what.tokens * model.num_heads * model.head_dim * _read(what, attentions)
+    scores = 4 * layers * what.tokens * model.num_heads * model.head_dim * _read(model, what)
     weights = model.num_params * what.weight_bytes / chips
     read = params * what.weight_bytes * gathered / chips + (cache if what.phase == "decode" else 0)
     layer = (attentions * model.attention_params + model.mlp_params) * what.weight_bytes * gathered / chips
@@ -165,14 +165,15 @@ def estimate(
 def _run_by(model: Transformer, what: Pass) -> tuple[int, int, int]:
     """Returns the layers that a pass goes through, attention layers in each, and the weights that meet each token."""
     if model.encoder_layers and what.phase == "prefill":
-        return model.encoder_layers, 1, model.encoder_params
-    return model.layers, model.attentions, model.decoder_params + model.logits_params
+        return model.encoder_layers, 1, model.encoder_params + model.crossed_params
+    return model.layers, model.attentions, model.decoder_params - model.crossed_params + model.logits_params
 
 
-def _read(what: Pass, attentions: int) -> float:
+def _read(model: Transformer, what: Pass) -> float:
     """Returns how many tokens a new one attends to, on average, in all attention layers of a layer."""
-    before = what.context - what.length
-    return before + (what.length + 1) / 2 + (what.inputs if attentions > 1 else 0)
+    if not model.encoder_layers:
+        return what.context - what.length + (what.length + 1) / 2
+    return what.length if what.phase == "prefill" else what.context + what.inputs
 
 
 def _cache(model: Transformer, what: Pass, attention: AttentionLayout, mesh: Arrangement) -> float:
@@ -258,18 +259,21 @@ def together(prefills: Iterable[Estimate], decodes: Iterable[Estimate], steps: i
     They are of one arrangement, and their weights rest alike: gathered ones rest as those of a 2D layout do.
     None where no two do.
     """
-    first: dict[tuple[Arrangement, bool], Estimate] = {}
-    for each in prefills:
-        first.setdefault((each.mesh, each.feed_forward == "1D"), each)
-    then: dict[tuple[Arrangement, bool], Estimate] = {}
-    for each in decodes:
-        then.setdefault((each.mesh, each.feed_forward == "1D"), each)
+    first, then = _best_at_rest(prefills), _best_at_rest(decodes)
     pairs = [(first[key], then[key]) for key in first if key in then]
     return min(
         pairs,
         key=lambda pair: (not (pair[0].fits and pair[1].fits), pair[0].seconds + steps * pair[1].seconds),
         default=None,
     )
+
+
+def _best_at_rest(ranked: Iterable[Estimate]) -> dict[tuple[Arrangement, bool], Estimate]:
+    """Returns the first estimate for each arrangement and way in which weights rest."""
+    found: dict[tuple[Arrangement, bool], Estimate] = {}
+    for each in ranked:
+        found.setdefault((each.mesh, each.feed_forward == "1D"), each)
+    return found
 
 
 def _attentions(batch: int, mesh: Arrangement) -> Iterator[AttentionLayout]:

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 
 from meshway.framework.axes import DimAxes, sharded_by
+from meshway.framework.interfaces import Axes, Params
+from meshway.framework.partitioning.partitioner import path_name
 from meshway.framework.planning.collectives import ShardMapKernel, kernel_of
 
 
@@ -55,6 +57,17 @@ class Weight:
         """Returns the weight with only the dimensions `dims`, in that order."""
         names, dim_axes = tuple(self.names[dim] for dim in dims), tuple(self.dim_axes[dim] for dim in dims)
         return Weight(self.path, tuple(shape), dtype, names, dim_axes)
+
+
+def weights_of(shapes: Params, axes: Axes, shardings: Any = None) -> list[Weight]:
+    """Returns a model's parameters in the order of their tree; without `shardings`, a tree of them, on one device."""
+    paths = jax.tree_util.tree_flatten_with_path(shapes)[0]
+    names = jax.tree.leaves(axes, is_leaf=lambda node: isinstance(node, tuple))
+    specs = [()] * len(paths) if shardings is None else [each.spec for each in jax.tree.leaves(shardings)]
+    return [
+        Weight(path_name(path), leaf.shape, leaf.dtype, tuple(name), sharded_by(spec, len(leaf.shape)))
+        for (path, leaf), name, spec in zip(paths, names, specs, strict=True)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,6 +56,11 @@ def test_sizes_are_read_from_the_recipe(
     assert {name: found[name] for name in wanted} == wanted
 
 
+def test_gpus_beyond_one_switch_are_said(palm: dict[str, Any]) -> None:
+    found = [plan.format_plan(plan.plan(**palm | {"topology": name})) for name in ("b200:8", "b200:16")]
+    assert ["GPUs are counted as joined by one switch" in text for text in found] == [False, True]
+
+
 @pytest.fixture(scope="module")
 def palm() -> dict[str, Any]:
     """The arguments that the recipe of PaLM 540B gives to `plan`."""

@@ -62,7 +62,11 @@ def test_an_encoder_runs_in_prefill_and_its_output_is_read_in_decoding() -> None
     slice_ = topology("v4:2x2x2")
     read = estimates(xxl, prefill(8, 512), slice_)[0]
     step = estimates(xxl, Pass("decode", 8, 1, 64, inputs=512), slice_)[0]
-    assert read.params == xxl.encoder_params and step.params == xxl.decoder_params + xxl.logits_params
+    crossed = 24 * 2 * 4096 * 64 * 64  # keys and values of the encoder's output are made once, with it
+    assert read.params == xxl.encoder_params + crossed
+    assert step.params == xxl.decoder_params - crossed + xxl.logits_params
+    scores = 4 * 24 * 8 * 512 * 64 * 64 * 512  # every token of an encoder sees every other
+    assert read.compute * 8 * read.chip.bfloat16 == pytest.approx(2 * read.params * 8 * 512 + scores)
     whole = 2 * 24 * 8 * (64 + 512) * 64 * 64 * 2
     assert step.cache == whole / 8
 
