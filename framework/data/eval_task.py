@@ -10,7 +10,6 @@ from meshway.framework.data.objective import Converter, Objective, Sizes
 from meshway.framework.data.rows.examples import Examples, check_ids, whole_sizes
 from meshway.framework.data.rows.row_source import RowSource
 from meshway.framework.data.rows.row_stream import RowStream
-from meshway.framework.data.seqio_vocabularies import WordPieces
 from meshway.framework.data.source import Measured, Overlong
 from meshway.framework.data.task_metrics import (
     PREDICTION,
@@ -365,9 +364,7 @@ class TaskEvaluation:
         """Decodes ids up to, and without, the first EOS."""
         own = self._vocabulary(feature)
         ids = before_stop(tokens, () if own.eos_id is None else (own.eos_id,))
-        if not ids and isinstance(self._vocabularies.get(feature), WordPieces):
-            return ""  # seqio's own raises
-        return own.decode(ids)
+        return own.decode(ids) if ids else ""  # for which some of seqio's raise
 
     def _vocabulary(self, feature: str) -> Any:
         """Returns the task's own vocabulary where there is one."""

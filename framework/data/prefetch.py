@@ -17,6 +17,7 @@ from meshway.framework.data.rows.row_stream import RowStream
 from meshway.framework.data.source import Dataset
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Batch
+from meshway.framework.terminal import listed
 
 _END = object()
 
@@ -178,11 +179,13 @@ def check_not_trained(
     def step_of(batch: int) -> int:
         return step - (number - batch) + sum(batch < each <= number for each in gone)
 
-    first, last = trained[0], trained[-1]
-    before = [each for each in kept if each < step_of(first)]
+    first, last = step_of(trained[0]), step_of(trained[-1])
+    parts = [[batch for batch in trained if start <= batch <= end] for start, end in sorted(skipped)]
+    said = listed(f"{part[0]} to {part[-1]}" for part in parts if part)
+    before = [each for each in kept if each < first]
     back = f"go back to checkpoint {max(before)}, by removing those after it," if before else "begin anew, elsewhere,"
     raise UserError(
-        f"SKIP_BATCHES: batches {first} to {last} were trained already, in steps {step_of(first)} to {step_of(last)}, "
+        f"SKIP_BATCHES: batches {said} were trained already, in steps {first} to {last}, "
         f"and the run goes on from checkpoint {step}: {back} or take these out of SKIP_BATCHES to go on without"
     )
 

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ _OVERHEAD = 256  # bytes that an example takes beside its content
 
 
 @functools.lru_cache(maxsize=1)
-def opened(task: Any, split: str, seed: int = 0) -> Any:
+def opened(task: Any, split: str, seed: int) -> Any:
     """Returns a split's whole source dataset; kept while its shards are read one after the other."""
     return in_order(task.source, split, seed)
 
@@ -31,15 +32,17 @@ def held(task: Any, split: str, seed: int) -> Any:
     """Returns `opened`, held in memory from its first pass on if it is small: every shard passes over all of it."""
     import tensorflow as tf
 
-    dataset, count = opened(task, split, seed), source_count(task, split)
+    dataset = opened(task, split, seed)
+    count = _count(task, split, lambda: dataset)
     try:
         sizes = [_bytes(example) for example in dataset.take(_SEEN)]
         most = int(_MEMORY / (np.mean(sizes or [0]) + _OVERHEAD))
-        if count is None:
-            count = int(dataset.take(most + 1).reduce(np.int64(0), lambda number, _: number + 1))
+        kept = dataset.cache()
+        if count is None or count <= most:  # this pass fills it, whole
+            count = int(kept.take(most + 1).reduce(np.int64(0), lambda number, _: number + 1))
     except tf.errors.OpError:  # the source fails: which example did is told when a shard is read
         return dataset
-    return dataset.cache() if count <= most else dataset
+    return kept if count <= most else dataset
 
 
 def _bytes(example: Any) -> int:
@@ -54,10 +57,14 @@ def _bytes(example: Any) -> int:
 
 def source_count(task: Any, split: str) -> int | None:
     """Returns how many examples a split's source has, None if the source does not report it."""
+    return _count(task, split, lambda: opened(task, split, 0))
+
+
+def _count(task: Any, split: str, dataset: Callable[[], Any]) -> int | None:
     with task_errors(task.name, f"split {split!r}"):
         count = task.source.num_input_examples(split)
         if count is None:
-            count = int(opened(task, split).cardinality())
+            count = int(dataset().cardinality())
     return None if count < 0 else int(count)
 
 

@@ -69,7 +69,7 @@ def divide_steps(task: Any) -> DividedSteps:
         if isinstance(step, seqio.CacheDatasetPlaceholder):
             reason = f"{place} of {total - 1} preprocessors, up to the task's CacheDatasetPlaceholder"
             return DividedSteps(steps[:place], steps[place + 1 :], place + 1, reason)
-    spec = seqio_sources.opened(task, _splits(task)[0]).element_spec
+    spec = seqio_sources.opened(task, _splits(task)[0], 0).element_spec
     dataset = tf.data.Dataset.from_generator(list, output_signature=spec)
     last_of_dicts = 0
     for place, step in enumerate(steps):
@@ -223,7 +223,6 @@ def _each(task: Any, split: str, dataset: Any) -> Iterator[Example | Exception]:
         except StopIteration:
             return
         except tf.errors.OpError as error:
-            seqio_sources.release()  # if the source itself failed, what it holds lacks that example
             yield error
 
 

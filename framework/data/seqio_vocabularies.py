@@ -5,8 +5,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from meshway.framework.data import detokenizing
 from meshway.framework.data.vocabulary import Vocabulary, first_of
 from meshway.framework.errors import UserError
@@ -123,7 +121,7 @@ class WordPieces(Vocabulary):
         self, content: bytes, size: int, eos_id: int, unk_id: int, pad_id: int, arguments: Mapping[str, Any]
     ) -> None:
         self._source, self._arguments = content, dict(arguments)
-        self._pieces = content.decode("utf-8").removesuffix("\n").split("\n")
+        self._pieces = content.decode("utf-8", "replace").removesuffix("\n").split("\n")
         self.size, self.eos_id, self.unk_id, self.pad_id = size, eos_id, unk_id, pad_id
         self.extra_ids, self.start = 0, first_of(pad_id)
         self._shown: dict[int, str] = {}
@@ -138,9 +136,8 @@ class WordPieces(Vocabulary):
             return import_seqio().BertWordPieceVocabulary(file.name, **self._arguments)
 
     def encode(self, text: str) -> list[int]:
-        ids = np.asarray(self._seqio.encode(text))
-        flat = [int(token) for token in ids.reshape(-1)]
-        return [token for token in flat if token] if ids.ndim > 1 else flat
+        words = self._seqio.tokenizer.tokenize(text)  # seqio's own fills words up to the same number of pieces
+        return [int(token) for token in words.flat_values.numpy()]
 
     def detokenizer(self) -> detokenizing.Detokenizer:
         return detokenizing.PerToken(self._text, lambda _: True, self._shown)
@@ -199,6 +196,11 @@ class Opaque(Vocabulary):
     def marks(self) -> frozenset[int]:
         return super().marks if self._bos_id is None else super().marks | {self._bos_id}
 
+    @property
+    def is_ids(self) -> bool:
+        """Whether there is no text at all, whose code could be looked for: seqio's pass-through one."""
+        return self.name == "seqio.vocabularies.PassThroughVocabulary"
+
     def encode(self, text: str) -> list[int]:
         """Raises ValueError, so that a record can be left out."""
         raise ValueError(f"text, and there is none in {self}{self.why}: give token ids, as [17, 4, 1]")
@@ -250,7 +252,7 @@ class Own(Opaque):
 
     def _text(self, ids: list[int]) -> str:
         try:
-            text = self._code.decode(ids)
+            text = self._code.decode(ids) if ids else ""
         except Exception as error:  # users' code raises anything
             raise UserError(f"{self.name} cannot decode {ids[:8]}: {type(error).__name__}: {error}") from error
         text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text

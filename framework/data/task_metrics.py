@@ -183,25 +183,24 @@ class MergedMetrics:
 
     def predicted(self, indices: Sequence[int], tokens: np.ndarray, scores: Sequence[Any]) -> None:
         """Takes the predictions of some examples, ids [examples, ..., length], and their scores."""
-        self._add(PREDICTION, indices, tokens)
-        self._add(PREDICTION_WITH_AUX, indices, (tokens, {"scores": np.asarray(scores)}))
+        examples = functools.cache(lambda: self._read(indices))
+        self._add(PREDICTION, examples, tokens)
+        self._add(PREDICTION_WITH_AUX, examples, (tokens, {"scores": np.asarray(scores)}))
 
     def scored(self, indices: Sequence[int], scores: Sequence[float], intermediates: Any) -> None:
         """Takes the scores of some examples, and what the model computed beside them, None where nothing needs it."""
-        values = np.array(scores)
-        self._add(SCORE, indices, (values, intermediates) if self._paired else values)
+        values, examples = np.array(scores), functools.cache(lambda: self._read(indices))
+        self._add(SCORE, examples, (values, intermediates) if self._paired else values)
         if intermediates is not None:
-            self._add(SCORE_WITH_INTERMEDIATES, indices, (values, intermediates))
+            self._add(SCORE_WITH_INTERMEDIATES, examples, (values, intermediates))
 
-    def _add(self, kind: int, indices: Sequence[int], output: Any) -> None:
-        objects = self._objects.get(kind)
-        examples = self._read(indices) if objects else ()
-        for number, metric in enumerate(objects or ()):
+    def _add(self, kind: int, examples: Callable[[], Sequence[Mapping[str, Any]]], output: Any) -> None:
+        for number, metric in enumerate(self._objects.get(kind, ())):
             place = kind, number
             if place in self._errors:
                 continue
             try:
-                made = metric.from_model_output(examples, output, self._features, "targets")
+                made = metric.from_model_output(examples(), output, self._features, "targets")
                 self._merged[place] = self._merged[place].merge(made) if place in self._merged else made
             except Exception as error:
                 self._errors[place] = error

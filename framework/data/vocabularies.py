@@ -278,7 +278,7 @@ def with_their_code(
       registered: returns those of the run's task; called only where one of `saved` holds no text.
     """
     found = dict(saved)
-    lacking = {name: each for name, each in saved.items() if type(each) is Opaque and each.size}
+    lacking = {name: each for name, each in saved.items() if type(each) is Opaque and each.size and not each.is_ids}
     if not lacking:
         return found
     own, why = dict[str, Vocabulary](), "which the run's task does not have"

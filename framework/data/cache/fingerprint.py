@@ -139,9 +139,10 @@ def step_name(step: Any) -> str:
 def vocabulary_fingerprint(vocabulary: Any) -> str:
     """Returns a text that changes whenever a seqio vocabulary's ids may."""
     known = of_seqio(vocabulary)
-    if known.former is None and known.kind != "opaque":
+    if known.former is not None:  # known by its tables now: fingerprinted as it was before
+        known = numbers_only(vocabulary)
+    elif known.kind != "opaque":
         return f"{known}, {known.fingerprint}"
-    known = numbers_only(vocabulary)
     text = f"{known}, {known.fingerprint}"
     # A class not known here: its text, its plain settings, and the content of the files they name.
     text += f", {_plain(str(vocabulary))}"

@@ -206,7 +206,7 @@ def with_problems(examples: Iterable[Read], sizes: Mapping[str, int]) -> Iterato
 
 
 def _inside(examples: Sequence[Example], feature: str, size: int) -> bool:
-    arrays = [np.asarray(example[feature]) for example in examples if feature in example]
+    arrays = [np.ravel(example[feature]) for example in examples if feature in example]
     joined = np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
     return not joined.size or bool(joined.min() >= 0 and joined.max() < size)
 

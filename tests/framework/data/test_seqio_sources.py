@@ -15,7 +15,7 @@ def made():
     import numpy as np
     import tensorflow as tf
 
-    def task(knows=True, bad=None):
+    def task(knows=True, bad=None, steps=()):
         read = []
 
         def row(number):
@@ -38,7 +38,7 @@ def made():
         found = seqio.TaskRegistry.add(
             "sources_of",
             source=seqio.FunctionDataSource(source, splits=["train"]),
-            preprocessors=[],
+            preprocessors=list(steps),
             output_features={"targets": seqio.Feature(seqio.ByteVocabulary())},
         )
         seqio_sources.release()
@@ -76,3 +76,21 @@ def test_a_source_that_fails_is_told_by_its_example(made):
     task, _ = made(bad=6)
     with pytest.raises(UserError, match="(?s)train.*row 6 is broken"):
         list(seqio_steps.cacheable(task, "train", 6 % SHARDS, SHARDS))
+
+
+def few(dataset):
+    import tensorflow as tf
+
+    def checked(example):
+        with tf.control_dependencies([tf.debugging.assert_less(tf.size(example["targets"]), 5)]):
+            return {"targets": tf.identity(example["targets"])}
+
+    return dataset.map(checked)
+
+
+def test_examples_that_fail_in_a_preprocessor_leave_the_source_held(made):
+    task, read = made(steps=[few])
+    bad = []
+    kept = [list(seqio_steps.cacheable(task, "train", at, SHARDS, max_bad=ROWS, bad=bad)) for at in range(SHARDS)]
+    assert len(bad) == ROWS // 5 and sum(map(len, kept)) == ROWS - ROWS // 5
+    assert len(read) <= 2 * ROWS, "looked at for its size, and read once"

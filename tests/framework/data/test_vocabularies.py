@@ -264,6 +264,20 @@ def test_an_evaluation_writes_an_empty_prediction_of_any_kind(others):
         assert evaluated._decode("targets", [] if theirs.eos_id is None else [theirs.eos_id, 2]) == ""
 
 
+def test_a_word_piece_may_have_the_id_that_fills_a_matrix_up(tmp_path):
+    """And a line may be none of UTF-8, as TensorFlow reads it."""
+    (tmp_path / "vocab.txt").write_bytes(b"hello\n[UNK]\nworld\n##s\n[PAD]\n\xff\n[CLS]\n[SEP]\n")
+    special = {"pad_id": 4, "start_of_sequence_id": 6, "end_of_sequence_id": 7}
+    ours = of_seqio(seqio.BertWordPieceVocabulary(str(tmp_path / "vocab.txt"), **special))
+    assert ours.encode("hello world") == [0, 2] and ours.encode("hello worlds") == [0, 2, 3]
+    assert ours.encode("") == [] == ours.encode("  ") and ours.pieces([5]) == ["\ufffd"]
+
+
+def test_the_code_of_token_ids_is_not_looked_for():
+    ids = of_seqio(seqio.PassThroughVocabulary(17))
+    assert with_their_code({"targets": ids}, mock.Mock(side_effect=AssertionError)) == {"targets": ids}
+
+
 def test_characters_that_are_none_can_be_written(others):
     ours = of_seqio(others["characters"])
     assert ours.decode([97, 0xD800, 0x110000, 98]) == "a\ufffd\ufffdb"

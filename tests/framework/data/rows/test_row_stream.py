@@ -241,6 +241,7 @@ def test_batches_are_skipped_unread(sizes):
         ([(3, 5), (7, 7), (11, 20)], [2, 6], None),
         ([(3, 4)], [2, 6], None),
         ([(2, 5)], [2, 6], r"batches 2 to 2 .* in steps 2 to 2, and the run goes on from checkpoint 6: begin anew"),
+        ([(8, 8), (1, 3)], [6], "batches 1 to 2, 8 to 8 were trained already, in steps 1 to 4, and .* 6: begin anew"),
         ([(6, 20)], [1, 2, 6], r"batches 6 to 10 were .* in steps 3 to 6, and .* 6: go back to checkpoint 2, by remov"),
     ],
 )
