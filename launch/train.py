@@ -100,9 +100,9 @@ def train(
             directory.prepare(rows)
         checkpoints = Checkpoints(directory.checkpoints, keep, resolved)
         start = max(checkpoints.steps(), default=0)
+        _agree(resolved, start)
         first, periods, initial = continuation.counted(program, periods, initial, checkpoints if start else None)
         checkpoints.first_step = first
-        _agree(resolved, start)
         if start >= periods.last:
             print(
                 f"step {start} of {periods.last} is already reached in {directory.root}; raise TRAIN_STEPS (or "

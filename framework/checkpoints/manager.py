@@ -185,7 +185,8 @@ class Checkpoints:
         self.check(step, abstract)
         tree = _as_tree(abstract)
         arguments = ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree))
-        return TrainState(**self._read(step, state=arguments)["state"]), self.position(step)
+        position = self.position(step)  # first: it is little, and may be damaged too
+        return TrainState(**self._read(step, state=arguments)["state"]), position
 
     def position(self, step: int) -> dict[str, int]:
         """Returns the data position of a checkpoint; raises DamagedCheckpoint if it cannot be read."""

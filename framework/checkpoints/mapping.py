@@ -182,12 +182,20 @@ class Initial:
         Raises:
           UserError: there is nothing, or settings that do not apply to it.
         """
-        found = self._open(self.step)
-        step = _step_of(found)
-        if self.step is not None or step is None:
+        if self.step is not None:
+            return self._open(self.step)
+        found = failed = None
+        try:
+            found = self._open(None)
+        except UserError as error:  # what process 0 found may be there, although the latest is gone
+            failed = error
+        mine = _FAILED if found is None else str(_step_of(found))
+        common = processes.barrier("finding the checkpoint to start from", None, mine)[0]
+        if failed is not None and common == _FAILED:
+            raise failed
+        if found is not None and common in (mine, _FAILED):  # where process 0 has failed, all end with it
             return found
-        common = int(processes.barrier("finding the checkpoint to start from", None, str(step))[0])
-        return found if common == step else self._open(common)
+        return self._open(None if common == str(None) else int(common))
 
     def _open(self, step: int | None) -> "Tensors | tuple[Checkpoints, int]":
         from meshway.framework.conversion import (
@@ -336,7 +344,7 @@ class Initial:
         replacement = dict(self.renames)[pattern]
         try:  # grouped, since of 'x|xy' the first alternative would rename a prefix of the name
             return re.sub(f"^(?:{pattern})$", replacement, name)
-        except re.error as error:  # such as a group that the pattern has not
+        except (re.error, IndexError) as error:  # such as a group that the pattern has not
             raise UserError(f"Initial.renames: {pattern!r} becomes {replacement!r}: {error}") from None
 
     def _check(self, problems: list[str], used: set[str], repeated: set[str]) -> None:
@@ -363,6 +371,9 @@ class Tensors:
     values: Callable[[Mapping[str, Shape]], Mapping[str, "Values"]]
     step: int | None
     optimizer_state: Callable[[Params, Axes], Any] | None
+
+
+_FAILED = "failed"  # what a process says of itself that found no checkpoint
 
 
 def _step_of(opened: Tensors | tuple[Checkpoints, int]) -> int | None:

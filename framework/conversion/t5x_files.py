@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from flax import serialization
 from meshway.framework.conversion.tensor_files import DTYPES, Box
 from meshway.framework.conversion.tensor_files import Spec as TensorSpec
 from meshway.framework.errors import EnvironmentFailure, UserError, first_line
-from meshway.framework.files import io_errors
+from meshway.framework.files import io_errors, is_disk_trouble
 from meshway.framework.terminal import listed
 from meshway.framework.trees import unflatten
 
@@ -341,8 +342,8 @@ def write_native(
       wrote: told the bytes of each array that was written.
 
     Raises:
-      UserError: an array cannot be read; the folder cannot be made.
-      EnvironmentFailure: the disk is full, or refuses.
+      UserError: an array cannot be read; the folder cannot be made or written.
+      EnvironmentFailure: the disk is full or broken.
     """
     with io_errors(folder):
         folder.mkdir(parents=True)
@@ -353,11 +354,12 @@ def write_native(
         own = spec | {"kvstore": {"driver": "file", "path": path}}
         try:
             tensorstore.open(own, create=True, open=True).result().write(value).result()
-        except ValueError as error:  # whatever the disk says
-            said = re.search(r"([^:]+) \[os_error_code", str(error))  # after the path, twice
-            raise EnvironmentFailure(
-                f"cannot write {path}: {said[1].strip() if said else first_line(error)}"
-            ) from error
+        except ValueError as error:  # what the disk says too
+            if (code := re.search(r"os_error_code='(\d+)'", str(error))) is None:
+                raise
+            refused = OSError(int(code[1]), os.strerror(int(code[1])))
+            kind = EnvironmentFailure if is_disk_trouble(refused) else UserError
+            raise kind(f"cannot write {path}: {refused.strerror}") from error
         wrote(array.num_bytes)
     tree = unflatten(dict(sorted(leaves.items(), key=lambda item: item[0].split("/"))))
     with io_errors(folder / _NATIVE):

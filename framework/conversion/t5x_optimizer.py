@@ -186,12 +186,13 @@ def schedule_of(files: T5XFiles) -> Bindings:
     Raises:
       UserError: the rate is not T5X's own schedule, or something of it is bound to a reference.
     """
-    other = re.search(rf"\blearning_rate_fn = @(?!\S*{_RATE}\b)(\S+)", files.config)
-    if other:
-        raise UserError(
-            f"{files.config_file}: learning_rate_fn = @{other[1]} is not T5X's {_RATE}, and is not taken over: remove "
-            "that line, and bind optimizers.Optimizer.learning_rate in the recipe, or take the parameters alone"
-        )
+    text = _lines(files)
+    for said in _values(text, r"(?:[\w./]*\.)?learning_rate_fn"):
+        if not re.match(rf"@\S*{_RATE}\b", _without_macros(text, said)):
+            raise UserError(
+                f"{files.config_file}: learning_rate_fn = {said} is not T5X's {_RATE}, and is not taken over: remove "
+                "that line, and bind optimizers.Optimizer.learning_rate in the recipe, or take the parameters alone"
+            )
     bound = _bound(files, _RATE, tuple(_SCHEDULE))
     bound = _SCHEDULED | bound if bound else bound
     found: Bindings = {ours: bound[theirs] for theirs, ours in _SCHEDULE.items() if theirs in bound}
@@ -206,24 +207,34 @@ def _bound(files: T5XFiles, name: str, parameters: Sequence[str]) -> dict[str, A
     Raises:
       UserError: one is bound to a reference, or to a macro that is none of a value.
     """
-    text = files.config + "\n"
+    text = _lines(files)
     blocks = re.findall(rf"\b{name}:[ \t]*\n((?:[ \t]+.*\n|\n|#.*\n)*)", text)
     found = {}
     for parameter in parameters:
         inside = [each for block in blocks for each in _values(block, parameter)]
         if given := [*inside, *_values(text, rf"(?:.*\b)?{name}\.{parameter}")]:
-            said = value = given[-1]
-            for _ in range(8):  # macros of macros
-                if macro := re.match(r"%([\w./]+)", value):
-                    value = (_values(text, re.escape(macro[1])) or [value])[-1]
+            said = given[-1]
             try:
-                found[parameter] = ast.literal_eval(value)
+                found[parameter] = ast.literal_eval(_without_macros(text, said))
             except (ValueError, SyntaxError) as error:
                 raise UserError(
                     f"{files.config_file}: {name}.{parameter} = {said} is a reference, and what it stands for is not "
                     "known here: write its value there, or take the parameters alone"
                 ) from error
     return found
+
+
+def _lines(files: T5XFiles) -> str:
+    """Returns a `config.gin` without lines that are comments."""
+    return re.sub(r"^[ \t]*#.*\n", "", files.config + "\n", flags=re.MULTILINE)
+
+
+def _without_macros(text: str, value: str) -> str:
+    """Returns what a value stands for where it is a macro, of macros perhaps."""
+    for _ in range(8):
+        if macro := re.match(r"%([\w./]+)", value):
+            value = (_values(text, re.escape(macro[1])) or [value])[-1]
+    return value
 
 
 def _values(text: str, name: str) -> list[str]:

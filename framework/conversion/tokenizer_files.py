@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -189,8 +188,13 @@ def copy_files(source: Path, target: Path, names: tuple[str, ...] = FILES) -> li
     found = [name for name in names if (source / name).is_file()]
     with io_errors(target):
         target.mkdir(parents=True, exist_ok=True)
-        for name in found:
-            shutil.copyfile(source / name, target / name)
+    for name in found:
+        try:
+            content = (source / name).read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read {source / name}: {error.strerror or error}") from error
+        with io_errors(target / name):
+            (target / name).write_bytes(content)
     return found
 
 

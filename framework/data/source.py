@@ -141,11 +141,13 @@ class Merging(Protocol):
     Attributes:
       needs_predictions, needs_tokens, needs_intermediates: what the task's other metrics need of all examples:
         postprocessed predictions, their token ids, what the model computed beside scores.
+      takes_scores: whether `scored` gives what it gets to any metric.
     """
 
     needs_predictions: bool
     needs_tokens: bool
     needs_intermediates: bool
+    takes_scores: bool
 
     def predicted(self, indices: Sequence[int], tokens: np.ndarray, scores: Sequence[Any]) -> None:
         """Takes the predictions of some examples, ids [examples, ..., length], and their scores."""

@@ -163,6 +163,7 @@ class MergedMetrics:
       paired: whether metrics of scores get (scores, intermediates) in their place.
       needs_predictions, needs_tokens, needs_intermediates: what the other metrics need of all examples: postprocessed
         predictions, their token ids, what the model computed beside scores.
+      takes_scores: whether `scored` gives what it gets to any metric.
     """
 
     def __init__(
@@ -178,6 +179,7 @@ class MergedMetrics:
         self._objects, self._features, self._read, self._paired = objects, features, read, paired
         self.needs_predictions, self.needs_tokens = needs_predictions, needs_tokens
         self.needs_intermediates = needs_intermediates
+        self.takes_scores = any(objects.get(kind) for kind in (SCORE, SCORE_WITH_INTERMEDIATES))
         self._merged: dict[tuple[int, int], Any] = {}
         self._errors: dict[tuple[int, int], Exception] = {}
 

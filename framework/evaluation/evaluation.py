@@ -335,7 +335,7 @@ class _Scores:
         """Gives the metrics that merge the examples that they have not had, without the last `all_but`."""
         whole = self._waiting[: len(self._waiting) - all_but]
         self._waiting = self._waiting[len(whole) :]
-        if whole:
+        if whole and self._merging.takes_scores:
             beside = _intermediates({index: self.rows[index] for index in whole}) if self._beside else None
             self._merging.scored(whole, [self.values[index] for index in whole], beside)
         if not self._merging.needs_intermediates:

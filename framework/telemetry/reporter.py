@@ -252,7 +252,7 @@ class Reporter:
         self._flops, self._peak, self._devices = flops_per_step, peak_flops, devices
         self._buffer = MetricBuffer()
         self._pending: tuple[int, Pending | None, dict[str, float]] | None = None
-        self._reported: tuple[int, Mapping[str, float]] | None = None
+        self._reported: tuple[int, Mapping[str, float | None]] | None = None
         self._before = timeline.seconds()  # of each phase, when the last report was written
         self._clock = StepClock()
 
@@ -306,11 +306,12 @@ class Reporter:
             scalars |= memory_in_use(self._devices)
             self._progress.update(step, scalars)
             self._timeline.mark("report", step)
-            self._reported = step, scalars
+            self._reported = step, scalars | dict.fromkeys(unmeasured)
         self._writer.write(step, scalars)
 
-    def take_reported(self) -> tuple[int, Mapping[str, float]] | None:
-        """Returns (step, scalars) of the last report of steps that was written; None if this was asked since then."""
+    def take_reported(self) -> tuple[int, Mapping[str, float | None]] | None:
+        """Returns (step, scalars) of the last report of steps that was written, None for what none of them measured;
+        None if this was asked since then."""
         taken, self._reported = self._reported, None
         return taken
 

@@ -119,12 +119,13 @@ class ReportHook(Hook, Protocol):
     process's own.
     """
 
-    def after_report(self, step: int, metrics: Mapping[str, float]) -> str | None:
+    def after_report(self, step: int, metrics: Mapping[str, float | None]) -> str | None:
         """Returns why the run is to stop, after the step that follows `step`, once that is saved; None to go on.
 
         Args:
           step: the last step that the report is of; it is known once the next step has begun.
-          metrics: a line of `metrics.jsonl`: means over the steps since the report before.
+          metrics: a line of `metrics.jsonl`: means over the steps since the report before; None where no step of them
+            measured it.
         """
         ...
 
@@ -184,7 +185,9 @@ class EarlyStopping:
         seen = "reports" if self._task == TRAINING else "evaluations"
         return f"{self._metric} of {self._task} has not improved in the last {self._patience} {seen}: {values}"
 
-    def _after_report(self, step: int, metrics: Mapping[str, float]) -> str | None:
+    def _after_report(self, step: int, metrics: Mapping[str, float | None]) -> str | None:
+        if metrics.get(self._metric, math.nan) is None:
+            return None
         return self.after_evaluation(step, {TRAINING: {"metrics": metrics}})
 
     def after_step(self, step: int) -> None: ...
@@ -197,8 +200,7 @@ class EarlyStopping:
         if report is None:
             return False
         if self._metric not in report["metrics"]:
-            # Statistics of weights are not in every report.
-            if not report.get("failed") and not self._metric.startswith("weight_"):
+            if not report.get("failed"):
                 known = sorted(report["metrics"])
                 raise UserError(
                     f"EarlyStopping.metric: {self._task!r} has no metric {self._metric!r}; it is one of "

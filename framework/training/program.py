@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -113,8 +112,9 @@ class TrainProgram:
             program.batch = self.sharded.batch(batch_size, self.lengths)
         except UserError as error:
             raise UserError(f"BATCH_SIZE_SCHEDULE: {error}") from error
-        largest, sizes = self.batch_size // self.num_microbatches, self.partitioner.mesh.shape
-        parts = math.prod(sizes[axis] for axis in self.partitioner.activation_rules.axes_of("batch"))
+        largest = self.batch_size // self.num_microbatches
+        name, spec = next(iter(program.batch.spec.items()))
+        parts = batch_size // program.batch.shardings[name].shard_shape(spec.shape)[0]
         counts = [n for n in range(1, batch_size + 1) if batch_size % n == 0 and batch_size // n <= largest]
         # Where none divides, a rule's next alternative may do; if there is none, the trace says what does not fit.
         program.num_microbatches = next((n for n in counts if batch_size // n % parts == 0), counts[0])

@@ -16,7 +16,7 @@ import jax
 from meshway.framework.data.vocabularies import FRAMING
 from meshway.framework.data.vocabulary import Framing, Vocabulary
 from meshway.framework.errors import EnvironmentFailure, UserError
-from meshway.framework.files import holder_of, io_errors, locked, replace_file
+from meshway.framework.files import holder_of, io_errors, is_disk_trouble, locked, replace_file
 from meshway.framework.partitioning.sharded_model import Row, format_rows, replicated_share
 from meshway.framework.planning.memory import Memory
 from meshway.framework.terminal import format_bytes
@@ -87,7 +87,7 @@ class RunDirectory:
     def _refused(self, error: OSError) -> UserError | EnvironmentFailure:
         at = f" ({error.filename})" if error.filename else ""
         said = f"MODEL_DIR={str(self.root)!r} cannot be written: {error.strerror or error}{at}; "
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        if is_disk_trouble(error):
             return EnvironmentFailure(f"{said}make room there, and run it again")
         return UserError(f"{said}give a folder you may write to: --gin.MODEL_DIR=...")
 

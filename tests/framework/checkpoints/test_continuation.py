@@ -1,6 +1,7 @@
 """A run goes on from another one's checkpoint: its step, its schedules, its optimizer's state, or none of them."""
 
 import dataclasses
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -71,6 +72,20 @@ def test_all_processes_read_the_checkpoint_that_the_first_one_found(trained, mon
     begun = continuation.begin(initial, program_of(state_of(adafactor)), 0)
     assert initial.known_step() == float(begun.params["w"].max()) == (3 if given is None else 12)
     assert len(asked) == (given is None)
+
+
+def test_a_process_that_comes_too_late_reads_what_the_first_one_found(tmp_path, monkeypatch):
+    """Its own latest was removed as it looked; what fails in process 0 fails in all."""
+    folder = tmp_path / "trained"
+    (folder / "checkpoints").mkdir(parents=True)
+    told = ["12"]
+    monkeypatch.setattr(processes, "barrier", lambda *args: save(folder, 12) or {0: told[0], 1: args[2]})
+    assert Initial(str(folder)).known_step() == 12
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "checkpoints").mkdir()
+    told[0] = "failed"
+    with pytest.raises(UserError, match="no complete checkpoint|neither a run directory|no checkpoint"):
+        Initial(str(folder)).known_step()
 
 
 def test_a_run_is_no_tensorflow_checkpoint_whatever_else_lies_there(tmp_path, trained):

@@ -45,6 +45,8 @@ def test_what_is_no_regular_expression_is_told():
         found(["x"], left_at_init=["*"])
     with pytest.raises(UserError, match=r"Initial.renames: 'x' becomes 'a/.*1': invalid group reference"):
         found(["x"], renames=[("x", r"a/\1")])
+    with pytest.raises(UserError, match="Initial.renames: 'x' becomes .*: unknown group name 'part'"):
+        found(["x"], renames=[("x", r"a/\g<part>")])
 
 
 def test_what_is_left_at_init_goes_by_the_models_own_name():

@@ -231,6 +231,11 @@ def test_all_that_a_config_says_is_taken(tmp_path):
     }
 
 
+def test_a_line_that_is_a_comment_says_nothing(tmp_path):
+    commented = "# adafactor.Adafactor.decay_rate = 0.5\n  # was: learning_rate_fn = @mine.rate()\n#POWER = 0.1\n"
+    assert told(tmp_path, BOUND + commented) == told(tmp_path, BOUND)
+
+
 @pytest.mark.parametrize(
     "old, new, said",
     [
@@ -239,6 +244,16 @@ def test_all_that_a_config_says_is_taken(tmp_path):
         ("RATE = 1e-3", "", "create_learning_rate_scheduler.base_learning_rate = %RATE is a reference"),
         ("1e-05", "@mine.least()", "create_learning_rate_scheduler.min_learning_rate = @mine.least"),
         ("@utils.create_learning_rate_scheduler()", "@mine.rate()", "learning_rate_fn = @mine.rate.. is not T5X's"),
+        (
+            "@utils.create_learning_rate_scheduler()",
+            "\\\n    @mine.rate()",
+            "learning_rate_fn = @mine.rate.. is not T5X's",
+        ),
+        (
+            "@utils.create_learning_rate_scheduler()",
+            "%RULE\nRULE = @mine.rate()",
+            "learning_rate_fn = %RULE is not T5X's",
+        ),
     ],
 )
 def test_what_a_config_does_not_say_is_refused(tmp_path, old, new, said):

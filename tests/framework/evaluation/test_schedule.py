@@ -142,6 +142,14 @@ def test_a_run_stops_as_t5x_s_action_has_it(values, stops, settings):
     assert resumed.after_evaluation(len(values), found(values[-1])) == said[-1]
 
 
+def test_a_report_that_did_not_measure_a_metric_counts_for_nothing():
+    hook = EarlyStopping(("train", "accuracy"), "max", patience=2)
+    asked = [hook.after_report(step, {"accuracy": value}) for step, value in enumerate([0.5, None, None, 0.6, 0.6])]
+    assert asked[:4] == [None] * 4 and "has not improved in the last 2 reports: 0.6, 0.6" in asked[4]
+    with pytest.raises(UserError, match="'train' has no metric 'acuracy'; .*did you mean 'accuracy'"):
+        EarlyStopping(("train", "acuracy"), "max").after_report(1, {"accuracy": 0.5})
+
+
 def test_a_metric_that_is_not_found_is_told_and_one_that_failed_is_waited_for():
     hook = EarlyStopping(("ids", "f1"), "max")
     assert hook.after_evaluation(1, {"other": {"metrics": {}}}) is None
