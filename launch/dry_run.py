@@ -26,7 +26,8 @@ from meshway.framework.evaluation.schedule import OWN, EvalDataset, Schedule, be
 from meshway.framework.files import holder_of, local_path
 from meshway.framework.partitioning.mesh import MeshShape
 from meshway.framework.terminal import format_columns
-from meshway.framework.training.loop import Hook, Periods
+from meshway.framework.training.hooks import Hook
+from meshway.framework.training.loop import Periods
 from meshway.framework.training.program import TrainProgram, open_data
 from meshway.framework.training.run_directory import RunDirectory
 from meshway.launch.cluster.job import Chips

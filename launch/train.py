@@ -36,7 +36,8 @@ from meshway.framework.report.page import write_report
 from meshway.framework.telemetry.reporter import Progress, Reporter
 from meshway.framework.telemetry.timeline import Timeline, in_one_line, process_began, read_goodput
 from meshway.framework.telemetry.writers import JsonlWriter, TensorBoardWriter, Writers
-from meshway.framework.training.loop import Hook, Loop, Periods, SizedSteps
+from meshway.framework.training.hooks import Hook
+from meshway.framework.training.loop import Loop, Periods, SizedSteps
 from meshway.framework.training.program import TrainProgram, open_data
 from meshway.framework.training.run_directory import RunDirectory, summarize
 from meshway.framework.training.step import TrainState

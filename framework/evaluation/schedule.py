@@ -15,7 +15,7 @@ from meshway.framework.evaluation.evaluation import Evaluation, Evaluator, Repor
 from meshway.framework.evaluation.records import Record, Records, record_name
 from meshway.framework.interfaces import Params
 from meshway.framework.partitioning.sharded_model import ShardedModel
-from meshway.framework.training.loop import EvaluationHook, Hook
+from meshway.framework.training.hooks import EvaluationHook, Hook
 from meshway.framework.training.program import check_batch, check_vocabularies
 from meshway.framework.training.run_directory import RunDirectory
 from meshway.framework.training.step import TrainState

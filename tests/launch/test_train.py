@@ -19,7 +19,8 @@ from meshway.framework.evaluation.schedule import EvaluationLog, Pass
 from meshway.framework.optimizers import optimizers
 from meshway.framework.partitioning.mesh import MeshShape
 from meshway.framework.partitioning.partitioner import Layout
-from meshway.framework.training.loop import EarlyStopping, Periods
+from meshway.framework.training.hooks import EarlyStopping
+from meshway.framework.training.loop import Periods
 from meshway.framework.training.program import TrainProgram
 from meshway.framework.training.run_directory import RunDirectory
 from meshway.launch import dry_run, train

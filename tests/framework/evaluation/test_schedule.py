@@ -9,7 +9,7 @@ import pytest
 from meshway.framework.errors import UserError
 from meshway.framework.evaluation.evaluation import Evaluation
 from meshway.framework.evaluation.schedule import EvalDataset, EvaluationLog, Schedule, begin_hooks
-from meshway.framework.training.loop import EarlyStopping, EvaluationHook
+from meshway.framework.training.hooks import EarlyStopping, EvaluationHook
 from meshway.framework.training.run_directory import RunDirectory
 
 
