@@ -24,6 +24,7 @@ _WORDS = {  # what answers name -> its module
     "evaluation": "meshway.framework.evaluation",
     "features": "meshway.framework.data",
     "grain_loader": "meshway.framework.data",
+    "hooks": "meshway.framework.training",
     "loop": "meshway.framework.training",
     "manager": "meshway.framework.checkpoints",
     "mapping": "meshway.framework.checkpoints",

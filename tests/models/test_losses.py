@@ -52,7 +52,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("family", tiers(NETWORKS, quick=("gemma2",), slow=("t5_1_1", "mixtral", "bert", "t5", "lm")))
+@pytest.mark.parametrize("family", tiers(NETWORKS, quick=("gemma2",), slow=("t5_1_1", "mixtral", "bert")))
 def test_loss_gradients_and_scores_in_chunks_are_those_of_one_piece(family):
     objective, bindings = NETWORKS[family]
     bindings = (*bindings, "LABEL_SMOOTHING=0.1", "Z_LOSS=0.001")
@@ -102,10 +102,10 @@ def _sizes(jaxpr):
                 yield from _sizes(inner)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "layout"), [("t5_1_1", "fsdp_model"), ("lm", "context"), ("t5_1_1", "ring_model"), ("lm", "zero_1")]
-)
+ON_MESHES = [("t5_1_1", "fsdp_model"), ("lm", "context"), ("t5_1_1", "ring_model"), ("lm", "zero_1")]
+
+
+@pytest.mark.parametrize(("family", "layout"), tiers(ON_MESHES, slow=[("lm", "context")]))
 def test_chunks_on_meshes_train_as_one_device_does(family, layout):
     chunks = f"{NETWORKS[family][0]}.num_loss_chunks=4"
     expected, _ = losses(program(family), 3)

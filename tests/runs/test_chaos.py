@@ -12,7 +12,6 @@ import time
 import numpy as np
 import pytest
 from running import LAB, command, environment, lines
-from tiers import tiers
 
 HEARTBEAT = 6  # seconds
 CHECKPOINT_PERIOD = 10
@@ -124,7 +123,8 @@ def check_reasons(run, way, victim, attempt):
     assert blamed == ([str(victim)] if way == "stop" else []), outcome
 
 
-@pytest.mark.parametrize("ways", tiers([FOUR, EIGHT, TWENTY], slow=[FOUR]), ids=lambda ways: str(sum(ways.values())))
+@pytest.mark.proofs
+@pytest.mark.parametrize("ways", [FOUR, EIGHT, TWENTY], ids=lambda ways: str(sum(ways.values())))
 def test_losses_leave_no_trace(tmp_path, undisturbed, ways):
     folder = tmp_path / "chaos"
     folder.mkdir()

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 from running import LAB, environment, free_port, meshway, outputs, start
-
-pytestmark = pytest.mark.slow
+from tiers import tiers
 
 COUNT = 201
 READ = """if True:
@@ -61,7 +60,7 @@ def alone(cache, tmp_path_factory):
     return read_on(1, tmp_path_factory.mktemp("one"), cache)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", tiers([2, 4], slow=[4]))
 def test_batches_0_to_200_are_the_same(alone, cache, tmp_path, processes):
     assert len(alone) == COUNT * 8 and len(set(alone.values())) > COUNT
     assert read_on(processes, tmp_path, cache) == alone
@@ -81,22 +80,22 @@ def train(folder, cache, processes, steps):
 
 @pytest.fixture(scope="module")
 def stopped(alone, cache, tmp_path_factory):
-    """A run of two processes that has ended after 100 steps; its rows are those of one process."""
+    """A run of two processes that has ended after 30 steps; its rows are those of one process."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
-    train(folder, cache, 2, 100)
+    train(folder, cache, 2, 30)
     found = hashes(folder)
-    assert {batch for batch, _ in found} >= set(range(100))
+    assert {batch for batch, _ in found} >= set(range(30))
     assert all(alone[key] == digest for key, digest in found.items())
     for path in folder.glob("rows-*.jsonl"):
         path.unlink()
     return folder
 
 
-@pytest.mark.parametrize("processes", [1, 4])
+@pytest.mark.parametrize("processes", tiers([1, 4], slow=[1]))
 def test_training_goes_on_with_the_same_rows_on_another_number_of_processes(alone, cache, stopped, tmp_path, processes):
     folder = Path(shutil.copytree(stopped, tmp_path / "run"))
-    train(folder, cache, processes, 110)
+    train(folder, cache, processes, 40)
     found = hashes(folder)
-    assert min(batch for batch, _ in found) == 100
+    assert min(batch for batch, _ in found) == 30
     assert all(alone[key] == digest for key, digest in found.items())
     assert {(batch, row) for batch in range(100, 110) for row in range(8)} <= set(found)

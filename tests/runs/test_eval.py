@@ -6,6 +6,7 @@ import time
 
 import pytest
 from running import lines, meshway, outputs, start
+from tiers import tiers
 
 ARGUMENTS = ("train", "--gin_file=t5.gin", "--gin.manager.Keep.latest=None")
 STEPS = [5, 10, 15, 20, 25, 30]
@@ -59,7 +60,7 @@ def wait_for(what, deadline=200):
     raise AssertionError("it did not come")
 
 
-@pytest.mark.slow
+@pytest.mark.proofs
 def test_a_watcher_beside_a_training_run_killed_once_equals_evaluating_afterwards(tmp_path, evaluated):
     watch = ("eval", f"--model_dir={tmp_path}", "--watch", "--idle_timeout=120")
     training = start(*ARGUMENTS, f"--gin.MODEL_DIR={tmp_path}")
@@ -101,12 +102,12 @@ def test_two_watchers_at_once_evaluate_each_step_once(tmp_path, trained, evaluat
     assert anew.returncode == 0 and told(anew.stdout) == [10, 30] and records(folder) == records(evaluated)
 
 
-@pytest.mark.slow
-def test_one_two_and_four_processes_find_the_same(tmp_path, trained):
+@pytest.mark.parametrize("counts", tiers([[2], [2, 4]], slow=[[2]]))
+def test_one_two_and_four_processes_find_the_same(tmp_path, trained, counts):
     """Of two tasks, 13 examples each in batches of 8: the last batch is padded on every process count."""
     asked = ("--task=lab_mix", "--gin.grain_loader.CachedData.eval_examples=13", "--steps=10,30")
     found = {}
-    for count in (1, 2, 4):
+    for count in (1, *counts):
         folder = bare_copy(trained, tmp_path / str(count))
         done = meshway("launch", "local", f"--processes={count}", "--", "eval", f"--model_dir={folder}", *asked)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -115,7 +116,7 @@ def test_one_two_and_four_processes_find_the_same(tmp_path, trained):
     for name, alone in found[1].items():
         assert list(alone) == [10, 30]
         assert alone[30]["counts"].get("predictions") == (13 if name == TASK else None)  # the other has no metrics
-        for count in (2, 4):
+        for count in counts:
             for step, record in found[count][name].items():
                 assert record["metrics"] == pytest.approx(alone[step]["metrics"], rel=1e-5)
                 assert {**record, "metrics": 0} == {**alone[step], "metrics": 0}

@@ -86,7 +86,7 @@ def test_killed_and_resumed_on_other_process_counts_it_writes_the_same(run, tmp_
     assert again.returncode == 0 and "finished" in again.stdout + again.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.proofs
 def test_a_prediction_depends_on_its_example_alone(run, tmp_path):
     texts = list(enumerate(questions()))
     shuffled = random.Random(2).sample(texts, len(texts))

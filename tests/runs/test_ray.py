@@ -14,8 +14,6 @@ import pytest
 from running import LAB, TIMEOUT, command, environment, lines, meshway
 
 pytest.importorskip("ray")
-pytestmark = pytest.mark.slow
-
 BIGRAM = ("train", "--gin_file=bigram.gin", "--gin.EVAL_PERIOD=None", "--gin.REPORT_PERIOD=50")
 
 
@@ -88,6 +86,7 @@ def actors(said: Path) -> list[int]:
     return [int(found) for found in re.findall(r"\(actor (\d+)\)", said.read_text())]
 
 
+@pytest.mark.proofs  # minutes of waiting
 def test_an_actor_that_dies_costs_the_steps_since_the_last_checkpoint(launch, tmp_path):
     steps = ("--gin.TRAIN_STEPS=400", "--gin.CHECKPOINT_PERIOD=50")
     process, said = launch(
@@ -108,6 +107,7 @@ def test_an_actor_that_dies_costs_the_steps_since_the_last_checkpoint(launch, tm
     np.testing.assert_allclose([line["loss"] for line in found], [line["loss"] for line in expected], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_sigterm_makes_all_save_the_same_step(launch, tmp_path):
     process, said = launch(
         "--processes=2", "--devices=2", "--restarts=1", "--", *BIGRAM, f"--gin.MODEL_DIR={tmp_path}",
@@ -120,6 +120,7 @@ def test_sigterm_makes_all_save_the_same_step(launch, tmp_path):
     assert process.returncode == 0 and f"stopped after step {step}" in said.read_text(), said.read_text()
 
 
+@pytest.mark.slow
 def test_a_wrong_recipe_is_not_tried_again(launch, tmp_path):
     process, said = launch(
         "--processes=2", "--restarts=5", "--", *BIGRAM, "--gin.BATCH_SIEZ=3", f"--gin.MODEL_DIR={tmp_path}"
@@ -129,6 +130,7 @@ def test_a_wrong_recipe_is_not_tried_again(launch, tmp_path):
     assert process.returncode == 2 and "BATCH_SIEZ" in text and "starting all again" not in text, text
 
 
+@pytest.mark.slow
 def test_resources_that_are_not_there_are_named(launch, tmp_path):
     process, said = launch(
         "--processes=2", "--resources=TPU=4", "--wait=2", "--", *BIGRAM, f"--gin.MODEL_DIR={tmp_path}"

@@ -7,7 +7,6 @@ import time
 
 import pytest
 from running import lines, meshway, start, state_hash
-from tiers import tiers
 
 from meshway.framework.telemetry.timeline import read_goodput
 from meshway.launch.status import read_status
@@ -91,7 +90,8 @@ def test_kill_9_loses_nothing(tmp_path, undisturbed):
     kill_and_resume(tmp_path, undisturbed, [(10, 0.05)])
 
 
-@pytest.mark.parametrize("seed", tiers([0, 1], slow=[0]))
+@pytest.mark.proofs
+@pytest.mark.parametrize("seed", [0, 1])
 def test_kill_9_at_three_random_moments(tmp_path, undisturbed, seed):
     chance = random.Random(seed)
     steps = sorted(chance.sample([0, 5, 10, 15, 20], 3))

@@ -58,7 +58,7 @@ def written(tmp_path_factory):
 @pytest.mark.parametrize(
     "name, value",
     tiers(
-        CASES, quick=[("quickstart", "0.5"), ("llama", "'four'"), ("mixtral", "-3")], slow=CASES[:36:5] + CASES[40::7]
+        CASES, quick=[("quickstart", "0.5"), ("llama", "'four'"), ("mixtral", "-3")], slow=CASES[:36:9] + CASES[40::14]
     ),
 )
 def test_every_number_of_a_recipe_refuses_what_it_cannot_be(name, value, written):
