@@ -31,7 +31,7 @@ from meshway.framework.data.prefetch import prefetch
 from meshway.framework.data.rows.examples import Examples, InMemory
 from meshway.framework.errors import UserError
 from meshway.framework.terminal import format_columns
-from meshway.launch.bench import corpus, stages
+from meshway.launch.bench import caching, corpus, stages
 from meshway.launch.bench.rounds import STATUS, require_at_least, resident_mib
 from meshway.launch.bench.stages import Loading, Packing, Planning, Reading, Sample, Seeking, Stage, log_normal
 
@@ -268,7 +268,7 @@ def measure(
     cached: dict[str, dict[str, Any]] = {}
     if seqio_adapter.installed():
         _say("building the cache once more, in a temporary directory")
-        cached = {name: summary([sample]) for name, sample in corpus.caching(bench.data).items()}
+        cached = {name: summary([sample]) for name, sample in caching.measure(bench.data).items()}
         bench.pairs.append(("cache", "cache: seqio"))
     samples = _timed(bench)
     timed = cached | {name: summary(taken) for name, taken in samples.items()}

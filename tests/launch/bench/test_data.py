@@ -14,7 +14,7 @@ from meshway.framework.data.features import EncoderDecoder, LanguageModel, Prefi
 from meshway.framework.data.grain_loader import CachedData
 from meshway.framework.data.rows.examples import InMemory
 from meshway.framework.errors import EnvironmentFailure, UserError
-from meshway.launch.bench import corpus, data, stages
+from meshway.launch.bench import caching, corpus, data, stages
 from meshway.launch.bench.stages import Packing, Sample, Stage, batch_counts, log_normal
 from meshway.launch.invocation import Invocation
 from meshway.launch.recipe import config
@@ -72,12 +72,12 @@ def test_seqio_caches_what_we_cache(make_data, tmp_path):
     """In files of seqio's, which hold as many examples and tokens as ours do."""
     import tensorflow as tf
 
-    both = corpus.caching(make_data(train_split="train[10:]"))
+    both = caching.measure(make_data(train_split="train[10:]"))
     ours, theirs = both["cache"], both["cache: seqio"]
     assert ours.counts["examples"] == theirs.counts["examples"] > 0
     assert ours.counts["tokens"] == theirs.counts["tokens"] > 0
     assert min(both[name].core_seconds for name in both) > 0
-    corpus._cache_as_seqio(make_data().tasks[0].task, "train", tmp_path, ["targets"])
+    caching.write_as_seqio(make_data().tasks[0].task, "train", tmp_path, ["targets"])
     files = [str(path) for path in tmp_path.glob("train.tfrecord-*")]
     read = tf.data.TFRecordDataset(files).map(
         lambda record: tf.io.parse_single_example(record, {"targets": tf.io.VarLenFeature(tf.int64)})["targets"].values
