@@ -11,7 +11,7 @@ import json
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from meshway.framework import terminal
+from meshway.framework.data.seqio_vocabularies import Opaque
+from meshway.framework.data.vocabularies import load
 from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError, did_you_mean, first_line
 from meshway.framework.files import io_errors, local_path, replace_file
@@ -99,6 +101,7 @@ def export(
         vocabularies = session.run / "vocabularies"
         if vocabularies.is_dir():
             shutil.copytree(vocabularies, folder / "vocabularies")
+            _say_without_text(vocabularies, manifest["vocabularies"])
         if tensorflow is not None:
             writer.save_model(tensorflow, entries)
             manifest["saved_model"] = _SAVED_MODEL
@@ -260,6 +263,18 @@ def _manifest(
         "vocabularies": json.loads(about.read_text("utf-8"))["features"] if about.is_file() else {},
         "programs": list(programs),
     }
+
+
+def _say_without_text(folder: Path, names: Iterable[str]) -> None:
+    """Says which vocabularies are code of users', which is not written: text needs it where programs run."""
+    for name in names:
+        vocabulary = load(folder, name)
+        if isinstance(vocabulary, Opaque) and not vocabulary.is_ids:
+            print(
+                f"vocabulary of {name!r}: {vocabulary.name} is code of yours, and is not written. Programs take and "
+                "return its ids: have that class encode and decode text where they run",
+                file=sys.stderr,
+            )
 
 
 def _import_tensorflow() -> Any:

@@ -116,6 +116,11 @@ class Output:
         self.share  # noqa: B018 to check both
         if self.writer is not None and not self.where:
             raise UserError("a writer writes to --output=FILE, or to a folder: give one")
+        if self.where and (local_path(self.where) / "checkpoints").is_dir():
+            raise UserError(
+                f"--output={self.where} is a run directory, and shards would lie among its files: give a file, or a "
+                f"folder of their own, as {self.where.rstrip('/')}/predictions"
+            )
 
     @functools.cached_property
     def own_format(self) -> OwnFormat | None:

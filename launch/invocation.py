@@ -15,6 +15,8 @@ MACROS = {
     "TASK_FEATURE_LENGTHS": "tokens by feature, as {'inputs': 256, 'targets': 64}",
     "EVAL_FEATURE_LENGTHS": "the same when evaluating; None: the longest of the split",
     "TRAIN_STEPS": "the step at which training ends",
+    "TRAIN_STEPS_RELATIVE": "or how many steps to train beyond the checkpoint that a run starts from",
+    "INITIAL_CHECKPOINT_PATH": "that checkpoint, of ours, of Hugging Face or of T5X; None: fresh parameters",
     "BATCH_SIZE": "examples in a global batch",
     "SEED": "the seed of parameters, dropout and data order",
     "CHECKPOINT_PERIOD": "steps between checkpoints",

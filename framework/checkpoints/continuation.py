@@ -36,12 +36,16 @@ def counted(
     """
     initial = None if initial is None or initial.path is None else initial
     first = first_step(initial, periods.relative, own)
+    _check_warmup(program, first)
+    return first, periods.counted_from(first), initial
+
+
+def _check_warmup(program: TrainProgram, first: int) -> None:
     if first and program.average is not None and program.average.warmup:
         raise UserError(
             f"EMA_WARMUP counts steps from 0, and this run counts on from step {first}, where it does nothing: leave "
             "it out"
         )
-    return first, periods.counted_from(first), initial
 
 
 def first_step(initial: Initial | None, relative: int | None = None, own: Checkpoints | None = None) -> int:
@@ -101,8 +105,9 @@ def begin(initial: Initial, program: TrainProgram, first: int) -> TrainState:
       first: the step that the run begins with.
 
     Raises:
-      UserError: as `Initial.restore` and `check`.
+      UserError: as `Initial.restore` and `check`; or averages are warmed up, and steps count on.
     """
+    _check_warmup(program, first)
     state = program.init()
     opt_state = _optimizer_state(initial, state, program.axes) if initial.optimizer_state else state.opt_state
     if first or initial.optimizer_state:

@@ -157,13 +157,13 @@ class StoredMoments:
                     "--optimizer_state out"
                 )
             whole = each.slot in ("v", "m")  # of a parameter's shape, and so cut as it is
-            spec = Spec(each.their_shape, np.dtype(np.float32)) if whole else None
+            spec = self._stored[each.slot].spec(each.piece, None) if whole else None
             yield each.theirs, spec, functools.partial(self._read, each)
 
     def _read(self, each: SlotPiece) -> np.ndarray:
         if not each.slot:
             return np.zeros(UNUSED, np.float32)
-        value = self._stored[each.slot].tensor(each.piece, np.dtype(np.float32))
+        value = self._stored[each.slot].tensor(each.piece, None)
         return -value if each.slot == "m" else value
 
 

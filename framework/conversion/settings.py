@@ -48,6 +48,7 @@ class Same:
       like: where it is null on one side, the (field, binding) whose value it is.
       times: the same, times a number.
       default: of the binding, where a recipe may leave it out.
+      divides: the field of which it must be a divisor.
     """
 
     field: str
@@ -55,6 +56,7 @@ class Same:
     like: tuple[str, str] | None = None
     times: int = 1
     default: Any = REQUIRED
+    divides: str | None = None
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -64,6 +66,10 @@ class Same:
         value = config.get(self.field)
         if value is None and self.like:
             value = self.times * config[self.like[0]]
+        if self.divides and config[self.divides] % value:
+            raise UserError(
+                f"config.json: {self.field} = {value} does not divide {self.divides} = {config[self.divides]}"
+            )
         return {} if value == self.default else {self.binding: value}
 
     def write(self, bindings: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,6 +93,10 @@ class HeadDim:
 
     def read(self, config: Config) -> Bindings:
         value = config.get(self.field) if self.field else None
+        if value is None and config[self.width] % config[self.heads]:
+            raise UserError(
+                f"config.json: {self.heads} = {config[self.heads]} does not divide {self.width} = {config[self.width]}"
+            )
         return {"HEAD_DIM": config[self.width] // config[self.heads] if value is None else value}
 
     def write(self, bindings: Mapping[str, Any]) -> dict[str, Any]:

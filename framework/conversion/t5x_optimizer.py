@@ -138,20 +138,29 @@ class Kind:
     Attributes:
       rules: `factor_rules` of its network.
       factored: False where all second moments are kept.
-      momentum: whether there is one (beta1).
+      momentum: the dtype in which it is kept; None where there is none (no beta1).
     """
 
     rules: FactorRules | None
     factored: bool
-    momentum: bool
+    momentum: np.dtype | None
 
     @classmethod
     def of(cls, moments: T5XArrays, network: T5XArrays, rules: FactorRules | None) -> "Kind":
-        """Returns the kind of a state, beside the parameters of `network`."""
+        """Returns the kind of a state, beside the parameters of `network`.
+
+        Raises:
+          UserError: momentum is kept in several dtypes, or in one that is not converted.
+        """
         used = {name.rpartition("/")[2] for name in moments if moments.shape(name) != UNUSED}
         matrices = [shape for shape in map(network.shape, network) if len(shape) == 2]
         expected = rules is not None or any(min(shape) >= MIN_DIM_SIZE for shape in matrices)
-        return cls(rules, "v_row" in used or not expected, "m" in used)
+        kept = [name for name in moments if "m" in used and name.endswith("/m")]
+        dtypes = {moments.dtype(name): name for name in kept}
+        if len(dtypes) > 1:
+            several = ", ".join(f"{name} is {dtype.name}" for dtype, name in dtypes.items())
+            raise UserError(f"{moments.directory}: momentum has several dtypes: {several}; take the parameters alone")
+        return cls(rules, "v_row" in used or not expected, next(iter(dtypes), None))
 
 
 def settings_of(files: T5XFiles, kind: Kind) -> dict[str, Any]:
@@ -167,13 +176,15 @@ def settings_of(files: T5XFiles, kind: Kind) -> dict[str, Any]:
     }
     if found.get("weight_decay_rate"):
         found["decay_vectors"] = True  # T5X's decays vectors too
-    if kind.momentum:
+    if kind.momentum is not None:
         if not isinstance(bound.get("beta1"), float):
             raise UserError(
                 f"{files.directory} has Adafactor's momentum, and arrays do not tell its beta1: put T5X's config.gin, "
                 f"with adafactor.Adafactor.beta1, into {files.config_file.parent}, or take the parameters alone"
             )
         found["beta1"] = bound["beta1"]
+        if kind.momentum != np.float32:
+            found["dtype_momentum"] = kind.momentum.name
     if not kind.factored:
         return found | {"factored": False}
     return found | ({"logical_factor_rules": kind.rules} if kind.rules else {})
@@ -252,7 +263,7 @@ def slots_in(
     Raises:
       UserError: its arrays have other shapes than T5X's standard rules give.
     """
-    found = slot_pieces(pieces, shapes, axes, kind.rules, kind.factored, kind.momentum)
+    found = slot_pieces(pieces, shapes, axes, kind.rules, kind.factored, kind.momentum is not None)
     wrong = [each for each in found if moments.shape(each.theirs) != each.their_shape]
     if wrong:
         each = wrong[0]
@@ -261,10 +272,10 @@ def slots_in(
             f"rules with min_dim_size_to_factor={MIN_DIM_SIZE} give {list(each.their_shape)}: its Adafactor was "
             "another one. Take the parameters alone"
         )
-    return _assembled(found, shapes, moments)
+    return _assembled(found, shapes, moments, kind)
 
 
-def _assembled(found: Sequence[SlotPiece], shapes: Mapping[str, Shape], moments: T5XArrays) -> Slots:
+def _assembled(found: Sequence[SlotPiece], shapes: Mapping[str, Shape], moments: T5XArrays, kind: Kind) -> Slots:
     slots: Slots = {slot: {} for slot in SLOTS}
     by_slot: dict[tuple[str, str], list[SlotPiece]] = {}
     for each in found:
@@ -273,7 +284,8 @@ def _assembled(found: Sequence[SlotPiece], shapes: Mapping[str, Shape], moments:
     for (slot, path), layers in by_slot.items():
         pairs = [(dataclasses.replace(each.piece, theirs=each.theirs), 0) for each in layers]
         # Our momentum is an average of what is added to parameters, T5X's of what is subtracted.
-        dtype, negated = np.dtype(np.float32), slot == "m"
+        negated = slot == "m"
+        dtype = (kind.momentum if negated else None) or np.dtype(np.float32)
         slots[slot][path] = Values(layers[0].our_shape(shapes), dtype, pairs, moments, negated)
     return slots
 

@@ -229,7 +229,7 @@ class CachedData:
         def read(lengths: Mapping[str, int]) -> list[Any]:
             return self._steps(task, lengths)(examples.read(range(len(examples))), eval_task.EVAL_SEED)
 
-        whole = functools.partial(read, {}) if task_data.trims(steps) else None
+        whole = functools.partial(read, {}) if given and task_data.trims(steps) else None
         stepped = Lazy(functools.partial(read, given), whole)
         len(stepped)  # now: a step that fails does so before anything is compiled
         return objective, stepped

@@ -56,7 +56,7 @@ class SeqioData:
       eval_lengths: as `CachedData` has it.
       shuffle: whether seqio shuffles each pass, by files and a buffer.
       use_cached: read the tasks from seqio's own offline cache (made by seqio_cache_tasks).
-      seqio_cache_dirs: where such caches are, beside seqio's global cache directories.
+      seqio_cache_dirs: where such caches are, beside seqio's global cache directories; of use with `use_cached` alone.
       vocabularies: the vocabulary expected of each feature; any other is an error.
       start: ids that a decoder reads before a text; None takes those of the vocabulary of `targets` (BOS, or T5's 0).
       stop_ids: ids that end a prediction beside the EOS of that vocabulary.
@@ -94,6 +94,12 @@ class SeqioData:
         self._eval_lengths = eval_lengths
         given_lengths("SeqioData", eval_lengths, self.lengths)
         self._shuffle = shuffle
+        if module_names(seqio_cache_dirs) and not use_cached:
+            raise UserError(
+                f"SeqioData.seqio_cache_dirs (SEQIO_CACHE_DIRS) is {seqio_cache_dirs!r}, and a task streamed with "
+                "use_cached=False is read from its source: set SeqioData.use_cached = True, or read it by "
+                "'data/cached.gin', which imports what is there; or leave these directories out"
+            )
         self._use_cached = use_cached
         self._seqio_directories = module_names(seqio_cache_dirs)
         self._named = dict(vocabularies or {})
@@ -161,7 +167,9 @@ class SeqioData:
         examples = [
             Lazy(
                 functools.partial(self._read, task, split, given),
-                functools.partial(self._read, task, split, {}) if task_data.trims(task.preprocessors) else None,
+                functools.partial(self._read, task, split, {})
+                if given and task_data.trims(task.preprocessors)
+                else None,
             )
             for task in tasks
         ]

@@ -126,7 +126,7 @@ def features(
     found: dict[str, FeatureInfo] = {}
     for split in splits:
         with task_errors(task.name, f"split {split!r}{where}"), _seeded(0):
-            dataset = (open_split or _cached_dataset)(task, split)
+            dataset = (open_split or cached_dataset)(task, split)
             if online_entries(task) != TENSORFLOW:
                 task._validate_preprocessing(dataset)
         infos = _infos(task, split, dataset)
@@ -188,7 +188,7 @@ def cacheable(
     """
     bad = [] if bad is None else bad
     with task_errors(task.name, f"split {split!r}"), _seeded(key_of(seed, task.name, split, shard)):
-        dataset = in_order(_cached_dataset(task, split, shard, num_shards, seed))
+        dataset = in_order(cached_dataset(task, split, shard, num_shards, seed))
     failed = 0
     for number, (example, reason) in enumerate(with_problems(_each(task, split, dataset), id_sizes(task))):
         if isinstance(example, Exception):
@@ -280,7 +280,7 @@ def _splits(task: Any) -> list[str]:
         return list(task.splits)
 
 
-def _cached_dataset(task: Any, split: str, shard: int = 0, num_shards: int = 1, seed: int = 0) -> Any:
+def cached_dataset(task: Any, split: str, shard: int = 0, num_shards: int = 1, seed: int = 0) -> Any:
     """Returns the dataset of a shard, after the cached preprocessors."""
     seqio = import_seqio()
     source = task.source

@@ -106,6 +106,11 @@ class EarlyStopping:
                 f"EarlyStopping.metric: nothing called {self._task!r} is evaluated; it is one of "
                 f"{', '.join([*names, TRAINING])}{did_you_mean(self._task, [*names, TRAINING])}"
             )
+        if self._task == TRAINING and TRAINING in names:
+            raise UserError(
+                f"EarlyStopping.metric: {TRAINING!r} stands for the reports of training, and a task of that name is "
+                "evaluated too: register the task under another name"
+            )
         for step in sorted(earlier):
             self._add(earlier[step])
 

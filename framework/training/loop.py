@@ -39,6 +39,8 @@ class SizedSteps:
         self._program, self._sizes = program, BatchSizes(program.batch_size, schedule)
         self._programs: dict[int, TrainProgram] = {}
         self._steps: dict[int, Any] = {}
+        self._done = start
+        self._ran: list[tuple[int, int]] = []  # (step from which on batches had a size, that size)
         end += sum(last - first + 1 for first, last in skipped)
         numbers = [start + 1, *[step for step, _ in schedule if start < step <= end], end]
         for size in dict.fromkeys(map(self._sizes.at, numbers)):
@@ -49,7 +51,11 @@ class SizedSteps:
         self._steps[size] = self._programs[size].compile_step()
 
     def __call__(self, state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Any]:
-        return self._steps[next(iter(batch.values())).shape[0]](state, batch)
+        size = next(iter(batch.values())).shape[0]
+        self._done += 1
+        if not self._ran or self._ran[-1][1] != size:
+            self._ran.append((self._done, size))
+        return self._steps[size](state, batch)
 
     def shard_batch(self, batch: Batch) -> dict[str, jax.Array]:
         """Puts this process's rows of a batch, of any of the sizes, on its devices."""
@@ -67,9 +73,10 @@ class SizedSteps:
         raise AssertionError(f"no batch of the schedule has {local_rows} rows here")
 
     def flops(self, step: int) -> float:
-        """Returns the model FLOPs of the run's step of this number, from 1."""
-        size = self._sizes.at(step)
-        return (self._programs.get(size) or self._program.of_size(size)).flops
+        """Returns the model FLOPs of a step that was run, by its number from 1: by the size of the batch that it had,
+        which is not the one of its number where batches are left out."""
+        size = next(size for first, size in reversed(self._ran) if first <= step)
+        return self._programs[size].flops
 
     def planned(self) -> str:
         """Returns what memory the step of the largest batch needs, for people."""

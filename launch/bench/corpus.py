@@ -1,9 +1,8 @@
-"""meshway bench data: what making a cache takes, and with --corpus_size=N,N what a corpus of N examples does.
+"""meshway bench data --corpus_size=N,N: what it takes to open a corpus of N examples and to go anywhere in it.
 
-That is, to open it and to go anywhere in it. The corpora are synthetic, and made of the files of a real cache: index,
-sizes of every example (log-normal), and shards of array_record with their own index. Only the tokens are not real: an
-example of n tokens has one id n times, and all shards are one file with as many names. So reading tokens from a cold
-disk is not measured.
+The corpora are synthetic, and made of the files of a real cache: index, sizes of every example (log-normal), and shards
+of array_record with their own index. Only the tokens are not real: an example of n tokens has one id n times, and all
+shards are one file with as many names. So reading tokens from a cold disk is not measured.
 
 Each figure is of a fresh process. Memory is the most that it had resident, less what its imports took.
 """
@@ -19,8 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from meshway.framework.data import seqio_adapter
-from meshway.framework.data.cache import builder as cache_builder
 from meshway.framework.data.cache import format as cache_format
 from meshway.framework.data.cache.shards import write_index, write_shard
 from meshway.framework.data.grain_loader import CachedData, CachedTask
@@ -32,7 +29,6 @@ from meshway.framework.data.windowed_text import WindowedTextConverter
 from meshway.framework.errors import EnvironmentFailure, UserError
 from meshway.framework.terminal import format_columns
 from meshway.launch.bench.rounds import resident_mib
-from meshway.launch.bench.stages import Sample
 
 NAME = "corpus"
 _SHARD = 250_000  # examples
@@ -116,34 +112,6 @@ def write(task_directory: Path, count: int, converter: Converter, lengths: Mappi
         (split / cache_format.shard_name(0, 1)).unlink()
     write_index(split, [made] * whole, NAME, work)
     return whole * shard
-
-
-def caching(data: CachedData) -> dict[str, Sample]:
-    """Builds the training splits of all tasks once more in one process, and has seqio run the same tasks to their end.
-
-    seqio's own script runs on Beam; without it, what remains is its pipeline of source and preprocessors, which is
-    iterated here and nothing written. It may use all cores, while the cache is built by one process.
-    """
-    with tempfile.TemporaryDirectory(prefix="meshway-bench-") as directory:
-        begin = time.perf_counter()
-        arguments = ([data.name], data.modules, directory, [data.train_split])
-        built = cache_builder.build(*arguments, num_workers=1, progress=False)
-        passed = time.perf_counter() - begin
-    ours = {
-        "examples": sum(one.examples for one in built),
-        "tokens": sum(sum(one.tokens.values()) for one in built),
-        "megabytes": sum(one.bytes for one in built) / 1e6,
-    }
-    theirs, begin = {"examples": 0, "tokens": 0}, time.perf_counter()
-    for task in data.tasks:
-        if data.train_split not in task.splits:
-            continue
-        with seqio_adapter.task_errors(task.name, "its pipeline"):
-            options = {"shuffle": False, "num_epochs": 1, "trim_output_features": False}
-            for example in task.task.get_dataset(dict(data.lengths), data.train_split, **options).as_numpy_iterator():
-                theirs["examples"] += 1
-                theirs["tokens"] += sum(example[name].size for name in data.converter.task_features if name in example)
-    return {"cache": Sample(passed, ours), "cache: seqio": Sample(time.perf_counter() - begin, theirs)}
 
 
 def _open(given: tuple[Mapping[str, int], int, Converter, str]) -> RowStream:

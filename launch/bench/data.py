@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from meshway.framework.data import seqio_adapter
+from meshway.framework.data.cached_task import bare_split
 from meshway.framework.data.features import EncoderDecoder, LanguageModel
 from meshway.framework.data.grain_loader import CachedData
 from meshway.framework.data.objective import FeatureInfo, Objective, TaskInfo, VocabularyInfo
@@ -30,7 +31,7 @@ from meshway.framework.data.prefetch import prefetch
 from meshway.framework.data.rows.examples import Examples, InMemory
 from meshway.framework.errors import UserError
 from meshway.framework.terminal import format_columns
-from meshway.launch.bench import corpus, stages
+from meshway.launch.bench import caching, corpus, stages
 from meshway.launch.bench.rounds import STATUS, require_at_least, resident_mib
 from meshway.launch.bench.stages import Loading, Packing, Planning, Reading, Sample, Seeking, Stage, log_normal
 
@@ -42,6 +43,7 @@ _MEMORY_SHARE = 0.15  # of the time, where the number of batches is not given
 _SEEK = 1_000_000
 _PACKED = 34  # examples packed from memory in a round, by second of the whole: what seqio manages in its slice
 _MOST_IN_MEMORY = 8192
+_PER_CORE = "examples/s a core"
 _MIXES: tuple[dict[str, int], ...] = ({"inputs": 512, "targets": 114}, {"targets": 2048})
 
 MakeData = Callable[..., CachedData]
@@ -88,8 +90,11 @@ class Bench:
         self.stages: list[Stage] = []
         self.pairs: list[tuple[str, str]] = []  # names: ours, seqio's
         self._workers = workers
-        self._leaves = [self._leaf(task) for task in self.data.tasks if self.data.train_split in task.splits]
+        self._split = bare_split(self.data.train_split)
+        self._leaves = [self._leaf(task) for task in self.data.tasks if self._split in task.splits]
         self._with_seqio = seqio_adapter.installed()
+        if self._with_seqio and self._split != self.data.train_split:
+            self.notes.append(f"caches, and what seqio reads from its source, are of all of {self._split!r}")
         if not self._with_seqio:
             self.notes.append("seqio is not installed: nothing to compare with")
 
@@ -188,7 +193,7 @@ class Bench:
         title = f"load {name}: seqio"
         self._add_twin(
             ours,
-            lambda: stages.SeqioLoading(f"{title}, its source", stages.pipeline(name, data.train_split, *arguments)),
+            lambda: stages.SeqioLoading(f"{title}, its source", stages.pipeline(name, self._split, *arguments)),
         )
         if len(self._leaves) == 1 or name != data.name:
             examples = leaf.examples.read(np.arange(min(len(leaf.examples), _MOST_IN_MEMORY)))
@@ -263,7 +268,7 @@ def measure(
     cached: dict[str, dict[str, Any]] = {}
     if seqio_adapter.installed():
         _say("building the cache once more, in a temporary directory")
-        cached = {name: summary([sample]) for name, sample in corpus.caching(bench.data).items()}
+        cached = {name: summary([sample]) for name, sample in caching.measure(bench.data).items()}
         bench.pairs.append(("cache", "cache: seqio"))
     samples = _timed(bench)
     timed = cached | {name: summary(taken) for name, taken in samples.items()}
@@ -316,6 +321,9 @@ def summary(samples: Sequence[Sample]) -> dict[str, Any]:
     found: dict[str, Any] = {"seconds": statistics.median(sample.seconds for sample in samples)}
     for name in samples[0].counts:
         found[f"{name}/s"] = statistics.median(sample.counts[name] / sample.seconds for sample in samples)
+    if all(sample.core_seconds for sample in samples):
+        rates = [sample.counts["examples"] / sample.core_seconds for sample in samples]
+        found[_PER_CORE] = statistics.median(rates)
     if samples[0].density:
         names = samples[0].density
         found["density"] = {name: statistics.median(sample.density[name] for sample in samples) for name in names}
@@ -327,7 +335,8 @@ def _say(text: str) -> None:
 
 
 def _ratio(timed: Mapping[str, Mapping[str, float]], ours: str, theirs: str) -> float:
-    unit = "tokens/s" if timed[theirs]["tokens/s"] else "examples/s"
+    usual = "tokens/s" if timed[theirs]["tokens/s"] else "examples/s"
+    unit = _PER_CORE if _PER_CORE in timed[theirs] else usual
     return timed[ours][unit] / timed[theirs][unit]
 
 
@@ -356,8 +365,10 @@ def format_table(found: Mapping[str, Any]) -> str:
         details = [f"{feature} {share:.1%} dense" for feature, share in stage.get("density", {}).items()]
         if "megabytes/s" in stage:
             details.append(f"{stage['megabytes/s']:.1f} MB/s, {stage['seconds']:.1f} s in all")
+        if each := stage.get(_PER_CORE):
+            details.append(f"{each:,.0f} {_PER_CORE}")
         if name in ratios:
-            details.append(f"meshway: {ratios[name]:.1f} times as fast")
+            details.append(f"meshway: {ratios[name]:.1f} times as fast{' a core' if each else ''}")
         rows.append([name, *cells, ", ".join(details)])
     lines = format_columns(rows, right=range(1, 4))
     lines += [

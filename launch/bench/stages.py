@@ -43,11 +43,13 @@ class Sample:
       seconds: how long it took.
       counts: how much was done in it: examples, tokens, batches, megabytes.
       density: row feature -> share of a packed row's tokens that are an item's.
+      core_seconds: processor time of it, 0 where that is not measured.
     """
 
     seconds: float
     counts: Mapping[str, float]
     density: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    core_seconds: float = 0.0
 
 
 class Stage(abc.ABC):

@@ -99,7 +99,7 @@ class GinFiles:
         """Returns the statements of a file, with those of the files it includes in their places.
 
         Raises:
-          UserError: a file is not found, does not parse, or includes itself.
+          UserError: a file is not found, does not parse, or includes itself; or a recipe includes one of `runs`.
         """
         try:
             text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
@@ -116,6 +116,8 @@ class GinFiles:
             if t5x.includes(statement.file):
                 continue  # answered
             included = self.find(statement.file, path.parent, statement.place)
+            if including[0] not in (runs := self.runs()).values():
+                _refuse_defaults(included, f"{statement.place}: include {statement.file!r}", runs)
             if included in including:
                 chain = " -> ".join(self.shown(file) for file in (*including, included))
                 raise UserError(f"{statement.place}: files include each other: {chain}")
@@ -154,6 +156,7 @@ def join(invocation: Invocation, files: GinFiles) -> Joined:
     base: Path | None = None  # the folder of the recipe file that chose the layout
     for name in invocation.gin_files:
         path = _given(name, files)
+        _refuse_defaults(path, f"--gin_file={name}", runs)
         statements = files.read(path)
         base = path.parent if any(_is_layout(statement) for statement in statements) else base
         recipe += statements
@@ -194,6 +197,16 @@ def _given(name: str, files: GinFiles) -> Path:
             raise
         instead = answer[2:] if answer.startswith("#") else f"write {t5x.as_flags(answer)}"
         raise UserError(f"{place} is a file of T5X's: {instead}") from error
+
+
+def _refuse_defaults(path: Path, given: str, runs: Mapping[str, Path]) -> None:
+    """Raises UserError for a file of a verb's defaults, given as if it were a recipe."""
+    for verb, defaults in runs.items():
+        if path == defaults:
+            raise UserError(
+                f"{given} has the defaults of `meshway {verb}`, which reads them by itself, as every verb reads its "
+                "own: leave it out, and give the recipe alone"
+            )
 
 
 def _said_by_its_flag(binding: Binding, flags: Mapping[str, str]) -> Binding:

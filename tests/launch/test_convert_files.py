@@ -125,6 +125,26 @@ def test_a_lone_file_with_an_index_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "golden, fields, said",
+    [
+        (
+            "llama3",
+            {"num_attention_heads": 6, "num_key_value_heads": 5},
+            "num_key_value_heads = 5 does not divide num_",
+        ),
+        ("llama2", {"head_dim": None, "hidden_size": 25}, "num_attention_heads = 6 does not divide hidden_size = 25"),
+        ("gpt2", {"n_head": 7}, "n_head = 7 does not divide n_embd = "),
+    ],
+)
+def test_heads_that_do_not_divide_are_told_by_the_fields(golden, fields, said, tmp_path):
+    directory = copy_of(golden, tmp_path)
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(UserError, match=f"config.json: .*{said}"):
+        convert(str(directory), str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
     "golden, others",
     [
         ("t5_1_1", ["decoder.embed_tokens.weight"]),

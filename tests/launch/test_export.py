@@ -12,12 +12,13 @@ import pytest
 from saved_runs import VOCABULARY, save_run
 from tiers import tiers
 
+from meshway.framework.data.seqio_vocabularies import Opaque, Own
 from meshway.framework.data.vocabulary import Framing
 from meshway.framework.inference.beam_search import BeamSearch
 from meshway.framework.inference.predictor import Predictor
 from meshway.framework.inference.sampling import Sampling
 from meshway.launch import cli
-from meshway.launch.export import PLATFORMS, _chosen
+from meshway.launch.export import PLATFORMS, _chosen, _say_without_text
 
 PAGE = Path(__file__).parents[2] / "docs/inference.md"
 TEXTS = ["one", "another text"]
@@ -53,6 +54,16 @@ def test_the_documented_lines_predict_without_meshway_what_infer_does(run, tmp_p
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(each) for each in wanted.tokens]
+
+
+def test_a_vocabulary_of_users_code_is_said_to_stay_behind(tmp_path, capsys):
+    run = save_run(tmp_path / "run")
+    Own(object(), Opaque("lab.Letters", 384, 1)).save(run / "vocabularies", "targets")
+    _say_without_text(run / "vocabularies", ["inputs", "targets"])
+    said = capsys.readouterr().err
+    assert (
+        "vocabulary of 'targets': lab.Letters is code of yours, and is not written" in said and "'inputs'" not in said
+    )
 
 
 def loaded(folder, mode):

@@ -73,6 +73,11 @@ def params_and_model(run):
     return predictor._session.params, opened.model
 
 
+def test_a_run_directory_is_no_output(run, questions, capsys):
+    assert infer(f"--model_dir={run}", f"--input={questions}", f"--output={run}") == 2
+    assert "is a run directory, and shards would lie among its files: give a file, or" in capsys.readouterr().err
+
+
 def test_more_beams_than_tokens_are_refused(run, questions, tmp_path, capsys):
     assert infer(f"--model_dir={run}", f"--input={questions}", f"--output={tmp_path / 'a.jsonl'}", "--beams=999") == 2
     assert "beams: 999 are more than the 384 tokens" in capsys.readouterr().err

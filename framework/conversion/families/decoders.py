@@ -27,7 +27,9 @@ SIZES: tuple[Setting, ...] = (
     Same("intermediate_size", "D_FF"),
     Same("num_hidden_layers", "NUM_LAYERS"),
     Same("num_attention_heads", "NUM_HEADS"),
-    Same("num_key_value_heads", "NUM_KV_HEADS", like=("num_attention_heads", "NUM_HEADS")),
+    Same(
+        "num_key_value_heads", "NUM_KV_HEADS", like=("num_attention_heads", "NUM_HEADS"), divides="num_attention_heads"
+    ),
     HeadDim("head_dim"),
     Same("rms_norm_eps", "NORM_EPSILON"),
     same_in_words("tie_word_embeddings", "TIED_LOGITS", False, True),

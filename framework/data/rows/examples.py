@@ -196,13 +196,26 @@ _CHECKED = 256  # examples whose ids are looked at together: one by one takes as
 
 
 def with_problems(examples: Iterable[Read], sizes: Mapping[str, int]) -> Iterator[tuple[Read, str]]:
-    """Yields each example with a message about its first id outside its vocabulary, "" if there is none."""
+    """Yields each example with a message about its first id outside its vocabulary, "" if there is none.
+
+    Where reading fails, those that were read before are yielded first.
+    """
     left = iter(examples)
-    while some := list(itertools.islice(left, _CHECKED)):
+    failure: Exception | None = None
+    while failure is None:
+        some: list[Read] = []
+        try:
+            some.extend(itertools.islice(left, _CHECKED))
+        except Exception as error:
+            failure = error
+        if not some:
+            break
         read = [example for example in some if not isinstance(example, Exception)]
         fine = all(_inside(read, feature, size) for feature, size in sizes.items())
         for example in some:
             yield example, "" if fine or isinstance(example, Exception) else wrong_id(example, sizes)
+    if failure is not None:
+        raise failure
 
 
 def _inside(examples: Sequence[Example], feature: str, size: int) -> bool:

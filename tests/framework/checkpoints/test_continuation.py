@@ -18,7 +18,7 @@ from meshway.framework.conversion import mesh_tensorflow
 from meshway.framework.distributed import processes
 from meshway.framework.errors import UserError
 from meshway.framework.optimizers.optimizer_state import counted_from
-from meshway.framework.optimizers.optimizers import Optimizer, adafactor, adamw
+from meshway.framework.optimizers.optimizers import Optimizer, ParameterAverage, adafactor, adamw
 from meshway.framework.optimizers.schedules import t5_factors
 from meshway.framework.training.loop import Periods
 from meshway.framework.training.step import TrainState
@@ -145,7 +145,16 @@ def state_of(optimizer):
 
 def program_of(state):
     """A program of a fresh state, as far as a beginning looks at it."""
-    return SimpleNamespace(init=lambda: state, axes=AXES, with_average=lambda begun: begun)
+    return SimpleNamespace(init=lambda: state, axes=AXES, average=None, with_average=lambda begun: begun)
+
+
+def test_averages_are_not_warmed_up_where_steps_count_on(trained):
+    """Whoever begins: a run, or a model at hand."""
+    program = program_of(state_of(adafactor))
+    program.average = ParameterAverage(0.5, warmup=True)
+    assert int(continuation.begin(Initial(trained), program, 0).step) == 0
+    with pytest.raises(UserError, match="EMA_WARMUP counts steps from 0, and this run counts on from step 12"):
+        continuation.begin(Initial(trained, count_on=True), program, 12)
 
 
 def test_another_optimizers_state_is_refused_before_it_is_read(tmp_path, trained):

@@ -176,6 +176,39 @@ def test_other_states_are_refused_in_one_message(runs, tmp_path, state, message)
     assert not (tmp_path / "out").exists()
 
 
+def test_momentum_keeps_its_dtype_in_and_out(runs, tmp_path):
+    """T5X's dtype_momentum, here bfloat16, is told by the arrays alone."""
+
+    def state(files):
+        found = moments_of(files)
+        return {name: value.astype("bfloat16") if name.endswith("/m") else value for name, value in found.items()}
+
+    run = rewritten(runs["momentum_native"], tmp_path / "run", state, "adafactor.Adafactor.beta1 = 0.9\n")
+    convert(str(run), str(tmp_path / "in"), optimizer_state=True)
+    assert "optimizers.adafactor.dtype_momentum = 'bfloat16'" in (tmp_path / "in" / "recipe.gin").read_text()
+    convert(str(tmp_path / "in"), str(tmp_path / "out"), family="t5x", optimizer_state=True)
+    before, after = T5XFiles(run).moments, T5XFiles(tmp_path / "out").moments
+    for name in before:
+        assert after.dtype(name) == before.dtype(name) == ("bfloat16" if name.endswith("/m") else np.float32)
+        np.testing.assert_array_equal(after.read(name), before.read(name))
+    for path in (tmp_path / "in", run):
+        bindings = (f"mapping.Initial.path={str(path)!r}", "optimizers.adafactor.dtype_momentum=None")
+        program, initial = program_of(tmp_path / "in", *bindings)
+        with pytest.raises(UserError, match="Initial.optimizer_state: .* another optimizer than this .*bfloat16"):
+            continuation.check(initial, program.state_shapes, program.axes)
+
+
+def test_momentum_of_several_dtypes_is_refused(runs, tmp_path):
+    def state(files):
+        found = moments_of(files)
+        first = next(name for name in found if name.endswith("/m"))
+        return found | {first: found[first].astype("bfloat16")}
+
+    run = rewritten(runs["momentum_native"], tmp_path / "run", state, "adafactor.Adafactor.beta1 = 0.9\n")
+    with pytest.raises(UserError, match="momentum has several dtypes: .* is bfloat16"):
+        convert(str(run), str(tmp_path / "out"), optimizer_state=True)
+
+
 @pytest.mark.slow
 def test_what_a_config_binds_to_adafactor_is_bound_here(runs, tmp_path):
     text = "adafactor.Adafactor:\n    beta1 = 0.9\n    decay_rate = 0.7\n    step_offset = 0\n"
@@ -217,7 +250,7 @@ utils.create_learning_rate_scheduler:
 def told(tmp_path, config):
     """What a config tells of the optimizer and of its rate."""
     files = SimpleNamespace(config=config, config_file=tmp_path / "config.gin", directory=tmp_path)
-    return settings_of(files, Kind(None, True, False)), schedule_of(files)
+    return settings_of(files, Kind(None, True, None)), schedule_of(files)
 
 
 def test_all_that_a_config_says_is_taken(tmp_path):

@@ -389,10 +389,23 @@ def test_lengths_of_evaluation_are_those_that_seqio_measures(seqio, tmp_path, ca
         "targets": -(-theirs["decoder_target_tokens"][0] // 8) * 8,
     }
     assert task.lengths != LENGTHS and task.overlong(0, 7) == (0, 0)
+    assert read_whole(task) is None, "nothing is trimmed, so nothing is read a second time to see what was"
     short = opened(eval_lengths={"inputs": 4, "targets": None})
     assert short.lengths == {"inputs": 4, "targets": task.lengths["targets"]} and short.overlong(0, 7) == (7, 0)
     batch, _ = next(short.batches())
     assert batch["encoder_input_tokens"].shape == (4, 4)
+
+
+def read_whole(task):
+    """What reads a task's examples once more, untrimmed, where they are read with TensorFlow."""
+    return getattr(task._examples, "_read_whole", None)
+
+
+def test_directories_of_caches_that_nothing_reads_are_refused(seqio):
+    with pytest.raises(
+        UserError, match="seqio_cache_dirs .SEQIO_CACHE_DIRS. is 'here', .* SeqioData.use_cached = True"
+    ):
+        data("tiny_a", seqio_cache_dirs="here")
 
 
 def test_a_preprocessor_that_needs_lengths_cannot_be_measured(seqio):

@@ -142,6 +142,12 @@ def test_a_run_stops_as_t5x_s_action_has_it(values, stops, settings):
     assert resumed.after_evaluation(len(values), found(values[-1])) == said[-1]
 
 
+def test_a_task_called_as_the_reports_are_is_refused():
+    with pytest.raises(UserError, match="'train' stands for the reports of training, and a task of that name"):
+        EarlyStopping(("train", "loss"), "min").begin(["train", "ids"], {})
+    EarlyStopping(("ids", "loss"), "min").begin(["train", "ids"], {})
+
+
 def test_a_report_that_did_not_measure_a_metric_counts_for_nothing():
     hook = EarlyStopping(("train", "accuracy"), "max", patience=2)
     asked = [hook.after_report(step, {"accuracy": value}) for step, value in enumerate([0.5, None, None, 0.6, 0.6])]

@@ -2,6 +2,7 @@
 statistics; and batches of several sizes. Off, they change nothing."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from meshway.framework.errors import UserError
 from meshway.framework.optimizers.optimizers import Optimizer, ParameterAverage
 from meshway.framework.partitioning.mesh import MeshShape
 from meshway.framework.partitioning.partitioner import Layout
+from meshway.framework.training.loop import SizedSteps
 from meshway.framework.training.program import TrainProgram
 from meshway.framework.training.step import SpikeGuard, TrainState, TrainStep, WeightStatistics
 from meshway.framework.trees import flatten
@@ -131,6 +133,18 @@ def test_microbatches_of_another_size_of_batch_divide_over_the_mesh():
         each.trace_loss()
     with pytest.raises(UserError, match="BATCH_SIZE_SCHEDULE: batch feature .* set BATCH_SIZE to a multiple of 8"):
         made.of_size(20)
+
+
+def test_the_flops_of_a_step_are_those_of_the_batch_that_it_had():
+    """Where batches are left out, batch and step have not the same number; that of step 4 has 32 rows here."""
+
+    def of_size(size):
+        return SimpleNamespace(flops=float(size), compile_step=lambda: lambda state, batch: (state, {}))
+
+    steps = SizedSteps(SimpleNamespace(batch_size=16, of_size=of_size), [(6, 32)], 2, 8, [(3, 4)])
+    for rows in (16, 32, 32, 16):
+        steps(None, {"x": np.zeros((rows, 2))})
+    assert [steps.flops(step) for step in (3, 4, 5, 6)] == [16, 32, 32, 16]
 
 
 def test_only_trained_parameters_have_an_average():

@@ -14,7 +14,7 @@ from meshway.framework.data.features import EncoderDecoder, LanguageModel, Prefi
 from meshway.framework.data.grain_loader import CachedData
 from meshway.framework.data.rows.examples import InMemory
 from meshway.framework.errors import EnvironmentFailure, UserError
-from meshway.launch.bench import corpus, data, stages
+from meshway.launch.bench import caching, corpus, data, stages
 from meshway.launch.bench.stages import Packing, Sample, Stage, batch_counts, log_normal
 from meshway.launch.invocation import Invocation
 from meshway.launch.recipe import config
@@ -37,13 +37,15 @@ def make_data(caches, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_measures_every_stage_and_prints_it(make_data, capsys):
+    make_data = functools.partial(make_data, train_split="train[:50%]")
     found = data.measure(make_data, seconds=1, batches=30, workers=0, as_json=True)
     ours = {"cache", "read", "seek", "load kept_plain: thread"}
     tasks = ("kept_plain", "log-normal 32/16")
     ours |= {f"{stage} {name}" for name in tasks for stage in ("plan", "pack")}
     theirs = {f"pack {name}: seqio" for name in tasks}
     theirs |= {f"load kept_plain: seqio, {source}" for source in ("its source", "from memory")} | {"cache: seqio"}
-    assert found["stages"].keys() == ours | theirs and found["notes"] == []
+    assert found["stages"].keys() == ours | theirs
+    assert found["notes"] == ["caches, and what seqio reads from its source, are of all of 'train'"]
     assert {entry["seqio"] for entry in found["ratios"]} == theirs
     assert all(stage["tokens/s"] > 0 for name, stage in found["stages"].items() if name != "seek")
     assert all(0.1 < d <= 1 for stage in found["stages"].values() for d in stage.get("density", {}).values())
@@ -55,6 +57,7 @@ def test_a_run_measures_every_stage_and_prints_it(make_data, capsys):
     for name in ours | theirs:
         assert f"{name} " in table
     assert "resident MiB over 30 batches" in table and "times as fast" in table
+    assert table.count("examples/s a core") == 2 and "times as fast a core" in table
 
 
 @pytest.mark.slow
@@ -62,6 +65,25 @@ def test_worker_processes_are_timed_and_stopped(make_data):
     found = data.measure(make_data, seconds=1, batches=2, workers=1)
     assert found["stages"]["load kept_plain: 1 process"]["batches/s"] > 0
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_seqio_caches_what_we_cache(make_data, tmp_path):
+    """In files of seqio's, which hold as many examples and tokens as ours do."""
+    import tensorflow as tf
+
+    both = caching.measure(make_data(train_split="train[10:]"))
+    ours, theirs = both["cache"], both["cache: seqio"]
+    assert ours.counts["examples"] == theirs.counts["examples"] > 0
+    assert ours.counts["tokens"] == theirs.counts["tokens"] > 0
+    assert min(both[name].core_seconds for name in both) > 0
+    caching.write_as_seqio(make_data().tasks[0].task, "train", tmp_path, ["targets"])
+    files = [str(path) for path in tmp_path.glob("train.tfrecord-*")]
+    read = tf.data.TFRecordDataset(files).map(
+        lambda record: tf.io.parse_single_example(record, {"targets": tf.io.VarLenFeature(tf.int64)})["targets"].values
+    )
+    assert len(files) == 8 and sum(1 for _ in read) == theirs.counts["examples"]
+    assert sum(len(each) for each in read.as_numpy_iterator()) > 0
 
 
 def test_without_a_twin_a_recipe_stands_alone(make_data, monkeypatch):

@@ -50,6 +50,14 @@ def test_a_shipped_file_includes_shipped_ones_whatever_lies_around(lab):
         assert read(lab, gin_files=[named], search_paths=("extra",))["steps"] == 21
 
 
+def test_a_verbs_defaults_are_no_recipe(lab):
+    path = lab.write("mine/whole.gin", "include 'base'\ninclude 'runs/inspect.gin'\n")
+    for given in ("inspect", "runs/train.gin", path):
+        said = "mine/whole.gin:2: include 'runs/inspect.gin'" if given == path else f"--gin_file={given}"
+        with pytest.raises(UserError, match=f"{said} has the defaults of `meshway .*which reads them by itself"):
+            read(lab, gin_files=[given])
+
+
 def test_a_byte_order_mark_is_no_part_of_a_recipe(lab):
     path = lab.folder / "marked.gin"
     path.write_bytes(b"\xef\xbb\xbfinclude 'base'\nTRAIN_STEPS = 21\n")
