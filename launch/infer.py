@@ -183,7 +183,7 @@ def infer(
     source = _source(inputs, mode, data)
     if mode != SCORE:
         decoding_model(opened.model, SCORE_INSTEAD)
-    session = open_session(opened, model_dir, step, inputs.append_eos, stop, _note, averaged)
+    session = open_session(opened, model_dir, step, inputs.append_eos, stop, _note, averaged, by_layer=mode != SCORE)
     engine = session.engine(decoder, batch_size, seed)
     reader, work = _reader_and_work(
         inputs, opened.limits(max_input_length, max_new_tokens), session, engine, mode, names

@@ -63,6 +63,12 @@ class Network:
             node[last] = names
         return axes
 
+    def stacked(self) -> list[str]:
+        """Returns the '/'-joined paths of the parameters that a `Stack` stores as [layers, ...]: `bind` takes each of
+        them as a tuple of one array a layer, too."""
+        flat = nnx.to_flat_state(self._abstract[1])
+        return ["/".join(map(str, path)) for path, variable in flat if variable.get_metadata().get("stacked")]
+
     def bind(self, params: dict[str, Any]) -> Any:
         """Returns the module holding `params`: call its methods within the same trace."""
         graphdef, abstract = self._abstract

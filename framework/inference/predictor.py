@@ -70,7 +70,7 @@ class Session:
     """A checkpoint of a run on the mesh.
 
     Attributes:
-      sharded: the model.
+      sharded: the model, by layer where it is to decode.
       params: its parameters, in their shards.
       text: what it reads and writes.
       row_format: how its batches hold that.
@@ -118,6 +118,7 @@ def open_session(
     stop: str | Sequence[str] = (),
     say: Callable[[str], object] = warnings.warn,
     averaged: bool = False,
+    by_layer: bool = True,
 ) -> Session:
     """Opens a checkpoint under a layout, whatever it was trained under.
 
@@ -129,6 +130,8 @@ def open_session(
       stop: text, or texts, that end a prediction; see `Text.stops`.
       say: is told of later checkpoints that cannot be read.
       averaged: whether to read the averages of parameters that the run kept (EMA_DECAY).
+      by_layer: whether to take stacked parameters apart, as decoding should; programs that only score compile in less
+        time with these as they are stored.
 
     Raises:
       UserError: there is no such run or step; it holds another model; its vocabularies cannot be read; the layout does
@@ -157,6 +160,9 @@ def open_session(
             return checkpoints.load_params(step, sharded.abstract_params)
 
     step, params = (last, read(last)) if asked_for else read_last(checkpoints, last, read, say)
+    if by_layer:
+        sharded = sharded.by_layer()
+        params = sharded.split(params, consume=True)
     return Session(sharded, params, text, RowFormat.of(model, text.start, text.bos), folder.parent, step)
 
 
@@ -263,7 +269,7 @@ class Predictor:
 
     def use(self, params: Params) -> None:
         """Goes on with other parameters of the same model, in the same shards; nothing is compiled anew."""
-        self._engine.params = params
+        self._engine.params = self._session.sharded.split(params)
 
     @property
     def step(self) -> int:

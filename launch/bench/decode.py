@@ -51,6 +51,7 @@ class Setting:
       rounds: turns of each pass, whose median counts.
       mixed_batches: of the job of mixed lengths that must compile nothing.
       params_dtype: what parameters are kept in ("bfloat16"); None for float32, as in training.
+      by_layer: whether a program reads an array of each layer, as `infer` does, or entries of stacked ones.
 
     Raises:
       UserError: a number is out of range, or the dtype is unknown.
@@ -62,6 +63,7 @@ class Setting:
     rounds: int = 5
     mixed_batches: int = 8
     params_dtype: str | None = None
+    by_layer: bool = True
 
     def __post_init__(self) -> None:
         where, smallest = "bench.decode.Setting", min(self.batch_sizes, default=0)
@@ -198,6 +200,9 @@ def measure(sharded: ShardedModel, setting: Setting = Setting()) -> Found:
     """
     decoding_model(sharded.model)  # raises for a model that predicts no text, before anything is made
     params = _init_params(sharded, setting.params_dtype)
+    if setting.by_layer:
+        sharded = sharded.by_layer()
+        params = sharded.split(params, consume=True)
     mesh, results, source = sharded.partitioner.mesh, [], ""
     stream, longest = StreamingRead(mesh), None
     for batch_size in setting.batch_sizes:

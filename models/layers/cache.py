@@ -31,7 +31,8 @@ class DecodingCache:
     """What decoding of a batch remembers between two tokens.
 
     Attributes:
-      layers: the caches of a network's layers: a pytree of [layers, rows, ...].
+      layers: the caches of a network's layers, as `Stack.empty_cache` has them: a list of pytrees of [layers, rows,
+        ...], or a tuple of each layer's own, of [rows, ...].
       length: how many tokens a row has room for; static, so that `jit` compiles for each.
       encoder_segments: int32 [batch, length], of the inputs; None without an encoder.
     """
@@ -39,6 +40,11 @@ class DecodingCache:
     layers: Any
     length: int
     encoder_segments: jax.Array | None = None
+
+    @property
+    def row_axis(self) -> int:
+        """Which axis of the leaves of `layers` is that of rows."""
+        return 0 if isinstance(self.layers, tuple) else 1
 
 
 jax.tree_util.register_dataclass(DecodingCache, ["layers", "encoder_segments"], ["length"])
@@ -97,14 +103,15 @@ def read(cache: Cache, dtype: jnp.dtype) -> KeysValues:
     return one(cache[0]), one(cache[1])
 
 
-def take_copies(x: jax.Array, chosen: jax.Array) -> jax.Array:
-    """Returns x [layers, batch * copies, ...] with copy `chosen[i, j]` of each row i in place of its copy j.
+def take_copies(x: jax.Array, chosen: jax.Array, axis: int) -> jax.Array:
+    """Returns x with copy `chosen[i, j]` of each row i in place of its copy j, where `axis` is that of rows, of size
+    batch * copies.
 
     The copies of a row are adjacent, so that the devices that shard the batch exchange nothing.
     """
-    index = chosen.reshape(1, *chosen.shape, *[1] * (x.ndim - 2))
-    copies = x.reshape(x.shape[0], *chosen.shape, *x.shape[2:])
-    return jnp.take_along_axis(copies, index, axis=2).reshape(x.shape)
+    index = chosen.reshape(*[1] * axis, *chosen.shape, *[1] * (x.ndim - axis - 1))
+    copies = x.reshape(*x.shape[:axis], *chosen.shape, *x.shape[axis + 1 :])
+    return jnp.take_along_axis(copies, index, axis=axis + 1).reshape(x.shape)
 
 
 def _constrained(stored: Stored) -> Stored:
