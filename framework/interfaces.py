@@ -93,6 +93,16 @@ def stacked(model: Model) -> Collection[str]:
     return () if paths is None else paths()
 
 
+class Quantizes(Protocol):
+    """What a model that computes with quantised parameters may have beside `Model`: every method then takes each of
+    those it names as a `qwix.QArray`, too, of the same shape."""
+
+    def summed(self) -> Mapping[str, tuple[str, ...]]:
+        """Returns by '/'-joined path the logical axes that products with a parameter sum over: one scale serves all
+        entries along these."""
+        ...
+
+
 class Decodes(Protocol):
     """What prediction needs of a model beside `Model`: decoding with a cache, one token of each row at a time."""
 

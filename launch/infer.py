@@ -296,9 +296,11 @@ def tasks(data: DataSource) -> DataSource:
     return data
 
 
-def opened(model: Model, layout: Layout, lengths: Mapping[str, int] | None = None) -> RecipeModel:
+def opened(
+    model: Model, layout: Layout, lengths: Mapping[str, int] | None = None, weights: str | None = None
+) -> RecipeModel:
     """Returns the part of a recipe that is for inference: what `runs/infer.gin` binds."""
-    return RecipeModel(model, layout, lengths)
+    return RecipeModel(model, layout, lengths, weights=weights)
 
 
 def _tasks(invocation: "Invocation") -> DataSource:

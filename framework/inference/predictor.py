@@ -18,6 +18,7 @@ from meshway.framework.inference.decoding import Decoder, Stop
 from meshway.framework.inference.engine import Engine
 from meshway.framework.inference.rows import Buckets, RowFormat, Text, doubling, load_text, stop_texts
 from meshway.framework.inference.sampling import Sampling
+from meshway.framework.inference.weights import check_weights, prepared
 from meshway.framework.interfaces import Model, Params
 from meshway.framework.partitioning.partitioner import Layout
 from meshway.framework.partitioning.sharded_model import ShardedModel
@@ -34,12 +35,14 @@ class RecipeModel:
       model, layout: as they are bound.
       lengths: TASK_FEATURE_LENGTHS, if any.
       vocabularies: returns those of its task, see `load_text`; None where nobody looks for them.
+      weights: the dtype that they are kept in, one of `weights.WEIGHTS`; None for that of the checkpoint.
     """
 
     model: Model
     layout: Layout
     lengths: Mapping[str, int] | None = None
     vocabularies: Callable[[], Mapping[str, Vocabulary]] | None = None
+    weights: str | None = None
 
     def limits(self, inputs: int | None, targets: int | None) -> dict[str, int]:
         """Returns the most tokens of a prompt and of a prediction, see `limits_of`."""
@@ -130,14 +133,14 @@ def open_session(
       stop: text, or texts, that end a prediction; see `Text.stops`.
       say: is told of later checkpoints that cannot be read.
       averaged: whether to read the averages of parameters that the run kept (EMA_DECAY).
-      by_layer: whether to take stacked parameters apart, as decoding should; programs that only score compile in less
-        time with these as they are stored.
+      by_layer: see `prepared`; programs that only score compile in less time without.
 
     Raises:
-      UserError: there is no such run or step; it holds another model; its vocabularies cannot be read; the layout does
-        not fit; a text of `stop` is empty.
+      UserError: there is no such run, step or dtype of weights; it holds another model; its vocabularies cannot be
+        read; the layout does not fit; a text of `stop` is empty.
       DamagedCheckpoint: the checkpoint asked for, or every one of the run, cannot be read.
     """
+    check_weights(opened.weights, "--weights")
     stops = stop_texts(stop)
     directory = local_path(path)
     if not directory.is_dir():
@@ -160,9 +163,7 @@ def open_session(
             return checkpoints.load_params(step, sharded.abstract_params)
 
     step, params = (last, read(last)) if asked_for else read_last(checkpoints, last, read, say)
-    if by_layer:
-        sharded = sharded.by_layer()
-        params = sharded.split(params, consume=True)
+    sharded, params = prepared(sharded, params, by_layer, opened.weights)
     return Session(sharded, params, text, RowFormat.of(model, text.start, text.bos), folder.parent, step)
 
 

@@ -65,20 +65,25 @@ class ShardedModel:
         paths, stored = set(stacked(self.model)), flatten(self.param_shardings)
         if not paths or any(sharded_by(stored[path].spec, 1)[0] for path in paths):
             return self
-        made = copy.copy(self)
-        made.__dict__.pop("param_shardings", None)
 
         def cut(path: str, leaf: jax.ShapeDtypeStruct) -> Any:
             layer = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
             return (layer,) * leaf.shape[0] if path in paths else leaf
 
-        made.param_shapes = map_paths(cut, self.param_shapes)
-        made.axes = jax.tree.map(
+        shapes = map_paths(cut, self.param_shapes)
+        axes = jax.tree.map(
             lambda shape, names: (names[1:],) * len(shape) if isinstance(shape, tuple) else names,
-            made.param_shapes,
+            shapes,
             self.axes,
             is_leaf=lambda node: isinstance(node, tuple),
         )
+        return self.in_form(shapes, axes)
+
+    def in_form(self, param_shapes: Params, axes: Axes) -> "ShardedModel":
+        """Returns the model with its parameters in another form that it takes, of these shapes and axes."""
+        made = copy.copy(self)
+        made.__dict__.pop("param_shardings", None)
+        made.param_shapes, made.axes = param_shapes, axes
         return made
 
     def split(self, params: Params, consume: bool = False) -> Params:
