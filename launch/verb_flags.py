@@ -61,6 +61,9 @@ class EvalFlags:
     finished: bool = binds("evaluate.evaluate.finished", "refuse (exit 2) a run that has not saved its last step")
     again: bool = binds("evaluate.evaluate.again", "evaluate what has been evaluated, too")
     averaged: bool = binds("evaluate.evaluate.averaged", "evaluate the averages of parameters that the run kept")
+    weights: Literal["int8", "int4"] | None = binds(
+        "evaluate.evaluate.weights", "print what weights in so many bits cost, and write nothing", "DTYPE"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,7 @@ def prepared(
       weights: one of WEIGHTS; None leaves dtypes as they are.
 
     Raises:
-      UserError: the model names no parameter that may be quantised, or there is no such dtype.
+      UserError: the model names no parameter that may be quantised, or programs here take no such dtype.
     """
     check_weights(weights, "weights")
     if by_layer:
@@ -58,8 +58,9 @@ def quantized(sharded: ShardedModel, dtype: str) -> ShardedModel:
       dtype: one of WEIGHTS.
 
     Raises:
-      UserError: the model names no parameter that may be quantised.
+      UserError: the model names no parameter that may be quantised, or compiled programs here take no such dtype.
     """
+    _check_backend(sharded, dtype)
     shapes, axes = flatten(sharded.param_shapes), flatten(sharded.axes)
     for path, summed in _summed(sharded).items():
 
@@ -98,6 +99,19 @@ def quantize(given: ShardedModel, wanted: ShardedModel, params: Params, dtype: s
 
         arrays[path] = jax.tree.map(one, arrays[path], axes[path], shardings[path])
     return unflatten(arrays)
+
+
+def _check_backend(sharded: ShardedModel, dtype: str) -> None:
+    """Raises UserError where a compiled program cannot be given an array of this dtype: int4 on CPU, in jax 0.10."""
+    partitioner, where = sharded.partitioner, sharded.partitioner.replicated
+    with partitioner.activate():
+        array = jax.jit(lambda: jnp.zeros(2, WEIGHTS[dtype]), out_shardings=where)()
+    try:
+        partitioner.compile(lambda x: x + x, array, in_shardings=(where,), out_shardings=where)(array)
+    except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        raise UserError(
+            f"weights={dtype}: programs for {jax.default_backend()} take no arrays of {dtype}; use int8"
+        ) from error
 
 
 def _summed(sharded: ShardedModel) -> Mapping[str, Names]:

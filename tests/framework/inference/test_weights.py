@@ -10,13 +10,7 @@ from meshway.framework.errors import UserError
 from meshway.framework.inference.weights import prepared
 from meshway.framework.trees import flatten
 
-LARGEST = {"int8": 127, "int4": 7}
-CASES = [
-    ("lm", "int8", "model_1d"),
-    ("t5_1_1", "int8", "fsdp_model"),
-    ("mixtral", "int8", "single"),
-    ("lm", "int4", "single"),
-]
+CASES = [("lm", "model_1d"), ("t5_1_1", "fsdp_model"), ("mixtral", "single"), ("lm", "stage")]
 
 
 def is_quantized(node):
@@ -30,14 +24,14 @@ def stood_for(params):
 
 
 @pytest.mark.parametrize(
-    "family, dtype, layout", [CASES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:])]
+    "family, layout", [CASES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:])]
 )
-def test_a_model_computes_with_what_its_weights_stand_for(family, dtype, layout):
-    made = program(family, "BATCH_SIZE=8", layout=layout)
+def test_a_model_computes_with_what_its_weights_stand_for(family, layout):
+    made = program(family, "BATCH_SIZE=16", layout=layout)
     stored = made.init().params
     before = jax.device_get(stored)
     model, batch = made.model, made.shard_batch(made.synthetic_batch())
-    _, params = prepared(made.sharded, stored, True, dtype)
+    _, params = prepared(made.sharded, stored, True, "int8")
     after, summed = stood_for(params), model.summed()
     for path, old in flatten(before).items():
         new = flatten(after)[path]
@@ -46,9 +40,9 @@ def test_a_model_computes_with_what_its_weights_stand_for(family, dtype, layout)
             np.testing.assert_array_equal(new, old)
             continue
         axes = tuple(i for i, name in enumerate(flatten(made.sharded.axes)[path]) if name in summed[path])
-        scale = np.abs(old).max(axis=axes, keepdims=True) / LARGEST[dtype]
-        # qwix's 4 bits end half a step beyond the largest entry.
-        assert np.all(np.abs(new - old) <= scale * (0.5001 if dtype == "int8" else 0.6))
+        scale = np.abs(old).max(axis=axes, keepdims=True) / 127
+        # qwix's integers end half a step beyond the largest entry.
+        assert np.all(np.abs(new - old) <= scale * 0.5001)
     with made.partitioner.activate():
         score = jax.jit(model.score)
         np.testing.assert_allclose(score(params, batch), score(after, batch), rtol=1e-4, atol=1e-5)
@@ -95,6 +89,8 @@ def test_what_cannot_be_quantised_is_refused():
     made = program("lm")
     with pytest.raises(UserError, match="weights=int2 is not one of int8, int4"):
         prepared(made.sharded, {}, True, "int2")
+    with pytest.raises(UserError, match="weights=int4: programs for cpu take no arrays of int4; use int8"):
+        prepared(made.sharded, made.init().params, True, "int4")
     made.sharded.model = object()
     with pytest.raises(UserError, match="object names no parameter that may be quantised"):
         prepared(made.sharded, {}, False, "int8")
