@@ -47,6 +47,7 @@ setup(
         "rich>=13,<16",
         "pyyaml>=6,<7",
         "numpy>=2,<3",
+        "qwix>=0.1.8,<0.2",
     ],
     extras_require={
         "cuda": ["jax[cuda13]>=0.10.2,<0.13"],

@@ -78,6 +78,31 @@ def untrained(model: Model) -> Collection[str]:
     return () if paths is None else paths()
 
 
+class Stacked(Protocol):
+    """What a model that stores parameters of layers as [layers, ...] may have beside `Model`: every method then takes
+    each of them as a tuple of one array a layer, too, and a cache may differ with that."""
+
+    def stacked(self) -> Collection[str]:
+        """Returns the '/'-joined paths of these parameters."""
+        ...
+
+
+def stacked(model: Model) -> Collection[str]:
+    """Returns the paths of the parameters that a model also takes by layer; () of a model without (see `Stacked`)."""
+    paths = getattr(model, "stacked", None)
+    return () if paths is None else paths()
+
+
+class Quantizes(Protocol):
+    """What a model that computes with quantised parameters may have beside `Model`: every method then takes each of
+    those it names as a `qwix.QArray`, too, of the same shape."""
+
+    def summed(self) -> Mapping[str, tuple[str, ...]]:
+        """Returns by '/'-joined path the logical axes that products with a parameter sum over: one scale serves all
+        entries along these."""
+        ...
+
+
 class Decodes(Protocol):
     """What prediction needs of a model beside `Model`: decoding with a cache, one token of each row at a time."""
 

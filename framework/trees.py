@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
+import jax
 from flax.traverse_util import flatten_dict, path_aware_map, unflatten_dict
 
 from meshway.framework.errors import UserError, did_you_mean
@@ -63,9 +64,12 @@ def matching(pattern: str, paths: Iterable[str], where: str) -> list[str]:
 
 def axis_sizes(axes: Axes, shapes: Params, name: str) -> list[int]:
     """Returns the size of every dimension of the parameters that has the logical axis `name`."""
-    flat = flatten(shapes)
-    named = ((axis, size) for path, names in flatten(axes).items() for axis, size in zip(names, flat[path].shape))
-    return [size for axis, size in named if axis == name]
+
+    def sizes(leaf: Any, names: tuple[str | None, ...]) -> list[int]:
+        return [size for axis, size in zip(names, leaf.shape) if axis == name]
+
+    found: list[int] = jax.tree.leaves(jax.tree.map(sizes, shapes, axes))
+    return found
 
 
 _BLOCK = re.compile(r"((?:.*/)?)block_(\d+)/(.*)")

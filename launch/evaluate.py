@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 import jax
 
 from meshway.framework import terminal
+from meshway.framework.checkpoints.manager import Checkpoints
 from meshway.framework.data.source import DataSource, EvalTask, other_split, tasks_of
 from meshway.framework.data.vocabulary import source_framing
 from meshway.framework.distributed import processes
 from meshway.framework.distributed.processes import agree
 from meshway.framework.errors import UserError
+from meshway.framework.evaluation.accuracy import Comparison, format_accuracy
 from meshway.framework.evaluation.evaluation import Evaluation, Evaluator
 from meshway.framework.evaluation.job import EvaluationDisplay, EvaluationJob, is_done
 from meshway.framework.evaluation.records import (
@@ -32,6 +34,7 @@ from meshway.framework.evaluation.records import (
     record_name,
 )
 from meshway.framework.files import local_path
+from meshway.framework.inference.weights import check_weights
 from meshway.framework.interfaces import Model, Writer
 from meshway.framework.partitioning.partitioner import Layout
 from meshway.framework.partitioning.sharded_model import ShardedModel
@@ -42,7 +45,19 @@ if TYPE_CHECKING:
     from meshway.launch.recipe.config import Invocation
 
 # Arguments for where, when and how to evaluate, not for what; each split has files of its own.
-_HOW = ("layout", "model_dir", "split", "steps", "watch", "idle_timeout", "again", "train_steps", "finished", "loggers")
+_HOW = (
+    "layout",
+    "model_dir",
+    "split",
+    "steps",
+    "watch",
+    "idle_timeout",
+    "again",
+    "train_steps",
+    "finished",
+    "loggers",
+    "weights",
+)
 
 
 def evaluate(
@@ -61,6 +76,7 @@ def evaluate(
     finished: bool = False,
     averaged: bool = False,
     loggers: Sequence[Writer] = (),
+    weights: str | None = None,
     fingerprint: str = "",
 ) -> int:
     """Evaluates checkpoints in `model_dir`, and writes `eval/<task>.jsonl`, TensorBoard's events and `report.html`.
@@ -81,6 +97,7 @@ def evaluate(
       finished: whether to refuse a run whose checkpoint of step `train_steps` is not there.
       averaged: whether to evaluate the averages of parameters that the run kept (EMA_DECAY).
       loggers: what takes the scalars of each step, beside TensorBoard.
+      weights: one of `weights.WEIGHTS`: prints what weights in so many bits cost, and writes nothing.
       fingerprint: of what is evaluated: a step that has records of the same one is passed over.
 
     Returns:
@@ -89,8 +106,7 @@ def evaluate(
     Raises:
       UserError: anything the user can mend; one message.
     """
-    if idle_timeout is not None and not watch:
-        raise UserError("--idle_timeout has no effect without --watch, which alone waits: leave it out, or give both")
+    _check_how(watch, idle_timeout, weights)
     directory = RunDirectory(local_path(model_dir))
     wanted = Wanted.parse(steps if steps is not None else ALL if watch else LATEST)
     listed = wanted.steps is not None
@@ -109,6 +125,8 @@ def evaluate(
     with terminal.stage("opening the evaluation data"):
         tasks = split_tasks(data, split)
     settings = dataclasses.replace(evaluation, max_predictions=max_predictions)
+    if weights is not None:
+        return _compare(directory, sharded, tasks, settings, weights, wanted, averaged)
     evaluator = Evaluator(sharded, tasks, settings)
     with EvaluationDisplay(silent=not processes.is_primary()) as display:
         for line in evaluator.left_out:
@@ -125,12 +143,45 @@ def evaluate(
             idle_timeout,
         )
         skip_removed = (watch or not listed) and not finished  # which one before the last does not tell
-        abstract = sharded.abstract_params
-        given = (directory, evaluator, abstract, queue, records, fingerprint, split, display, skip_removed)
-        job = EvaluationJob(*given, averaged, loggers)
-        count = job.run()
+        given = (evaluator, sharded.abstract_params, queue, records, fingerprint, split, display, skip_removed)
+        count = EvaluationJob(directory, *given, averaged, loggers).run()
         _say_goodbye(directory, queue, count, display)
     return count
+
+
+def _check_how(watch: bool, idle_timeout: float | None, weights: str | None) -> None:
+    """Raises UserError for what does not go together."""
+    if idle_timeout is not None and not watch:
+        raise UserError("--idle_timeout has no effect without --watch, which alone waits: leave it out, or give both")
+    check_weights(weights, "--weights")
+    if weights is not None and watch:
+        raise UserError("--weights compares one checkpoint with itself in fewer bits: leave out --watch")
+
+
+def _compare(
+    directory: RunDirectory,
+    sharded: ShardedModel,
+    tasks: Sequence[EvalTask],
+    settings: Evaluation,
+    weights: str,
+    wanted: Wanted,
+    averaged: bool,
+) -> int:
+    """Prints what weights in fewer bits cost: the divergence, and each metric beside the checkpoint's. Returns how many
+    steps were evaluated for the run's own records: none."""
+    step, *others = wanted.fixed(directory.checkpoints).steps or ()
+    if others:
+        raise UserError(f"--weights compares one checkpoint, and --steps names {1 + len(others)}: give one")
+    with terminal.stage(f"reading checkpoint {step}"):
+        checkpoints = Checkpoints(directory.checkpoints, read_only=True, averaged=averaged)
+        params = checkpoints.load_params(step, sharded.abstract_params)
+    comparison, primary = Comparison(sharded, params, weights, settings), processes.is_primary()
+    if primary:
+        print(f"step {step} in {weights}: {comparison.size()}", flush=True)
+    for found in comparison.of(tasks):
+        if primary:
+            print(format_accuracy(found, weights), flush=True)
+    return 0
 
 
 def split_tasks(data: DataSource, split: str | None) -> Sequence[EvalTask]:

@@ -188,7 +188,7 @@ def infer(
     source = _source(inputs, mode, data)
     if mode != SCORE:
         decoding_model(opened.model, SCORE_INSTEAD)
-    session = open_session(opened, model_dir, step, inputs.append_eos, stop, _note, averaged)
+    session = open_session(opened, model_dir, step, inputs.append_eos, stop, _note, averaged, by_layer=mode != SCORE)
     engine = session.engine(decoder, batch_size, seed)
     reader, work = _reader_and_work(
         inputs, opened.limits(max_input_length, max_new_tokens), session, engine, mode, names
@@ -301,9 +301,11 @@ def tasks(data: DataSource) -> DataSource:
     return data
 
 
-def opened(model: Model, layout: Layout, lengths: Mapping[str, int] | None = None) -> RecipeModel:
+def opened(
+    model: Model, layout: Layout, lengths: Mapping[str, int] | None = None, weights: str | None = None
+) -> RecipeModel:
     """Returns the part of a recipe that is for inference: what `runs/infer.gin` binds."""
-    return RecipeModel(model, layout, lengths)
+    return RecipeModel(model, layout, lengths, weights=weights)
 
 
 def _tasks(invocation: "Invocation") -> DataSource:

@@ -61,6 +61,9 @@ class EvalFlags:
     finished: bool = binds("evaluate.evaluate.finished", "refuse (exit 2) a run that has not saved its last step")
     again: bool = binds("evaluate.evaluate.again", "evaluate what has been evaluated, too")
     averaged: bool = binds("evaluate.evaluate.averaged", "evaluate the averages of parameters that the run kept")
+    weights: Literal["int8", "int4"] | None = binds(
+        "evaluate.evaluate.weights", "print what weights in so many bits cost, and write nothing", "DTYPE"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +114,9 @@ class InferFlags(SamplingFlags):
     max_input_length: int | None = binds("infer.infer.max_input_length", "tokens of the longest prompt", "N")
     max_new_tokens: int | None = binds("infer.infer.max_new_tokens", "most tokens of a prediction", "N")
     truncate: bool = binds("infer.Inputs.truncate", "truncate longer prompts instead of refusing them")
+    weights: Literal["int8", "int4"] | None = binds(
+        "infer.opened.weights", "keep weights in so many bits (default: as in the checkpoint)", "DTYPE"
+    )
     beams: int | None = binds("infer.infer.beams", "beam search with so many beams", "N")
     seed: int | None = binds("infer.infer.seed", "of sampling (default: 0)", "N", least=0)
     stop: tuple[str, ...] | None = binds(
@@ -163,6 +169,9 @@ class ExportFlags(SamplingFlags):
     batch_size: int | None = binds("export.export.batch_size", "rows of a batch (default: 8)", "N")
     max_input_length: int | None = binds("export.export.max_input_length", "tokens of the longest prompt", "N")
     max_new_tokens: int | None = binds("export.export.max_new_tokens", "most tokens of a prediction", "N")
+    weights: Literal["int8", "int4"] | None = binds(
+        "infer.opened.weights", "keep weights in so many bits (default: as in the checkpoint)", "DTYPE"
+    )
     beams: int | None = binds("export.export.beams", "beam search with so many beams", "N")
     saved_model: bool = binds("export.export.saved_model", "write a TensorFlow SavedModel too")
 

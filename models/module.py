@@ -8,6 +8,8 @@ import functools
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
+import qwix
 from flax import nnx
 
 
@@ -21,15 +23,27 @@ class Param(nnx.Param):
     """A parameter; its metadata `axes` is a logical axis name, or None, for each dimension."""
 
 
-def param(value: jax.Array, axes: tuple[str | None, ...]) -> Param:
+def param(value: jax.Array, axes: tuple[str | None, ...], summed: tuple[str, ...] = ()) -> Param:
     """Declares a parameter with its logical axes, None for a dimension that is never sharded.
+
+    Args:
+      value: its initial value.
+      axes: the names.
+      summed: those of the axes that products with it sum over. One that names any may be quantised, with a scale for
+        each entry of the other axes, and is read by `value_of`.
 
     Raises:
       ValueError: the number of names differs from the rank.
     """
     if value.ndim != len(axes):
         raise ValueError(f"a parameter of shape {value.shape} was declared with axes {axes}")
-    return Param(value, axes=axes)
+    return Param(value, axes=axes, summed=summed)
+
+
+def value_of(parameter: nnx.Param, dtype: Any) -> jax.Array:
+    """Returns the value of a parameter in `dtype`, of a quantised one (`qwix.QArray`) what it stands for."""
+    value = parameter[...]
+    return jnp.asarray(qwix.dequantize(value) if isinstance(value, qwix.QArray) else value, dtype)
 
 
 class Network:
@@ -62,6 +76,19 @@ class Network:
                 node = node.setdefault(key, {})
             node[last] = names
         return axes
+
+    def stacked(self) -> list[str]:
+        """Returns the '/'-joined paths of the parameters that a `Stack` stores as [layers, ...]: `bind` takes each of
+        them as a tuple of one array a layer, too."""
+        flat = nnx.to_flat_state(self._abstract[1])
+        return ["/".join(map(str, path)) for path, variable in flat if variable.get_metadata().get("stacked")]
+
+    def summed(self) -> dict[str, tuple[str, ...]]:
+        """Returns, by '/'-joined path, the axes that products with a parameter sum over: `bind` takes each of these
+        quantised, too, as a `qwix.QArray`."""
+        flat = nnx.to_flat_state(self._abstract[1])
+        found = {"/".join(map(str, path)): variable.get_metadata().get("summed") for path, variable in flat}
+        return {path: axes for path, axes in found.items() if axes}
 
     def bind(self, params: dict[str, Any]) -> Any:
         """Returns the module holding `params`: call its methods within the same trace."""

@@ -130,7 +130,7 @@ class RowDecoding:
 
     def reorder(self, cache: Batch, chosen: jax.Array) -> Batch:
         """Returns a cache in which copy j of row i is the old one's copy `chosen[i, j]` of that row."""
-        return {name: take_copies(x[None], chosen)[0] for name, x in cache.items()}
+        return {name: take_copies(x, chosen, axis=0) for name, x in cache.items()}
 
 
 class Classifier(Objective):
@@ -251,17 +251,17 @@ class EncoderDecoder(Objective):
 
     def fork(self, cache: DecodingCache, times: int) -> DecodingCache:
         """Returns a cache of `times` copies of each row, one after the other; these share what was encoded."""
-        return _each_own(lambda x: jnp.repeat(x, times, axis=1), cache)
+        return _each_own(lambda x: jnp.repeat(x, times, axis=cache.row_axis), cache)
 
     def reorder(self, cache: DecodingCache, chosen: jax.Array) -> DecodingCache:
         """Returns a cache in which copy j of row i is the old one's copy `chosen[i, j]` of that row."""
-        return _each_own(lambda x: take_copies(x, chosen), cache)
+        return _each_own(lambda x: take_copies(x, chosen, cache.row_axis), cache)
 
 
 def _each_own(change: Callable[[jax.Array], jax.Array], cache: DecodingCache) -> DecodingCache:
-    """Applies `change` to the entries that each prediction has of its own, [layers, rows, ...]; the predictions of an
-    example share the others."""
-    layers = [block | {"own": jax.tree.map(change, block["own"])} for block in cache.layers]
+    """Applies `change` to the entries that each prediction has of its own; the predictions of an example share the
+    others."""
+    layers = type(cache.layers)(block | {"own": jax.tree.map(change, block["own"])} for block in cache.layers)
     return dataclasses.replace(cache, layers=layers)
 
 
@@ -323,12 +323,12 @@ class DecoderOnly(Objective):
 
     def fork(self, cache: DecodingCache, times: int) -> DecodingCache:
         """Returns a cache of `times` copies of each row, one after the other."""
-        layers = jax.tree.map(lambda x: jnp.repeat(x, times, axis=1), cache.layers)
+        layers = jax.tree.map(lambda x: jnp.repeat(x, times, axis=cache.row_axis), cache.layers)
         return dataclasses.replace(cache, layers=layers)
 
     def reorder(self, cache: DecodingCache, chosen: jax.Array) -> DecodingCache:
         """Returns a cache in which copy j of row i is the old one's copy `chosen[i, j]` of that row."""
-        layers = jax.tree.map(lambda x: take_copies(x, chosen), cache.layers)
+        layers = jax.tree.map(lambda x: take_copies(x, chosen, cache.row_axis), cache.layers)
         return dataclasses.replace(cache, layers=layers)
 
     def _mask(self, batch: Batch) -> Mask:

@@ -18,6 +18,7 @@ from meshway.framework.inference.decoding import Decoder, Stop
 from meshway.framework.inference.engine import Engine
 from meshway.framework.inference.rows import Buckets, RowFormat, Text, doubling, load_text, stop_texts
 from meshway.framework.inference.sampling import Sampling
+from meshway.framework.inference.weights import check_weights, prepared
 from meshway.framework.interfaces import Model, Params
 from meshway.framework.partitioning.partitioner import Layout
 from meshway.framework.partitioning.sharded_model import ShardedModel
@@ -34,12 +35,14 @@ class RecipeModel:
       model, layout: as they are bound.
       lengths: TASK_FEATURE_LENGTHS, if any.
       vocabularies: returns those of its task, see `load_text`; None where nobody looks for them.
+      weights: the dtype that they are kept in, one of `weights.WEIGHTS`; None for that of the checkpoint.
     """
 
     model: Model
     layout: Layout
     lengths: Mapping[str, int] | None = None
     vocabularies: Callable[[], Mapping[str, Vocabulary]] | None = None
+    weights: str | None = None
 
     def limits(self, inputs: int | None, targets: int | None) -> dict[str, int]:
         """Returns the most tokens of a prompt and of a prediction, see `limits_of`."""
@@ -70,7 +73,7 @@ class Session:
     """A checkpoint of a run on the mesh.
 
     Attributes:
-      sharded: the model.
+      sharded: the model, by layer where it is to decode.
       params: its parameters, in their shards.
       text: what it reads and writes.
       row_format: how its batches hold that.
@@ -118,6 +121,7 @@ def open_session(
     stop: str | Sequence[str] = (),
     say: Callable[[str], object] = warnings.warn,
     averaged: bool = False,
+    by_layer: bool = True,
 ) -> Session:
     """Opens a checkpoint under a layout, whatever it was trained under.
 
@@ -129,12 +133,14 @@ def open_session(
       stop: text, or texts, that end a prediction; see `Text.stops`.
       say: is told of later checkpoints that cannot be read.
       averaged: whether to read the averages of parameters that the run kept (EMA_DECAY).
+      by_layer: see `prepared`; programs that only score compile in less time without.
 
     Raises:
-      UserError: there is no such run or step; it holds another model; its vocabularies cannot be read; the layout does
-        not fit; a text of `stop` is empty.
+      UserError: there is no such run, step or dtype of weights; it holds another model; its vocabularies cannot be
+        read; the layout does not fit; a text of `stop` is empty.
       DamagedCheckpoint: the checkpoint asked for, or every one of the run, cannot be read.
     """
+    check_weights(opened.weights, "--weights")
     stops = stop_texts(stop)
     directory = local_path(path)
     if not directory.is_dir():
@@ -157,6 +163,7 @@ def open_session(
             return checkpoints.load_params(step, sharded.abstract_params)
 
     step, params = (last, read(last)) if asked_for else read_last(checkpoints, last, read, say)
+    sharded, params = prepared(sharded, params, by_layer, opened.weights)
     return Session(sharded, params, text, RowFormat.of(model, text.start, text.bos), folder.parent, step)
 
 
@@ -263,7 +270,7 @@ class Predictor:
 
     def use(self, params: Params) -> None:
         """Goes on with other parameters of the same model, in the same shards; nothing is compiled anew."""
-        self._engine.params = params
+        self._engine.params = self._session.sharded.split(params)
 
     @property
     def step(self) -> int:

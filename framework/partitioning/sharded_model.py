@@ -4,6 +4,7 @@
 `explain` lists every tensor: its axes, its sharding, what that costs a device, and which rule says so.
 """
 
+import copy
 import dataclasses
 import functools
 import math
@@ -15,11 +16,12 @@ from jax.sharding import NamedSharding
 
 from meshway.framework.axes import sharded_by
 from meshway.framework.errors import UserError
-from meshway.framework.interfaces import ArraySpec, Axes, Batch, Model, Params
+from meshway.framework.interfaces import ArraySpec, Axes, Batch, Model, Params, stacked
 from meshway.framework.partitioning.mesh import free_memory
 from meshway.framework.partitioning.partitioner import Layout, Partitioner, path_name
 from meshway.framework.partitioning.rules import Resolution
 from meshway.framework.terminal import format_bytes, format_columns
+from meshway.framework.trees import flatten, map_paths
 
 
 class ShardedModel:
@@ -53,6 +55,54 @@ class ShardedModel:
             self.param_shardings,
         )
 
+    def by_layer(self) -> "ShardedModel":
+        """Returns the model with a tuple of arrays, one a layer, for each parameter that it stores as [layers, ...]:
+        programs read these where they lie, as decoding should. `split` makes them.
+
+        It is the model as it is where there are no such parameters (`interfaces.Stacked`), and where the layout shards
+        the layers themselves: a layer is then on the devices of its stage only.
+        """
+        paths, stored = set(stacked(self.model)), flatten(self.param_shardings)
+        if not paths or any(sharded_by(stored[path].spec, 1)[0] for path in paths):
+            return self
+
+        def cut(path: str, leaf: jax.ShapeDtypeStruct) -> Any:
+            layer = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+            return (layer,) * leaf.shape[0] if path in paths else leaf
+
+        shapes = map_paths(cut, self.param_shapes)
+        axes = jax.tree.map(
+            lambda shape, names: (names[1:],) * len(shape) if isinstance(shape, tuple) else names,
+            shapes,
+            self.axes,
+            is_leaf=lambda node: isinstance(node, tuple),
+        )
+        return self.in_form(shapes, axes)
+
+    def in_form(self, param_shapes: Params, axes: Axes) -> "ShardedModel":
+        """Returns the model with its parameters in another form that it takes, of these shapes and axes."""
+        made = copy.copy(self)
+        made.__dict__.pop("param_shardings", None)
+        made.param_shapes, made.axes = param_shapes, axes
+        return made
+
+    def split(self, params: Params, consume: bool = False) -> Params:
+        """Returns parameters as this model, made by `by_layer`, has them, from ones as they are stored.
+
+        One goes after the other; with `consume` the arrays that were taken apart are deleted, so that no more than one
+        is there twice.
+        """
+
+        def one(leaf: Any, shardings: Any) -> Any:
+            if isinstance(leaf, tuple) or not isinstance(shardings, tuple):
+                return leaf
+            layers = _taken_apart(shardings)(leaf)
+            if consume:
+                leaf.delete()
+            return layers
+
+        return jax.tree.map(one, params, self.param_shardings, is_leaf=lambda node: isinstance(node, tuple))
+
     def batch(self, batch_size: int, lengths: Mapping[str, int]) -> "ShardedBatch":
         """Returns what a batch of `batch_size` examples holds, over all processes; `lengths` in tokens by task feature.
 
@@ -68,6 +118,12 @@ class ShardedModel:
                 f"add it: --gin.TASK_FEATURE_LENGTHS=\"{{..., '{missing}': 128}}\""
             ) from error
         return ShardedBatch(self.partitioner, batch_size, spec, self.partitioner.batch_shardings(spec))
+
+
+@functools.cache
+def _taken_apart(shardings: tuple[NamedSharding, ...]) -> Callable[[jax.Array], tuple[jax.Array, ...]]:
+    """Returns the program that makes of an array [layers, ...] one array a layer, in these shardings."""
+    return jax.jit(lambda x: tuple(x[i] for i in range(len(shardings))), out_shardings=shardings)
 
 
 @dataclasses.dataclass(frozen=True)

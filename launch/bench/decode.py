@@ -25,6 +25,7 @@ from meshway.framework.inference.decoding import decoding_model
 from meshway.framework.inference.engine import TokenSteps, prompt_batch
 from meshway.framework.inference.rows import RowFormat, doubling
 from meshway.framework.inference.sampling import DecodeState
+from meshway.framework.inference.weights import WEIGHTS, prepared
 from meshway.framework.interfaces import Model, Params
 from meshway.framework.partitioning.sharded_model import ShardedBatch, ShardedModel
 from meshway.framework.planning.flops import bytes_read, live_flops
@@ -36,7 +37,7 @@ from meshway.launch.bench.rounds import format_mesh, peak_dtype, require_at_leas
 if TYPE_CHECKING:
     from meshway.launch.invocation import Invocation
 
-PARAM_DTYPES = ("float32", "bfloat16", "float16")
+PARAM_DTYPES = ("float32", "bfloat16", "float16", *WEIGHTS)
 TOKENS = (3, 64)  # what prompts are drawn from: any vocabulary has these
 
 
@@ -50,7 +51,9 @@ class Setting:
       new_tokens: what is predicted of each row in a turn.
       rounds: turns of each pass, whose median counts.
       mixed_batches: of the job of mixed lengths that must compile nothing.
-      params_dtype: what parameters are kept in ("bfloat16"); None for float32, as in training.
+      params_dtype: what parameters are kept in ("bfloat16", or "int8" with a scale for each channel); None for float32,
+        as in training.
+      by_layer: whether a program reads an array of each layer, as `infer` does, or entries of stacked ones.
 
     Raises:
       UserError: a number is out of range, or the dtype is unknown.
@@ -62,6 +65,7 @@ class Setting:
     rounds: int = 5
     mixed_batches: int = 8
     params_dtype: str | None = None
+    by_layer: bool = True
 
     def __post_init__(self) -> None:
         where, smallest = "bench.decode.Setting", min(self.batch_sizes, default=0)
@@ -197,7 +201,7 @@ def measure(sharded: ShardedModel, setting: Setting = Setting()) -> Found:
       UserError: the model predicts no text, or it does not fit the layout.
     """
     decoding_model(sharded.model)  # raises for a model that predicts no text, before anything is made
-    params = _init_params(sharded, setting.params_dtype)
+    sharded, params = _init_params(sharded, setting)
     mesh, results, source = sharded.partitioner.mesh, [], ""
     stream, longest = StreamingRead(mesh), None
     for batch_size in setting.batch_sizes:
@@ -213,8 +217,9 @@ def measure(sharded: ShardedModel, setting: Setting = Setting()) -> Found:
     return found
 
 
-def _init_params(sharded: ShardedModel, dtype: str | None) -> Params:
-    """Returns random parameters in their shards, in the model's own dtype or another."""
+def _init_params(sharded: ShardedModel, setting: Setting) -> tuple[ShardedModel, Params]:
+    """Returns the model with its parameters in the form that is timed, and random ones in their shards."""
+    dtype = None if setting.params_dtype in WEIGHTS else setting.params_dtype
 
     def init(key: jax.Array) -> Params:
         params = sharded.model.init(key)
@@ -222,7 +227,8 @@ def _init_params(sharded: ShardedModel, dtype: str | None) -> Params:
 
     key = jax.random.key(0)
     compiled = sharded.partitioner.compile(init, key, in_shardings=None, out_shardings=sharded.param_shardings)
-    return compiled(key)
+    weights = setting.params_dtype if setting.params_dtype in WEIGHTS else None
+    return prepared(sharded, compiled(key), setting.by_layer, weights)
 
 
 def _count_compilations(

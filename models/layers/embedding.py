@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from meshway.framework.axes import constrain, constrain_lookup
-from meshway.models.module import param
+from meshway.models.module import param, value_of
 
 
 class Embedding(nnx.Module):
@@ -26,12 +26,12 @@ class Embedding(nnx.Module):
         """`one_hot` looks up by a matmul with one-hot rows: much slower on CPU (19 % of a T5X step), it may be faster
         on TPU where `vocab` is sharded."""
         table = stddev * jax.random.normal(rngs.params(), (vocab_size, d_model), jnp.float32)
-        self.embedding = param(table, ("vocab", "embed"))
+        self.embedding = param(table, ("vocab", "embed"), summed=("embed",))
         self.dtype, self.one_hot = dtype, one_hot
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """tokens int32 [batch, length] -> [batch, length, d_model]."""
-        table = jnp.asarray(self.embedding[...], self.dtype)
+        table = value_of(self.embedding, self.dtype)
         names = ("batch", "length", "embed")
         if self.one_hot:
             return constrain(jax.nn.one_hot(tokens, table.shape[0], dtype=table.dtype) @ table, names)
@@ -41,7 +41,7 @@ class Embedding(nnx.Module):
     def logits(self, x: jax.Array, scale: bool = True) -> jax.Array:
         """x [batch, length, d_model] -> logits [batch, length, vocab] by the table (tied output); `scale` multiplies by
         1/sqrt(d_model), as T5 does."""
-        table = self.embedding[...].astype(x.dtype)
+        table = value_of(self.embedding, x.dtype)
         return jnp.einsum("bld,vd->blv", x * table.shape[1] ** -0.5 if scale else x, table)
 
 

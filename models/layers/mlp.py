@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from meshway.framework.axes import constrain
 from meshway.models.layers.norm import dropout
-from meshway.models.module import param
+from meshway.models.module import param, value_of
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": jax.nn.gelu,  # the tanh form, as in T5 1.1
@@ -90,12 +90,12 @@ class Linear(nnx.Module):
         """`inputs` and `outputs` map axis names to sizes, in order."""
         shape = (*inputs.values(), *outputs.values())
         axes = (*inputs, *outputs)
-        self.kernel = param(init(len(inputs))(rngs.params(), shape, jnp.float32), axes)
+        self.kernel = param(init(len(inputs))(rngs.params(), shape, jnp.float32), axes, summed=tuple(inputs))
         self.bias = param(jnp.zeros(tuple(outputs.values())), tuple(outputs)) if use_bias else None
         self.num_inputs = len(inputs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = project(x, jnp.asarray(self.kernel[...], x.dtype), self.num_inputs)
+        y = project(x, value_of(self.kernel, x.dtype), self.num_inputs)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

@@ -34,7 +34,9 @@ class Stack(nnx.Module):
 
     Layer n of a pattern of P blocks is entry n // P of block_{n % P}. Parameters are always stored stacked, [layers,
     ...] for each block of the pattern, whether the layers are run by `lax.scan` or unrolled: a checkpoint does not
-    depend on it.
+    depend on it. A program may give each of them by layer instead, as a tuple of arrays [...]: layers then run one
+    after the other and read them where they lie, while an entry of a stack is copied before it is used. Decoding, whose
+    cost is reading weights, does so.
     """
 
     def __init__(
@@ -81,7 +83,8 @@ class Stack(nnx.Module):
           (activations, the updated cache or None). Reports of blocks are reported again as arrays [layers].
         """
         graphdefs, states = self._split()
-        keys = None if rng is None else jax.random.split(rng, self.num_periods + bool(self.remainder))
+        count = self.num_periods + bool(self.remainder)
+        keys = None if rng is None else jax.random.split(rng, count)
 
         def period(
             x: jax.Array, layer: tuple[Any, Any, Any], context: dict[str, Any]
@@ -97,8 +100,19 @@ class Stack(nnx.Module):
                 reports_of_blocks.append(reports)
             return x, (None if caches is None else new, reports_of_blocks)
 
-        numbers = None if cache is None else jnp.arange(self.num_periods + bool(self.remainder))
-        layers, keep = (states, keys, numbers), self.keep
+        if _is_by_layer(states[0]):
+            reports_of_parts: list[list[Reports]] = []
+            caches: list[Any] = []
+            for n in range(count):
+                own = [_layer(state, n) for state in states[: self._blocks_in(n)]]
+                its = None if cache is None else cache[n * self.pattern :][: len(own)]
+                x, (new, reports) = period(x, (own, None if keys is None else keys[n], its), context)
+                reports_of_parts.append(jax.tree.map(lambda value: value[None], reports))
+                caches += new or ()
+            _sow_by_layer(reports_of_parts)
+            return x, None if cache is None else tuple(caches)
+
+        layers, keep = (states, keys, None if cache is None else jnp.arange(count)), self.keep
 
         def cached(carry: tuple[jax.Array, list[Any]], layer: Any) -> tuple[Any, list[Reports]]:
             # The cache is carried from layer to layer, so that it is updated in place: as an output of the scan it
@@ -167,9 +181,17 @@ class Stack(nnx.Module):
             outputs.append(output)
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
-    def empty_cache(self, **arguments: Any) -> list[Any]:
-        """Returns each block's `empty_cache(**arguments)`, stacked over layers."""
+    def empty_cache(self, **arguments: Any) -> Sequence[Any]:
+        """Returns each block's `empty_cache(**arguments)`, in a list and stacked over layers; or, where parameters are
+        given by layer, each layer's in a tuple."""
         graphdefs, states = self._split()
+        if _is_by_layer(states[0]):
+            of_layers = (
+                nnx.merge(graphdefs[i], _layer(states[i], n))
+                for n in range(self.num_periods + bool(self.remainder))
+                for i in range(self._blocks_in(n))
+            )
+            return tuple(layer.empty_cache(**arguments) for layer in of_layers)
         return [
             jax.vmap(lambda state, graphdef=graphdef: nnx.merge(graphdef, state).empty_cache(**arguments))(state)
             for graphdef, state in zip(graphdefs, states, strict=True)
@@ -178,6 +200,10 @@ class Stack(nnx.Module):
     def _split(self) -> tuple[list[Any], list[Any]]:
         pairs = [nnx.split(getattr(self, f"block_{i}")) for i in range(self.pattern)]
         return [graphdef for graphdef, _ in pairs], [state for _, state in pairs]
+
+    def _blocks_in(self, period: int) -> int:
+        """Returns how many blocks of the pattern a period has: all, or those of the last, incomplete one."""
+        return self.pattern if period < self.num_periods else self.remainder
 
     def _scans(self, num_periods: int, decoding: bool) -> bool:
         if self.scan == "auto":
@@ -203,8 +229,18 @@ def _stacked(block: BlockFactory, d_model: int, keys: jax.Array) -> nnx.Module:
     stacked = nnx.merge(graphdefs[0], states)
     for _, node in nnx.iter_graph(stacked):
         if isinstance(node, nnx.Param):
-            node.set_metadata(axes=("layers", *node.get_metadata("axes")))
+            node.set_metadata(axes=("layers", *node.get_metadata("axes")), stacked=True)
     return stacked
+
+
+def _is_by_layer(state: Any) -> bool:
+    """Returns whether the parameters of a block are tuples of one array a layer."""
+    return any(isinstance(variable.get_value(), tuple) for _, variable in nnx.to_flat_state(state))
+
+
+def _layer(state: Any, number: int) -> Any:
+    """Returns one layer of a block's parameters, which are given by layer."""
+    return jax.tree.map(lambda leaf: leaf[number], state, is_leaf=lambda node: isinstance(node, tuple))
 
 
 def _at(cache: Any, number: jax.Array) -> Any:

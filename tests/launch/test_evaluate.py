@@ -71,6 +71,15 @@ def test_a_step_is_evaluated_again_when_something_else_is_asked_of_it(capsys, ru
     assert steps("--watch", "--gin.TRAIN_STEPS=30") == []
 
 
+def test_weights_in_fewer_bits_need_a_model_that_takes_them(capsys, run):
+    code, _, errors = evaluate(capsys, f"--model_dir={run}", "--weights=int8")
+    assert code == 2 and "BigramTable names no parameter that may be quantised" in errors
+    code, _, errors = evaluate(capsys, f"--model_dir={run}", "--weights=int8", "--steps=10,20")
+    assert code == 2 and "--weights compares one checkpoint, and --steps names 2: give one" in errors
+    code, _, errors = evaluate(capsys, f"--model_dir={run}", "--weights=int8", "--watch")
+    assert code == 2 and "leave out --watch" in errors
+
+
 def test_another_split_stands_beside(capsys, run):
     assert evaluate(capsys, f"--model_dir={run}")[0] == 0
     before = (run / "eval" / "ids.jsonl").read_bytes()

@@ -99,6 +99,20 @@ def test_a_batch_for_which_there_is_no_room_is_refused(run, tmp_path, capsys, mo
     )
 
 
+@pytest.mark.slow
+def test_quantised_weights_are_another_job_and_the_predictor_has_them(run, questions, tmp_path, capsys):
+    words = (f"--model_dir={run}", f"--input={questions}", f"--output={tmp_path / 'answers.jsonl'}")
+    assert infer(*words, "--weights=int8") == 0
+    predictor = Predictor(run, layout="single", bindings=["infer.opened.weights='int8'"], batch_size=4)
+    found = [each.tokens for each in predictor.predict(TEXTS)]
+    assert [row["tokens"] for row in rows_of(tmp_path / "answers.jsonl")] == found
+    kernel = predictor._session.params["decoder"]["block_0"]["mlp"]["wo"]["kernel"][0]
+    assert kernel.qvalue.dtype == np.int8
+    capsys.readouterr()
+    assert infer(*words) == 2
+    assert "--weights" in capsys.readouterr().err
+
+
 def test_json_lines_in_json_lines_out(run, questions, tmp_path, capsys):
     assert infer(f"--model_dir={run}", f"--input={questions}", f"--output={tmp_path / 'answers.jsonl'}") == 0
     rows = rows_of(tmp_path / "answers.jsonl")

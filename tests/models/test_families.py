@@ -7,6 +7,7 @@ import pytest
 from tiny import DECODERS, program
 
 from meshway.framework.errors import UserError
+from meshway.framework.trees import map_paths
 from meshway.launch.invocation import Invocation
 from meshway.launch.recipe import config
 
@@ -47,7 +48,9 @@ def made(family, *bindings, seed=0):
 
 
 def decoded(model, params, batch):
-    """Returns the logits of the places from the prompt's last on, each from one step of decoding."""
+    """Returns the logits of the places from the prompt's last on, each from one step of decoding by layer."""
+    stacked = set(model.stacked())
+    params = map_paths(lambda path, leaf: tuple(leaf) if path in stacked else leaf, params)
     prompt = {name: x[:, :PROMPT] for name, x in batch.items()}
     _, last, cache = model.prefill(params, prompt, LENGTH - PROMPT)
     assert last.tolist() == [PROMPT - 1] * 2

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from meshway.models.layers.mlp import ACTIVATIONS, fan_in_init
-from meshway.models.module import param
+from meshway.models.module import param, value_of
 
 # (x, weight) -> product, each row of x with the weight of its own expert.
 Product = Callable[[jax.Array, jax.Array], jax.Array]
@@ -58,14 +58,14 @@ class Experts(nnx.Module):
             return jax.vmap(lambda key: fan_in_init()(1)(key, (rows, columns), jnp.float32))(keys)
 
         for i in range(len(activations)):
-            setattr(self, f"wi_{i}", param(stacked(d_model, d_ff), ("expert", "embed", "mlp")))
-        self.wo = param(stacked(d_ff, d_model), ("expert", "mlp", "embed"))
+            setattr(self, f"wi_{i}", param(stacked(d_model, d_ff), ("expert", "embed", "mlp"), ("embed",)))
+        self.wo = param(stacked(d_ff, d_model), ("expert", "mlp", "embed"), ("mlp",))
         self.activations = tuple(activations)
 
     def weights(self, dtype: jnp.dtype) -> ExpertWeights:
         """Returns the parameters, cast to `dtype`."""
-        inputs = tuple(getattr(self, f"wi_{i}")[...].astype(dtype) for i in range(len(self.activations)))
-        return ExpertWeights(inputs, self.wo[...].astype(dtype), self.activations)
+        inputs = tuple(value_of(getattr(self, f"wi_{i}"), dtype) for i in range(len(self.activations)))
+        return ExpertWeights(inputs, value_of(self.wo, dtype), self.activations)
 
 
 @jax.custom_vjp

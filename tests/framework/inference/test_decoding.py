@@ -142,10 +142,11 @@ PREDICTED = [
 # Every layout, decoders and families in turn.
 @pytest.mark.parametrize("family, name, layout", tiers(PREDICTED, slow=[*PREDICTED[::8], *PREDICTED[7::8]]))
 def test_predictions_under_a_layout_are_those_of_one_device(family, name, layout):
+    """There with parameters by layer, except where stages hold them; on one device stacked."""
     params, wanted = decoded_alone(family, name, layout.startswith("stage"))
     made = program(family, layout=layout)
     with made.partitioner.activate():
-        placed = jax.device_put(params, made.state_shardings.params)
+        placed = made.sharded.by_layer().split(jax.device_put(params, made.state_shardings.params))
         found = jax.jit(decoding(made, DECODERS[name]))(placed, ragged(made))
     assert len(np.unique(wanted.lengths)) > 2
     np.testing.assert_array_equal(found.tokens, wanted.tokens)

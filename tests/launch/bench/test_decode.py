@@ -115,8 +115,10 @@ def test_the_command_line_knows_it_and_numbers_have_a_range():
         decode.measure(**arguments("bench_decode", "bench.decode.Setting.new_tokens=0"))
     with pytest.raises(UserError, match=r"attention.Attention.cache_dtype = 'int4': no such dtype"):
         arguments("bench_decode", "attention.Attention.cache_dtype='int4'")
-    with pytest.raises(UserError, match="params_dtype must be None or one of float32, bfloat16, float16, not 'int8'"):
-        decode.measure(**arguments("bench_decode", "bench.decode.Setting.params_dtype='int8'"))
+    with pytest.raises(
+        UserError, match="params_dtype must be None or one of float32, bfloat16, float16, int8, int4, not 'int2'"
+    ):
+        decode.measure(**arguments("bench_decode", "bench.decode.Setting.params_dtype='int2'"))
     with pytest.raises(UserError, match="EncoderOnly has no decoder: it neither predicts nor scores text"):
         decode.measure(**arguments("bert/tiny"))
     with pytest.raises(UserError, match="bench.decode.Setting.prompt_length must be at least 2, not 1"):

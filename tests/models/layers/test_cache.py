@@ -14,7 +14,7 @@ from meshway.models.layers.cache import empty_cache, read, store, write
 LENGTH, PROMPT = 7, 3
 # How far logits may be off, as a share of the largest: a bfloat16 has 8 bits, an int8 7, and two layers add up.
 BOUNDS = {"float32": 1e-5, "bfloat16": 0.015, "int8": 0.025}
-NAMES = ("batch", "kv_length", "kv_heads", "head_dim")
+NAMES = ("batch", "kv_heads", "kv_length", "head_dim")
 
 
 def numbers(*shape, seed=0):
@@ -27,8 +27,8 @@ def test_int8_is_off_by_half_a_step_at_most():
     stored = store(jnp.asarray(x), "int8")
     assert stored.values.dtype == jnp.int8 and stored.scale.dtype == jnp.float32
     largest = np.abs(x).max(-1)
-    np.testing.assert_allclose(stored.scale, largest / 127, rtol=1e-6)
-    assert np.abs(stored.values).max(axis=-1).tolist() == np.where(largest > 0, 127, 0).tolist()
+    np.testing.assert_allclose(stored.scale, largest.swapaxes(1, 2) / 127, rtol=1e-6)
+    assert np.abs(stored.values).max(axis=-1).tolist() == np.where(largest > 0, 127, 0).swapaxes(1, 2).tolist()
     (back, _) = read((stored, stored), jnp.float32)
     assert np.all(np.abs(back - x) <= largest[..., None] / 254 * 1.0001)
 
@@ -137,8 +137,8 @@ def test_the_cache_lies_as_the_layout_says_and_takes_its_bytes(family, dtype):
     entry = size * 2 if dtype == "bfloat16" else size + 4  # int8, and a float32 scale
     total = sum(2 * batch * each * heads * entry for each in places)
     assert sum(x.size * x.dtype.itemsize for x in shapes) == total
-    wanted = built.partitioner.activation_rules.resolve(NAMES, (batch, length, heads, size), "a cache").spec
-    assert tuple(wanted) == ("data", None, "model", None)
+    wanted = built.partitioner.activation_rules.resolve(NAMES, (batch, heads, length, size), "a cache").spec
+    assert tuple(wanted) == ("data", "model", None, None)
     for x, where in zip(shapes, lies, strict=True):
         expected = NamedSharding(where.mesh, PartitionSpec(None, *wanted[: x.ndim - 1]))
         assert where.is_equivalent_to(expected, x.ndim)

@@ -53,21 +53,23 @@ def by_hand(params, num_layers, pattern, x, shift, cache):
     return x, (jnp.stack(sizes), jnp.stack(caches))
 
 
-@pytest.mark.parametrize("options", [{"scan": True}, {"scan": False}, {"scan": True, "remat": "full"}])
+@pytest.mark.parametrize("options", [{"scan": True}, {"scan": False}, {"scan": True, "remat": "full"}, "by layer"])
 @pytest.mark.parametrize("num_layers, pattern", [(8, 3), (4, 2), (2, 3)])
 def test_a_stack_is_its_layers_in_their_order(num_layers, pattern, options):
-    made = network(num_layers, pattern, **options)
+    by_layer = options == "by layer"
+    made = network(num_layers, pattern, **({} if by_layer else options))
     params = made.init(jax.random.key(0))
+    assert made.stacked() == [f"{block}/kernel" for block in sorted(params)]
     lengths = [len(params[f"block_{i}"]["kernel"]) for i in range(min(pattern, num_layers))]
     assert lengths == [len(range(i, num_layers, pattern)) for i in range(min(pattern, num_layers))]
     assert sorted(params) == [f"block_{i}" for i in range(len(lengths))]
     x, shift = jnp.ones((2, 4, WIDTH)), jnp.full((1, 1, WIDTH), 0.1)
 
     def run(params, x, shift):
-        stack = made.bind(params)
+        stack = made.bind(jax.tree.map(tuple, params) if by_layer else params)
         with capture() as found:
             y, cache = stack(x, shift=shift, cache=stack.empty_cache(start=0.5))
-        in_order = [cache[n % pattern][n // pattern] for n in range(num_layers)]
+        in_order = cache if by_layer else [cache[n % pattern][n // pattern] for n in range(num_layers)]
         return jnp.sum(y**2), (y, found.metrics["size"], jnp.stack(in_order)[:, 0])
 
     def wanted(params, x, shift):
