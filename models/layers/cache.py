@@ -114,6 +114,6 @@ def _constrained(stored: Stored) -> Stored:
         sizes = jax.sharding.get_abstract_mesh().shape
         parts = math.prod(sizes[axis] for axis in mesh_axes("kv_length"))
         length = None if x.shape[1] % parts else "kv_length"
-        return constrain(x, ("batch", length, "kv_heads", "head_dim")[: x.ndim])
+        return constrain(x, ("attention_batch", length, "attention_kv_heads", "head_dim")[: x.ndim])
 
     return jax.tree.map(one, stored)
