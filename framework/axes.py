@@ -1,4 +1,5 @@
-"""Logical axis names, and how models use them: `constrain` shards an activation, `placement` returns its sharding.
+"""Logical axis names, and how models use them: `constrain` shards an activation, `placement` returns its sharding,
+`product` says how to multiply it by a kernel.
 
 A model names the axes of its arrays; a layout file (`gin/layouts/`) maps names to mesh axes. This file is the
 vocabulary that both sides share, so it imports only jax. The list is open: a user's model may use a new name, if the
@@ -6,6 +7,7 @@ layout maps it.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -22,6 +24,9 @@ VOCABULARY = {
     "mlp": "hidden units of a feed-forward layer",
     "heads": "query heads of attention",
     "kv_heads": "key and value heads of attention (fewer than heads in GQA and MQA)",
+    "attention_batch": "examples, where attention computes and in its cache; as `batch` without a rule of its own",
+    "attention_heads": "query heads, where attention computes; as `heads` without a rule of its own",
+    "attention_kv_heads": "key and value heads there and in the cache; as `kv_heads` without a rule of its own",
     "head_dim": "features of one attention head",
     "vocab": "entries of a vocabulary",
     "relpos_buckets": "buckets of T5's relative position bias",
@@ -31,8 +36,34 @@ VOCABULARY = {
     "stage": "stages of a pipeline",
 }
 
+# Name -> the name whose rule it follows where a layout has none of its own for it: a layout may compute attention on
+# other shards than the projections around it.
+FOLLOWS = {"attention_batch": "batch", "attention_heads": "heads", "attention_kv_heads": "kv_heads"}
+
 DimAxes = tuple[tuple[str, ...], ...]  # the mesh axes that shard each dimension of an array
 Names = tuple[str | None, ...]
+TOKENS = ("batch", "length")  # the dimensions that activations begin with
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """How devices compute x times a kernel by hand: on shards, with sums of their own.
+
+    Attributes:
+      operand: of x, where it is multiplied.
+      kernel: of the kernel, where it is multiplied: as it is stored, gathered over the axes that shard tokens.
+      partial: of the product, before sums.
+      output: of the product, after them.
+      summed: the axes over which devices hold partial sums.
+      scattered: the dimension of the product over which the sums are scattered; None: every device gets them all.
+    """
+
+    operand: NamedSharding
+    kernel: NamedSharding
+    partial: NamedSharding
+    output: NamedSharding
+    summed: tuple[str, ...]
+    scattered: int | None
 
 
 class Ambient(Protocol):
@@ -46,6 +77,24 @@ class Ambient(Protocol):
         """Returns the mesh axes, of more than one device, that shard a logical axis; LookupError on an unknown name."""
         ...
 
+    @property
+    def by_hand(self) -> bool:
+        """Whether layers write down the collectives of their products, or leave them to the compiler."""
+        ...
+
+    def kernel_axes(self, name: str) -> tuple[str, ...]:
+        """Returns the mesh axes that shard logical axis `name` of parameters; LookupError on an unknown name."""
+        ...
+
+    def product(
+        self,
+        x: tuple[Names, tuple[int, ...]],
+        kernel: tuple[Names, tuple[int, ...]],
+        output: tuple[Names, tuple[int, ...]],
+    ) -> Product:
+        """Returns how to multiply arrays of these axes and sizes, of which the kernel is a parameter."""
+        ...
+
     def lookup(
         self, names: Names, shape: tuple[int, ...], table_names: Names, table_shape: tuple[int, ...]
     ) -> list[NamedSharding]:
@@ -55,6 +104,7 @@ class Ambient(Protocol):
 
 
 _ambient: ContextVar[Ambient | None] = ContextVar("meshway_ambient_layout", default=None)
+_prefill: ContextVar[bool] = ContextVar("meshway_prefill", default=False)
 
 
 @contextlib.contextmanager
@@ -65,6 +115,22 @@ def under(layout: Ambient) -> Iterator[None]:
         yield
     finally:
         _ambient.reset(token)
+
+
+@contextlib.contextmanager
+def prefill() -> Iterator[None]:
+    """Says that prompts are read inside the `with` block (or the function it decorates): a layout may shard these
+    activations otherwise than those of other passes."""
+    token = _prefill.set(True)
+    try:
+        yield
+    finally:
+        _prefill.reset(token)
+
+
+def in_prefill() -> bool:
+    """Returns whether prompts are read at the moment."""
+    return _prefill.get()
 
 
 def constrain(x: jax.Array, names: Names, free_for: str | None = None) -> jax.Array:
@@ -88,7 +154,11 @@ def constrain(x: jax.Array, names: Names, free_for: str | None = None) -> jax.Ar
     if sharding is None or sharding.mesh.size == 1:
         return x
     if free_for is not None:
-        sharding = _without(sharding, mesh_axes(free_for))
+        layout = _ambient_layout(names)
+        if layout is not None and layout.by_hand:  # kernels are gathered over the axes that shard tokens
+            sharding = _without(sharding, layout.kernel_axes(free_for), len(TOKENS))
+        else:
+            sharding = _without(sharding, mesh_axes(free_for))
     return jax.lax.with_sharding_constraint(x, sharding)
 
 
@@ -135,6 +205,25 @@ def placement(names: Names, shape: tuple[int, ...]) -> NamedSharding | None:
     return None if layout is None else layout.sharding(names, shape)
 
 
+def product(
+    x: tuple[Names, tuple[int, ...]], kernel: tuple[Names, tuple[int, ...]], output: tuple[Names, tuple[int, ...]]
+) -> Product | None:
+    """Returns how devices multiply x by a kernel, (logical axes, sizes) of each: the kernel's dimensions are those of x
+    that are contracted, then those of the output that are produced; None where that is left to the compiler."""
+    layout = _ambient_layout(x[0])
+    return layout.product(x, kernel, output) if layout is not None and layout.by_hand else None
+
+
+def moved(before: Names, after: Names, shape: tuple[int, ...]) -> tuple[NamedSharding, NamedSharding] | None:
+    """Returns the shardings that an activation has by two lists of names, where they differ and layers are to exchange
+    its shards by hand; None elsewhere."""
+    layout = _ambient_layout(before)
+    if layout is None or not layout.by_hand:
+        return None
+    first, second = layout.sharding(before, shape), layout.sharding(after, shape)
+    return None if first.spec == second.spec else (first, second)
+
+
 def mesh_axes(name: str) -> tuple[str, ...]:
     """Returns the mesh axes, of more than one device, that shard logical axis `name` of activations; () without a mesh.
 
@@ -163,7 +252,10 @@ def sharded_by(spec: Iterable[Any], rank: int = 0) -> DimAxes:
     return (*named, *[()] * (rank - len(named)))
 
 
-def _without(sharding: NamedSharding, axes: tuple[str, ...]) -> NamedSharding:
-    """Returns a sharding in which `axes` shard nothing."""
-    kept = [tuple(axis for axis in named if axis not in axes) or None for named in sharded_by(sharding.spec)]
+def _without(sharding: NamedSharding, axes: tuple[str, ...], first: int = 0) -> NamedSharding:
+    """Returns a sharding in which `axes` shard no dimension from the `first` on."""
+    kept = [
+        tuple(axis for axis in named if dim < first or axis not in axes) or None
+        for dim, named in enumerate(sharded_by(sharding.spec))
+    ]
     return NamedSharding(sharding.mesh, PartitionSpec(*kept))

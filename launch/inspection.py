@@ -4,7 +4,8 @@
     meshway inspect data --gin_file=recipes/quickstart.gin
 
 The first prints every tensor, how it is sharded, its bytes a device, and which rule decided, and warns of what the
-layout wastes; with --compile also what the step sends over each mesh axis. The second prints
+layout wastes; with --compile also what the step sends over each mesh axis, and with --hlo instead the collectives and
+copies of compiled programs. The second prints
 examples as the model sees them, their lengths, density and mixture shares, and writes the same as a page.
 """
 
@@ -196,6 +197,8 @@ def layout(
     program: "TrainProgram",
     compile: bool = False,
     hardware: str | None = None,
+    hlo: bool = False,
+    programs: str | None = None,
     replicated_state: float = 0.1,
     replicated_activations: float = 0.5,
     resharding: float = 0.02,
@@ -206,14 +209,24 @@ def layout(
       program: what to look at.
       hardware: report whether a step fits an accelerator, as 'TPU v5p'; None for the devices there are.
       compile: compile the step too, and report what it sends over which mesh axes, beside the closed forms.
+      hlo: return instead what compiled programs do: their collectives, and the donated arrays that are copied.
+      programs: which, with `hlo`: some of "step,score,prefill,decode"; None for the step.
       replicated_state: the share of a device's state above which to warn that others along one mesh axis hold the
         same, although the axis could shard it.
       replicated_activations: the same of the activations that the model constrains.
       resharding: the share of all bytes sent above which to warn of what no rule asks for.
 
     Raises:
-      UserError: the model does not fit the layout.
+      UserError: the model does not fit the layout, or options exclude each other.
     """
+    if programs is not None and not hlo:
+        raise UserError("--programs says what --hlo reads: give --hlo too")
+    if hlo:
+        from meshway.launch.audited_programs import audits
+
+        if compile or hardware:
+            raise UserError("--hlo reads compiled programs alone: leave out --compile and --hardware")
+        return audits(program, "step" if programs is None else programs)
     from meshway.framework.partitioning.sharded_model import format_rows
     from meshway.framework.planning import waste
     from meshway.framework.planning.memory import step_memory

@@ -212,6 +212,10 @@ class InspectLayoutFlags:
         "inspection.layout.hardware", "report whether a step fits this chip (v5p, 'H100 NVL')", "CHIP"
     )
     compile: bool = binds("inspection.layout.compile", "compile the step, report what it sends over which axes")
+    hlo: bool = binds("inspection.layout.hlo", "print the collectives of compiled programs, and donated arrays copied")
+    programs: str | None = binds(
+        "inspection.layout.programs", "with --hlo: some of step,score,prefill,decode (default: step)", "NAMES"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from meshway.framework.axes import prefill
 from meshway.models.layers.cache import DecodingCache, take_copies
 from meshway.models.layers.masks import AttentionMetadata, Mask, make_attention_mask, row_metadata, row_positions
 from meshway.models.layers.side_outputs import capture, capture_intermediates
@@ -227,6 +228,7 @@ class EncoderDecoder(Objective):
         """Returns (target tokens, weights), [batch, length] each."""
         return token_targets(batch, "decoder")
 
+    @prefill()
     def prefill(
         self, params: dict[str, Any], batch: Batch, max_length: int
     ) -> tuple[jax.Array, jax.Array, DecodingCache]:
@@ -297,6 +299,7 @@ class DecoderOnly(Objective):
         """Returns (target tokens, weights), [batch, length] each."""
         return token_targets(batch, "decoder")
 
+    @prefill()
     def prefill(
         self, params: dict[str, Any], batch: Batch, max_length: int
     ) -> tuple[jax.Array, jax.Array, DecodingCache]:

@@ -123,6 +123,10 @@ class TokenSteps:
         """Returns the compiler's memory analysis of a step: `temp_size_in_bytes`, `alias_size_in_bytes` and others."""
         return self._step.memory_analysis()
 
+    def texts(self) -> dict[str, str]:
+        """Returns the optimised HLO of both programs, "prefill" and "decode"; the latter is given up `cache`."""
+        return {"prefill": self._prefill.as_text() or "", "decode": self._step.as_text() or ""}
+
     def _once(self, params: Params, at: DecodeState, cache: Cache) -> DecodeState:
         return self._sampling.step(self._model, params, self._stop, at._replace(cache=cache))
 

@@ -3,18 +3,21 @@
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from meshway.framework import axes as axes_lib
-from meshway.framework.axes import Names, sharded_by
+from meshway.framework.axes import Names, Product, sharded_by
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import ArraySpec
 from meshway.framework.partitioning.mesh import MeshShape
+from meshway.framework.partitioning.products import product_of
 from meshway.framework.partitioning.rules import Resolution, Rules, Target
+
+Placed = tuple[Names, tuple[int, ...]]  # logical axes and sizes of an array
 
 
 class Activations:
@@ -26,11 +29,24 @@ class Activations:
       names: the logical names that were asked for, of all questions.
     """
 
-    def __init__(self, mesh: Mesh, activation_rules: Rules, parameter_rules: Rules):
-        self.mesh = mesh
+    def __init__(
+        self,
+        mesh: Mesh,
+        activation_rules: Rules,
+        parameter_rules: Rules,
+        prefill_rules: Rules | None = None,
+        by_hand: bool = False,
+    ):
+        """`prefill_rules` are those of activations while prompts are read, None for the same; `by_hand`: see
+        `Layout`."""
+        self.mesh, self.by_hand = mesh, by_hand
         self.constrained: Counter[tuple[Names, tuple[int, ...], PartitionSpec]] = Counter()
         self.names: set[str] = set()
-        self._activation_rules, self._parameter_rules = activation_rules, parameter_rules
+        self._all_rules, self._parameter_rules = (activation_rules, prefill_rules or activation_rules), parameter_rules
+
+    @property
+    def _activation_rules(self) -> Rules:
+        return self._all_rules[axes_lib.in_prefill()]
 
     def sharding(self, names: Names, shape: tuple[int, ...]) -> NamedSharding:
         """Returns the sharding of an activation with logical axes `names`; UserError as `Rules.resolve`."""
@@ -47,6 +63,23 @@ class Activations:
         """
         self.names.add(name)
         return tuple(axis for axis in self._activation_rules.axes_of(name) if self.mesh.shape[axis] > 1)
+
+    def kernel_axes(self, name: str) -> tuple[str, ...]:
+        """Returns the mesh axes that shard logical axis `name` of parameters; UserError when no rule maps it."""
+        return self._parameter_rules.axes_of(name, "a parameter")
+
+    def product(self, x: Placed, kernel: Placed, output: Placed) -> Product:
+        """Returns how to multiply arrays of these (axes, sizes), by `products.product_of`."""
+        placed = [
+            rules.resolve(*each, what)
+            for rules, each, what in (
+                (self._activation_rules, x, "an activation"),
+                (self._parameter_rules, kernel, "a parameter"),
+                (self._activation_rules, output, "an activation"),
+            )
+        ]
+        self.names |= placed[0].fired | placed[2].fired
+        return product_of(self.mesh, *(sharded_by(each.spec, len(each.rules)) for each in placed))
 
     def lookup(
         self, names: Names, shape: tuple[int, ...], table_names: Names, table_shape: tuple[int, ...]
@@ -114,6 +147,8 @@ class Layout:
         activations: Sequence[tuple[str, Target]],
         optimizer: Sequence[tuple[str, Target]] | None = None,
         compiler_options: Mapping[str, Mapping[str, Any]] | None = None,
+        prefill: Sequence[tuple[str, Target]] | None = None,
+        products: Literal["compiler", "by_hand"] = "compiler",
     ):
         """Args:
         mesh: the named mesh.
@@ -121,7 +156,11 @@ class Layout:
         activations: how batches and activations are.
         optimizer: how the optimizer's state is; None for as parameters are (ZeRO-1 shards only this).
         compiler_options: XLA's options by platform ("tpu", "gpu", "cpu"), as to overlap communication and compute.
+        prefill: how activations are while prompts are read; None for as in all other passes.
+        products: who decides on the collectives around the products of attention and feed-forward layers: the
+          compiler, or the layers, which gather, scatter and exchange as Pope et al. 2022 do (`products.product_of`).
         """
+        self.prefill, self.products = prefill, products
         self.mesh, self.parameters, self.activations = mesh, parameters, activations
         self.optimizer = parameters if optimizer is None else optimizer
         self.compiler_options = compiler_options or {}
@@ -143,6 +182,10 @@ class Partitioner:
         if layout.optimizer is not layout.parameters:
             self.optimizer_rules = Rules(layout.optimizer, sizes, "Layout.optimizer")
         self.activation_rules = Rules(layout.activations, sizes, "Layout.activations", ("length", "kv_length"))
+        self.prefill_rules = self.activation_rules
+        if layout.prefill is not None:
+            self.prefill_rules = Rules(layout.prefill, sizes, "Layout.prefill", ("length", "kv_length"))
+        self._by_hand = layout.products == "by_hand"
         self._compiler_options = _options_of(layout.compiler_options, self.mesh.devices.flat[0].platform)
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
 
@@ -153,7 +196,7 @@ class Partitioner:
         Yields:
           a record of what is asked for inside, empty at first.
         """
-        asked = Activations(self.mesh, self.activation_rules, self.parameter_rules)
+        asked = Activations(self.mesh, self.activation_rules, self.parameter_rules, self.prefill_rules, self._by_hand)
         with jax.set_mesh(self.mesh), axes_lib.under(asked):
             yield asked
 

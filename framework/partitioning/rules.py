@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from jax.sharding import PartitionSpec
 
-from meshway.framework.axes import VOCABULARY, Names
+from meshway.framework.axes import FOLLOWS, VOCABULARY, Names
 from meshway.framework.errors import UserError, did_you_mean
 
 Target = str | Sequence[str] | None
@@ -41,7 +41,8 @@ class Rules:
     it for all other names of the axis vocabulary, and for no name outside it.
 
     Alternatives are written out too: `'model | data | None'` takes, for each array, the first whose axes are free and
-    divide the dimension. Axes are taken in the order of the table: with `heads` before `length`, `('length', 'model |
+    divide the dimension. The names of attention's own dimensions follow the rule of another where they have none
+    (`axes.FOLLOWS`). Axes are taken in the order of the table: with `heads` before `length`, `('length', 'model |
     None')` shards the length of the residual stream, and not that of queries, whose heads are sharded.
     """
 
@@ -139,6 +140,9 @@ class Rules:
     def _in_table_order(self, names: Names, what: str) -> list[int]:
         """Returns the dimensions whose rules come first, first; unknown names raise."""
         order = {name: rank for rank, name in enumerate(self._targets)}
+        order |= {
+            name: order[followed] for name, followed in FOLLOWS.items() if name not in order and followed in order
+        }
         for name in names:
             if name is not None:
                 self._targets_of(name, what)
@@ -160,6 +164,8 @@ class Rules:
         return math.prod(self._sizes[axis] for axis in axes)
 
     def _targets_of(self, name: str, what: str) -> tuple[Axes, ...]:
+        if name not in self._targets and FOLLOWS.get(name) in self._targets:
+            return self._targets[FOLLOWS[name]]
         if name not in self._targets and OTHERS in self._targets and name in VOCABULARY:
             return self._targets[OTHERS]
         if name not in self._targets:

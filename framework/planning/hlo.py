@@ -13,6 +13,7 @@ _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([\d,<=]*)\]")
 _OPCODE = re.compile(r"\s*([a-z][a-z0-9\-]*)\(")
 _NAME = re.compile(r"%([\w.\-]+)|\b([a-zA-Z_][\w.\-]*)\s*(?=,|$)")
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
+_ALIAS = re.compile(r"\((\d+), \{[^}]*\}, (?:may|must)-alias\)")
 _CALLED = re.compile(
     r"\b(calls|to_apply|body|condition|branch_computations|true_computation|false_computation|called_computations)="
     r"(\{[^}]*\}|%?[\w.\-]+)"
@@ -99,10 +100,17 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A program: computations by name, and the name of the one that runs."""
+    """A program.
+
+    Attributes:
+      computations: by name.
+      entry: the name of the one that runs.
+      aliased: the numbers of its arguments whose memory its results take.
+    """
 
     computations: Mapping[str, Computation]
     entry: str
+    aliased: frozenset[int] = frozenset()
 
 
 def parse(text: str) -> Module:
@@ -128,7 +136,12 @@ def parse(text: str) -> Module:
                 root = instruction.name if found.group(1) else root
     if not entry:
         raise UserError("the compiled program's text has no ENTRY computation: it is not HLO as XLA prints it")
-    return Module(computations, entry)
+    return Module(computations, entry, frozenset(int(number) for number in _ALIAS.findall(text.partition("\n\n")[0])))
+
+
+def entry_parameters(module: Module) -> list[Instruction]:
+    """Returns the arguments of a program, in order."""
+    return _parameters(module.computations[module.entry])
 
 
 def _instruction(name: str, rest: str, computation: str) -> Instruction | None:
@@ -181,7 +194,7 @@ def sources_of_operands(module: Module) -> dict[tuple[str, str], Sources]:
     """
     tracer = _SourceTracer(module)
     entry = module.computations[module.entry]
-    tracer.run(entry, [frozenset({_label(each)}) for each in _parameters(entry)])
+    tracer.run(entry, [frozenset({_label(each)}) for each in entry_parameters(module)])
     return tracer.found
 
 

@@ -167,7 +167,8 @@ def _names(invocation: "Invocation", listed: str) -> tuple[list[str], bool]:
     if given:
         return [given[-1].strip("'\"")], False
     shipped = GinFiles(invocation.search_paths).shipped_names("layouts")
-    return [name.removeprefix("layouts/") for name in shipped], True
+    names = [name.removeprefix("layouts/") for name in shipped]
+    return [name for name in names if not name.startswith("inference/")], True  # those train nothing
 
 
 def run(invocation: "Invocation") -> None:

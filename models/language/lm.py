@@ -128,7 +128,7 @@ class LanguageModel(nnx.Module):
             logits = self.token_embedding.logits(x, self.scale_tied_logits)
             logits = logits if self.logits is None else self.logits(logits)
         else:
-            logits = self.logits(x)
+            logits = self.logits(x, ("batch", "length"))
         logits = constrain(logits.astype(jnp.float32), ("batch", "length", "vocab"))
         if self.logits_soft_cap is not None:
             logits = self.logits_soft_cap * jnp.tanh(logits / self.logits_soft_cap)

@@ -100,7 +100,11 @@ class T5(nnx.Module):
     def score(self, x: jax.Array) -> jax.Array:
         """Hidden states [batch, length, d_model] -> logits, float32 [batch, length, vocab]."""
         x = constrain(x, ("batch", "length", "embed"), free_for="vocab")
-        logits = self.token_embedding.logits(x, self.scale_tied_logits) if self.logits is None else self.logits(x)
+        logits = (
+            self.token_embedding.logits(x, self.scale_tied_logits)
+            if self.logits is None
+            else self.logits(x, ("batch", "length"))
+        )
         return sow_intermediate("logits", constrain(logits.astype(jnp.float32), ("batch", "length", "vocab")))
 
     def empty_cache(self, encoded: jax.Array, length: int) -> Any:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from meshway.framework.axes import constrain
+from meshway.framework.axes import FOLLOWS, Names, constrain, mesh_axes
 from meshway.models.layers import cache as cache_lib
 from meshway.models.layers.cache import Cache, KeysValues
 from meshway.models.layers.kernels.auto import AutoAttention
@@ -16,8 +16,11 @@ from meshway.models.layers.kernels.reference import AttentionKernel, dot_product
 from meshway.models.layers.masks import AttentionMetadata, Mask, local_window, row_metadata, row_positions
 from meshway.models.layers.mlp import Linear, fan_in_init
 from meshway.models.layers.positions import PositionBias, with_alibi
+from meshway.models.layers.sharded_products import HeadExchange, PartialSums, head_exchange
 from meshway.models.module import param
 
+KEYS = ("batch", "kv_length", "kv_heads", "head_dim")
+ATTENTION = {followed: name for name, followed in FOLLOWS.items()}  # a projection's axis -> attention's
 PARTS = ("query", "key", "value", "out")
 
 
@@ -109,15 +112,16 @@ class Attention(nnx.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
 
     def keys_values(self, source: jax.Array, positions: jax.Array | None = None) -> KeysValues:
-        """Projects source [batch, kv_length, d_model] to keys and values [batch, kv_length, kv_heads, head_dim]."""
+        """Projects source [batch, kv_length, d_model] to keys and values [batch, kv_length, kv_heads, head_dim], where
+        attention has them, and their heads in its order."""
         source = constrain(source, ("batch", "length", "embed"), free_for="kv_heads")
-        key, value = checkpoint_name(self.key(source), "key_proj"), checkpoint_name(self.value(source), "value_proj")
+        key, value = (part.terms(source, ("batch", "length"), KEYS[:2]) for part in (self.key, self.value))
+        key, value = checkpoint_name(key, "key_proj"), checkpoint_name(value, "value_proj")
         if self.key_norm is not None:
             key = self.key_norm(key)
         if self.rotary is not None and positions is not None:
             key = self.rotary(key, positions)
-        names = ("batch", "kv_length", "kv_heads", "head_dim")
-        return constrain(key, names), constrain(value, names)
+        return self._for_attention(key, KEYS)[0], self._for_attention(value, KEYS)[0]
 
     def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Cache:
         """Returns an empty cache for the keys and values of `length` positions; `dtype` is that of activations."""
@@ -141,6 +145,39 @@ class Attention(nnx.Module):
         queries: Literal["length"] | None = "length",
         rng: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
+        """Attends from x [batch, length, d_model]; the arguments are those of `terms`.
+
+        Returns:
+          (output [batch, length, d_model], the updated cache or None).
+        """
+        y, cache = self.terms(
+            x,
+            attended=attended,
+            positions=positions,
+            bias=bias,
+            mask=mask,
+            cache=cache,
+            cache_index=cache_index,
+            queries=queries,
+            rng=rng,
+        )
+        assert not isinstance(y, PartialSums)
+        return y, cache
+
+    def terms(
+        self,
+        x: jax.Array,
+        *,
+        attended: KeysValues | None = None,
+        positions: jax.Array | None = None,
+        bias: PositionBias | None = None,
+        mask: Mask | None = None,
+        cache: Cache | None = None,
+        cache_index: jax.Array | None = None,
+        queries: Literal["length"] | None = "length",
+        rng: jax.Array | None = None,
+        sum_later: bool = False,
+    ) -> tuple[jax.Array | PartialSums, Cache | None]:
         """Attends from x [batch, length, d_model].
 
         Args:
@@ -152,6 +189,7 @@ class Attention(nnx.Module):
           queries: the logical axis of x's second dimension; None where no layout shards it, as where it holds the
             predictions of one example.
           rng: dropout key.
+          sum_later: return the output's terms on each device, where there are such (`Linear.terms`).
 
         Returns:
           (output [batch, length, d_model], the updated cache or None).
@@ -161,7 +199,7 @@ class Attention(nnx.Module):
             keys are of different rows.
         """
         x = constrain(x, ("batch", queries, "embed"), free_for="heads")
-        query = checkpoint_name(self.query(x), "query_proj")
+        query = checkpoint_name(self.query(x, ("batch", queries)), "query_proj")
         if self.query_norm is not None:
             query = self.query_norm(query)
         query = query * self.logit_scale
@@ -190,11 +228,35 @@ class Attention(nnx.Module):
                 "Attention.window, alibi and relative are for self-attention: in cross-attention keys have no position "
                 "in the queries' row; give cross-attention an Attention of its own, by a gin scope"
             )
-        query = constrain(query, ("batch", queries, "heads", "head_dim"))
+        names = ("batch", queries, "heads", "head_dim")
+        y = self._attend(query, attended, names, bias, mask, rng, has_terms=bool(terms))
+        out = self.out.terms(checkpoint_name(y, "attention_out"), ("batch", queries), sum_later=sum_later)
+        if isinstance(out, PartialSums):
+            return out, cache
+        return checkpoint_name(constrain(out, ("batch", queries, "embed")), "out_proj"), cache
+
+    def _attend(
+        self,
+        query: jax.Array,
+        attended: KeysValues,
+        names: Names,
+        bias: PositionBias | None,
+        mask: Mask | None,
+        rng: jax.Array | None,
+        has_terms: bool,
+    ) -> jax.Array:
+        """Returns what scaled queries [batch, length, heads, head_dim] attend to, of their shape and, as they are, with
+        axes `names`; `has_terms`: the bias has terms that only the reference kernel takes."""
+        query, exchange = self._for_attention(query, names)
+        if exchange is not None and exchange.order is not None:
+            self._check_reordered(exchange, attended[0].shape, has_terms)
+            bias = bias and _in_order(bias, exchange)
         # The mask of a cache and the scores of terms are dense arrays only.
-        blocks = (mask is None or mask.queries is not None) and not terms
+        blocks = (mask is None or mask.queries is not None) and not has_terms
         attend = self.kernel if blocks else dot_product_attention
         sinks = None if self.sinks is None else jnp.asarray(self.sinks[...])
+        if sinks is not None and exchange is not None:
+            sinks = exchange.reordered(sinks, 0)
         y = attend(
             query,
             *attended,
@@ -205,14 +267,46 @@ class Attention(nnx.Module):
             dropout_rate=self.dropout_rate,
             rng=rng,
         )
-        y = checkpoint_name(constrain(y, ("batch", queries, "heads", "head_dim")), "attention_out")
-        return checkpoint_name(constrain(self.out(y), ("batch", queries, "embed")), "out_proj"), cache
+        return constrain(y, names) if exchange is None else exchange.back(y)
+
+    def _for_attention(self, x: jax.Array, names: Names) -> tuple[jax.Array, HeadExchange | None]:
+        """Returns a projection [batch, length, heads, head_dim] where attention is to have it, and how it came there if
+        devices exchanged heads for examples."""
+        x = constrain(x, names)
+        after = tuple(ATTENTION.get(name or "", name) for name in names)
+        exchange = head_exchange(names, after, x.shape)
+        if exchange is not None:
+            return exchange.there(x), exchange
+        elsewhere = any(mesh_axes(name) != mesh_axes(followed) for followed, name in ATTENTION.items())
+        return (constrain(x, after) if elsewhere else x), None
+
+    def _check_reordered(self, exchange: HeadExchange, shape: tuple[int, ...], has_terms: bool) -> None:
+        """Raises ValueError where attention cannot have its heads in another order than the projections."""
+        if has_terms:
+            raise ValueError(
+                "Attention: ReRoPE's and Transformer-XL's terms know heads in their own order, and the layout gives "
+                "attention another; shard attention's batch over all axes that shard heads, or its heads"
+            )
+        after = tuple(ATTENTION.get(name or "", name) for name in KEYS)
+        keys = None if self.num_kv_heads == 1 else head_exchange(KEYS, after, shape)
+        if self.num_kv_heads > 1 and (keys is None or keys.order != exchange.order):
+            raise ValueError(
+                "Attention: the layout gives a device heads that are not adjacent, and "
+                f"num_kv_heads={self.num_kv_heads} cannot follow: it must be 1 or divisible as the query heads are; or "
+                "shard attention's batch over all axes that shard heads (layouts/inference/2d_batch_xyz)"
+            )
 
     def _cache_dtype(self, computed: jnp.dtype) -> str | jnp.dtype:
         return computed if self.cache_dtype is None else self.cache_dtype
 
     def _terms(self) -> list[ScoreTerm]:
         return [term for term in (self.rotary, self.relative) if isinstance(term, ScoreTerm)]
+
+
+def _in_order(bias: PositionBias, exchange: HeadExchange) -> PositionBias:
+    """Returns a bias whose heads are in the order of attention's, dense only."""
+    dense = exchange.reordered(bias.dense, 1)
+    return PositionBias(dense, None, bias.query_positions, bias.kv_positions, None)
 
 
 def _added(bias: PositionBias | None, scores: jax.Array, positions: jax.Array, kv_positions: jax.Array) -> PositionBias:

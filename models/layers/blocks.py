@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from meshway.framework.axes import constrain
 from meshway.models.layers.attention import Attention
 from meshway.models.layers.cache import read
 from meshway.models.layers.masks import Mask, row_positions
 from meshway.models.layers.mlp import Mlp
 from meshway.models.layers.norm import RMSNorm, dropout, split_key
 from meshway.models.layers.positions import BiasFactory, PositionBias, RelativePositionBias
+from meshway.models.layers.sharded_products import PartialSums, sum_of
 from meshway.models.layers.side_outputs import with_padding_mask
 
 
@@ -61,7 +63,7 @@ class SelfAttentionBlock(nnx.Module):
         self.position_bias = (
             None if position_bias is None else position_bias(bidirectional=bidirectional_bias, rngs=rngs)
         )
-        self.norms, self.dropout_rate = norms, dropout_rate
+        self.norms, self.parallel, self.dropout_rate = norms, parallel, dropout_rate
 
     def __call__(
         self,
@@ -79,8 +81,12 @@ class SelfAttentionBlock(nnx.Module):
         post = self.norms == "post"
         normed = x if post else self.attention_norm(x)
         bias = _with_own(self.position_bias, bias, x.shape[1], mask, None if cache is None else cache_index)
-        y, cache = self.attention(
+        together = self._sums_together(rng)
+        if together:
+            normed = constrain(normed, ("batch", "length", "embed"), free_for="mlp")
+        y, cache = (self.attention.terms if together else self.attention)(
             normed,
+            **({"sum_later": True} if together else {}),
             positions=positions,
             bias=bias,
             mask=mask,
@@ -88,6 +94,8 @@ class SelfAttentionBlock(nnx.Module):
             cache_index=cache_index,
             rng=keys[0],
         )
+        if isinstance(y, PartialSums):
+            return x + sum_of(y, self.mlp.terms(normed, sum_later=True)), cache
         if self.attention_post_norm is not None:
             y = self.attention_post_norm(y)
         x = x + dropout(y, self.dropout_rate, keys[1])
@@ -101,6 +109,14 @@ class SelfAttentionBlock(nnx.Module):
             y = self.mlp_post_norm(y)
         x = x + dropout(y, self.dropout_rate, keys[3])
         return (self.mlp_norm(x) if post else x), cache
+
+    def _sums_together(self, rng: jax.Array | None) -> bool:
+        """Whether the outputs of both layers are added before devices exchange their terms (Pope et al. 2022, section
+        3.4): a parallel block of the shared layers, without dropout or biases between."""
+        attention, mlp = self.attention, self.mlp
+        if not self.parallel or rng is not None or type(attention) is not Attention or type(mlp) is not Mlp:
+            return False
+        return attention.out.bias is None and mlp.wo.bias is None
 
     def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Any:
         """Returns an empty self-attention cache for `length` positions."""

@@ -127,6 +127,6 @@ def _constrained(stored: Stored) -> Stored:
         sizes = jax.sharding.get_abstract_mesh().shape
         parts = math.prod(sizes[axis] for axis in mesh_axes("kv_length"))
         length = None if x.shape[2] % parts else "kv_length"
-        return constrain(x, ("batch", "kv_heads", length, "head_dim")[: x.ndim])
+        return constrain(x, ("attention_batch", "attention_kv_heads", length, "head_dim")[: x.ndim])
 
     return jax.tree.map(one, stored)

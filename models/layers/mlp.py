@@ -3,15 +3,16 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from meshway.framework.axes import constrain
+from meshway.framework.axes import TOKENS, Names, constrain
 from meshway.models.layers.norm import dropout
+from meshway.models.layers.sharded_products import PartialSums, multiply
 from meshway.models.module import param, value_of
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -92,10 +93,30 @@ class Linear(nnx.Module):
         axes = (*inputs, *outputs)
         self.kernel = param(init(len(inputs))(rngs.params(), shape, jnp.float32), axes, summed=tuple(inputs))
         self.bias = param(jnp.zeros(tuple(outputs.values())), tuple(outputs)) if use_bias else None
-        self.num_inputs = len(inputs)
+        self.num_inputs, self.axes = len(inputs), axes
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = project(x, value_of(self.kernel, x.dtype), self.num_inputs)
+    def __call__(self, x: jax.Array, tokens: Names | None = None) -> jax.Array:
+        """x [..., inputs] -> [..., outputs]; `tokens` are the logical axes of the dimensions that stay, None where the
+        compiler is to decide what devices send."""
+        y = self.terms(x, tokens)
+        return y.total() if isinstance(y, PartialSums) else y
+
+    def terms(
+        self, x: jax.Array, tokens: Names | None, output_tokens: Names | None = None, sum_later: bool = False
+    ) -> jax.Array | PartialSums:
+        """As a call, or with `sum_later` its terms on each device, where there are such and no bias.
+
+        Args:
+          output_tokens: the logical axes of the dimensions that stay, as the product has them, if they are others.
+        """
+        kernel = value_of(self.kernel, x.dtype)
+        if tokens is None:
+            y: Any = project(x, kernel, self.num_inputs)
+        else:
+            inputs, outputs = self.axes[: self.num_inputs], self.axes[self.num_inputs :]
+            names = (*tokens, *inputs), self.axes, (*(output_tokens or tokens), *outputs)
+            contract = functools.partial(project, num_inputs=self.num_inputs)
+            y = multiply(x, kernel, contract, names, sum_later and self.bias is None)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -128,10 +149,18 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array, *, rng: jax.Array | None = None) -> jax.Array:
         """x [batch, length, d_model] -> the same shape."""
+        y = self.terms(x, rng=rng)
+        assert not isinstance(y, PartialSums)
+        return y
+
+    def terms(self, x: jax.Array, *, rng: jax.Array | None = None, sum_later: bool = False) -> jax.Array | PartialSums:
+        """As a call, or with `sum_later` the terms on each device, where there are such (`Linear.terms`)."""
         x = constrain(x, ("batch", "length", "embed"), free_for="mlp")
         hidden = jnp.ones((), x.dtype)
         for i, name in enumerate(self.activations):
-            hidden = hidden * ACTIVATIONS[name](checkpoint_name(getattr(self, f"wi_{i}")(x), "mlp_wi"))
+            hidden = hidden * ACTIVATIONS[name](checkpoint_name(getattr(self, f"wi_{i}")(x, TOKENS), "mlp_wi"))
         hidden = constrain(hidden, ("batch", "length", "mlp"))
-        y = constrain(self.wo(dropout(hidden, self.dropout_rate, rng)), ("batch", "length", "embed"))
-        return checkpoint_name(y, "mlp_wo")
+        y = self.wo.terms(dropout(hidden, self.dropout_rate, rng), TOKENS, sum_later=sum_later)
+        if isinstance(y, PartialSums):
+            return y
+        return checkpoint_name(constrain(y, ("batch", "length", "embed")), "mlp_wo")

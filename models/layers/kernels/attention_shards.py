@@ -16,9 +16,9 @@ from meshway.models.layers.kernels.scores import ByHead, Keys, Queries, Terms
 from meshway.models.layers.masks import Mask
 from meshway.models.layers.positions import PositionBias
 
-QUERY = ("batch", "length", "heads", "head_dim")
+QUERY = ("attention_batch", "length", "attention_heads", "head_dim")
 # Keys are sharded by the rule of the query heads, so that each device has the keys of its own queries.
-KEY = ("batch", "kv_length", "heads", "head_dim")
+KEY = ("attention_batch", "kv_length", "attention_heads", "head_dim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ def attention_sharding(query: jax.Array, key: jax.Array) -> AttentionSharding | 
     if found is None:
         return None
     # Key heads may still be repeated; how the length is sharded does not depend on their number.
-    key_spec = placement(("batch", "kv_length"), key.shape[:2])
+    key_spec = placement(("attention_batch", "kv_length"), key.shape[:2])
     assert key_spec is not None
     mesh = found.mesh
     assert isinstance(mesh, Mesh)
@@ -259,12 +259,12 @@ def _specs(given: Operands, by_head: tuple[str, ...]) -> Any:
     """Returns the tree of (queries, keys, by_head) with a PartitionSpec for each array."""
 
     def spec(names: tuple[str, ...], x: jax.Array) -> PartitionSpec:
-        found = placement(tuple(None if n == "batch" and x.shape[0] == 1 else n for n in names), x.shape)
+        found = placement(tuple(None if n == QUERY[0] and x.shape[0] == 1 else n for n in names), x.shape)
         assert found is not None
         return found.spec
 
     def row_spec(length: str, tree: Any) -> Any:
-        return jax.tree.map(lambda x: spec(("batch", length), x), tree)
+        return jax.tree.map(lambda x: spec((QUERY[0], length), x), tree)
 
     queries, keys = given.queries, given.keys
     return (

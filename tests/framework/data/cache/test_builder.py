@@ -127,6 +127,7 @@ def test_building_again_changes_nothing(cache, reference):
     assert before == {path: path.stat().st_mtime_ns for path in cache.rglob("*.array_record")}
 
 
+@pytest.mark.slow
 def test_workers_write_the_same_bytes_as_one_process(reference, tmp_path):
     build(tmp_path, num_workers=3)
     assert files(tmp_path / "kept_plain") == files(reference)

@@ -290,7 +290,7 @@ SOME = [("out.parquet", None, 120, 15), ("folder", "parquet", 120, 15)]
 MANY = [(name, format, 300, 60) for name, format in OUTPUTS if name != "out.txt"]
 
 
-@pytest.mark.parametrize("name, format, num_chunks, kills", tiers([*FEW, *SOME, *MANY], quick=FEW[:1], slow=FEW[1:]))
+@pytest.mark.parametrize("name, format, num_chunks, kills", tiers([*FEW, *SOME, *MANY], slow=FEW))
 def test_kill_9_at_random_moments_changes_nothing(tmp_path, name, format, num_chunks, kills):
     for folder, times in (("whole", 0), ("killed", kills)):
         (tmp_path / folder).mkdir()

@@ -1,0 +1,258 @@
+"""Layouts of inference send what the closed forms say, and compute and remember what one device does."""
+
+import functools
+import math
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from tiers import tiers
+
+from meshway.framework.errors import UserError
+from meshway.framework.planning.audit import audit
+from meshway.framework.planning.cost import (
+    BATCH_OVER,
+    GATHERED_OVER,
+    Arrangement,
+    Transformer,
+    cache_bytes,
+    products,
+    volume,
+)
+from meshway.framework.planning.topology import Ring
+from meshway.models.layers.attention import Attention
+from meshway.models.layers.blocks import SelfAttentionBlock
+from meshway.models.layers.mlp import Mlp
+from meshway.models.module import Network
+
+SIZES = {8: (2, 2, 2), 16: (2, 4, 2), 64: (4, 4, 4)}
+FEED_FORWARD = {
+    "1d": "1D",
+    "2d": "2D",
+    "weight_gathered_x": "WG-X",
+    "weight_gathered_xy": "WG-XY",
+    "weight_gathered_xyz": "WG-XYZ",
+}
+STREAM = {"1D": "xyz", "2D": "xyz", "WG-X": "yz", "WG-XY": "z", "WG-XYZ": ""}  # the axes that shard it along d_model
+ATTENTION = ("heads", "batch_z", "batch_yz", "batch_xyz")
+LAYOUTS = [(name, over) for name in ("1d", "2d") for over in ATTENTION]
+LAYOUTS += [(name, "heads") for name in FEED_FORWARD if name.startswith("weight")]
+LAYOUTS += [("weight_gathered_xyz", "batch_xyz")]
+LENGTH, HEAD_DIM = 4, 4
+
+
+class Sizes:
+    """A layer on a mesh: as many heads and examples as devices."""
+
+    def __init__(self, layout: str, attention: str):
+        self.devices = jax.device_count()
+        self.d_model, self.d_ff, self.heads = 2 * self.devices, 8 * self.devices, self.devices
+        self.feed_forward, self.attention = FEED_FORWARD[layout], attention.replace("_", "-")
+        sizes = SIZES[self.devices]
+        self.mesh = Arrangement(*((Ring(size, 1.0),) for size in sizes))
+        self.name = f"inference/{layout}" + ("" if attention == "heads" else f"_{attention}")
+        shape = f"mesh.MeshShape.ici={dict(zip('xyz', sizes, strict=True))}"
+        self.partitioner = tiny.program(
+            "lm", f"NUM_HEADS={self.heads}", f"BATCH_SIZE={self.devices}", shape, layout=self.name
+        ).partitioner
+        self.over = GATHERED_OVER.get(self.feed_forward, "")
+        self.tokens = self.devices * LENGTH
+
+    def sent(self, factory, call=lambda layer, x: layer(x)) -> float:
+        """Elements that a device sends in a compiled layer of x [devices, length, d_model]."""
+        network, shape = Network(factory), (self.devices, LENGTH, self.d_model)
+        params = jax.eval_shape(network.init, jax.random.key(0))
+        placed = self.partitioner.sharding(("batch", "length", "embed"), shape)
+        compiled = self.partitioner.compile(
+            lambda params, x: call(network.bind(params), x),
+            params,
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+            in_shardings=(self.partitioner.state_shardings(network.axes(), params), placed),
+            out_shardings=placed,
+        )
+        found = audit(compiled.as_text(), self.partitioner.mesh.shape).collectives
+        return sum(each.sent for each in found) / 4
+
+    def share(self, axes: str) -> float:
+        """(K-1)/K of the chips along these axes."""
+        return 1 - 1 / self.mesh.size(axes)
+
+    def products(self, width_in: float, width_out: float) -> float:
+        """Of ESTI's products, `cost.products`."""
+        return volume(products(self.feed_forward, self.tokens, self.d_model, width_in, width_out, self.mesh), self.mesh)
+
+    def exchanges(self, width: float) -> float:
+        """Of the all-to-alls between the shards of projections and of attention, there or back."""
+        other = BATCH_OVER[self.attention]
+        changed = "".join(axis for axis in "xyz" if (axis in self.over) != (axis in other))
+        return self.tokens * width / self.devices * self.share(changed)
+
+    def norms(self, count: int) -> float:
+        """Of the sums of squares of a residual stream that is sharded along d_model, and scales gathered over x."""
+        rows = self.tokens / self.mesh.size(self.over)
+        scales = self.d_model * self.share("x") if self.over else 0
+        return count * (2 * self.share(STREAM[self.feed_forward]) * rows + scales)
+
+
+def check_feed_forward(layout: str) -> None:
+    at = Sizes(layout, "heads")
+    for activations in (("gelu",), ("gelu", "linear")):
+        layer = functools.partial(Mlp, at.d_model, at.d_ff, activations=activations)
+        assert at.sent(layer) == at.products(len(activations) * at.d_ff, at.d_ff), (layout, activations)
+
+
+def check_attention(layout: str, attention: str) -> None:
+    at = Sizes(layout, attention)
+    width = at.heads * HEAD_DIM
+    layer = functools.partial(Attention, at.d_model, at.heads, HEAD_DIM)
+    call = lambda layer, x: layer(x)[0]  # noqa: E731
+    whole = at.products(3 * width, width) + 4 * at.exchanges(width)
+    assert at.sent(layer, call) == whole, (at.name, "multi-head")
+    # One head of keys: on every chip, summed over x or gathered along it; its examples gathered for heads.
+    expected = at.products(width, width) + 2 * at.exchanges(width)
+    if at.feed_forward == "2D":
+        expected += 2 * 2 * at.tokens * HEAD_DIM * at.share("x")
+    elif at.over:
+        expected += 2 * at.d_model * HEAD_DIM * at.share("x")
+        expected += 2 * at.tokens * HEAD_DIM * at.share(at.over) if attention == "heads" else 0
+    assert at.sent(functools.partial(layer, num_kv_heads=1), call) == expected, (at.name, "multi-query")
+
+
+def check_blocks(layout: str, attention: str) -> None:
+    at = Sizes(layout, attention)
+    width = at.heads * HEAD_DIM
+    exchanged = 4 * at.exchanges(width)
+    block = functools.partial(
+        SelfAttentionBlock,
+        at.d_model,
+        functools.partial(Attention, num_heads=at.heads, head_dim=HEAD_DIM),
+        functools.partial(Mlp, d_ff=at.d_ff),
+    )
+    call = lambda layer, x: layer(x)[0]  # noqa: E731
+    serial = at.products(2 * at.d_ff, at.d_ff) + at.products(3 * width, width) + exchanged + at.norms(2)
+    assert at.sent(block, call) == serial, (at.name, "serial")
+    parallel = at.products(2 * at.d_ff + 3 * width, at.d_ff + width) + exchanged + at.norms(1)
+    assert at.sent(functools.partial(block, parallel=True), call) == parallel, (at.name, "parallel")
+
+
+@pytest.mark.parametrize("layout", tiers(list(FEED_FORWARD), ["2d"], list(FEED_FORWARD)))
+def test_feed_forward_layers_send_what_the_formula_says(layout):
+    check_feed_forward(layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout, attention", LAYOUTS)
+def test_attention_and_blocks_send_what_the_formula_says(layout, attention):
+    check_attention(layout, attention)
+    check_blocks(layout, attention)
+
+
+@pytest.mark.proofs
+@pytest.mark.parametrize("devices", [16, 64])
+def test_more_devices_send_what_the_formula_says(devices):
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    subprocess.run([sys.executable, __file__], env=environment, check=True)
+
+
+FAMILIES = {
+    "multi-head": ("lm",),
+    "grouped": ("lm", "NUM_KV_HEADS=4"),
+    "multi-query": ("lm", "NUM_KV_HEADS=1"),
+    "parallel": ("palm",),
+    "encoder-decoder": ("t5_1_1",),
+}
+ALL = [f"inference/{name}" + ("" if over == "heads" else f"_{over}") for name, over in LAYOUTS]
+ALL += [f"inference/2d_after_weight_gathered_{axes}" for axes in ("x", "xy", "xyz")]
+ALL += ["inference/2d_batch_xyz_after_weight_gathered_xyz"]
+# Keys of 4 heads on 8 devices cannot follow queries whose heads are reordered.
+CASES = [
+    (family, layout)
+    for family in FAMILIES
+    for layout in ALL
+    if family != "grouped" or not layout.endswith(("batch_z", "batch_yz"))
+]
+QUICK = [("multi-query", "inference/2d_batch_xyz_after_weight_gathered_xyz")]
+SLOW = [
+    ("multi-head", "inference/2d_batch_z"),
+    ("multi-head", "inference/1d_batch_yz"),
+    ("grouped", "inference/2d_after_weight_gathered_x"),
+    ("grouped", "inference/weight_gathered_xy"),
+    ("multi-query", "inference/2d_batch_yz"),
+    ("parallel", "inference/2d"),
+    ("parallel", "inference/1d"),
+    ("encoder-decoder", "inference/2d_batch_yz"),
+    ("encoder-decoder", "inference/2d_batch_xyz_after_weight_gathered_xyz"),
+]
+
+
+def made(family: str, layout: str):
+    name, *bindings = FAMILIES[family]
+    return tiny.program(name, "NUM_HEADS=8", *bindings, layout=layout)
+
+
+def decoded(program, params, steps: int):
+    """Returns logits of `steps` given tokens after a prompt, scores of the prompt, and the cache."""
+    model, fed = program.model, np.random.default_rng(0).integers(2, 200, (steps, program.batch_size, 1), np.int32)
+    params = jax.device_put(params, program.sharded.param_shardings)
+    batch = program.shard_batch(program.synthetic_batch())
+    logits = []
+    with program.partitioner.activate():
+        _, positions, cache = jax.jit(model.prefill, static_argnums=2)(params, batch, steps)
+        positions, step = np.asarray(positions), jax.jit(model.decode, donate_argnums=3)
+        for index, tokens in enumerate(fed):
+            found, cache = step(params, tokens, positions + index, cache)
+            logits.append(np.asarray(found))
+        scores = jax.jit(model.score)(params, batch)
+    return np.stack(logits), np.asarray(scores), cache
+
+
+@functools.cache
+def reference(family: str, steps: int):
+    program = made(family, "single")
+    params = jax.device_get(program.init().params)
+    return params, *decoded(program, params, steps)[:2]
+
+
+@pytest.mark.parametrize("family, layout", tiers(CASES, QUICK, SLOW))
+def test_logits_and_cache_are_those_of_one_device(family, layout, request):
+    steps = 32 if request.node.get_closest_marker("proofs") else 4
+    params, expected, scores = reference(family, steps)
+    program = made(family, layout)
+    logits, found, cache = decoded(program, params, steps)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(found, scores, rtol=1e-5, atol=1e-5)
+    check_cache(program, layout, cache)
+
+
+def check_cache(program, layout: str, cache) -> None:
+    """What each device holds of keys and values is what the plan counts."""
+    device = jax.devices()[0]
+    over = next((each for each in ATTENTION[:0:-1] if each in layout), "heads").replace("_", "-")
+    mesh = Arrangement(*((Ring(size, 1.0),) for size in (2, 2, 2)))
+    expected = held = 0
+    for leaf in jax.tree.leaves(cache.layers):
+        layers, batch, context, kv_heads, head_dim = leaf.shape
+        sizes = Transformer(layers, 1, 1, 8, kv_heads, head_dim, 1)
+        expected += layers * cache_bytes(sizes, batch, context, over, mesh, 4) / 2  # leaf by leaf: keys or values
+        held += sum(shard.data.nbytes for shard in leaf.addressable_shards if shard.device == device)
+    assert held == expected
+
+
+def test_grouped_keys_that_cannot_follow_reordered_heads_are_refused():
+    program = made("grouped", "inference/2d_batch_z")
+    with pytest.raises(UserError, match="num_kv_heads=4 cannot follow.*2d_batch_xyz"):
+        program.trace_loss()
+
+
+if __name__ == "__main__":
+    assert math.prod(SIZES[jax.device_count()]) == jax.device_count()
+    for layout in FEED_FORWARD:
+        check_feed_forward(layout)
+    for layout, attention in LAYOUTS:
+        check_attention(layout, attention)
+        check_blocks(layout, attention)
