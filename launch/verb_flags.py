@@ -175,8 +175,18 @@ class StatusFlags:
 
 @dataclasses.dataclass(frozen=True)
 class PlanFlags:
-    topology: str = binds("plan.plan.topology", "the chips: v5p:4x4x8, v5e:8x16, h100:8", "CHIP:SIDES", required=True)
-    phase: Literal["prefill", "decode"] | None = binds("plan.plan.phase", "prefill or decode (default: both)", "PHASE")
+    topology: str = binds(
+        "plan.plan.topology", "the chips: v5p:4x4x8, v4:4x4x4x2slices, h100:8", "CHIP:SIDES", required=True
+    )
+    phase: Literal["train", "prefill", "decode"] | None = binds(
+        "plan.plan.phase",
+        "train, prefill or decode (default: train of a recipe with an optimizer, else the other two)",
+        "PHASE",
+    )
+    fit: bool = flag(
+        "of training: search mesh, layout, remat and microbatches for the fastest way that fits", default=False
+    )
+    analytic: bool = flag("of training: closed forms alone, in seconds; compile nothing", default=False)
     batch: int | None = binds("plan.plan.batch", "sequences (default: 1)", "N")
     context: int | None = binds(
         "plan.plan.context", "tokens of a prompt, and those that a step of decoding reads (default: 2048)", "N"
