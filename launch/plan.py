@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from meshway.framework.errors import UserError
+from meshway.framework.files import io_errors, local_path
 from meshway.framework.interfaces import Model
 from meshway.framework.planning import aot, devices
 from meshway.framework.planning.cost import Transformer
@@ -21,7 +22,7 @@ from meshway.framework.planning.dimensions import transformer_of
 from meshway.framework.planning.layouts import Estimate, Pass, Phase, estimates, together
 from meshway.framework.planning.topology import Topology, topology
 from meshway.framework.terminal import count_of, format_bytes, format_columns
-from meshway.launch import plan_variants, train_plan
+from meshway.launch import plan_page, plan_variants, train_plan
 from meshway.launch.train_plan import format_seconds
 
 if TYPE_CHECKING:
@@ -255,14 +256,25 @@ def _entry(each: Estimate) -> dict[str, Any]:
     return {"mesh": each.mesh.sizes} | {name: getattr(each, name) for name in (*names, *sizes)}
 
 
-def training(program: Callable[..., "TrainProgram"], layout: "Layout", attention: Callable[..., Any]) -> None:
-    """What a recipe binds for a plan of its training (`launch/train_plan.py`).
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What a recipe, and the command, bind for a plan of training.
 
-    Args:
+    Attributes:
       program: makes the program of its step on the devices that it is given.
       layout: of it.
       attention: the kernel by which the model's FLOPs are counted.
+      analytic: whether nothing is compiled.
+      fit: whether to search for the fastest way to train that fits.
+      html: the page to write, None for none.
     """
+
+    program: Callable[..., "TrainProgram"]
+    layout: "Layout"
+    attention: Callable[..., Any]
+    analytic: bool = False
+    fit: bool = False
+    html: str | None = None
 
 
 def run(invocation: "Invocation") -> None:
@@ -276,6 +288,10 @@ def run(invocation: "Invocation") -> None:
     if options.phase == "train" or (options.phase is None and trains(invocation)):
         _plan_training(invocation)
         return
+    if wrong := [f"--{name}" for name in ("analytic", "fit", "html") if getattr(options, name)]:
+        raise UserError(
+            f"{' and '.join(wrong)} of a plan of training; give a recipe with an optimizer, or --phase=train"
+        )
     invocation = dataclasses.replace(invocation, subject="plan")
     found = plan(**config.load(invocation, import_unreferenced=False).build("plan.plan"))
     print(json.dumps(as_json(found), indent=2) if options.json else format_plan(found))
@@ -287,24 +303,28 @@ def _plan_training(invocation: "Invocation") -> None:
     Raises:
       UserError: a flag or the recipe is wrong, libtpu is missing, or the step does not fit: what would.
     """
-    options, refusal = invocation.options, ""
     planner = train_plan.planner_of(invocation)
-    if not options.analytic:
+    asked, refusal = Training(**planner.recipe().build(train_plan.ROOT)), ""
+    if not asked.analytic:
         devices.compiled_for(planner.where)  # what is missing is said before seconds are spent
     traced = found = planner.traced()
-    if not options.analytic and not options.fit:
+    if not asked.analytic and not asked.fit:
         try:
             found = planner.compiled()
         except aot.TooLarge as error:
             refusal = str(error)
     options_found = plan_variants.knobs(planner, traced)
-    fit = plan_variants.fit(planner, traced, compiles=not options.analytic) if options.fit else None
-    if options.json:
+    fit = plan_variants.fit(planner, traced, compiles=not asked.analytic) if asked.fit else None
+    if invocation.options.json:
         print(json.dumps(train_plan.as_json(found) | plan_variants.as_json(options_found, fit), indent=2))
     else:
-        tables = [train_plan.format_plan(found), "\n".join(plan_variants.format_knobs(options_found))]
-        tables += ["\n".join(plan_variants.format_fit(fit))] if fit else []
-        print("\n\n".join(tables))
+        parts = [train_plan.format_plan(found), "\n".join(plan_variants.knob_table(options_found).lines)]
+        parts += ["\n".join([*plan_variants.fit_table(fit).lines, "", *plan_variants.fit_lines(fit)])] if fit else []
+        print("\n\n".join(parts))
+    if asked.html:
+        path = local_path(asked.html)
+        with io_errors(path):
+            path.write_text(plan_page.page(found, options_found, fit), encoding="utf-8")
     if not fit and (refusal or not found.fits):
         remedies = [each.words for each in options_found if each.fits]
         fits = (

@@ -10,8 +10,8 @@ from meshway.framework.errors import UserError, first_line
 from meshway.framework.planning.comparison import setting_of
 from meshway.framework.planning.search import Candidate, Rough, Traced, candidates
 from meshway.framework.planning.train_plan import TrainPlan
-from meshway.framework.terminal import format_bytes, format_columns
-from meshway.launch.train_plan import Planner, format_seconds
+from meshway.framework.terminal import format_bytes
+from meshway.launch.train_plan import ROOT, Planner, Table, format_seconds
 
 _LAYOUTS = ("zero_1", "fsdp", "fsdp_model", "model_2d")
 _ACROSS = ("replica_fsdp", "replica_fsdp_model")  # of several slices
@@ -77,7 +77,7 @@ def _options(recipe: Any, plan: TrainPlan) -> Iterator[tuple[str, ...]]:
     yield ("losses.CrossEntropy.num_chunks=8",)
 
 
-def format_knobs(found: Sequence[Knob]) -> list[str]:
+def knob_table(found: Sequence[Knob]) -> Table:
     """Returns the options as a table."""
     cells = [("an option by itself", "saves of a device", "adds to a step", "")]
     for each in found:
@@ -87,7 +87,7 @@ def format_knobs(found: Sequence[Knob]) -> list[str]:
         sign = "-" if each.saves < 0 else ""
         added = f"{'-' if each.seconds < 0 else ''}{format_seconds(abs(each.seconds))}"
         cells.append((each.words, sign + format_bytes(abs(each.saves)), added, "" if each.fits else "does not fit"))
-    return format_columns(cells, right=(1, 2))
+    return Table("", cells, (1, 2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,18 +151,23 @@ def _tried(
     """
     kept: list[tuple[Candidate, TrainPlan]] = []
     lost: dict[str, str] = {}
-    scale: dict[str, float] = {}  # of a policy: what tracing says beside the rough estimate
+    scale: dict[tuple[str, str], float] = {}  # of a layout and policy: what tracing says beside the rough estimate
     attempts = 0
     for each in sorted((each for each in rough if not each.why_not), key=lambda each: each.seconds):
-        name, remat, bindings = _group(each.candidate), each.candidate.remat, bindings_of(each.candidate)
-        if any(_group(found) == name for found, _ in kept) or each.bytes * scale.get(remat, 1.0) > capacity:
+        name, bindings = _group(each.candidate), bindings_of(each.candidate)
+        if any(_group(found) == name for found, _ in kept):
+            continue
+        kind = (each.candidate.layout, each.candidate.remat)
+        likely = each.bytes * scale.get(kind, 1.0)
+        if likely > capacity:
+            lost.setdefault(name, f"{each.candidate.words}: likely {format_bytes(likely)}, by what was traced")
             continue
         if len(kept) == _CONFIRMED or attempts == _ATTEMPTS or (kept and time.monotonic() > deadline):
             break
         attempts += 1
         try:
             found = planner.traced(bindings)
-            scale[remat] = max(scale.get(remat, 1.0), found.memory.total / each.bytes)
+            scale[kind] = max(scale.get(kind, 1.0), found.memory.total / each.bytes)
             if compiles and found.fits:
                 found = planner.compiled(bindings)
         except UserError as error:  # of the recipe under this layout, or the compiler's
@@ -176,10 +181,12 @@ def _tried(
 
 
 def _layouts(planner: Planner) -> Iterator[tuple[str, Any]]:
-    own = planner.recipe().macro("LAYOUT")
-    names = [own, *(_ACROSS if planner.where.slices > 1 else _LAYOUTS)]
-    for name in dict.fromkeys(names):
-        yield name, planner.recipe((f"LAYOUT={name!r}",)).build("plan.training")["layout"]
+    names = [planner.recipe().macro("LAYOUT"), *(_ACROSS if planner.where.slices > 1 else _LAYOUTS)]
+    # A mesh that the command gives is the recipe's layout's, and the search chooses its own.
+    free = [each for each in planner.invocation.bindings if not each.startswith("mesh.MeshShape.")]
+    planner = dataclasses.replace(planner, invocation=dataclasses.replace(planner.invocation, bindings=tuple(free)))
+    for name in dict.fromkeys(filter(None, names)):
+        yield name, planner.recipe((f"LAYOUT={name!r}",)).build(ROOT)["layout"]
 
 
 def bindings_of(candidate: Candidate) -> tuple[str, ...]:
@@ -210,9 +217,7 @@ def _explained(rough: Sequence[Rough]) -> dict[str, str]:
                 f"bound by {each.cost.bound if each.cost else ''}"
             )
         elif each.cost is None and each.bytes < float("inf"):
-            lines[name] = (
-                f"{name}: needs {format_bytes(each.bytes)} at least, {each.candidate.words.partition(', ')[2]}"
-            )
+            lines[name] = f"{name}: needs {format_bytes(each.bytes)} at least, by remat {each.candidate.remat}"
         else:
             lines[name] = f"{name}: {each.why_not}"
     return lines
@@ -230,8 +235,8 @@ def _nothing_fits(rough: Sequence[Rough], plan: TrainPlan) -> str:
     )
 
 
-def format_fit(found: Fit) -> list[str]:
-    """Returns what a search found, and why others lost."""
+def fit_table(found: Fit) -> Table:
+    """Returns the best that a search found as a table."""
     cells = [("the fastest that fit", "a step, from", "to", "MFU at most", "of a device", "bound by")]
     for candidate, plan in found.plans:
         cost = plan.best_cost
@@ -245,15 +250,13 @@ def format_fit(found: Fit) -> list[str]:
                 cost.bound,
             )
         )
+    return Table(f"of {found.tried:,} ways to train:", cells, (1, 2, 3, 4))
+
+
+def fit_lines(found: Fit) -> list[str]:
+    """Returns the flags of the best that a search found, and why others lost."""
     flags = " ".join(f'--gin."{each}"' for each in bindings_of(found.plans[0][0]))
-    return [
-        f"of {found.tried:,} ways to train:",
-        *format_columns(cells, right=(1, 2, 3, 4)),
-        "",
-        f"the first: {flags}",
-        "",
-        *[f"lost: {line}" for line in found.lost],
-    ]
+    return [f"the first: {flags}", *[f"lost: {line}" for line in found.lost]]
 
 
 def as_json(found: Sequence[Knob], fit: Fit | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from meshway.launch.invocation import Invocation
     from meshway.launch.recipe.config import Recipe
 
+ROOT = "plan.Training"  # what a recipe binds for a plan
 _COUNTED = ("ATTENTION_KERNEL=@reference.dot_product_attention",)  # what runs/plan.gin imports
 _INFERENCE = ("batch", "context", "new_tokens", "weights", "cache", "wires", "overlap")  # flags
 
@@ -42,7 +43,7 @@ class Planner:
         from meshway.launch.recipe import config
 
         wanted = (*self.invocation.bindings, *self.defaults, *bindings)
-        asked = dataclasses.replace(self.invocation, bindings=wanted, subject="training")
+        asked = dataclasses.replace(self.invocation, bindings=wanted, subject=ROOT.rpartition(".")[2])
         return config.load(asked, import_unreferenced=False)
 
     def program(self, bindings: Sequence[str] = (), on: Sequence[Any] | None = None) -> "TrainProgram":
@@ -56,7 +57,7 @@ class Planner:
             raise UserError(
                 "a plan of training needs the tokens of an example: --gin.TASK_FEATURE_LENGTHS=\"{'targets': 2048}\""
             )
-        make: Callable[..., TrainProgram] = recipe.build("plan.training")["program"]
+        make: Callable[..., TrainProgram] = recipe.build(ROOT)["program"]
         try:
             return make(devices=self.described if on is None else on)
         except ValueError as error:
@@ -84,30 +85,49 @@ class Planner:
         return train_plan.with_compiled(traced, program, aot.compile_step(program))
 
 
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of texts.
+
+    Attributes:
+      note: a sentence about it, "" for none.
+      rows: the first of them the columns' titles.
+      numbers: the columns that hold numbers.
+    """
+
+    note: str
+    rows: Sequence[Sequence[str]]
+    numbers: tuple[int, ...] = ()
+
+    @property
+    def lines(self) -> list[str]:
+        """It, as text."""
+        return [*([self.note] if self.note else []), *format_columns(self.rows, right=self.numbers)]
+
+
 def format_plan(plan: TrainPlan) -> str:
     """Returns a plan as text."""
+    parts = [heading(plan), *["\n".join(each.lines) for each in tables(plan)], "\n".join(time_lines(plan))]
+    return "\n\n".join([*parts, *(["\n".join(f"warning: {each}" for each in plan.waste)] if plan.waste else [])])
+
+
+def heading(plan: TrainPlan) -> str:
+    """Returns what is planned, for what, in two lines."""
     where = plan.where
     mesh = ", ".join(f"{name}={size}" for name, size in plan.mesh.items())
     micro = f" in {plan.num_microbatches} microbatches" if plan.num_microbatches > 1 else ""
     cores = f" of {where.cores} devices" if where.cores > 1 else ""
     slices = f", {where.slices} slices" if where.slices > 1 else ""
-    lines = [
+    return (
         f"{where.name}: {where.num_chips:,} x {where.kind}{cores}{slices}, {format_bytes(where.chip.memory_bytes)} a "
-        "device",
-        f"{plan.num_params:,} parameters on the mesh {mesh}; a batch of {plan.batch_size:,} examples, "
-        f"{plan.flops.tokens:,} tokens{micro}",
-        "",
-        *_memory(plan),
-        "",
-        *_flops(plan),
-        "",
-        *_traffic(plan),
-        "",
-        *_time(plan),
-    ]
-    if plan.waste:
-        lines += ["", *[f"warning: {each}" for each in plan.waste]]
-    return "\n".join(lines)
+        f"device\n{plan.num_params:,} parameters on the mesh {mesh}; a batch of {plan.batch_size:,} examples, "
+        f"{plan.flops.tokens:,} tokens{micro}"
+    )
+
+
+def tables(plan: TrainPlan) -> list[Table]:
+    """Returns memory, FLOPs and what is sent."""
+    return [_memory(plan), _flops(plan), _traffic(plan)]
 
 
 def memory_rows(plan: TrainPlan) -> dict[str, float]:
@@ -130,19 +150,19 @@ def memory_rows(plan: TrainPlan) -> dict[str, float]:
     }
 
 
-def _memory(plan: TrainPlan) -> list[str]:
+def _memory(plan: TrainPlan) -> Table:
     verdict = "fits" if plan.fits else "does not fit"
     source = "as compiled" if plan.compiled else "estimated; XLA's activations take half to twice as much"
-    cells = [("memory of a device", "", "")]
+    cells = [("memory of a device", "bytes", "share")]
     cells += [(name, format_bytes(size), f"{size / plan.capacity:.1%}") for name, size in memory_rows(plan).items()]
     cells.append(("together", format_bytes(plan.bytes), f"{plan.bytes / plan.capacity:.1%}"))
     head = (
         f"{verdict}: {format_bytes(plan.bytes)} of the {format_bytes(plan.capacity)} that a program may have ({source})"
     )
-    return [head, *[f"  {line}" for line in format_columns(cells, right=(1, 2))]]
+    return Table(head, cells, (1, 2))
 
 
-def _flops(plan: TrainPlan) -> list[str]:
+def _flops(plan: TrainPlan) -> Table:
     flops = plan.flops
     cells = [("FLOPs", "a step", "a token")]
     for name, count in (
@@ -151,20 +171,19 @@ def _flops(plan: TrainPlan) -> list[str]:
         ("computed, with what is computed again", flops.hardware),
     ):
         cells.append((name, f"{count:.4g}", f"{count / flops.tokens:.4g}"))
-    return format_columns(cells, right=(1, 2))
+    return Table("", cells, (1, 2))
 
 
-def _traffic(plan: TrainPlan) -> list[str]:
+def _traffic(plan: TrainPlan) -> Table:
     traffic: Sequence[Traffic] = plan.compiled_traffic if plan.compiled_cost else plan.traffic
-    if not traffic:
-        return ["nothing is sent"]
     cells = [("sent by a device, a step", "over", "collectives", "bytes")]
     for each in sorted(traffic, key=lambda each: -each.sent):
         cells.append((each.what, "+".join(each.axes), f"{each.count:,}", format_bytes(each.sent)))
-    return format_columns(cells, right=(2, 3))
+    return Table("" if traffic else "nothing is sent", cells, (2, 3))
 
 
-def _time(plan: TrainPlan) -> list[str]:
+def time_lines(plan: TrainPlan) -> list[str]:
+    """Returns how long a step takes, and what that is known from."""
     cost = plan.best_cost
     terms = ", ".join(f"{name} {format_seconds(value)}" for name, value in dataclasses.asdict(cost).items())
     lines = [

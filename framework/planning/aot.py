@@ -10,9 +10,6 @@ import jax
 from meshway.framework.errors import UserError, first_line
 from meshway.framework.planning.collectives import Collective, read_collectives
 
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_USED = re.compile(r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? hbm")
-
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
@@ -43,15 +40,7 @@ class CompiledStep:
 
 
 class TooLarge(UserError):
-    """The compiler found no room for a step.
-
-    Attributes:
-      needed: bytes that it would take on a device; None where the compiler does not say.
-    """
-
-    def __init__(self, message: str, needed: float | None):
-        super().__init__(message)
-        self.needed = needed
+    """The compiler found no room for a step."""
 
 
 def compile_step(program: Any) -> CompiledStep:
@@ -88,9 +77,7 @@ def compile_step(program: Any) -> CompiledStep:
 def _refusal(error: jax.errors.JaxRuntimeError) -> UserError:
     text = str(error)
     if "RESOURCE_EXHAUSTED" in text:
-        used = _USED.search(text)
-        needed = float(used[1]) * _UNITS[used[2]] if used else None
-        return TooLarge(f"the step does not fit: {first_line(error)}", needed)
+        return TooLarge(f"the step does not fit: {first_line(error)}")
     if option := re.search(r"\bxla_\w+", text):
         return UserError(
             f"the compiler refuses the step, by its option {option[0]}: {first_line(error)}; mend "

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import pathlib
 
 import jax
 import pytest
@@ -132,13 +133,17 @@ def test_the_compiler_agrees(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_search_finds_what_fits_where_the_recipe_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_search_finds_what_fits_where_the_recipe_does_not(
+    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
     """A batch of 131,072 rows on one chip: without remat and microbatches its activations are too large."""
-    words = (*TINY, "--topology=v5e:1x2", "--analytic", "--gin.BATCH_SIZE=131072", "--gin.REMAT=none")
+    words = (*TINY, "--topology=v5e:1x2", "--analytic", "--gin.BATCH_SIZE=131072")
     assert cli.main([*words]) == 2
     told = capsys.readouterr()
     assert "the step does not fit" in told.err and "--fit searches" in told.err and "does not fit: " in told.out
-    assert cli.main([*words, "--fit", "--json"]) == 0
+    page = tmp_path / "plan.html"
+    assert cli.main([*words, "--fit", "--json", f"--html={page}"]) == 0
+    assert "activations and temporaries" in page.read_text() and "ways to train" in page.read_text()
     found = json.loads(capsys.readouterr().out)
     assert not found["memory"]["fits"] and found["fit"]["plans"] and found["fit"]["lost"]
     assert all(each["bytes"] < found["memory"]["capacity"] for each in found["fit"]["plans"])
