@@ -1,26 +1,33 @@
-"""meshway plan: which layout serves a model on a slice of chips best, from closed forms, before any chip is paid for.
+"""meshway plan: what a model costs on a slice of chips, before any chip is paid for.
 
     meshway plan --gin_file=models/palm/540b.gin --topology=v4:4x4x4 --batch=64 --context=2048
 
-Reads a recipe's model, computes no array, and prints for prefill and decoding what each inference layout of Pope et al.
+A recipe that trains gets a plan of its step (`train_plan.py`). Of others, this
+reads a recipe's model, computes no array, and prints for prefill and decoding what each inference layout of Pope et al.
 2022 costs: time and what it is spent on, memory of a chip, price of a token.
 """
 
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from meshway.framework.errors import UserError
+from meshway.framework.files import io_errors, local_path
 from meshway.framework.interfaces import Model
+from meshway.framework.planning import aot, devices
 from meshway.framework.planning.cost import Transformer
 from meshway.framework.planning.dimensions import transformer_of
 from meshway.framework.planning.layouts import Estimate, Pass, Phase, estimates, together
 from meshway.framework.planning.topology import Topology, topology
 from meshway.framework.terminal import count_of, format_bytes, format_columns
+from meshway.launch import plan_page, plan_variants, train_plan
+from meshway.launch.train_plan import format_seconds
 
 if TYPE_CHECKING:
+    from meshway.framework.partitioning.partitioner import Layout
+    from meshway.framework.training.program import TrainProgram
     from meshway.launch.recipe.config import Invocation
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -96,10 +103,10 @@ def plan(
 
 
 def _topology(name: str) -> Topology:
-    try:
-        return topology(name)
-    except UserError as error:
-        raise UserError(f"--topology: {error}") from None
+    where = train_plan.asked_topology(name)
+    if where.slices > 1:
+        raise UserError(f"--topology={name}: inference is planned for one slice; leave x{where.slices}slices out")
+    return where
 
 
 def _pass(
@@ -161,8 +168,8 @@ def format_plan(found: Plan) -> str:
         lines += [
             "",
             f"one copy of the weights, for a prompt and {count_of(found.new_tokens, 'step')} of decoding "
-            f"({_time(seconds)}): mesh {_mesh(first)}, prefill by {first.feed_forward} and {first.attention}, decoding "
-            f"by {then.feed_forward} and {then.attention}",
+            f"({format_seconds(seconds)}): mesh {_mesh(first)}, prefill by {first.feed_forward} and "
+            f"{first.attention}, decoding by {then.feed_forward} and {then.attention}",
         ]
     if not where.chip.torus and where.num_chips > _SWITCHED:
         lines += [
@@ -204,10 +211,10 @@ def _table(ranked: Sequence[Estimate]) -> list[str]:
             _mesh(each),
             each.feed_forward,
             each.attention,
-            _time(each.seconds),
-            _time(each.compute),
-            _time(each.memory),
-            _time(each.communication),
+            format_seconds(each.seconds),
+            format_seconds(each.compute),
+            format_seconds(each.memory),
+            format_seconds(each.communication),
             f"{each.mfu:.0%}",
             format_bytes(each.bytes) if each.fits else f"{format_bytes(each.bytes)}, too much",
             f"{1000 * each.chip_seconds_per_token:,.3g}",
@@ -230,12 +237,6 @@ def _mesh(each: Estimate) -> str:
     return ",".join(map(str, each.mesh.sizes))
 
 
-def _time(seconds: float) -> str:
-    if seconds >= 1:
-        return f"{seconds:,.2f} s"
-    return f"{1e3 * seconds:,.2f} ms" if seconds >= 1e-3 else f"{1e6 * seconds:,.1f} us"
-
-
 def as_json(found: Plan) -> dict[str, Any]:
     """Returns a plan as JSON holds it: seconds, bytes, shares."""
     return {
@@ -255,6 +256,27 @@ def _entry(each: Estimate) -> dict[str, Any]:
     return {"mesh": each.mesh.sizes} | {name: getattr(each, name) for name in (*names, *sizes)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What a recipe, and the command, bind for a plan of training.
+
+    Attributes:
+      program: makes the program of its step on the devices that it is given.
+      layout: of it.
+      attention: the kernel by which the model's FLOPs are counted.
+      analytic: whether nothing is compiled.
+      fit: whether to search for the fastest way to train that fits.
+      html: the page to write, None for none.
+    """
+
+    program: Callable[..., "TrainProgram"]
+    layout: "Layout"
+    attention: Callable[..., Any]
+    analytic: bool = False
+    fit: bool = False
+    html: str | None = None
+
+
 def run(invocation: "Invocation") -> None:
     """Runs the verb from the command line."""
     import jax
@@ -262,8 +284,61 @@ def run(invocation: "Invocation") -> None:
     from meshway.launch.recipe import config
 
     jax.config.update("jax_platforms", "cpu")  # nothing is computed: accelerators stay free
+    options = invocation.options
+    if options.phase == "train" or (options.phase is None and trains(invocation)):
+        _plan_training(invocation)
+        return
+    if wrong := [f"--{name}" for name in ("analytic", "fit", "html") if getattr(options, name)]:
+        raise UserError(
+            f"{' and '.join(wrong)} of a plan of training; give a recipe with an optimizer, or --phase=train"
+        )
+    invocation = dataclasses.replace(invocation, subject="plan")
     found = plan(**config.load(invocation, import_unreferenced=False).build("plan.plan"))
-    print(json.dumps(as_json(found), indent=2) if invocation.options.json else format_plan(found))
+    print(json.dumps(as_json(found), indent=2) if options.json else format_plan(found))
+
+
+def _plan_training(invocation: "Invocation") -> None:
+    """Prints the plan of a recipe's training.
+
+    Raises:
+      UserError: a flag or the recipe is wrong, libtpu is missing, or the step does not fit: what would.
+    """
+    planner = train_plan.planner_of(invocation)
+    asked, refusal = Training(**planner.recipe().build(train_plan.ROOT)), ""
+    if not asked.analytic:
+        devices.compiled_for(planner.where)  # what is missing is said before seconds are spent
+    traced = found = planner.traced()
+    if not asked.analytic and not asked.fit:
+        try:
+            found = planner.compiled()
+        except aot.TooLarge as error:
+            refusal = str(error)
+    options_found = plan_variants.knobs(planner, traced)
+    fit = plan_variants.fit(planner, traced, compiles=not asked.analytic) if asked.fit else None
+    if invocation.options.json:
+        print(json.dumps(train_plan.as_json(found) | plan_variants.as_json(options_found, fit), indent=2))
+    else:
+        parts = [train_plan.format_plan(found), "\n".join(plan_variants.knob_table(options_found).lines)]
+        parts += ["\n".join([*plan_variants.fit_table(fit).lines, "", *plan_variants.fit_lines(fit)])] if fit else []
+        print("\n\n".join(parts))
+    if asked.html:
+        path = local_path(asked.html)
+        with io_errors(path):
+            path.write_text(plan_page.page(found, options_found, fit), encoding="utf-8")
+    if not fit and (refusal or not found.fits):
+        remedies = [each.words for each in options_found if each.fits]
+        fits = (
+            f"by closed forms it fits with {' or with '.join(remedies)}" if remedies else "no single option is enough"
+        )
+        raise UserError(f"{refusal or 'the step does not fit'}; {fits}; --fit searches for the fastest way that does")
+
+
+def trains(invocation: "Invocation") -> bool:
+    """Whether a command's recipe says how its model is trained: it binds an optimizer."""
+    from meshway.launch.recipe import files
+
+    joined = files.join(invocation, files.GinFiles(invocation.search_paths))
+    return any(each.is_macro and each.parameter == "OPTIMIZER" and not each.is_default for each in joined.bindings)
 
 
 if __name__ == "__main__":

@@ -184,8 +184,18 @@ class StatusFlags:
 
 @dataclasses.dataclass(frozen=True)
 class PlanFlags:
-    topology: str = binds("plan.plan.topology", "the chips: v5p:4x4x8, v5e:8x16, h100:8", "CHIP:SIDES", required=True)
-    phase: Literal["prefill", "decode"] | None = binds("plan.plan.phase", "prefill or decode (default: both)", "PHASE")
+    topology: str = binds(
+        "plan.plan.topology", "the chips: v5p:4x4x8, v4:4x4x4x2slices, h100:8", "CHIP:SIDES", required=True
+    )
+    phase: Literal["train", "prefill", "decode"] | None = binds(
+        "plan.plan.phase",
+        "train, prefill or decode (default: train of a recipe with an optimizer, else the other two)",
+        "PHASE",
+    )
+    fit: bool = binds(
+        "plan.Training.fit", "of training: search mesh, layout, remat and microbatches for the fastest way that fits"
+    )
+    analytic: bool = binds("plan.Training.analytic", "of training: closed forms alone, in seconds; compile nothing")
     batch: int | None = binds("plan.plan.batch", "sequences (default: 1)", "N")
     context: int | None = binds(
         "plan.plan.context", "tokens of a prompt, and those that a step of decoding reads (default: 2048)", "N"
@@ -197,6 +207,7 @@ class PlanFlags:
     cache: Literal["float32", "bfloat16", "int8"] | None = binds(
         "plan.plan.cache", "of keys and values: float32, bfloat16 (default) or int8", "DTYPE"
     )
+    html: str | None = binds("plan.Training.html", "of training: write the plan as a page, too", "PATH")
     wires: Literal["flat", "torus"] | None = binds(
         "plan.plan.wires",
         "collectives have all links of a chip (flat, default) or those of their axes (torus)",

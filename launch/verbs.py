@@ -87,10 +87,10 @@ VERBS = {
     ),
     "plan": Verb(
         "meshway.launch.plan",
-        "choose an inference layout for a slice of chips: time, memory and price of each, from closed forms",
+        "say what training costs on chips that are not here: memory, time, what is sent; or inference, by each layout",
         flags=PlanFlags,
         on_devices=False,
-        macros=("TASK_FEATURE_LENGTHS",),
+        macros=("TASK_FEATURE_LENGTHS", "BATCH_SIZE", "LAYOUT"),
     ),
     "inspect": Verb(
         "meshway.launch.inspection",

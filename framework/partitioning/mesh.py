@@ -75,8 +75,25 @@ class MeshShape:
 
 
 def _arrange(devices: list[jax.Device], ici: tuple[int, ...], dcn: tuple[int, ...]) -> np.ndarray:
+    """Returns the devices in the mesh's order: neighbours along an axis are neighbours in the torus where they can be.
+
+    Raises:
+      UserError: the torus has no such parts.
+    """
+    try:
+        return _in_order(devices, ici, dcn)
+    except (NotImplementedError, ValueError) as error:  # jax says which axis it could not place
+        sizes = "x".join(map(str, [slow * fast for slow, fast in zip(dcn, ici, strict=True)]))
+        raise UserError(
+            f"a mesh of {sizes} does not tile these {len(devices)} {devices[0].device_kind} devices "
+            f"({str(error).splitlines()[0]}): choose sizes that are products of the torus's sides"
+        ) from error
+
+
+def _in_order(devices: list[jax.Device], ici: tuple[int, ...], dcn: tuple[int, ...]) -> np.ndarray:
     if math.prod(dcn) == 1:
-        return mesh_utils.create_device_mesh(ici, devices)
+        # A size that no sides' product is takes a part of a side.
+        return mesh_utils.create_device_mesh(ici, devices, allow_split_physical_axes=True)
     slices = {getattr(device, "slice_index", 0) for device in devices}
     granules = slices if len(slices) > 1 else {device.process_index for device in devices}
     if len(granules) == 1 and devices[0].platform == "cpu":  # simulated devices may play any number of slices
@@ -88,7 +105,9 @@ def _arrange(devices: list[jax.Device], ici: tuple[int, ...], dcn: tuple[int, ..
             f"MeshShape.dcn has {math.prod(dcn)} parts, but the devices lie on {len(granules)} "
             f"{'slices' if len(slices) > 1 else 'processes'}: the product of dcn must be that number"
         )
-    return mesh_utils.create_hybrid_device_mesh(ici, dcn, devices, process_is_granule=len(slices) == 1)
+    return mesh_utils.create_hybrid_device_mesh(
+        ici, dcn, devices, process_is_granule=len(slices) == 1, allow_split_physical_axes=True
+    )
 
 
 def free_memory(device: jax.Device) -> int | None:

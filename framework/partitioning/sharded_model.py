@@ -34,10 +34,10 @@ class ShardedModel:
       param_shapes: ShapeDtypeStructs of the parameters.
     """
 
-    def __init__(self, model: Model, layout: Layout):
-        """Raises UserError where the layout does not fit the devices."""
+    def __init__(self, model: Model, layout: Layout, devices: Sequence[jax.Device] | None = None):
+        """`devices` are by default all there are; raises UserError where the layout does not fit them."""
         self.model = model
-        self.partitioner = Partitioner(layout)
+        self.partitioner = Partitioner(layout, devices)
         self.axes: Axes = model.axes()
         self.param_shapes: Params = jax.eval_shape(model.init, jax.random.key(0))
 

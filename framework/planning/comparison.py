@@ -317,10 +317,11 @@ def setting_of(program: Program) -> Setting:
     partitioner = program.partitioner
     shardings = partitioner.state_shardings(program.axes, program.param_shapes, "params")
     weights = weights_of(program.param_shapes, program.axes, shardings)
+    key = jax.random.key(0)  # made on a device that is here: those of the mesh may not be
     with partitioner.activate() as asked:
         # With a key, as in a training step: without one, experts have the capacity of evaluation.
         closed = jax.make_jaxpr(lambda params, batch, key: program.model.loss(params, batch, key)[0])(
-            program.param_shapes, program.abstract_batch, jax.random.key(0)
+            program.param_shapes, program.abstract_batch, key
         )
     uses = find_uses(closed, weights)
     return Setting(

@@ -25,6 +25,11 @@ def count_flops(fn: Callable[..., Any], *abstract_args: Any) -> float:
     return _count(jax.make_jaxpr(fn)(*abstract_args))
 
 
+def jaxpr_flops(closed: Any) -> float:
+    """Returns `count_flops` of a function that has been traced."""
+    return _count(closed)
+
+
 def live_flops(fn: Callable[..., Any], *abstract_args: Any) -> float:
     """Returns `count_flops` without dead code, which a compiler removes, such as the logits of a prompt of which only
     keys and values are used."""

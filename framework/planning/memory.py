@@ -89,13 +89,16 @@ class Memory:
         return f"fits: {share}"
 
 
-def step_memory(program: Program) -> Memory:
+def step_memory(program: Program, closed: Any = None) -> Memory:
     """Estimates the memory of a program's step, with its remat policy and microbatches.
+
+    Args:
+      closed: what `program.trace_gradients` returned; None to trace.
 
     Raises:
       UserError: the model does not fit the layout.
     """
-    closed = program.trace_gradients()
+    closed = program.trace_gradients() if closed is None else closed
     shapes, shardings = program.state_shapes, program.state_shardings
     params, dim_axes = jax.tree.leaves(shapes.params), _dim_axes_of(shapes.params, shardings.params)
     batch = _dim_axes_of(program.abstract_batch, program.batch_shardings)

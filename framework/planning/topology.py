@@ -1,4 +1,7 @@
-"""Accelerators as published, and how many of them are wired: `v5p:4x4x8`, `H100:64`. Pure Python."""
+"""Accelerators as published, and how many of them are wired: `v5p:4x4x8`, `v4:4x4x4x2slices`, `H100:64`.
+
+Pure Python.
+"""
 
 import dataclasses
 import math
@@ -102,6 +105,10 @@ _FAMILIES = {
     "h200": "NVIDIA H200",
     "b200": "NVIDIA B200",
 }
+# A TPU host's network to other slices, bytes/s, and the chips that share it by the torus's dimension (How to Scale Your
+# Model, chapter 2: 6.25 GB/s a chip of v5p, 3.125 of v5e).
+_HOST_NETWORK = 25e9
+_HOST_CHIPS = {2: 8, 3: 4}
 _WHOLE = {2: 16, 3: 4}  # torus dimension -> wrapped around where a side is this (2D), or a multiple of it (3D cubes)
 
 
@@ -125,30 +132,50 @@ class Topology:
     Attributes:
       name: as it was asked for.
       kind: the device's.
-      rings: sides of the torus; of a switch, the prime factors of its number of devices, which may be joined freely.
+      rings: sides of a slice's torus; of a switch, the prime factors of its number of devices, which may be joined
+        freely.
+      slices: how many such, joined by the data centre's network.
+      cores: JAX devices of a chip, of which `chip` describes one.
     """
 
     name: str
     kind: str
     chip: Chip
     rings: tuple[Ring, ...]
+    slices: int = 1
+    cores: int = 1
 
     @property
     def num_chips(self) -> int:
-        """Devices in all."""
-        return math.prod(ring.size for ring in self.rings)
+        """Chips in all."""
+        return self.slices * math.prod(ring.size for ring in self.rings)
+
+    @property
+    def num_devices(self) -> int:
+        """JAX devices in all."""
+        return self.num_chips * self.cores
+
+    @property
+    def network(self) -> float:
+        """Bytes/s that a device sends to other slices, its share of its host's; 0 of a GPU, whose network is not
+        known."""
+        torus = self.chip.torus
+        return _HOST_NETWORK / _HOST_CHIPS[torus] / self.cores if torus else 0.0
 
 
 def topology(name: str) -> Topology:
-    """Returns the topology that a text names: a chip, a colon, and the sides of its torus or the number of GPUs.
+    """Returns the topology that a text names: a chip, a colon, and the sides of its torus or the number of GPUs; then
+    perhaps how many such slices, as `x2slices`.
 
     A side of a TPU slice is a ring where its last chip has a link to the first: sides that are a multiple of 4 in a
     slice of whole cubes (v4, v5p, TPU7x), sides of 16 (v5e, v6e).
 
     Raises:
-      UserError: there is no such chip, or it has no torus of so many sides.
+      UserError: there is no such chip, it has no torus of so many sides, or GPUs are counted in slices.
     """
     family, colon, sides = name.strip().lower().partition(":")
+    several = re.fullmatch(r"(.*)x([1-9][0-9]*)slices?", sides)
+    sides, slices = (several[1], int(several[2])) if several else (sides, 1)
     kind = _FAMILIES.get(family)
     if kind is None:
         near = did_you_mean(family, _FAMILIES) or f"; there are {', '.join(_FAMILIES)}"
@@ -159,6 +186,8 @@ def topology(name: str) -> Topology:
         raise UserError(f"topology {name!r} does not say how many: write it as {family}:{example}")
     sizes = [int(side) for side in sides.split("x")]
     if not chip.torus:
+        if several:
+            raise UserError(f"topology {name!r}: slices are of TPUs; write how many GPUs there are, as {family}:64")
         rings = [Ring(prime, chip.link_bandwidth) for size in sizes for prime in _primes(size)]
         return Topology(name, kind, chip, tuple(rings) or (Ring(1, chip.link_bandwidth),))
     if len(sizes) != chip.torus:
@@ -169,7 +198,7 @@ def topology(name: str) -> Topology:
     whole = _WHOLE[chip.torus]
     wrapped = [size == whole if chip.torus == 2 else all(each % whole == 0 for each in sizes) for size in sizes]
     rings = [Ring(size, chip.link_bandwidth * (2 if wraps else 1)) for size, wraps in zip(sizes, wrapped, strict=True)]
-    return Topology(name, kind, chip, tuple(rings))
+    return Topology(name, kind, chip, tuple(rings), slices, 2 if kind == "TPU7x" else 1)
 
 
 def _primes(number: int) -> Iterator[int]:

@@ -53,8 +53,10 @@ class TrainProgram:
         spikes: SpikeGuard | None = None,
         statistics: WeightStatistics | None = None,
         use_hardware_rng: bool | str = False,
+        devices: Sequence[jax.Device] | None = None,
     ):
-        """`batch_size` counts examples over all processes; `lengths` are tokens by task feature.
+        """`batch_size` counts examples over all processes; `lengths` are tokens by task feature; `devices` may be those
+        of machines that are not there, to plan for them, and by default are all there are.
 
         `loss_normalizing_factor` is T5X's: by default gradients are those of the mean over weighted target tokens of
         the global batch; None is those of the sum, as T5X's recipes have it.
@@ -71,7 +73,7 @@ class TrainProgram:
         check_factor(loss_normalizing_factor)
         self.model, self.seed, self.batch_size, self.lengths = model, seed, batch_size, dict(lengths)
         self.num_microbatches = num_microbatches
-        self.sharded = ShardedModel(model, layout)
+        self.sharded = ShardedModel(model, layout, devices)
         self.batch = self.sharded.batch(batch_size, self.lengths)
         self.partitioner, self.axes, self.param_shapes = (
             self.sharded.partitioner,

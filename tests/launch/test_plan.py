@@ -1,5 +1,6 @@
 """`meshway plan` from the command line: what it reads of a recipe, what it prints, what it refuses."""
 
+import dataclasses
 import json
 import re
 from typing import Any
@@ -66,6 +67,7 @@ def palm() -> dict[str, Any]:
     """The arguments that the recipe of PaLM 540B gives to `plan`."""
     invocation = cli.parse(list(PALM))
     assert invocation is not None
+    invocation = dataclasses.replace(invocation, subject="plan")
     return config.load(invocation, import_unreferenced=False).build("plan.plan")
 
 

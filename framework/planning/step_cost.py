@@ -1,0 +1,113 @@
+"""How long a training step takes at the published peaks of a topology: products, memory, links, network, latency.
+
+Collectives have the links of the sides of the torus that their mesh axes run along (How to Scale Your Model, chapter
+3); where an axis runs across slices, devices of a slice share what crosses the network (each sends its part of it, as
+a reduce-scatter inside the slice first leaves it).
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from meshway.framework.planning.cost import HOP
+from meshway.framework.planning.topology import Topology
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What a device sends in a step over some mesh axes, for one reason or by one kind of collective.
+
+    Attributes:
+      sent: bytes.
+      count: collectives, one after the other.
+    """
+
+    axes: tuple[str, ...]
+    what: str
+    sent: float
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCost:
+    """Seconds of a step that each resource is busy, alone.
+
+    Attributes:
+      compute: products, at the chip's peak.
+      memory: the chip's own memory.
+      ici, dcn: links within a slice, and the network between slices.
+      latency: hops of collectives, whatever they carry.
+    """
+
+    compute: float
+    memory: float
+    ici: float
+    dcn: float
+    latency: float
+
+    @property
+    def least(self) -> float:
+        """Of the step, if everything goes on beside everything else."""
+        return max(self.compute, self.memory, self.ici + self.latency, self.dcn)
+
+    @property
+    def most(self) -> float:
+        """Of the step, if collectives wait for products and products for collectives."""
+        return max(self.compute, self.memory) + self.ici + self.dcn + self.latency
+
+    @property
+    def bound(self) -> str:
+        """The resource that is busy longest."""
+        terms = dataclasses.asdict(self)
+        return max(terms, key=lambda name: terms[name])
+
+
+class Wires:
+    """Which links of a topology the axes of a mesh run along.
+
+    Args:
+      mesh: over devices with `coords` (of TPUs), and `slice_index` where there are several slices.
+    """
+
+    def __init__(self, mesh: Mesh, where: Topology):
+        self._devices, self._names, self._where = mesh.devices, tuple(mesh.shape), where
+
+    def seconds(self, traffic: Iterable[Traffic]) -> tuple[float, float, float]:
+        """Returns the seconds of (links, network, latency) for what is sent in a step."""
+        ici = dcn = latency = 0.0
+        for each in traffic:
+            bandwidth, hops, slices, inside = self._along(each.axes)
+            if inside > 1:
+                links = self._where.chip.link_bandwidth if each.what == "collective-permute" else bandwidth
+                farther = max(1.0, 2 * hops / 4) if each.what.endswith("all-to-all") else 1.0
+                ici += each.sent * farther / links
+            if slices > 1 and self._where.network:
+                dcn += each.sent / inside / self._where.network
+            latency += each.count * hops * HOP
+        return ici, dcn, latency
+
+    def _along(self, axes: Sequence[str]) -> tuple[float, float, int, int]:
+        """Returns (bytes/s that a device sends along these axes, hops to the farthest, slices, devices of a slice)."""
+        index = tuple(slice(None) if name in axes else 0 for name in self._names)
+        members = np.asarray(self._devices[index], dtype=object).reshape(-1)
+        slices = {getattr(each, "slice_index", 0) for each in members} or {0}
+        inside = max(1, len(members) // len(slices))
+        chip = self._where.chip
+        if not chip.torus:
+            return chip.link_bandwidth, 1.0, 1, inside
+        bandwidth, hops = 0.0, 0.0
+        for number, ring in enumerate(self._where.rings):
+            along = len({_coords(each)[number] for each in members})
+            if along > 1:
+                whole = along == ring.size
+                bandwidth += ring.bandwidth if whole else chip.link_bandwidth
+                wraps = whole and ring.bandwidth > chip.link_bandwidth
+                hops += along / 2 if wraps else along - 1
+        return bandwidth or chip.link_bandwidth, hops or 1.0, len(slices), inside
+
+
+def _coords(device: Any) -> tuple[int, ...]:
+    return tuple(device.coords)

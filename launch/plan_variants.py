@@ -1,0 +1,278 @@
+"""Variants of a recipe's training plan: what single options would change, and the fastest way to train that fits."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from meshway.framework.errors import UserError, first_line
+from meshway.framework.planning.comparison import setting_of
+from meshway.framework.planning.search import Candidate, Rough, Traced, candidates
+from meshway.framework.planning.train_plan import TrainPlan
+from meshway.framework.terminal import format_bytes
+from meshway.launch.train_plan import ROOT, Planner, Table, format_seconds
+
+_LAYOUTS = ("zero_1", "fsdp", "fsdp_model", "model_2d")
+_ACROSS = ("replica_fsdp", "replica_fsdp_model")  # of several slices
+_SECONDS = 10.0  # for closed forms
+_CONFIRMED = 3  # plans that are offered
+_ATTEMPTS = 12  # at tracing, or compiling, one
+
+
+@dataclasses.dataclass(frozen=True)
+class Knob:
+    """One option changed.
+
+    Attributes:
+      bindings: that change it.
+      saves: bytes of a device, negative if it costs.
+      seconds: that it adds to a step with all side by side.
+      why_not: why it cannot be changed, "" if it can.
+    """
+
+    bindings: tuple[str, ...]
+    saves: float = 0.0
+    seconds: float = 0.0
+    fits: bool = False
+    why_not: str = ""
+
+    @property
+    def words(self) -> str:
+        """The flags that change it."""
+        return " ".join(f"--gin.{each}" for each in self.bindings)
+
+
+def knobs(planner: Planner, plan: TrainPlan) -> list[Knob]:
+    """Returns what options would save, each by itself, by closed forms; those that the recipe does not have are left
+    out."""
+    recipe = planner.recipe()
+    found = []
+    for bindings in _options(recipe, plan):
+        try:
+            other = planner.traced(bindings)
+        except UserError as error:
+            if "has no effect" not in str(error) and "is not imported" not in str(error):
+                found.append(Knob(bindings, why_not=first_line(error)))
+            continue
+        saves = plan.memory.total - other.memory.total
+        found.append(Knob(bindings, saves, other.cost.least - plan.cost.least, other.fits))
+    return sorted(found, key=lambda knob: -knob.saves)
+
+
+def _options(recipe: Any, plan: TrainPlan) -> Iterator[tuple[str, ...]]:
+    for remat in ("none", "minimal", "full"):
+        if recipe.macro("REMAT") not in (None, remat):
+            yield (f"REMAT='{remat}'",)
+    for factor in (2, 8):
+        number = plan.num_microbatches * factor
+        if plan.batch_size % number == 0:
+            yield (f"NUM_MICROBATCHES={number}",)
+    for layout in ("fsdp", "fsdp_model"):
+        if recipe.macro("LAYOUT") != layout and plan.where.slices == 1:
+            yield (f"LAYOUT='{layout}'",)
+    if recipe.macro("DTYPE") == "float32":
+        yield ("DTYPE='bfloat16'",)
+    yield ("optimizers.adamw.mu_dtype='bfloat16'",)
+    yield ("losses.CrossEntropy.num_chunks=8",)
+
+
+def knob_table(found: Sequence[Knob]) -> Table:
+    """Returns the options as a table."""
+    cells = [("an option by itself", "saves of a device", "adds to a step", "")]
+    for each in found:
+        if each.why_not:
+            cells.append((each.words, "-", "-", each.why_not))
+            continue
+        sign = "-" if each.saves < 0 else ""
+        added = f"{'-' if each.seconds < 0 else ''}{format_seconds(abs(each.seconds))}"
+        cells.append((each.words, sign + format_bytes(abs(each.saves)), added, "" if each.fits else "does not fit"))
+    return Table("", cells, (1, 2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """What a search found.
+
+    Attributes:
+      plans: the best, the fastest first, traced and perhaps compiled, with the bindings that make them.
+      tried: the number of candidates.
+      lost: a line for each mesh and layout that is not among them.
+    """
+
+    plans: Sequence[tuple[Candidate, TrainPlan]]
+    tried: int
+    lost: Sequence[str]
+
+
+def fit(planner: Planner, plan: TrainPlan, compiles: bool) -> Fit:
+    """Searches mesh, layout, remat policy and microbatches for the fastest step that fits.
+
+    Args:
+      planner: of the recipe.
+      plan: of the recipe as it is, traced.
+      compiles: whether the compiler confirms the best.
+
+    Raises:
+      UserError: nothing fits.
+    """
+    deadline = time.monotonic() + _SECONDS
+    program = planner.program()
+    traced = Traced(
+        setting_of(program),
+        program.explain(),
+        program.batch_size,
+        planner.model_flops,
+        planner.where,
+        planner.described,
+        plan.capacity,
+    )
+    layouts = dict(_layouts(planner))
+    rough = [
+        traced.estimate(each, layouts[each.layout]) for each in candidates(layouts, planner.where, program.batch_size)
+    ]
+    kept, refused = _tried(planner, rough, plan.capacity, math.inf if compiles else deadline, compiles)
+    if not kept:
+        raise UserError(_nothing_fits(rough, plan))
+    lost = {**_explained(rough), **refused}
+    for found, _ in kept:
+        lost.pop(_group(found), None)
+    kept.sort(key=lambda pair: pair[1].best_cost.least + pair[1].best_cost.most)
+    return Fit(kept, len(rough), list(lost.values()))
+
+
+def _tried(
+    planner: Planner, rough: Sequence[Rough], capacity: float, deadline: float, compiles: bool
+) -> tuple[list[tuple[Candidate, TrainPlan]], dict[str, str]]:
+    """Traces, and perhaps compiles, the best of each mesh and layout, until a few fit or it is late.
+
+    Returns:
+      those that fit; by mesh and layout, why others do not.
+    """
+    kept: list[tuple[Candidate, TrainPlan]] = []
+    lost: dict[str, str] = {}
+    scale: dict[tuple[str, str], float] = {}  # of a layout and policy: what tracing says beside the rough estimate
+    attempts = 0
+    for each in sorted((each for each in rough if not each.why_not), key=lambda each: each.seconds):
+        name, bindings = _group(each.candidate), bindings_of(each.candidate)
+        if any(_group(found) == name for found, _ in kept):
+            continue
+        kind = (each.candidate.layout, each.candidate.remat)
+        likely = each.bytes * scale.get(kind, 1.0)
+        if likely > capacity:
+            lost.setdefault(name, f"{each.candidate.words}: likely {format_bytes(likely)}, by what was traced")
+            continue
+        if len(kept) == _CONFIRMED or attempts == _ATTEMPTS or (kept and time.monotonic() > deadline):
+            break
+        attempts += 1
+        try:
+            found = planner.traced(bindings)
+            scale[kind] = max(scale.get(kind, 1.0), found.memory.total / each.bytes)
+            if compiles and found.fits:
+                found = planner.compiled(bindings)
+        except UserError as error:  # of the recipe under this layout, or the compiler's
+            lost[name] = f"{each.candidate.words}: {first_line(error)}"
+            continue
+        if found.fits:
+            kept.append((each.candidate, found))
+        else:
+            lost[name] = f"{each.candidate.words}: {format_bytes(found.bytes)}, too much"
+    return kept, lost
+
+
+def _layouts(planner: Planner) -> Iterator[tuple[str, Any]]:
+    names = [planner.recipe().macro("LAYOUT"), *(_ACROSS if planner.where.slices > 1 else _LAYOUTS)]
+    # A mesh that the command gives is the recipe's layout's, and the search chooses its own.
+    free = [each for each in planner.invocation.bindings if not each.startswith("mesh.MeshShape.")]
+    planner = dataclasses.replace(planner, invocation=dataclasses.replace(planner.invocation, bindings=tuple(free)))
+    for name in dict.fromkeys(filter(None, names)):
+        yield name, planner.recipe((f"LAYOUT={name!r}",)).build(ROOT)["layout"]
+
+
+def bindings_of(candidate: Candidate) -> tuple[str, ...]:
+    """Returns the bindings that make a recipe train so."""
+    return (
+        f"LAYOUT={candidate.layout!r}",
+        f"mesh.MeshShape.ici={dict(candidate.ici)}",
+        *([f"mesh.MeshShape.dcn={dict(candidate.dcn)}"] if candidate.dcn else []),
+        f"REMAT={candidate.remat!r}",
+        f"NUM_MICROBATCHES={candidate.microbatches}",
+    )
+
+
+def _group(candidate: Candidate) -> str:
+    return candidate.words.partition(", remat")[0]
+
+
+def _explained(rough: Sequence[Rough]) -> dict[str, str]:
+    """Returns a line for each mesh and layout: how it does at its best, or why it cannot be."""
+    lines: dict[str, str] = {}
+    for each in sorted(rough, key=lambda each: (each.seconds, each.bytes)):
+        name = _group(each.candidate)
+        if name in lines:
+            continue
+        if not each.why_not:
+            lines[name] = (
+                f"{each.candidate.words}: about {format_seconds(each.seconds)}, {format_bytes(each.bytes)}; "
+                f"bound by {each.cost.bound if each.cost else ''}"
+            )
+        elif each.cost is None and each.bytes < float("inf"):
+            lines[name] = f"{name}: needs {format_bytes(each.bytes)} at least, by remat {each.candidate.remat}"
+        else:
+            lines[name] = f"{name}: {each.why_not}"
+    return lines
+
+
+def _nothing_fits(rough: Sequence[Rough], plan: TrainPlan) -> str:
+    least = min(rough, key=lambda each: each.bytes, default=None)
+    needs = (
+        f"the least takes about {format_bytes(least.bytes)} by {least.candidate.words}" if least else "none was tried"
+    )
+    return (
+        f"no way to train fits {plan.where.name}, whose devices have {format_bytes(plan.capacity)} for a program: "
+        f"{needs}; "
+        "take more chips, a smaller batch, or an optimizer with less state (optimizers/adafactor.gin)"
+    )
+
+
+def fit_table(found: Fit) -> Table:
+    """Returns the best that a search found as a table."""
+    cells = [("the fastest that fit", "a step, from", "to", "MFU at most", "of a device", "bound by")]
+    for candidate, plan in found.plans:
+        cost = plan.best_cost
+        cells.append(
+            (
+                candidate.words,
+                format_seconds(cost.least),
+                format_seconds(cost.most),
+                f"{plan.mfu(cost.least):.1%}",
+                format_bytes(plan.bytes) + (" as compiled" if plan.compiled else ""),
+                cost.bound,
+            )
+        )
+    return Table(f"of {found.tried:,} ways to train:", cells, (1, 2, 3, 4))
+
+
+def fit_lines(found: Fit) -> list[str]:
+    """Returns the flags of the best that a search found, and why others lost."""
+    flags = " ".join(f'--gin."{each}"' for each in bindings_of(found.plans[0][0]))
+    return [f"the first: {flags}", *[f"lost: {line}" for line in found.lost]]
+
+
+def as_json(found: Sequence[Knob], fit: Fit | None) -> dict[str, Any]:
+    """Returns options and what a search found as JSON holds them: bytes and seconds."""
+    entry: dict[str, Any] = {"knobs": [dataclasses.asdict(each) for each in found]}
+    if fit is None:
+        return entry
+    plans = [
+        {
+            "bindings": bindings_of(candidate),
+            "bytes": plan.bytes,
+            "is_compiled": plan.compiled is not None,
+            "least": plan.best_cost.least,
+            "most": plan.best_cost.most,
+            "bound": plan.best_cost.bound,
+        }
+        for candidate, plan in fit.plans
+    ]
+    return entry | {"fit": {"tried": fit.tried, "plans": plans, "lost": list(fit.lost)}}

@@ -1,0 +1,151 @@
+"""`meshway plan` of a recipe that trains: what its figures have to do with each other, and what it refuses."""
+
+import importlib.util
+import json
+import math
+import pathlib
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec
+
+from meshway.framework.partitioning.mesh import MeshShape
+from meshway.framework.planning import devices
+from meshway.framework.planning.step_cost import Traffic, Wires
+from meshway.framework.planning.topology import topology
+from meshway.launch import cli, train_plan
+
+LENGTHS = "--gin.TASK_FEATURE_LENGTHS={'inputs': 64, 'targets': 64}"
+TINY = (
+    "plan",
+    "--gin_file=models/t5_1_1/tiny.gin",
+    "--gin_file=optimizers/adamw.gin",
+    LENGTHS,
+    "--gin.BATCH_SIZE=32",
+    "--gin.LAYOUT=fsdp_model",
+    "--gin.DTYPE=bfloat16",
+)
+
+
+def traced(*words: str) -> dict:
+    invocation = cli.parse([*TINY, *words])
+    assert invocation is not None
+    return train_plan.as_json(train_plan.planner_of(invocation).traced())
+
+
+def test_a_traced_plan_adds_up() -> None:
+    """Two slices of 16 chips: the state of AdamW is two of the parameters and a count, and what goes over the network
+    is what the axis across slices sums."""
+    found = traced(
+        "--topology=v5e:4x4x2slices",
+        "--gin.LAYOUT=replica_fsdp_model",
+        "--gin.mesh.MeshShape.dcn={'replica': 2}",
+    )
+    memory = found["memory"]
+    kept = ("parameters", "optimizer state", "batch", "gradients", "activations and temporaries")
+    assert memory["total"] == sum(memory[name] for name in kept) and memory["fits"]
+    assert memory["gradients"] == memory["parameters"] > found["num_params"] * 4 / 32
+    assert 0 <= memory["optimizer state"] - 2 * memory["parameters"] < 64
+    assert found["topology"]["devices"] == math.prod(found["mesh"].values()) == 32
+    assert found["flops"]["hardware"] == pytest.approx(found["flops"]["model"], rel=0.01)
+    assert found["flops"]["model"] > found["flops"]["parameters"] > 0
+    assert found["flops"]["tokens"] == 32 * (64 + 64)
+    time = found["time"]["closed_forms"]
+    assert (
+        time["dcn"] > 0
+        and time["least"] < time["most"]
+        and time[time["bound"]] == max(time[name] for name in ("compute", "memory", "ici", "dcn", "latency"))
+    )
+
+
+def test_remat_and_microbatches_move_what_they_should() -> None:
+    plain, full, micro = (
+        traced("--topology=v5p:2x2x2", "--gin.VOCAB_SIZE=256", *words)
+        for words in ((), ("--gin.REMAT=full",), ("--gin.NUM_MICROBATCHES=4",))
+    )
+    for other in (full, micro):
+        assert other["memory"]["activations and temporaries"] < plain["memory"]["activations and temporaries"]
+        assert other["flops"]["model"] == plain["flops"]["model"]
+    assert full["flops"]["hardware"] == pytest.approx(4 / 3 * full["flops"]["model"], rel=0.15)
+    assert micro["time"]["closed_forms"]["ici"] > plain["time"]["closed_forms"]["ici"]
+
+
+def test_wires_have_the_links_of_the_sides_that_an_axis_runs_along() -> None:
+    """An axis of 16 along two sides of 4 that wrap around: four links; within a side cut in two, one."""
+    where = topology("v4:4x4x4")
+    chip = where.chip
+    for sizes, axis, links in (({"a": 16, "b": 4}, "a", 4), ({"a": 16, "b": 4}, "b", 2), ({"a": 32, "b": 2}, "b", 1)):
+        mesh = MeshShape(ici=sizes).build(devices.described_devices(where))
+        ici, dcn, latency = Wires(mesh, where).seconds([Traffic((axis,), "all-gather", 9e9, 0)])
+        assert (ici, dcn, latency) == (pytest.approx(9e9 / links / chip.link_bandwidth), 0, 0)
+
+
+def test_described_devices_tile_as_real_ones() -> None:
+    where = topology("tpu7x:2x2x4x2slices")
+    made = devices.described_devices(where)
+    assert len(made) == where.num_devices == 64 and len(set(made)) == 64
+    mesh = MeshShape(ici={"fsdp": 32}, dcn={"data": 2}).build(made)
+    assert {each.slice_index for each in mesh.devices[0]} == {0}
+    sharding = jax.sharding.NamedSharding(mesh, PartitionSpec("fsdp"))
+    assert sharding.shard_shape((64, 3)) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--topology=v5q:4x4",), "no accelerator is called 'v5q'; did you mean 'v5p'"),
+        (("--topology=h100:8x2slices",), "slices are of TPUs"),
+        (("--topology=v4:2x2x2", "--batch=8"), "--batch of inference"),
+        (
+            ("--topology=v4:2x2x2", "--analytic", "--gin.mesh.MeshShape.ici={'fsdp': 3, 'model': -1}"),
+            "needs a multiple of 3 devices, and there are 8",
+        ),
+        (("--topology=v4:2x2x2x2slices", "--phase=decode"), "inference is planned for one slice"),
+    ],
+)
+def test_what_is_refused(capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str) -> None:
+    assert cli.main([*TINY, *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_libtpu_the_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "libtpu" else real(name, *rest)
+    )
+    assert cli.main([*TINY, "--topology=v4:2x2x1"]) == 2
+    assert "pip install 'meshway[plan]'; or add --analytic" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_compiler_agrees(capsys: pytest.CaptureFixture[str]) -> None:
+    """On arguments, but for what chips pad; the parts add up to its total. And a search offers what it confirmed."""
+    pytest.importorskip("libtpu")
+    assert cli.main([*TINY, "--topology=v5e:2x4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    memory = dict(found["memory"])
+    total, capacity, fits = memory.pop("total"), memory.pop("capacity"), memory.pop("fits")
+    assert total == sum(memory.values()) < capacity and fits
+    assert memory["padding of these"] >= 0 and memory["code"] > 0
+    kinds = {each["what"] for each in found["sent_as_compiled"]}
+    assert kinds & {"all-gather", "all-reduce", "reduce-scatter"}
+    assert found["compile_seconds"] > 0
+
+
+@pytest.mark.slow
+def test_a_search_finds_what_fits_where_the_recipe_does_not(
+    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
+    """A batch of 131,072 rows on one chip: without remat and microbatches its activations are too large."""
+    words = (*TINY, "--topology=v5e:1x2", "--analytic", "--gin.BATCH_SIZE=131072")
+    assert cli.main([*words]) == 2
+    told = capsys.readouterr()
+    assert "the step does not fit" in told.err and "--fit searches" in told.err and "does not fit: " in told.out
+    page = tmp_path / "plan.html"
+    assert cli.main([*words, "--fit", "--json", f"--html={page}"]) == 0
+    assert "activations and temporaries" in page.read_text() and "ways to train" in page.read_text()
+    found = json.loads(capsys.readouterr().out)
+    assert not found["memory"]["fits"] and found["fit"]["plans"] and found["fit"]["lost"]
+    assert all(each["bytes"] < found["memory"]["capacity"] for each in found["fit"]["plans"])
+    bindings = [f"--gin.{each}" for each in found["fit"]["plans"][0]["bindings"]]
+    assert traced(*words[len(TINY) :], *bindings)["memory"]["fits"]
