@@ -84,3 +84,28 @@ def state_hash(model_dir: Path, step: int) -> str:
         digest.update(repr((jax.tree_util.keystr(path), np.shape(leaf))).encode())
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()
+
+
+def answer(*words: str, cwd: Path = LAB, exits: int = 0, says: str | tuple[str, ...] = (), given: str = "") -> str:
+    """Runs one command to its end, checks how it ends, and returns what it said.
+
+    Args:
+      *words: of the command.
+      cwd: where it runs.
+      exits: the exit code wanted. With another than 0 there must be one message, with 0 none.
+      says: what must be in what it says.
+      given: its standard input.
+
+    Returns:
+      its output and errors, together.
+    """
+    done = subprocess.run(
+        command(*words), cwd=cwd, env=environment(), input=given, capture_output=True, text=True, timeout=TIMEOUT
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == exits, f"{words} ended with {done.returncode}: {said}"
+    assert "Traceback" not in said, said
+    assert done.stderr.count("meshway: error: ") == int(exits != 0), said
+    for part in (says,) if isinstance(says, str) else says:
+        assert part in said, f"{part!r} is not in: {said}"
+    return said
