@@ -59,9 +59,14 @@ def dot_product_attention(
     """
     batch, length, heads, head_dim = query.shape
     groups = heads // key.shape[2]
-    if groups > 1:
+    if length == 1:
+        # The heads of a group become queries of one head, so that its keys, all of a decoding step's cache, are read as
+        # they lie; repeated they would be copied.
+        query = query.reshape(batch, heads // groups, groups, head_dim).swapaxes(1, 2)
+    elif groups > 1:
         key, value = jnp.repeat(key, groups, axis=2), jnp.repeat(value, groups, axis=2)
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, heads, length, -1)
     if bias is not None:
         scores = _add_bias(bias.dense.shape[0] == 1 < batch, scores, bias.dense)
     if soft_cap is not None:
@@ -70,7 +75,9 @@ def dot_product_attention(
         scores = jnp.where(mask.dense, scores, HIDDEN)
     weights = jax.nn.softmax(scores, axis=-1) if sinks is None else _softmax_with_sinks(scores, sinks)
     weights = dropout(weights, dropout_rate, rng).astype(value.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+    weights = weights.reshape(batch, key.shape[2], -1, key.shape[1])
+    y = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+    return y.swapaxes(1, 2).reshape(batch, 1, heads, head_dim) if length == 1 else y
 
 
 def _softmax_with_sinks(scores: jax.Array, sinks: jax.Array) -> jax.Array:
