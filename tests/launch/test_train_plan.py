@@ -136,8 +136,8 @@ def test_the_compiler_agrees(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_search_finds_what_fits_where_the_recipe_does_not(
     capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
 ) -> None:
-    """A batch of 131,072 rows on one chip: without remat and microbatches its activations are too large."""
-    words = (*TINY, "--topology=v5e:1x2", "--analytic", "--gin.BATCH_SIZE=131072")
+    """A batch of 262,144 rows on two chips: without remat and microbatches its activations are too large."""
+    words = (*TINY, "--topology=v5e:1x2", "--analytic", "--gin.BATCH_SIZE=262144", "--gin.VOCAB_SIZE=256")
     assert cli.main([*words]) == 2
     told = capsys.readouterr()
     assert "the step does not fit" in told.err and "--fit searches" in told.err and "does not fit: " in told.out
