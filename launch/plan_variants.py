@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from meshway.framework.errors import UserError, first_line
@@ -133,7 +133,7 @@ def fit(planner: Planner, plan: TrainPlan, compiles: bool) -> Fit:
     ]
     kept, refused = _tried(planner, rough, plan.capacity, math.inf if compiles else deadline, compiles)
     if not kept:
-        raise UserError(_nothing_fits(rough, plan))
+        raise UserError(_nothing_fits(rough, refused, plan))
     lost = {**_explained(rough), **refused}
     for found, _ in kept:
         lost.pop(_group(found), None)
@@ -223,11 +223,12 @@ def _explained(rough: Sequence[Rough]) -> dict[str, str]:
     return lines
 
 
-def _nothing_fits(rough: Sequence[Rough], plan: TrainPlan) -> str:
+def _nothing_fits(rough: Sequence[Rough], refused: Mapping[str, str], plan: TrainPlan) -> str:
     least = min(rough, key=lambda each: each.bytes, default=None)
-    needs = (
-        f"the least takes about {format_bytes(least.bytes)} by {least.candidate.words}" if least else "none was tried"
-    )
+    if refused:
+        needs = f"what was traced, first {next(iter(refused.values()))}"
+    else:
+        needs = f"the least takes about {format_bytes(least.bytes)} by {least.candidate.words}" if least else "none"
     return (
         f"no way to train fits {plan.where.name}, whose devices have {format_bytes(plan.capacity)} for a program: "
         f"{needs}; "
