@@ -155,8 +155,10 @@ def constrain(x: jax.Array, names: Names, free_for: str | None = None) -> jax.Ar
         return x
     if free_for is not None:
         layout = _ambient_layout(names)
-        if layout is not None and layout.by_hand:  # kernels are gathered over the axes that shard tokens
-            sharding = _without(sharding, layout.kernel_axes(free_for), len(TOKENS))
+        if layout is not None and layout.by_hand:
+            # Kernels are gathered over the axes that shard tokens, so these stay. Tables are not: indices are small.
+            first = 0 if len(names) == len(TOKENS) else len(TOKENS)
+            sharding = _without(sharding, layout.kernel_axes(free_for), first)
         else:
             sharding = _without(sharding, mesh_axes(free_for))
     return jax.lax.with_sharding_constraint(x, sharding)

@@ -155,7 +155,8 @@ def test_attention_and_blocks_send_what_the_formula_says(layout, attention):
 @pytest.mark.proofs
 @pytest.mark.parametrize("devices", [16, 64])
 def test_more_devices_send_what_the_formula_says(devices):
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, __file__], env=environment, check=True)
 
 
