@@ -135,7 +135,7 @@ def _own_data(scope: str) -> dict[str, Answer]:
 
 def _actions(value: Any) -> str:
     if "EarlyStoppingAction" in repr(value):
-        return "train.train.hooks = [@hooks.EarlyStopping()]"
+        return "train.train.hooks = [@training_hooks.EarlyStopping()]"
     return "# train.train.hooks = [@mylab.Hook()], a class with after_evaluation or after_report"
 
 
@@ -261,7 +261,7 @@ BINDINGS: Mapping[str, Answer] = {
     "utils.RestoreCheckpointConfig.fallback_to_scratch": "# leave INITIAL_CHECKPOINT_PATH out",
     "utils.RestoreCheckpointConfig.checkpointer_cls": "# there is one",
     "utils.get_training_eval_datasets.*": "# evaluation reads each example once, in order",
-    **{f"trainer.EarlyStoppingAction.{each}": f"hooks.EarlyStopping.{each} = {{value}}" for each in _STOPPING},
+    **{f"trainer.EarlyStoppingAction.{each}": f"training_hooks.EarlyStopping.{each} = {{value}}" for each in _STOPPING},
     "trainer.TerminateOnNanAction.*": "# a run whose loss is not finite stops by itself",
     "trainer.MoeTrainer.num_expert_partitions": "LAYOUT = 'expert'",
     "trainer.MoeTrainer.num_microbatches": _microbatches,
