@@ -136,8 +136,8 @@ EXPECTED = {
         "evaluation.Evaluation.return_intermediates = True",
         "infer_eval/grain_loader.CachedData.mixture_or_task_name = 'mylab_others'",
         "infer_eval/schedule.EvalDataset.data = @infer_eval/grain_loader.CachedData()",
-        "hooks.EarlyStopping.patience = 5",
-        "train.train.hooks = [@hooks.EarlyStopping()]",
+        "training_hooks.EarlyStopping.patience = 5",
+        "train.train.hooks = [@training_hooks.EarlyStopping()]",
     ),
     "own_model": ("NUM_LAYERS = 12", "TIED_LOGITS = True", "D_FF = 2048", "sampling.Sampling.top_k = 40"),
     "whole_paths": (
