@@ -225,7 +225,8 @@ def _refuse(verb: str, subject: str | None, word: str) -> None:
     """Raises UserError for a word that a command does not take."""
     entry = VERBS[verb]
     if not word.startswith("-"):
-        hint = f"; a recipe is given as --gin_file={word}" if entry.default or not entry.subjects else ""
+        takes_recipe = entry.recipe and (entry.default or not entry.subjects)
+        hint = f"; a recipe is given as --gin_file={word}" if takes_recipe else ""
         if near := did_you_mean(word, entry.subjects, limit=1):
             hint = near if word not in entry.subjects else f" there: write `meshway {verb} {word} ...`"
         raise UserError(f"meshway {verb} takes no argument {word!r}{hint}")

@@ -73,7 +73,8 @@ class Flag:
             return positive_int if self.least else non_negative_int
         if typing.get_origin(self.kind) is typing.Literal:
             return functools.partial(one_of, typing.get_args(self.kind))
-        return self.reads or str
+        several = typing.get_origin(self.kind) is tuple  # texts, of which one may be empty: whoever takes them checks
+        return self.reads or (str if several else some_text)
 
 
 def flag(help: str, value: str = "", default: Any = dataclasses.MISSING, least: int = 1, name: str = "") -> Any:
@@ -199,6 +200,13 @@ def non_negative_int(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)
+
+
+def some_text(text: str) -> str:
+    """Returns a text that is not empty, as the type of an argument."""
+    if not text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a text")
+    return text
 
 
 def one_of(choices: Sequence[str], text: str) -> str:

@@ -114,6 +114,10 @@ class Output:
             lacks = "--shard_id=I, which of them this is," if self.shard_id is None else "--num_shards=N, of how many,"
             raise UserError(f"{lacks} is missing: both are given, or none")
         self.share  # noqa: B018 to check both
+        if self.where == "-":
+            raise UserError(
+                "--output=-: results are files, and nothing writes them to standard output: give a file's name"
+            )
         if self.writer is not None and not self.where:
             raise UserError("a writer writes to --output=FILE, or to a folder: give one")
         if self.where and (local_path(self.where) / "checkpoints").is_dir():

@@ -99,6 +99,8 @@ class InteractiveModel:
             raise UserError(
                 f"model_dir={model_dir} is neither a run directory nor a checkpoint (no checkpoints/ in it)"
             )
+        if step is not None and directory is None:
+            raise UserError(f"step={step} names a checkpoint of a run: give its model_dir=")
         if recipe is None and directory is None:
             raise UserError("InteractiveModel needs a recipe (a gin file), or model_dir=, a run that has one")
         loaded = _load(recipe, directory, bindings)

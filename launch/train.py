@@ -105,9 +105,10 @@ def train(
         first, periods, initial = continuation.counted(program, periods, initial, checkpoints if start else None)
         checkpoints.first_step = first
         if start >= periods.last:
-            print(
+            _say(
+                primary,
                 f"step {start} of {periods.last} is already reached in {directory.root}; raise TRAIN_STEPS (or "
-                "TRAIN_STEPS_RELATIVE) to go on"
+                "TRAIN_STEPS_RELATIVE) to go on",
             )
             return
         with terminal.stage("opening the training data"):

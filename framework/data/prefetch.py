@@ -134,7 +134,8 @@ class BatchSizes:
 def check_skipped(skipped: Sequence[tuple[int, int]]) -> None:
     """Raises UserError for what is no range of batches to leave out."""
     for entry in skipped:
-        if not (isinstance(entry, Sequence) and len(entry) == 2 and 1 <= entry[0] <= entry[1]):
+        numbers = isinstance(entry, Sequence) and len(entry) == 2 and all(type(each) is int for each in entry)
+        if not (numbers and 1 <= entry[0] <= entry[1]):
             raise UserError(f"SKIP_BATCHES has {entry!r}, not (first, last) numbers of batches, counted from 1")
 
 

@@ -127,8 +127,12 @@ class Rules:
         if isinstance(target, str):
             words = [[word.strip() for word in part.split("+")] for part in target.split("|")]
             found = tuple(() if part == ["None"] else tuple(part) for part in words)
-        else:
+        elif isinstance(target, (tuple, list)):
             found = (tuple(target),)
+        else:
+            raise UserError(
+                f"{self.title}: rule {(name, target)!r}: {target!r} is neither a mesh axis, nor several, nor None"
+            )
         for axis in (axis for axes in found for axis in axes):
             if axis not in self._sizes:
                 raise UserError(

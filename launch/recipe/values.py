@@ -42,6 +42,7 @@ class Domain(NamedTuple):
 
 _POSITIVE, _AT_LEAST_0 = Domain("above 0", lambda x: x > 0), Domain("at least 0", lambda x: x >= 0)
 _AT_LEAST_1, _RATE = Domain("at least 1", lambda x: x >= 1), Domain("at least 0 and below 1", lambda x: 0 <= x < 1)
+_SEED = Domain("at least 0 and below 2**32, all that jax reads of it", lambda x: 0 <= x < 2**32)
 _NAMES = (
     (
         _AT_LEAST_1,
@@ -50,15 +51,16 @@ _NAMES = (
         "steps group_rows groups_per_row original_length lengths image_shape max_skipped_in_a_row num_repeats "
         "latest every best max_batches eval_k block query_block kv_block ns_steps min_dim_size_to_factor total_steps "
         "num_steps beams batches workers num_shards seconds seeds prompt_length new_tokens chunk_size max_input_length "
-        "max_new_tokens idle_timeout num_loss_chunks",
+        "max_new_tokens idle_timeout num_loss_chunks relative",
     ),
     (
         _AT_LEAST_0,
-        "seed warmup_steps num_shared_experts num_token_types num_samples max_predictions max_bad_examples z_loss "
+        "warmup_steps num_shared_experts num_token_types num_samples max_predictions max_bad_examples z_loss "
         "load_loss importance_loss jitter stddev base_learning_rate weight_decay learning_rate min_learning_rate "
         "adam_learning_rate adam_weight_decay weight_decay_rate eps epsilon1 epsilon2 step_offset start_step noise "
         "num_workers from_step rates step",
     ),
+    (_SEED, "seed"),
     (_RATE, "decay dropout_rate label_smoothing b1 b2 adam_b1 adam_b2 beta beta1 momentum"),
     (
         _POSITIVE,
@@ -201,7 +203,10 @@ def _read(value: Any, hint: Any, name: str) -> Any:
     alternatives = list(_alternatives(hint))
     fitting = [each for each in alternatives if _fits(value, each)]
     if not fitting:
-        raise ValueError(f"{' or '.join(dict.fromkeys(map(_words, alternatives)))} is needed")
+        _refuse_another_kind(value, alternatives)
+        called = dataclasses.replace(value, evaluate=True) if isinstance(value, Reference) else value
+        instead = f"; write {called}" if any(_fits(called, each) for each in alternatives) else ""
+        raise ValueError(f"{' or '.join(dict.fromkeys(map(_words, alternatives)))} is needed{instead}")
     if type(value) is float and int in fitting and float not in fitting:
         value = int(value)
     if isinstance(value, dict) and (inner := _inside(fitting[0])):
@@ -220,8 +225,12 @@ def _read_entry(key: Any, value: Any, hint: Any, name: str) -> Any:
 
 def _check_domain(value: Any, domain: Domain) -> None:
     for each in value if isinstance(value, (list, tuple)) else [value]:
-        if isinstance(each, (int, float)) and not isinstance(each, bool) and not domain.holds(each):
+        if not isinstance(each, (int, float)) or isinstance(each, bool):
+            continue
+        if not domain.holds(each):
             raise ValueError(f"it must be {domain.words}")
+        if domain is _AT_LEAST_1 and each >= 2**31:
+            raise ValueError("it must be below 2**31: sizes and counts have 32 bits")
 
 
 def _alternatives(hint: Any) -> Iterator[Any]:
@@ -239,7 +248,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is Any or hint is inspect.Parameter.empty or isinstance(hint, (typing.TypeVar, str)):
         return True
     if isinstance(value, Reference):  # one that is called may give anything
-        return value.evaluate or not (hint in _WORDS or origin is typing.Literal or origin in _CONTAINERS)
+        return _may_give(value, hint) if value.evaluate else _takes_a_factory(hint if origin is None else origin)
     if origin is typing.Literal:
         return value in inner
     if hint is int:
@@ -255,6 +264,50 @@ def _fits(value: Any, hint: Any) -> bool:
     return not isinstance(value, (*_SCALARS, list, tuple, dict)) and value is not None or hint is object
 
 
+def _may_give(value: Reference, hint: Any) -> bool:
+    """Says whether what a called reference gives may be of a class of ours, or meet it by shape, which takes a public
+    name of it. What no annotation tells may be anything."""
+    made = _made(value)
+    if not (inspect.isclass(made) and inspect.isclass(hint) and _OURS.match(hint.__module__)):
+        return True
+    names = _public(hint)
+    return not names or _takes_a_factory(hint) or hasattr(made, "__getattr__") or bool(names & _public(made))
+
+
+def _made(value: Reference) -> Any:
+    """Returns the class of what a called reference gives, None where nothing tells."""
+    found = configurables.find(value.target, importing=False) if value.target else None
+    if found is None or inspect.isclass(found):
+        return found
+    try:
+        return typing.get_type_hints(found).get("return")
+    except (NameError, TypeError, AttributeError):
+        return None
+
+
+def _public(kind: type) -> set[str]:
+    """Returns the names of a class's methods and fields that users may call or read."""
+    fields = getattr(kind, "__dataclass_fields__", {})
+    return {name for name in (*dir(kind), *fields) if not name.startswith("_")}
+
+
+def _refuse_another_kind(value: Any, alternatives: Sequence[Any]) -> None:
+    """Raises ValueError for a called reference whose class has nothing of those that are asked for."""
+    if not (isinstance(value, Reference) and value.evaluate):
+        return
+    asked = [each for each in alternatives if inspect.isclass(each) and _OURS.match(each.__module__)]
+    if asked:
+        has = ", ".join(sorted(_public(asked[0]))[:4])
+        raise ValueError(f"it gives a {_made(value).__name__}, which is no {asked[0].__name__} (with {has}, ...)")
+
+
+def _takes_a_factory(hint: Any) -> bool:
+    """Says whether a class or function itself, not what it gives, can be of an annotation without parameters."""
+    if hint in _WORDS or hint in _CONTAINERS or hint is typing.Literal:
+        return False
+    return not inspect.isclass(hint) or hint in (type, object) or any("__call__" in vars(each) for each in hint.__mro__)
+
+
 _CONTAINERS: tuple[Any, ...] = (
     list,
     tuple,
@@ -268,13 +321,13 @@ _CONTAINERS += (collections.abc.Iterable, set, frozenset)
 
 def _contains(value: Any, origin: Any, inner: Sequence[Any]) -> bool:
     if origin in (dict, collections.abc.Mapping):
-        return isinstance(value, dict)
+        return isinstance(value, dict) and (not inner or all(_fits_any(key, inner[0]) for key in value))
     if not isinstance(value, (list, tuple)):
         return False
     of = [each for each in inner if each is not Ellipsis]
     if len(of) != 1:  # a tuple whose members differ
         return True
-    return all(isinstance(each, (Macro, Reference)) or _fits_any(each, of[0]) for each in value)
+    return all(isinstance(each, Macro) or _fits_any(each, of[0]) for each in value)
 
 
 def _fits_any(value: Any, hint: Any) -> bool:
@@ -295,4 +348,4 @@ def _words(hint: Any) -> str:
         return "a mapping {name: value}"
     if origin in _CONTAINERS:
         return f"a list of {' or '.join(map(_words, _alternatives(typing.get_args(hint)[0])))}"
-    return "a reference (@module.Name)"
+    return f"a reference (@module.Name{'' if _takes_a_factory(hint if origin is None else origin) else '()'})"

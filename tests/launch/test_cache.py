@@ -61,6 +61,7 @@ def test_help_lists_the_flags_and_what_they_do_not_share_with_training(capsys):
             "argument --num_shards: '0' is not a whole number of at least 1",
         ),
         (["--task=lab_lines", "--gin.cache.cache.shards=3"], "shards"),
+        (["--task=lab_lines", "--module=tasks.topics", "--directory=t5.gin"], "cannot write t5.gin/lab_lines: Not a"),
     ],
 )
 def test_mistakes_are_told(capsys, words, expected):

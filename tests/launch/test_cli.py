@@ -17,7 +17,7 @@ from meshway.framework.errors import EnvironmentFailure, UserError
 from meshway.framework.telemetry.profiler import Profile
 from meshway.launch import cli
 from meshway.launch.cluster import options
-from meshway.launch.flags import non_negative_int, not_negative, positive_int, share
+from meshway.launch.flags import non_negative_int, not_negative, positive_int, share, some_text
 from meshway.launch.invocation import MACROS
 
 
@@ -98,12 +98,13 @@ NUMBERS = {
     non_negative_int: ["-1", "x", ""],
     not_negative: ["-1", "x", "inf"],
 }
-NUMBERS |= {share: ["0", "-1", "2", "x", "nan"]}
+NUMBERS |= {share: ["0", "-1", "2", "x", "nan"], some_text: [""]}
 NEEDED = {"convert": ["--from=a", "--to=b"], "status": ["a"]}  # what a verb needs before its flags are looked at
 
 
 def impossible():
-    """Every flag of every verb and kind of launch that takes a number or one of several words -> what it cannot be."""
+    """Every flag of every verb and kind of launch that takes a number, a text or one of several words -> what it cannot
+    be."""
     for name in sorted(cli.VERBS.keys() - {"launch"}):  # a set: workers must collect the same order
         parser, children = cli.parsers(name)
         for subject, each in (children or {"": parser}).items():

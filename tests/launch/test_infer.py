@@ -408,6 +408,8 @@ MISTAKES = {
         "--gin.infer.infer.beams: infer.infer.beams = -1: it must be at least 1",
     ),
     "an empty stop": (["--stop="], "stop: '' is not a text"),
+    "an empty split": (["--split="], "argument --split: '' is not a text"),
+    "standard output": (["--output=-"], "--output=-: results are files"),
     "a shard of none": (["--shard_id=1"], "--num_shards=N, of how many, is missing: both are given, or none"),
     "shards of which this is none": (["--num_shards=2"], "--shard_id=I, which of them this is, is missing: both"),
     "a shard that there is not": (

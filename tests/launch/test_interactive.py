@@ -159,6 +159,7 @@ def test_what_is_wrong_with_examples_is_told(model, recipe, tmp_path):
         (lambda: InteractiveModel(recipe), "there is no vocabulary: give vocabularies=, or a recipe with the MIXTURE"),
         (lambda: InteractiveModel(), "needs a recipe .a gin file., or model_dir="),
         (lambda: InteractiveModel(model_dir=tmp_path), "is neither a run directory nor a checkpoint"),
+        (lambda: InteractiveModel(recipe, step=3), "step=3 names a checkpoint of a run: give its model_dir="),
         (lambda: model.train_step([]), "there are no examples"),
         (lambda: model.train_step(EXAMPLES * 2), "6 examples make 6 rows, and a batch has 4: use train_steps"),
         (lambda: model.train_step([{"inputs": "a", "target": "b"}]), "example 0 has no 'targets', only .*did you mean"),

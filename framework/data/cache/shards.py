@@ -200,9 +200,12 @@ def replace(path: Path, content: bytes, work: Path) -> None:
 
 @contextlib.contextmanager
 def failures_of(path: Path) -> Iterator[None]:
-    """Turns an error of the file system or array_record while `path` is written into an EnvironmentFailure."""
+    """Turns an error of the file system or array_record while `path` is written into an EnvironmentFailure; a UserError
+    where a file is in the way of a folder."""
     try:
         yield
+    except (NotADirectoryError, FileExistsError) as error:
+        raise UserError(f"cannot write {path}: {error.strerror}: give another folder for caches") from error
     except (OSError, RuntimeError) as error:
         raise EnvironmentFailure(f"writing {path} failed: {error}; what is finished is kept, run it again") from error
 

@@ -53,6 +53,7 @@ def test_refusals_name_the_tensor_and_the_nearest_right_thing(names, shape, word
     [
         ([("embed", "modle")], "did you mean 'model'"),
         ([("embed", "data"), ("embed", "model")], "two rules"),
+        ([("embed", 5)], "5 is neither a mesh axis, nor several, nor None"),
         (["embed"], "a rule is"),
     ],
 )

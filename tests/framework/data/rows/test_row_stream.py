@@ -270,6 +270,7 @@ def test_a_checkpoint_that_does_not_say_what_was_left_out_is_believed_where_the_
         (lambda: BatchSizes(8, [(5, 0)]), "sizes be at least 1"),
         (lambda: BatchSizes(8, [5, 4]), r"has 5, not \(last step"),
         (lambda: resizing(skipped=[(4, 3)]), r"SKIP_BATCHES has \(4, 3\)"),
+        (lambda: resizing(skipped=[("a", "b")]), r"SKIP_BATCHES has \('a', 'b'\)"),
         (lambda: TrainingStream(lambda size: Counting(), SIZES), "counts batches, not examples"),
         (lambda: TrainingStream(lambda size: Counting("at"), BatchSizes(8), [(2, 3)]), "does not number its batches"),
     ],
