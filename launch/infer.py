@@ -115,16 +115,11 @@ class Output:
             raise UserError(f"{lacks} is missing: both are given, or none")
         self.share  # noqa: B018 to check both
         if self.where == "-":
-            raise UserError(
-                "--output=-: results are files, and nothing writes them to standard output: give a file's name"
-            )
+            raise UserError("--output=-: results are files, nothing writes them to standard output: give a file's name")
         if self.writer is not None and not self.where:
             raise UserError("a writer writes to --output=FILE, or to a folder: give one")
         if self.where and (local_path(self.where) / "checkpoints").is_dir():
-            raise UserError(
-                f"--output={self.where} is a run directory, and shards would lie among its files: give a file, or a "
-                f"folder of their own, as {self.where.rstrip('/')}/predictions"
-            )
+            raise UserError(f"--output={self.where} is a run directory: give a file, or a folder of the results' own")
 
     @functools.cached_property
     def own_format(self) -> OwnFormat | None:

@@ -75,7 +75,7 @@ def params_and_model(run):
 
 def test_a_run_directory_is_no_output(run, questions, capsys):
     assert infer(f"--model_dir={run}", f"--input={questions}", f"--output={run}") == 2
-    assert "is a run directory, and shards would lie among its files: give a file, or" in capsys.readouterr().err
+    assert "is a run directory: give a file, or a folder of the results' own" in capsys.readouterr().err
 
 
 def test_more_beams_than_tokens_are_refused(run, questions, tmp_path, capsys):
