@@ -292,7 +292,13 @@ def _public(kind: type) -> set[str]:
 
 
 def _refuse_another_kind(value: Any, alternatives: Sequence[Any]) -> None:
-    """Raises ValueError for a called reference whose class has nothing of those that are asked for."""
+    """Raises ValueError for a called reference, or one in a list, whose class has nothing of those asked for."""
+    if isinstance(value, (list, tuple)):
+        for each in filter(_holds_alike, alternatives):
+            inner = list(_alternatives(typing.get_args(each)[0]))
+            for entry in value:
+                if not any(_fits(entry, one) for one in inner):
+                    _refuse_another_kind(entry, inner)
     if not (isinstance(value, Reference) and value.evaluate):
         return
     asked = [each for each in alternatives if inspect.isclass(each) and _OURS.match(each.__module__)]

@@ -237,7 +237,7 @@ def check_cache(program, layout: str, cache) -> None:
     mesh = Arrangement(*((Ring(size, 1.0),) for size in (2, 2, 2)))
     expected = held = 0
     for leaf in jax.tree.leaves(cache.layers):
-        layers, batch, context, kv_heads, head_dim = leaf.shape
+        layers, batch, kv_heads, context, head_dim = leaf.shape
         sizes = Transformer(layers, 1, 1, 8, kv_heads, head_dim, 1)
         expected += layers * cache_bytes(sizes, batch, context, over, mesh, 4) / 2  # leaf by leaf: keys or values
         held += sum(shard.data.nbytes for shard in leaf.addressable_shards if shard.device == device)

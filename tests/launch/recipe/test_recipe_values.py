@@ -260,6 +260,8 @@ def test_verbs_that_import_no_model_do_not_judge_what_is_bound_of_it():
 def test_what_a_name_means_in_a_module_of_the_users_is_the_users(tmp_path, monkeypatch):
     (tmp_path / "hooks_of_mine.py").write_text(
         "class Hook:\n    def __init__(self, factor: float, dtype: str, k: int): self.all = (factor, dtype, k)\n"
+        "    def after_step(self, step): ...\n    def close(self): ...\n"
+        "class Bare: ...\n"
     )
     (tmp_path / "mine.gin").write_text(
         "from __gin__ import dynamic_registration\nimport hooks_of_mine\nfrom meshway.launch import train\n"
@@ -271,3 +273,5 @@ def test_what_a_name_means_in_a_module_of_the_users_is_the_users(tmp_path, monke
     assert "hooks_of_mine.Hook.factor = -1.5\n" in load(files, *MORE, verb="train").resolved
     with pytest.raises(UserError, match=r"hooks_of_mine.Hook.k = 0.5: a whole number is needed"):
         load(files, *MORE, "hooks_of_mine.Hook.k=0.5", verb="train")
+    with pytest.raises(UserError, match=r"it gives a Bare, which is no Hook \(with after_step, close, ...\)"):
+        load(files, *MORE, "train.train.hooks=[@hooks_of_mine.Bare()]", verb="train")
