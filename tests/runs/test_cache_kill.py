@@ -8,7 +8,6 @@ import time
 
 import pytest
 from running import LAB, command, environment
-from tiers import tiers
 
 KILLS = (4, 10)
 
@@ -41,7 +40,8 @@ def under_way(directory):
     return set(directory.glob("kept_large/.building-*/*.array_record"))
 
 
-@pytest.mark.parametrize("kills", tiers(KILLS, slow=KILLS[:1]))
+@pytest.mark.proofs
+@pytest.mark.parametrize("kills", KILLS)
 def test_kills_at_any_moment_neither_lose_nor_double_anything(tmp_path, kills):
     directory, chance = tmp_path / "killed", random.Random(3)
     shards = []

@@ -80,7 +80,7 @@ MACROS = [  # of every shipped recipe: (recipe, macro, its text)
     for found in re.findall(r"^([A-Z_0-9]+) = (.*)$", path.read_text(), re.MULTILINE)
 ]
 QUICK = [("bench_moe", "LAYOUT"), ("bench_attention", "LAYOUT"), ("v_moe_digits", "IMAGE_SHAPE")]
-SLOW = [("quickstart", "MODEL_DIR"), ("quickstart", "REMAT"), ("bench_t5", "MODEL")]
+SLOW = [("quickstart", "MODEL_DIR")]
 NAMES = ("MODEL_DIR", "CACHE_DIR", "MIXTURE_OR_TASK_NAME", "MIXTURE_OR_TASK_MODULE")
 
 
