@@ -35,6 +35,7 @@ def cache(corpus_cache, monkeypatch):
     monkeypatch.setenv("MESHWAY_CACHE_DIR", str(corpus_cache))
 
 
+@pytest.mark.slow
 def test_text_tasks_are_the_documents_and_are_counted(cache):
     seqio = import_seqio()
     importlib.import_module(MODULE)

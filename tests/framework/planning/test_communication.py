@@ -175,6 +175,7 @@ def compiled() -> dict:
     return found
 
 
+@pytest.mark.slow
 def test_compiled_data_parallelism_sends_exactly_the_minimum(compiled):
     line = compiled["data"][("data",), GRADIENTS]
     assert line.measured == line.minimum and not line.why

@@ -99,6 +99,7 @@ def test_microbatches_must_divide_the_batch():
         program("lm", "NUM_MICROBATCHES=3")
 
 
+@pytest.mark.slow
 def test_dropout_is_a_function_of_seed_and_step():
     made = program("lm", "DROPOUT_RATE=0.3")
     step, batch = made.compile_step(), made.shard_batch(made.synthetic_batch())
