@@ -8,7 +8,7 @@ layout maps it.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -252,6 +252,11 @@ def sharded_by(spec: Iterable[Any], rank: int = 0) -> DimAxes:
     """
     named = [(entry,) if isinstance(entry, str) else entry if isinstance(entry, tuple) else () for entry in spec]
     return (*named, *[()] * (rank - len(named)))
+
+
+def of_several(sizes: Mapping[str, int], dim_axes: DimAxes) -> DimAxes:
+    """Returns the axes that shard each dimension without those of one device; `sizes` are those of the mesh's axes."""
+    return tuple(tuple(axis for axis in axes if sizes[axis] > 1) for axes in dim_axes)
 
 
 def _without(sharding: NamedSharding, axes: tuple[str, ...], first: int = 0) -> NamedSharding:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from meshway.framework.errors import UserError
 from meshway.framework.files import io_errors, local_path
 from meshway.framework.interfaces import Model
-from meshway.framework.planning import aot, devices
+from meshway.framework.planning import aot
 from meshway.framework.planning.cost import Transformer
 from meshway.framework.planning.dimensions import transformer_of
 from meshway.framework.planning.layouts import Estimate, Pass, Phase, estimates, together
@@ -306,7 +306,7 @@ def _plan_training(invocation: "Invocation") -> None:
     planner = train_plan.planner_of(invocation)
     asked, refusal = Training(**planner.recipe().build(train_plan.ROOT)), ""
     if not asked.analytic:
-        devices.compiled_for(planner.where)  # what is missing is said before seconds are spent
+        aot.compiled_for(planner.where)  # what is missing is said before seconds are spent
     traced = found = planner.traced()
     if not asked.analytic and not asked.fit:
         try:

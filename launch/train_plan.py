@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from meshway.framework.errors import UserError
-from meshway.framework.planning import aot, devices, train_plan
+from meshway.framework.planning import aot, train_plan
 from meshway.framework.planning.step_cost import StepCost, Traffic
 from meshway.framework.planning.topology import Topology, topology
 from meshway.framework.planning.train_plan import TrainPlan
@@ -80,7 +80,7 @@ class Planner:
           aot.TooLarge: the compiler finds no room for it.
           UserError: as `program`; libtpu is missing; the compiler refuses the step.
         """
-        program = self.program(bindings, devices.compiled_for(self.where))
+        program = self.program(bindings, aot.compiled_for(self.where))
         traced = train_plan.traced_plan(program, self.where, self.model_flops)
         return train_plan.with_compiled(traced, program, aot.compile_step(program))
 
@@ -264,7 +264,7 @@ def planner_of(invocation: "Invocation") -> Planner:
             f"{' and '.join(wrong)} of inference; a plan of training has the recipe's own batch and lengths"
         )
     where = asked_topology(options.topology)
-    planner = Planner(invocation, where, devices.described_devices(where))
+    planner = Planner(invocation, where, aot.described_devices(where))
     if planner.recipe().macro("SCAN") == "auto":  # what it is on chips, whatever machine plans
         planner = dataclasses.replace(planner, defaults=("SCAN=True",))
     return planner

@@ -3,7 +3,7 @@
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from meshway.framework.axes import DimAxes, Product
+from meshway.framework.axes import DimAxes, Product, of_several
 
 
 def product_of(mesh: Mesh, x: DimAxes, kernel: DimAxes, output: DimAxes) -> Product:
@@ -23,7 +23,7 @@ def product_of(mesh: Mesh, x: DimAxes, kernel: DimAxes, output: DimAxes) -> Prod
       x, output: the axes that shard each dimension of the activations, at rest.
       kernel: those of the stored weights.
     """
-    x, kernel, output = (_of_several(mesh, each) for each in (x, kernel, output))
+    x, kernel, output = (of_several(mesh.shape, each) for each in (x, kernel, output))
     num_inputs = (len(x) + len(kernel) - len(output)) // 2
     lead = len(x) - num_inputs
     tokens = {axis for axes in x[:lead] for axis in axes}
@@ -49,7 +49,3 @@ def product_of(mesh: Mesh, x: DimAxes, kernel: DimAxes, output: DimAxes) -> Prod
         summed=summed,
         scattered=scattered,
     )
-
-
-def _of_several(mesh: Mesh, axes: DimAxes) -> DimAxes:
-    return tuple(tuple(axis for axis in each if mesh.shape[axis] > 1) for each in axes)

@@ -21,9 +21,9 @@ from meshway.framework.partitioning.rules import Rules
 from meshway.framework.partitioning.sharded_model import Row
 from meshway.framework.planning.communication import Setting
 from meshway.framework.planning.products import Product, Uses, Weight
-from meshway.framework.planning.step_cost import StepCost, Wires
+from meshway.framework.planning.step_cost import StepCost
 from meshway.framework.planning.topology import Topology
-from meshway.framework.planning.train_plan import is_wide, moved_bytes, traffic_of
+from meshway.framework.planning.train_plan import closed_forms
 
 # What a policy computes again, in forward passes; `minimal` the scores of attention, which are no weights' products.
 RECOMPUTED = {"none": 0.0, "minimal": 0.1, "full": 1.0}
@@ -112,11 +112,9 @@ class Traced:
             return Rough(candidate, total, None, "does not fit")
         used = {axis for weight in setting.parameters for axes in weight.dim_axes for axis in axes} | setting.tokens
         idle = math.prod(size for axis, size in sizes.items() if axis not in used)
-        peak = self.where.chip.float32 if is_wide(setting) else self.where.chip.bfloat16
-        compute = self.model_flops * (1 + again / 3) * idle / (mesh.size * peak)
-        wires = Wires(mesh, self.where).seconds(traffic_of(setting, micro, again))
-        memory = moved_bytes(setting, state + gradients, micro, again) / self.where.chip.memory_bandwidth
-        return Rough(candidate, total, StepCost(compute, memory, *wires))
+        flops = self.model_flops * (1 + again / 3) * idle
+        cost, _ = closed_forms(setting, mesh, self.where, flops, state + gradients, micro, again)
+        return Rough(candidate, total, cost)
 
     def _placed(self, layout: Layout, sizes: Mapping[str, int], candidate: Candidate) -> tuple[Setting, float, float]:
         """Returns the setting under a layout, and the bytes of its state and gradients on a device."""

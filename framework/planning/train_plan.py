@@ -7,13 +7,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from meshway.framework.planning import memory as memory_lib
 from meshway.framework.planning import waste
 from meshway.framework.planning.aot import CompiledStep
+from meshway.framework.planning.audit import exchanges
 from meshway.framework.planning.communication import ACTIVATIONS, GRADIENTS, WEIGHTS, Setting, minimum
 from meshway.framework.planning.comparison import setting_of
-from meshway.framework.planning.flops import jaxpr_flops
+from meshway.framework.planning.flops import count_flops, jaxpr_flops
 from meshway.framework.planning.memory import Memory
 from meshway.framework.planning.step_cost import StepCost, Traffic, Wires
 from meshway.framework.planning.topology import Topology
@@ -103,24 +105,21 @@ def traced_plan(program: Any, where: Topology, model_flops: float) -> TrainPlan:
       UserError: the model does not fit the layout.
     """
     closed = program.trace_gradients()
+    computed = jaxpr_flops(closed)
     setting = setting_of(program)
     asked = program.trace_loss()
     mesh = dict(setting.mesh)
     tokens = _tokens(program.abstract_batch)
     # By the kernels of the mesh, whose buffers may be larger than what is computed: of use as a ratio alone.
     forward = _forward_flops(program)
-    recomputed = min(1.0, max(0.0, jaxpr_flops(closed) / forward - 3)) if forward else 0.0
-    hardware = jaxpr_flops(closed) if setting.stages else model_flops * (1 + recomputed / 3)
+    recomputed = min(1.0, max(0.0, computed / forward - 3)) if forward else 0.0
+    hardware = computed if setting.stages else model_flops * (1 + recomputed / 3)
     flops = Flops(model_flops, _parameter_flops(setting), hardware, tokens)
     idle = math.prod(mesh[axis] for axis in _idle(asked, mesh, setting))
     memory = memory_lib.step_memory(program, closed)
-    traffic = tuple(traffic_of(setting, program.num_microbatches, recomputed))
-    seconds = Wires(program.partitioner.mesh, where).seconds(traffic)
-    peak = where.chip.float32 if is_wide(setting) else where.chip.bfloat16
-    compute = hardware * idle / (program.partitioner.mesh.size * peak)
     state = memory.parameters + memory.optimizer + memory.gradients
-    moved = moved_bytes(setting, state, program.num_microbatches, recomputed)
-    cost = StepCost(compute, moved / where.chip.memory_bandwidth, *seconds)
+    micro = program.num_microbatches
+    cost, traffic = closed_forms(setting, program.partitioner.mesh, where, hardware * idle, state, micro, recomputed)
     found = waste.state_waste(program.explain(), mesh, 0.1) + waste.activation_waste(asked, 0.5)
     return TrainPlan(
         where=where,
@@ -131,7 +130,7 @@ def traced_plan(program: Any, where: Topology, model_flops: float) -> TrainPlan:
         flops=flops,
         memory=memory,
         cost=cost,
-        traffic=traffic,
+        traffic=tuple(traffic),
         waste=tuple(found),
     )
 
@@ -141,11 +140,8 @@ def with_compiled(plan: TrainPlan, program: Any, compiled: CompiledStep) -> Trai
     forms'."""
     if compiled.unread:
         return dataclasses.replace(plan, compiled=compiled)
-    groups: dict[tuple[tuple[str, ...], str], tuple[float, int]] = {}
-    for row in compiled.collectives:
-        sent, count = groups.get((row.axes, row.kind), (0.0, 0))
-        groups[row.axes, row.kind] = (sent + row.sent, count + row.count)
-    traffic = tuple(Traffic(axes, kind, sent, count) for (axes, kind), (sent, count) in groups.items())
+    found = exchanges(compiled.collectives)
+    traffic = tuple(Traffic(each.axes, each.kind, each.sent, each.count) for each in found)
     seconds = Wires(program.partitioner.mesh, plan.where).seconds(traffic)
     cost = StepCost(plan.cost.compute, plan.cost.memory, *seconds)
     return dataclasses.replace(plan, compiled=compiled, compiled_cost=cost, compiled_traffic=traffic)
@@ -154,10 +150,10 @@ def with_compiled(plan: TrainPlan, program: Any, compiled: CompiledStep) -> Trai
 def _forward_flops(program: Any) -> float:
     """Returns the FLOPs of a forward pass by the kernels that the program's devices have."""
     with program.partitioner.activate():
-        return jaxpr_flops(
-            jax.make_jaxpr(lambda params, batch: program.model.loss(params, batch, None)[0])(
-                program.param_shapes, program.abstract_batch
-            )
+        return count_flops(
+            lambda params, batch: program.model.loss(params, batch, None)[0],
+            program.param_shapes,
+            program.abstract_batch,
         )
 
 
@@ -187,13 +183,32 @@ def _idle(asked: Any, mesh: dict[str, int], setting: Setting) -> list[str]:
     return [axis for axis, size in mesh.items() if f"mesh axis {axis}={size}" in found and axis not in setting.stages]
 
 
-def is_wide(setting: Setting) -> bool:
+def closed_forms(
+    setting: Setting, mesh: Mesh, where: Topology, flops: float, state: float, microbatches: int, recomputed: float
+) -> tuple[StepCost, Sequence[Traffic]]:
+    """Returns what a step costs at published peaks, and what it sends.
+
+    Args:
+      setting: the step and how it is sharded.
+      mesh: on devices of the topology.
+      flops: that are computed, of all devices together, those that do the same as others included.
+      state: bytes of a device: parameters, optimizer's state and gradients.
+      recomputed: what remat computes again, in forward passes.
+    """
+    traffic = _traffic_of(setting, microbatches, recomputed)
+    peak = where.chip.float32 if _is_wide(setting) else where.chip.bfloat16
+    moved = _moved_bytes(setting, state, microbatches, recomputed)
+    times = Wires(mesh, where).seconds(traffic)
+    return StepCost(flops / (mesh.size * peak), moved / where.chip.memory_bandwidth, *times), traffic
+
+
+def _is_wide(setting: Setting) -> bool:
     """Whether products are in float32."""
     widths = [np.dtype(product.value.dtype).itemsize for product in setting.uses.products]
     return bool(widths) and min(widths) >= 4
 
 
-def traffic_of(setting: Setting, microbatches: int, recomputed: float) -> Sequence[Traffic]:
+def _traffic_of(setting: Setting, microbatches: int, recomputed: float) -> Sequence[Traffic]:
     """Returns what is sent: the least (`communication.minimum`), with what a layer-by-layer step sends again.
 
     Weights are gathered once for the forward and once for the backward pass of each microbatch; gradients are summed in
@@ -209,7 +224,7 @@ def traffic_of(setting: Setting, microbatches: int, recomputed: float) -> Sequen
     return [Traffic(axes, role, sent, count) for (axes, role), (sent, count) in found.items()]
 
 
-def moved_bytes(setting: Setting, state: float, microbatches: int, recomputed: float) -> float:
+def _moved_bytes(setting: Setting, state: float, microbatches: int, recomputed: float) -> float:
     """Returns the bytes that a device reads and writes in a step, at least.
 
     Weights are read for each pass, the state (of so many bytes, gradients too) is read and written, and each product

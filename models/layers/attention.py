@@ -144,38 +144,6 @@ class Attention(nnx.Module):
         cache_index: jax.Array | None = None,
         queries: Literal["length"] | None = "length",
         rng: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
-        """Attends from x [batch, length, d_model]; the arguments are those of `terms`.
-
-        Returns:
-          (output [batch, length, d_model], the updated cache or None).
-        """
-        y, cache = self.terms(
-            x,
-            attended=attended,
-            positions=positions,
-            bias=bias,
-            mask=mask,
-            cache=cache,
-            cache_index=cache_index,
-            queries=queries,
-            rng=rng,
-        )
-        assert not isinstance(y, PartialSums)
-        return y, cache
-
-    def terms(
-        self,
-        x: jax.Array,
-        *,
-        attended: KeysValues | None = None,
-        positions: jax.Array | None = None,
-        bias: PositionBias | None = None,
-        mask: Mask | None = None,
-        cache: Cache | None = None,
-        cache_index: jax.Array | None = None,
-        queries: Literal["length"] | None = "length",
-        rng: jax.Array | None = None,
         sum_later: bool = False,
     ) -> tuple[jax.Array | PartialSums, Cache | None]:
         """Attends from x [batch, length, d_model].
@@ -192,7 +160,7 @@ class Attention(nnx.Module):
           sum_later: return the output's terms on each device, where there are such (`Linear.terms`).
 
         Returns:
-          (output [batch, length, d_model], the updated cache or None).
+          (output [batch, length, d_model], or its terms with `sum_later` alone; the updated cache or None).
 
         Raises:
           ValueError: rotary embeddings without positions, or a window or ALiBi in cross-attention, where queries and
@@ -273,7 +241,7 @@ class Attention(nnx.Module):
         """Returns a projection [batch, length, heads, head_dim] where attention is to have it, and how it came there if
         devices exchanged heads for examples."""
         x = constrain(x, names)
-        after = tuple(ATTENTION.get(name or "", name) for name in names)
+        after = _in_attention(names)
         exchange = head_exchange(names, after, x.shape)
         if exchange is not None:
             return exchange.there(x), exchange
@@ -287,8 +255,7 @@ class Attention(nnx.Module):
                 "Attention: ReRoPE's and Transformer-XL's terms know heads in their own order, and the layout gives "
                 "attention another; shard attention's batch over all axes that shard heads, or its heads"
             )
-        after = tuple(ATTENTION.get(name or "", name) for name in KEYS)
-        keys = None if self.num_kv_heads == 1 else head_exchange(KEYS, after, shape)
+        keys = None if self.num_kv_heads == 1 else head_exchange(KEYS, _in_attention(KEYS), shape)
         if self.num_kv_heads > 1 and (keys is None or keys.order != exchange.order):
             raise ValueError(
                 "Attention: the layout gives a device heads that are not adjacent, and "
@@ -301,6 +268,11 @@ class Attention(nnx.Module):
 
     def _terms(self) -> list[ScoreTerm]:
         return [term for term in (self.rotary, self.relative) if isinstance(term, ScoreTerm)]
+
+
+def _in_attention(names: Names) -> Names:
+    """Returns the logical axes that an array of a projection has where attention computes."""
+    return tuple(ATTENTION.get(name or "", name) for name in names)
 
 
 def _in_order(bias: PositionBias, exchange: HeadExchange) -> PositionBias:

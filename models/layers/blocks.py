@@ -84,7 +84,7 @@ class SelfAttentionBlock(nnx.Module):
         together = self._sums_together(rng)
         if together:
             normed = constrain(normed, ("batch", "length", "embed"), free_for="mlp")
-        y, cache = (self.attention.terms if together else self.attention)(
+        y, cache = self.attention(
             normed,
             **({"sum_later": True} if together else {}),
             positions=positions,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from meshway.framework.axes import Names, Product, moved, product, sharded_by
+from meshway.framework.axes import Names, Product, moved, of_several, product, sharded_by
 
 Multiply = Callable[[jax.Array, jax.Array], jax.Array]  # (x, kernel) -> their product, of arrays or of shards
 
@@ -162,7 +162,8 @@ def head_exchange(before: Names, after: Names, shape: tuple[int, ...]) -> HeadEx
     pair = moved(before, after, shape)
     if pair is None:
         return None
-    (batch, _, heads, _), (new_batch, _, new_heads, _) = (_of_several(each) for each in pair)
+    sizes = pair[0].mesh.shape
+    (batch, _, heads, _), (new_batch, _, new_heads, _) = (of_several(sizes, sharded_by(each.spec, 4)) for each in pair)
     to_batch = tuple(axis for axis in heads if axis in new_batch)
     to_heads = tuple(axis for axis in batch if axis in new_heads)
     if not to_batch and not to_heads:
@@ -171,13 +172,7 @@ def head_exchange(before: Names, after: Names, shape: tuple[int, ...]) -> HeadEx
     held = batch[: len(batch) - len(to_heads)]
     if (held + to_heads, held + to_batch, kept + to_heads) != (batch, new_batch, new_heads):
         return None
-    sizes = pair[0].mesh.shape
     outer, inner = math.prod(sizes[axis] for axis in to_batch), math.prod(sizes[axis] for axis in kept)
     if outer == 1 or inner == 1 or heads == kept + to_batch:
         return HeadExchange(*pair, to_batch, to_heads, None)
     return HeadExchange(*pair, to_batch, to_heads, (outer, inner)) if heads == to_batch + kept else None
-
-
-def _of_several(sharding: NamedSharding) -> tuple[tuple[str, ...], ...]:
-    sizes = sharding.mesh.shape
-    return tuple(tuple(a for a in axes if sizes[a] > 1) for axes in sharded_by(sharding.spec, 4))

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from meshway.framework.partitioning.mesh import MeshShape
-from meshway.framework.planning import devices
+from meshway.framework.planning import aot
 from meshway.framework.planning.step_cost import Traffic, Wires
 from meshway.framework.planning.topology import topology
 from meshway.launch import cli, plan_page, plan_variants, train_plan
@@ -74,14 +74,14 @@ def test_wires_have_the_links_of_the_sides_that_an_axis_runs_along() -> None:
     where = topology("v4:4x4x4")
     chip = where.chip
     for sizes, axis, links in (({"a": 16, "b": 4}, "a", 4), ({"a": 16, "b": 4}, "b", 2), ({"a": 32, "b": 2}, "b", 1)):
-        mesh = MeshShape(ici=sizes).build(devices.described_devices(where))
+        mesh = MeshShape(ici=sizes).build(aot.described_devices(where))
         ici, dcn, latency = Wires(mesh, where).seconds([Traffic((axis,), "all-gather", 9e9, 0)])
         assert (ici, dcn, latency) == (pytest.approx(9e9 / links / chip.link_bandwidth), 0, 0)
 
 
 def test_described_devices_tile_as_real_ones() -> None:
     where = topology("tpu7x:2x2x4x2slices")
-    made = devices.described_devices(where)
+    made = aot.described_devices(where)
     assert len(made) == where.num_devices == 64 and len(set(made)) == 64
     mesh = MeshShape(ici={"fsdp": 32}, dcn={"data": 2}).build(made)
     assert {each.slice_index for each in mesh.devices[0]} == {0}
