@@ -290,7 +290,7 @@ def run(invocation: "Invocation") -> None:
         return
     if wrong := [f"--{name}" for name in ("analytic", "fit", "html") if getattr(options, name)]:
         raise UserError(
-            f"{' and '.join(wrong)} of a plan of training; give a recipe with an optimizer, or --phase=train"
+            f"{' and '.join(wrong)}: for plans of training alone; give a recipe with an optimizer, or --phase=train"
         )
     invocation = dataclasses.replace(invocation, subject="plan")
     found = plan(**config.load(invocation, import_unreferenced=False).build("plan.plan"))

@@ -261,7 +261,7 @@ def planner_of(invocation: "Invocation") -> Planner:
     options = invocation.options
     if wrong := [f"--{name}" for name in _INFERENCE if getattr(options, name)]:
         raise UserError(
-            f"{' and '.join(wrong)} of inference; a plan of training has the recipe's own batch and lengths"
+            f"{' and '.join(wrong)} of inference: a plan of training has the recipe's own batch and lengths"
         )
     where = asked_topology(options.topology)
     planner = Planner(invocation, where, aot.described_devices(where))

@@ -109,6 +109,7 @@ _FAMILIES = {
 # Model, chapter 2: 6.25 GB/s a chip of v5p, 3.125 of v5e).
 _HOST_NETWORK = 25e9
 _HOST_CHIPS = {2: 8, 3: 4}
+_MOST = 2**20  # chips: each is described by itself
 _WHOLE = {2: 16, 3: 4}  # torus dimension -> wrapped around where a side is this (2D), or a multiple of it (3D cubes)
 
 
@@ -171,7 +172,8 @@ def topology(name: str) -> Topology:
     slice of whole cubes (v4, v5p, TPU7x), sides of 16 (v5e, v6e).
 
     Raises:
-      UserError: there is no such chip, it has no torus of so many sides, or GPUs are counted in slices.
+      UserError: there is no such chip, it has no torus of so many sides, there are too many, or GPUs are counted
+        in slices.
     """
     family, colon, sides = name.strip().lower().partition(":")
     several = re.fullmatch(r"(.*)x([1-9][0-9]*)slices?", sides)
@@ -185,6 +187,8 @@ def topology(name: str) -> Topology:
     if not colon or not re.fullmatch(r"[1-9][0-9]*(x[1-9][0-9]*)*", sides):
         raise UserError(f"topology {name!r} does not say how many: write it as {family}:{example}")
     sizes = [int(side) for side in sides.split("x")]
+    if (count := slices * math.prod(sizes)) > _MOST:
+        raise UserError(f"topology {name!r} has {count:,} chips; at most {_MOST:,} are planned for")
     if not chip.torus:
         if several:
             raise UserError(f"topology {name!r}: slices are of TPUs; write how many GPUs there are, as {family}:64")

@@ -155,6 +155,8 @@ def test_topologies() -> None:
         ("v5e:0x4", "does not say how many: write it as v5e:4x4"),
         ("v5p:4x4", "a torus of 3 dimensions, and it has 2: write it as v5p:4x4x4"),
         ("h100:eight", "does not say how many: write it as h100:8"),
+        ("h100:99999999999", "has 99,999,999,999 chips; at most 1,048,576"),
+        ("v5e:4x4x65537slices", "has 1,048,592 chips"),
         ("", "no accelerator is called ''"),
     ],
 )
