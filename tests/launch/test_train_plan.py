@@ -5,13 +5,17 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
 from meshway.framework.partitioning.mesh import MeshShape
 from meshway.framework.planning import aot
+from meshway.framework.planning.communication import GRADIENTS, WEIGHTS, Setting
+from meshway.framework.planning.products import Product, Uses, Value, Weight
 from meshway.framework.planning.step_cost import Traffic, Wires
 from meshway.framework.planning.topology import topology
+from meshway.framework.planning.train_plan import closed_forms
 from meshway.launch import cli, plan_page, plan_variants, train_plan
 
 LENGTHS = "--gin.TASK_FEATURE_LENGTHS={'inputs': 64, 'targets': 64}"
@@ -114,6 +118,24 @@ def test_without_libtpu_the_extra_is_named(capsys: pytest.CaptureFixture[str], m
     )
     assert cli.main([*TINY, "--topology=v4:2x2x1"]) == 2
     assert "pip install 'meshway[plan]'; or add --analytic" in capsys.readouterr().err
+
+
+def test_the_time_of_a_product_is_counted_by_hand() -> None:
+    """Rows [batch=8, 16] over data=2, times a bfloat16 weight [16, 32] sharded by fsdp=2, in three layers."""
+    weight = Weight("w", (16, 32), jnp.bfloat16, ("embed", "mlp"), ((), ("fsdp",)))
+    value, output = Value((8, 16), jnp.bfloat16, 3), Value((8, 32), jnp.bfloat16, 3)
+    uses = Uses([Product(weight, value, output, (0,), (), (1,), 3)], [])
+    setting = Setting({"data": 2, "fsdp": 2}, frozenset({"data", "fsdp"}), [weight], {}, uses)
+    where = topology("v5e:2x2")
+    mesh = MeshShape(ici={"data": 2, "fsdp": 2}).build(aot.described_devices(where))
+    cost, traffic = closed_forms(setting, mesh, where, 1e15, state=1000.0, microbatches=2, recomputed=1.0)
+    assert cost.compute == pytest.approx(1e15 / (4 * where.chip.bfloat16))
+    # Four passes, one of them remat's: each microbatch reads the weight, gathered, and a device has rows of a quarter.
+    moved = 4 * (2 * 16 * 32 * 2 + 3 * (8 * 16 + 8 * 32) * 2 / 4) + 2 * 1000
+    assert cost.memory == pytest.approx(moved / where.chip.memory_bandwidth)
+    # Gathered twice, and its gradient scattered once, in each microbatch: half of it each time, in bfloat16.
+    sent = {each.what: each.sent for each in traffic if each.axes == ("fsdp",)}
+    assert sent[WEIGHTS] == 2 * 2 * 16 * 32 * 2 / 2 and sent[GRADIENTS] == 2 * 16 * 32 * 2 / 2
 
 
 @pytest.mark.slow
