@@ -81,7 +81,7 @@ class Walk:
         self._importing = importing
         self._macros = {binding.parameter: binding for binding in bindings if binding.is_macro}
         self._bindings = [binding for binding in bindings if binding.target is not None]
-        self._known_keys: tuple[int, set[Any]] = (0, set())
+        self._known_index: tuple[int, dict[Any, list[Binding]], dict[Any, list[Target]]] = (0, {}, {})
         self._scoped = {tuple(binding.scope.split("/")) for binding in self._bindings if binding.scope}
         self._factories: list[tuple[Target, Place, Reference | None]] = []
         self._seen: set[Any] = set()
@@ -149,7 +149,7 @@ class Walk:
         if by is not None and by.evaluate:
             self._check_arguments(found, winners, place, by)
         for name, default in configurables.parameters(found).references.items():
-            if name not in winners and configurables.reaches(default, self._keys()):
+            if name not in winners and configurables.reaches(default, self._index()[1]):
                 self._walk(default, scope, self._note_default(target, name, default, place))
         if self._importing and by is not None and target.module.startswith("meshway."):
             for name, default in configurables.parameters(found).plain.items():
@@ -158,13 +158,21 @@ class Walk:
         if inspect.isclass(found):
             self._visit_methods(target, scope, place)
 
-    def _keys(self) -> set[Any]:
-        """Returns the keys of what is bound, and of classes whose methods are; an import may change them."""
-        modules, keys = self._known_keys
+    def _index(self) -> tuple[dict[Any, list[Binding]], dict[Any, list[Target]]]:
+        """Returns key -> the bindings of that thing, and key of it or of a class around it -> what they bind in it.
+
+        An import may change keys.
+        """
+        modules, of_target, within = self._known_index
         if modules != len(sys.modules):
-            keys = {configurables.key(target) for b in self._bindings if b.target for target in _owners(b.target)}
-            self._known_keys = len(sys.modules), keys
-        return keys
+            of_target, within = {}, {}
+            for binding in self._bindings:
+                assert binding.target is not None
+                for owner in _owners(binding.target):
+                    within.setdefault(configurables.key(owner), []).append(binding.target)
+                of_target.setdefault(configurables.key(binding.target), []).append(binding)
+            self._known_index = len(sys.modules), of_target, within
+        return of_target, within
 
     def _note_default(self, target: Target, name: str, default: Any, place: Place) -> Binding:
         binding = Binding("", str(target), name, default, place, target)
@@ -173,20 +181,18 @@ class Walk:
 
     def _winners(self, target: Target, scope: Scope) -> dict[str, Binding]:
         """Returns parameter -> binding in force in `scope`, and notes all that apply there as used."""
-        wanted = configurables.key(target)
-        of_target = [each for each in self._bindings if each.target and configurables.key(each.target) == wanted]
-        applying = applying_in(of_target, scope)
+        of_target, _ = self._index()
+        applying = applying_in(of_target.get(configurables.key(target), []), scope)
         self.reach.used.update(binding_key(binding) for binding in applying)
         return {binding.parameter: binding for binding in applying}
 
     def _visit_methods(self, target: Target, scope: Scope, place: Place) -> None:
         wanted = configurables.key(target)
-        for binding in self._bindings:
-            method = binding.target
-            if method and len(method.path) > 1:
-                owner = Target(method.module, method.path[:-1])
-                if configurables.key(owner) == wanted:
-                    self._visit(method, scope, place, None)
+        _, within = self._index()
+        for method in within.get(wanted, []):
+            owner = Target(method.module, method.path[:-1])
+            if len(method.path) > 1 and configurables.key(owner) == wanted:
+                self._visit(method, scope, place, None)
 
     def _walk(self, value: Any, scope: Scope, binding: Binding) -> None:
         for leaf in leaves(value):

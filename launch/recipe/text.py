@@ -1,6 +1,8 @@
 """Recipe text as statements, each with the place it was written, and statements as text again."""
 
+import copy
 import dataclasses
+import functools
 import pprint
 import re
 import tokenize
@@ -161,6 +163,18 @@ def parse(text: str, file: str) -> list[Statement]:
     Raises:
       UserError: a statement does not parse; the message has its place.
     """
+    return [_of_its_own(statement) for statement in _parse(text, file)]
+
+
+def _of_its_own(statement: Statement) -> Statement:
+    """Returns a copy that shares no list or mapping, which who takes it may change."""
+    if isinstance(statement, Binding) and isinstance(statement.value, (list, tuple, dict)):
+        return dataclasses.replace(statement, value=copy.deepcopy(statement.value))
+    return dataclasses.replace(statement)
+
+
+@functools.cache  # a process that loads several recipes meets the shipped files again and again
+def _parse(text: str, file: str) -> list[Statement]:
     statements: list[Statement] = []
     try:
         for parsed in config_parser.ConfigParser(text, _Values()):

@@ -6,6 +6,7 @@ and the usual short names of dtypes are read as what they mean.
 
 import collections.abc
 import dataclasses
+import functools
 import inspect
 import math
 import re
@@ -70,7 +71,7 @@ _NAMES = (
         "loss_normalizing_factor",
     ),
 )
-_NAMES_SOMETHING = ("model_dir", "cache_dir", "mixture_or_task_name", "module")
+_NAMES_SOMETHING = ("model_dir", "cache_dir", "path", "mixture_or_task_name", "module")
 # Parameter of meshway's own -> its domain: one name means one thing everywhere. What is not here is checked by who
 # takes it; what a name means in a module of the user's is not known.
 _DOMAINS = {name: domain for domain, names in _NAMES for name in names.split()}
@@ -182,10 +183,13 @@ def _hint(binding: Binding) -> Any:
         return None
     function = found.__init__ if inspect.isclass(found) else found
     try:
-        return typing.get_type_hints(function).get(binding.parameter)
+        return _type_hints(function).get(binding.parameter)
     except (NameError, TypeError, AttributeError):  # a name that only type checkers import
         hint = getattr(function, "__annotations__", {}).get(binding.parameter)
         return None if isinstance(hint, str) else hint
+
+
+_type_hints = functools.cache(typing.get_type_hints)
 
 
 def _read(value: Any, hint: Any, name: str) -> Any:
