@@ -304,7 +304,7 @@ def check_named(task_name: str, vocabularies: Mapping[str, Any], named: Mapping[
     for feature, wanted in named.items():
         if feature not in vocabularies:
             raise UserError(
-                f"the recipe names a vocabulary for feature {feature!r}, which task {task_name!r} does not have; "
+                f"VOCABULARIES has one for feature {feature!r}, which task {task_name!r} does not have; "
                 f"it has {sorted(vocabularies)}{did_you_mean(feature, vocabularies)}"
             )
         own = of_seqio(vocabularies[feature])

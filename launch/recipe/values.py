@@ -71,7 +71,7 @@ _NAMES = (
         "loss_normalizing_factor",
     ),
 )
-_NAMES_SOMETHING = ("model_dir", "cache_dir", "path", "mixture_or_task_name", "module")
+_NAMES_SOMETHING = ("model_dir", "cache_dir", "seqio_cache_dirs", "path", "mixture_or_task_name", "module")
 # Parameter of meshway's own -> its domain: one name means one thing everywhere. What is not here is checked by who
 # takes it; what a name means in a module of the user's is not known.
 _DOMAINS = {name: domain for domain, names in _NAMES for name in names.split()}

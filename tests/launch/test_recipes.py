@@ -31,7 +31,12 @@ NEEDED = {  # what a recipe leaves open
         "TRAIN_STEPS_RELATIVE=20000",
         "INITIAL_CHECKPOINT_PATH='pretrained'",
     ),
-    "pretrain": ("MODEL_DIR='run'", "MIXTURE_OR_TASK_NAME='c4'", "TRAIN_STEPS=5", "TASK_FEATURE_LENGTHS={}"),
+    "pretrain": (
+        "MODEL_DIR='run'",
+        "MIXTURE_OR_TASK_NAME='c4'",
+        "TRAIN_STEPS=5",
+        "TASK_FEATURE_LENGTHS={'inputs': 16, 'targets': 8}",
+    ),
 }
 BEFORE = dict.fromkeys(("pretrain", "finetune"), ("models/t5_1_1/tiny.gin",))  # files that a recipe is made to follow
 
