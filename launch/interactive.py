@@ -35,7 +35,8 @@ from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.evaluation.evaluation import Evaluation, Evaluator
 from meshway.framework.files import local_path
 from meshway.framework.inference.decoding import Decoder
-from meshway.framework.inference.predictor import Prediction, Predictor, Scored, Session, limits_of
+from meshway.framework.inference.predictor import Prediction, Predictor, Scored, Session
+from meshway.framework.inference.recipe_model import limits_of
 from meshway.framework.inference.rows import RowFormat, Text, text_of
 from meshway.framework.inference.sampling import Sampling
 from meshway.framework.interfaces import Batch
