@@ -17,7 +17,7 @@ from meshway.framework.inference.engine import Engine
 from meshway.framework.inference.recipe_model import RecipeModel, recipe_reader
 from meshway.framework.inference.rows import Buckets, RowFormat, Text, doubling, load_text, stop_texts
 from meshway.framework.inference.sampling import Sampling
-from meshway.framework.inference.weights import check_weights, prepared
+from meshway.framework.inference.weights import check_weights, is_quantized, prepared
 from meshway.framework.interfaces import Params
 from meshway.framework.partitioning.sharded_model import ShardedModel
 from meshway.framework.trees import axis_sizes
@@ -223,8 +223,21 @@ class Predictor:
         self._engine = session.engine(decoder, batch_size, seed)
 
     def use(self, params: Params) -> None:
-        """Goes on with other parameters of the same model, in the same shards; nothing is compiled anew."""
+        """Goes on with other parameters of the same model, in the same shards; nothing is compiled anew.
+
+        Raises:
+          UserError: this predictor keeps its weights in fewer bits.
+        """
+        if is_quantized(self._session.sharded):
+            raise UserError(
+                "use: this predictor keeps its weights in fewer bits, which are made when a checkpoint is read: open "
+                "another one for other parameters, or leave out infer.opened.weights"
+            )
         self._engine.params = self._session.sharded.split(params)
+
+    def release(self) -> None:
+        """Lets go of its parameters, so that their memory is free, until others are given to `use`."""
+        self._engine.params = {}
 
     @property
     def step(self) -> int:
