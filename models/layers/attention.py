@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from meshway.framework.axes import FOLLOWS, Names, constrain, mesh_axes
 from meshway.models.layers import cache as cache_lib
 from meshway.models.layers.cache import Cache, KeysValues
+from meshway.models.layers.integer_products import IntegerProduct
 from meshway.models.layers.kernels.auto import AutoAttention
 from meshway.models.layers.kernels.reference import AttentionKernel, dot_product_attention
 from meshway.models.layers.masks import AttentionMetadata, Mask, local_window, row_metadata, row_positions
@@ -59,6 +60,7 @@ class Attention(nnx.Module):
         dropout_rate: float = 0.0,
         kernel: AttentionKernel = AutoAttention(),
         cache_dtype: str | None = None,
+        products: IntegerProduct | None = None,
     ):
         """Builds the projections.
 
@@ -82,6 +84,7 @@ class Attention(nnx.Module):
           cache_dtype: how keys and values are stored while decoding: "float32", "bfloat16", or "int8" with a scale for
             each head and position (`cache.Quantized`); None for the dtype of activations. They are rounded as they are
             written, those of an encoder's output too, and attended to in the dtype of the queries.
+          products: computes the projections in integers; scores and their products with values stay as they are.
 
         Raises:
           ValueError: `num_heads` is not a multiple of `num_kv_heads`, or an option is out of its range.
@@ -93,7 +96,8 @@ class Attention(nnx.Module):
         inputs, size = {"embed": d_model}, {"head_dim": head_dim}
 
         def linear(name: str, inputs: dict[str, int], outputs: dict[str, int], scale: float = 1.0) -> Linear:
-            return Linear(inputs, outputs, rngs=rngs, init=fan_in_init("normal", scale), use_bias=name in biases)
+            init = fan_in_init("normal", scale)
+            return Linear(inputs, outputs, rngs=rngs, init=init, use_bias=name in biases, products=products)
 
         self.query = linear("query", inputs, heads | size, 1.0 if scale_logits else 1.0 / head_dim)
         self.key = linear("key", inputs, kv_heads | size)

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from meshway.framework.axes import TOKENS, Names, constrain
+from meshway.models.layers.integer_products import IntegerProduct
 from meshway.models.layers.norm import dropout
 from meshway.models.layers.sharded_products import PartialSums, multiply
 from meshway.models.module import param, value_of
@@ -87,13 +88,14 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         init: Callable[[int], Initializer] = fan_in_init(),
         use_bias: bool = False,
+        products: IntegerProduct | None = None,
     ):
-        """`inputs` and `outputs` map axis names to sizes, in order."""
+        """`inputs` and `outputs` map axis names to sizes, in order; `products` None computes them by `project`."""
         shape = (*inputs.values(), *outputs.values())
         axes = (*inputs, *outputs)
         self.kernel = param(init(len(inputs))(rngs.params(), shape, jnp.float32), axes, summed=tuple(inputs))
         self.bias = param(jnp.zeros(tuple(outputs.values())), tuple(outputs)) if use_bias else None
-        self.num_inputs, self.axes = len(inputs), axes
+        self.num_inputs, self.axes, self.product = len(inputs), axes, products or project
 
     def __call__(self, x: jax.Array, tokens: Names | None = None) -> jax.Array:
         """x [..., inputs] -> [..., outputs]; `tokens` are the logical axes of the dimensions that stay, None where the
@@ -112,11 +114,11 @@ class Linear(nnx.Module):
         """
         kernel = value_of(self.kernel, x.dtype)
         if tokens is None:
-            y: Any = project(x, kernel, self.num_inputs)
+            y: Any = self.product(x, kernel, self.num_inputs)
         else:
             inputs, outputs = self.axes[: self.num_inputs], self.axes[self.num_inputs :]
             names = (*tokens, *inputs), self.axes, (*(output_tokens or tokens), *outputs)
-            contract = functools.partial(project, num_inputs=self.num_inputs)
+            contract = functools.partial(self.product, num_inputs=self.num_inputs)
             y = multiply(x, kernel, contract, names, sum_later and self.bias is None)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
@@ -134,8 +136,10 @@ class Mlp(nnx.Module):
         activations: Sequence[str] = ("gelu", "linear"),
         use_bias: bool = False,
         dropout_rate: float = 0.0,
+        products: IntegerProduct | None = None,
     ):
-        """`activations` name functions of ACTIVATIONS; `use_bias` adds a bias to each product.
+        """`activations` name functions of ACTIVATIONS; `use_bias` adds a bias to each product; `products` computes them
+        in integers.
 
         Raises:
           ValueError: an unknown activation.
@@ -143,9 +147,10 @@ class Mlp(nnx.Module):
         unknown = [name for name in activations if name not in ACTIVATIONS]
         if unknown or not activations:
             raise ValueError(f"Mlp.activations: unknown {unknown}; known are {sorted(ACTIVATIONS)}")
+        linear = functools.partial(Linear, rngs=rngs, use_bias=use_bias, products=products)
         for i in range(len(activations)):
-            setattr(self, f"wi_{i}", Linear({"embed": d_model}, {"mlp": d_ff}, rngs=rngs, use_bias=use_bias))
-        self.wo = Linear({"mlp": d_ff}, {"embed": d_model}, rngs=rngs, use_bias=use_bias)
+            setattr(self, f"wi_{i}", linear({"embed": d_model}, {"mlp": d_ff}))
+        self.wo = linear({"mlp": d_ff}, {"embed": d_model})
         self.activations, self.dropout_rate = tuple(activations), dropout_rate
 
     def __call__(self, x: jax.Array, *, rng: jax.Array | None = None) -> jax.Array:

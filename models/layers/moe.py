@@ -9,6 +9,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from meshway.framework.axes import constrain
+from meshway.models.layers.integer_products import IntegerProduct
 from meshway.models.layers.mixture import dispatch as dispatch_lib
 from meshway.models.layers.mixture.dispatch import Dispatched, Groups, Routed, capacity_of
 from meshway.models.layers.mixture.dropless import dropless, ragged
@@ -56,6 +57,7 @@ class MoeMlp(nnx.Module):
         group_rows: int = 1,
         groups_per_row: int = 1,
         dropout_rate: float = 0.0,
+        products: IntegerProduct | None = None,
     ):
         """Args:
           d_model, d_ff: features of a token, hidden units of one expert.
@@ -72,6 +74,7 @@ class MoeMlp(nnx.Module):
           group_rows: how many rows of the batch share slots. With 1, the result of a row depends on no other row.
           groups_per_row: into how many groups a row is split instead, for layouts that shard the length.
           dropout_rate: of hidden units; tokens of a group share a mask, as those of a row do in an `Mlp`.
+          products: computes the experts' products in integers; a router's stay as they are.
 
         Raises:
           ValueError: an unknown option, a number out of range, or an argument that the router refuses.
@@ -86,11 +89,16 @@ class MoeMlp(nnx.Module):
                 "one must be 1"
             )
         self.router = router(d_model=d_model, num_experts=num_experts, rngs=rngs)
-        self.experts = Experts(d_model, d_ff, num_experts, activations, rngs=rngs)
+        self.experts = Experts(d_model, d_ff, num_experts, activations, rngs=rngs, products=products)
         self.shared: Mlp | None
         if num_shared_experts:
             self.shared = Mlp(
-                d_model, num_shared_experts * d_ff, rngs=rngs, activations=activations, dropout_rate=dropout_rate
+                d_model,
+                num_shared_experts * d_ff,
+                rngs=rngs,
+                activations=activations,
+                dropout_rate=dropout_rate,
+                products=products,
             )
         else:
             self.shared = None

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from meshway.models.layers.blocks import SelfAttentionBlock
+from meshway.models.layers.integer_products import rounding_key
 from meshway.models.layers.norm import split_key
 from meshway.models.layers.pipeline import Pipeline
 from meshway.models.layers.remat import Policy, policy_of
@@ -94,7 +95,7 @@ class Stack(nnx.Module):
             new, reports_of_blocks = [], []
             for i, key in enumerate(split_key(period_key, self.pattern)[: len(states)]):
                 block = nnx.merge(graphdefs[i], states[i])
-                with capture() as reports:
+                with capture() as reports, rounding_key(key):
                     x, block_cache = block(x, rng=key, cache=None if caches is None else caches[i], **context)
                 new.append(block_cache)
                 reports_of_blocks.append(reports)

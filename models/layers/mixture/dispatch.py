@@ -221,7 +221,7 @@ def on_devices(
 
     def run(routed: Routed, arrays: Any, masks: jax.Array | None) -> Any:
         mask = None if masks is None else mesh.received(masks, whole_rows)
-        return kernel(routed, ExpertWeights(arrays[0], arrays[1], weights.activations), mask, mesh)
+        return kernel(routed, dataclasses.replace(weights, inputs=arrays[0], output=arrays[1]), mask, mesh)
 
     whole_rows = masks is None or masks.shape[1] == 1
     laid, mask_spec = (None, None) if masks is None else mesh.spread(masks)
@@ -268,6 +268,8 @@ def _through_experts(rows: jax.Array, weights: ExpertWeights, mask: jax.Array | 
     """rows [experts, groups, capacity, d_model] -> the same shape, each by its own expert; `mask` [groups, d_ff]."""
 
     def product(rows: jax.Array, weight: jax.Array) -> jax.Array:
+        if weights.products is not None:
+            return weights.products.of_experts(rows, weight)
         return jnp.einsum("egcd,edf->egcf", rows, weight)
 
     hidden = weights.hidden(rows, product)

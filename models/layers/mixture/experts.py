@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from meshway.models.layers.integer_products import IntegerProduct
 from meshway.models.layers.mlp import ACTIVATIONS, fan_in_init
 from meshway.models.module import param, value_of
 
@@ -24,11 +25,13 @@ class ExpertWeights:
       inputs: one array [experts, d_model, d_ff] an activation.
       output: [experts, d_ff, d_model].
       activations: names of `mlp.ACTIVATIONS`.
+      products: computes products in integers, if not None.
     """
 
     inputs: tuple[jax.Array, ...]
     output: jax.Array
     activations: tuple[str, ...]
+    products: IntegerProduct | None = None
 
     def hidden(self, x: jax.Array, product: Product) -> jax.Array:
         """Returns the product over activations a_i of a_i(x wi_i), [..., d_ff]."""
@@ -38,7 +41,7 @@ class ExpertWeights:
         return hidden
 
 
-jax.tree_util.register_dataclass(ExpertWeights, ["inputs", "output"], ["activations"])
+jax.tree_util.register_dataclass(ExpertWeights, ["inputs", "output"], ["activations", "products"])
 
 
 class Experts(nnx.Module):
@@ -48,7 +51,16 @@ class Experts(nnx.Module):
       ValueError: an unknown activation.
     """
 
-    def __init__(self, d_model: int, d_ff: int, num_experts: int, activations: Sequence[str], *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        num_experts: int,
+        activations: Sequence[str],
+        *,
+        rngs: nnx.Rngs,
+        products: IntegerProduct | None = None,
+    ):
         unknown = [name for name in activations if name not in ACTIVATIONS]
         if unknown or not activations:
             raise ValueError(f"MoeMlp.activations: unknown {unknown}; known are {sorted(ACTIVATIONS)}")
@@ -60,12 +72,12 @@ class Experts(nnx.Module):
         for i in range(len(activations)):
             setattr(self, f"wi_{i}", param(stacked(d_model, d_ff), ("expert", "embed", "mlp"), ("embed",)))
         self.wo = param(stacked(d_ff, d_model), ("expert", "mlp", "embed"), ("mlp",))
-        self.activations = tuple(activations)
+        self.activations, self.products = tuple(activations), products
 
     def weights(self, dtype: jnp.dtype) -> ExpertWeights:
         """Returns the parameters, cast to `dtype`."""
         inputs = tuple(value_of(getattr(self, f"wi_{i}"), dtype) for i in range(len(self.activations)))
-        return ExpertWeights(inputs, value_of(self.wo, dtype), self.activations)
+        return ExpertWeights(inputs, value_of(self.wo, dtype), self.activations, self.products)
 
 
 @jax.custom_vjp
@@ -148,6 +160,8 @@ def through_experts(tokens: jax.Array, by_expert: Sorted, weights: ExpertWeights
     """
 
     def product(rows: jax.Array, weight: jax.Array) -> jax.Array:
+        if weights.products is not None:
+            return weights.products.of_sorted(rows, weight, by_expert.sizes)
         return jax.lax.ragged_dot(rows, weight, by_expert.sizes)
 
     hidden = weights.hidden(by_expert.rows(tokens), product)
