@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from meshway.framework.errors import UserError
 
 _HEAD = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{\s*$")
+_END = re.compile(r'^\}(, execution_thread="[^"]*")?\s*$')
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([\d,<=]*)\]")
 _OPCODE = re.compile(r"\s*([a-z][a-z0-9\-]*)\(")
@@ -122,11 +123,11 @@ def parse(text: str) -> Module:
     computations: dict[str, Computation] = {}
     entry, name, root = "", "", ""
     instructions: dict[str, Instruction] = {}
-    for line in text.splitlines():
+    for line in _whole_lines(text):
         if head := _HEAD.match(line):
             name, root, instructions = head.group(2), "", {}
             entry = name if head.group(1) else entry
-        elif line.startswith("}") and name:
+        elif name and _END.match(line):
             computations[name] = Computation(name, instructions, root)
             name = ""
         elif name and (found := _INSTRUCTION.match(line)):
@@ -137,6 +138,21 @@ def parse(text: str) -> Module:
     if not entry:
         raise UserError("the compiled program's text has no ENTRY computation: it is not HLO as XLA prints it")
     return Module(computations, entry, frozenset(int(number) for number in _ALIAS.findall(text.partition("\n\n")[0])))
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+    """Yields lines, those of one instruction joined: what a kernel says of itself has lines of its own."""
+    whole = ""
+    for line in text.splitlines():
+        begins = _INSTRUCTION.match(line)
+        if whole and not (begins or _END.match(line) or _HEAD.match(line)):
+            whole += line
+            continue
+        if whole:
+            yield whole
+        whole = line if begins else ""
+        if not begins:
+            yield line
 
 
 def entry_parameters(module: Module) -> list[Instruction]:

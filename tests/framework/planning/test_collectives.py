@@ -152,6 +152,24 @@ def loop(condition: str, attributes: str = "") -> str:
     )
 
 
+def test_what_follows_a_kernel_that_describes_itself_in_lines_of_its_own_is_read():
+    """As Pallas' attention kernels do, in a loop; a computation of another core ends with that core's name."""
+    more = """%other (q: f32[4,8]) -> f32[4,8] {
+  ROOT %q = f32[4,8] parameter(0)
+}, execution_thread="sparsecore"
+
+%layer (x: f32[4,8]) -> f32[4,8] {
+  %x = f32[4,8] parameter(0)
+  %kernel = f32[4,8]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={metadata={
+"block":"{\\"q\\": 512}"
+}}, metadata={op_name="jit(f)/kernel"}
+  ROOT %r = f32[4,8]{1,0} all-reduce(%kernel), replica_groups=[2,4]<=[8], to_apply=%add
+}
+"""
+    (row,) = read_collectives(program("ROOT %c = f32[4,8]{1,0} call(%p), to_apply=%layer", more=more), MESH)
+    assert (row.kind, row.axes, row.array.shape, row.sources) == ("all-reduce", ("model",), (4, 8), {"state.params"})
+
+
 def test_loops_count_their_trips_known_compared_or_unknown():
     compared = "%n = s32[] constant(7)\n  ROOT %c = pred[] compare(%i, %n), direction=LT"
     unknown = "%m = s32[] get-tuple-element(%s), index=0\n  ROOT %c = pred[] compare(%i, %m), direction=LT"
