@@ -185,7 +185,7 @@ def _traffic(plan: TrainPlan) -> Table:
 def time_lines(plan: TrainPlan) -> list[str]:
     """Returns how long a step takes, and what that is known from."""
     cost = plan.best_cost
-    terms = ", ".join(f"{name} {format_seconds(value)}" for name, value in dataclasses.asdict(cost).items())
+    terms = ", ".join(f"{name} {format_seconds(value)}" for name, value in cost.terms.items())
     lines = [
         f"a step: {format_seconds(cost.least)} if all goes on side by side (MFU {plan.mfu(cost.least):.1%}), "
         f"{format_seconds(cost.most)} if products and collectives wait for each other (MFU {plan.mfu(cost.most):.1%}); "
