@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from meshway.framework.errors import UserError, first_line
-from meshway.framework.planning.comparison import setting_of, whole_uses
+from meshway.framework.planning.comparison import setting_of
 from meshway.framework.planning.search import Candidate, Rough, Traced, candidates
-from meshway.framework.planning.train_plan import TrainPlan
+from meshway.framework.planning.train_plan import TrainPlan, whole_uses
 from meshway.framework.terminal import format_bytes
 from meshway.launch.train_plan import ROOT, Planner, Table, format_seconds
 

@@ -338,19 +338,6 @@ def setting_of(program: Program) -> Setting:
     )
 
 
-def whole_uses(program: Program, weights: Sequence[Weight]) -> Uses:
-    """Returns how the loss uses the parameters where no mesh shards it: kernels hide none of the products of experts.
-
-    Args:
-      weights: the program's parameters, in order, sharded as they are.
-    """
-    key = jax.random.key(0)
-    closed = jax.make_jaxpr(lambda params, batch, key: program.model.loss(params, batch, key)[0])(
-        program.param_shapes, program.abstract_batch, key
-    )
-    return find_uses(closed, weights)
-
-
 def token_axes(asked: Activations) -> frozenset[str]:
     """Returns the mesh axes, of more than one device, that shard batch or length inside layers.
 

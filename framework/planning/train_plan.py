@@ -14,9 +14,10 @@ from meshway.framework.planning import waste
 from meshway.framework.planning.aot import CompiledStep
 from meshway.framework.planning.audit import exchanges
 from meshway.framework.planning.communication import ACTIVATIONS, GRADIENTS, INPUTS, WEIGHTS, Setting, minimum
-from meshway.framework.planning.comparison import setting_of, whole_uses
+from meshway.framework.planning.comparison import setting_of
 from meshway.framework.planning.flops import count_flops, jaxpr_flops
 from meshway.framework.planning.memory import Memory
+from meshway.framework.planning.products import Uses, Weight, find_uses
 from meshway.framework.planning.step_cost import StepCost, Traffic, Wires
 from meshway.framework.planning.topology import Topology
 
@@ -150,6 +151,19 @@ def with_compiled(plan: TrainPlan, program: Any, compiled: CompiledStep) -> Trai
     # Which of the compiled collectives are waited for is not read: as many seconds as by the closed forms.
     cost = dataclasses.replace(plan.cost, ici=ici, dcn=dcn, latency=latency, waited=min(plan.cost.waited, ici + dcn))
     return dataclasses.replace(plan, compiled=compiled, compiled_cost=cost, compiled_traffic=traffic)
+
+
+def whole_uses(program: Any, weights: Sequence[Weight]) -> Uses:
+    """Returns how the loss uses the parameters where no mesh shards it: kernels hide none of the products of experts.
+
+    Args:
+      weights: the program's parameters, in order, sharded as they are.
+    """
+    key = jax.random.key(0)
+    closed = jax.make_jaxpr(lambda params, batch, key: program.model.loss(params, batch, key)[0])(
+        program.param_shapes, program.abstract_batch, key
+    )
+    return find_uses(closed, weights)
 
 
 def _forward_flops(program: Any) -> float:

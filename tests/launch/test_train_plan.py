@@ -45,7 +45,7 @@ def test_a_traced_plan_adds_up() -> None:
         "--gin.mesh.MeshShape.dcn={'replica': 2}",
     )
     memory = found["memory"]
-    kept = ("parameters", "optimizer state", "batch", "gradients", "activations and temporaries")
+    kept = ("parameters", "optimizer state", "batch", "padding of these", "gradients", "activations and temporaries")
     assert memory["total"] == sum(memory[name] for name in kept) and memory["fits"]
     assert memory["gradients"] == memory["parameters"] > found["num_params"] * 4 / 32
     assert 0 <= memory["optimizer state"] - 2 * memory["parameters"] < 64

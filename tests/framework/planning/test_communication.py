@@ -20,8 +20,9 @@ from meshway.framework.planning.communication import (
     minimum,
     unmerged,
 )
-from meshway.framework.planning.comparison import SCALARS, compare, setting_of, whole_uses
+from meshway.framework.planning.comparison import SCALARS, compare, setting_of
 from meshway.framework.planning.products import Weight, find_uses
+from meshway.framework.planning.train_plan import whole_uses
 
 VOCAB, WIDTH, HIDDEN, BATCH, LENGTH = 256, 64, 128, 16, 16
 LAYER = 4 * WIDTH * WIDTH + 3 * WIDTH * HIDDEN  # products of one layer of the tiny decoder
