@@ -1,6 +1,5 @@
 """A plan of training as a page: the tables of the terminal, and memory and time as bars."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ def page(plan: TrainPlan, options: Sequence[Knob], fit: Fit | None) -> str:
     cost = plan.best_cost
     sections = [f"<h1>{escape(title)}</h1>", _paragraphs(heading(plan).splitlines())]
     sections.append(framed("Memory of a device", _bars(memory_rows(plan), plan.capacity, format_bytes)))
-    sections.append(framed("Time of a step, each alone", _bars(dataclasses.asdict(cost), cost.most, format_seconds)))
+    sections.append(framed("Time of a step, each alone", _bars(cost.terms, cost.most, format_seconds)))
     sections.append(_paragraphs(time_lines(plan)))
     sections += [_table(each) for each in [*tables(plan), knob_table(options)]]
     if plan.waste:

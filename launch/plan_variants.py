@@ -9,12 +9,15 @@ from typing import Any
 from meshway.framework.errors import UserError, first_line
 from meshway.framework.planning.comparison import setting_of
 from meshway.framework.planning.search import Candidate, Rough, Traced, candidates
-from meshway.framework.planning.train_plan import TrainPlan
+from meshway.framework.planning.train_plan import TrainPlan, whole_uses
 from meshway.framework.terminal import format_bytes
 from meshway.launch.train_plan import ROOT, Planner, Table, format_seconds
 
 _LAYOUTS = ("zero_1", "fsdp", "fsdp_model", "model_2d")
 _ACROSS = ("replica_fsdp", "replica_fsdp_model")  # of several slices
+_OF_EXPERTS = ("expert", "fsdp_expert", "expert_model")
+# moe.MoeMlp.dispatch -> how the closed forms call what it sends
+_DISPATCHES = {"all_to_all": "slots", "einsum": "slots", "dropless": "gathered", "ragged": "sent"}
 _SECONDS = 10.0  # for closed forms
 _CONFIRMED = 3  # plans that are offered
 _ATTEMPTS = 12  # at tracing, or compiling, one
@@ -118,8 +121,10 @@ def fit(planner: Planner, plan: TrainPlan, compiles: bool) -> Fit:
     """
     deadline = time.monotonic() + _SECONDS
     program = planner.program()
+    setting = setting_of(program)
+    routed = _DISPATCHES[planner.recipe().macro("DISPATCH") or "all_to_all"]
     traced = Traced(
-        setting_of(program),
+        dataclasses.replace(setting, uses=whole_uses(program, setting.parameters), dispatch=routed),
         program.explain(),
         program.batch_size,
         planner.model_flops,
@@ -127,7 +132,7 @@ def fit(planner: Planner, plan: TrainPlan, compiles: bool) -> Fit:
         planner.described,
         plan.capacity,
     )
-    layouts = dict(_layouts(planner))
+    layouts = dict(_layouts(planner, any("expert" in weight.names for weight in setting.parameters)))
     rough = [
         traced.estimate(each, layouts[each.layout]) for each in candidates(layouts, planner.where, program.batch_size)
     ]
@@ -137,7 +142,7 @@ def fit(planner: Planner, plan: TrainPlan, compiles: bool) -> Fit:
     lost = {**_explained(rough), **refused}
     for found, _ in kept:
         lost.pop(_group(found), None)
-    kept.sort(key=lambda pair: pair[1].best_cost.least + pair[1].best_cost.most)
+    kept.sort(key=lambda pair: pair[1].best_cost.estimate)
     return Fit(kept, len(rough), list(lost.values()))
 
 
@@ -180,8 +185,10 @@ def _tried(
     return kept, lost
 
 
-def _layouts(planner: Planner) -> Iterator[tuple[str, Any]]:
+def _layouts(planner: Planner, experts: bool) -> Iterator[tuple[str, Any]]:
     names = [planner.recipe().macro("LAYOUT"), *(_ACROSS if planner.where.slices > 1 else _LAYOUTS)]
+    if experts and planner.where.slices == 1:
+        names += _OF_EXPERTS
     # A mesh that the command gives is the recipe's layout's, and the search chooses its own.
     free = [each for each in planner.invocation.bindings if not each.startswith("mesh.MeshShape.")]
     planner = dataclasses.replace(planner, invocation=dataclasses.replace(planner.invocation, bindings=tuple(free)))

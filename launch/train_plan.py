@@ -139,6 +139,7 @@ def memory_rows(plan: TrainPlan) -> dict[str, float]:
         "batch": memory.batch,
     }
     if compiled is None:
+        rows |= {"padding of these": memory.padding} if memory.padding else {}
         return rows | {"gradients": memory.gradients, "activations and temporaries": memory.activations}
     gradients = min(memory.gradients, compiled.temporaries)
     return rows | {
@@ -152,7 +153,7 @@ def memory_rows(plan: TrainPlan) -> dict[str, float]:
 
 def _memory(plan: TrainPlan) -> Table:
     verdict = "fits" if plan.fits else "does not fit"
-    source = "as compiled" if plan.compiled else "estimated; XLA's activations take half to twice as much"
+    source = "as compiled" if plan.compiled else "estimated; see docs/planning.md for how far XLA's figures are from it"
     cells = [("memory of a device", "bytes", "share")]
     cells += [(name, format_bytes(size), f"{size / plan.capacity:.1%}") for name, size in memory_rows(plan).items()]
     cells.append(("together", format_bytes(plan.bytes), f"{plan.bytes / plan.capacity:.1%}"))
@@ -185,7 +186,7 @@ def _traffic(plan: TrainPlan) -> Table:
 def time_lines(plan: TrainPlan) -> list[str]:
     """Returns how long a step takes, and what that is known from."""
     cost = plan.best_cost
-    terms = ", ".join(f"{name} {format_seconds(value)}" for name, value in dataclasses.asdict(cost).items())
+    terms = ", ".join(f"{name} {format_seconds(value)}" for name, value in cost.terms.items())
     lines = [
         f"a step: {format_seconds(cost.least)} if all goes on side by side (MFU {plan.mfu(cost.least):.1%}), "
         f"{format_seconds(cost.most)} if products and collectives wait for each other (MFU {plan.mfu(cost.most):.1%}); "

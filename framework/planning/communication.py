@@ -61,6 +61,8 @@ class Setting:
       keys: (axes, bytes on a device for all executions) of keys and values that are replicated over `axes`, which shard
         the queries.
       platform: the platform it is compiled for, as jax names it.
+      dispatch: how tokens get to experts that are elsewhere, where `uses` has the products of experts, as a trace on no
+        mesh does: "slots" are exchanged, tokens "gathered", or choices "sent" alone. "" where kernels say so.
     """
 
     mesh: Mapping[str, int]
@@ -73,6 +75,7 @@ class Setting:
     experts: frozenset[str] = frozenset()
     keys: Sequence[tuple[tuple[str, ...], float]] = ()
     platform: str = "cpu"
+    dispatch: str = ""
 
     @functools.cached_property
     def gradient_sizes(self) -> frozenset[int]:
@@ -101,7 +104,7 @@ def minimum(setting: Setting) -> list[Term]:
     """Returns what must be sent if nothing is sent twice, or in a wider type than it is used in."""
     exchanged = {path for path in {lookup.weight.path for lookup in setting.uses.lookups} if _exchange(setting, path)}
     terms = [*_parameter_terms(setting, exchanged), *_product_terms(setting), *_lookup_terms(setting, exchanged)]
-    terms += [*_kernel_terms(setting), *_key_terms(setting), *_stage_terms(setting)]
+    terms += [*_kernel_terms(setting), *_key_terms(setting), *_stage_terms(setting), *_expert_terms(setting)]
     return [term for term in terms if term.bytes]
 
 
@@ -161,7 +164,7 @@ def _product_terms(setting: Setting) -> list[Term]:
     terms = []
     for product in setting.uses.products:
         inner = _foreign(setting, product.weight.dim_axes, product.contracted)
-        if inner:
+        if inner and not _dispatched(setting, product):
             sent = SENT["all-reduce"](setting.size(inner)) * _local(setting, product, "output") * product.times
             terms.append(Term(inner, ACTIVATIONS, sent, "sums of row-parallel products, forward"))
         terms += _vocabulary_terms(setting, product)
@@ -176,7 +179,7 @@ def _input_gradients(setting: Setting, merged: bool) -> list[tuple[Term, int]]:
     found: dict[tuple[int, tuple[str, ...]], tuple[Term, int]] = {}
     for index, product in enumerate(setting.uses.products):
         outer = _foreign(setting, product.weight.dim_axes, product.kept)
-        if not outer or not product.value.trained:
+        if not outer or not product.value.trained or _dispatched(setting, product):
             continue
         sent = SENT["all-reduce"](setting.size(outer)) * _local(setting, product, "value")
         term = Term(outer, ACTIVATIONS, sent, "gradients of column-parallel products' inputs, backward")
@@ -226,6 +229,40 @@ def _kernel_terms(setting: Setting) -> list[Term]:
             elif call.kind != "collective-permute":
                 terms.append(Term(axes, ACTIVATIONS, 2 * sent, f"{call.kind} of kernels, forward and backward"))
     return terms
+
+
+def _dispatched(setting: Setting, product: Product) -> bool:
+    return bool(setting.dispatch) and product.of_experts
+
+
+def _expert_terms(setting: Setting) -> list[Term]:
+    """What moves tokens to experts and back, and sums what devices with parts of an expert have made of them."""
+    terms: list[Term] = []
+    tokens, rows = 0.0, None
+    for product in setting.uses.products:
+        if _routes(product):
+            tokens = math.prod(product.value.shape) / setting.size(setting.tokens)  # elements, before choices are made
+        if not _dispatched(setting, product) or product.value is rows:
+            continue  # the gate of a gated layer reads what the other input product reads
+        rows = product.value
+        there = all(product.weight.names[dim] == "embed" for dim in product.contracted)
+        times = product.times * np.dtype(product.value.dtype).itemsize
+        experts = {axis for dim in product.batched for axis in product.weight.dim_axes[dim]}
+        exchanged, parts = setting.order(experts & setting.tokens), setting.size(experts & setting.tokens)
+        moved = SENT["all-to-all"](parts) * math.prod((product.value if there else product.output).shape)
+        sent = (parts - 1) * tokens if setting.dispatch == "gathered" else moved / setting.size(setting.tokens)
+        terms.append(Term(exchanged, ACTIVATIONS, 2 * sent * times, "tokens to experts or back, forward and backward"))
+        hidden = [dim for dim, name in enumerate(product.weight.names) if name == "mlp"]
+        summed = setting.order({*_foreign(setting, product.weight.dim_axes, hidden), *(experts - setting.tokens)})
+        sent = SENT["all-reduce"](setting.size(summed)) * tokens * times
+        terms.append(Term(summed, ACTIVATIONS, sent, "sums of experts' outputs, or of their inputs' gradients"))
+    return terms
+
+
+def _routes(product: Product) -> bool:
+    """Whether a product scores experts: its rows are a layer's tokens."""
+    names = [product.weight.names[dim] for dim in product.kept]
+    return names == ["expert"] and not product.of_experts
 
 
 def _key_terms(setting: Setting) -> list[Term]:

@@ -1,13 +1,16 @@
 """The device memory that a training step needs: estimated from its trace under the layout, without compiling it.
 
 Arrays are allocated and freed in the order in which the step was traced, each sharded as the layout shards it. As in a
-compiled program, results of elementwise operations are computed where they are read (fused), or reuse the buffer of an
-operand that is not read again. Other scheduling, padding and communication buffers of a compiler are not modelled.
+compiled program, results of elementwise operations are computed where they are read (`lifetimes.py`), or reuse the
+buffer of an operand that is not read again; what a loop collects twice is held once; a weight that products gather is
+gathered once, and a result that is scattered is computed in windows; what kernels write is padded to the lanes of a
+register. Other scheduling and communication buffers of a compiler are not modelled.
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -15,9 +18,8 @@ from jax.interpreters import partial_eval
 from jax.sharding import NamedSharding
 
 from meshway.framework.axes import DimAxes, sharded_by
+from meshway.framework.planning.lifetimes import FUSED, SAME_VALUE, Lifetimes, is_one_hot, written_by_kernels
 from meshway.framework.planning.shard_sizes import (
-    ELEMENTWISE,
-    REDUCTIONS,
     Array,
     Function,
     Operation,
@@ -29,14 +31,13 @@ from meshway.framework.planning.shard_sizes import (
 )
 from meshway.framework.terminal import format_bytes
 
-_ALIASES = frozenset(
-    ["copy", "expand_dims", "name", "optimization_barrier", "reshape", "sharding_constraint", "squeeze"]
-)
-_FUSED = ELEMENTWISE | _ALIASES | {"broadcast_in_dim", "iota", "random_bits", "threefry2x32", "transpose"}
-_IN_PLACE = _FUSED | {"dynamic_update_slice", "scatter", "scatter-add", "scatter_add", "scan", "while"}
+_IN_PLACE = FUSED | {"dynamic_update_slice", "scatter", "scatter-add", "scatter_add", "scan", "while"}
 _PINNING = (_IN_PLACE | {"transpose", "pad"}) - {"broadcast_in_dim", "iota", "while"}
-_FOREVER = 2**60
-TOLERANCE = 2  # XLA's buffers were observed to take between half and twice the estimate
+_LANES, _SUBLANES = 128, 8  # of a TPU's registers, in which arrays lie
+_WINDOWS = 4
+TOLERANCE = (
+    2  # XLA's buffers were observed to take between half and twice the estimate; of TPUs docs/planning.md has more
+)
 
 
 class Program(Protocol):
@@ -62,10 +63,12 @@ class Memory:
     """Bytes on one device at the peak of a step.
 
     Attributes:
-      parameters, optimizer, batch: the arguments of a step; an average of parameters counts as the optimizer's.
+      parameters, optimizer, batch: the arguments of a step; what else the state has, an average of parameters and what
+        is counted, is the optimizer's.
       gradients: of all parameters, as the optimizer gets them.
       activations: everything else at the peak: activations saved for the backward pass, sums of microbatches, and
         temporary arrays.
+      padding: of the arguments, as TPUs lay them out; 0 elsewhere.
     """
 
     parameters: int
@@ -73,6 +76,7 @@ class Memory:
     gradients: int
     activations: int
     batch: int
+    padding: int = 0
 
     @property
     def total(self) -> int:
@@ -112,10 +116,11 @@ def step_memory(program: Program, closed: Any = None) -> Memory:
     gradients = sum(local_bytes(array, each, mesh) for array, each in zip(function.gives, dim_axes, strict=True))
     return Memory(
         _bytes_of(shapes.params, shardings.params),
-        _bytes_of((shapes.opt_state, shapes.average), (shardings.opt_state, shardings.average)),
+        _bytes_of(shapes, shardings) - _bytes_of(shapes.params, shardings.params),
         gradients,
         max(0, peak - gradients),
         _bytes_of(program.abstract_batch, program.batch_shardings),
+        _padding((shapes, program.abstract_batch), (shardings, program.batch_shardings)),
     )
 
 
@@ -129,6 +134,32 @@ def _bytes_of(shapes: Any, shardings: Any) -> int:
     return sum(math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, sharding in pairs)
 
 
+def _padding(shapes: Any, shardings: Any) -> int:
+    """Returns the bytes that TPUs pad arrays with: two dimensions lie along the lanes and sublanes of registers, those
+    two of each array that take least. 0 on other platforms."""
+    placed = jax.tree.leaves(shardings)
+    if placed[0].mesh.devices.flat[0].platform != "tpu":
+        return 0
+    pairs = zip(jax.tree.leaves(shapes), placed, strict=True)
+    shards = [(sharding.shard_shape(leaf.shape), leaf.dtype.itemsize) for leaf, sharding in pairs]
+    return sum((_tiled(shape) - math.prod(shape)) * itemsize for shape, itemsize in shards)
+
+
+def _tiled(shape: Sequence[int]) -> int:
+    """Returns the elements of an array with its padding."""
+    if len(shape) < 2:
+        size = math.prod(shape)
+        whole = next((lanes for lanes in (128, 256, 512) if lanes >= size), _LANES * _SUBLANES)
+        return -(-size // whole) * whole
+    best = 0
+    for lane, sub in itertools.permutations(range(len(shape)), 2):
+        rows = next((rows for rows in (1, 2, 4) if rows >= shape[sub]), _SUBLANES)
+        rest = math.prod(size for dim, size in enumerate(shape) if dim not in (lane, sub))
+        size = rest * -(-shape[lane] // _LANES) * _LANES * -(-shape[sub] // rows) * rows
+        best = min(best, size) if best else size
+    return best
+
+
 class _Liveness:
     """Computes the peak memory of functions from the lifetimes of their arrays.
 
@@ -139,6 +170,8 @@ class _Liveness:
     def __init__(self, mesh: Mapping[str, int]) -> None:
         self.propagation = Propagation(mesh)
         self._mesh = self.propagation.mesh
+        self._twins: set[Array] = set()  # results of loops, and slices of them, that equal another one: held once
+        self._rows: set[Array] = set()  # what kernels read and write row by row: rows are padded to all lanes
 
     def peak(
         self,
@@ -157,38 +190,84 @@ class _Liveness:
         """
         dim_axes = self.propagation.dim_axes(function, given)
         dim_axes |= {array: each for array, each in zip(function.takes, given, strict=True)}
+        self._find_twins(function, dim_axes)
+        self._rows |= written_by_kernels(function)
         pins = self._pins(function, dim_axes, wanted)
-        lives = _Lifetimes(function, slices, lambda array: self._bytes(array, dim_axes, pins))
+        lives = Lifetimes(function, slices, lambda array: self._bytes(array, dim_axes, pins))
+        gathered, released = self._gathered(function, dim_axes)
         live = peak = 0
         for number, operation in enumerate(function.operations):
             made = [array for array in (*operation.makes, *lives.sliced.get(number, ())) if array in lives.held]
-            if operation.name in _FUSED and not made:
+            if not made and (operation.name in FUSED or is_one_hot(operation)):
                 continue
             sizes = [self._bytes(array, dim_axes, pins) for array in made]
             ends = [self._bytes(array, dim_axes, pins) for array in lives.ending.get(number, ())]
             under_way = self._under_way(operation, dim_axes, pins)
+            live += gathered.get(number, 0)
             reused = _reused(sizes, ends) if operation.name in _IN_PLACE else 0
             peak = max(peak, live + sum(sizes) - reused + under_way)
-            live += sum(sizes) - sum(ends)
+            live += sum(sizes) - sum(ends) - released.get(number, 0)
         return peak
 
+    def _gathered(self, function: Function, dim_axes: Mapping[Array, DimAxes]) -> tuple[dict[int, int], dict[int, int]]:
+        """Returns the bytes of operands that products gather, by the numbers of the first and of the last product that
+        reads each: it is gathered once."""
+        first: dict[Array, tuple[int, int]] = {}
+        last: dict[Array, int] = {}
+        for number, operation in enumerate(function.operations):
+            if operation.name != "dot_general":
+                continue
+            operands = [dim_axes.get(array, replicated(array)) for array in operation.reads]
+            for which, axes in made_whole(operation, operands, dim_axes[operation.makes[0]]):
+                array, parts = operation.reads[which], math.prod(self._mesh[axis] for axis in axes)
+                first.setdefault(array, (number, parts * local_bytes(array, operands[which], self._mesh)))
+            last |= {array: number for array in operation.reads if array in first}
+        begins: dict[int, int] = {}
+        ends: dict[int, int] = {}
+        for array, (number, size) in first.items():
+            begins[number] = begins.get(number, 0) + size
+            ends[last[array]] = ends.get(last[array], 0) + size
+        return begins, ends
+
+    def _find_twins(self, function: Function, dim_axes: Mapping[Array, DimAxes]) -> None:
+        """Finds the arrays that a loop collects twice: once by one name, once by another that means the same."""
+        for operation in function.operations:
+            if operation.name != "scan":
+                continue
+            body, (fixed, carried) = self.propagation.function(operation.params["jaxpr"]), scan_counts(operation.params)
+            same = {each.makes[0]: each.reads[0] for each in body.operations if each.name in SAME_VALUE}
+            seen, written = set(), written_by_kernels(body)
+            for made, array in zip(operation.makes[carried:], body.gives[carried:], strict=True):
+                while array in same:
+                    array = same[array]
+                if array in written:
+                    self._rows.add(made)
+                if (array, dim_axes.get(made)) in seen:
+                    self._twins.add(made)
+                seen.add((array, dim_axes.get(made)))
+            taken = zip(operation.reads[fixed + carried :], body.takes[fixed + carried :], strict=True)
+            self._twins |= {inside for outside, inside in taken if outside in self._twins}
+
     def _bytes(self, array: Array, dim_axes: Mapping[Array, DimAxes], pins: Mapping[Array, DimAxes]) -> int:
-        return local_bytes(array, pins.get(array, dim_axes.get(array, replicated(array))), self._mesh)
+        if array in self._twins:
+            return 0
+        size = local_bytes(array, pins.get(array, dim_axes.get(array, replicated(array))), self._mesh)
+        if array in self._rows and array.shape[-1] % _LANES:
+            return size // array.shape[-1] * (-(-array.shape[-1] // _LANES) * _LANES)
+        return size
 
     def _under_way(self, operation: Operation, dim_axes: Mapping[Array, DimAxes], pins: Mapping[Array, DimAxes]) -> int:
         """Returns the bytes that are allocated only while an operation runs."""
         operands = [dim_axes.get(array, replicated(array)) for array in operation.reads]
         name, params = operation.name, operation.params
         if name == "dot_general":
-            # A product whose result is reduce-scattered is first allocated as partial sums, sharded less.
             made = operation.makes[0]
-            more = (
-                local_bytes(made, dim_axes[made], self._mesh) if pins.get(made, dim_axes[made]) != dim_axes[made] else 0
-            )
-            for number, axes in made_whole(operation, operands, dim_axes[operation.makes[0]]):
-                times = math.prod(self._mesh[axis] for axis in axes)
-                more += times * local_bytes(operation.reads[number], operands[number], self._mesh)
-            return more
+            if pins.get(made, dim_axes[made]) == dim_axes[made]:
+                return 0
+            # A product whose result is reduce-scattered is computed in windows, of which two travel each way, from an
+            # operand that is laid out anew for them.
+            operand = max(local_bytes(array, each, self._mesh) for array, each in zip(operation.reads, operands))
+            return operand + _WINDOWS * local_bytes(made, pins[made], self._mesh)
         if name == "scan":
             body = self.propagation.function(params["jaxpr"])
             given = self.propagation.body_inputs(operation, operands)
@@ -251,86 +330,6 @@ class _Liveness:
                     if array.shape == made.shape:
                         pin(array, asked)
         return pins
-
-
-class _Lifetimes:
-    """Which of a function's values are arrays in memory, and until when.
-
-    Attributes:
-      held: values in memory; the others are computed where they are read.
-      ending: number of an operation -> the arrays that no later one reads.
-      sliced: number of an operation -> the slices that it is the first to read.
-    """
-
-    def __init__(self, function: Function, slices: Sequence[Array], size: Any) -> None:
-        maker = {array: operation for operation in function.operations for array in operation.makes}
-        readers = _readers(function)
-        self.held = {array for array in [*maker, *slices] if _is_held(array, maker.get(array), readers.get(array, []))}
-        behind: dict[Array, frozenset[Array]] = {}
-        for operation in function.operations:
-            for array in operation.makes:
-                if array not in self.held:
-                    roots = frozenset().union(*(self._roots(each, behind) for each in operation.reads))
-                    redone = len(roots) <= 1 and sum(map(size, roots)) <= size(array)
-                    if operation.name in _ALIASES or redone or len(readers.get(array, [])) <= 1:
-                        behind[array] = roots
-                    else:  # read several times: not recomputed each time
-                        self.held.add(array)
-        last: dict[Array, int] = {}
-        self.sliced: dict[int, list[Array]] = {}
-        new = set(slices)
-        for number, operation in enumerate(function.operations):
-            if operation.name in _FUSED and not any(array in self.held for array in operation.makes):
-                continue
-            for array in operation.reads:
-                for root in self._roots(array, behind):
-                    last[root] = number
-                    if root in new:
-                        self.sliced.setdefault(number, []).append(root)
-                        new.discard(root)
-            last.update({array: number for array in operation.makes if array in self.held})
-        for array in function.gives:
-            last.update(dict.fromkeys(self._roots(array, behind), _FOREVER))
-        self.ending: dict[int, list[Array]] = {}
-        for array, number in last.items():
-            self.ending.setdefault(number, []).append(array)
-
-    def _roots(self, array: Array, behind: Mapping[Array, frozenset[Array]]) -> frozenset[Array]:
-        """Returns the arrays in memory that a value is computed from."""
-        return frozenset([array]) if array in self.held else behind.get(array, frozenset())
-
-
-def _readers(function: Function) -> dict[Array, list[Operation | None]]:
-    """Returns the operations that read each value, through aliases; None stands for the function's result."""
-    readers: dict[Array, list[Operation | None]] = {}
-    for array in function.gives:
-        readers.setdefault(array, []).append(None)
-    for operation in reversed(function.operations):
-        through = operation.name in _ALIASES
-        found = [each for made in operation.makes for each in readers.get(made, [])] if through else [operation]
-        for array in operation.reads:
-            readers.setdefault(array, []).extend(found)
-    return readers
-
-
-def _is_held(array: Array, maker: Operation | None, readers: Iterable[Operation | None]) -> bool:
-    """Whether a value must be in memory: the result or operand of an operation that cannot be fused, or a result of
-    the function."""
-    if maker is not None and maker.name in _ALIASES:
-        return False
-    if maker is not None and maker.name not in _FUSED:
-        return True
-    filled = maker is not None and not any(each.shape for each in maker.reads)  # with one number
-    return any(not _can_fuse(each, array, filled) for each in readers)
-
-
-def _can_fuse(reader: Operation | None, array: Array, filled: bool) -> bool:
-    """Whether an operation that reads a value can compute it on the fly."""
-    if reader is None:
-        return False
-    if reader.name == "scan" and filled:  # within the loop, unless it is its state
-        return array not in reader.reads[scan_counts(reader.params)[0] :]
-    return reader.name in _FUSED or reader.name in REDUCTIONS
 
 
 def _reused(sizes: Sequence[int], ends: Sequence[int]) -> int:

@@ -76,7 +76,8 @@ class Product:
 
     Attributes:
       weight, value, output: the factors and the result.
-      contracted, batched, kept: the weight's contracted, batch, and remaining dimensions.
+      contracted, batched, kept: the weight's contracted, batch (or, of a ragged product, group), and remaining
+        dimensions.
       times: how often it is computed in a step, loops included.
     """
 
@@ -87,6 +88,11 @@ class Product:
     batched: tuple[int, ...]
     kept: tuple[int, ...]
     times: int
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether each row is multiplied with the weight of its own expert."""
+        return any(self.weight.names[dim] == "expert" for dim in self.batched)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,6 +261,14 @@ class _UseFinder:
                     self.uses.products.append(
                         Product(weight, value, outputs[0], tuple(contracted), tuple(batched), kept, times)
                     )
+        elif name == "ragged_dot_general" and isinstance(operands[1], Weight) and isinstance(operands[0], Value):
+            numbers = equation.params["ragged_dot_dimension_numbers"]
+            (_, contracted), _ = numbers.dot_dimension_numbers
+            groups = tuple(numbers.rhs_group_dimensions)
+            kept = tuple(dim for dim in range(len(operands[1].shape)) if dim not in (*contracted, *groups))
+            self.uses.products.append(
+                Product(operands[1], operands[0], outputs[0], tuple(contracted), groups, kept, times)
+            )
         elif name == "gather" and isinstance(operands[0], Weight):
             indexed = tuple(equation.params["dimension_numbers"].start_index_map)
             self.uses.lookups.append(Lookup(operands[0], outputs[0], indexed, times))

@@ -6,6 +6,7 @@ in whole products, and the times those of `train_plan`; so the best few are to b
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from meshway.framework.planning.communication import Setting
 from meshway.framework.planning.products import Product, Uses, Weight
 from meshway.framework.planning.step_cost import StepCost
 from meshway.framework.planning.topology import Topology
-from meshway.framework.planning.train_plan import closed_forms
+from meshway.framework.planning.train_plan import step_cost, traffic_of
 
 # What a policy computes again, in forward passes; `minimal` the scores of attention, which are no weights' products.
 RECOMPUTED = {"none": 0.0, "minimal": 0.1, "full": 1.0}
@@ -70,8 +71,8 @@ class Rough:
 
     @property
     def seconds(self) -> float:
-        """Of a step, halfway between all side by side and one after the other."""
-        return math.inf if self.cost is None else (self.cost.least + self.cost.most) / 2
+        """Of a step."""
+        return math.inf if self.cost is None else self.cost.estimate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Traced:
     """What the search knows of a recipe: one trace of it.
 
     Attributes:
-      setting: of its loss.
+      setting: of its loss, traced on no mesh: with the products of experts, and how tokens are dispatched to these.
       rows: the tensors of its state (`program.explain`).
       model_flops: of a step.
       devices: of the topology, described.
@@ -113,7 +114,8 @@ class Traced:
         used = {axis for weight in setting.parameters for axes in weight.dim_axes for axis in axes} | setting.tokens
         idle = math.prod(size for axis, size in sizes.items() if axis not in used)
         flops = self.model_flops * (1 + again / 3) * idle
-        cost, _ = closed_forms(setting, mesh, self.where, flops, state + gradients, micro, again)
+        sent = traffic_of(setting, micro, again)
+        cost = step_cost(setting, sent, mesh, self.where, flops, state + gradients, micro, again)
         return Rough(candidate, total, cost)
 
     def _placed(self, layout: Layout, sizes: Mapping[str, int], candidate: Candidate) -> tuple[Setting, float, float]:
@@ -151,7 +153,10 @@ class Traced:
             dtypes=uses.dtypes,
         )
         weights = [_with(each, placed) for each in self.setting.parameters]
-        setting = Setting(dict(sizes), tokens, weights, moments, moved, beside - tokens, platform="tpu")
+        dispatch = self.setting.dispatch
+        setting = Setting(
+            dict(sizes), tokens, weights, moments, moved, beside - tokens, platform="tpu", dispatch=dispatch
+        )
         return setting, state, gradients
 
 
@@ -172,7 +177,10 @@ def _activations(setting: Setting, candidate: Candidate) -> float:
     """Returns the bytes of a microbatch's activations on a device: what the policy keeps, and one layer at work."""
     streams = products = layer = logits = gathered = 0.0
     for product in setting.uses.products:
-        out = product.output.bytes * product.times / _parts(setting, product, product.kept)
+        out = product.output.bytes * product.times / _parts(setting, product, (*product.batched, *product.kept))
+        if product.of_experts and setting.dispatch in ("gathered", "sent"):  # rows for the worst case
+            axes = {axis for dim in product.batched for axis in product.weight.dim_axes[dim]}
+            out *= setting.size(axes & setting.tokens)
         if "vocab" in {product.weight.names[dim] for dim in product.kept}:
             logits += 3 * product.output.bytes / _parts(setting, product, product.kept)
             continue
@@ -197,7 +205,7 @@ def _parts(setting: Setting, product: Product, dims: Iterable[int]) -> int:
 def candidates(
     layouts: Mapping[str, Layout], where: Topology, batch_size: int, most_microbatches: int = 64
 ) -> Iterator[Candidate]:
-    """Yields the ways to train by some layouts: their inner axis of every size that is a power of two, the outer one
+    """Yields the ways to train by some layouts: their inner axes of every size that is a power of two, the outer one
     with the rest; the outermost axis across slices."""
     chips = where.num_devices // where.slices
     for name, layout in layouts.items():
@@ -212,13 +220,11 @@ def candidates(
 
 
 def _splits(axes: Sequence[str], chips: int, slow: set[str]) -> Iterator[dict[str, int]]:
-    """Yields sizes of one or two axes whose product is the chips of a slice."""
+    """Yields sizes of one to three axes whose product is the chips of a slice; of the inner ones powers of two."""
     fast = [axis for axis in axes if axis not in slow] or list(axes)
-    ones = {axis: 1 for axis in axes if axis not in fast[:2]}
-    if len(fast) < 2:
-        yield ones | {fast[0]: chips}
-        return
-    inner = 2
-    while inner <= min(chips, 64) and chips % inner == 0:
-        yield ones | {fast[0]: chips // inner, fast[1]: inner}
-        inner *= 2
+    ones = {axis: 1 for axis in axes if axis not in fast[:3]}
+    powers = [2**power for power in range(1, 7)]
+    for sizes in itertools.product(powers, repeat=len(fast[1:3])):
+        inner = math.prod(sizes)
+        if chips % inner == 0:
+            yield ones | dict(zip(fast, (chips // inner, *sizes), strict=False))

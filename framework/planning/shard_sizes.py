@@ -66,24 +66,39 @@ def read_function(jaxpr: Any) -> Function:
     takes = tuple(_of(var, known) for var in jaxpr.invars)
     for var in jaxpr.constvars:
         _of(var, known)
-    operations = tuple(_read(jaxpr, known))
+    operations = tuple(_read(jaxpr, known, {}))
     return Function(takes, operations, tuple(_of(atom, known) for atom in jaxpr.outvars))
 
 
-def _read(jaxpr: Any, known: dict[Any, Array]) -> Iterator[Operation]:
+def _read(jaxpr: Any, known: dict[Any, Array], made: dict[Any, Array]) -> Iterator[Operation]:
+    """Yields operations; `made` has what was computed before: as in compiled programs, nothing is computed twice."""
     for equation in jaxpr.eqns:
         reads = tuple(_of(atom, known) for atom in equation.invars)
         inner = None if equation.primitive.name in _NOT_CALLS else _called(equation)
         if inner is None:
-            yield Operation(
-                equation.primitive.name, equation.params, reads, tuple(_of(var, known) for var in equation.outvars)
-            )
+            if (key := _expression(equation, known)) in made:
+                known[equation.outvars[0]] = made[key]
+                continue
+            makes = tuple(_of(var, known) for var in equation.outvars)
+            if key is not None:
+                made[key] = makes[0]
+            yield Operation(equation.primitive.name, equation.params, reads, makes)
             continue
         own: dict[Any, Array] = dict(zip(inner.invars, reads, strict=True))
         for var in inner.constvars:
             _of(var, own)
-        yield from _read(inner, own)
+        yield from _read(inner, own, made)
         known.update((var, _of(atom, own)) for var, atom in zip(equation.outvars, inner.outvars, strict=True))
+
+
+def _expression(equation: Any, known: Mapping[Any, Array]) -> Any:
+    """Returns what tells the result of an elementwise operation or a move from others; None of other operations."""
+    name = equation.primitive.name
+    if name not in ELEMENTWISE and name not in _MOVES:
+        return None
+    operands = [(str(each.val), each.aval.dtype) if hasattr(each, "val") else known[each] for each in equation.invars]
+    params = tuple((each, str(value)) for each, value in equation.params.items() if each != "name")
+    return name, tuple(operands), params
 
 
 def _called(equation: Any) -> Any:
@@ -114,6 +129,7 @@ _NAMES = """
 """
 ELEMENTWISE = frozenset(_NAMES.split())
 REDUCTIONS = frozenset(f"reduce_{name}" for name in ("and", "max", "min", "or", "prod", "sum")) | {"argmax", "argmin"}
+_MOVES = REDUCTIONS | {"broadcast_in_dim", "reshape", "sharding_constraint", "squeeze", "transpose"}
 _SAME = ELEMENTWISE | {"cumsum", "cummax", "cummin", "cumprod", "cumlogsumexp", "rev", "sort", "dynamic_update_slice"}
 
 

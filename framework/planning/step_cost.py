@@ -1,4 +1,4 @@
-"""How long a training step takes at the published peaks of a topology: products, memory, links, network, latency.
+"""How long a training step takes: at the published peaks of a topology, by each resource, and as a single estimate.
 
 Collectives have the links of the sides of the torus that their mesh axes run along (How to Scale Your Model, chapter
 3); where an axis runs across slices, devices of a slice share what crosses the network (each sends its part of it, as
@@ -31,15 +31,23 @@ class Traffic:
     count: int
 
 
+# What compiled operations reach of a chip's peaks, as Google's TPU microbenchmarks print it for a v6e (tpu-recipes,
+# microbenchmarks/README.md): 827 of 918 TFLOP/s in a bfloat16 product of matrices of 8,192 x 8,192, and 1,360 of 1,600
+# GB/s in a copy.
+PRODUCTS, COPIES = 827 / 918, 1360 / 1600
+
+
 @dataclasses.dataclass(frozen=True)
 class StepCost:
-    """Seconds of a step that each resource is busy, alone.
+    """Seconds of a step that each resource is busy, alone, at its peak.
 
     Attributes:
-      compute: products, at the chip's peak.
+      compute: products.
       memory: the chip's own memory.
       ici, dcn: links within a slice, and the network between slices.
       latency: hops of collectives, whatever they carry.
+      elementwise: of `memory`, what is moved by operations other than products.
+      waited: of `ici` and `dcn`, what products need at once: sums and exchanges of activations.
     """
 
     compute: float
@@ -47,6 +55,25 @@ class StepCost:
     ici: float
     dcn: float
     latency: float
+    elementwise: float = 0.0
+    waited: float = 0.0
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """Seconds by resource."""
+        return {name: getattr(self, name) for name in ("compute", "memory", "ici", "dcn", "latency")}
+
+    @property
+    def estimate(self) -> float:
+        """Of the step, as a chip runs it.
+
+        A core runs one operation after the other: products at `PRODUCTS` of the peak, which hide the reads of their own
+        operands, and between them the elementwise operations, at `COPIES` of the memory's. Sums and exchanges of
+        activations are waited for. Weights are gathered, and gradients summed, beside products, as far as these last.
+        """
+        products = self.compute / PRODUCTS
+        beside = max(0.0, self.ici + self.dcn - self.waited - products)
+        return products + self.elementwise / COPIES + self.waited + beside + self.latency
 
     @property
     def least(self) -> float:
@@ -61,7 +88,7 @@ class StepCost:
     @property
     def bound(self) -> str:
         """The resource that is busy longest."""
-        terms = dataclasses.asdict(self)
+        terms = self.terms
         return max(terms, key=lambda name: terms[name])
 
 

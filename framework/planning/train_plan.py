@@ -13,10 +13,11 @@ from meshway.framework.planning import memory as memory_lib
 from meshway.framework.planning import waste
 from meshway.framework.planning.aot import CompiledStep
 from meshway.framework.planning.audit import exchanges
-from meshway.framework.planning.communication import ACTIVATIONS, GRADIENTS, WEIGHTS, Setting, minimum
+from meshway.framework.planning.communication import ACTIVATIONS, GRADIENTS, INPUTS, WEIGHTS, Setting, minimum
 from meshway.framework.planning.comparison import setting_of
 from meshway.framework.planning.flops import count_flops, jaxpr_flops
 from meshway.framework.planning.memory import Memory
+from meshway.framework.planning.products import Uses, Weight, find_uses
 from meshway.framework.planning.step_cost import StepCost, Traffic, Wires
 from meshway.framework.planning.topology import Topology
 
@@ -107,6 +108,9 @@ def traced_plan(program: Any, where: Topology, model_flops: float) -> TrainPlan:
     closed = program.trace_gradients()
     computed = jaxpr_flops(closed)
     setting = setting_of(program)
+    whole = setting  # with products of experts, which kernels hide
+    if any("expert" in weight.names for weight in setting.parameters):
+        whole = dataclasses.replace(setting, uses=whole_uses(program, setting.parameters))
     asked = program.trace_loss()
     mesh = dict(setting.mesh)
     tokens = _tokens(program.abstract_batch)
@@ -114,12 +118,13 @@ def traced_plan(program: Any, where: Topology, model_flops: float) -> TrainPlan:
     forward = _forward_flops(program)
     recomputed = min(1.0, max(0.0, computed / forward - 3)) if forward else 0.0
     hardware = computed if setting.stages else model_flops * (1 + recomputed / 3)
-    flops = Flops(model_flops, _parameter_flops(setting), hardware, tokens)
+    flops = Flops(model_flops, _parameter_flops(whole), hardware, tokens)
     idle = math.prod(mesh[axis] for axis in _idle(asked, mesh, setting))
     memory = memory_lib.step_memory(program, closed)
     state = memory.parameters + memory.optimizer + memory.gradients
     micro = program.num_microbatches
-    cost, traffic = closed_forms(setting, program.partitioner.mesh, where, hardware * idle, state, micro, recomputed)
+    traffic = traffic_of(setting, micro, recomputed)
+    cost = step_cost(whole, traffic, program.partitioner.mesh, where, hardware * idle, state, micro, recomputed)
     found = waste.state_waste(program.explain(), mesh, 0.1) + waste.activation_waste(asked, 0.5)
     return TrainPlan(
         where=where,
@@ -130,7 +135,7 @@ def traced_plan(program: Any, where: Topology, model_flops: float) -> TrainPlan:
         flops=flops,
         memory=memory,
         cost=cost,
-        traffic=tuple(traffic),
+        traffic=traffic,
         waste=tuple(found),
     )
 
@@ -142,9 +147,23 @@ def with_compiled(plan: TrainPlan, program: Any, compiled: CompiledStep) -> Trai
         return dataclasses.replace(plan, compiled=compiled)
     found = exchanges(compiled.collectives)
     traffic = tuple(Traffic(each.axes, each.kind, each.sent, each.count) for each in found)
-    seconds = Wires(program.partitioner.mesh, plan.where).seconds(traffic)
-    cost = StepCost(plan.cost.compute, plan.cost.memory, *seconds)
+    ici, dcn, latency = Wires(program.partitioner.mesh, plan.where).seconds(traffic)
+    # Which of the compiled collectives are waited for is not read: as many seconds as by the closed forms.
+    cost = dataclasses.replace(plan.cost, ici=ici, dcn=dcn, latency=latency, waited=min(plan.cost.waited, ici + dcn))
     return dataclasses.replace(plan, compiled=compiled, compiled_cost=cost, compiled_traffic=traffic)
+
+
+def whole_uses(program: Any, weights: Sequence[Weight]) -> Uses:
+    """Returns how the loss uses the parameters where no mesh shards it: kernels hide none of the products of experts.
+
+    Args:
+      weights: the program's parameters, in order, sharded as they are.
+    """
+    key = jax.random.key(0)
+    closed = jax.make_jaxpr(lambda params, batch, key: program.model.loss(params, batch, key)[0])(
+        program.param_shapes, program.abstract_batch, key
+    )
+    return find_uses(closed, weights)
 
 
 def _forward_flops(program: Any) -> float:
@@ -183,23 +202,36 @@ def _idle(asked: Any, mesh: dict[str, int], setting: Setting) -> list[str]:
     return [axis for axis, size in mesh.items() if f"mesh axis {axis}={size}" in found and axis not in setting.stages]
 
 
-def closed_forms(
-    setting: Setting, mesh: Mesh, where: Topology, flops: float, state: float, microbatches: int, recomputed: float
-) -> tuple[StepCost, Sequence[Traffic]]:
-    """Returns what a step costs at published peaks, and what it sends.
+def step_cost(
+    setting: Setting,
+    traffic: Sequence[Traffic],
+    mesh: Mesh,
+    where: Topology,
+    flops: float,
+    state: float,
+    microbatches: int,
+    recomputed: float,
+) -> StepCost:
+    """Returns what a step costs at published peaks, by closed forms.
 
     Args:
-      setting: the step and how it is sharded.
+      setting: the step and how it is sharded, with all its products.
+      traffic: what it sends (`traffic_of`).
       mesh: on devices of the topology.
       flops: that are computed, of all devices together, those that do the same as others included.
       state: bytes of a device: parameters, optimizer's state and gradients.
       recomputed: what remat computes again, in forward passes.
     """
-    traffic = _traffic_of(setting, microbatches, recomputed)
     peak = where.chip.float32 if _is_wide(setting) else where.chip.bfloat16
-    moved = _moved_bytes(setting, state, microbatches, recomputed)
-    times = Wires(mesh, where).seconds(traffic)
-    return StepCost(flops / (mesh.size * peak), moved / where.chip.memory_bandwidth, *times), traffic
+    passes, bandwidth = 3 + recomputed, where.chip.memory_bandwidth
+    weights, values = _product_bytes(setting)
+    # What a product reads another operation wrote, and what it writes another reads: as many bytes again.
+    elementwise = passes * values + 2 * state
+    moved = passes * (microbatches * weights + values) + 2 * state
+    wires = Wires(mesh, where)
+    waited = sum(wires.seconds(each for each in traffic if each.what in (ACTIVATIONS, INPUTS))[:2])
+    times = wires.seconds(traffic)
+    return StepCost(flops / (mesh.size * peak), moved / bandwidth, *times, elementwise / bandwidth, waited)
 
 
 def _is_wide(setting: Setting) -> bool:
@@ -208,7 +240,7 @@ def _is_wide(setting: Setting) -> bool:
     return bool(widths) and min(widths) >= 4
 
 
-def _traffic_of(setting: Setting, microbatches: int, recomputed: float) -> Sequence[Traffic]:
+def traffic_of(setting: Setting, microbatches: int, recomputed: float) -> tuple[Traffic, ...]:
     """Returns what is sent: the least (`communication.minimum`), with what a layer-by-layer step sends again.
 
     Weights are gathered once for the forward and once for the backward pass of each microbatch; gradients are summed in
@@ -221,16 +253,14 @@ def _traffic_of(setting: Setting, microbatches: int, recomputed: float) -> Seque
         sent, count = found.get((term.axes, term.role), (0.0, 0))
         times = again.get(term.role, 1.0)
         found[term.axes, term.role] = (sent + term.bytes * times, max(count, math.ceil(runs * times)))
-    return [Traffic(axes, role, sent, count) for (axes, role), (sent, count) in found.items()]
+    return tuple(Traffic(axes, role, sent, count) for (axes, role), (sent, count) in found.items())
 
 
-def _moved_bytes(setting: Setting, state: float, microbatches: int, recomputed: float) -> float:
-    """Returns the bytes that a device reads and writes in a step, at least.
+def _product_bytes(setting: Setting) -> tuple[float, float]:
+    """Returns the bytes that a device's products of a forward pass read of weights, and read and write of values.
 
-    Weights are read for each pass, the state (of so many bytes, gradients too) is read and written, and each product
-    reads its input and writes its result once in the forward pass and twice in the backward pass.
+    The backward pass reads as much again for each of its two products; of a step the state is read and written too.
     """
-    passes = 3 + recomputed
     weights = sum(
         math.prod(weight.shape)
         / setting.size({axis for axes in weight.dim_axes for axis in axes} - setting.tokens)
@@ -243,4 +273,4 @@ def _moved_bytes(setting: Setting, state: float, microbatches: int, recomputed: 
         / setting.size(setting.tokens | {axis for axes in product.weight.dim_axes for axis in axes})
         for product in setting.uses.products
     )
-    return passes * (microbatches * weights + values) + 2 * state
+    return weights, values

@@ -15,7 +15,7 @@ from meshway.framework.planning.communication import GRADIENTS, WEIGHTS, Setting
 from meshway.framework.planning.products import Product, Uses, Value, Weight
 from meshway.framework.planning.step_cost import Traffic, Wires
 from meshway.framework.planning.topology import topology
-from meshway.framework.planning.train_plan import closed_forms
+from meshway.framework.planning.train_plan import step_cost, traffic_of
 from meshway.launch import cli, plan_page, plan_variants, train_plan
 
 LENGTHS = "--gin.TASK_FEATURE_LENGTHS={'inputs': 64, 'targets': 64}"
@@ -45,7 +45,7 @@ def test_a_traced_plan_adds_up() -> None:
         "--gin.mesh.MeshShape.dcn={'replica': 2}",
     )
     memory = found["memory"]
-    kept = ("parameters", "optimizer state", "batch", "gradients", "activations and temporaries")
+    kept = ("parameters", "optimizer state", "batch", "padding of these", "gradients", "activations and temporaries")
     assert memory["total"] == sum(memory[name] for name in kept) and memory["fits"]
     assert memory["gradients"] == memory["parameters"] > found["num_params"] * 4 / 32
     assert 0 <= memory["optimizer state"] - 2 * memory["parameters"] < 64
@@ -128,7 +128,8 @@ def test_the_time_of_a_product_is_counted_by_hand() -> None:
     setting = Setting({"data": 2, "fsdp": 2}, frozenset({"data", "fsdp"}), [weight], {}, uses)
     where = topology("v5e:2x2")
     mesh = MeshShape(ici={"data": 2, "fsdp": 2}).build(aot.described_devices(where))
-    cost, traffic = closed_forms(setting, mesh, where, 1e15, state=1000.0, microbatches=2, recomputed=1.0)
+    traffic = traffic_of(setting, microbatches=2, recomputed=1.0)
+    cost = step_cost(setting, traffic, mesh, where, 1e15, state=1000.0, microbatches=2, recomputed=1.0)
     assert cost.compute == pytest.approx(1e15 / (4 * where.chip.bfloat16))
     # Four passes, one of them remat's: each microbatch reads the weight, gathered, and a device has rows of a quarter.
     moved = 4 * (2 * 16 * 32 * 2 + 3 * (8 * 16 + 8 * 32) * 2 / 4) + 2 * 1000

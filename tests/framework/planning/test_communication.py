@@ -1,10 +1,13 @@
 """Closed forms of communication: against formulas written out here, and against what compiled steps send."""
 
+import dataclasses
+import itertools
 import math
 
 import jax
 import pytest
 import tiny
+from tiers import tiers
 
 from meshway.framework.planning.collectives import read_collectives
 from meshway.framework.planning.communication import (
@@ -19,6 +22,7 @@ from meshway.framework.planning.communication import (
 )
 from meshway.framework.planning.comparison import SCALARS, compare, setting_of
 from meshway.framework.planning.products import Weight, find_uses
+from meshway.framework.planning.train_plan import whole_uses
 
 VOCAB, WIDTH, HIDDEN, BATCH, LENGTH = 256, 64, 128, 16, 16
 LAYER = 4 * WIDTH * WIDTH + 3 * WIDTH * HIDDEN  # products of one layer of the tiny decoder
@@ -129,6 +133,49 @@ def test_lookups_are_found_where_the_table_lies_and_go_to_the_batch_one_mesh_axi
         (None, "sequence", "fsdp"),
         ("fsdp", "sequence", None),
     ]
+
+
+OF_EXPERTS = ("expert", "fsdp_expert", "expert_model")
+ROUTED = {"switch": "slots", "mixtral": "gathered"}
+
+
+def of_experts(program: tiny.TrainProgram, dispatch: str) -> Setting:
+    """The setting of a step whose products of experts are known, as a search has it: what kernels send is not read."""
+    found = setting_of(program)
+    return dataclasses.replace(found, uses=whole_uses(program, found.parameters), dispatch=dispatch)
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    tiers(
+        itertools.product(ROUTED, OF_EXPERTS),
+        quick=[("mixtral", "expert_model")],
+        slow=[("switch", "expert_model"), ("mixtral", "fsdp_expert")],
+    ),
+)
+def test_exchanges_of_experts_are_what_kernels_send(family, layout):
+    """By closed forms, from a trace without kernels; but for the numbers and gates of choices, which are small."""
+    program = tiny.program(family, layout=layout)
+    kernels, forms = setting_of(program), of_experts(program, ROUTED[family])
+    wide = [term for term in minimum(kernels) if "of kernels" in term.reason and term.role == ACTIVATIONS]
+    sums = [term for term in minimum(kernels) if term.reason == "sums in kernels"]
+    assert {term.axes for term in wide} == {("expert",)}
+    exchanged = total(forms, ("expert",), ACTIVATIONS, "tokens to experts or back")
+    assert exchanged == pytest.approx(sum(term.bytes for term in wide), rel=0 if family == "switch" else 0.03)
+    # Kernels write the sums of outputs; jax adds as many of gradients, of the inputs that all have.
+    summed = total(forms, ("model",), ACTIVATIONS, "sums of experts' outputs")
+    assert summed == 2 * sum(term.bytes for term in sums) and bool(summed) == (layout == "expert_model")
+    if family == "mixtral":  # gathered and scattered, forward and backward, by `parts` of eight devices
+        parts = kernels.mesh["expert"]
+        assert exchanged == 4 * (parts - 1) * 4 * TOKENS / (4 if layout == "expert_model" else 8) * WIDTH
+
+
+@pytest.mark.slow
+def test_compiled_experts_exchange_exactly_the_closed_form():
+    program = tiny.program("switch", layout="expert")
+    rows = read_collectives(program.compile_step().as_text(), program.partitioner.mesh.shape)
+    sent = sum(row.sent for row in rows if row.kind == "all-to-all")
+    assert sent == total(of_experts(program, "slots"), ("expert",), ACTIVATIONS, "tokens to experts or back") > 0
 
 
 def test_compute_in_bfloat16_halves_what_products_need():

@@ -3,12 +3,13 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from tiny import program
 
 from meshway.framework.axes import sharded_by
 from meshway.framework.errors import UserError
-from meshway.framework.planning.memory import TOLERANCE, Memory, step_memory
+from meshway.framework.planning.memory import TOLERANCE, Memory, _Liveness, _tiled, step_memory
 from meshway.framework.planning.shard_sizes import Propagation, read_function
 from meshway.framework.planning.topology import CHIPS, chip_named
 from meshway.launch import cli
@@ -65,6 +66,78 @@ def test_xla_s_buffers_are_as_large_within_the_tolerance(family, remat):
     counted = counted.gradients + counted.activations
     compiled = made.compile_step().memory_analysis().temp_size_in_bytes
     assert 1 / TOLERANCE < counted / compiled < TOLERANCE, (counted, compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "layout"), [("lm", "fsdp_model"), ("t5_1_1", "zero_1")])
+def test_xla_holds_state_and_gradients_of_exactly_these_sizes(family, layout):
+    made = program(family, *SMALL, LAYERS[family].format(2), layout=layout)
+    counted, compiled = step_memory(made), made.compile_step().memory_analysis()
+    assert compiled.argument_size_in_bytes == counted.parameters + counted.optimizer + counted.batch
+    step, where = jax.ShapeDtypeStruct((), jnp.int32), made.state_shardings.params
+    gradients = made.partitioner.compile(
+        lambda params, batch, step: made._step.gradients(params, batch, step)[0],
+        *(made.param_shapes, made.abstract_batch, step),
+        in_shardings=(where, made.batch_shardings, made.partitioner.replicated),
+        out_shardings=where,
+    )
+    pointers = 8 * len(jax.tree.leaves(where))  # XLA:CPU counts those of a tuple
+    assert gradients.memory_analysis().output_size_in_bytes - pointers == counted.gradients
+
+
+def peak(function, *shapes) -> int:
+    """The bytes at the peak of a function of arrays, beside its arguments."""
+    given = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+    found = read_function(jax.make_jaxpr(function)(*given))
+    return _Liveness({}).peak(found, [((),) * len(each.shape) for each in given], [None] * len(found.gives))
+
+
+def test_a_cross_entropy_holds_its_logits_and_their_gradient_takes_their_place():
+    """Exponentials are computed again, the chosen logit is no array of all, nor is its gradient."""
+    rows, vocab = 64, 4096
+
+    def loss(logits, targets):
+        logits = logits.astype(jnp.float32)
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - chosen)
+
+    def step(x, kernel, targets):
+        return jax.grad(lambda x: loss(x @ kernel, targets))(x)
+
+    wanted = rows * vocab * 2  # in bfloat16
+    shapes = (((2, rows // 2, 8), jnp.bfloat16), ((8, vocab), jnp.bfloat16), ((2, rows // 2), jnp.int32))
+    assert wanted <= peak(step, *shapes) < 1.02 * wanted
+
+
+def test_what_a_loop_collects_twice_is_held_once():
+    def collect(twice):
+        def body(carry, x):
+            y = jnp.tanh(carry @ x)
+            return y, (y, checkpoint_name(y, "again") if twice else y[0])
+
+        return lambda carry, xs: jax.lax.scan(body, carry, xs)[1]
+
+    shapes = (((64, 64), jnp.float32), ((8, 64, 64), jnp.float32))
+    assert peak(collect(True), *shapes) < 1.05 * peak(collect(False), *shapes)
+
+
+def test_a_gathered_weight_is_held_from_its_first_product_to_its_last():
+    """x [rows/4, wide], w [wide/4, narrow]: gathered once, for both products."""
+
+    def twice(x, y, w):
+        return x @ w, y @ w
+
+    given = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 64), (8, 64), (64, 16))]
+    found = read_function(jax.make_jaxpr(twice)(*given))
+    held = _Liveness({"fsdp": 4}).peak(found, [(("fsdp",), ())] * 2 + [(("fsdp",), ())], [None, None])
+    assert held == 4 * (64 * 16 + 2 * 2 * 16)
+
+
+def test_tpus_pad_the_two_dimensions_that_take_least():
+    """A head of 64 lies along sublanes where the width beside it fills the lanes (these sizes are XLA:TPU's)."""
+    shapes = {(24, 64, 16, 64): 24 * 64 * 16 * 128, (16, 128, 32, 64): 16 * 128 * 32 * 64, (24, 16, 64): 24 * 16 * 128}
+    shapes |= {(50257, 64): 64 * 50304, (48,): 128, (): 128}
+    assert {shape: _tiled(shape) for shape in shapes} == shapes
 
 
 @pytest.mark.parametrize(
