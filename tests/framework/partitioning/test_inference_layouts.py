@@ -143,17 +143,16 @@ def check_blocks(layout: str, attention: str) -> None:
     at = Sizes(layout, attention)
     width = at.heads * HEAD_DIM
     exchanged = 4 * at.exchanges(width)
-    block = functools.partial(
-        SelfAttentionBlock,
-        at.d_model,
-        functools.partial(Attention, num_heads=at.heads, head_dim=HEAD_DIM),
-        functools.partial(Mlp, d_ff=at.d_ff),
-    )
     call = lambda layer, x: layer(x)[0]  # noqa: E731
-    serial = at.products(2 * at.d_ff, at.d_ff) + at.products(3 * width, width) + exchanged + at.norms(2)
-    assert at.sent(block, call) == serial, (at.name, "serial")
-    parallel = at.products(2 * at.d_ff + 3 * width, at.d_ff + width) + exchanged + at.norms(1)
-    assert at.sent(functools.partial(block, parallel=True), call) == parallel, (at.name, "parallel")
+    attending = functools.partial(Attention, num_heads=at.heads, head_dim=HEAD_DIM)
+    for activations in (("gelu", "linear"), ("gelu",)) if attention == "heads" else (("gelu", "linear"),):
+        hidden = len(activations) * at.d_ff
+        mlp = functools.partial(Mlp, d_ff=at.d_ff, activations=activations)
+        block = functools.partial(SelfAttentionBlock, at.d_model, attending, mlp)
+        serial = at.products(hidden, at.d_ff) + at.products(3 * width, width) + exchanged + at.norms(2)
+        assert at.sent(block, call) == serial, (at.name, activations, "serial")
+        parallel = at.products(hidden + 3 * width, at.d_ff + width) + exchanged + at.norms(1)
+        assert at.sent(functools.partial(block, parallel=True), call) == parallel, (at.name, activations, "parallel")
 
 
 @pytest.mark.parametrize("layout", tiers(list(FEED_FORWARD), ["2d"], list(FEED_FORWARD)))
