@@ -233,7 +233,7 @@ def _reader_and_work(
         inputs.inputs_field,
         inputs.targets_field,
         inputs.truncate,
-        inputs.preprocess and preprocess(inputs.preprocess, module_names(inputs.module), limits),
+        preprocess(inputs.preprocess, module_names(inputs.module), limits) if inputs.preprocess else None,
         inputs.begin_field,
     )
     if scores:

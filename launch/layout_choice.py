@@ -157,10 +157,11 @@ def remedies(fits: Callable[[Request, Topology], bool], request: Request, where:
         if fits(dataclasses.replace(request, work=dataclasses.replace(request.work, batch=batch)), where):
             found.append(flags["batch"].format(batch))
             break
-    larger: Topology | None = where
+    larger = where
     for _ in range(_DOUBLINGS):
-        larger = _doubled(larger)
-        if larger is None:
+        try:
+            larger = _doubled(larger)
+        except UserError:  # a machine's devices are no slice of which there are larger ones
             break
         if fits(request, larger):
             found.append(flags["topology"].format(larger.name))
@@ -178,16 +179,13 @@ def too_large(what: str, least: Estimate, where: Topology, fitting: Sequence[str
     )
 
 
-def _doubled(where: Topology) -> Topology | None:
-    """Returns a topology of twice as many chips, its shortest side twice as long; None where there is none."""
+def _doubled(where: Topology) -> Topology:
+    """Returns a topology of twice as many chips, its shortest side twice as long; UserError where there is none."""
     family, _, sides = where.name.partition(":")
     sizes = [int(side) for side in sides.split("x")]
     shortest = sizes.index(min(sizes))
     sizes[shortest] *= 2
-    try:
-        return topology(f"{family}:{'x'.join(map(str, sizes))}")
-    except UserError:
-        return None
+    return topology(f"{family}:{'x'.join(map(str, sizes))}")
 
 
 def refusal_of(
