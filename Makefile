@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 FOLDERS = framework models gin tasks launch
 
-.PHONY: quickstart test slow proofs lint types view
+.PHONY: quickstart test slow proofs accelerator lint types view
 
 $(BIN)/meshway: setup.py
 	@echo "installing meshway and what it needs into $(VENV), once: some minutes, by the network"
@@ -37,6 +37,10 @@ slow: $(BIN)/meshway
 
 proofs: $(BIN)/meshway
 	$(PYTEST) -m proofs
+
+# Checks and figures of a machine with a GPU or TPU, in about ten minutes; ACCELERATOR_FLAGS=--small tries it anywhere.
+accelerator: $(BIN)/meshway
+	$(BIN)/meshway bench accelerator --gin_file=bench_accelerator $(ACCELERATOR_FLAGS)
 
 $(BIN)/ruff: $(BIN)/meshway
 	$(BIN)/python -m pip install --quiet -e ".[dev]"

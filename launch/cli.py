@@ -49,6 +49,7 @@ USAGE = """examples:
   meshway bench moe --gin_file=bench_moe --simulated_devices=8 --gin.LAYOUT=expert
   meshway bench attention --gin_file=bench_attention
   meshway bench decode --gin_file=bench_decode
+  meshway bench accelerator --gin_file=bench_accelerator
   meshway cache --gin_file=quickstart
   meshway cache --task=my_task --module=mylab.tasks --directory=/data/cache
   meshway convert --from=models/Llama-3.2-1B --to=runs/llama

@@ -333,3 +333,8 @@ class BenchRoutingFlags:
 class BenchDecodeFlags:
     prompt_length: int | None = binds("bench.decode.Setting.prompt_length", "tokens a prompt (default: 128)", "N")
     new_tokens: int | None = binds("bench.decode.Setting.new_tokens", "new tokens in a turn (default: 16)", "N")
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchAcceleratorFlags:
+    small: bool = flag("everything in small, on any machine: what is measured then says nothing", default=False)

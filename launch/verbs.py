@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from meshway.launch.invocation import MACROS
 from meshway.launch.verb_flags import (
+    BenchAcceleratorFlags,
     BenchDataFlags,
     BenchDecodeFlags,
     BenchParallelFlags,
@@ -132,6 +133,10 @@ VERBS = {
             "moe": Subject("time a mixture of experts in each form of dispatch, in turn"),
             "attention": Subject("time attention by each of several kernels, at several lengths, in turn"),
             "decode": Subject("time what a token costs, beside how fast memory is read", BenchDecodeFlags),
+            "accelerator": Subject(
+                "check kernels and layouts on a GPU or TPU; measure start-up, MFU and decoding",
+                BenchAcceleratorFlags,
+            ),
         },
         is_room=True,
     ),

@@ -82,7 +82,7 @@ class Attention(nnx.Module):
             the default chooses a kernel by platform, shapes and options. Layouts that shard the length bind one that
             supports it.
           cache_dtype: how keys and values are stored while decoding: "float32", "bfloat16", or "int8" with a scale for
-            each head and position (`cache.Quantized`); None for the dtype of activations. They are rounded as they are
+            each head and position (`cache.Stored`); None for the dtype of activations. They are rounded as they are
             written, those of an encoder's output too, and attended to in the dtype of the queries.
           products: computes the projections in integers; scores and their products with values stay as they are.
 

@@ -7,27 +7,22 @@ step took ten times as long on XLA:CPU.
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import qwix
 
 from meshway.framework.axes import constrain, mesh_axes
+from meshway.models.layers.integer_products import rounded
 
 KeysValues = tuple[jax.Array, jax.Array]  # each [batch, kv_length, kv_heads, head_dim]
 DTYPES = ("float32", "bfloat16", "int8")
-LARGEST = 127  # of int8, symmetric
 
 
-class Quantized(NamedTuple):
-    """int8 `values` [batch, kv_heads, kv_length, head_dim] times a float32 `scale` [batch, kv_heads, kv_length] of each
-    position and head. The error is half a scale at most, 1/254 of the head's largest entry."""
-
-    values: jax.Array
-    scale: jax.Array
-
-
-Stored = jax.Array | Quantized  # [batch, kv_heads, kv_length, head_dim]
+# [batch, kv_heads, kv_length, head_dim]. Of int8 with a float32 scale of each position and head, [batch, kv_heads,
+# kv_length, 1]; the error is half a scale at most, 1/254 of the head's largest entry.
+Stored = jax.Array | qwix.QArray
 Cache = tuple[Stored, Stored]  # of keys, and of values
 
 
@@ -73,11 +68,7 @@ def store(x: jax.Array, dtype: str | jnp.dtype) -> Stored:
     x = jnp.swapaxes(x, 1, 2)
     if jnp.dtype(dtype) != jnp.int8:
         return x.astype(dtype)
-    x = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(x), axis=-1) / LARGEST
-    # A head of zeros has scale 0: it stays zeros.
-    steps = jnp.round(x / jnp.where(scale > 0, scale, 1.0)[..., None])
-    return Quantized(jnp.clip(steps, -LARGEST, LARGEST).astype(jnp.int8), scale)
+    return rounded(x, (3,), "int8")
 
 
 def store_all(both: KeysValues, dtype: str | jnp.dtype) -> Cache:
@@ -92,7 +83,7 @@ def write(cache: Cache, new: KeysValues, index: jax.Array) -> Cache:
     by_row = jax.vmap(lambda old, new, index: old.at[:, index].set(new))
 
     def written(old: Stored, x: jax.Array) -> Stored:
-        entries = store(x, jnp.int8 if isinstance(old, Quantized) else old.dtype)
+        entries = store(x, jnp.int8 if isinstance(old, qwix.QArray) else old.dtype)
         return _constrained(jax.tree.map(lambda old, new: by_row(old, new, index), old, entries))
 
     return written(cache[0], new[0]), written(cache[1], new[1])
@@ -102,9 +93,8 @@ def read(cache: Cache, dtype: jnp.dtype) -> KeysValues:
     """Returns the keys and values of a cache in `dtype`, [batch, kv_length, kv_heads, head_dim] each."""
 
     def one(stored: Stored) -> jax.Array:
-        if isinstance(stored, Quantized):
-            stored = stored.values.astype(jnp.float32) * stored.scale[..., None]
-        return jnp.swapaxes(stored.astype(dtype), 1, 2)
+        values = qwix.dequantize(stored) if isinstance(stored, qwix.QArray) else stored
+        return jnp.swapaxes(values.astype(dtype), 1, 2)
 
     return one(cache[0]), one(cache[1])
 
@@ -127,6 +117,7 @@ def _constrained(stored: Stored) -> Stored:
         sizes = jax.sharding.get_abstract_mesh().shape
         parts = math.prod(sizes[axis] for axis in mesh_axes("kv_length"))
         length = None if x.shape[2] % parts else "kv_length"
-        return constrain(x, ("attention_batch", "attention_kv_heads", length, "head_dim")[: x.ndim])
+        head_dim = "head_dim" if x.shape[3] > 1 else None  # a scale has none
+        return constrain(x, ("attention_batch", "attention_kv_heads", length, head_dim))
 
     return jax.tree.map(one, stored)

@@ -20,6 +20,7 @@ NEEDED = {  # what a recipe leaves open
     "quickstart": ("MODEL_DIR='run'",),
     "real_mix": ("MODEL_DIR='run'",),
     "bench_t5": (),
+    "bench_accelerator": (),
     "bench_attention": (),
     "bench_moe": (),
     "bench_decode": (),

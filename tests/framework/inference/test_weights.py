@@ -1,15 +1,19 @@
 """Quantised weights: what they stand for is what the model computes with, in as many bytes as said."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 import qwix
+from teacher_forced import case, log_probs_at_once
 from tiny import greedy, program
 
 from meshway.framework.errors import UserError
 from meshway.framework.inference.weights import prepared
 from meshway.framework.trees import flatten
 
+LAYERS = ("NUM_LAYERS=2", "BATCH_SIZE=8")
 CASES = [("lm", "model_1d"), ("t5_1_1", "fsdp_model"), ("mixtral", "single"), ("lm", "stage")]
 
 
@@ -61,27 +65,33 @@ def test_bytes_are_those_of_the_entries_and_a_scale_a_channel():
     assert 0.5 <= sum(held.values()) / (2 * sum(entries.values())) < 0.53, "of bfloat16's bytes"
 
 
-@pytest.mark.slow
-def test_a_trained_model_says_nearly_the_same():
-    """Of what it learned by heart, in nats a token."""
-    made = program("lm", "NUM_LAYERS=2", "BATCH_SIZE=8")
-    step, batch, state = made.compile_step(), made.shard_batch(made.synthetic_batch()), made.init()
+@functools.cache
+def trained():
+    """Parameters of a model that learned 8 rows by heart, and what it makes of them in float32."""
+    made = program("lm", *LAYERS)
+    given = case(made)
+    step, batch, state = made.compile_step(), made.shard_batch(given.batch), made.init()
     for _ in range(60):
         state, metrics = step(state, batch)
     total, weight = metrics["loss"]
     assert total / weight < 1.0, "it learned"
-    model, logits = (
-        made.model,
-        jax.jit(lambda params, batch: jax.nn.log_softmax(made.model.logits(params, batch, None))),
-    )
+    params = jax.device_get(state.params)
+    return params, given, log_probs_at_once(made, params, given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights, cache", [("int8", None), (None, "int8"), ("int8", "int8"), (None, "bfloat16")])
+def test_a_trained_model_says_nearly_the_same(weights, cache):
+    """Through its cache, from prompts of 1 to 8 tokens, in nats a token."""
+    params, given, stored = trained()
+    made = program("lm", *LAYERS, f"attention.Attention.cache_dtype={cache!r}")
     with made.partitioner.activate():
-        stored = np.asarray(logits(state.params, batch))
-        _, params = prepared(made.sharded, state.params, True, "int8")
-        found = np.asarray(logits(params, batch))
-    divergence = np.sum(np.exp(stored) * (stored - found), axis=-1)
-    assert divergence.mean() < 2e-3
-    right = np.asarray(model.targets(jax.device_get(batch))[0])
-    accuracy = [np.mean(each.argmax(-1) == right) for each in (stored, found)]
+        sharded, params = prepared(made.sharded, jax.device_put(params, made.state_shardings.params), True, weights)
+        found = given.through_cache(sharded.model, params)
+    divergence = np.sum(np.exp(stored) * (stored - found), axis=-1)[given.real]
+    assert 0 < divergence.mean() < 2e-3
+    right = given.targets[given.real]
+    accuracy = [np.mean(each.argmax(-1)[given.real] == right) for each in (stored, found)]
     assert accuracy[0] > 0.9 and abs(accuracy[1] - accuracy[0]) < 0.01
 
 

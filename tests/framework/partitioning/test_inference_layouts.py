@@ -14,6 +14,7 @@ import tiny
 from tiers import tiers
 
 from meshway.framework.errors import UserError
+from meshway.framework.inference.weights import prepared
 from meshway.framework.planning.audit import audit
 from meshway.framework.planning.cost import (
     BATCH_OVER,
@@ -232,7 +233,7 @@ ON_MORE = [
 ]
 
 
-def made(family: str, layout: str):
+def made(family: str, layout: str, *more: str):
     """A model of as many heads as devices, but for the families that say otherwise."""
     name, *bindings = FAMILIES[family]
     devices, shape = jax.device_count(), []
@@ -241,13 +242,15 @@ def made(family: str, layout: str):
         bindings = [each.replace("NUM_HEADS=4", f"NUM_HEADS={math.prod(SIZES[devices][1:])}") for each in bindings]
         sizes += ["D_MODEL=128", "D_FF=128", "HEAD_DIM=4", f"BATCH_SIZE={devices}"]
         shape = [f"mesh.MeshShape.ici={dict(zip('xyz', SIZES[devices], strict=True))}"] if "/" in layout else []
-    return tiny.program(name, *sizes, *bindings, *shape, layout=layout)
+    return tiny.program(name, *sizes, *bindings, *shape, *more, layout=layout)
 
 
-def decoded(program, params, steps: int):
+def decoded(program, params, steps: int, weights: str | None = None):
     """Returns logits of `steps` given tokens after a prompt, scores of the prompt, and the cache."""
-    model, fed = program.model, np.random.default_rng(0).integers(2, 200, (steps, program.batch_size, 1), np.int32)
+    fed = np.random.default_rng(0).integers(2, 200, (steps, program.batch_size, 1), np.int32)
     params = jax.device_put(params, program.sharded.param_shardings)
+    sharded, params = prepared(program.sharded, params, weights is not None, weights)
+    model = sharded.model
     batch = program.shard_batch(program.synthetic_batch())
     logits = []
     with program.partitioner.activate():
@@ -279,6 +282,26 @@ def check_model(family: str, layout: str, steps: int) -> None:
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
     np.testing.assert_allclose(found, scores, rtol=1e-5, atol=1e-5)
     check_cache(program, layout, cache)
+
+
+INTEGERS = [(family, layout) for family in ("multi-query", "encoder-decoder") for layout in ALL]
+
+
+@pytest.mark.parametrize("family, layout", tiers(INTEGERS, slow=[INTEGERS[-1], ("multi-query", "inference/2d")]))
+def test_weights_and_cache_in_integers_are_those_of_one_device(family, layout):
+    """But for keys and values at the edge of two integers; a cache in a quarter of the bytes, and its scales."""
+    cached = "attention.Attention.cache_dtype='int8'"
+    params = reference(family, 4)[0]
+    expected, scores, _ = decoded(made(family, "single", cached), params, 4, "int8")
+    program = made(family, layout, cached)
+    logits, found, cache = decoded(program, params, 4, "int8")
+    assert np.abs(logits - expected).max() <= 5e-3 * np.abs(expected).max()
+    np.testing.assert_allclose(found, scores, rtol=1e-4, atol=1e-4)
+    floats = decoded(made(family, layout), params, 4)[2]
+    held, before = (
+        sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(each.layers)) for each in (cache, floats)
+    )
+    assert held == before * (1 + 4 / 16) / 4
 
 
 def check_cache(program, layout: str, cache) -> None:

@@ -25,10 +25,11 @@ def test_int8_is_off_by_half_a_step_at_most():
     x = numbers(2, 5, 3, 8) * np.array([1e-6, 1.0, 1e4], np.float32)[:, None]
     x[1, 2, 1] = 0.0
     stored = store(jnp.asarray(x), "int8")
-    assert stored.values.dtype == jnp.int8 and stored.scale.dtype == jnp.float32
+    assert stored.qvalue.dtype == jnp.int8 and stored.scale.dtype == jnp.float32
     largest = np.abs(x).max(-1)
-    np.testing.assert_allclose(stored.scale, largest.swapaxes(1, 2) / 127, rtol=1e-6)
-    assert np.abs(stored.values).max(axis=-1).tolist() == np.where(largest > 0, 127, 0).swapaxes(1, 2).tolist()
+    scale = np.where(largest > 0, largest / 127, 1.0)
+    np.testing.assert_allclose(stored.scale, scale.swapaxes(1, 2)[..., None], rtol=1e-6)
+    assert np.abs(stored.qvalue).max(axis=-1).tolist() == np.where(largest > 0, 127, 0).swapaxes(1, 2).tolist()
     (back, _) = read((stored, stored), jnp.float32)
     assert np.all(np.abs(back - x) <= largest[..., None] / 254 * 1.0001)
 
