@@ -153,16 +153,15 @@ def parse(argv: Sequence[str]) -> Invocation | None:
     command = _command(verb, subject)
     if unknown:
         _refuse(verb, subject, unknown[0])
+    if bindings and not entry.takes_recipe(subject):
+        raise UserError(f"{command} takes no recipe: leave out --gin.{bindings[0]}")
     own = flags_of(entry.flags_for(subject))
     values = given(own, options, command)
     bound = [flag for flag in own if flag.binding and flag.field in values]
     bindings += [flag.bound(values[flag.field]) for flag in bound]
     recipe = RecipeFlags(**given(flags_of(RecipeFlags), options, command))
-    if entry.takes_recipe(subject if entry.subjects else None):
-        if not recipe.gin_file:
-            _need_a_recipe(verb, bindings)
-    elif bindings:
-        raise UserError(f"{command} takes no recipe: leave out --gin.{bindings[0]}")
+    if entry.takes_recipe(subject) and not recipe.gin_file:
+        _need_a_recipe(verb, bindings)
     return Invocation(
         verb=verb,
         subject=subject,

@@ -56,13 +56,13 @@ RECIPES = {
     "gpt2/medium": Step("gpt2/medium", {"targets": 1024}, 64, ("VOCAB_SIZE=50304",)),
     "palm/8b": Step("palm/8b", {"targets": 2048}, 32, ("NUM_LAYERS=8",)),
     "mixtral/8x7b": Step("mixtral/8x7b", {"targets": 2048}, 32, ("NUM_LAYERS=8",)),
-    "bert/base": Step("bert/base", {"targets": 512}, 64, ("VOCAB_SIZE=30720",)),
+    "bert/base": Step("bert/base", {"targets": 512}, 64),
 }
 CHIPS = "v5p:2x2x4"
 MESHES = {
     "fsdp": ("LAYOUT='fsdp'",),
     "fsdp_model": ("LAYOUT='fsdp_model'",),
-    "model_1d": ("LAYOUT='model_1d'", "mesh.MeshShape.ici={'data': 4, 'model': 4}"),
+    "model_1d": ("LAYOUT='model_1d'",),
 }
 OF_EXPERTS = {"fsdp_expert": ("LAYOUT='fsdp_expert'",)}  # in place of model_1d: the state of a mixture is large
 

@@ -69,7 +69,7 @@ def test_xla_s_buffers_are_as_large_within_the_tolerance(family, remat):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "layout"), [("lm", "fsdp_model"), ("lm", "zero_1")])
+@pytest.mark.parametrize(("family", "layout"), [("lm", "fsdp_model"), ("t5_1_1", "zero_1")])
 def test_xla_holds_state_and_gradients_of_exactly_these_sizes(family, layout):
     made = program(family, *SMALL, LAYERS[family].format(2), layout=layout)
     counted, compiled = step_memory(made), made.compile_step().memory_analysis()
