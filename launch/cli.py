@@ -50,6 +50,7 @@ USAGE = """examples:
   meshway bench attention --gin_file=bench_attention
   meshway bench decode --gin_file=bench_decode
   meshway bench accelerator --gin_file=bench_accelerator
+  meshway bench plan --table=times
   meshway cache --gin_file=quickstart
   meshway cache --task=my_task --module=mylab.tasks --directory=/data/cache
   meshway convert --from=models/Llama-3.2-1B --to=runs/llama
@@ -153,12 +154,14 @@ def parse(argv: Sequence[str]) -> Invocation | None:
     command = _command(verb, subject)
     if unknown:
         _refuse(verb, subject, unknown[0])
+    if bindings and not entry.takes_recipe(subject):
+        raise UserError(f"{command} takes no recipe: leave out --gin.{bindings[0]}")
     own = flags_of(entry.flags_for(subject))
     values = given(own, options, command)
     bound = [flag for flag in own if flag.binding and flag.field in values]
     bindings += [flag.bound(values[flag.field]) for flag in bound]
     recipe = RecipeFlags(**given(flags_of(RecipeFlags), options, command))
-    if entry.recipe and not recipe.gin_file:
+    if entry.takes_recipe(subject) and not recipe.gin_file:
         _need_a_recipe(verb, bindings)
     return Invocation(
         verb=verb,
@@ -208,8 +211,8 @@ def _flags(verb: str, subject: str | None) -> list[Flag]:
     entry = VERBS[verb]
     return [
         *flags_of(entry.flags_for(subject)),
-        *(flags_of(RecipeFlags) if entry.recipe else ()),
-        *(flags_of(ProcessFlags) if entry.on_devices else ()),
+        *(flags_of(RecipeFlags) if entry.takes_recipe(subject) else ()),
+        *(flags_of(ProcessFlags) if entry.takes_devices(subject) else ()),
     ]
 
 
@@ -276,7 +279,7 @@ def parsers(verb: str) -> tuple[Parser, dict[str, Parser]]:
     children: dict[str, Parser] = {}
     for name, subject in entry.subjects.items():
         default = " (the default)" if name == entry.default else ""
-        usage = f"meshway {verb} {name} {given} [options]"
+        usage = " ".join(["meshway", verb, name, *([given] if entry.takes_recipe(name) else []), "[options]"])
         child = listed.add_parser(name, help=subject.help + default, usage=usage, **_texts(verb, name))
         _add_options(child, verb, name)
         children[name] = child
@@ -304,7 +307,7 @@ def _overview(verb: str) -> str:
 
 def _add_options(parser: Parser, verb: str, subject: str | None) -> None:
     entry = VERBS[verb]
-    if entry.recipe:
+    if entry.takes_recipe(subject):
         recipe = parser.add_argument_group("recipe")
         add_flags(recipe, flags_of(RecipeFlags))
         recipe.add_argument(
@@ -316,7 +319,7 @@ def _add_options(parser: Parser, verb: str, subject: str | None) -> None:
             "value is a Python literal, @reference or %%MACRO; a bare word or path is text",
         )
     add_flags(parser, flags_of(entry.flags_for(subject)))
-    if entry.on_devices:
+    if entry.takes_devices(subject):
         add_flags(parser.add_argument_group("devices and processes"), flags_of(ProcessFlags))
 
 

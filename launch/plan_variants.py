@@ -8,7 +8,7 @@ from typing import Any
 
 from meshway.framework.errors import UserError, first_line
 from meshway.framework.planning.comparison import setting_of
-from meshway.framework.planning.search import Candidate, Rough, Traced, candidates
+from meshway.framework.planning.search import Candidate, Rough, Traced, candidates, frontier
 from meshway.framework.planning.train_plan import TrainPlan, whole_uses
 from meshway.framework.terminal import format_bytes
 from meshway.launch.train_plan import ROOT, Planner, Table, format_seconds
@@ -99,13 +99,13 @@ class Fit:
 
     Attributes:
       plans: the best, the fastest first, traced and perhaps compiled, with the bindings that make them.
-      tried: the number of candidates.
-      lost: a line for each mesh and layout that is not among them.
+      tried: every candidate, by rough closed forms.
+      lost: mesh and layout -> why it is not among them, by its best or least.
     """
 
     plans: Sequence[tuple[Candidate, TrainPlan]]
-    tried: int
-    lost: Sequence[str]
+    tried: Sequence[Rough]
+    lost: Mapping[str, str]
 
 
 def fit(planner: Planner, plan: TrainPlan, compiles: bool) -> Fit:
@@ -143,7 +143,7 @@ def fit(planner: Planner, plan: TrainPlan, compiles: bool) -> Fit:
     for found, _ in kept:
         lost.pop(_group(found), None)
     kept.sort(key=lambda pair: pair[1].best_cost.estimate)
-    return Fit(kept, len(rough), list(lost.values()))
+    return Fit(kept, rough, lost)
 
 
 def _tried(
@@ -223,7 +223,7 @@ def _explained(rough: Sequence[Rough]) -> dict[str, str]:
                 f"{each.candidate.words}: about {format_seconds(each.seconds)}, {format_bytes(each.bytes)}; "
                 f"bound by {each.cost.bound if each.cost else ''}"
             )
-        elif each.cost is None and each.bytes < float("inf"):
+        elif each.cost is not None:
             lines[name] = f"{name}: needs {format_bytes(each.bytes)} at least, by remat {each.candidate.remat}"
         else:
             lines[name] = f"{name}: {each.why_not}"
@@ -245,26 +245,36 @@ def _nothing_fits(rough: Sequence[Rough], refused: Mapping[str, str], plan: Trai
 
 def fit_table(found: Fit) -> Table:
     """Returns the best that a search found as a table."""
-    cells = [("the fastest that fit", "a step, from", "to", "MFU at most", "of a device", "bound by")]
+    cells = [("the fastest that fit", "a step", "at peak, from", "to", "MFU", "of a device", "bound by")]
     for candidate, plan in found.plans:
         cost = plan.best_cost
         cells.append(
             (
                 candidate.words,
+                format_seconds(cost.estimate),
                 format_seconds(cost.least),
                 format_seconds(cost.most),
-                f"{plan.mfu(cost.least):.1%}",
+                f"{plan.mfu(cost.estimate):.1%}",
                 format_bytes(plan.bytes) + (" as compiled" if plan.compiled else ""),
                 cost.bound,
             )
         )
-    return Table(f"of {found.tried:,} ways to train:", cells, (1, 2, 3, 4))
+    return Table(f"of {len(found.tried):,} ways to train:", cells, (1, 2, 3, 4, 5))
+
+
+def first_flags(found: Fit) -> str:
+    """Returns the flags of the best that a search found."""
+    return "the first: " + " ".join(f'--gin."{each}"' for each in bindings_of(found.plans[0][0]))
 
 
 def fit_lines(found: Fit) -> list[str]:
-    """Returns the flags of the best that a search found, and why others lost."""
-    flags = " ".join(f'--gin."{each}"' for each in bindings_of(found.plans[0][0]))
-    return [f"the first: {flags}", *[f"lost: {line}" for line in found.lost]]
+    """Returns the flags of the best that a search found, which ways are worth taking, and why others lost."""
+    best = [
+        f"on the frontier: {each.candidate.words}: about {format_seconds(each.seconds)}, {format_bytes(each.bytes)}"
+        for each in frontier(found.tried)
+    ]
+    lost = [f"lost: {line if line.startswith(name) else f'{name}: {line}'}" for name, line in found.lost.items()]
+    return [first_flags(found), *best, *lost]
 
 
 def as_json(found: Sequence[Knob], fit: Fit | None) -> dict[str, Any]:
@@ -277,10 +287,15 @@ def as_json(found: Sequence[Knob], fit: Fit | None) -> dict[str, Any]:
             "bindings": bindings_of(candidate),
             "bytes": plan.bytes,
             "is_compiled": plan.compiled is not None,
+            "estimate": plan.best_cost.estimate,
             "least": plan.best_cost.least,
             "most": plan.best_cost.most,
             "bound": plan.best_cost.bound,
         }
         for candidate, plan in fit.plans
     ]
-    return entry | {"fit": {"tried": fit.tried, "plans": plans, "lost": list(fit.lost)}}
+    best = [
+        {"bindings": bindings_of(each.candidate), "seconds": each.seconds, "bytes": each.bytes}
+        for each in frontier(fit.tried)
+    ]
+    return entry | {"fit": {"tried": len(fit.tried), "plans": plans, "frontier": best, "lost": dict(fit.lost)}}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from meshway.framework.errors import UserError
 from meshway.framework.planning import aot, train_plan
-from meshway.framework.planning.step_cost import StepCost, Traffic
+from meshway.framework.planning.step_cost import ERROR, StepCost, Traffic
 from meshway.framework.planning.topology import Topology, topology
 from meshway.framework.planning.train_plan import TrainPlan
 from meshway.framework.terminal import format_bytes, format_columns, format_duration
@@ -126,8 +126,8 @@ def heading(plan: TrainPlan) -> str:
 
 
 def tables(plan: TrainPlan) -> list[Table]:
-    """Returns memory, FLOPs and what is sent."""
-    return [_memory(plan), _flops(plan), _traffic(plan)]
+    """Returns memory, that of stages if there are any, FLOPs and what is sent."""
+    return [_memory(plan), *([_stages(plan)] if plan.stages else []), _flops(plan), _traffic(plan)]
 
 
 def memory_rows(plan: TrainPlan) -> dict[str, float]:
@@ -163,6 +163,20 @@ def _memory(plan: TrainPlan) -> Table:
     return Table(head, cells, (1, 2))
 
 
+def _stages(plan: TrainPlan) -> Table:
+    cells = [("stage", "its layers", "of both ends", "activations", "peak", "of its own program", "waste")]
+    between = plan.stages[1:2] if len(plan.stages) > 2 else ()  # all alike
+    for each in (plan.stages[0], *between, plan.stages[-1]):
+        name = f"1 to {len(plan.stages) - 2}" if each in between and len(plan.stages) > 3 else str(each.number)
+        sizes = (each.layers, each.shared, each.activations, each.here, each.alone, each.waste)
+        cells.append((name, *map(format_bytes, sizes)))
+    note = (
+        "stages run in one program, so that each device holds as much as any: a share of the embedding and of the "
+        "logits, which the first and the last stage alone would need, and activations of idle time steps"
+    )
+    return Table(note, cells, (1, 2, 3, 4, 5, 6))
+
+
 def _flops(plan: TrainPlan) -> Table:
     flops = plan.flops
     cells = [("FLOPs", "a step", "a token")]
@@ -187,8 +201,11 @@ def time_lines(plan: TrainPlan) -> list[str]:
     """Returns how long a step takes, and what that is known from."""
     cost = plan.best_cost
     terms = ", ".join(f"{name} {format_seconds(value)}" for name, value in cost.terms.items())
+    low, middle, high = ERROR
     lines = [
-        f"a step: {format_seconds(cost.least)} if all goes on side by side (MFU {plan.mfu(cost.least):.1%}), "
+        f"a step: about {format_seconds(cost.estimate)} (MFU {plan.mfu(cost.estimate):.1%}); published runs took {low} "
+        f"to {high} times their estimate, {middle} in the middle: {format_seconds(cost.estimate * middle)}",
+        f"  at peak: {format_seconds(cost.least)} if all goes on side by side (MFU {plan.mfu(cost.least):.1%}), "
         f"{format_seconds(cost.most)} if products and collectives wait for each other (MFU {plan.mfu(cost.most):.1%}); "
         f"bound by {cost.bound}",
         f"  {terms}",
@@ -217,7 +234,8 @@ def as_json(plan: TrainPlan) -> dict[str, Any]:
     def cost(found: StepCost | None) -> Mapping[str, Any] | None:
         if found is None:
             return None
-        ends = {"least": found.least, "most": found.most, "bound": found.bound}
+        ends = {"least": found.least, "most": found.most, "bound": found.bound, "estimate": found.estimate}
+        ends |= {"published_by_estimate": ERROR}
         return dataclasses.asdict(found) | ends | {"mfu": [plan.mfu(found.most), plan.mfu(found.least)]}
 
     compiled = plan.compiled
@@ -239,6 +257,10 @@ def as_json(plan: TrainPlan) -> dict[str, Any]:
         "time": {"closed_forms": cost(plan.cost), "compiled": cost(plan.compiled_cost)},
         "sent": [dataclasses.asdict(each) for each in plan.traffic],
         "sent_as_compiled": [dataclasses.asdict(each) for each in plan.compiled_traffic],
+        "stages": [
+            dataclasses.asdict(each) | {"here": each.here, "alone": each.alone, "waste": each.waste}
+            for each in plan.stages
+        ],
         "compile_seconds": compiled.seconds if compiled else None,
         "unread": compiled.unread if compiled else "",
         "waste": [str(each) for each in plan.waste],

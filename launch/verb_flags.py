@@ -325,6 +325,12 @@ class BenchParallelFlags:
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchPlanFlags:
+    table: Literal["times", "memory", "flops"] | None = flag("which (default: all)", "TABLE", default=None)
+    recipes: str | None = flag("of memory and flops: which recipes (default: six)", "RECIPES", default=None)
+
+
+@dataclasses.dataclass(frozen=True)
 class BenchRoutingFlags:
     seeds: int | None = binds("bench.routing.Routing.seeds", "how many seeds to train from (default: 4)", "N")
 

@@ -9,6 +9,7 @@ from meshway.launch.verb_flags import (
     BenchDataFlags,
     BenchDecodeFlags,
     BenchParallelFlags,
+    BenchPlanFlags,
     BenchRoutingFlags,
     BenchTrainFlags,
     CacheFlags,
@@ -27,10 +28,11 @@ from meshway.launch.verb_flags import (
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What a verb may act on, as `data` in `meshway bench data`."""
+    """What a verb may act on, as `data` in `meshway bench data`; `recipe` is whether it takes one, and devices."""
 
     help: str
     flags: type = NoFlags
+    recipe: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,14 @@ class Verb:
     def flags_for(self, subject: str | None) -> type:
         """Returns the dataclass of the flags that this verb has with a subject."""
         return self.subjects[subject].flags if subject and self.subjects else self.flags
+
+    def takes_recipe(self, subject: str | None) -> bool:
+        """Returns whether it takes a recipe, with a subject if it has any."""
+        return self.recipe and (subject not in self.subjects or self.subjects[subject].recipe)
+
+    def takes_devices(self, subject: str | None) -> bool:
+        """Returns whether it has flags of devices and processes."""
+        return self.on_devices and (not self.is_room or self.takes_recipe(subject))
 
 
 VERBS = {
@@ -132,6 +142,7 @@ VERBS = {
             "routing": Subject("compare who gets the experts' room, by accuracy", BenchRoutingFlags),
             "moe": Subject("time a mixture of experts in each form of dispatch, in turn"),
             "attention": Subject("time attention by each of several kernels, at several lengths, in turn"),
+            "plan": Subject("compare plans with compiled steps and with published runs", BenchPlanFlags, recipe=False),
             "decode": Subject("time what a token costs, beside how fast memory is read", BenchDecodeFlags),
             "accelerator": Subject(
                 "check kernels and layouts on a GPU or TPU; measure start-up, MFU and decoding",

@@ -109,7 +109,12 @@ def step_memory(program: Program, closed: Any = None) -> Memory:
     mesh = jax.tree.leaves(shardings.params)[0].mesh.shape
     # Results are the gradients, as many and in the order of the parameters, then metrics.
     used = [number < len(params) for number in range(len(closed.jaxpr.outvars))]
+    _, read = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(used))
     live, _ = partial_eval.dce_jaxpr(closed.jaxpr, used, instantiate=True)
+    # Compiled programs take only what they read: positions that are merely counted, say, are not.
+    pairs = zip(jax.tree.leaves(program.abstract_batch), jax.tree.leaves(program.batch_shardings), strict=True)
+    kept = [pair for pair, is_read in zip(pairs, read[len(params) :]) if is_read]
+    features, placed = [feature for feature, _ in kept], [sharding for _, sharding in kept]
     liveness = _Liveness(mesh)
     function = liveness.propagation.function(live)
     peak = liveness.peak(function, [*dim_axes, *batch, ()], dim_axes)
@@ -119,8 +124,8 @@ def step_memory(program: Program, closed: Any = None) -> Memory:
         _bytes_of(shapes, shardings) - _bytes_of(shapes.params, shardings.params),
         gradients,
         max(0, peak - gradients),
-        _bytes_of(program.abstract_batch, program.batch_shardings),
-        _padding((shapes, program.abstract_batch), (shardings, program.batch_shardings)),
+        _bytes_of(features, placed),
+        _padding((shapes, features), (shardings, placed)),
     )
 
 
@@ -205,6 +210,14 @@ class _Liveness:
             under_way = self._under_way(operation, dim_axes, pins)
             live += gathered.get(number, 0)
             reused = _reused(sizes, ends) if operation.name in _IN_PLACE else 0
+            if operation.name == "scan":  # its state alone: what it collects grows while what it reads is still there
+                fixed, carried = scan_counts(operation.params)
+                before, after = operation.reads[fixed : fixed + carried], set(operation.makes[:carried])
+                ends_here = [array for array in lives.ending.get(number, ()) if array in before]
+                reused = _reused(
+                    [size for array, size in zip(made, sizes, strict=True) if array in after],
+                    [self._bytes(array, dim_axes, pins) for array in ends_here],
+                )
             peak = max(peak, live + sum(sizes) - reused + under_way)
             live += sum(sizes) - sum(ends) - released.get(number, 0)
         return peak

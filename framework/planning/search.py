@@ -61,6 +61,7 @@ class Rough:
 
     Attributes:
       bytes: on a device.
+      cost: of a step, also of one that does not fit; None where the mesh cannot be.
       why_not: why it cannot be, "" if it can.
     """
 
@@ -71,8 +72,8 @@ class Rough:
 
     @property
     def seconds(self) -> float:
-        """Of a step."""
-        return math.inf if self.cost is None else self.cost.estimate
+        """Of a step; without end where it does not fit."""
+        return math.inf if self.cost is None or self.why_not else self.cost.estimate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,14 +110,12 @@ class Traced:
             return Rough(candidate, math.inf, None, first_line(error))
         again, micro = RECOMPUTED[candidate.remat], candidate.microbatches
         total = state + gradients * (2 if micro > 1 else 1) + _activations(setting, candidate)
-        if total > self.capacity:
-            return Rough(candidate, total, None, "does not fit")
         used = {axis for weight in setting.parameters for axes in weight.dim_axes for axis in axes} | setting.tokens
         idle = math.prod(size for axis, size in sizes.items() if axis not in used)
         flops = self.model_flops * (1 + again / 3) * idle
         sent = traffic_of(setting, micro, again)
         cost = step_cost(setting, sent, mesh, self.where, flops, state + gradients, micro, again)
-        return Rough(candidate, total, cost)
+        return Rough(candidate, total, cost, "" if total <= self.capacity else "does not fit")
 
     def _placed(self, layout: Layout, sizes: Mapping[str, int], candidate: Candidate) -> tuple[Setting, float, float]:
         """Returns the setting under a layout, and the bytes of its state and gradients on a device."""
@@ -200,6 +199,15 @@ def _activations(setting: Setting, candidate: Candidate) -> float:
 def _parts(setting: Setting, product: Product, dims: Iterable[int]) -> int:
     axes = {axis for dim in dims for axis in product.weight.dim_axes[dim]}
     return setting.size(setting.tokens | axes)
+
+
+def frontier(tried: Iterable[Rough]) -> list[Rough]:
+    """Returns those that fit and of which no other is as quick with as little memory, the quickest first."""
+    found: list[Rough] = []
+    for each in sorted((each for each in tried if not each.why_not), key=lambda each: (each.seconds, each.bytes)):
+        if not found or each.bytes < found[-1].bytes:
+            found.append(each)
+    return found
 
 
 def candidates(

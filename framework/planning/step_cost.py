@@ -35,6 +35,8 @@ class Traffic:
 # microbenchmarks/README.md): 827 of 918 TFLOP/s in a bfloat16 product of matrices of 8,192 x 8,192, and 1,360 of 1,600
 # GB/s in a copy.
 PRODUCTS, COPIES = 827 / 918, 1360 / 1600
+# Published seconds by `StepCost.estimate`: least, middle and most of the runs of `meshway bench plan --table=times`.
+ERROR = (0.97, 1.31, 1.71)
 
 
 @dataclasses.dataclass(frozen=True)

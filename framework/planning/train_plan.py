@@ -18,6 +18,7 @@ from meshway.framework.planning.comparison import setting_of
 from meshway.framework.planning.flops import count_flops, jaxpr_flops
 from meshway.framework.planning.memory import Memory
 from meshway.framework.planning.products import Uses, Weight, find_uses
+from meshway.framework.planning.stages import Stage, stages_of
 from meshway.framework.planning.step_cost import StepCost, Traffic, Wires
 from meshway.framework.planning.topology import Topology
 
@@ -54,6 +55,7 @@ class TrainPlan:
       compiled_cost, compiled_traffic: the same with the collectives of the compiled step; None and empty where there
         is none, or it cannot be read.
       num_params: in all.
+      stages: what each of a pipeline's holds; none where there is no pipeline.
     """
 
     where: Topology
@@ -66,6 +68,7 @@ class TrainPlan:
     cost: StepCost
     traffic: tuple[Traffic, ...]
     waste: tuple[waste.Waste, ...]
+    stages: tuple[Stage, ...] = ()
     compiled: CompiledStep | None = None
     compiled_cost: StepCost | None = None
     compiled_traffic: tuple[Traffic, ...] = ()
@@ -90,9 +93,14 @@ class TrainPlan:
         """As compiled where it is."""
         return self.compiled_cost or self.cost
 
+    @property
+    def peak(self) -> float:
+        """FLOP/s of all devices together, in bfloat16."""
+        return self.where.num_devices * self.where.chip.bfloat16
+
     def mfu(self, seconds: float) -> float:
         """Returns the share of the devices' peak that the model's FLOPs take in a step of so many seconds."""
-        return self.flops.model / (self.where.num_devices * self.where.chip.bfloat16 * seconds)
+        return self.flops.model / (self.peak * seconds)
 
 
 def traced_plan(program: Any, where: Topology, model_flops: float) -> TrainPlan:
@@ -125,7 +133,8 @@ def traced_plan(program: Any, where: Topology, model_flops: float) -> TrainPlan:
     micro = program.num_microbatches
     traffic = traffic_of(setting, micro, recomputed)
     cost = step_cost(whole, traffic, program.partitioner.mesh, where, hardware * idle, state, micro, recomputed)
-    found = waste.state_waste(program.explain(), mesh, 0.1) + waste.activation_waste(asked, 0.5)
+    rows = program.explain()
+    found = waste.state_waste(rows, mesh, 0.1) + waste.activation_waste(asked, 0.5)
     return TrainPlan(
         where=where,
         mesh=mesh,
@@ -137,6 +146,7 @@ def traced_plan(program: Any, where: Topology, model_flops: float) -> TrainPlan:
         cost=cost,
         traffic=traffic,
         waste=tuple(found),
+        stages=stages_of(setting, rows, memory),
     )
 
 

@@ -83,6 +83,8 @@ def test_a_switch_is_a_binding():
         (["bench", "data", "--gin_file=a", "--batches=0"], "argument --batches: '0' is not a whole number of at least"),
         (["inspect", "--gin_file=a", "--dry_run"], "unknown flag --dry_run"),
         (["bench", "--gin_file=a"], "the following arguments are required: subject"),
+        (["bench", "plan", "--gin_file=a"], "--gin_file is a flag of"),
+        (["bench", "plan", "--gin.SEED=1"], "meshway bench plan takes no recipe: leave out --gin.SEED=1"),
         (["bench", "trian", "--gin_file=a"], "invalid choice: 'trian'"),
     ],
 )

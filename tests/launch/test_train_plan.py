@@ -13,6 +13,7 @@ from meshway.framework.partitioning.mesh import MeshShape
 from meshway.framework.planning import aot
 from meshway.framework.planning.communication import GRADIENTS, WEIGHTS, Setting
 from meshway.framework.planning.products import Product, Uses, Value, Weight
+from meshway.framework.planning.search import frontier
 from meshway.framework.planning.step_cost import Traffic, Wires
 from meshway.framework.planning.topology import topology
 from meshway.framework.planning.train_plan import step_cost, traffic_of
@@ -71,6 +72,28 @@ def test_remat_and_microbatches_move_what_they_should() -> None:
         assert other["flops"]["model"] == plain["flops"]["model"]
     assert full["flops"]["hardware"] == pytest.approx(4 / 3 * full["flops"]["model"], rel=0.15)
     assert micro["time"]["closed_forms"]["ici"] > plain["time"]["closed_forms"]["ici"]
+
+
+def test_stages_hold_alike_and_would_not_alone() -> None:
+    """Four stages of a layer each, eight microbatches: of eleven time steps three are idle. A quarter of each table is
+    on every stage, of which the first needs that of tokens, the last that of logits."""
+    found = traced(
+        "--topology=v5p:2x2x2",
+        "--gin.LAYOUT=stage",
+        "--gin.mesh.MeshShape.ici={'stage': 4, 'data': 2}",
+        "--gin.NUM_ENCODER_LAYERS=4",
+        "--gin.NUM_DECODER_LAYERS=4",
+    )
+    stages, memory = found["stages"], found["memory"]
+    assert [each["number"] for each in stages] == [0, 1, 2, 3]
+    held = memory["total"] - memory["padding of these"]
+    assert {round(each["here"]) for each in stages} == {held}
+    assert all(each["idle"] == each["activations"] * 3 / 11 for each in stages)
+    first, second, third, last = (each["ends"] for each in stages)
+    table = 4 * 4 * 32128 * 64  # state of AdamW and gradient
+    assert second == third == 0 and table < first < 1.01 * table and table < last < 1.01 * table
+    assert all(each["waste"] == max(0, each["here"] - each["alone"]) for each in stages)
+    assert stages[1]["waste"] > stages[0]["waste"]
 
 
 def test_wires_have_the_links_of_the_sides_that_an_axis_runs_along() -> None:
@@ -165,4 +188,6 @@ def test_a_search_finds_what_fits_where_the_recipe_does_not() -> None:
     assert not given.fits and found.plans and found.lost
     assert all(each.fits and each.bytes < given.capacity for _, each in found.plans)
     text = plan_page.page(given, [], found)
-    assert "activations and temporaries" in text and f"of {found.tried:,} ways to train" in text
+    assert "activations and temporaries" in text and f"of {len(found.tried):,} ways to train" in text
+    assert text.count("<circle") == sum(each.cost is not None for each in found.tried) and "<polyline" in text
+    assert all(each.candidate.words in text for each in frontier(found.tried))
