@@ -16,6 +16,11 @@ from meshway.launch.train_plan import ROOT, Planner, Table, format_seconds
 _LAYOUTS = ("zero_1", "fsdp", "fsdp_model", "model_2d")
 _ACROSS = ("replica_fsdp", "replica_fsdp_model")  # of several slices
 _SECONDS = 10.0  # for closed forms
+_OBJECTIVES = "meshway.models.objectives"
+_OF_PARTS: tuple[tuple[str, str, str, Any], ...] = (  # options of what a recipe need not have
+    ("meshway.framework.optimizers.optimizers", "adamw", "mu_dtype", "bfloat16"),
+    *((_OBJECTIVES, name, "num_loss_chunks", 8) for name in ("DecoderOnly", "EncoderDecoder", "EncoderOnly")),
+)
 _CONFIRMED = 3  # plans that are offered
 _ATTEMPTS = 12  # at tracing, or compiling, one
 
@@ -44,16 +49,15 @@ class Knob:
 
 
 def knobs(planner: Planner, plan: TrainPlan) -> list[Knob]:
-    """Returns what options would save, each by itself, by closed forms; those that the recipe does not have are left
-    out."""
+    """Returns what options would save, each by itself, by closed forms; those of what the recipe does not have are
+    left out."""
     recipe = planner.recipe()
     found = []
     for bindings in _options(recipe, plan):
         try:
             other = planner.traced(bindings)
         except UserError as error:
-            if "has no effect" not in str(error) and "is not imported" not in str(error):
-                found.append(Knob(bindings, why_not=first_line(error)))
+            found.append(Knob(bindings, why_not=first_line(error)))
             continue
         saves = plan.memory.total - other.memory.total
         found.append(Knob(bindings, saves, other.cost.least - plan.cost.least, other.fits))
@@ -73,8 +77,9 @@ def _options(recipe: Any, plan: TrainPlan) -> Iterator[tuple[str, ...]]:
             yield (f"LAYOUT='{layout}'",)
     if recipe.macro("DTYPE") == "float32":
         yield ("DTYPE='bfloat16'",)
-    yield ("optimizers.adamw.mu_dtype='bfloat16'",)
-    yield ("losses.CrossEntropy.num_chunks=8",)
+    for module, name, parameter, value in _OF_PARTS:
+        if recipe.would_use(ROOT, module, name, parameter):
+            yield (f"{module.rpartition('.')[2]}.{name}.{parameter}={value!r}",)
 
 
 def knob_table(found: Sequence[Knob]) -> Table:

@@ -81,3 +81,17 @@ def test_prefill_and_decoding_share_one_copy_of_the_weights() -> None:
     alone = read[0].seconds + 64 * step[0].seconds
     assert alone <= first.seconds + 64 * then.seconds < 1.02 * alone
     assert together([], step, 64) is None
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_both_dies_of_a_chip_hold_their_part(flat: bool) -> None:
+    """A TPU7x is two devices of 96 GiB and half its FLOP/s each: 8 chips hold what 16 such devices do."""
+    where = topology("tpu7x:2x2x2")
+    assert where.num_chips == 8 and where.num_devices == 16
+    (dies,) = [ring for ring in where.device_rings if ring.is_inside]
+    assert dies.size == 2 and dies.bandwidth == 600e9
+    for each in estimates(PALM_62B, prefill(64, 2048), where, flat):
+        assert each.mesh.size("xyz") == 16
+        assert each.weights == PALM_62B.num_params * 2 / 16
+        assert each.chip_seconds_per_token * 64 * 2048 == pytest.approx(8 * each.seconds)
+        assert each.compute >= 2 * each.params * 64 * 2048 / (8 * 2307e12)
