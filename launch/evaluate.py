@@ -6,6 +6,7 @@ Run the same command again and what was evaluated is passed over.
 """
 
 import dataclasses
+import functools
 import signal
 import sys
 from collections.abc import Sequence
@@ -127,7 +128,8 @@ def evaluate(
     settings = dataclasses.replace(evaluation, max_predictions=max_predictions)
     if weights is not None:
         return _compare(directory, sharded, tasks, settings, weights, wanted, averaged)
-    evaluator = Evaluator(sharded, tasks, settings)
+    read = _as_read(sharded, tasks, settings)
+    evaluator = Evaluator(read, tasks, settings)
     with EvaluationDisplay(silent=not processes.is_primary()) as display:
         for line in evaluator.left_out:
             display.say(line)
@@ -143,8 +145,9 @@ def evaluate(
             idle_timeout,
         )
         skip_removed = (watch or not listed) and not finished  # which one before the last does not tell
+        laid = functools.partial(read.split, consume=True)
         given = (evaluator, sharded.abstract_params, queue, records, fingerprint, split, display, skip_removed)
-        count = EvaluationJob(directory, *given, averaged, loggers).run()
+        count = EvaluationJob(directory, *given, averaged, loggers, laid).run()
         _say_goodbye(directory, queue, count, display)
     return count
 
@@ -156,6 +159,13 @@ def _check_how(watch: bool, idle_timeout: float | None, weights: str | None) -> 
     check_weights(weights, "--weights")
     if weights is not None and watch:
         raise UserError("--weights compares one checkpoint with itself in fewer bits: leave out --watch")
+
+
+def _as_read(sharded: ShardedModel, tasks: Sequence[EvalTask], settings: Evaluation) -> ShardedModel:
+    """Returns the model as an evaluation reads it: by layer where it decodes, losses and scores then too, so that no
+    parameter is there twice; as it is stored else, which compiles in less time."""
+    decodes = settings.by_layer and settings.max_predictions != 0 and any(task.has_metrics for task in tasks)
+    return sharded.by_layer() if decodes else sharded
 
 
 def _compare(
@@ -175,6 +185,8 @@ def _compare(
     with terminal.stage(f"reading checkpoint {step}"):
         checkpoints = Checkpoints(directory.checkpoints, read_only=True, averaged=averaged)
         params = checkpoints.load_params(step, sharded.abstract_params)
+    sharded = _as_read(sharded, tasks, settings)
+    params = sharded.split(params, consume=True)
     comparison, primary = Comparison(sharded, params, weights, settings), processes.is_primary()
     if primary:
         print(f"step {step} in {weights}: {comparison.size()}", flush=True)

@@ -27,7 +27,8 @@ from meshway.framework.errors import UserError, did_you_mean, first_line
 from meshway.framework.files import io_errors, local_path, replace_file
 from meshway.framework.inference.beam_search import BeamSearch
 from meshway.framework.inference.decoding import Decoder, Stop, decoding_model
-from meshway.framework.inference.predictor import RecipeModel, Session, open_session
+from meshway.framework.inference.predictor import Session, open_session
+from meshway.framework.inference.recipe_model import RecipeModel
 from meshway.framework.inference.rows import doubling
 from meshway.framework.interfaces import ArraySpec, Batch
 from meshway.framework.partitioning.partitioner import path_name

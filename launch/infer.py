@@ -11,7 +11,7 @@ import functools
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,24 +25,26 @@ from meshway.framework.errors import UserError
 from meshway.framework.files import local_path
 from meshway.framework.inference.beam_search import BeamSearch
 from meshway.framework.inference.bulk.batches import OwnFormat, Predict, Score, Work, compute
-from meshway.framework.inference.bulk.inputs import Preprocess, Reader, Share
+from meshway.framework.inference.bulk.inputs import Reader, Share
 from meshway.framework.inference.bulk.job import Job, JobProgress, Policy, lines_of, of_shares, of_truncated, summary
 from meshway.framework.inference.bulk.sources import PromptSource, Source, TaskSource, open_source
 from meshway.framework.inference.bulk.store import ChunkStore
 from meshway.framework.inference.decoding import Decoder, decoding_model
-from meshway.framework.inference.engine import SCORE_INSTEAD, Engine
-from meshway.framework.inference.predictor import RecipeModel, Session, open_session
+from meshway.framework.inference.engine import SCORE_INSTEAD, Engine, Workload
+from meshway.framework.inference.predictor import Session, open_session
+from meshway.framework.inference.recipe_model import RecipeModel
 from meshway.framework.inference.rows import doubling
 from meshway.framework.interfaces import Model
 from meshway.framework.partitioning.partitioner import Layout
+from meshway.launch import layout_choice
 from meshway.launch.evaluate import split_tasks
-from meshway.launch.infer_flags import by_flag, made, refuse_idle
+from meshway.launch.infer_flags import PREDICT, SCORE, aux_names, by_flag, made, refuse_idle
 
 if TYPE_CHECKING:
     from meshway.launch.recipe.config import Invocation
 
-PREDICT, SCORE, WITH_AUX = MODES = ("predict", "score", "predict_with_aux")
 _CHUNK_BATCHES = 16
+_BATCH_SIZE = 32
 # Arguments for where and how, not for what is computed. Another layout may continue a job, too.
 _HOW = ("opened", "model_dir", "output")
 
@@ -143,7 +145,7 @@ def infer(
     mode: str = PREDICT,
     beams: int | None = None,
     step: int | None = None,
-    batch_size: int = 32,
+    batch_size: int = _BATCH_SIZE,
     max_input_length: int | None = None,
     max_new_tokens: int | None = None,
     aux: str = "",
@@ -179,7 +181,7 @@ def infer(
     Raises:
       UserError: anything the user can mend; one message.
     """
-    names = _check_mode(mode, aux)
+    names = aux_names(mode, aux)
     output.own_format  # noqa: B018 to check it before anything is read
     if not output.where and not inputs.prompts:
         raise UserError("meshway infer needs --output=FILE.jsonl (or .parquet, .txt, or a folder of shards)")
@@ -231,7 +233,7 @@ def _reader_and_work(
         inputs.inputs_field,
         inputs.targets_field,
         inputs.truncate,
-        _preprocess(inputs, limits),
+        inputs.preprocess and preprocess(inputs.preprocess, module_names(inputs.module), limits),
         inputs.begin_field,
     )
     if scores:
@@ -314,8 +316,11 @@ def _tasks(invocation: "Invocation") -> DataSource:
     return tasks(**config.load(dataclasses.replace(invocation, subject="tasks")).build("infer.tasks"))
 
 
-def open_recipe(run: Path, bindings: Sequence[str] = ()) -> RecipeModel:
+def open_recipe(
+    run: Path, bindings: Sequence[str] = (), largest: Callable[[RecipeModel], Workload] | None = None
+) -> RecipeModel:
     """Returns model and layout of the recipe of a run, or of a checkpoint's run: the entry point of `Predictor`.
+    LAYOUT='auto' is chosen for the `largest` work.
 
     Raises:
       UserError: there is no recipe, or it is wrong.
@@ -325,21 +330,12 @@ def open_recipe(run: Path, bindings: Sequence[str] = ()) -> RecipeModel:
 
     given = (f"MODEL_DIR={str(run)!r}", *bindings)
     invocation = files.of_run(Invocation("infer", "opened", bindings=given))
+    if auto := largest is not None and layout_choice.is_auto(invocation):
+        invocation = layout_choice.on_one_device(invocation)
     found = opened(**config.load(invocation, import_unreferenced=False).build("infer.opened"))
+    if auto and largest is not None:
+        found = layout_choice.with_layout(invocation, found, largest(found))
     return dataclasses.replace(found, vocabularies=lambda: _tasks(invocation).vocabularies())
-
-
-def _check_mode(mode: str, aux: str) -> list[str]:
-    """Returns the names of intermediate values."""
-    names = [name for name in aux.split(",") if name]
-    if mode not in MODES:
-        raise UserError(f"--mode={mode} is not one of {', '.join(MODES)}")
-    if (mode == WITH_AUX) != bool(names):
-        raise UserError(
-            "--mode=predict_with_aux goes with --aux=NAMES, intermediate values of the model, and only they do: "
-            "as --mode=predict_with_aux --aux=decoder_output"
-        )
-    return names
 
 
 def _source(inputs: Inputs, mode: str, data: DataSource | None) -> Source:
@@ -357,12 +353,6 @@ def _source(inputs: Inputs, mode: str, data: DataSource | None) -> Source:
     return TaskSource(split_tasks(data, inputs.split), inputs.split, needed, fields)  # type: ignore[arg-type]
 
 
-def _preprocess(inputs: Inputs, lengths: Mapping[str, int]) -> Preprocess | None:
-    if inputs.preprocess is None:
-        return None
-    return preprocess(inputs.preprocess, module_names(inputs.module), lengths)
-
-
 def _note(line: str) -> None:
     """Prints a note to standard error, once for all processes of the run."""
     if processes.is_primary():
@@ -377,7 +367,8 @@ def run(invocation: "Invocation") -> None:
         if jax.process_count() > 1:
             # jax has made SIGTERM a question that training asks after each step; here nobody asks.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        invocation = files.of_run(invocation)
+        auto = layout_choice.is_auto(invocation)
+        invocation = files.of_run(layout_choice.on_one_device(invocation) if auto else invocation)
         recipe = config.load(dataclasses.replace(invocation, subject="infer"), import_unreferenced=False)
         with recipe.parts("infer.infer", given=["data", "settings"]) as part:  # of gin/runs/infer.gin
             model: RecipeModel = part("opened")  # MODEL, LAYOUT and TASK_FEATURE_LENGTHS
@@ -387,6 +378,12 @@ def run(invocation: "Invocation") -> None:
             decoder: Decoder = part("decoder")  # --temperature, --top_k, --top_p, --num_decodes
             how = part.rest()  # what other flags bind: mode, beams, batch_size, ...
         refuse_idle(invocation.bindings, {"inputs": inputs, "output": output, "decoder": decoder, **how})
+        if auto:
+            if how.get("mode") == SCORE:
+                raise UserError("--layout=auto chooses for predictions: with --mode=score name a layout, as data")
+            sizes = [how.get("batch_size", _BATCH_SIZE), how.get("max_input_length"), how.get("max_new_tokens")]
+            work = model.largest(BeamSearch(how["beams"]) if how.get("beams") else decoder, *sizes)
+            model = layout_choice.with_layout(invocation, model, work, invocation.options.topology, _note)
         model = dataclasses.replace(model, vocabularies=lambda: _tasks(invocation).vocabularies())
         data = None if inputs.split is None else _tasks(invocation)
         settings = recipe.settings("infer.opened", ("layout",)) | recipe.settings("infer.infer", _HOW)

@@ -8,6 +8,7 @@ from meshway.framework.errors import UserError
 from meshway.launch.flags import flags_of
 from meshway.launch.verb_flags import ExportFlags, InferFlags
 
+PREDICT, SCORE, WITH_AUX = MODES = ("predict", "score", "predict_with_aux")
 _DRAWN = ("--temperature", "--top_k", "--top_p", "--num_decodes", "--seed")
 _PREDICTED = (*_DRAWN, "--beams", "--stop", "--begin_field")
 
@@ -20,6 +21,19 @@ class _Rule:
     flags: Sequence[str]
     why: str
     instead: str = "leave out either"
+
+
+def aux_names(mode: str, aux: str) -> list[str]:
+    """Returns the intermediate values that --aux names; UserError for a mode that is none, or does not go with them."""
+    names = [name for name in aux.split(",") if name]
+    if mode not in MODES:
+        raise UserError(f"--mode={mode} is not one of {', '.join(MODES)}")
+    if (mode == WITH_AUX) != bool(names):
+        raise UserError(
+            "--mode=predict_with_aux goes with --aux=NAMES, intermediate values of the model, and only they do: "
+            "as --mode=predict_with_aux --aux=decoder_output"
+        )
+    return names
 
 
 def refuse_idle(bindings: Sequence[str], arguments: Mapping[str, Any]) -> None:

@@ -35,7 +35,8 @@ from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.evaluation.evaluation import Evaluation, Evaluator
 from meshway.framework.files import local_path
 from meshway.framework.inference.decoding import Decoder
-from meshway.framework.inference.predictor import Prediction, Predictor, Scored, Session, limits_of
+from meshway.framework.inference.predictor import Prediction, Predictor, Scored, Session
+from meshway.framework.inference.recipe_model import limits_of
 from meshway.framework.inference.rows import RowFormat, Text, text_of
 from meshway.framework.inference.sampling import Sampling
 from meshway.framework.interfaces import Batch
@@ -118,6 +119,7 @@ class InteractiveModel:
         self.state = _restored(self.program, *found) if found else _fresh(self.program, initial, periods.relative)
         self._decoder, self._seed = decoder, seed
         self._evaluated = _Current(self.program.batch_size, self.program.lengths)
+        self._is_at_hand = False  # whether the predictor has the parameters of the state
 
     @property
     def step(self) -> int:
@@ -225,7 +227,8 @@ class InteractiveModel:
     def _predictor(self) -> Predictor:
         program, text = self.program, self._text
         row_format = RowFormat.of(program.model, text.start, text.bos)
-        session = Session(program.sharded, self.state.params, text, row_format, Path(), self.step)
+        sharded = program.sharded.by_layer()
+        session = Session(sharded, sharded.param_shapes, text, row_format, Path(), self.step)
         limits = limits_of(program.lengths)
         return Predictor.of(session, limits, self._decoder, program.batch_size, self._seed)
 
@@ -238,10 +241,15 @@ class InteractiveModel:
         return Evaluator(program.sharded, tasks, settings)
 
     def _at_hand(self) -> Predictor:
-        self._predictor.use(self.state.params)
+        if not self._is_at_hand:
+            self._predictor.use(self.state.params)
+            self._is_at_hand = True
         return self._predictor
 
     def _take(self, batch: Batch) -> dict[str, float]:
+        if self._is_at_hand:  # by layer they are a copy, for which a step may have no room
+            self._predictor.release()
+            self._is_at_hand = False
         self.state, metrics = self._compiled(self.state, self.program.shard_batch(batch))
         found = jax.device_get(metrics)
         return {name: float(total / weight) for name, (total, weight) in found.items() if weight}

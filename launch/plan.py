@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from meshway.framework.errors import UserError
 from meshway.framework.files import io_errors, local_path
+from meshway.framework.inference.engine import Workload
 from meshway.framework.interfaces import Model
 from meshway.framework.planning import aot
 from meshway.framework.planning.cost import Transformer
 from meshway.framework.planning.dimensions import transformer_of
-from meshway.framework.planning.layouts import Estimate, Pass, Phase, estimates, together
-from meshway.framework.planning.topology import Topology, topology
+from meshway.framework.planning.layouts import Candidate, Estimate, Pass, Phase, estimates
+from meshway.framework.planning.topology import Topology
 from meshway.framework.terminal import count_of, format_bytes, format_columns
-from meshway.launch import plan_page, plan_variants, train_plan
+from meshway.launch import layout_choice, plan_page, plan_variants, train_plan
+from meshway.launch.layout_choice import Choice, Request
 from meshway.launch.train_plan import format_seconds
 
 if TYPE_CHECKING:
@@ -33,9 +35,8 @@ if TYPE_CHECKING:
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "int8": 1}
 _SHOWN = 8  # layouts of a phase in the printed table; as JSON there are all
-_DOUBLINGS = 12
 _SWITCHED = 8  # GPUs that the switch of a machine joins
-_TRACED = {"inputs": 8, "targets": 8}  # lengths for a recipe without a task: sizes do not depend on them
+_FLAGS = {"weights": "--weights=int8", "batch": "--batch={}", "topology": "--topology={}"}
 
 Dtype = Literal["float32", "bfloat16", "int8"]
 
@@ -47,7 +48,8 @@ class Plan:
     Attributes:
       num_params: of the model, norms and biases too.
       phases: phase -> every layout, the best first.
-      pair: prefill and decoding with one copy of the weights, and the steps that it is best for; None for one phase.
+      choice: the layout file for both, which `infer --layout=auto` takes; None where there is none.
+      no_choice: why there is none.
     """
 
     model: Transformer
@@ -55,8 +57,8 @@ class Plan:
     where: Topology
     passes: Mapping[Phase, Pass]
     phases: Mapping[Phase, Sequence[Estimate]]
-    pair: tuple[Estimate, Estimate] | None
-    new_tokens: int
+    choice: Choice | None
+    no_choice: str = ""
 
 
 def plan(
@@ -71,6 +73,7 @@ def plan(
     cache: Dtype = "bfloat16",
     wires: Literal["flat", "torus"] = "flat",
     overlap: bool = False,
+    layouts: Callable[[Candidate], "Layout"] | None = None,
 ) -> Plan:
     """Returns what inference costs by each layout on a slice of chips.
 
@@ -80,26 +83,41 @@ def plan(
       topology: chips, as `v5p:4x4x8` or `h100:8`.
       phase: None for both.
       batch: sequences.
-      context: tokens of the prompt; those that a step of decoding attends to. Of a model with an encoder its inputs.
+      context: tokens of the prompt, without those that are new; with `phase` 'decode' those that the last step attends
+        to, with those that are new. Of a model with an encoder its inputs.
       new_tokens: steps of decoding that follow one prefill, where one copy of the weights serves both.
       weights, cache: types that parameters, and keys and values, are stored in; products are in bfloat16.
       wires: flat, where each collective has all of a chip's links, or torus, where it has those of its axes.
       overlap: whether collectives go on beside products.
+      layouts: reads the layout file of a candidate, which the model is traced under; None: it is not.
 
     Raises:
       UserError: there is no such topology, the model is no dense transformer that decodes, or it does not fit.
     """
     where = _topology(topology)
-    sizes, num_params = transformer_of(model, lengths or _TRACED)
-    options: dict[str, Any] = {"weight_bytes": ITEMSIZES[weights], "cache_bytes": ITEMSIZES[cache], "overlap": overlap}
-    passes = {name: _pass(name, sizes, batch, context, new_tokens, options) for name in PHASES if phase in (None, name)}
-    flat = wires == "flat"
-    found = {name: estimates(sizes, what, where, flat) for name, what in passes.items()}
+    sizes, num_params = transformer_of(model, lengths or layout_choice.TRACED)
+    prompt = context
+    if phase == "decode" and not sizes.encoder_layers:
+        prompt = max(1, context - new_tokens)
+        new_tokens = max(1, context - prompt)
+    work = Workload(batch, prompt, new_tokens)
+    request = Request(work, ITEMSIZES[weights], ITEMSIZES[cache], wires == "flat", overlap)
+    passes = {name: what for name, what in request.passes(sizes).items() if phase in (None, name)}
+    found = {name: estimates(sizes, what, where, request.flat) for name, what in passes.items()}
     for name, ranked in found.items():
         if not ranked[0].fits:
-            raise UserError(_too_large(sizes, passes[name], where, ranked, flat))
-    pair = together(found["prefill"], found["decode"], new_tokens) if phase is None else None
-    return Plan(sizes, num_params, where, passes, found, pair, new_tokens)
+            raise UserError(_too_large(sizes, name, request, where, ranked))
+    refusal = (
+        (lambda _: "")
+        if layouts is None
+        else layout_choice.refusal_of(model, layouts, aot.described_devices(where), work)
+    )
+    choice, why = None, ""
+    try:
+        choice = layout_choice.choose(sizes, where, request, refusal, _FLAGS)
+    except UserError as error:
+        why = str(error)
+    return Plan(sizes, num_params, where, passes, found, choice, why)
 
 
 def _topology(name: str) -> Topology:
@@ -109,44 +127,14 @@ def _topology(name: str) -> Topology:
     return where
 
 
-def _pass(
-    phase: Phase, model: Transformer, batch: int, context: int, new_tokens: int, options: Mapping[str, Any]
-) -> Pass:
-    if phase == "prefill":
-        return Pass(phase, batch, context, context, **options)
-    if model.encoder_layers:
-        return Pass(phase, batch, 1, new_tokens, inputs=context, **options)
-    return Pass(phase, batch, 1, context, **options)
+def _too_large(model: Transformer, phase: Phase, request: Request, where: Topology, ranked: Sequence[Estimate]) -> str:
+    """Returns what is too large in a phase, and what would fit."""
 
+    def fits(request: Request, where: Topology) -> bool:
+        return estimates(model, request.passes(model)[phase], where, request.flat)[0].fits
 
-def _too_large(model: Transformer, what: Pass, where: Topology, ranked: Sequence[Estimate], flat: bool) -> str:
-    """Returns what is too large, and what would fit."""
-    least = min(ranked, key=lambda each: each.bytes)
-    narrow = dataclasses.replace(what, weight_bytes=1)
-    remedies = []
-    if what.weight_bytes > 1 and estimates(model, narrow, where, flat)[0].fits:
-        remedies.append("--weights=int8")
-    larger = where
-    for _ in range(_DOUBLINGS):
-        larger = _doubled(larger)
-        if estimates(model, what, larger, flat)[0].fits:
-            remedies.append(f"--topology={larger.name}")
-            break
-    fits = f"; it fits with {' or '.join(remedies)}" if remedies else ""
-    return (
-        f"{what.phase} does not fit: {where.name} has {format_bytes(where.chip.memory_bytes)} a chip, and the layout "
-        f"that needs least keeps {format_bytes(least.weights)} of weights, {format_bytes(least.cache)} of keys and "
-        f"values and {format_bytes(least.activations)} of activations there{fits}"
-    )
-
-
-def _doubled(where: Topology) -> Topology:
-    """Returns a topology of twice as many chips, its shortest side twice as long."""
-    family, _, sides = where.name.partition(":")
-    sizes = [int(side) for side in sides.split("x")]
-    shortest = sizes.index(min(sizes))
-    sizes[shortest] *= 2
-    return topology(f"{family}:{'x'.join(map(str, sizes))}")
+    fitting = layout_choice.remedies(fits, request, where, _FLAGS)
+    return layout_choice.too_large(phase, min(ranked, key=lambda each: each.bytes), where, fitting)
 
 
 def format_plan(found: Plan) -> str:
@@ -162,15 +150,7 @@ def format_plan(found: Plan) -> str:
     ]
     for phase, ranked in found.phases.items():
         lines += ["", _title(found.passes[phase]), *_table(_distinct(ranked))]
-    if found.pair:
-        first, then = found.pair
-        seconds = first.seconds + found.new_tokens * then.seconds
-        lines += [
-            "",
-            f"one copy of the weights, for a prompt and {count_of(found.new_tokens, 'step')} of decoding "
-            f"({format_seconds(seconds)}): mesh {_mesh(first)}, prefill by {first.feed_forward} and "
-            f"{first.attention}, decoding by {then.feed_forward} and {then.attention}",
-        ]
+    lines += ["", *(layout_choice.lines(found.choice) if found.choice else [found.no_choice])]
     if not where.chip.torus and where.num_chips > _SWITCHED:
         lines += [
             "",
@@ -246,7 +226,21 @@ def as_json(found: Plan) -> dict[str, Any]:
             phase: {"pass": dataclasses.asdict(found.passes[phase]), "layouts": [_entry(each) for each in ranked]}
             for phase, ranked in found.phases.items()
         },
-        "together": [_entry(each) for each in found.pair] if found.pair else None,
+        "choice": _chosen(found.choice) if found.choice else None,
+    }
+
+
+def _chosen(found: Choice) -> dict[str, Any]:
+    best, other = found.best, found.other
+    return {
+        "layout": best.layout,
+        "mesh": best.mesh,
+        "seconds": best.seconds,
+        "steps": best.steps,
+        "prefill": _entry(best.prefill),
+        "decode": _entry(best.decode),
+        "next": {"layout": other.layout, "mesh": other.mesh, "seconds": other.seconds} if other else None,
+        "refused": dict(found.refused),
     }
 
 
@@ -293,7 +287,8 @@ def run(invocation: "Invocation") -> None:
             f"{' and '.join(wrong)}: for plans of training alone; give a recipe with an optimizer, or --phase=train"
         )
     invocation = dataclasses.replace(invocation, subject="plan")
-    found = plan(**config.load(invocation, import_unreferenced=False).build("plan.plan"))
+    layouts = layout_choice.reader(invocation, "plan.served")
+    found = plan(**config.load(invocation, import_unreferenced=False).build("plan.plan"), layouts=layouts)
     print(json.dumps(as_json(found), indent=2) if options.json else format_plan(found))
 
 
@@ -334,6 +329,11 @@ def _plan_training(invocation: "Invocation") -> None:
         )
         needs = f"the step needs {format_bytes(found.bytes)} of the {format_bytes(found.capacity)} of a device"
         raise UserError(f"{refusal or needs}; {fits}; --fit searches for the fastest way that does")
+
+
+def served(layout: "Layout") -> "Layout":
+    """Returns a layout that inference may have: what `runs/plan.gin` binds."""
+    return layout
 
 
 def trains(invocation: "Invocation") -> bool:

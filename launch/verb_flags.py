@@ -110,6 +110,14 @@ class InferFlags(SamplingFlags):
     )
     step: int | None = binds("infer.infer.step", "which checkpoint (default: the latest)", "N", least=0)
     averaged: bool = binds("infer.infer.averaged", "read the averages of parameters that the run kept (EMA_DECAY)")
+    layout: str | None = binds(
+        "LAYOUT",
+        "a shipped layout or a gin file (default: the recipe's); auto: inference's best by cost",
+        "NAME",
+    )
+    topology: str | None = flag(
+        "with --layout=auto: what to count the devices as, v4:2x2x2 (default: what they are)", "CHIP:SIDES", None
+    )
     batch_size: int | None = binds("infer.infer.batch_size", "examples in a batch (default: 32)", "N")
     max_input_length: int | None = binds("infer.infer.max_input_length", "tokens of the longest prompt", "N")
     max_new_tokens: int | None = binds("infer.infer.max_new_tokens", "most tokens of a prediction", "N")

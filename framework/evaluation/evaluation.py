@@ -46,6 +46,9 @@ class Evaluation:
       intermediates: names of values of the model, as `Model.observe` has them.
       prompt_with_targets: whether predictions begin with the targets of their examples, without what ends them.
       decoder: how predictions are made; each task says what ends them.
+      by_layer: whether predictions are decoded with weights taken apart by layer, once for each evaluation, as
+        `ShardedModel.by_layer` has it: these are then there twice until it ends. False decodes with them as they are
+        stored, and copies each layer's in every step.
     """
 
     max_batches: int | None = None
@@ -57,6 +60,7 @@ class Evaluation:
     intermediates: Sequence[str] = ()
     prompt_with_targets: bool = False
     decoder: Decoder = Sampling(temperature=0.0)
+    by_layer: bool = True
 
 
 class TaskResult(NamedTuple):
@@ -89,7 +93,7 @@ class Evaluator:
         """Compiles nothing yet.
 
         Args:
-          sharded: the model.
+          sharded: the model; one in another form than the stored one (`ShardedModel.in_form`) is decoded in it.
           tasks: what is evaluated.
           settings: how.
           losses: whether the loss and the model's own metrics are found, teacher-forced.
@@ -106,8 +110,19 @@ class Evaluator:
         self._losses, self._metrics = losses, metrics
         self._specs = {task.name: sharded.batch(task.batch_size, task.lengths).spec for task in tasks}
         self._programs = {task.batch_size: ProgramCache(sharded, task.batch_size) for task in tasks}
+        self._decoding: dict[int, ProgramCache] = {}  # those that predict, by batch size
         if metrics and asks and any(task.has_metrics for task in tasks):
             decoding_model(sharded.model, _NO_PREDICTIONS)  # now, not after the steps before the first evaluation
+
+    @functools.cached_property
+    def _by_layer(self) -> ShardedModel:
+        """The model as predictions read it."""
+        return self._sharded.by_layer() if self._settings.by_layer else self._sharded
+
+    @property
+    def num_compiled(self) -> int:
+        """How many programs were compiled so far."""
+        return sum(each.count for each in (*self._programs.values(), *self._decoding.values()))
 
     @property
     def task_names(self) -> list[str]:
@@ -122,6 +137,7 @@ class Evaluator:
 
     def results(self, params: Params, observe: Observer = lambda *_: None) -> Iterator[TaskResult]:
         """Yields each task's result as soon as it is computed; every process must consume all of them."""
+        layers: Params | None = None
         for task in self._tasks:
             report: Report = {"metrics": {}, "counts": {}, "predictions": []}
             loss, rows, examples = None, 0, 0
@@ -131,7 +147,9 @@ class Evaluator:
                 loss = sums["loss"]
                 report["counts"] |= {"rows": rows, "tokens": float(loss[1])}
             if self._metrics and (examples := self._limit(task)):
-                found = self._own_metrics(params, task, examples, observe)
+                if task.has_metrics and layers is None:
+                    layers = self._by_layer.split(params)
+                found = self._own_metrics(params, layers, task, examples, observe)
                 report["metrics"] |= found.pop("metrics")
                 report["counts"] |= found.pop("counts")
                 report |= found
@@ -164,6 +182,12 @@ class Evaluator:
         """Runs a program on a batch of a task, as `ProgramCache.run`."""
         return self._programs[task.batch_size].run(*arguments, **options)
 
+    def _run_decoding(self, task: EvalTask, *arguments: Any, **options: Any) -> Any:
+        """Runs one that predicts, of parameters by layer."""
+        if task.batch_size not in self._decoding:
+            self._decoding[task.batch_size] = ProgramCache(self._by_layer, task.batch_size)
+        return self._decoding[task.batch_size].run(*arguments, **options)
+
     def _limit(self, task: EvalTask) -> int:
         """Returns of how many of a task's first examples its own metrics are."""
         if not (task.has_metrics or task.has_score_metrics):
@@ -171,15 +195,18 @@ class Evaluator:
         limit = self._settings.max_predictions
         return task.num_examples if limit is None else min(limit, task.num_examples)
 
-    def _own_metrics(self, params: Params, task: EvalTask, limit: int, observe: Observer) -> Report:
-        """Returns what the task's own metrics of predictions and scores find, of its first `limit` examples."""
+    def _own_metrics(
+        self, params: Params, layers: Params | None, task: EvalTask, limit: int, observe: Observer
+    ) -> Report:
+        """Returns what the task's own metrics of predictions and scores find, of its first `limit` examples; `layers`
+        are the parameters as predictions read them."""
         counts: dict[str, int] = {}
         found: Report = {"counts": counts, "metrics": {}}
         failed: dict[str, str] = {}
         merging = task.merging(self._settings.return_intermediates)
         given: dict[str, Any] = {"merged": merging, "paired": self._settings.return_intermediates}
-        if task.has_metrics:
-            predicted = self._predictions(params, task, limit, merging, observe)
+        if layers is not None and task.has_metrics:
+            predicted = self._predictions(layers, task, limit, merging, observe)
             found["predictions"] = predicted.samples[: self._settings.num_samples]
             failed |= predicted.failed
             if self._settings.keep_predictions:
@@ -253,7 +280,7 @@ class Evaluator:
         found: tuple[jax.Array, jax.Array]
         static = (tuple(task.stop_ids), length)
         begun = [_begun(task, ids, length)] if self._settings.prompt_with_targets else []
-        found = self._run(task, "predictions", predict, params, batch, ids, *begun, static=static)
+        found = self._run_decoding(task, "predictions", predict, params, batch, ids, *begun, static=static)
         return found
 
     def _scores(

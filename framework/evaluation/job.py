@@ -98,7 +98,7 @@ class EvaluationJob:
     Args:
       directory: the run.
       evaluator: what is evaluated on each step.
-      params: the parameters' shapes, with shardings.
+      params: the parameters' shapes, with shardings, as they are stored.
       queue: the steps; process 0 asks it.
       records: where what was found goes.
       fingerprint: of what is evaluated.
@@ -108,6 +108,7 @@ class EvaluationJob:
         is an error.
       averaged: whether averages of parameters are read instead of them.
       loggers: what takes the scalars beside TensorBoard; it closes them.
+      laid: makes of the parameters what the evaluator reads; they may be deleted.
     """
 
     def __init__(
@@ -123,8 +124,10 @@ class EvaluationJob:
         skip_removed: bool,
         averaged: bool = False,
         loggers: Sequence[Writer] = (),
+        laid: Callable[[Params], Params] = lambda params: params,
     ) -> None:
         self._directory, self._evaluator, self._params, self._queue = directory, evaluator, params, queue
+        self._laid = laid
         self._records, self._fingerprint, self._split = records, fingerprint, split
         self._display, self._skip_removed = display, skip_removed
         self._primary, self._averaged = processes.is_primary(), averaged
@@ -159,6 +162,7 @@ class EvaluationJob:
                     break
                 params = self._load(step)
                 if params is not None:
+                    params = self._laid(params)
                     self._evaluate(step, params)
                     count += 1
                 del params  # gone before the next are read: two may not fit where one does

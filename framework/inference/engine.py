@@ -38,6 +38,49 @@ def prompt_batch(sharded: ShardedModel, batch_size: int, length: int) -> Sharded
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A batch to predict.
+
+    Attributes:
+      batch: examples.
+      prompt, new_tokens: the most of each.
+      decoder: how.
+    """
+
+    batch: int
+    prompt: int
+    new_tokens: int
+    decoder: Decoder = Sampling(temperature=0.0)
+
+    @property
+    def decodes(self) -> int:
+        """Rows that are decoded of each example: beams, or predictions."""
+        return int(getattr(self.decoder, "num_beams", getattr(self.decoder, "num_decodes", 1)))
+
+
+def trace_decoding(sharded: ShardedModel, work: Workload) -> Cache:
+    """Traces the prediction of a batch and compiles nothing; returns the cache after the prompts, as shapes.
+
+    Raises:
+      UserError: the model does not decode, or it, the batch or an array does not fit the layout.
+    """
+    model = decoding_model(sharded.model, SCORE_INSTEAD)
+    prompts, _ = prompt_batch(sharded, work.batch, work.prompt), sharded.param_shardings
+    ids, key = jax.ShapeDtypeStruct((work.batch,), np.int32), jax.eval_shape(lambda: jax.random.key(0))
+
+    def predict(params: Params, batch: Batch, ids: jax.Array, key: jax.Array) -> tuple[Decoded, Cache]:
+        _, _, cache = model.prefill(params, batch, work.new_tokens)
+        return work.decoder(model, params, batch, work.new_tokens, Stop(()), ids, key), cache
+
+    try:
+        with sharded.partitioner.activate():
+            _, cache = jax.eval_shape(predict, sharded.param_shapes, prompts.abstract, ids, key)
+    except ValueError as error:
+        raise UserError(f"{type(sharded.model).__name__}: {error}") from error
+    return cache
+
+
 class TokenSteps:
     """The programs of one shape: `prefill` reads prompts, `step` adds a token to each row.
 

@@ -1,14 +1,12 @@
 """A run's checkpoint as an object: predictions, scores and streamed text, without a recipe at hand."""
 
 import dataclasses
-import importlib.metadata
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from meshway.framework import terminal
 from meshway.framework.checkpoints.manager import Checkpoints, find_checkpoint, read_last
-from meshway.framework.data.vocabulary import Vocabulary
 from meshway.framework.errors import UserError
 from meshway.framework.files import local_path, no_directory
 from meshway.framework.inference.beam_search import BeamSearch
@@ -16,56 +14,13 @@ from meshway.framework.inference.bulk.batches import Predict, Score, Work, compu
 from meshway.framework.inference.bulk.inputs import Example, Reader, Record
 from meshway.framework.inference.decoding import Decoder, Stop
 from meshway.framework.inference.engine import Engine
+from meshway.framework.inference.recipe_model import RecipeModel, recipe_reader
 from meshway.framework.inference.rows import Buckets, RowFormat, Text, doubling, load_text, stop_texts
 from meshway.framework.inference.sampling import Sampling
-from meshway.framework.inference.weights import check_weights, prepared
-from meshway.framework.interfaces import Model, Params
-from meshway.framework.partitioning.partitioner import Layout
+from meshway.framework.inference.weights import check_weights, is_quantized, prepared
+from meshway.framework.interfaces import Params
 from meshway.framework.partitioning.sharded_model import ShardedModel
 from meshway.framework.trees import axis_sizes
-
-_LENGTH = 512  # of prompts, and a quarter of it of predictions, where nobody says
-
-
-@dataclasses.dataclass(frozen=True)
-class RecipeModel:
-    """What a recipe says of inference.
-
-    Attributes:
-      model, layout: as they are bound.
-      lengths: TASK_FEATURE_LENGTHS, if any.
-      vocabularies: returns those of its task, see `load_text`; None where nobody looks for them.
-      weights: the dtype that they are kept in, one of `weights.WEIGHTS`; None for that of the checkpoint.
-    """
-
-    model: Model
-    layout: Layout
-    lengths: Mapping[str, int] | None = None
-    vocabularies: Callable[[], Mapping[str, Vocabulary]] | None = None
-    weights: str | None = None
-
-    def limits(self, inputs: int | None, targets: int | None) -> dict[str, int]:
-        """Returns the most tokens of a prompt and of a prediction, see `limits_of`."""
-        return limits_of(self.lengths or {}, inputs, targets)
-
-
-def limits_of(lengths: Mapping[str, int], inputs: int | None = None, targets: int | None = None) -> dict[str, int]:
-    """Returns the most tokens of a prompt and of a prediction; None goes by `lengths`, TASK_FEATURE_LENGTHS.
-
-    Raises:
-      UserError: one is below 1.
-    """
-    if inputs is None:
-        inputs = lengths.get("inputs", lengths.get("targets", _LENGTH))
-    targets = lengths.get("targets", _LENGTH // 4) if targets is None else targets
-    if inputs < 1 or targets < 1:
-        raise UserError(f"max_input_length={inputs} and max_new_tokens={targets} must be at least 1")
-    return {"inputs": inputs, "targets": targets}
-
-
-OpenRecipe = Callable[
-    [Path, Sequence[str]], RecipeModel
-]  # (run directory or checkpoint, bindings) -> what its recipe says
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,9 +127,6 @@ def _vocabulary_size(sharded: ShardedModel) -> int:
     return max(axis_sizes(sharded.axes, sharded.param_shapes, "vocab"), default=0)
 
 
-_GROUP, _NAME = "meshway.recipes", "open"  # who reads recipes says so by an entry point of this group
-
-
 @dataclasses.dataclass(frozen=True)
 class Prediction:
     """What a model predicts of one input: the best decode, and all of them.
@@ -234,7 +186,8 @@ class Predictor:
         Args:
           checkpoint: a run directory, or one of its checkpoints.
           step: which checkpoint of the run; None for the latest that can be read (the others are warned of).
-          layout: a shipped layout or a gin file; None for the recipe's own.
+          layout: a shipped layout or a gin file; None for the recipe's own; 'auto' chooses one of inference's by cost
+            (docs/planning.md).
           bindings: more of the recipe, as after `--gin.`: 'DTYPE=bfloat16'.
           decoder: how predictions are made; greedily by default.
           stop: texts that end a prediction, beside EOS.
@@ -247,7 +200,8 @@ class Predictor:
         """
         path = local_path(checkpoint)
         changes = [*bindings, *([f"LAYOUT={layout!r}"] if layout is not None else [])]
-        opened = _recipe_reader()(path, changes)
+        lengths = (max_input_length, max_new_tokens)
+        opened = recipe_reader()(path, changes, lambda opened: opened.largest(decoder, batch_size, *lengths))
         session = open_session(opened, path, step, stop=stop)
         self._open(session, opened.limits(max_input_length, max_new_tokens), decoder, batch_size, seed)
 
@@ -269,8 +223,21 @@ class Predictor:
         self._engine = session.engine(decoder, batch_size, seed)
 
     def use(self, params: Params) -> None:
-        """Goes on with other parameters of the same model, in the same shards; nothing is compiled anew."""
+        """Goes on with other parameters of the same model, in the same shards; nothing is compiled anew.
+
+        Raises:
+          UserError: this predictor keeps its weights in fewer bits.
+        """
+        if is_quantized(self._session.sharded):
+            raise UserError(
+                "use: this predictor keeps its weights in fewer bits, which are made when a checkpoint is read: open "
+                "another one for other parameters, or leave out infer.opened.weights"
+            )
         self._engine.params = self._session.sharded.split(params)
+
+    def release(self) -> None:
+        """Lets go of its parameters, so that their memory is free, until others are given to `use`."""
+        self._engine.params = {}
 
     @property
     def step(self) -> int:
@@ -390,11 +357,3 @@ def _listed(texts: Sequence[str]) -> Sequence[str]:
     if isinstance(texts, str):
         raise UserError(f"give a list of texts: [{texts[:40]!r}]")
     return texts
-
-
-def _recipe_reader() -> OpenRecipe:
-    """Returns who reads recipes: the framework does not."""
-    for entry in importlib.metadata.entry_points(group=_GROUP, name=_NAME):
-        reader: OpenRecipe = entry.load()
-        return reader
-    raise UserError(f"no installed package reads recipes (entry point {_NAME!r} of {_GROUP!r}): install meshway whole")

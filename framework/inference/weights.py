@@ -27,6 +27,12 @@ def check_weights(dtype: str | None, where: str) -> None:
         raise UserError(f"{where}={dtype} is not one of {', '.join(WEIGHTS)}{did_you_mean(dtype, WEIGHTS)}")
 
 
+def is_quantized(sharded: ShardedModel) -> bool:
+    """Whether a model's parameters are in the form that `quantized` gave them."""
+    leaves = jax.tree.leaves(sharded.param_shapes, is_leaf=lambda node: isinstance(node, qwix.QArray))
+    return any(isinstance(leaf, qwix.QArray) for leaf in leaves)
+
+
 def prepared(
     sharded: ShardedModel, params: Params, by_layer: bool, weights: str | None = None
 ) -> tuple[ShardedModel, Params]:

@@ -32,7 +32,10 @@ class ShardedModel:
       partitioner: the layout on the devices.
       axes: the logical axes of each parameter.
       param_shapes: ShapeDtypeStructs of the parameters.
+      as_stored: whether these are as checkpoints have them, and not in another form that the model takes.
     """
+
+    as_stored = True
 
     def __init__(self, model: Model, layout: Layout, devices: Sequence[jax.Device] | None = None):
         """`devices` are by default all there are; raises UserError where the layout does not fit them."""
@@ -60,8 +63,10 @@ class ShardedModel:
         programs read these where they lie, as decoding should. `split` makes them.
 
         It is the model as it is where there are no such parameters (`interfaces.Stacked`), and where the layout shards
-        the layers themselves: a layer is then on the devices of its stage only.
+        the layers themselves: a layer is then on the devices of its stage only. So is one in another form already.
         """
+        if not self.as_stored:
+            return self
         paths, stored = set(stacked(self.model)), flatten(self.param_shardings)
         if not paths or any(sharded_by(stored[path].spec, 1)[0] for path in paths):
             return self
@@ -83,7 +88,7 @@ class ShardedModel:
         """Returns the model with its parameters in another form that it takes, of these shapes and axes."""
         made = copy.copy(self)
         made.__dict__.pop("param_shardings", None)
-        made.param_shapes, made.axes = param_shapes, axes
+        made.param_shapes, made.axes, made.as_stored = param_shapes, axes, False
         return made
 
     def split(self, params: Params, consume: bool = False) -> Params:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from meshway.framework.partitioning.mesh import free_memory
-from meshway.framework.planning.topology import CHIPS, Chip
+from meshway.framework.planning.topology import CHIPS, Chip, Topology, described, switched
 
 
 def memory_of(device: jax.Device) -> int | None:
@@ -21,6 +21,32 @@ def memory_of(device: jax.Device) -> int | None:
     if device.platform == "cpu":
         return None
     return (device.memory_stats() or {}).get("bytes_limit")
+
+
+# A machine's figures as a plan for its simulated devices takes them, each an equal share: none of them is measured, so
+# that one machine plans alike each time. What they send is copied in memory.
+_MACHINE = {"bfloat16": 1e11, "float32": 1e11, "memory_bandwidth": 2e10, "link_bandwidth": 1e10}
+
+
+def topology_of(devices: Sequence[jax.Device]) -> Topology:
+    """Returns the topology of the devices that a program has, of one kind.
+
+    TPUs tell where they are in their torus; GPUs are counted as joined by one switch; simulated devices share this
+    machine: its free memory, and round figures for the rest.
+
+    Raises:
+      UserError: nothing is known of devices of this kind, or they are a part of a slice that is no box.
+    """
+    first, count = devices[0], len(devices)
+    if first.platform == "cpu":
+        shares = {name: figure / count for name, figure in _MACHINE.items()}
+        memory = (free_memory(first) or 0) * len(jax.local_devices(backend="cpu")) // count
+        chip = Chip(**shares, memory_bytes=memory, torus=0, source="round figures of one machine")
+        return switched(f"cpu:{count}", "cpu", chip, count)
+    places = [getattr(each, "coords", ()) for each in devices]
+    sides = [max(along) - min(along) + 1 for along in zip(*places, strict=True)]
+    slices = {getattr(each, "slice_index", 0) for each in devices}
+    return described(first.device_kind, count, sides, len(slices))
 
 
 def peak_flops(devices: Sequence[jax.Device], dtype: Any) -> tuple[float, str]:

@@ -253,27 +253,103 @@ def estimates(
     return sorted(found, key=lambda each: each.rank)
 
 
-def together(prefills: Iterable[Estimate], decodes: Iterable[Estimate], steps: int) -> tuple[Estimate, Estimate] | None:
-    """Returns the best layouts of prefill and of `steps` steps of decoding that share one copy of the weights.
-
-    They are of one arrangement, and their weights rest alike: gathered ones rest as those of a 2D layout do.
-    None where no two do.
-    """
-    first, then = _best_at_rest(prefills), _best_at_rest(decodes)
-    pairs = [(first[key], then[key]) for key in first if key in then]
-    return min(
-        pairs,
-        key=lambda pair: (not (pair[0].fits and pair[1].fits), pair[0].seconds + steps * pair[1].seconds),
-        default=None,
-    )
+_NAMES: dict[FeedForward, str] = {
+    "1D": "1d",
+    "2D": "2d",
+    "WG-X": "weight_gathered_x",
+    "WG-XY": "weight_gathered_xy",
+    "WG-XYZ": "weight_gathered_xyz",
+}
+ONE_CHIP = "single"  # the layout where nothing is sharded
 
 
-def _best_at_rest(ranked: Iterable[Estimate]) -> dict[tuple[Arrangement, bool], Estimate]:
-    """Returns the first estimate for each arrangement and way in which weights rest."""
-    found: dict[tuple[Arrangement, bool], Estimate] = {}
-    for each in ranked:
-        found.setdefault((each.mesh, each.feed_forward == "1D"), each)
+def shipped() -> dict[tuple[FeedForward, FeedForward, AttentionLayout], str]:
+    """Returns (feed-forward layout of prompts, of decoding, attention's of both) -> the layout file that runs them with
+    one copy of the weights, and with keys and values that stay where they are made."""
+    over: tuple[AttentionLayout, AttentionLayout] = ("heads", "batch-xyz")
+    alike = [(each, attention) for each in ("1D", "2D") for attention in BATCH_OVER]
+    alike += [*((each, "heads") for each in GATHERED_OVER), ("WG-XYZ", "batch-xyz")]
+    mixed = [(each, "2D", attention) for each in GATHERED_OVER for attention in over]
+    found: dict[tuple[FeedForward, FeedForward, AttentionLayout], str] = {}
+    for first, then, attention in [*((each, each, attention) for each, attention in alike), *mixed]:
+        name = _NAMES[then] + ("" if attention == "heads" else f"_{attention.replace('-', '_')}")
+        found[first, then, attention] = f"inference/{name}" + ("" if first == then else f"_after_{_NAMES[first]}")
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A layout file on a mesh, for a prompt and the steps of decoding that follow it.
+
+    Attributes:
+      layout: the file's name.
+      prefill, decode: what a prompt costs, and a step.
+      steps: how many follow a prompt.
+    """
+
+    layout: str
+    prefill: Estimate
+    decode: Estimate
+    steps: int
+
+    @property
+    def mesh(self) -> tuple[int, int, int]:
+        """Sizes of x, y and z."""
+        return self.prefill.mesh.sizes
+
+    @property
+    def seconds(self) -> float:
+        """Of a prompt and the steps after it."""
+        return self.prefill.seconds + self.steps * self.decode.seconds
+
+    @property
+    def largest(self) -> Estimate:
+        """The phase that keeps most on a chip."""
+        return max(self.prefill, self.decode, key=lambda each: each.bytes)
+
+    @property
+    def fits(self) -> bool:
+        """Whether a chip's memory holds either phase."""
+        return self.largest.fits
+
+    @property
+    def rank(self) -> tuple[bool, float, float, int]:
+        """The order of preference, as `Estimate.rank` has it."""
+        first, then = self.prefill.rank, self.decode.rank
+        total = first[2] + self.steps * then[2]
+        return not self.fits, self.seconds, total, first[3] + self.steps * then[3]
+
+
+def candidates(prefills: Iterable[Estimate], decodes: Iterable[Estimate], steps: int) -> list[Candidate]:
+    """Returns the layout files that run two phases on the meshes of their estimates, the best first."""
+    first, then = (
+        {(each.mesh, each.attention, each.feed_forward): each for each in found} for found in (prefills, decodes)
+    )
+    found = [
+        Candidate(name, first[mesh, attention, prompts], step, steps)
+        for (mesh, attention, decoding), step in then.items()
+        for (prompts, other, same), name in shipped().items()
+        if (other, same) == (decoding, attention) and (mesh, attention, prompts) in first
+    ]
+    if found and found[0].mesh == (1, 1, 1):
+        found = [dataclasses.replace(found[0], layout=ONE_CHIP)]
+    return sorted(found, key=lambda each: each.rank)
+
+
+def why_behind(other: Candidate, best: Candidate) -> str:
+    """Returns why one candidate comes behind another: what it needs too much of, or takes longer for."""
+    if not other.fits and best.fits:
+        return "a chip has no room for it"
+    parts = {
+        f"{phase}'s {term}": often * (getattr(getattr(other, phase), term) - getattr(getattr(best, phase), term))
+        for phase, often in (("prefill", 1), ("decode", best.steps))
+        for term in ("compute", "memory", "communication")
+    }
+    worst = max(parts, key=lambda name: parts[name])
+    slower = other.seconds / best.seconds - 1
+    if parts[worst] <= 0:
+        return "it sends in more collectives" if other.rank[3] > best.rank[3] else "its numbers are the same"
+    return f"{slower:.1%} slower, most of all by {worst}" if slower >= 5e-4 else f"no quicker, with more of {worst}"
 
 
 def _attentions(batch: int, mesh: Arrangement) -> Iterator[AttentionLayout]:

@@ -6,7 +6,7 @@ Pure Python.
 import dataclasses
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from meshway.framework.errors import UserError, did_you_mean
 
@@ -220,8 +220,7 @@ def topology(name: str) -> Topology:
             raise UserError(f"topology {name!r}: slices are of TPUs; write how many devices there are, as {family}:64")
         if kind == "cpu" and count > _MOST_SIMULATED:
             raise UserError(f"topology {name!r}: at most {_MOST_SIMULATED} devices are simulated")
-        rings = [Ring(prime, chip.link_bandwidth) for size in sizes for prime in _primes(size)]
-        return Topology(name, kind, chip, tuple(rings) or (Ring(1, chip.link_bandwidth),))
+        return switched(name, kind, chip, count)
     if len(sizes) != chip.torus:
         raise UserError(
             f"topology {name!r}: {kind}s form a torus of {chip.torus} dimensions, and it has {len(sizes)}: "
@@ -235,6 +234,37 @@ def topology(name: str) -> Topology:
 
 def _example(family: str) -> str:
     return "x".join("4" * CHIPS.get(_FAMILIES[family], _SIMULATED).torus) or "8"
+
+
+def described(kind: str, count: int, sides: Sequence[int] = (), slices: int = 1) -> Topology:
+    """Returns the topology of devices that are there, by what JAX says of them.
+
+    Args:
+      kind: `jax.Device.device_kind`, of the table.
+      count: devices.
+      sides: of a TPU slice, in chips.
+      slices: of TPUs.
+
+    Raises:
+      UserError: the kind is not in the table, or the chips do not fill the sides.
+    """
+    if kind not in CHIPS:
+        raise UserError(f"nothing is known of the links of a {kind!r}; there are {', '.join(_FAMILIES)}")
+    chip = CHIPS[kind]
+    family = next((name for name, known in _FAMILIES.items() if CHIPS.get(known) == chip), "")
+    if not chip.torus:
+        return switched(f"{family or kind}:{count}", kind, chip, count)
+    used = tuple(sides[: chip.torus])
+    found = topology(f"{family}:{'x'.join(map(str, used))}" + (f"x{slices}slices" if slices > 1 else ""))
+    if found.num_devices != count:
+        raise UserError(f"{count} devices do not fill the {found.num_devices} of {found.name}")
+    return found
+
+
+def switched(name: str, kind: str, chip: Chip, count: int) -> Topology:
+    """Returns so many devices behind one switch."""
+    rings = tuple(Ring(prime, chip.link_bandwidth) for prime in _primes(count))
+    return Topology(name, kind, chip, rings or (Ring(1, chip.link_bandwidth),))
 
 
 def _primes(number: int) -> Iterator[int]:

@@ -172,6 +172,11 @@ def join(invocation: Invocation, files: GinFiles) -> Joined:
         choice = chosen[-1]
         if not isinstance(choice.value, str):
             raise UserError(f"{choice.place}: LAYOUT must be a layout's name or file, not {choice.value!r}")
+        if choice.value == "auto":
+            raise UserError(
+                f"{choice.place}: LAYOUT='auto' is for `meshway infer` and Predictor alone, where it is given as they "
+                "start: --layout=auto, layout='auto'; `meshway plan` says which layout that is: name it here"
+            )
         path = files.find(choice.value, None if choice in flags else base, choice.place, subfolder="layouts")
         shipped = path.is_relative_to(files.shipped.resolve())
         layout = files.read(path)

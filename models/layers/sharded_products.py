@@ -7,7 +7,6 @@ exchange of heads for batch over one of several axes that shard the heads.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,11 +115,18 @@ class HeadExchange:
     Over axes that do not shard the heads innermost, a device receives heads that are not adjacent. `order` says which:
     attention then sees all heads, reordered, and keys and biases must be reordered alike.
 
+    Devices along axes that shard neither before (where there are fewer heads than devices) hold the same: each takes
+    its own part of the examples, or of the heads, and they gather what they hold on the way back. Along axes that shard
+    the examples before and nothing after, it is the other way about.
+
     Attributes:
       before, after: where the projections have them, and attention.
       to_batch: the axes that shard heads before, and the batch after.
       to_heads: those that shard the batch before, and heads after.
       order: sizes of the blocks (kept, moved) of heads that change places, each (outer moved, kept); None: as before.
+      taken: the axes that shard nothing before, and the batch after, innermost.
+      halved: those that shard nothing before, and heads after, innermost.
+      joined: those that shard the batch before, innermost, and nothing after.
     """
 
     before: NamedSharding
@@ -128,23 +134,58 @@ class HeadExchange:
     to_batch: tuple[str, ...]
     to_heads: tuple[str, ...]
     order: tuple[int, int] | None
+    taken: tuple[str, ...] = ()
+    halved: tuple[str, ...] = ()
+    joined: tuple[str, ...] = ()
 
     def there(self, x: jax.Array) -> jax.Array:
         """Returns x as attention has it."""
-        return self._mapped(x, self.before, self.after, [(self.to_batch, BATCH, HEADS), (self.to_heads, HEADS, BATCH)])
+
+        def local(x: jax.Array) -> jax.Array:
+            x = self._take(x, BATCH, self.taken, self.to_batch)
+            x = _exchanged(x, self.to_batch, BATCH, HEADS)
+            x = _exchanged(x, self.to_heads, HEADS, BATCH)
+            x = self._join(x, BATCH, self.joined, self.to_heads)
+            return self._take(x, HEADS, self.halved, ())
+
+        return self._mapped(local, x, self.before, self.after)
 
     def back(self, x: jax.Array) -> jax.Array:
         """Returns x as the projections have it, heads in their own order."""
-        return self._mapped(x, self.after, self.before, [(self.to_heads, BATCH, HEADS), (self.to_batch, HEADS, BATCH)])
 
-    def _mapped(self, x: jax.Array, start: NamedSharding, end: NamedSharding, steps: list[Any]) -> jax.Array:
         def local(x: jax.Array) -> jax.Array:
-            for axes, split, concat in steps:
-                if axes:
-                    x = lax.all_to_all(x, axes, split_axis=split, concat_axis=concat, tiled=True)
-            return x
+            x = self._join(x, HEADS, self.halved, ())
+            x = self._take(x, BATCH, self.joined, self.to_heads)
+            x = _exchanged(x, self.to_heads, BATCH, HEADS)
+            x = _exchanged(x, self.to_batch, HEADS, BATCH)
+            return self._join(x, BATCH, self.taken, self.to_batch)
 
+        return self._mapped(local, x, self.after, self.before)
+
+    def _mapped(
+        self, local: Callable[[jax.Array], jax.Array], x: jax.Array, start: NamedSharding, end: NamedSharding
+    ) -> jax.Array:
         return jax.shard_map(local, mesh=start.mesh, in_specs=start.spec, out_specs=end.spec, check_vma=False)(x)
+
+    def _take(self, x: jax.Array, dim: int, axes: tuple[str, ...], outer: tuple[str, ...]) -> jax.Array:
+        """Returns a device's own part along `axes` of each of the blocks of a dimension, one for each device along
+        `outer`."""
+        if not axes:
+            return x
+        blocks = x.reshape(*x.shape[:dim], self._size(outer), self._size(axes), -1, *x.shape[dim + 1 :])
+        own = lax.dynamic_index_in_dim(blocks, lax.axis_index(axes), dim + 1, keepdims=False)
+        return own.reshape(*x.shape[:dim], -1, *x.shape[dim + 1 :])
+
+    def _join(self, x: jax.Array, dim: int, axes: tuple[str, ...], outer: tuple[str, ...]) -> jax.Array:
+        """Returns the parts of all devices along `axes`: undoes `_take`."""
+        if not axes:
+            return x
+        blocks = x.reshape(*x.shape[:dim], self._size(outer), -1, *x.shape[dim + 1 :])
+        whole = lax.all_gather(blocks, axes, axis=dim + 1, tiled=True)
+        return whole.reshape(*x.shape[:dim], -1, *x.shape[dim + 1 :])
+
+    def _size(self, axes: tuple[str, ...]) -> int:
+        return math.prod(self.before.mesh.shape[axis] for axis in axes)
 
     def reordered(self, x: jax.Array, axis: int) -> jax.Array:
         """Returns x with its heads, along `axis`, in the order in which attention has them."""
@@ -153,6 +194,10 @@ class HeadExchange:
         outer, kept = self.order
         blocks = x.reshape(*x.shape[:axis], outer, kept, -1, *x.shape[axis + 1 :])
         return jnp.swapaxes(blocks, axis, axis + 1).reshape(x.shape)
+
+
+def _exchanged(x: jax.Array, axes: tuple[str, ...], split: int, concat: int) -> jax.Array:
+    return lax.all_to_all(x, axes, split_axis=split, concat_axis=concat, tiled=True) if axes else x
 
 
 def head_exchange(before: Names, after: Names, shape: tuple[int, ...]) -> HeadExchange | None:
@@ -169,10 +214,14 @@ def head_exchange(before: Names, after: Names, shape: tuple[int, ...]) -> HeadEx
     if not to_batch and not to_heads:
         return None
     kept = tuple(axis for axis in heads if axis not in to_batch)
-    held = batch[: len(batch) - len(to_heads)]
-    if (held + to_heads, held + to_batch, kept + to_heads) != (batch, new_batch, new_heads):
+    held = tuple(axis for axis in batch if axis in new_batch)
+    joined = tuple(axis for axis in batch if axis not in (*held, *to_heads))
+    taken, halved = (tuple(axis for axis in axes if axis not in (*batch, *heads)) for axes in (new_batch, new_heads))
+    found = (held + to_heads + joined, held + to_batch + taken, kept + to_heads + halved)
+    if found != (batch, new_batch, new_heads) or (joined and held):
         return None
+    parts = {"taken": taken, "halved": halved, "joined": joined}
     outer, inner = math.prod(sizes[axis] for axis in to_batch), math.prod(sizes[axis] for axis in kept)
     if outer == 1 or inner == 1 or heads == kept + to_batch:
-        return HeadExchange(*pair, to_batch, to_heads, None)
-    return HeadExchange(*pair, to_batch, to_heads, (outer, inner)) if heads == to_batch + kept else None
+        return HeadExchange(*pair, to_batch, to_heads, None, **parts)
+    return HeadExchange(*pair, to_batch, to_heads, (outer, inner), **parts) if heads == to_batch + kept else None

@@ -108,6 +108,8 @@ def test_quantised_weights_are_another_job_and_the_predictor_has_them(run, quest
     assert [row["tokens"] for row in rows_of(tmp_path / "answers.jsonl")] == found
     kernel = predictor._session.params["decoder"]["block_0"]["mlp"]["wo"]["kernel"][0]
     assert kernel.qvalue.dtype == np.int8
+    with pytest.raises(UserError, match="use: this predictor keeps its weights in fewer bits"):
+        predictor.use(Predictor(run, layout="single")._session.params)
     capsys.readouterr()
     assert infer(*words) == 2
     assert "--weights" in capsys.readouterr().err

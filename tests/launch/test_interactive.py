@@ -13,6 +13,7 @@ from meshway.framework.data.objective import FeatureInfo, TaskInfo
 from meshway.framework.data.rows import packing
 from meshway.framework.errors import UserError
 from meshway.framework.inference.predictor import Predictor
+from meshway.framework.telemetry.profiler import Compilations
 from meshway.launch.interactive import InteractiveModel
 
 PAGE = Path(__file__).parents[2] / "docs/inference.md"
@@ -52,6 +53,21 @@ def own_batch():
     items = [{n: np.array([*VOCABULARY.encode(each[n]), 1], np.int32) for n in LENGTHS} for each in EXAMPLES]
     batch = objective.lay(items, packing.one_each(len(items), list(LENGTHS)))
     return {name: np.pad(rows, [(0, 1), *[(0, 0)] * (rows.ndim - 1)]) for name, rows in batch.items()}
+
+
+@pytest.mark.slow
+def test_predictions_are_those_of_the_latest_step_and_nothing_is_compiled_again(recipe):
+    model = InteractiveModel(recipe, vocabularies=VOCABULARY)
+    before = [each.token_scores for each in model.predict(EXAMPLES)]
+    model.train_step(EXAMPLES)
+    assert not model._predictor._engine.params  # a step has the memory that they took
+    after = [each.token_scores for each in model.predict(EXAMPLES)]
+    assert after != before
+    with Compilations() as compilations:
+        assert [each.token_scores for each in model.predict(EXAMPLES)] == after
+        model.train_step(EXAMPLES)
+        assert [each.token_scores for each in model.predict(EXAMPLES)] != after
+    assert compilations.count == 0
 
 
 @pytest.mark.slow

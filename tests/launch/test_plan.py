@@ -25,7 +25,7 @@ def test_palm_on_64_chips(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["topology"] == {"name": "v4:4x4x4", "kind": "TPU v4", "chips": 64}
     best = found["phases"]["decode"]["layouts"][0]
     assert (best["mesh"], best["feed_forward"], best["attention"]) == ([4, 4, 4], "2D", "batch-xyz")
-    assert best["bound"] == "memory" and best["fits"] and found["together"] is None
+    assert best["bound"] == "memory" and best["fits"]
     times = [layout["seconds"] for layout in found["phases"]["decode"]["layouts"]]
     assert len(times) > 20 and times == sorted(times)
 
@@ -35,8 +35,9 @@ def test_both_phases_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "64 x TPU v4, 32.0 GiB each" in text and "118 layers, d_model 18432, d_ff 73728 (gated, parallel)" in text
     assert "prefill of 512 sequences, 2,048 tokens each" in text
-    assert "a step of decoding of 512 sequences, 2,048 tokens each" in text
+    assert "a step of decoding of 512 sequences, 2,112 tokens each" in text
     assert "one copy of the weights, for a prompt and 64 steps of decoding" in text and "decoding by 2D" in text
+    assert "--gin.LAYOUT=inference/2d_batch_xyz_after_weight_gathered_xy " in text and "next inference/" in text
 
 
 @pytest.mark.parametrize(
@@ -50,11 +51,9 @@ def test_both_phases_as_text(capsys: pytest.CaptureFixture[str]) -> None:
         ("gpt2/small", {"layers": 12, "d_ff": 3072, "gated": False, "tied": True, "vocab_size": 50257}),
     ],
 )
-def test_sizes_are_read_from_the_recipe(
-    capsys: pytest.CaptureFixture[str], recipe: str, wanted: dict[str, object]
-) -> None:
-    found = planned(capsys, "plan", f"--gin_file=models/{recipe}.gin", "--topology=h100:8")["model"]
-    assert {name: found[name] for name in wanted} == wanted
+def test_sizes_are_read_from_the_recipe(recipe: str, wanted: dict[str, object]) -> None:
+    found = plan.plan(**arguments("plan", f"--gin_file=models/{recipe}.gin", "--topology=h100:8")).model
+    assert {name: getattr(found, name) for name in wanted} == wanted
 
 
 def test_gpus_beyond_one_switch_are_said(palm: dict[str, Any]) -> None:
@@ -65,7 +64,11 @@ def test_gpus_beyond_one_switch_are_said(palm: dict[str, Any]) -> None:
 @pytest.fixture(scope="module")
 def palm() -> dict[str, Any]:
     """The arguments that the recipe of PaLM 540B gives to `plan`."""
-    invocation = cli.parse(list(PALM))
+    return arguments(*PALM)
+
+
+def arguments(*words: str) -> dict[str, Any]:
+    invocation = cli.parse(list(words))
     assert invocation is not None
     invocation = dataclasses.replace(invocation, subject="plan")
     return config.load(invocation, import_unreferenced=False).build("plan.plan")

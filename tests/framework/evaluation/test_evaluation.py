@@ -6,6 +6,7 @@ import bigram_table
 import jax
 import numpy as np
 import pytest
+import tiny
 
 from meshway.framework.data.features import LanguageModel, PrefixLanguageModel
 from meshway.framework.errors import UserError
@@ -13,6 +14,7 @@ from meshway.framework.evaluation.evaluation import Evaluation, Evaluator, TaskR
 from meshway.framework.evaluation.records import Records
 from meshway.framework.evaluation.schedule import evaluated
 from meshway.framework.inference.sampling import Sampling
+from meshway.framework.telemetry.profiler import Compilations
 
 EXAMPLES = [([2 + i, 3], [*range(4, 5 + i % 3), 1]) for i in range(6)]
 KINDS = ("predict_metric_fns", "score_metric_fns", "predict_with_aux_metric_fns")
@@ -367,3 +369,33 @@ def test_all_predictions_of_a_task_are_kept_on_request(params, tmp_path):
     assert lines[0]["input"] == report["predictions"][0]["input"] and lines[0]["score"] < 0
     records.keep_up_to(4)
     assert not list((tmp_path / "ids.predictions").iterdir())
+
+
+@pytest.mark.slow
+def test_predictions_read_weights_by_layer_and_nothing_is_compiled_again():
+    """Losses and scores read them as they are stored; those that the run goes on with stay."""
+    made = tiny.program(
+        "lm", "NUM_LAYERS=3", "D_MODEL=96", "D_FF=160", "objectives.DecoderOnly.prefix=True", layout="model_1d"
+    )
+    params, seen = made.init().params, {}
+    _, functions = recorders()
+
+    def found(**settings):
+        kept = []
+        own = {"predict_metric_fns": [lambda targets, predictions: kept.append(predictions) or {"count": 1.0}]}
+        task = bigram_table.task(EXAMPLES, PrefixLanguageModel(), **functions | own)
+        evaluator = Evaluator(made.sharded, [task], Evaluation(max_predictions=None, **settings))
+        scalars, _ = evaluated(evaluator, params)
+        (program,) = evaluator._decoding[task.batch_size]._programs.values()
+        seen[bool(settings)] = program.compiled.memory_analysis().temp_size_in_bytes
+        return evaluator, scalars, kept
+
+    stacked, *wanted = found(by_layer=False)
+    evaluator, *whole = found()
+    assert whole == wanted and evaluator.num_compiled == stacked.num_compiled == 3
+    assert seen[False] + 4 * 96 * 160 / 4 < seen[True]  # no copy of a layer's kernel, a quarter of it a device
+    others = jax.tree.map(lambda leaf: leaf * 2, params)
+    with Compilations() as compilations:
+        assert evaluated(evaluator, params)[0] == whole[0] != evaluated(evaluator, others)[0]
+    assert compilations.count == 0 and evaluator.num_compiled == 3
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))

@@ -123,6 +123,22 @@ def check_attention(layout: str, attention: str) -> None:
     assert at.sent(functools.partial(layer, num_kv_heads=1), call) == expected, (at.name, "multi-query")
 
 
+def check_shared_heads(attention: str) -> None:
+    """As many heads as chips along y and z: those along x have the same ones, and take a part of the examples each."""
+    at = Sizes("2d", attention)
+    heads = at.mesh.size("yz")
+    width, beside = heads * HEAD_DIM, at.tokens * heads * HEAD_DIM / at.mesh.size("yz")
+    expected = at.products(3 * width, width) + 3 * beside * at.share("x")  # sums over x go to all, not scattered
+    if attention == "batch_xyz":
+        expected += 4 * beside / at.mesh.size("x") * at.share("yz")
+    elif attention == "batch_yz":
+        expected += 4 * beside * at.share("yz")
+    else:
+        expected -= beside * at.share("x")  # outputs are there already
+    layer = functools.partial(Attention, at.d_model, heads, HEAD_DIM)
+    assert at.sent(layer, lambda layer, x: layer(x)[0]) == expected, at.name
+
+
 def check_blocks(layout: str, attention: str) -> None:
     at = Sizes(layout, attention)
     width = at.heads * HEAD_DIM
@@ -152,6 +168,12 @@ def test_attention_and_blocks_send_what_the_formula_says(layout, attention):
     check_blocks(layout, attention)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["heads", "batch_yz", "batch_xyz"])
+def test_chips_that_share_heads_send_no_more_than_they_need(attention):
+    check_shared_heads(attention)
+
+
 @pytest.mark.proofs
 @pytest.mark.parametrize("devices", [16, 64])
 def test_more_devices_send_what_the_formula_says(devices):
@@ -164,12 +186,14 @@ FAMILIES = {
     "multi-head": ("lm",),
     "grouped": ("lm", "NUM_KV_HEADS=4"),
     "multi-query": ("lm", "NUM_KV_HEADS=1"),
+    "shared heads": ("lm", "NUM_HEADS=4"),
+    "one shared head of keys": ("lm", "NUM_HEADS=4", "NUM_KV_HEADS=1"),
     "parallel": ("palm",),
     "encoder-decoder": ("t5_1_1",),
 }
 ALL = [f"inference/{name}" + ("" if over == "heads" else f"_{over}") for name, over in LAYOUTS]
 ALL += [f"inference/2d_after_weight_gathered_{axes}" for axes in ("x", "xy", "xyz")]
-ALL += ["inference/2d_batch_xyz_after_weight_gathered_xyz"]
+ALL += [f"inference/2d_batch_xyz_after_weight_gathered_{axes}" for axes in ("x", "xy", "xyz")]
 # Keys of 4 heads on 8 devices cannot follow queries whose heads are reordered.
 CASES = [
     (family, layout)
@@ -184,6 +208,8 @@ SLOW = [
     ("grouped", "inference/2d_after_weight_gathered_x"),
     ("grouped", "inference/weight_gathered_xy"),
     ("multi-query", "inference/2d_batch_yz"),
+    ("shared heads", "inference/2d_batch_z"),
+    ("one shared head of keys", "inference/2d_batch_xyz_after_weight_gathered_xy"),
     ("parallel", "inference/2d"),
     ("parallel", "inference/1d"),
     ("encoder-decoder", "inference/2d_batch_yz"),
@@ -257,3 +283,5 @@ if __name__ == "__main__":
     for layout, attention in LAYOUTS:
         check_attention(layout, attention)
         check_blocks(layout, attention)
+    for attention in ("heads", "batch_yz", "batch_xyz"):
+        check_shared_heads(attention)

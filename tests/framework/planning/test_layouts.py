@@ -1,9 +1,11 @@
 """The layouts that Pope et al. 2022 (ESTI) chose, and what an estimate adds up."""
 
+from pathlib import Path
+
 import pytest
 
 from meshway.framework.planning.cost import Transformer
-from meshway.framework.planning.layouts import Pass, estimates, together
+from meshway.framework.planning.layouts import Pass, candidates, estimates, shipped, why_behind
 from meshway.framework.planning.topology import topology
 
 PALM_540B = Transformer(118, 18432, 73728, 48, 1, 256, 256_128, parallel=True)
@@ -71,16 +73,34 @@ def test_an_encoder_runs_in_prefill_and_its_output_is_read_in_decoding() -> None
     assert step.cache == whole / 8
 
 
+def test_the_layouts_that_are_shipped_are_those_that_may_be_chosen() -> None:
+    folder = Path(__file__).parents[3] / "gin/layouts/inference"
+    assert sorted(shipped().values()) == sorted(f"inference/{path.stem}" for path in folder.glob("*.gin"))
+
+
 def test_prefill_and_decoding_share_one_copy_of_the_weights() -> None:
-    """The paper's offline setting: weights gathered for the prompts, stationary for the steps, resting alike."""
+    """The paper's offline setting: weights gathered for the prompts, stationary for the steps, resting alike; and keys
+    and values stay where they are."""
     slice_ = topology("v4:4x4x4")
     read, step = (estimates(PALM_540B, what, slice_) for what in (prefill(512, 2048), decode(512, 2112)))
-    first, then = together(read, step, 64) or pytest.fail("none")
-    assert first.mesh == then.mesh and first.fits and then.fits
+    best, *others = candidates(read, step, 64)
+    first, then = best.prefill, best.decode
+    assert first.mesh == then.mesh and first.attention == then.attention and best.fits
     assert first.feed_forward.startswith("WG") and then.feed_forward == "2D"
     alone = read[0].seconds + 64 * step[0].seconds
-    assert alone <= first.seconds + 64 * then.seconds < 1.02 * alone
-    assert together([], step, 64) is None
+    assert alone <= best.seconds < 1.02 * alone
+    assert best.seconds == first.seconds + 64 * then.seconds <= min(each.seconds for each in others if each.fits)
+    assert candidates([], step, 64) == []
+
+
+def test_why_a_layout_comes_behind_another() -> None:
+    slice_ = topology("v4:4x4x4")
+    found = candidates(estimates(PALM_540B, prefill(1, 2048), slice_), estimates(PALM_540B, decode(1), slice_), 64)
+    one = next(each for each in found if each.layout == "inference/1d")
+    assert why_behind(one, found[0]).endswith("slower, most of all by prefill's communication")
+    wide = candidates(estimates(PALM_540B, prefill(512, 2048), slice_), estimates(PALM_540B, decode(512), slice_), 64)
+    heads = next(each for each in wide if each.layout == "inference/2d")
+    assert not heads.fits and why_behind(heads, wide[0]) == "a chip has no room for it"
 
 
 @pytest.mark.parametrize("flat", [False, True])
