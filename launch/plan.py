@@ -302,6 +302,8 @@ def _plan_training(invocation: "Invocation") -> None:
     asked, refusal = Training(**planner.recipe().build(train_plan.ROOT)), ""
     if not asked.analytic:
         aot.compiled_for(planner.where)  # what is missing is said before seconds are spent
+    if asked.html and not (folder := local_path(asked.html).parent).is_dir():
+        raise UserError(f"--html={asked.html}: there is no folder {folder}")
     traced = found = planner.traced()
     if not asked.analytic and not asked.fit:
         try:
@@ -325,7 +327,8 @@ def _plan_training(invocation: "Invocation") -> None:
         fits = (
             f"by closed forms it fits with {' or with '.join(remedies)}" if remedies else "no single option is enough"
         )
-        raise UserError(f"{refusal or 'the step does not fit'}; {fits}; --fit searches for the fastest way that does")
+        needs = f"the step needs {format_bytes(found.bytes)} of the {format_bytes(found.capacity)} of a device"
+        raise UserError(f"{refusal or needs}; {fits}; --fit searches for the fastest way that does")
 
 
 def served(layout: "Layout") -> "Layout":

@@ -19,6 +19,11 @@ _OF_EXPERTS = ("expert", "fsdp_expert", "expert_model")
 # moe.MoeMlp.dispatch -> how the closed forms call what it sends
 _DISPATCHES = {"all_to_all": "slots", "einsum": "slots", "dropless": "gathered", "ragged": "sent"}
 _SECONDS = 10.0  # for closed forms
+_OBJECTIVES = "meshway.models.objectives"
+_OF_PARTS: tuple[tuple[str, str, str, Any], ...] = (  # options of what a recipe need not have
+    ("meshway.framework.optimizers.optimizers", "adamw", "mu_dtype", "bfloat16"),
+    *((_OBJECTIVES, name, "num_loss_chunks", 8) for name in ("DecoderOnly", "EncoderDecoder", "EncoderOnly")),
+)
 _CONFIRMED = 3  # plans that are offered
 _ATTEMPTS = 12  # at tracing, or compiling, one
 
@@ -47,16 +52,15 @@ class Knob:
 
 
 def knobs(planner: Planner, plan: TrainPlan) -> list[Knob]:
-    """Returns what options would save, each by itself, by closed forms; those that the recipe does not have are left
-    out."""
+    """Returns what options would save, each by itself, by closed forms; those of what the recipe does not have are
+    left out."""
     recipe = planner.recipe()
     found = []
     for bindings in _options(recipe, plan):
         try:
             other = planner.traced(bindings)
         except UserError as error:
-            if "has no effect" not in str(error) and "is not imported" not in str(error):
-                found.append(Knob(bindings, why_not=first_line(error)))
+            found.append(Knob(bindings, why_not=first_line(error)))
             continue
         saves = plan.memory.total - other.memory.total
         found.append(Knob(bindings, saves, other.cost.least - plan.cost.least, other.fits))
@@ -76,8 +80,9 @@ def _options(recipe: Any, plan: TrainPlan) -> Iterator[tuple[str, ...]]:
             yield (f"LAYOUT='{layout}'",)
     if recipe.macro("DTYPE") == "float32":
         yield ("DTYPE='bfloat16'",)
-    yield ("optimizers.adamw.mu_dtype='bfloat16'",)
-    yield ("losses.CrossEntropy.num_chunks=8",)
+    for module, name, parameter, value in _OF_PARTS:
+        if recipe.would_use(ROOT, module, name, parameter):
+            yield (f"{module.rpartition('.')[2]}.{name}.{parameter}={value!r}",)
 
 
 def knob_table(found: Sequence[Knob]) -> Table:

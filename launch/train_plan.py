@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from meshway.framework.errors import UserError
-from meshway.framework.planning import aot, train_plan
+from meshway.framework.planning import aot, hardware, train_plan
 from meshway.framework.planning.step_cost import ERROR, StepCost, Traffic
 from meshway.framework.planning.topology import Topology, topology
 from meshway.framework.planning.train_plan import TrainPlan
@@ -59,9 +59,17 @@ class Planner:
             )
         make: Callable[..., TrainProgram] = recipe.build(ROOT)["program"]
         try:
-            return make(devices=self.described if on is None else on)
+            program = make(devices=self.described if on is None else on)
         except ValueError as error:
             raise UserError(str(error)) from error
+        mesh = program.partitioner.mesh
+        if mesh.size != self.where.num_devices:
+            raise UserError(
+                f"the mesh {dict(mesh.shape)} leaves {self.where.num_devices - mesh.size} of the "
+                f"{self.where.num_devices:,} devices of {self.where.name} idle: make the product of MeshShape's sizes "
+                f"{self.where.num_devices}, or give one axis -1"
+            )
+        return program
 
     @functools.cached_property
     def model_flops(self) -> float:
@@ -82,7 +90,7 @@ class Planner:
         """
         program = self.program(bindings, aot.compiled_for(self.where))
         traced = train_plan.traced_plan(program, self.where, self.model_flops)
-        return train_plan.with_compiled(traced, program, aot.compile_step(program))
+        return train_plan.with_compiled(traced, program, aot.compile_program(program.partitioner, program.compile_step))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +124,7 @@ def heading(plan: TrainPlan) -> str:
     where = plan.where
     mesh = ", ".join(f"{name}={size}" for name, size in plan.mesh.items())
     micro = f" in {plan.num_microbatches} microbatches" if plan.num_microbatches > 1 else ""
-    cores = f" of {where.cores} devices" if where.cores > 1 else ""
+    cores = f" of {where.chip.cores} devices" if where.chip.cores > 1 else ""
     slices = f", {where.slices} slices" if where.slices > 1 else ""
     return (
         f"{where.name}: {where.num_chips:,} x {where.kind}{cores}{slices}, {format_bytes(where.chip.memory_bytes)} a "
@@ -268,11 +276,14 @@ def as_json(plan: TrainPlan) -> dict[str, Any]:
 
 
 def asked_topology(name: str) -> Topology:
-    """Returns the topology of the flag."""
+    """Returns the topology of the flag; simulated devices have their share of this machine's figures."""
     try:
-        return topology(name)
+        where = topology(name)
     except UserError as error:
         raise UserError(f"--topology: {error}") from None
+    if where.platform != "cpu":
+        return where
+    return dataclasses.replace(where, chip=hardware.this_machine(aot.compiled_for(where)))
 
 
 def planner_of(invocation: "Invocation") -> Planner:

@@ -30,8 +30,8 @@ class MeshShape:
         """Axis names in order: those that exist only across slices come first."""
         return (*[name for name in self.dcn if name not in self.ici], *self.ici)
 
-    def sizes(self, num_devices: int) -> tuple[dict[str, int], dict[str, int]]:
-        """Resolves -1 and returns (ici, dcn) sizes over all `names`.
+    def sizes(self, num_devices: int, kind: str | None = None) -> tuple[dict[str, int], dict[str, int]]:
+        """Resolves -1 and returns (ici, dcn) sizes over all `names`; `kind` of device is what errors name.
 
         Raises:
           UserError: a size is no positive number, two are -1, or the mesh needs more devices than there are.
@@ -47,10 +47,12 @@ class MeshShape:
             )
         fixed = math.prod(size for size in ici.values() if size != -1) * math.prod(dcn.values())
         if fixed > num_devices or (free and num_devices % fixed):
+            kind = kind or jax.default_backend()
+            simulate = f" or add --simulated_devices={fixed}" if kind == "cpu" else ""
             raise UserError(
                 f"the mesh ici={dict(self.ici)} dcn={dict(self.dcn)} needs "
-                f"{'a multiple of ' if free else ''}{fixed} devices, and there are {num_devices} "
-                f"({jax.default_backend()}); change MeshShape.ici or, on CPU, add --simulated_devices={fixed}"
+                f"{'a multiple of ' if free else ''}{fixed} devices, and there are {num_devices} ({kind}); "
+                f"change MeshShape.ici{simulate}"
             )
         if free:
             ici[free[0]] = num_devices // fixed
@@ -63,7 +65,7 @@ class MeshShape:
           UserError: see `sizes`; or a process would own no device of the mesh.
         """
         devices = list(jax.devices() if devices is None else devices)
-        ici, dcn = self.sizes(len(devices))
+        ici, dcn = self.sizes(len(devices), devices[0].device_kind)
         used = devices[: math.prod(ici.values()) * math.prod(dcn.values())]
         idle = {d.process_index for d in devices} - {d.process_index for d in used}
         if idle:
@@ -92,6 +94,11 @@ def _arrange(devices: list[jax.Device], ici: tuple[int, ...], dcn: tuple[int, ..
 
 def _in_order(devices: list[jax.Device], ici: tuple[int, ...], dcn: tuple[int, ...]) -> np.ndarray:
     if math.prod(dcn) == 1:
+        if (slices := len({getattr(device, "slice_index", 0) for device in devices})) > 1:
+            raise UserError(
+                f"the mesh lies on {slices} slices: say which of its axes runs across them, as MeshShape.dcn = "
+                f"{{'replica': {slices}}} in a layout with such an axis (replica_fsdp, replica_fsdp_model)"
+            )
         # A size that no sides' product is takes a part of a side.
         return mesh_utils.create_device_mesh(ici, devices, allow_split_physical_axes=True)
     slices = {getattr(device, "slice_index", 0) for device in devices}

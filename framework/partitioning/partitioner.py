@@ -187,6 +187,7 @@ class Partitioner:
             self.prefill_rules = Rules(layout.prefill, sizes, "Layout.prefill", ("length", "kv_length"))
         self._by_hand = layout.products == "by_hand"
         self._compiler_options = _options_of(layout.compiler_options, self.mesh.devices.flat[0].platform)
+        self._added_options: Mapping[str, Any] = {}
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
 
     @contextlib.contextmanager
@@ -199,6 +200,15 @@ class Partitioner:
         asked = Activations(self.mesh, self.activation_rules, self.parameter_rules, self.prefill_rules, self._by_hand)
         with jax.set_mesh(self.mesh), axes_lib.under(asked):
             yield asked
+
+    @contextlib.contextmanager
+    def compiling_with(self, options: Mapping[str, Any]) -> Iterator[None]:
+        """Adds options of XLA's to those of the layout, for what is compiled inside a `with` block."""
+        before, self._added_options = self._added_options, options
+        try:
+            yield
+        finally:
+            self._added_options = before
 
     def rules_of(self, what: str) -> Rules:
         """Returns the table that places `what`: "batch", "opt_state" and "average" (of parameters, read only where the
@@ -285,7 +295,7 @@ class Partitioner:
             jitted = jax.jit(function, in_shardings=in_shardings, out_shardings=out_shardings, donate_argnums=donate)
             lowered = jitted.lower(*arguments)
             try:
-                return lowered.compile(compiler_options=self._compiler_options or None)
+                return lowered.compile(compiler_options={**self._compiler_options, **self._added_options} or None)
             except jax.errors.JaxRuntimeError as error:
                 if "compile option" not in str(error):
                     raise

@@ -1,21 +1,26 @@
-"""Planning for devices that nobody has here: described ones, to trace and to place on; libtpu's, to compile for; and
-what the compiler says of a step."""
+"""Planning for devices that nobody has here: described ones, to trace and to place on; those of XLA's compilers for
+TPUs and GPUs, and simulated ones, to compile for; and what a compiler says of a program."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import itertools
 import math
 import os
 import re
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import topologies
 
 from meshway.framework.errors import UserError, first_line
+from meshway.framework.partitioning.partitioner import Partitioner
 from meshway.framework.planning.collectives import Collective, read_collectives
-from meshway.framework.planning.topology import Topology
+from meshway.framework.planning.topology import Chip, Topology
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +43,27 @@ class DescribedDevice:
 def described_devices(where: Topology) -> list[Any]:
     """Returns the devices of a topology, as objects that have their attributes."""
     if not where.chip.torus:
-        return [DescribedDevice(number, where.kind, "cuda") for number in range(where.num_devices)]
+        platform = {"gpu": "cuda"}.get(
+            where.platform, where.platform
+        )  # which of two makers' is told by a real one's client
+        return [DescribedDevice(number, where.kind, platform) for number in range(where.num_devices)]
     sides = [ring.size for ring in where.rings]
     sides += [1] * (3 - len(sides))
-    places = itertools.product(range(where.slices), *map(range, reversed(sides)), range(where.cores))
+    places = itertools.product(range(where.slices), *map(range, reversed(sides)), range(where.chip.cores))
     return [
         DescribedDevice(number, where.kind, "tpu", (x, y, z), core, part)
         for number, (part, z, y, x, core) in enumerate(places)
     ]
+
+
+def compiled_for(where: Topology) -> list[jax.Device]:
+    """Returns the devices of a topology that XLA can compile for; nothing runs on those of TPUs and GPUs.
+
+    Raises:
+      UserError: the compiler for them is not installed, or does not know the topology.
+    """
+    makers = {"tpu": _tpu_devices, "gpu": _gpu_devices, "cpu": _cpu_devices}
+    return list(makers[where.platform](where))
 
 
 # What libtpu needs to know of a chip beyond its name: the two cores of a v4 are one device.
@@ -62,21 +80,12 @@ _ENVIRONMENT = {
 }
 
 
-def compiled_for(where: Topology) -> list[jax.Device]:
-    """Returns the devices of a topology that XLA can compile for; nothing runs on them.
-
-    Raises:
-      UserError: libtpu is not installed, or does not know the topology, or it is of GPUs.
-    """
-    if not where.chip.torus:
-        raise UserError(f"{where.name}: steps are compiled for TPUs alone; add --analytic for closed forms")
+def _tpu_devices(where: Topology) -> Sequence[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             "compiling for TPUs needs libtpu, of the extra 'plan': pip install 'meshway[plan]'; or add --analytic for "
             "closed forms alone"
         )
-    from jax.experimental import topologies
-
     options = dict(_CONFIGS.get(where.kind, {}))
     sides = [ring.size for ring in where.rings]
     if math.prod(sides) < math.prod(options.get("chips_per_host_bounds", (1,))):
@@ -87,21 +96,113 @@ def compiled_for(where: Topology) -> list[jax.Device]:
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     try:
-        found = topologies.get_topology_desc(name, platform="tpu", **options).devices
+        return topologies.get_topology_desc(name, platform="tpu", **options).devices
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         raise UserError(f"libtpu knows no topology {name}: {first_line(error)}") from error
-    return list(found)
 
 
 @dataclasses.dataclass(frozen=True)
-class CompiledStep:
-    """A compiled step, bytes on one device.
+class _Multiprocessors:
+    """What XLA:GPU asks of a GPU beyond `topology.Chip`, as its programming guide or data sheet has it.
+
+    Attributes:
+      capability: CUDA's compute capability.
+      count: streaming multiprocessors, each of so many float32 `lanes`.
+      shared_kib: memory of one, of which a block may have a KiB less.
+      l2_mib: of the cache.
+      gigahertz: boost clock.
+    """
+
+    capability: tuple[int, int]
+    count: int
+    lanes: int
+    shared_kib: int
+    l2_mib: int
+    gigahertz: float
+
+
+_HOPPER = _Multiprocessors((9, 0), 132, 128, 228, 50, 1.98)
+_GPUS: Mapping[str, _Multiprocessors] = {
+    "NVIDIA A100-SXM4-80GB": _Multiprocessors((8, 0), 108, 64, 164, 40, 1.41),
+    "NVIDIA H100 80GB HBM3": _HOPPER,
+    "NVIDIA H200": _HOPPER,
+    "NVIDIA B200": _Multiprocessors((10, 0), 148, 128, 228, 126, 1.965),
+}
+_MACHINE = 8  # GPUs, at most
+
+
+def _gpu_devices(where: Topology) -> Sequence[jax.Device]:
+    found = [name for name in ("xla_cuda13", "xla_cuda12") if _is_plugged(name)]
+    if not found:
+        raise UserError(
+            "compiling for GPUs needs XLA's plugin for them, of the extra 'plan-gpu' (no GPU, no driver): "
+            "pip install 'meshway[plan-gpu]'; or add --analytic for closed forms alone"
+        )
+    count = where.num_devices
+    machine = max(size for size in range(1, _MACHINE + 1) if count % size == 0)
+    shape, target = f"1 x {count // machine} x {machine}", _target_config(where.kind, where.chip)
+    try:
+        return topologies.get_topology_desc("", platform="cuda", topology=shape, target_config=target).devices
+    except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+        raise UserError(f"XLA's plugin for GPUs does not describe {where.name}: {first_line(error)}") from error
+
+
+def _is_plugged(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(f"jax_plugins.{name}") is not None
+    except ModuleNotFoundError:  # no plugin at all
+        return False
+
+
+def _target_config(kind: str, chip: Chip) -> str:
+    """Returns what XLA compiles for, as the text of its GpuTargetConfigProto."""
+    gpu = _GPUS[kind]
+    device = {
+        "threads_per_block_limit": 1024,
+        "threads_per_warp": 32,
+        "threads_per_core_limit": 2048,
+        "registers_per_block_limit": 65536,
+        "registers_per_core_limit": 65536,
+        "block_dim_limit_x": 2**31 - 1,
+        "block_dim_limit_y": 65535,
+        "block_dim_limit_z": 65535,
+        "shared_memory_per_block": 48 * 1024,
+        "shared_memory_per_block_optin": (gpu.shared_kib - 1) * 1024,
+        "shared_memory_per_core": gpu.shared_kib * 1024,
+        "core_count": gpu.count,
+        "fpus_per_core": gpu.lanes,
+        "l2_cache_size": gpu.l2_mib * 2**20,
+        "clock_rate_ghz": gpu.gigahertz,
+        "memory_bandwidth": int(chip.memory_bandwidth),
+        "device_memory_size": chip.memory_bytes,
+    }
+    fields = " ".join(f"{name}: {value}" for name, value in device.items())
+    major, minor = gpu.capability
+    return (
+        f"gpu_device_info {{ {fields} cuda_compute_capability {{ major: {major} minor: {minor} }} }} "
+        f'platform_name: "CUDA" runtime_version {{ major: 13 }} dnn_version_info {{ major: 9 minor: 12 }} '
+        f'device_description_str: "{kind}"'
+    )
+
+
+def _cpu_devices(where: Topology) -> Sequence[jax.Device]:
+    with contextlib.suppress(RuntimeError):  # JAX has begun: those that it has must do
+        jax.config.update("jax_num_cpu_devices", where.num_devices)
+    there = jax.devices("cpu")
+    if len(there) < where.num_devices:
+        raise UserError(f"{where.name}: this process has begun with {len(there)} simulated devices")
+    return there[: where.num_devices]
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledProgram:
+    """A compiled program, bytes on one device.
 
     Attributes:
       seconds: that compiling took.
-      arguments: state and batch as they lie in memory, padded.
+      arguments: as they lie in memory, padded; of a step state and batch.
       outputs: results that do not reuse an argument's buffer.
-      temporaries: everything that is made and freed within the step: gradients, activations, buffers of collectives.
+      temporaries: everything that is made and freed within the program: gradients, activations, buffers of collectives.
       code: of the program.
       collectives: what it sends; empty where the program cannot be read.
       unread: why it cannot be, "" where it can.
@@ -122,30 +223,35 @@ class CompiledStep:
 
 
 class TooLarge(UserError):
-    """The compiler found no room for a step."""
+    """The compiler found no room for a program."""
 
 
-def compile_step(program: Any) -> CompiledStep:
-    """Compiles the step of a `training.program.TrainProgram` for its devices.
+def compile_program(
+    partitioner: Partitioner, compiles: Callable[[], jax.stages.Compiled], what: str = "the step"
+) -> CompiledProgram:
+    """Compiles a program for its devices, and reads what the compiler made of it.
+
+    Args:
+      partitioner: by which it is compiled.
+      compiles: does so.
+      what: the program in words, for errors.
 
     Raises:
       TooLarge: a device's memory does not hold it.
       UserError: the model does not fit the layout, or the compiler refuses an operation.
     """
     start = time.perf_counter()
-    try:
-        compiled = program.compile_step()
-    except jax.errors.JaxRuntimeError as error:
-        raise _refusal(error) from error
-    seconds = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with partitioner.compiling_with(_printing(partitioner, Path(folder))):
+                compiled = compiles()
+        except jax.errors.JaxRuntimeError as error:
+            raise refusal(error, what) from error
+        seconds = time.perf_counter() - start
+        text, unread = _text(compiled, Path(folder))
     sizes: Any = compiled.memory_analysis()
-    unread, text = "", ""
-    try:
-        text = compiled.as_text() or ""
-    except jax.errors.JaxRuntimeError as error:  # jaxlib does not print all of what libtpu makes
-        unread = first_line(error)
-    rows = read_collectives(text, dict(program.partitioner.mesh.shape)) if text else []
-    return CompiledStep(
+    rows = read_collectives(text, dict(partitioner.mesh.shape)) if text else []
+    return CompiledProgram(
         seconds,
         sizes.argument_size_in_bytes,
         sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
@@ -156,18 +262,42 @@ def compile_step(program: Any) -> CompiledStep:
     )
 
 
-def _refusal(error: jax.errors.JaxRuntimeError) -> UserError:
+_PRINTING = ("tpu",)
+
+
+def _printing(partitioner: Partitioner, folder: Path) -> dict[str, Any]:
+    """Returns options that make libtpu print what it compiles: jaxlib reads back only what is in its own version of
+    HLO."""
+    if partitioner.mesh.devices.flat[0].platform not in _PRINTING:
+        return {}
+    return {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
+
+
+def _text(compiled: jax.stages.Compiled, folder: Path) -> tuple[str, str]:
+    """Returns the HLO of a program, as printed, else as read back; and why there is none, "" where there is."""
+    printed = sorted(folder.glob("*.after_optimizations.txt"))
+    if len(printed) == 1:
+        return printed[0].read_text(encoding="utf-8", errors="replace"), ""
+    try:
+        text = compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError as error:
+        return "", first_line(error)
+    return text, "" if text else "the compiler returns none"
+
+
+def refusal(error: jax.errors.JaxRuntimeError, what: str) -> UserError:
+    """Returns what a compiler's refusal means: which operation, and what to try."""
     text = str(error)
     if "RESOURCE_EXHAUSTED" in text:
-        return TooLarge(f"the step does not fit: {first_line(error)}")
+        return TooLarge(f"{what} does not fit: {first_line(error)}")
     if option := re.search(r"\bxla_\w+", text):
         return UserError(
-            f"the compiler refuses the step, by its option {option[0]}: {first_line(error)}; mend "
+            f"the compiler refuses {what}, by its option {option[0]}: {first_line(error)}; mend "
             "Layout.compiler_options in the layout file"
         )
     operation = re.search(r'op_name="([^"]*)"', text)
     where = f" at {operation[1]}" if operation else ""
     return UserError(
-        f"the compiler refuses the step{where}: {first_line(error)}; try a layout whose axes of this operation are "
+        f"the compiler refuses {what}{where}: {first_line(error)}; try a layout whose axes of this operation are "
         "sharded otherwise (powers of two divide best), or another attention kernel"
     )

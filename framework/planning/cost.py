@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterable
 from typing import Literal
 
-from meshway.framework.planning.topology import Ring
+from meshway.framework.planning.topology import Ring, shared_bandwidth
 
 HOP = 1e-6  # seconds
 
@@ -155,7 +155,7 @@ class Collective:
         if self.kind == "all-to-all":  # a quarter of the all-gather of the same array along a ring, one after the other
             whole = self.elements * itemsize
             return max(hops, sum(whole * ring.size / 4 / ring.bandwidth for ring in rings))
-        return max(hops, sent / sum(ring.bandwidth for ring in rings))
+        return max(hops, sent / shared_bandwidth(rings))
 
 
 FeedForward = Literal["1D", "2D", "WG-X", "WG-XY", "WG-XYZ"]

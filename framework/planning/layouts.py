@@ -112,7 +112,7 @@ class Estimate:
     @property
     def chip_seconds_per_token(self) -> float:
         """The price of a token."""
-        return self.mesh.size("xyz") * self.seconds / self.what.tokens
+        return self.mesh.size("xyz") / self.chip.cores * self.seconds / self.what.tokens
 
     @property
     def rank(self) -> tuple[bool, float, float, int]:
@@ -131,7 +131,7 @@ def estimate(
     attention: AttentionLayout,
 ) -> Estimate:
     """Returns what a pass costs."""
-    chips = mesh.size("xyz")
+    devices = mesh.size("xyz")
     layers, attentions, params = _run_by(model, what)
     collectives = _layer(model, what, mesh, feed_forward, attention, attentions)
     sizes = [what.weight_bytes if each.weights else what.activation_bytes for each in collectives]
@@ -139,9 +139,9 @@ def estimate(
     gathered = mesh.size(GATHERED_OVER.get(feed_forward, ""))
     cache = _cache(model, what, attention, mesh)
     scores = 4 * layers * what.tokens * model.num_heads * model.head_dim * _read(model, what)
-    weights = model.num_params * what.weight_bytes / chips
-    read = params * what.weight_bytes * gathered / chips + (cache if what.phase == "decode" else 0)
-    layer = (attentions * model.attention_params + model.mlp_params) * what.weight_bytes * gathered / chips
+    weights = model.num_params * what.weight_bytes / devices
+    read = params * what.weight_bytes * gathered / devices + (cache if what.phase == "decode" else 0)
+    layer = (attentions * model.attention_params + model.mlp_params) * what.weight_bytes * gathered / devices
     width = (model.mlp_matrices - 1) * model.d_ff + model.d_model
     hidden = what.tokens * width * what.activation_bytes / mesh.size("yz" if feed_forward == "2D" else "xyz")
     return Estimate(
@@ -151,7 +151,7 @@ def estimate(
         mesh=mesh,
         feed_forward=feed_forward,
         attention=attention,
-        compute=(2 * params * what.tokens + scores) / (chips * chip.bfloat16),
+        compute=(2 * params * what.tokens + scores) / (devices * chip.bfloat16),
         memory=read / chip.memory_bandwidth,
         communication=communication,
         weights=weights,
@@ -211,7 +211,7 @@ def _layer(
 def arrangements(topology: Topology, flat: bool) -> list[Arrangement]:
     """Returns the ways to give each ring of a topology to x, y or z, one for equal rings, evenly shared ones first."""
     total = topology.chip.sends if flat or not topology.chip.torus else None
-    alike = Counter(topology.rings)
+    alike = Counter(topology.device_rings)
     shares = [
         [(x, y, count - x - y) for x in range(count + 1) for y in range(count + 1 - x)] for count in alike.values()
     ]

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from meshway.framework.planning.cost import HOP
-from meshway.framework.planning.topology import Topology
+from meshway.framework.planning.topology import Ring, Topology, shared_bandwidth
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,16 +127,17 @@ class Wires:
         chip = self._where.chip
         if not chip.torus:
             return chip.link_bandwidth, 1.0, 1, inside
-        bandwidth, hops = 0.0, 0.0
-        for number, ring in enumerate(self._where.rings):
-            along = len({_coords(each)[number] for each in members})
+        taken, hops = [], 0.0
+        for number, ring in enumerate(self._where.device_rings):
+            along = len({_places(each)[number] for each in members})
             if along > 1:
                 whole = along == ring.size
-                bandwidth += ring.bandwidth if whole else chip.link_bandwidth
-                wraps = whole and ring.bandwidth > chip.link_bandwidth
+                taken.append(ring if whole else Ring(along, chip.link_bandwidth))
+                wraps = whole and not ring.is_inside and ring.bandwidth > chip.link_bandwidth
                 hops += along / 2 if wraps else along - 1
-        return bandwidth or chip.link_bandwidth, hops or 1.0, len(slices), inside
+        return shared_bandwidth(taken) or chip.link_bandwidth, hops or 1.0, len(slices), inside
 
 
-def _coords(device: Any) -> tuple[int, ...]:
-    return tuple(device.coords)
+def _places(device: Any) -> tuple[int, ...]:
+    """Returns a TPU device's places along `Topology.device_rings`."""
+    return (*device.coords, device.core_on_chip)

@@ -1,4 +1,4 @@
-"""Accelerators as published, and how many of them are wired: `v5p:4x4x8`, `v4:4x4x4x2slices`, `H100:64`.
+"""Accelerators as published, and how many of them are wired: `v5p:4x4x8`, `v4:4x4x4x2slices`, `H100:64`, `cpu:8`.
 
 Pure Python.
 """
@@ -6,7 +6,7 @@ Pure Python.
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from meshway.framework.errors import UserError, did_you_mean
 
@@ -27,6 +27,7 @@ class Chip:
         GPU what all its links to the switch do.
       torus: dimensions of the torus that its links form, two links each; 0 for a switch.
       source: where the figures come from.
+      cores: JAX devices of a chip, of which this is one.
     """
 
     bfloat16: float
@@ -36,6 +37,7 @@ class Chip:
     link_bandwidth: float
     torus: int
     source: str
+    cores: int = 1
 
     @property
     def sends(self) -> float:
@@ -43,9 +45,9 @@ class Chip:
         return self.link_bandwidth * (2 * self.torus or 1)
 
 
-def _tpu(tflops: float, gib: int, gigabytes: float, link: float, torus: int, page: str) -> Chip:
+def _tpu(tflops: float, gib: int, gigabytes: float, link: float, torus: int, page: str, cores: int = 1) -> Chip:
     source = f"Google Cloud TPU documentation, {page}"
-    return Chip(tflops * 1e12, tflops * 1e12, gib * _GIB, gigabytes * 1e9, link * 1e9, torus, source)
+    return Chip(tflops * 1e12, tflops * 1e12, gib * _GIB, gigabytes * 1e9, link * 1e9, torus, source, cores)
 
 
 def _gpu(tflops: float, gigabytes: int, bandwidth: float, link: float, sheet: str) -> Chip:
@@ -63,7 +65,7 @@ CHIPS: dict[str, Chip] = {
     "TPU v5p": _tpu(459, 95, 2765, 90, 3, "v5p"),
     "TPU v6 lite": _tpu(918, 32, 1640, 90, 2, "v6e"),
     "TPU v6e": _tpu(918, 32, 1640, 90, 2, "v6e"),
-    "TPU7x": _tpu(2307 / 2, 96, 7380 / 2, 100 / 2, 3, "TPU7x, half a chip"),
+    "TPU7x": _tpu(2307 / 2, 96, 7380 / 2, 100 / 2, 3, "TPU7x, half a chip", cores=2),
     "NVIDIA A100-SXM4-40GB": _gpu(312, 40, 1555, 300, "A100"),
     "NVIDIA A100-SXM4-80GB": _gpu(312, 80, 2039, 300, "A100"),
     "NVIDIA A100-PCIE-40GB": _gpu(312, 40, 1555, 32, "A100"),
@@ -104,12 +106,18 @@ _FAMILIES = {
     "h100": "NVIDIA H100 80GB HBM3",
     "h200": "NVIDIA H200",
     "b200": "NVIDIA B200",
+    "cpu": "cpu",
 }
+_ALSO = {"v5litepod": "v5e", "trillium": "v6e", "ironwood": "tpu7x"}
+# A simulated device's figures are this machine's, shared by all of them: `hardware.this_machine` measures them.
+_SIMULATED = Chip(math.nan, math.nan, 0, math.nan, math.nan, 0, "not measured yet")
+_MOST_SIMULATED = 512
 # A TPU host's network to other slices, bytes/s, and the chips that share it by the torus's dimension (How to Scale Your
 # Model, chapter 2: 6.25 GB/s a chip of v5p, 3.125 of v5e).
 _HOST_NETWORK = 25e9
 _HOST_CHIPS = {2: 8, 3: 4}
 _MOST = 2**20  # chips: each is described by itself
+_DIE_LINKS = 6  # dies of a TPU7x send each other six times what a link of the chip does (its documentation)
 _WHOLE = {2: 16, 3: 4}  # torus dimension -> wrapped around where a side is this (2D), or a multiple of it (3D cubes)
 
 
@@ -120,10 +128,17 @@ class Ring:
     Attributes:
       size: devices along it.
       bandwidth: bytes/s that a device sends along it, both ways together; half of it where no link wraps around.
+      is_inside: whether it joins the dies of a chip.
     """
 
     size: int
     bandwidth: float
+    is_inside: bool = False
+
+
+def shared_bandwidth(rings: Collection[Ring]) -> float:
+    """Returns the bytes/s that a device sends over rings together: the torus's, for which dies of a chip wait."""
+    return sum(ring.bandwidth for ring in rings if not ring.is_inside) or sum(ring.bandwidth for ring in rings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +151,6 @@ class Topology:
       rings: sides of a slice's torus; of a switch, the prime factors of its number of devices, which may be joined
         freely.
       slices: how many such, joined by the data centre's network.
-      cores: JAX devices of a chip, of which `chip` describes one.
     """
 
     name: str
@@ -144,7 +158,17 @@ class Topology:
     chip: Chip
     rings: tuple[Ring, ...]
     slices: int = 1
-    cores: int = 1
+
+    @property
+    def platform(self) -> str:
+        """What JAX calls its devices' platform: tpu, gpu or cpu."""
+        return "tpu" if self.chip.torus else "cpu" if self.kind == "cpu" else "gpu"
+
+    @property
+    def device_rings(self) -> tuple[Ring, ...]:
+        """The rings of devices: those of chips, and the dies of a chip where each is a device."""
+        cores = self.chip.cores
+        return self.rings + ((Ring(cores, _DIE_LINKS * cores * self.chip.link_bandwidth, True),) if cores > 1 else ())
 
     @property
     def num_chips(self) -> int:
@@ -154,14 +178,14 @@ class Topology:
     @property
     def num_devices(self) -> int:
         """JAX devices in all."""
-        return self.num_chips * self.cores
+        return self.num_chips * self.chip.cores
 
     @property
     def network(self) -> float:
         """Bytes/s that a device sends to other slices, its share of its host's; 0 of a GPU, whose network is not
         known."""
         torus = self.chip.torus
-        return _HOST_NETWORK / _HOST_CHIPS[torus] / self.cores if torus else 0.0
+        return _HOST_NETWORK / _HOST_CHIPS[torus] / self.chip.cores if torus else 0.0
 
 
 def topology(name: str) -> Topology:
@@ -180,10 +204,12 @@ def topology(name: str) -> Topology:
     sides, slices = (several[1], int(several[2])) if several else (sides, 1)
     kind = _FAMILIES.get(family)
     if kind is None:
+        stem = re.sub(r"-[0-9]+$", "", family.removeprefix("tpu-"))  # of the names of machines: v4-128, v5litepod-8
+        if known := _ALSO.get(stem, stem if stem in _FAMILIES else ""):
+            raise UserError(f"topology {name!r}: write the chip and how many, as {known}:{_example(known)}")
         near = did_you_mean(family, _FAMILIES) or f"; there are {', '.join(_FAMILIES)}"
         raise UserError(f"topology {name!r}: no accelerator is called {family!r}{near}")
-    chip = CHIPS[kind]
-    example = "x".join("4" * chip.torus) or "8"
+    chip, example = CHIPS.get(kind, _SIMULATED), _example(family)
     if not colon or not re.fullmatch(r"[1-9][0-9]*(x[1-9][0-9]*)*", sides):
         raise UserError(f"topology {name!r} does not say how many: write it as {family}:{example}")
     sizes = [int(side) for side in sides.split("x")]
@@ -191,7 +217,9 @@ def topology(name: str) -> Topology:
         raise UserError(f"topology {name!r} has {count:,} chips; at most {_MOST:,} are planned for")
     if not chip.torus:
         if several:
-            raise UserError(f"topology {name!r}: slices are of TPUs; write how many GPUs there are, as {family}:64")
+            raise UserError(f"topology {name!r}: slices are of TPUs; write how many devices there are, as {family}:64")
+        if kind == "cpu" and count > _MOST_SIMULATED:
+            raise UserError(f"topology {name!r}: at most {_MOST_SIMULATED} devices are simulated")
         return switched(name, kind, chip, count)
     if len(sizes) != chip.torus:
         raise UserError(
@@ -201,7 +229,11 @@ def topology(name: str) -> Topology:
     whole = _WHOLE[chip.torus]
     wrapped = [size == whole if chip.torus == 2 else all(each % whole == 0 for each in sizes) for size in sizes]
     rings = [Ring(size, chip.link_bandwidth * (2 if wraps else 1)) for size, wraps in zip(sizes, wrapped, strict=True)]
-    return Topology(name, kind, chip, tuple(rings), slices, 2 if kind == "TPU7x" else 1)
+    return Topology(name, kind, chip, tuple(rings), slices)
+
+
+def _example(family: str) -> str:
+    return "x".join("4" * CHIPS.get(_FAMILIES[family], _SIMULATED).torus) or "8"
 
 
 def described(kind: str, count: int, sides: Sequence[int] = (), slices: int = 1) -> Topology:
@@ -219,7 +251,7 @@ def described(kind: str, count: int, sides: Sequence[int] = (), slices: int = 1)
     if kind not in CHIPS:
         raise UserError(f"nothing is known of the links of a {kind!r}; there are {', '.join(_FAMILIES)}")
     chip = CHIPS[kind]
-    family = next((name for name, known in _FAMILIES.items() if CHIPS[known] == chip), "")
+    family = next((name for name, known in _FAMILIES.items() if CHIPS.get(known) == chip), "")
     if not chip.torus:
         return switched(f"{family or kind}:{count}", kind, chip, count)
     used = tuple(sides[: chip.torus])

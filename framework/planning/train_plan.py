@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from meshway.framework.planning import memory as memory_lib
 from meshway.framework.planning import waste
-from meshway.framework.planning.aot import CompiledStep
+from meshway.framework.planning.aot import CompiledProgram
 from meshway.framework.planning.audit import exchanges
 from meshway.framework.planning.communication import ACTIVATIONS, GRADIENTS, INPUTS, WEIGHTS, Setting, minimum
 from meshway.framework.planning.comparison import setting_of
@@ -69,7 +69,7 @@ class TrainPlan:
     traffic: tuple[Traffic, ...]
     waste: tuple[waste.Waste, ...]
     stages: tuple[Stage, ...] = ()
-    compiled: CompiledStep | None = None
+    compiled: CompiledProgram | None = None
     compiled_cost: StepCost | None = None
     compiled_traffic: tuple[Traffic, ...] = ()
 
@@ -150,7 +150,7 @@ def traced_plan(program: Any, where: Topology, model_flops: float) -> TrainPlan:
     )
 
 
-def with_compiled(plan: TrainPlan, program: Any, compiled: CompiledStep) -> TrainPlan:
+def with_compiled(plan: TrainPlan, program: Any, compiled: CompiledProgram) -> TrainPlan:
     """Returns a plan with what XLA made of the step: its collectives, if they can be read, instead of the closed
     forms'."""
     if compiled.unread:

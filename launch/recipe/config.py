@@ -123,6 +123,14 @@ class Recipe:
                     found[binding.parameter] = value
         return found
 
+    def would_use(self, root: str, module: str, name: str, parameter: str) -> bool:
+        """Whether a binding of a class's or function's parameter would change what a verb's function is built of."""
+        verb, _, function = root.rpartition(".")
+        start = Target(f"{self._program.package}.{verb}", (function,))
+        asked = Binding("", name, parameter, None, Place(name), Target(module, (name,)))
+        bindings = final([*self._program.bindings, asked])
+        return binding_key(asked) in Walk(bindings, importing=True).run([start]).used
+
     def build(self, root: str, given: Collection[str] = ()) -> dict[str, Any]:
         """Builds the keyword arguments of a verb's function that the recipe binds; the verb calls it itself.
 

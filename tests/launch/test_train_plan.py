@@ -1,22 +1,27 @@
 """`meshway plan` of a recipe that trains: what its figures have to do with each other, and what it refuses."""
 
+import contextlib
 import importlib.util
 import json
 import math
+import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
+from meshway.framework.errors import UserError
 from meshway.framework.partitioning.mesh import MeshShape
+from meshway.framework.partitioning.partitioner import Layout, Partitioner
 from meshway.framework.planning import aot
 from meshway.framework.planning.communication import GRADIENTS, WEIGHTS, Setting
 from meshway.framework.planning.products import Product, Uses, Value, Weight
 from meshway.framework.planning.search import frontier
 from meshway.framework.planning.step_cost import Traffic, Wires
 from meshway.framework.planning.topology import topology
-from meshway.framework.planning.train_plan import step_cost, traffic_of
+from meshway.framework.planning.train_plan import closed_forms, step_cost, traffic_of, with_compiled
 from meshway.launch import cli, plan_page, plan_variants, train_plan
 
 LENGTHS = "--gin.TASK_FEATURE_LENGTHS={'inputs': 64, 'targets': 64}"
@@ -106,6 +111,18 @@ def test_wires_have_the_links_of_the_sides_that_an_axis_runs_along() -> None:
         assert (ici, dcn, latency) == (pytest.approx(9e9 / links / chip.link_bandwidth), 0, 0)
 
 
+def test_dies_of_a_chip_exchange_over_their_own_link() -> None:
+    """One axis along the two dies of each TPU7x; one along both and a ring waits for the ring."""
+    where = topology("tpu7x:4x4x4")
+    mesh = MeshShape(ici={"chips": 64, "dies": 2}).build(aot.described_devices(where))
+    assert {each.core_on_chip for each in mesh.devices[0]} == {0, 1} and len(
+        {each.coords for each in mesh.devices[0]}
+    ) == 1
+    wires = Wires(mesh, where)
+    for axes, bandwidth in ((("dies",), 600e9), (("chips",), 6 * 50e9), (("chips", "dies"), 6 * 50e9)):
+        assert wires.seconds([Traffic(axes, "all-gather", 6e11, 0)])[0] == pytest.approx(6e11 / bandwidth)
+
+
 def test_described_devices_tile_as_real_ones() -> None:
     where = topology("tpu7x:2x2x4x2slices")
     made = aot.described_devices(where)
@@ -127,6 +144,14 @@ def test_described_devices_tile_as_real_ones() -> None:
             "needs a multiple of 3 devices, and there are 8",
         ),
         (("--topology=v4:2x2x2x2slices", "--phase=decode"), "inference is planned for one slice"),
+        (("--topology=v4:2x2x2x2slices", "--analytic"), "lies on 2 slices: say which of its axes runs across them"),
+        (
+            ("--topology=v4:2x2x2", "--analytic", "--gin.mesh.MeshShape.ici={'fsdp': 2, 'model': 2}"),
+            "leaves 4 of the 8 devices of v4:2x2x2 idle: make the product of MeshShape's sizes 8",
+        ),
+        (("--topology=v4:2x2x2", "--analytic", "--html=no_such_folder/plan.html"), "there is no folder no_such_folder"),
+        (("--topology=v4:2x2x2", "--analytic", "--gin.BATCH_SIZE=6"), "'batch' of size 6 is not divisible by fsdp=4"),
+        (("--topology=cpu:64",), "cpu:64: this process has begun with 8 simulated devices"),
     ],
 )
 def test_what_is_refused(capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str) -> None:
@@ -141,6 +166,109 @@ def test_without_libtpu_the_extra_is_named(capsys: pytest.CaptureFixture[str], m
     )
     assert cli.main([*TINY, "--topology=v4:2x2x1"]) == 2
     assert "pip install 'meshway[plan]'; or add --analytic" in capsys.readouterr().err
+
+
+def test_without_the_plugin_for_gpus_the_extra_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aot, "_is_plugged", lambda name: False)
+    assert cli.main([*TINY, "--topology=h100:8"]) == 2
+    assert "pip install 'meshway[plan-gpu]'; or add --analytic" in capsys.readouterr().err
+
+
+def doubled(partitioner: Partitioner) -> jax.stages.Compiled:
+    """A product whose sum runs over `model`, compiled."""
+    x, kernel = (jax.ShapeDtypeStruct((64, 64), jnp.float32) for _ in range(2))
+    rows, columns = (
+        jax.NamedSharding(partitioner.mesh, PartitionSpec(*spec)) for spec in (("data", "model"), ("model",))
+    )
+    out = jax.NamedSharding(partitioner.mesh, PartitionSpec("data"))
+    return partitioner.compile(jnp.matmul, x, kernel, in_shardings=(rows, columns), out_shardings=out)
+
+
+def test_a_program_is_compiled_for_simulated_devices() -> None:
+    """Sizes and collectives are known by hand: [64, 64] over data=2 and model=4, times [64, 64] over model."""
+    where = topology("cpu:8")
+    layout = Layout(MeshShape(ici={"data": 2, "model": 4}), [("*", None)], [("*", None)])
+    partitioner = Partitioner(layout, aot.compiled_for(where))
+    found = aot.compile_program(partitioner, lambda: doubled(partitioner))
+    assert found.arguments == 4 * (32 * 16 + 16 * 64) and found.outputs == 4 * 32 * 64
+    (row,) = found.collectives
+    assert (row.kind, row.axes, row.array.shape) == ("all-reduce", ("model",), (32, 64))
+    assert not found.unread and found.seconds > 0
+
+
+def test_where_a_compiled_step_cannot_be_read_closed_forms_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """jaxlib reads back only the HLO of its own version: then memory is the compiler's, and the plan says so."""
+
+    def unreadable(self: jax.stages.Compiled) -> str:
+        raise jax.errors.JaxRuntimeError("INTERNAL: async-update instruction should have 1 operands but sees 3\nmore")
+
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", unreadable)
+    layout = Layout(MeshShape(ici={"data": 2, "model": 4}), [("*", None)], [("*", None)])
+    partitioner = Partitioner(layout, jax.devices())
+    found = aot.compile_program(partitioner, lambda: doubled(partitioner))
+    assert (
+        found.collectives == ()
+        and found.unread == "INTERNAL: async-update instruction should have 1 operands but sees 3"
+    )
+    invocation = cli.parse([*TINY, "--topology=v5e:2x4"])
+    assert invocation is not None
+    planner = train_plan.planner_of(invocation)
+    plain = planner.traced()
+    plan = with_compiled(plain, planner.program(), found)
+    assert plan.bytes == found.total and plan.best_cost == plain.cost and plan.compiled_traffic == ()
+    text = train_plan.format_plan(plan)
+    assert f"what it sends is by closed forms: the compiled step cannot be read ({found.unread})" in text
+    assert all(each.what in text for each in plain.traffic)
+
+
+def test_what_a_compiler_prints_is_read_where_jaxlib_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of libtpu, which is newer than jaxlib: here XLA:CPU prints."""
+    monkeypatch.setattr(aot, "_PRINTING", ("cpu",))
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", lambda self: pytest.fail("read back"))
+    layout = Layout(MeshShape(ici={"data": 2, "model": 4}), [("*", None)], [("*", None)])
+    partitioner = Partitioner(layout, jax.devices())
+    with jax.enable_compilation_cache(False) if hasattr(jax, "enable_compilation_cache") else contextlib.nullcontext():
+        found = aot.compile_program(partitioner, lambda: doubled(partitioner))
+    assert [(row.kind, row.axes) for row in found.collectives] == [("all-reduce", ("model",))]
+
+
+@pytest.mark.parametrize(
+    ("refusal", "kind", "words"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: E1000: ... HLO temporaries (18.17G) exceeds available HBM (15.75G)",
+            aot.TooLarge,
+            "18.17G",
+        ),
+        ("INVALID_ARGUMENT: unknown flag xla_tpu_nothing", UserError, "its option xla_tpu_nothing"),
+        (
+            'UNIMPLEMENTED: AllReduce fusion with 3 sized replica_groups\nop_name="jit(step)/mlp/dot_general"',
+            UserError,
+            "at jit(step)/mlp/dot_general: UNIMPLEMENTED: AllReduce fusion with 3 sized replica_groups; try a layout",
+        ),
+    ],
+)
+def test_a_compilers_refusal_says_what_to_change(refusal: str, kind: type[UserError], words: str) -> None:
+    def compiles() -> jax.stages.Compiled:
+        raise jax.errors.JaxRuntimeError(refusal)
+
+    layout = Layout(MeshShape(ici={"data": 8}), [("*", None)], [("*", None)])
+    with pytest.raises(kind, match=re.escape(words)):
+        aot.compile_program(Partitioner(layout, jax.devices()), compiles)
+
+
+def test_options_of_what_a_recipe_lacks_are_not_offered() -> None:
+    """AdamW's and the objective's are, by their own names; a decoder's objective is none of T5's."""
+    for recipe, objective in (("t5_1_1", "EncoderDecoder"), ("llama", "DecoderOnly")):
+        invocation = cli.parse([TINY[0], f"--gin_file=models/{recipe}/tiny.gin", *TINY[2:], "--topology=v5e:2x4"])
+        assert invocation is not None
+        planner = train_plan.planner_of(invocation)
+        plan = SimpleNamespace(num_microbatches=1, batch_size=32, where=planner.where)
+        options = [each for bindings in plan_variants._options(planner.recipe(), plan) for each in bindings]
+        assert "optimizers.adamw.mu_dtype='bfloat16'" in options
+        assert [each for each in options if "num_loss_chunks" in each] == [f"objectives.{objective}.num_loss_chunks=8"]
 
 
 def test_the_time_of_a_product_is_counted_by_hand() -> None:
@@ -191,3 +319,20 @@ def test_a_search_finds_what_fits_where_the_recipe_does_not() -> None:
     assert "activations and temporaries" in text and f"of {len(found.tried):,} ways to train" in text
     assert text.count("<circle") == sum(each.cost is not None for each in found.tried) and "<polyline" in text
     assert all(each.candidate.words in text for each in frontier(found.tried))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["cpu:8", "h100:16"])
+def test_a_step_compiled_for_simulated_devices_and_for_gpus(topology: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if topology.startswith("h100"):
+        pytest.importorskip("jax_plugins.xla_cuda13")
+    small = ("--gin.VOCAB_SIZE=256", "--gin.NUM_ENCODER_LAYERS=1", "--gin.NUM_DECODER_LAYERS=1")
+    assert cli.main([*TINY, *small, f"--topology={topology}", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    memory = dict(found["memory"])
+    total, capacity, fits = memory.pop("total"), memory.pop("capacity"), memory.pop("fits")
+    assert total == sum(memory.values()) < capacity and fits
+    assert 0 <= memory["padding of these"] < 1024  # neither pads arrays: state and batch are those of the closed forms
+    sent = {(each["what"], tuple(each["axes"])) for each in found["sent_as_compiled"]}
+    assert {("all-gather", ("fsdp",)), ("all-reduce", ("model",))} <= sent
+    assert all(value > 0 for name, value in found["time"]["compiled"].items() if name in ("compute", "memory", "ici"))

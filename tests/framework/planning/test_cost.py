@@ -158,6 +158,9 @@ def test_topologies() -> None:
         ("h100:99999999999", "has 99,999,999,999 chips; at most 1,048,576"),
         ("v5e:4x4x65537slices", "has 1,048,592 chips"),
         ("", "no accelerator is called ''"),
+        ("v5litepod-8", "write the chip and how many, as v5e:4x4"),
+        ("v4-128", "write the chip and how many, as v4:4x4x4"),
+        ("cpu:4096", "at most 512 devices are simulated"),
     ],
 )
 def test_no_such_topology(name: str, message: str) -> None:

@@ -101,3 +101,17 @@ def test_why_a_layout_comes_behind_another() -> None:
     wide = candidates(estimates(PALM_540B, prefill(512, 2048), slice_), estimates(PALM_540B, decode(512), slice_), 64)
     heads = next(each for each in wide if each.layout == "inference/2d")
     assert not heads.fits and why_behind(heads, wide[0]) == "a chip has no room for it"
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_both_dies_of_a_chip_hold_their_part(flat: bool) -> None:
+    """A TPU7x is two devices of 96 GiB and half its FLOP/s each: 8 chips hold what 16 such devices do."""
+    where = topology("tpu7x:2x2x2")
+    assert where.num_chips == 8 and where.num_devices == 16
+    (dies,) = [ring for ring in where.device_rings if ring.is_inside]
+    assert dies.size == 2 and dies.bandwidth == 600e9
+    for each in estimates(PALM_62B, prefill(64, 2048), where, flat):
+        assert each.mesh.size("xyz") == 16
+        assert each.weights == PALM_62B.num_params * 2 / 16
+        assert each.chip_seconds_per_token * 64 * 2048 == pytest.approx(8 * each.seconds)
+        assert each.compute >= 2 * each.params * 64 * 2048 / (8 * 2307e12)
