@@ -158,7 +158,8 @@ Flow = Generator[Block, jax.Array, jax.Array]
 def _scatter(size: int, output: Output, ring: Ring) -> Flow:
     """Asks for blocks (start, size) of this device's terms, one at a time; returns the sum over devices of its own
     block."""
-    dim, total, start = output.scattered, None, jnp.zeros((), jnp.int32)
+    total: jax.Array | None = None
+    dim, start = output.scattered, jnp.zeros((), jnp.int32)
     if dim is None:
         return (yield start, size)
     for axis in output.over:
@@ -191,7 +192,8 @@ def _collect(axis: str, ring: Ring) -> Generator[jax.Array, jax.Array, jax.Array
             total = _passed_on(total, axis, 1) + (yield (me + hops) % size)
         return _passed_on(total, axis, 1)
     reach = (size - 1) // 2
-    first = second = None
+    first: jax.Array | None = None
+    second: jax.Array | None = None
     if size % 2 == 0:
         far = yield (me + size // 2) % size
         first, second = _halves(far)

@@ -94,7 +94,7 @@ def multiply_all(
 ) -> list[jax.Array]:
     """Returns the products of one x with several (kernel, multiply_shards, names), see `multiply`: where x is gathered
     in rings beside them, it goes around once."""
-    all_factors = [_factors(x, kernel, *rest) for kernel, *rest in kernels]
+    all_factors = [_factors(x, kernel, multiply_shards, names) for kernel, multiply_shards, names in kernels]
     found: dict[int, jax.Array] = {}
     groups: dict[Any, list[int]] = {}
     for number, (factors, (kernel, multiply_shards, _)) in enumerate(zip(all_factors, kernels, strict=True)):
