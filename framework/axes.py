@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -43,6 +43,8 @@ FOLLOWS = {"attention_batch": "batch", "attention_heads": "heads", "attention_kv
 DimAxes = tuple[tuple[str, ...], ...]  # the mesh axes that shard each dimension of an array
 Names = tuple[str | None, ...]
 TOKENS = ("batch", "length")  # the dimensions that activations begin with
+Ring = Literal["one_way", "bidirectional"]  # chunks go to one neighbour, or to both at once
+KERNEL_RING = "kernel_ring"  # in the names of operations that pass on chunks of kernels, and of their gradients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,20 +52,24 @@ class Product:
     """How devices compute x times a kernel by hand: on shards, with sums of their own.
 
     Attributes:
+      x: of x, at rest.
       operand: of x, where it is multiplied.
+      stored: of the kernel, at rest.
       kernel: of the kernel, where it is multiplied: as it is stored, gathered over the axes that shard tokens.
-      partial: of the product, before sums.
-      output: of the product, after them.
+      output: of the product, after sums.
       summed: the axes over which devices hold partial sums.
       scattered: the dimension of the product over which the sums are scattered; None: every device gets them all.
+      ring: how what is gathered and scattered goes around rings beside the product; None: before and after it.
     """
 
+    x: NamedSharding
     operand: NamedSharding
+    stored: NamedSharding
     kernel: NamedSharding
-    partial: NamedSharding
     output: NamedSharding
     summed: tuple[str, ...]
     scattered: int | None
+    ring: Ring | None = None
 
 
 class Ambient(Protocol):
@@ -80,6 +86,11 @@ class Ambient(Protocol):
     @property
     def by_hand(self) -> bool:
         """Whether layers write down the collectives of their products, or leave them to the compiler."""
+        ...
+
+    @property
+    def ring(self) -> Ring | None:
+        """How products gather and scatter beside themselves; None where they do it before and after."""
         ...
 
     def kernel_axes(self, name: str) -> tuple[str, ...]:
@@ -156,12 +167,26 @@ def constrain(x: jax.Array, names: Names, free_for: str | None = None) -> jax.Ar
     if free_for is not None:
         layout = _ambient_layout(names)
         if layout is not None and layout.by_hand:
-            # Kernels are gathered over the axes that shard tokens, so these stay. Tables are not: indices are small.
-            first = 0 if len(names) == len(TOKENS) else len(TOKENS)
-            sharding = _without(sharding, layout.kernel_axes(free_for), first)
+            # Kernels are gathered over the axes that shard tokens, so these stay, but for those that shard the product
+            # instead of a length. Tables are not gathered: indices are small.
+            lead = 0 if len(names) == len(TOKENS) else len(TOKENS)
+            sharding = _without(sharding, layout.kernel_axes(free_for), range(lead, len(names)))
+            sharding = _without(sharding, mesh_axes(free_for), range(lead))
         else:
-            sharding = _without(sharding, mesh_axes(free_for))
+            sharding = _without(sharding, mesh_axes(free_for), range(len(names)))
     return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def constrain_operand(x: jax.Array, names: Names, free_for: str) -> jax.Array:
+    """As `constrain`, for x that goes to `sharded_products` alone: where these gather it beside the product, it stays
+    as it rests."""
+    return constrain(x, names, None if in_rings() else free_for)
+
+
+def in_rings() -> bool:
+    """Returns whether products gather their operands, and scatter their sums, in steps beside themselves."""
+    layout = _ambient.get()
+    return layout is not None and layout.ring is not None
 
 
 def constrain_lookup(x: jax.Array, names: Names, table: jax.Array, table_names: Names) -> jax.Array:
@@ -259,10 +284,10 @@ def of_several(sizes: Mapping[str, int], dim_axes: DimAxes) -> DimAxes:
     return tuple(tuple(axis for axis in axes if sizes[axis] > 1) for axes in dim_axes)
 
 
-def _without(sharding: NamedSharding, axes: tuple[str, ...], first: int = 0) -> NamedSharding:
-    """Returns a sharding in which `axes` shard no dimension from the `first` on."""
+def _without(sharding: NamedSharding, axes: tuple[str, ...], dims: range) -> NamedSharding:
+    """Returns a sharding in which `axes` shard none of these dimensions."""
     kept = [
-        tuple(axis for axis in named if dim < first or axis not in axes) or None
+        tuple(axis for axis in named if dim not in dims or axis not in axes) or None
         for dim, named in enumerate(sharded_by(sharding.spec))
     ]
     return NamedSharding(sharding.mesh, PartitionSpec(*kept))

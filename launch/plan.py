@@ -149,7 +149,7 @@ def format_plan(found: Plan) -> str:
         f"{found.num_params:,} parameters: {blocks}, d_model {model.d_model}, d_ff {model.d_ff} ({block}), {heads}",
     ]
     for phase, ranked in found.phases.items():
-        lines += ["", _title(found.passes[phase]), *_table(_distinct(ranked))]
+        lines += ["", _title(found.passes[phase]), *_table(_distinct(ranked)), *_in_rings(ranked[0])]
     lines += ["", *(layout_choice.lines(found.choice) if found.choice else [found.no_choice])]
     if not where.chip.torus and where.num_chips > _SWITCHED:
         lines += [
@@ -205,6 +205,15 @@ def _table(ranked: Sequence[Estimate]) -> list[str]:
     return format_columns([_HEAD, *rows], right=range(3, len(_HEAD))) + ([f"... and {left} more"] if left > 0 else [])
 
 
+def _in_rings(best: Estimate) -> list[str]:
+    """Returns a line on what collectives that go around rings beside their products would save of the best layout."""
+    if not best.num_collectives:
+        return []
+    seconds = {"one_way": best.one_way, "bidirectional": best.bidirectional}
+    ways = " or ".join(f"'{name}' {format_seconds(each)}" for name, each in seconds.items())
+    return [f"the first with Layout.products = {ways}: collectives in rings beside products"]
+
+
 def _distinct(ranked: Sequence[Estimate]) -> list[Estimate]:
     """Returns the estimates without those that equal a better one in all but the mesh."""
     seen: dict[tuple[str, str, float, float], Estimate] = {}
@@ -246,8 +255,9 @@ def _chosen(found: Choice) -> dict[str, Any]:
 
 def _entry(each: Estimate) -> dict[str, Any]:
     names = ("feed_forward", "attention", "seconds", "compute", "memory", "communication", "bound", "mfu", "fits")
+    rings = ("one_way", "bidirectional")
     sizes = ("weights", "cache", "activations", "bytes", "chip_seconds_per_token")
-    return {"mesh": each.mesh.sizes} | {name: getattr(each, name) for name in (*names, *sizes)}
+    return {"mesh": each.mesh.sizes} | {name: getattr(each, name) for name in (*names, *rings, *sizes)}
 
 
 @dataclasses.dataclass(frozen=True)

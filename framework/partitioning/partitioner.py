@@ -3,21 +3,23 @@
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from meshway.framework import axes as axes_lib
-from meshway.framework.axes import Names, Product, sharded_by
-from meshway.framework.errors import UserError
+from meshway.framework.axes import Names, Product, Ring, sharded_by
+from meshway.framework.errors import UserError, did_you_mean
 from meshway.framework.interfaces import ArraySpec
 from meshway.framework.partitioning.mesh import MeshShape
 from meshway.framework.partitioning.products import product_of
 from meshway.framework.partitioning.rules import Resolution, Rules, Target
 
 Placed = tuple[Names, tuple[int, ...]]  # logical axes and sizes of an array
+Products = Literal["compiler", "by_hand", "one_way", "bidirectional"]
+RINGS = get_args(Ring)
 
 
 class Activations:
@@ -35,11 +37,13 @@ class Activations:
         activation_rules: Rules,
         parameter_rules: Rules,
         prefill_rules: Rules | None = None,
-        by_hand: bool = False,
+        products: "Products" = "compiler",
     ):
-        """`prefill_rules` are those of activations while prompts are read, None for the same; `by_hand`: see
+        """`prefill_rules` are those of activations while prompts are read, None for the same; `products`: see
         `Layout`."""
-        self.mesh, self.by_hand = mesh, by_hand
+        self.mesh, self.by_hand = mesh, products != "compiler"
+        self.ring: Ring | None = products if products in RINGS else None  # type: ignore[assignment]
+        self._moves = False  # whether a product gathers or scatters
         self.constrained: Counter[tuple[Names, tuple[int, ...], PartitionSpec]] = Counter()
         self.names: set[str] = set()
         self._all_rules, self._parameter_rules = (activation_rules, prefill_rules or activation_rules), parameter_rules
@@ -79,7 +83,17 @@ class Activations:
             )
         ]
         self.names |= placed[0].fired | placed[2].fired
-        return product_of(self.mesh, *(sharded_by(each.spec, len(each.rules)) for each in placed))
+        how = product_of(self.mesh, *(sharded_by(each.spec, len(each.rules)) for each in placed), self.ring)
+        self._moves |= how.scattered is not None or (how.x, how.stored) != (how.operand, how.kernel)
+        return how
+
+    def check_products(self) -> None:
+        """Raises UserError where products were to gather and scatter in rings, and none on several devices did."""
+        if self.ring is not None and self.mesh.size > 1 and not self._moves:
+            raise UserError(
+                f"Layout.products={self.ring!r} has no effect: no product of this model gathers its input or weights, "
+                "or scatters its sums, under this layout; LAYOUT='model_sequence' shards activations between layers"
+            )
 
     def lookup(
         self, names: Names, shape: tuple[int, ...], table_names: Names, table_shape: tuple[int, ...]
@@ -148,7 +162,7 @@ class Layout:
         optimizer: Sequence[tuple[str, Target]] | None = None,
         compiler_options: Mapping[str, Mapping[str, Any]] | None = None,
         prefill: Sequence[tuple[str, Target]] | None = None,
-        products: Literal["compiler", "by_hand"] = "compiler",
+        products: Products = "compiler",
     ):
         """Args:
         mesh: the named mesh.
@@ -158,8 +172,15 @@ class Layout:
         compiler_options: XLA's options by platform ("tpu", "gpu", "cpu"), as to overlap communication and compute.
         prefill: how activations are while prompts are read; None for as in all other passes.
         products: who decides on the collectives around the products of attention and feed-forward layers: the
-          compiler, or the layers, which gather, scatter and exchange as Pope et al. 2022 do (`products.product_of`).
+          compiler, or the layers, which gather, scatter and exchange as Pope et al. 2022 do (`products.product_of`):
+          "by_hand" before and after each product; "one_way" and "bidirectional" in steps beside parts of it, of chunks
+          that go around a ring in one direction, or in both (`models/layers/collective_matmul.py`).
+
+        Raises:
+          UserError: `products` is none of these.
         """
+        if products not in (known := get_args(Products)):
+            raise UserError(f"Layout.products is one of {known}, not {products!r}{did_you_mean(products, known)}")
         self.prefill, self.products = prefill, products
         self.mesh, self.parameters, self.activations = mesh, parameters, activations
         self.optimizer = parameters if optimizer is None else optimizer
@@ -185,19 +206,23 @@ class Partitioner:
         self.prefill_rules = self.activation_rules
         if layout.prefill is not None:
             self.prefill_rules = Rules(layout.prefill, sizes, "Layout.prefill", ("length", "kv_length"))
-        self._by_hand = layout.products == "by_hand"
+        self._products: Products = layout.products
         self._compiler_options = _options_of(layout.compiler_options, self.mesh.devices.flat[0].platform)
         self._added_options: Mapping[str, Any] = {}
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
 
     @contextlib.contextmanager
-    def activate(self) -> Iterator[Activations]:
+    def activate(self, products: Products | None = None) -> Iterator[Activations]:
         """Makes mesh and rules ambient: trace, lower and call model code inside.
+
+        Args:
+          products: what to trace with instead of the layout's own.
 
         Yields:
           a record of what is asked for inside, empty at first.
         """
-        asked = Activations(self.mesh, self.activation_rules, self.parameter_rules, self.prefill_rules, self._by_hand)
+        tables = self.activation_rules, self.parameter_rules, self.prefill_rules
+        asked = Activations(self.mesh, *tables, products or self._products)
         with jax.set_mesh(self.mesh), axes_lib.under(asked):
             yield asked
 

@@ -3,14 +3,15 @@
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from meshway.framework.axes import DimAxes, Product, of_several
+from meshway.framework.axes import DimAxes, Product, Ring, of_several
 
 
-def product_of(mesh: Mesh, x: DimAxes, kernel: DimAxes, output: DimAxes) -> Product:
+def product_of(mesh: Mesh, x: DimAxes, kernel: DimAxes, output: DimAxes, ring: Ring | None = None) -> Product:
     """Returns how devices multiply x [tokens ..., inputs ...] by a kernel [inputs ..., outputs ...].
 
     The kernel is used as it is stored, except along the axes that shard tokens: over these it is gathered (weight-
-    gathered layouts). x is gathered over the axes that shard the kernel's outputs. Where axes shard the kernel's
+    gathered layouts). x is gathered over the axes that shard the kernel's outputs, also where they shard tokens of x
+    and not of the product (Megatron's sequence parallelism). Where axes shard the kernel's
     inputs, devices hold partial sums. If the output is to be sharded by the same axes, within the shards of the
     product, the sums are scattered there; else every device gets them, and keeps what is its own.
 
@@ -22,30 +23,37 @@ def product_of(mesh: Mesh, x: DimAxes, kernel: DimAxes, output: DimAxes) -> Prod
       mesh: whose axes of one device are passed over.
       x, output: the axes that shard each dimension of the activations, at rest.
       kernel: those of the stored weights.
+      ring: see `Product`.
     """
     x, kernel, output = (of_several(mesh.shape, each) for each in (x, kernel, output))
     num_inputs = (len(x) + len(kernel) - len(output)) // 2
     lead = len(x) - num_inputs
-    tokens = {axis for axes in x[:lead] for axis in axes}
+    outputs = {axis for axes in kernel[num_inputs:] for axis in axes}
+    rows = tuple(
+        tuple(axis for axis in axes if axis in output[dim] or axis not in outputs) for dim, axes in enumerate(x[:lead])
+    )
+    tokens = {axis for axes in rows for axis in axes}
     used = tuple(tuple(axis for axis in axes if axis not in tokens) for axes in kernel)
-    produced = used[num_inputs:]
     summed = tuple(axis for axes in used[:num_inputs] for axis in axes)
+    partial = (*rows, *used[num_inputs:])
     scattered = None
-    if summed and output[:lead] == x[:lead]:
-        rest = [dim for dim, axes in enumerate(produced) if output[lead + dim] != axes]
-        more = output[lead + rest[0]][len(produced[rest[0]]) :] if len(rest) == 1 else ()
-        if set(more) == set(summed) and output[lead + rest[0]] == produced[rest[0]] + more:
-            scattered, summed = lead + rest[0], more
-    partial = (*x[:lead], *produced)
+    differ = [dim for dim, axes in enumerate(partial) if output[dim] != axes]
+    if summed and len(differ) == 1:
+        (dim,) = differ
+        more = output[dim][len(partial[dim]) :]
+        if set(more) == set(summed) and output[dim] == partial[dim] + more:
+            scattered, summed = dim, more
 
     def sharding(axes: DimAxes) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(*[each or None for each in axes]))
 
     return Product(
-        operand=sharding((*x[:lead], *used[:num_inputs])),
+        x=sharding(x),
+        operand=sharding((*rows, *used[:num_inputs])),
+        stored=sharding(kernel),
         kernel=sharding(used),
-        partial=sharding(partial),
         output=sharding(partial if scattered is None else output),
         summed=summed,
         scattered=scattered,
+        ring=ring,
     )

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import NamedSharding
 
-from meshway.framework.axes import sharded_by
+from meshway.framework.axes import KERNEL_RING, sharded_by
 from meshway.framework.interfaces import Model
 from meshway.framework.partitioning.partitioner import Activations, Partitioner, path_name
 from meshway.framework.planning.collectives import Collective
@@ -87,6 +87,8 @@ def role_of(row: Collective, setting: Setting) -> str:
         return INPUTS
     if row.origin and "jvp" not in row.origin:
         return OPTIMIZER
+    if row.kind == "collective-permute" and KERNEL_RING in row.origin:
+        return GRADIENTS
     if row.origin.rsplit("/", 1)[-1].startswith("reduce_scatter"):  # of a kernel; XLA's own have other names
         return ACTIVATIONS
     if row.kind in ("all-reduce", "reduce-scatter") and set(row.axes) <= setting.tokens:
@@ -227,7 +229,7 @@ def _why_activations(setting: Setting, rows: Sequence[Collective], due: Sequence
 def _is_expected(row: Collective, reasons: str) -> bool:
     """Whether the closed forms' reasons explain a collective."""
     if row.kind == "collective-permute":
-        return "ring" in reasons or "stage" in reasons
+        return "ring" in reasons or "stage" in reasons or "products" in reasons
     if row.kind == "all-reduce":
         return "products" in reasons and "dot_general" in row.origin
     return row.kind in reasons
@@ -318,7 +320,8 @@ def setting_of(program: Program) -> Setting:
     shardings = partitioner.state_shardings(program.axes, program.param_shapes, "params")
     weights = weights_of(program.param_shapes, program.axes, shardings)
     key = jax.random.key(0)  # made on a device that is here: those of the mesh may not be
-    with partitioner.activate() as asked:
+    # Products in rings send what the compiler's do, inside of `shard_map`, where uses of parameters are not read.
+    with partitioner.activate("compiler") as asked:
         # With a key, as in a training step: without one, experts have the capacity of evaluation.
         closed = jax.make_jaxpr(lambda params, batch, key: program.model.loss(params, batch, key)[0])(
             program.param_shapes, program.abstract_batch, key

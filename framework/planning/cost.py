@@ -15,7 +15,7 @@ Pure Python, without JAX.
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from meshway.framework.planning.topology import Ring, shared_bandwidth
@@ -138,6 +138,10 @@ class Collective:
     elements: float
     weights: bool = False
 
+    def share(self, arrangement: Arrangement) -> float:
+        """Returns (K-1)/K over K chips: what of all is another chip's."""
+        return 1 - 1 / arrangement.size(self.axes)
+
     def moved(self, arrangement: Arrangement) -> float:
         """Returns the elements that a chip sends, (K-1)/K of all over K chips (ESTI, appendix A.1)."""
         parts = arrangement.size(self.axes)
@@ -199,6 +203,64 @@ def products(
         Collective("all-gather", over, share * width_out, weights=True),
         Collective("reduce-scatter", rest, stream),
     ]
+
+
+RingKind = Literal["one_way", "bidirectional"]  # as `Layout.products` names them
+
+
+def ring_seconds(
+    collectives: Sequence[Collective],
+    product: float,
+    mesh: Arrangement,
+    itemsizes: Sequence[float],
+    link: float,
+    ring: RingKind,
+) -> float:
+    """Returns how long a product takes whose collectives go around rings beside it (`layers/collective_matmul.py`).
+
+    Either the weights' collectives or the activations' do, whichever send more; the others come before or after. In
+    each round devices pass on a chunk and multiply another, so a round takes the longer of both (Wang et al. 2023,
+    "Overlap Communication with Dependent Computation via Decomposition": decomposed, a collective and its product take
+    the longer of the two and what begins or ends alone, instead of their sum). What is gathered is multiplied for the
+    first block of a sum that is scattered, and the other blocks as sums go around.
+
+    Args:
+      collectives: of the product, in order: gathers, then a reduce-scatter.
+      product: its seconds alone.
+      itemsizes: bytes of an element of each.
+      link: bytes/s of one link, one way: what a ring in one direction has.
+    """
+    sent = {True: 0.0, False: 0.0}
+    for each in collectives:
+        sent[each.weights] += each.moved(mesh)
+    total, blocks, left = 0.0, 1, product
+    for each, itemsize in zip(collectives, itemsizes, strict=True):
+        if each.weights != (sent[True] > sent[False]):
+            total += each.seconds(mesh, itemsize)
+        elif each.kind == "reduce-scatter":
+            blocks = mesh.size(each.axes)
+    for each, itemsize in zip(collectives, itemsizes, strict=True):
+        if each.weights == (sent[True] > sent[False]):
+            beside = product / (blocks if each.kind == "all-gather" else 1) * each.share(mesh)
+            total += _rounds_seconds(each, beside, mesh, itemsize, link, ring)
+            left -= beside
+    return total + max(left, 0.0)
+
+
+def _rounds_seconds(
+    collective: Collective, beside: float, mesh: Arrangement, itemsize: float, link: float, ring: RingKind
+) -> float:
+    """Returns the seconds of a collective in rounds, each beside an equal share, by chunks, of `beside` seconds."""
+    rings = mesh.rings(collective.axes)
+    count = math.prod(each.size for each in rings)
+    total, chunk, chunks = 0.0, collective.elements / max(count, 1) * itemsize, 1
+    for each in rings:  # nested: what was gathered inside goes around outside
+        rounds = each.size - 1 if ring == "one_way" else each.size // 2
+        bandwidth = min(link, each.bandwidth) if ring == "one_way" else each.bandwidth
+        passed = max(HOP * rounds, (each.size - 1) * chunk * chunks / bandwidth)
+        total += max(passed, beside * (each.size - 1) * chunks / (count - 1))
+        chunks *= each.size
+    return total
 
 
 def volume(collectives: Iterable[Collective], mesh: Arrangement) -> float:

@@ -5,7 +5,6 @@ from the chips' memory, and what it sends (ESTI, section 2 and appendix A). Pure
 """
 
 import dataclasses
-import functools
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,10 +18,12 @@ from meshway.framework.planning.cost import (
     AttentionLayout,
     Collective,
     FeedForward,
+    RingKind,
     Transformer,
     cache_bytes,
     mfu,
     products,
+    ring_seconds,
 )
 from meshway.framework.planning.topology import Chip, Topology
 
@@ -65,6 +66,8 @@ class Estimate:
       compute, memory, communication: seconds that products, reads of the chip's memory, and collectives take alone.
       weights, cache, activations: bytes on a chip; gathered weights of a layer are among the activations.
       params: that a token is multiplied with.
+      one_way, bidirectional: seconds of the pass if collectives go around rings beside their products, in one direction
+        or both (`Layout.products`).
     """
 
     model: Transformer
@@ -81,6 +84,8 @@ class Estimate:
     activations: float
     params: int
     num_collectives: int
+    one_way: float
+    bidirectional: float
 
     @property
     def seconds(self) -> float:
@@ -133,9 +138,9 @@ def estimate(
     """Returns what a pass costs."""
     devices = mesh.size("xyz")
     layers, attentions, params = _run_by(model, what)
-    collectives = _layer(model, what, mesh, feed_forward, attention, attentions)
-    sizes = [what.weight_bytes if each.weights else what.activation_bytes for each in collectives]
-    communication = layers * sum(each.seconds(mesh, size) for each, size in zip(collectives, sizes, strict=True))
+    pairs, exchanges = _layer(model, what, mesh, feed_forward, attention, attentions)
+    collectives = [*(each for _, found in pairs for each in found), *exchanges]
+    communication = layers * sum(each.seconds(mesh, _itemsize(what, each)) for each in collectives)
     gathered = mesh.size(GATHERED_OVER.get(feed_forward, ""))
     cache = _cache(model, what, attention, mesh)
     scores = 4 * layers * what.tokens * model.num_heads * model.head_dim * _read(model, what)
@@ -144,6 +149,18 @@ def estimate(
     layer = (attentions * model.attention_params + model.mlp_params) * what.weight_bytes * gathered / devices
     width = (model.mlp_matrices - 1) * model.d_ff + model.d_model
     hidden = what.tokens * width * what.activation_bytes / mesh.size("yz" if feed_forward == "2D" else "xyz")
+    compute, memory = (2 * params * what.tokens + scores) / (devices * chip.bfloat16), read / chip.memory_bandwidth
+
+    def in_rings(ring: RingKind) -> float:
+        alone = together = sum(each.seconds(mesh, what.activation_bytes) for each in exchanges)
+        for width, found in pairs:
+            operations, bytes_read = 2 * what.tokens * model.d_model * width, model.d_model * width * what.weight_bytes
+            product = max(operations / chip.bfloat16, bytes_read * gathered / chip.memory_bandwidth) / devices
+            sizes = [_itemsize(what, each) for each in found]
+            together += ring_seconds(found, product, mesh, sizes, chip.link_bandwidth, ring)
+            alone += product
+        return layers * together + max(0.0, max(compute, memory) - layers * alone)
+
     return Estimate(
         model=model,
         what=what,
@@ -151,15 +168,21 @@ def estimate(
         mesh=mesh,
         feed_forward=feed_forward,
         attention=attention,
-        compute=(2 * params * what.tokens + scores) / (devices * chip.bfloat16),
-        memory=read / chip.memory_bandwidth,
+        compute=compute,
+        memory=memory,
         communication=communication,
         weights=weights,
         cache=cache,
         activations=hidden + (layer if gathered > 1 else 0),
         params=params,
         num_collectives=sum(mesh.size(each.axes) > 1 for each in collectives),
+        one_way=in_rings("one_way"),
+        bidirectional=in_rings("bidirectional"),
     )
+
+
+def _itemsize(what: Pass, each: Collective) -> float:
+    return what.weight_bytes if each.weights else what.activation_bytes
 
 
 def _run_by(model: Transformer, what: Pass) -> tuple[int, int, int]:
@@ -192,20 +215,22 @@ def _layer(
     feed_forward: FeedForward,
     attention: AttentionLayout,
     attentions: int,
-) -> list[Collective]:
-    """Returns the collectives of a layer. Keys and values of the new tokens are left out: they are small."""
+) -> tuple[list[tuple[float, list[Collective]]], list[Collective]]:
+    """Returns (width, collectives) of a layer's products with d_model, and its exchanges between shards of projections
+    and of attention. Keys and values of the new tokens are left out: they are small."""
     heads, hidden = model.num_heads * model.head_dim, model.d_ff * (model.mlp_matrices - 1)
-    of = functools.partial(products, feed_forward, what.tokens, model.d_model, mesh=mesh)
-    if model.parallel:
-        found = of(width_in=hidden + heads, width_out=model.d_ff + heads)
-    else:
-        found = [*of(width_in=hidden, width_out=model.d_ff)]
-        found += attentions * of(width_in=heads, width_out=heads)
+    widths = [(hidden + heads, model.d_ff + heads)] if model.parallel else [(hidden, model.d_ff)]
+    widths += [] if model.parallel else attentions * [(heads, heads)]
+    pairs = []
+    for width_in, width_out in widths:
+        both = products(feed_forward, what.tokens, model.d_model, width_in, width_out, mesh)
+        half = len(both) // 2
+        pairs += [(width_in, both[:half]), (width_out, both[half:])]
     # Queries and outputs change between the axes that shard the batch in the products, and those that do in attention.
     products_over, attention_over = GATHERED_OVER.get(feed_forward, ""), BATCH_OVER[attention]
-    if changed := "".join(axis for axis in "xyz" if (axis in products_over) != (axis in attention_over)):
-        found += 2 * attentions * [Collective("all-to-all", changed, what.tokens * heads / mesh.size("xyz"))]
-    return found
+    changed = "".join(axis for axis in "xyz" if (axis in products_over) != (axis in attention_over))
+    exchange = Collective("all-to-all", changed, what.tokens * heads / mesh.size("xyz"))
+    return pairs, 2 * attentions * [exchange] if changed else []
 
 
 def arrangements(topology: Topology, flat: bool) -> list[Arrangement]:

@@ -271,6 +271,7 @@ class TrainProgram:
         except ValueError as error:
             raise UserError(f"{type(self.model).__name__}: {error}") from error
         self.partitioner.check_rules_matched(fired | {"batch": fired["batch"] | asked.names})
+        asked.check_products()
         return asked
 
     def trace_gradients(self) -> Any:

@@ -1,6 +1,6 @@
 """Multi-head attention, with grouped keys and values, and its cache."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from meshway.framework.axes import FOLLOWS, Names, constrain, mesh_axes
+from meshway.framework.axes import FOLLOWS, Names, constrain, constrain_operand, in_rings, mesh_axes
 from meshway.models.layers import cache as cache_lib
 from meshway.models.layers.cache import Cache, KeysValues
 from meshway.models.layers.integer_products import IntegerProduct
 from meshway.models.layers.kernels.auto import AutoAttention
 from meshway.models.layers.kernels.reference import AttentionKernel, dot_product_attention
 from meshway.models.layers.masks import AttentionMetadata, Mask, local_window, row_metadata, row_positions
-from meshway.models.layers.mlp import Linear, fan_in_init
+from meshway.models.layers.mlp import Linear, fan_in_init, project_all
 from meshway.models.layers.positions import PositionBias, with_alibi
 from meshway.models.layers.sharded_products import HeadExchange, PartialSums, head_exchange
 from meshway.models.module import param
@@ -115,12 +115,23 @@ class Attention(nnx.Module):
         self.dropout_rate, self.kernel, self.cache_dtype = dropout_rate, kernel, cache_dtype
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
 
-    def keys_values(self, source: jax.Array, positions: jax.Array | None = None) -> KeysValues:
+    @property
+    def inputs(self) -> list[tuple[Linear, Names | None]]:
+        """The maps of x to queries, keys and values, as `project_all` takes them."""
+        return [(self.query, None), (self.key, KEYS[:2]), (self.value, KEYS[:2])]
+
+    def keys_values(
+        self,
+        source: jax.Array,
+        positions: jax.Array | None = None,
+        projected: Sequence[jax.Array] | None = None,
+    ) -> KeysValues:
         """Projects source [batch, kv_length, d_model] to keys and values [batch, kv_length, kv_heads, head_dim], where
-        attention has them, and their heads in its order."""
-        source = constrain(source, ("batch", "length", "embed"), free_for="kv_heads")
-        key, value = (part.terms(source, ("batch", "length"), KEYS[:2]) for part in (self.key, self.value))
-        key, value = checkpoint_name(key, "key_proj"), checkpoint_name(value, "value_proj")
+        attention has them, and their heads in its order; `projected`: keys and values, where these are made already."""
+        if projected is None:
+            source = constrain_operand(source, ("batch", "length", "embed"), free_for="kv_heads")
+            projected = project_all(source, ("batch", "length"), *self.inputs[1:])
+        key, value = checkpoint_name(projected[0], "key_proj"), checkpoint_name(projected[1], "value_proj")
         if self.key_norm is not None:
             key = self.key_norm(key)
         if self.rotary is not None and positions is not None:
@@ -149,6 +160,7 @@ class Attention(nnx.Module):
         queries: Literal["length"] | None = "length",
         rng: jax.Array | None = None,
         sum_later: bool = False,
+        projected: Sequence[jax.Array] | None = None,
     ) -> tuple[jax.Array | PartialSums, Cache | None]:
         """Attends from x [batch, length, d_model].
 
@@ -162,6 +174,7 @@ class Attention(nnx.Module):
             predictions of one example.
           rng: dropout key.
           sum_later: return the output's terms on each device, where there are such (`Linear.terms`).
+          projected: x through `inputs`, where a block has done that.
 
         Returns:
           (output [batch, length, d_model], or its terms with `sum_later` alone; the updated cache or None).
@@ -170,8 +183,11 @@ class Attention(nnx.Module):
           ValueError: rotary embeddings without positions, or a window or ALiBi in cross-attention, where queries and
             keys are of different rows.
         """
-        x = constrain(x, ("batch", queries, "embed"), free_for="heads")
-        query = checkpoint_name(self.query(x, ("batch", queries)), "query_proj")
+        x = constrain_operand(x, ("batch", queries, "embed"), free_for="heads")
+        if projected is None and attended is None and in_rings():
+            projected = project_all(x, ("batch", queries), *self.inputs)
+        query = self.query(x, ("batch", queries)) if projected is None else projected[0]
+        query = checkpoint_name(query, "query_proj")
         if self.query_norm is not None:
             query = self.query_norm(query)
         query = query * self.logit_scale
@@ -181,7 +197,7 @@ class Attention(nnx.Module):
                 if positions is None:
                     raise ValueError("Attention with rotary embeddings needs the positions of its tokens")
                 query = self.rotary(query, positions)
-            attended = self.keys_values(x, positions)
+            attended = self.keys_values(x, positions, None if projected is None else projected[1:])
             in_row = row_positions(x.shape[1])
             if cache is not None:
                 assert cache_index is not None

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from meshway.framework.axes import constrain
+from meshway.framework.axes import TOKENS, constrain_operand, in_rings
 from meshway.models.layers.attention import Attention
 from meshway.models.layers.cache import read
 from meshway.models.layers.masks import Mask, row_positions
-from meshway.models.layers.mlp import Mlp
+from meshway.models.layers.mlp import Mlp, project_all
 from meshway.models.layers.norm import RMSNorm, dropout, split_key
 from meshway.models.layers.positions import BiasFactory, PositionBias, RelativePositionBias
 from meshway.models.layers.sharded_products import PartialSums, sum_of
@@ -82,11 +82,16 @@ class SelfAttentionBlock(nnx.Module):
         normed = x if post else self.attention_norm(x)
         bias = _with_own(self.position_bias, bias, x.shape[1], mask, None if cache is None else cache_index)
         together = self._sums_together(rng)
+        options: dict[str, Any] = {"sum_later": True} if together else {}
+        hidden = None
         if together:
-            normed = constrain(normed, ("batch", "length", "embed"), free_for="mlp")
+            normed = constrain_operand(normed, ("batch", "length", "embed"), free_for="mlp")
+            if in_rings():  # x goes around once for both layers
+                made = project_all(normed, TOKENS, *self.attention.inputs, *self.mlp.inputs)
+                options["projected"], hidden = made[:3], made[3:]
         y, cache = self.attention(
             normed,
-            **({"sum_later": True} if together else {}),
+            **options,
             positions=positions,
             bias=bias,
             mask=mask,
@@ -95,7 +100,7 @@ class SelfAttentionBlock(nnx.Module):
             rng=keys[0],
         )
         if isinstance(y, PartialSums):
-            return x + sum_of(y, self.mlp.terms(normed, sum_later=True)), cache
+            return x + sum_of(y, self.mlp.terms(normed, sum_later=True, projected=hidden)), cache
         if self.attention_post_norm is not None:
             y = self.attention_post_norm(y)
         x = x + dropout(y, self.dropout_rate, keys[1])
@@ -104,7 +109,7 @@ class SelfAttentionBlock(nnx.Module):
         if self.mlp_norm is not None:
             normed = x if post else self.mlp_norm(x)
         with with_padding_mask(mask):
-            y = self.mlp(normed, rng=keys[2])
+            y = self.mlp(normed, rng=keys[2]) if hidden is None else self.mlp.terms(normed, projected=hidden)
         if self.mlp_post_norm is not None:
             y = self.mlp_post_norm(y)
         x = x + dropout(y, self.dropout_rate, keys[3])

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from meshway.framework.axes import TOKENS, Names, constrain
+from meshway.framework.axes import TOKENS, Names, constrain, constrain_operand
 from meshway.models.layers.integer_products import IntegerProduct
 from meshway.models.layers.norm import dropout
-from meshway.models.layers.sharded_products import PartialSums, multiply
+from meshway.models.layers.sharded_products import PartialSums, multiply, multiply_all
 from meshway.models.module import param, value_of
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -112,15 +112,30 @@ class Linear(nnx.Module):
         Args:
           output_tokens: the logical axes of the dimensions that stay, as the product has them, if they are others.
         """
-        kernel = value_of(self.kernel, x.dtype)
         if tokens is None:
-            y: Any = self.product(x, kernel, self.num_inputs)
+            y: Any = self.product(x, value_of(self.kernel, x.dtype), self.num_inputs)
         else:
-            inputs, outputs = self.axes[: self.num_inputs], self.axes[self.num_inputs :]
-            names = (*tokens, *inputs), self.axes, (*(output_tokens or tokens), *outputs)
-            contract = functools.partial(self.product, num_inputs=self.num_inputs)
-            y = multiply(x, kernel, contract, names, sum_later and self.bias is None)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+            y = multiply(x, *self.factor(x.dtype, tokens, output_tokens), sum_later and self.bias is None)
+        return y if isinstance(y, PartialSums) else self.biased(y)
+
+    def factor(
+        self, dtype: jnp.dtype, tokens: Names, output_tokens: Names | None = None
+    ) -> tuple[jax.Array, Callable[[jax.Array, jax.Array], jax.Array], tuple[Names, Names, Names]]:
+        """Returns the kernel in `dtype`, how it is multiplied, and the logical axes: `multiply`'s arguments."""
+        inputs, outputs = self.axes[: self.num_inputs], self.axes[self.num_inputs :]
+        names = (*tokens, *inputs), self.axes, (*(output_tokens or tokens), *outputs)
+        return value_of(self.kernel, dtype), functools.partial(self.product, num_inputs=self.num_inputs), names
+
+    def biased(self, y: jax.Array) -> jax.Array:
+        """Adds the bias, where there is one."""
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+def project_all(x: jax.Array, tokens: Names, *maps: tuple[Linear, Names | None]) -> list[jax.Array]:
+    """Returns x [..., inputs] through each of several (linear map, its `output_tokens`), see `Linear.terms`: where x is
+    gathered beside its products, it is gathered once."""
+    products = multiply_all(x, [linear.factor(x.dtype, tokens, output) for linear, output in maps])
+    return [linear.biased(y) for (linear, _), y in zip(maps, products, strict=True)]
 
 
 class Mlp(nnx.Module):
@@ -159,14 +174,32 @@ class Mlp(nnx.Module):
         assert not isinstance(y, PartialSums)
         return y
 
-    def terms(self, x: jax.Array, *, rng: jax.Array | None = None, sum_later: bool = False) -> jax.Array | PartialSums:
-        """As a call, or with `sum_later` the terms on each device, where there are such (`Linear.terms`)."""
-        x = constrain(x, ("batch", "length", "embed"), free_for="mlp")
+    @property
+    def inputs(self) -> list[tuple[Linear, None]]:
+        """The maps of x, as `project_all` takes them."""
+        return [(getattr(self, f"wi_{i}"), None) for i in range(len(self.activations))]
+
+    def terms(
+        self,
+        x: jax.Array,
+        *,
+        rng: jax.Array | None = None,
+        sum_later: bool = False,
+        projected: Sequence[jax.Array] | None = None,
+    ) -> jax.Array | PartialSums:
+        """As a call, or with `sum_later` the terms on each device, where there are such (`Linear.terms`).
+
+        Args:
+          projected: x through `inputs`, where a block has done that.
+        """
+        if projected is None:
+            x = constrain_operand(x, ("batch", "length", "embed"), free_for="mlp")
+            projected = project_all(x, TOKENS, *self.inputs)
         hidden = jnp.ones((), x.dtype)
-        for i, name in enumerate(self.activations):
-            hidden = hidden * ACTIVATIONS[name](checkpoint_name(getattr(self, f"wi_{i}")(x, TOKENS), "mlp_wi"))
+        for name, y in zip(self.activations, projected, strict=True):
+            hidden = hidden * ACTIVATIONS[name](checkpoint_name(y, "mlp_wi"))
         hidden = constrain(hidden, ("batch", "length", "mlp"))
-        y = self.wo.terms(dropout(hidden, self.dropout_rate, rng), TOKENS, sum_later=sum_later)
-        if isinstance(y, PartialSums):
-            return y
-        return checkpoint_name(constrain(y, ("batch", "length", "embed")), "mlp_wo")
+        out = self.wo.terms(dropout(hidden, self.dropout_rate, rng), TOKENS, sum_later=sum_later)
+        if isinstance(out, PartialSums):
+            return out
+        return checkpoint_name(constrain(out, ("batch", "length", "embed")), "mlp_wo")

@@ -1,50 +1,67 @@
 """Products, and exchanges of attention's shards, whose collectives are written down instead of left to the compiler.
 
-Layouts of inference ask for them (`Layout.products`): XLA forms reduce-scatters on some backends only, and knows no
-exchange of heads for batch over one of several axes that shard the heads.
+Layouts of inference ask for them, and any layout may (`Layout.products`): XLA forms reduce-scatters on some backends
+only, and knows no exchange of heads for batch over one of several axes that shard the heads. Collectives come before
+and after products, or go around rings beside them (`collective_matmul.py`).
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
-from meshway.framework.axes import Names, Product, moved, of_several, product, sharded_by
+from meshway.framework.axes import Names, Product, Ring, moved, of_several, product, sharded_by
+from meshway.models.layers.collective_matmul import (
+    Multiply,
+    Operand,
+    Output,
+    Steps,
+    ring_kernel_product,
+    ring_products,
+)
 
-Multiply = Callable[[jax.Array, jax.Array], jax.Array]  # (x, kernel) -> their product, of arrays or of shards
+
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """x [tokens ..., inputs ...], a kernel [inputs ..., outputs ...], the function that multiplies them, whole or in
+    shards, and how devices do."""
+
+    x: jax.Array
+    kernel: jax.Array
+    multiply_shards: Multiply
+    how: Product
+
+    @property
+    def lead(self) -> int:
+        """Dimensions of tokens."""
+        return (self.x.ndim + len(self.how.output.spec) - self.kernel.ndim) // 2
 
 
 @dataclasses.dataclass(frozen=True)
 class PartialSums:
-    """A product before its sums over devices: `parts` [devices, ...] holds a term from each."""
+    """A sum of products before the sums over devices: what these add up is not computed yet."""
 
-    parts: jax.Array
-    how: Product
+    terms: tuple[Factors, ...]
 
     def goes_with(self, other: "PartialSums") -> bool:
         """Returns whether the other's sums are over the same axes and go to the same places."""
-        return (self.how.summed, self.how.output) == (other.how.summed, other.how.output)
+        (how, *_), (others, *_) = ([each.how for each in sums.terms] for sums in (self, other))
+        return (how.summed, how.output) == (others.summed, others.output)
 
     def total(self) -> jax.Array:
         """Returns the sums."""
-        how = self.how
-        return jax.shard_map(
-            lambda part: _sum(part[0], how),
-            mesh=how.output.mesh,
-            in_specs=_stacked(how).spec,
-            out_specs=how.output.spec,
-            check_vma=False,
-        )(self.parts)
+        return _on_shards([self.terms])[0]
 
 
 def sum_of(first: jax.Array | PartialSums, second: jax.Array | PartialSums) -> jax.Array:
     """Returns the sum of two products, whose terms are added first if their sums go the same way."""
     if isinstance(first, PartialSums) and isinstance(second, PartialSums) and first.goes_with(second):
-        return PartialSums(first.parts + second.parts, first.how).total()
+        return PartialSums((*first.terms, *second.terms)).total()
     one, other = (each.total() if isinstance(each, PartialSums) else each for each in (first, second))
     return one + other
 
@@ -65,34 +82,181 @@ def multiply(
       names: the logical axes of x, of the kernel, and of the product.
       sum_later: return `PartialSums` if devices hold only terms of the product.
     """
-    x_names, kernel_names, output_names = names
-    output_shape = (*x.shape[: len(x_names) - _inputs(names)], *kernel.shape[_inputs(names) :])
-    how = product((x_names, x.shape), (kernel_names, kernel.shape), (output_names, output_shape))
-    if how is None:
+    factors = _factors(x, kernel, multiply_shards, names)
+    if factors is None:
         return multiply_shards(x, kernel)
-    later = sum_later and bool(how.summed)
+    sums = PartialSums((factors,))
+    return sums if sum_later and factors.how.summed else sums.total()
 
-    def local(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        y = multiply_shards(x, kernel)
-        return y[None] if later else _sum(y, how)
 
-    y = jax.shard_map(
-        local,
+def multiply_all(
+    x: jax.Array, kernels: Sequence[tuple[jax.Array, Multiply, tuple[Names, Names, Names]]]
+) -> list[jax.Array]:
+    """Returns the products of one x with several (kernel, multiply_shards, names), see `multiply`: where x is gathered
+    in rings beside them, it goes around once."""
+    all_factors = [_factors(x, kernel, multiply_shards, names) for kernel, multiply_shards, names in kernels]
+    found: dict[int, jax.Array] = {}
+    groups: dict[Any, list[int]] = {}
+    for number, (factors, (kernel, multiply_shards, _)) in enumerate(zip(all_factors, kernels, strict=True)):
+        if factors is None:
+            found[number] = multiply_shards(x, kernel)
+        else:
+            groups.setdefault((factors.how.x, factors.how.operand), []).append(number)
+    for numbers in groups.values():
+        products = _on_shards([[factors] for number in numbers if (factors := all_factors[number])])
+        found |= dict(zip(numbers, products, strict=True))
+    return [found[number] for number in range(len(kernels))]
+
+
+def _factors(
+    x: jax.Array, kernel: jax.Array, multiply_shards: Multiply, names: tuple[Names, Names, Names]
+) -> Factors | None:
+    """Returns what is multiplied on shards; None where the compiler is to decide."""
+    x_names, kernel_names, output_names = names
+    inputs = (len(x_names) + len(kernel_names) - len(output_names)) // 2
+    output_shape = (*x.shape[: len(x_names) - inputs], *kernel.shape[inputs:])
+    how = product((x_names, x.shape), (kernel_names, kernel.shape), (output_names, output_shape))
+    return None if how is None else Factors(x, kernel, multiply_shards, how)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gather:
+    """How an array comes to a product: its shards before, and the steps in which devices gather it."""
+
+    start: NamedSharding
+    steps: Steps
+
+    def whole(self, shard: jax.Array) -> jax.Array:
+        """Returns what is multiplied, gathered at once."""
+        dims = dict.fromkeys(dim for _, dim in self.steps)
+        for dim in dims:
+            axes = tuple(axis for axis, along in reversed(self.steps) if along == dim)
+            shard = lax.all_gather(shard, axes, axis=dim, tiled=True)
+        return shard
+
+    def received(self, shape: tuple[int, ...]) -> int:
+        """Returns the elements of an array of this shape that a device gets from others."""
+        sizes = self.start.mesh.shape
+        return math.prod(self.start.shard_shape(shape)) * (math.prod(sizes[axis] for axis, _ in self.steps) - 1)
+
+
+def _gather(rest: NamedSharding, used: NamedSharding, rank: int, ring: Ring | None) -> _Gather:
+    """Returns how an array goes from where it rests to where it is used: in steps where there is a ring and devices
+    only add to what they have, along the innermost axes of its dimensions; else by the compiler."""
+    before, after = sharded_by(rest.spec, rank), sharded_by(used.spec, rank)
+    if ring is None or any(own[: len(axes)] != axes for own, axes in zip(before, after, strict=True)):
+        return _Gather(used, ())
+    steps = [
+        (axis, dim)
+        for dim, (own, axes) in enumerate(zip(before, after, strict=True))
+        for axis in reversed(own[len(axes) :])
+    ]
+    return _Gather(rest, steps)
+
+
+def _on_shards(outputs: Sequence[Sequence[Factors]]) -> list[jax.Array]:
+    """Returns sums of products: those of an output have sums over devices in common, those of one x its gathering."""
+    flat = [each for terms in outputs for each in terms]
+    how, xs = flat[0].how, {id(each.x): each for each in flat}
+    group = _Group(
+        outputs,
+        list(xs.values()),
+        [_gather(each.how.x, each.how.operand, each.x.ndim, how.ring) for each in xs.values()],
+        [
+            [_gather(each.how.stored, each.how.kernel, each.kernel.ndim, how.ring) for each in terms]
+            for terms in outputs
+        ],
+    )
+    mapped = jax.shard_map(
+        group.by_kernels if how.ring is None or group.sends_more_of_kernels else group.by_activations,
         mesh=how.output.mesh,
-        in_specs=(how.operand.spec, how.kernel.spec),
-        out_specs=_stacked(how).spec if later else how.output.spec,
+        in_specs=(
+            [gather.start.spec for gather in group.x_gathers],
+            [[gather.start.spec for gather in several] for several in group.gathers],
+        ),
+        out_specs=[terms[0].how.output.spec for terms in outputs],
         check_vma=False,
-    )(x, kernel)
-    return PartialSums(y, how) if later else y
+    )
+    made: list[jax.Array] = mapped(
+        [each.x for each in group.xs], [[each.kernel for each in terms] for terms in outputs]
+    )
+    return made
 
 
-def _inputs(names: tuple[Names, Names, Names]) -> int:
-    x, kernel, output = map(len, names)
-    return (x + kernel - output) // 2
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """Products that are computed together. In rings, either operands and sums go around beside them, or kernels do,
+    whichever has more to send; the others are gathered before, or summed after, all at once.
+
+    Attributes:
+      outputs: the terms of each sum.
+      xs: one with each x.
+      x_gathers: how these come.
+      gathers: how the kernels of `outputs` come.
+    """
+
+    outputs: Sequence[Sequence[Factors]]
+    xs: Sequence[Factors]
+    x_gathers: Sequence[_Gather]
+    gathers: Sequence[Sequence[_Gather]]
+
+    @property
+    def sends_more_of_kernels(self) -> bool:
+        """Whether devices get more elements of kernels from others than of operands and sums."""
+        activations = sum(gather.received(each.x.shape) for gather, each in zip(self.x_gathers, self.xs, strict=True))
+        activations += sum(_scattered(terms[0]) for terms in self.outputs)
+        kernels = sum(
+            gather.received(each.kernel.shape)
+            for terms, several in zip(self.outputs, self.gathers, strict=True)
+            for each, gather in zip(terms, several, strict=True)
+        )
+        return kernels > activations
+
+    def by_kernels(self, shards: list[jax.Array], kernels: list[list[jax.Array]]) -> list[jax.Array]:
+        """Multiplies shards on a device, with kernels that go around rings if they come in steps."""
+        whole = [gather.whole(shard) for gather, shard in zip(self.x_gathers, shards, strict=True)]
+        sums = []
+        for terms, several, gathers in zip(self.outputs, kernels, self.gathers, strict=True):
+            parts = [
+                ring_kernel_product(
+                    whole[self._number(each)], kernel, gather.steps, each.multiply_shards, each.lead, each.how.ring
+                )
+                for each, kernel, gather in zip(terms, several, gathers, strict=True)
+            ]
+            sums.append(_sum(sum(parts[1:], parts[0]), terms[0].how))
+        return sums
+
+    def by_activations(self, shards: list[jax.Array], kernels: list[list[jax.Array]]) -> list[jax.Array]:
+        """Multiplies shards on a device, with operands and sums that go around rings."""
+        operands = [
+            Operand(shard, gather.steps, each.lead)
+            for shard, gather, each in zip(shards, self.x_gathers, self.xs, strict=True)
+        ]
+        outputs = []
+        for terms, several, gathers in zip(self.outputs, kernels, self.gathers, strict=True):
+            whole = [gather.whole(kernel) for gather, kernel in zip(gathers, several, strict=True)]
+            numbered = [
+                (self._number(each), kernel, each.multiply_shards) for each, kernel in zip(terms, whole, strict=True)
+            ]
+            outputs.append(Output(numbered, terms[0].how.scattered, terms[0].how.summed))
+        ring = self.xs[0].how.ring
+        assert ring is not None
+        products = ring_products(operands, outputs, ring)
+        hows = [terms[0].how for terms in self.outputs]
+        return [y if how.scattered is not None else _sum(y, how) for y, how in zip(products, hows, strict=True)]
+
+    def _number(self, factors: Factors) -> int:
+        return next(number for number, each in enumerate(self.xs) if each.x is factors.x)
 
 
-def _stacked(how: Product) -> NamedSharding:
-    return NamedSharding(how.partial.mesh, PartitionSpec(how.summed, *how.partial.spec))
+def _scattered(factors: Factors) -> int:
+    """Returns the elements of sums that a device gets from others."""
+    how = factors.how
+    if how.scattered is None:
+        return 0
+    shape = (*factors.x.shape[: factors.lead], *factors.kernel.shape[factors.x.ndim - factors.lead :])
+    sizes = how.output.mesh.shape
+    return math.prod(how.output.shard_shape(shape)) * (math.prod(sizes[axis] for axis in how.summed) - 1)
 
 
 def _sum(y: jax.Array, how: Product) -> jax.Array:

@@ -28,6 +28,8 @@ def test_palm_on_64_chips(capsys: pytest.CaptureFixture[str]) -> None:
     assert best["bound"] == "memory" and best["fits"]
     times = [layout["seconds"] for layout in found["phases"]["decode"]["layouts"]]
     assert len(times) > 20 and times == sorted(times)
+    # Collectives beside products: both ways hide most of what they take alone, and less than one would wish.
+    assert max(best["compute"], best["memory"]) < best["bidirectional"] < min(best["one_way"], best["seconds"])
 
 
 def test_both_phases_as_text(capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,6 +38,7 @@ def test_both_phases_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert "64 x TPU v4, 32.0 GiB each" in text and "118 layers, d_model 18432, d_ff 73728 (gated, parallel)" in text
     assert "prefill of 512 sequences, 2,048 tokens each" in text
     assert "a step of decoding of 512 sequences, 2,112 tokens each" in text
+    assert len(re.findall(r"the first with Layout.products = 'one_way' \S+ \S+ or 'bidirectional' ", text)) == 2
     assert "one copy of the weights, for a prompt and 64 steps of decoding" in text and "decoding by 2D" in text
     assert "--gin.LAYOUT=inference/2d_batch_xyz_after_weight_gathered_xy " in text and "next inference/" in text
 

@@ -21,7 +21,7 @@ from meshway.framework.planning.products import Product, Uses, Value, Weight
 from meshway.framework.planning.search import frontier
 from meshway.framework.planning.step_cost import Traffic, Wires
 from meshway.framework.planning.topology import topology
-from meshway.framework.planning.train_plan import closed_forms, step_cost, traffic_of, with_compiled
+from meshway.framework.planning.train_plan import step_cost, traffic_of, with_compiled
 from meshway.launch import cli, plan_page, plan_variants, train_plan
 
 LENGTHS = "--gin.TASK_FEATURE_LENGTHS={'inputs': 64, 'targets': 64}"

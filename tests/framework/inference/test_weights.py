@@ -15,6 +15,7 @@ from meshway.framework.trees import flatten
 
 LAYERS = ("NUM_LAYERS=2", "BATCH_SIZE=8")
 CASES = [("lm", "model_1d"), ("t5_1_1", "fsdp_model"), ("mixtral", "single"), ("lm", "stage")]
+CASES += [("lm", "inference/2d", "partitioner.Layout.products='bidirectional'")]
 
 
 def is_quantized(node):
@@ -28,10 +29,11 @@ def stood_for(params):
 
 
 @pytest.mark.parametrize(
-    "family, layout", [CASES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:])]
+    "case", [CASES[0], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[1:])], ids=" ".join
 )
-def test_a_model_computes_with_what_its_weights_stand_for(family, layout):
-    made = program(family, "BATCH_SIZE=16", layout=layout)
+def test_a_model_computes_with_what_its_weights_stand_for(case):
+    family, layout, *bindings = case
+    made = program(family, "BATCH_SIZE=16", *bindings, layout=layout)
     stored = made.init().params
     before = jax.device_get(stored)
     model, batch = made.model, made.shard_batch(made.synthetic_batch())

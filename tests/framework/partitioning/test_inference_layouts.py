@@ -15,6 +15,7 @@ from tiers import tiers
 
 from meshway.framework.errors import UserError
 from meshway.framework.inference.weights import prepared
+from meshway.framework.partitioning.partitioner import RINGS
 from meshway.framework.planning.audit import audit
 from meshway.framework.planning.cost import (
     BATCH_OVER,
@@ -47,10 +48,14 @@ LAYOUTS += [("weight_gathered_xyz", "batch_xyz")]
 LENGTH, HEAD_DIM = 4, 4
 
 
-class Sizes:
-    """A layer on a mesh: as many heads and examples as devices."""
+def of_products(products: str) -> str:
+    return f"partitioner.Layout.products={products!r}"
 
-    def __init__(self, layout: str, attention: str):
+
+class Sizes:
+    """A layer on a mesh: as many heads and examples as devices. `products`: of the layout, "by_hand" or rings."""
+
+    def __init__(self, layout: str, attention: str, products: str = "by_hand"):
         self.devices = jax.device_count()
         self.d_model, self.d_ff, self.heads = 2 * self.devices, 8 * self.devices, self.devices
         self.feed_forward, self.attention = FEED_FORWARD[layout], attention.replace("_", "-")
@@ -58,9 +63,8 @@ class Sizes:
         self.mesh = Arrangement(*((Ring(size, 1.0),) for size in sizes))
         self.name = f"inference/{layout}" + ("" if attention == "heads" else f"_{attention}")
         shape = f"mesh.MeshShape.ici={dict(zip('xyz', sizes, strict=True))}"
-        self.partitioner = tiny.program(
-            "lm", f"NUM_HEADS={self.heads}", f"BATCH_SIZE={self.devices}", shape, layout=self.name
-        ).partitioner
+        bindings = f"NUM_HEADS={self.heads}", f"BATCH_SIZE={self.devices}", shape, of_products(products)
+        self.partitioner = tiny.program("lm", *bindings, layout=self.name).partitioner
         self.over = GATHERED_OVER.get(self.feed_forward, "")
         self.tokens = self.devices * LENGTH
 
@@ -100,15 +104,15 @@ class Sizes:
         return count * (2 * self.share(STREAM[self.feed_forward]) * rows + scales)
 
 
-def check_feed_forward(layout: str) -> None:
-    at = Sizes(layout, "heads")
+def check_feed_forward(layout: str, products: str = "by_hand") -> None:
+    at = Sizes(layout, "heads", products)
     for activations in (("gelu",), ("gelu", "linear")):
         layer = functools.partial(Mlp, at.d_model, at.d_ff, activations=activations)
         assert at.sent(layer) == at.products(len(activations) * at.d_ff, at.d_ff), (layout, activations)
 
 
-def check_attention(layout: str, attention: str) -> None:
-    at = Sizes(layout, attention)
+def check_attention(layout: str, attention: str, products: str = "by_hand") -> None:
+    at = Sizes(layout, attention, products)
     width = at.heads * HEAD_DIM
     layer = functools.partial(Attention, at.d_model, at.heads, HEAD_DIM)
     call = lambda layer, x: layer(x)[0]  # noqa: E731
@@ -140,8 +144,8 @@ def check_shared_heads(attention: str) -> None:
     assert at.sent(layer, lambda layer, x: layer(x)[0]) == expected, at.name
 
 
-def check_blocks(layout: str, attention: str) -> None:
-    at = Sizes(layout, attention)
+def check_blocks(layout: str, attention: str, products: str = "by_hand") -> None:
+    at = Sizes(layout, attention, products)
     width = at.heads * HEAD_DIM
     exchanged = 4 * at.exchanges(width)
     call = lambda layer, x: layer(x)[0]  # noqa: E731
@@ -172,6 +176,20 @@ def test_attention_and_blocks_send_what_the_formula_says(layout, attention):
 @pytest.mark.parametrize("attention", ["heads", "batch_yz", "batch_xyz"])
 def test_chips_that_share_heads_send_no_more_than_they_need(attention):
     check_shared_heads(attention)
+
+
+RING_CASES = [(*layout, ring) for layout in LAYOUTS for ring in RINGS]
+RING_SLOW = [
+    ("1d", "heads", "one_way"),
+    ("2d", "batch_yz", "bidirectional"),
+    ("weight_gathered_xy", "heads", "one_way"),
+]
+
+
+@pytest.mark.parametrize("layout, attention, ring", tiers(RING_CASES, slow=RING_SLOW))
+def test_attention_and_blocks_in_rings_send_what_the_formula_says(layout, attention, ring):
+    check_attention(layout, attention, ring)
+    check_blocks(layout, attention, ring)
 
 
 @pytest.mark.proofs
@@ -275,9 +293,23 @@ def test_logits_and_cache_are_those_of_one_device(family, layout, request):
     check_model(family, layout, 32 if request.node.get_closest_marker("proofs") else 4)
 
 
-def check_model(family: str, layout: str, steps: int) -> None:
+RING_LOGITS = [(*case, ring) for case in CASES for ring in RINGS]
+RING_LOGITS_SLOW = [
+    ("multi-query", "inference/2d_batch_xyz_after_weight_gathered_xyz", "bidirectional"),
+    ("parallel", "inference/2d", "bidirectional"),
+    ("grouped", "inference/1d", "one_way"),
+    ("encoder-decoder", "inference/2d_batch_yz", "one_way"),
+]
+
+
+@pytest.mark.parametrize("family, layout, ring", tiers(RING_LOGITS, slow=RING_LOGITS_SLOW))
+def test_logits_and_cache_in_rings_are_those_of_one_device(family, layout, ring):
+    check_model(family, layout, 4, of_products(ring))
+
+
+def check_model(family: str, layout: str, steps: int, *more: str) -> None:
     params, expected, scores = reference(family, steps)
-    program = made(family, layout)
+    program = made(family, layout, *more)
     logits, found, cache = decoded(program, params, steps)
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
     np.testing.assert_allclose(found, scores, rtol=1e-5, atol=1e-5)
@@ -336,5 +368,8 @@ if __name__ == "__main__":
         for layout, attention in LAYOUTS:
             check_attention(layout, attention)
             check_blocks(layout, attention)
+        for ring in RINGS if jax.device_count() < 64 else ():  # steps are unrolled: hundreds of them
+            for layout, attention in LAYOUTS:
+                check_blocks(layout, attention, ring)
         for attention in ("heads", "batch_yz", "batch_xyz"):
             check_shared_heads(attention)

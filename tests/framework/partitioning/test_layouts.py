@@ -8,6 +8,8 @@ import pytest
 from tiers import tiers
 from tiny import DENSE_LAYOUTS, FAMILIES, gradients_and_losses, losses, program
 
+from meshway.framework.errors import UserError
+
 STEPS, FEW = 20, 4  # of proofs; of the others: gradients, leaf by leaf, tell of a difference already
 # Layout file -> other mesh shapes it is tried with: what else its file can be asked for.
 SHAPES = {
@@ -71,6 +73,32 @@ def check_equal(made, fresh, gradients, expected, steps):
         np.testing.assert_allclose(
             found_gradients[name], gradient, rtol=1e-4, atol=1e-5 * np.abs(gradient).max(), err_msg=name
         )
+
+
+# Layouts whose products may gather and scatter beside themselves: activations, or weights of which they are sharded.
+BY_LAYERS = ["by_hand", "one_way", "bidirectional"]
+SHARDED = {"model_sequence": "{'data': 2, 'model': 4}", "model_2d": "", "fsdp_model": "", "model_1d": "", "fsdp": ""}
+PRODUCTS = [(layout, products, family) for layout in SHARDED for products in BY_LAYERS for family in FAMILIES]
+PRODUCTS = [case for case in PRODUCTS if case[:2] not in [("model_1d", "one_way"), ("model_1d", "bidirectional")]]
+PRODUCTS_SLOW = [
+    ("model_sequence", "bidirectional", "lm"),
+    ("model_sequence", "one_way", "t5_1_1"),
+    ("model_2d", "one_way", "lm"),
+    ("fsdp_model", "bidirectional", "lm"),
+    ("model_2d", "by_hand", "t5_1_1"),
+]
+
+
+@pytest.mark.parametrize("layout, products, family", tiers(PRODUCTS, slow=PRODUCTS_SLOW))
+def test_products_by_layers_equal_one_device(layout, products, family, reference):
+    shape = [f"mesh.MeshShape.ici={SHARDED[layout]}"] if SHARDED[layout] else []
+    made = program(family, *shape, f"partitioner.Layout.products={products!r}", layout=layout)
+    check_equal(made, *reference(family), FEW)
+
+
+def test_rings_without_anything_to_send_around_are_refused():
+    with pytest.raises(UserError, match="Layout.products='one_way' has no effect.*model_sequence"):
+        program("lm", "partitioner.Layout.products='one_way'", layout="model_1d").trace_loss()
 
 
 @pytest.mark.slow

@@ -7,7 +7,15 @@ import pytest
 
 from meshway.framework.errors import UserError
 from meshway.framework.planning import cost
-from meshway.framework.planning.cost import Arrangement, Transformer, products, volume
+from meshway.framework.planning.cost import (
+    Arrangement,
+    Collective,
+    RingKind,
+    Transformer,
+    products,
+    ring_seconds,
+    volume,
+)
 from meshway.framework.planning.layouts import arrangements
 from meshway.framework.planning.topology import CHIPS, Ring, topology
 
@@ -166,3 +174,39 @@ def test_topologies() -> None:
 def test_no_such_topology(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         topology(name)
+
+
+def test_a_product_in_rings_takes_the_longer_of_a_chunk_and_its_product_in_each_round() -> None:
+    """By hand: 4 chips in a ring, chunks of 250 elements of 2 bytes, links of 100 bytes/s one way."""
+    along = Arrangement((Ring(4, 200.0),), (Ring(1, 1.0),), (Ring(1, 1.0),))
+    gather = Collective("all-gather", "x", 1000)
+    scatter = Collective("reduce-scatter", "x", 1000)
+
+    def seconds(product: float, ring: RingKind, *collectives: Collective) -> float:
+        return ring_seconds(collectives, product, along, [2.0] * len(collectives), 100.0, ring)
+
+    for one in (gather, scatter):
+        assert seconds(4.0, "one_way", one) == pytest.approx(3 * max(5, 1) + 1)  # a hop of 500 bytes
+        assert seconds(40.0, "one_way", one) == pytest.approx(3 * max(5, 10) + 10)
+        # 2 rounds of 750 bytes each way: a whole chunk each, then halves.
+        assert seconds(4.0, "bidirectional", one) == pytest.approx(max(7.5, 3) + 1)
+        assert seconds(40.0, "bidirectional", one) == pytest.approx(30 + 10)
+    assert seconds(7.0, "one_way") == 7.0  # nothing goes around
+    weights = Collective("all-gather", "x", 1001, weights=True)  # more than the activations, which then wait
+    alone = gather.seconds(along, 2.0)
+    assert seconds(400.0, "one_way", weights, gather) == pytest.approx(400 + alone)
+
+
+def test_a_gather_goes_on_beside_the_block_that_leaves_first() -> None:
+    mesh = Arrangement((Ring(2, 200.0),), (Ring(4, 200.0),), (Ring(1, 1.0),))
+    gather, scatter = Collective("all-gather", "y", 1000), Collective("reduce-scatter", "x", 1000)
+    # Half of the product, a quarter of it alone, beside 3 hops of 5 s; the other half beside a hop of 10 s.
+    found = ring_seconds([gather, scatter], 8.0, mesh, [2.0, 2.0], 100.0, "one_way")
+    assert found == pytest.approx(15 + 10 + 1)
+
+
+def test_rings_of_several_axes_are_nested() -> None:
+    mesh = Arrangement((Ring(1, 1.0),), (Ring(4, 200.0),), (Ring(2, 200.0),))
+    gather = Collective("all-gather", "yz", 800)
+    # 3 hops of 200 bytes along y, one of 800 along z, then what is left: one chunk's product of eight.
+    assert ring_seconds([gather], 0.8, mesh, [2.0], 100.0, "one_way") == pytest.approx(6 + 8 + 0.1)
