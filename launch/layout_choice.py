@@ -38,7 +38,6 @@ from meshway.launch.train_plan import asked_topology, format_seconds
 if TYPE_CHECKING:
     from meshway.launch.invocation import Invocation
 
-AUTO = "auto"
 TRACED = {"inputs": 8, "targets": 8}  # lengths for a recipe without a task: sizes do not depend on them
 _DOUBLINGS = 12
 _TRIES = 48  # candidates that a model may refuse, each traced until it does
@@ -226,32 +225,6 @@ def reader(invocation: "Invocation", root: str) -> Callable[[Candidate], Layout]
     return of
 
 
-def is_auto(invocation: "Invocation") -> bool:
-    """Whether a command's last word on its layout is that it be chosen.
-
-    Raises:
-      UserError: it says what the mesh is, too; or describes devices for no choice.
-    """
-    layouts = [each.partition("=")[2].strip().strip("'\"") for each in invocation.bindings if _binds(each, "LAYOUT")]
-    if not layouts or layouts[-1] != AUTO:
-        if getattr(invocation.options, "topology", None):
-            raise UserError("--topology has no effect without --layout=auto: leave it out")
-        return False
-    if mesh := [each for each in invocation.bindings if each.partition("=")[0].strip().startswith("mesh.MeshShape.")]:
-        raise UserError(f"--gin.{mesh[0]}: --layout=auto chooses the mesh too; leave it out, or name the layout")
-    return True
-
-
-def on_one_device(invocation: "Invocation") -> "Invocation":
-    """Returns a command whose layout is to be chosen, with one that shards nothing: any recipe can be read with it."""
-    kept = [each for each in invocation.bindings if not _binds(each, "LAYOUT")]
-    return dataclasses.replace(invocation, bindings=(*kept, f"LAYOUT={ONE_CHIP!r}"))
-
-
-def _binds(binding: str, name: str) -> bool:
-    return binding.partition("=")[0].strip() == name
-
-
 def with_layout(
     invocation: "Invocation",
     opened: RecipeModel,
@@ -298,7 +271,7 @@ def with_layout(
 
 def _request(opened: RecipeModel, work: Workload) -> Request:
     """Returns a request with the types that the recipe's parameters, and its keys and values, are stored in."""
-    sharded = ShardedModel(opened.model, opened.layout)
+    sharded = ShardedModel(opened.model, opened.layout, jax.local_devices()[:1])
     cache = trace_decoding(sharded, work)
     weights: float = {"int8": 1.0, "int4": 0.5}.get(opened.weights or "", _itemsize(sharded.param_shapes))
     return Request(work, weights, _itemsize(cache))
