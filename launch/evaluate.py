@@ -58,6 +58,8 @@ _HOW = (
     "finished",
     "loggers",
     "weights",
+    "cache",
+    "cached",
 )
 
 
@@ -78,6 +80,8 @@ def evaluate(
     averaged: bool = False,
     loggers: Sequence[Writer] = (),
     weights: str | None = None,
+    cache: str | None = None,
+    cached: Model | None = None,
     fingerprint: str = "",
 ) -> int:
     """Evaluates checkpoints in `model_dir`, and writes `eval/<task>.jsonl`, TensorBoard's events and `report.html`.
@@ -99,6 +103,7 @@ def evaluate(
       averaged: whether to evaluate the averages of parameters that the run kept (EMA_DECAY).
       loggers: what takes the scalars of each step, beside TensorBoard.
       weights: one of `weights.WEIGHTS`: prints what weights in so many bits cost, and writes nothing.
+      cache: the same of keys and values: the dtype that `cached`, the model otherwise, keeps them in.
       fingerprint: of what is evaluated: a step that has records of the same one is passed over.
 
     Returns:
@@ -107,7 +112,7 @@ def evaluate(
     Raises:
       UserError: anything the user can mend; one message.
     """
-    _check_how(watch, idle_timeout, weights)
+    _check_how(watch, idle_timeout, weights, cache)
     directory = RunDirectory(local_path(model_dir))
     wanted = Wanted.parse(steps if steps is not None else ALL if watch else LATEST)
     listed = wanted.steps is not None
@@ -125,8 +130,9 @@ def evaluate(
     with terminal.stage("opening the evaluation data"):
         tasks = split_tasks(data, split)
     settings = dataclasses.replace(evaluation, max_predictions=max_predictions)
-    if weights is not None:
-        return _compare(directory, sharded, tasks, settings, weights, wanted, averaged)
+    if weights is not None or cached is not None:
+        other = None if cached is None else ShardedModel(cached, layout)
+        return _compare(directory, (sharded, other), tasks, settings, (weights, cache), wanted, averaged)
     read = _as_read(sharded, tasks, settings)
     evaluator = Evaluator(read, tasks, settings)
     with EvaluationDisplay(silent=not processes.is_primary()) as display:
@@ -150,13 +156,14 @@ def evaluate(
     return count
 
 
-def _check_how(watch: bool, idle_timeout: float | None, weights: str | None) -> None:
+def _check_how(watch: bool, idle_timeout: float | None, weights: str | None, cache: str | None) -> None:
     """Raises UserError for what does not go together."""
     if idle_timeout is not None and not watch:
         raise UserError("--idle_timeout has no effect without --watch, which alone waits: leave it out, or give both")
     check_weights(weights, "--weights")
-    if weights is not None and watch:
-        raise UserError("--weights compares one checkpoint with itself in fewer bits: leave out --watch")
+    for flag, value in (("--weights", weights), ("--cache", cache)):
+        if value is not None and watch:
+            raise UserError(f"{flag} compares one checkpoint with itself in fewer bits: leave out --watch")
 
 
 def _as_read(sharded: ShardedModel, tasks: Sequence[EvalTask], settings: Evaluation) -> ShardedModel:
@@ -168,29 +175,33 @@ def _as_read(sharded: ShardedModel, tasks: Sequence[EvalTask], settings: Evaluat
 
 def _compare(
     directory: RunDirectory,
-    sharded: ShardedModel,
+    models: tuple[ShardedModel, ShardedModel | None],
     tasks: Sequence[EvalTask],
     settings: Evaluation,
-    weights: str,
+    kept: tuple[str | None, str | None],
     wanted: Wanted,
     averaged: bool,
 ) -> int:
-    """Prints what weights in fewer bits cost: the divergence, and each metric beside the checkpoint's. Returns how many
-    steps were evaluated for the run's own records: none."""
+    """Prints what weights, and keys and values, cost that are `kept` in fewer bits: the divergence, and each metric
+    beside the checkpoint's. Returns how many steps were evaluated for the run's own records: none."""
+    (sharded, cached), (weights, cache) = models, kept
+    flag = "--cache" if weights is None else "--weights"
     step, *others = wanted.fixed(directory.checkpoints).steps or ()
     if others:
-        raise UserError(f"--weights compares one checkpoint, and --steps names {1 + len(others)}: give one")
+        raise UserError(f"{flag} compares one checkpoint, and --steps names {1 + len(others)}: give one")
     with terminal.stage(f"reading checkpoint {step}"):
         checkpoints = Checkpoints(directory.checkpoints, read_only=True, averaged=averaged)
         params = checkpoints.load_params(step, sharded.abstract_params)
+    cached = None if cached is None else _as_read(cached, tasks, settings)
     sharded = _as_read(sharded, tasks, settings)
     params = sharded.split(params, consume=True)
-    comparison, primary = Comparison(sharded, params, weights, settings), processes.is_primary()
+    comparison, primary = Comparison(sharded, params, weights, settings, cached), processes.is_primary()
+    name = ", ".join(f"{dtype} {what}" for dtype, what in ((weights, "weights"), (cache, "cache")) if dtype)
     if primary:
-        print(f"step {step} in {weights}: {comparison.size()}", flush=True)
+        print(f"step {step}, {name}: {comparison.size()}", flush=True)
     for found in comparison.of(tasks):
         if primary:
-            print(format_accuracy(found, weights), flush=True)
+            print(format_accuracy(found, name), flush=True)
     return 0
 
 
@@ -239,7 +250,7 @@ def run(invocation: "Invocation") -> None:
             # jax has made SIGTERM a question that training asks after each step; here nobody asks.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         recipe = config.load(of_run(invocation))
-        with recipe.parts("evaluate.evaluate", given=["fingerprint"]) as part:  # of gin/runs/eval.gin
+        with recipe.parts("evaluate.evaluate", given=["fingerprint", "cached"]) as part:  # of gin/runs/eval.gin
             model: Model = part("model")  # MODEL
             layout: Layout = part("layout")  # LAYOUT: any, whatever the run was trained under
             data: DataSource = part("data")  # DATA: MIXTURE_OR_TASK_NAME under FEATURE_CONVERTER
@@ -247,7 +258,24 @@ def run(invocation: "Invocation") -> None:
             evaluation: Evaluation = part("evaluation")
             how = part.rest()  # TRAIN_STEPS, and what flags bind: steps, watch, split, ...
         fingerprint = recipe.fingerprint("evaluate.evaluate", without=_HOW)
+        if how.get("cache") is not None:
+            how["cached"] = _with_cache(invocation, how["cache"])
         evaluate(model, layout, data, model_dir, evaluation, **how, fingerprint=fingerprint)
+
+
+def _with_cache(invocation: "Invocation", dtype: str) -> Model:
+    """Returns the model of a command, with keys and values kept in `dtype`."""
+    from meshway.launch.recipe import config
+    from meshway.launch.recipe.files import of_run
+
+    name = "attention.Attention.cache_dtype"
+    bound = dataclasses.replace(
+        of_run(invocation),
+        bindings=(*invocation.bindings, f"{name}={dtype!r}"),
+        flags={**invocation.flags, name: "--cache"},
+    )
+    built: Model = config.load(bound).build("evaluate.evaluate", given=["fingerprint", "cached"])["model"]
+    return built
 
 
 if __name__ == "__main__":

@@ -2,15 +2,15 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from meshway.framework.errors import UserError, did_you_mean, first_line
-from meshway.framework.inference.decoding import decoding_model
+from meshway.framework.inference.decoding import decoding_model, teacher_forced
 from meshway.framework.interfaces import ArraySpec, Batch, Decodes, Model, Params
 from meshway.framework.partitioning.sharded_model import ShardedModel
 from meshway.framework.trees import flatten
@@ -303,20 +303,8 @@ class TeacherForced:
     def through_cache(self, model: Decodes, params: Params, prompt: Batch | None = None) -> np.ndarray:
         """Returns the log-probability of every token at each target's place, one step of decoding for each target,
         float32 [rows, steps, vocab]; `prompt` as it lies on devices, if it does."""
-        steps = self.targets.shape[1]
-
-        def decode(params: Params, prompt: Batch, targets: jax.Array) -> jax.Array:
-            tokens, start, cache = model.prefill(params, prompt, steps)
-
-            def advance(carry: Any, inputs: Any) -> Any:
-                tokens, cache = carry
-                index, target = inputs
-                logits, cache = model.decode(params, tokens, start + index, cache)
-                return (target[:, None], cache), jax.nn.log_softmax(logits)
-
-            return jnp.swapaxes(jax.lax.scan(advance, (tokens, cache), (jnp.arange(steps), targets.T))[1], 0, 1)
-
-        return np.asarray(jax.jit(decode)(params, self.prompt if prompt is None else prompt, self.targets))
+        decode = jax.jit(functools.partial(teacher_forced, model))
+        return np.asarray(decode(params, self.prompt if prompt is None else prompt, self.targets))
 
 
 def require(condition: Any, message: str) -> None:

@@ -4,7 +4,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +78,27 @@ def decoding_model(model: Model, instead: str = "") -> Decodes:
             f"{' or '.join(missing)} (see Decodes in framework/interfaces.py){instead and '; '}{instead}"
         )
     return cast(Decodes, model)
+
+
+def teacher_forced(model: Decodes, params: Params, prompt: Batch, targets: jax.Array) -> jax.Array:
+    """Returns the log-probability of every token at each target's place, float32 [rows, steps, vocab], by one step of
+    decoding for each target, through the cache.
+
+    Args:
+      model, params: what decodes.
+      prompt: what is read first.
+      targets: int32 [rows, steps], what is fed, one after the other.
+    """
+    steps = targets.shape[1]
+    tokens, start, cache = model.prefill(params, prompt, steps)
+
+    def advance(carry: Any, inputs: Any) -> Any:
+        tokens, cache = carry
+        index, target = inputs
+        logits, cache = model.decode(params, tokens, start + index, cache)
+        return (target[:, None], cache), jax.nn.log_softmax(logits)
+
+    return jnp.swapaxes(jax.lax.scan(advance, (tokens, cache), (jnp.arange(steps), targets.T))[1], 0, 1)
 
 
 class Decoder(Protocol):

@@ -47,7 +47,7 @@ class IntegerProduct:
     """Products in integers (multiplied by qwix): `Attention.products`, `Mlp.products` and `MoeMlp.products`.
 
     Attributes:
-      dtype: of the operands; a TPU multiplies int4 too.
+      integers: what operands are rounded to; a TPU multiplies int4 too.
       inputs_gradient: whether the gradient of activations, a product of that of the outputs and the weights, is
         computed in integers too.
       weights_gradient: the same of the weights' gradient, a sum over tokens. Other gradients are computed in the dtype
@@ -56,17 +56,17 @@ class IntegerProduct:
         does so); False rounds to the nearest.
 
     Raises:
-      ValueError: an unknown dtype.
+      ValueError: unknown integers.
     """
 
-    dtype: Literal["int8", "int4"] = "int8"
+    integers: Literal["int8", "int4"] = "int8"
     inputs_gradient: bool = True
     weights_gradient: bool = False
     stochastic: bool = True
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("int8", "int4"):
-            raise ValueError(f"IntegerProduct.dtype must be 'int8' or 'int4', not {self.dtype!r}")
+        if self.integers not in ("int8", "int4"):
+            raise ValueError(f"IntegerProduct.integers must be 'int8' or 'int4', not {self.integers!r}")
 
     def __call__(self, x: jax.Array, kernel: jax.Array, num_inputs: int) -> jax.Array:
         """Contracts the last `num_inputs` dims of x [tokens ..., inputs ...] with the first ones of a kernel [inputs
@@ -75,13 +75,13 @@ class IntegerProduct:
         Raises:
           ValueError: the backend lacks the dtype, or int32 does not hold the sums.
         """
-        _check_dtype(self.dtype)
+        _check_dtype(self.integers)
         return _product(x, kernel, self._noise(), self, num_inputs)
 
     def of_experts(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """x [experts, ..., inputs], kernel [experts, inputs, outputs] -> [experts, ..., outputs], each by its own."""
         noise = self._noise()
-        _check_dtype(self.dtype)
+        _check_dtype(self.integers)
         each = functools.partial(_product, how=self, num_inputs=1)
         if noise is None:
             return jax.vmap(lambda x, kernel: each(x, kernel, None))(x, kernel)
@@ -100,7 +100,7 @@ class IntegerProduct:
                 "IntegerProduct.weights_gradient=True: experts whose tokens are sorted have no such product in "
                 "integers; set it to False, or moe.MoeMlp.dispatch = 'all_to_all'"
             )
-        _check_dtype(self.dtype)
+        _check_dtype(self.integers)
         return _sorted_product(rows, kernel, sizes, self._noise(), self)
 
     def _noise(self) -> jax.Array | None:
@@ -161,8 +161,8 @@ def _forward(
     x: jax.Array, kernel: jax.Array, key: jax.Array | None, how: IntegerProduct, num_inputs: int
 ) -> tuple[jax.Array, Any]:
     _, x_inputs, inputs, _ = _axes(x, kernel, num_inputs)
-    integers = rounded(x, x_inputs, how.dtype)
-    y = _dot(integers, rounded(kernel, inputs, how.dtype), x_inputs, inputs)
+    integers = rounded(x, x_inputs, how.integers)
+    y = _dot(integers, rounded(kernel, inputs, how.integers), x_inputs, inputs)
     return y.astype(x.dtype), (integers if how.weights_gradient else x, kernel, key)
 
 
@@ -173,17 +173,17 @@ def _backward(how: IntegerProduct, num_inputs: int, saved: Any, g: jax.Array) ->
     tokens = tuple(range(g.ndim - len(outputs)))
     produced = tuple(range(len(tokens), g.ndim))
     if how.inputs_gradient:
-        weights = rounded(kernel, inputs, how.dtype)
+        weights = rounded(kernel, inputs, how.integers)
         # The weights' scales are of outputs, over which is summed: they go to the gradient before it is rounded.
         scaled = g * weights.scale.reshape(kernel.shape[num_inputs:])
         integers = dataclasses.replace(weights, scale=jnp.ones((1,) * kernel.ndim))
-        of_x = _dot(rounded(scaled, produced, how.dtype, keys[0]), integers, produced, outputs)
+        of_x = _dot(rounded(scaled, produced, how.integers, keys[0]), integers, produced, outputs)
     else:
         of_x = jax.lax.dot_general(g, kernel, ((produced, outputs), ((), ())))
     if how.weights_gradient:
         scaled = g * x.scale.reshape(*g.shape[: len(tokens)], *(1,) * len(outputs))
         integers = dataclasses.replace(x, scale=jnp.ones((1,) * x.qvalue.ndim))
-        of_kernel = _dot(integers, rounded(scaled, tokens, how.dtype, keys[1]), tokens, tokens)
+        of_kernel = _dot(integers, rounded(scaled, tokens, how.integers, keys[1]), tokens, tokens)
     else:
         of_kernel = jax.lax.dot_general(x, g, ((tokens, tokens), ((), ())))
     return of_x.astype(g.dtype), of_kernel.astype(kernel.dtype), None
@@ -202,8 +202,8 @@ def _sorted_product(
 def _sorted_forward(
     rows: jax.Array, kernel: jax.Array, sizes: jax.Array, key: jax.Array | None, how: IntegerProduct
 ) -> tuple[jax.Array, Any]:
-    weights = rounded(kernel, (1,), how.dtype)
-    y = _ragged(rounded(rows, (1,), how.dtype), weights.qvalue, sizes) * _of_rows(weights.scale, rows, sizes)
+    weights = rounded(kernel, (1,), how.integers)
+    y = _ragged(rounded(rows, (1,), how.integers), weights.qvalue, sizes) * _of_rows(weights.scale, rows, sizes)
     return y.astype(rows.dtype), (rows, kernel, sizes, key)
 
 
@@ -212,8 +212,8 @@ def _sorted_backward(how: IntegerProduct, saved: Any, g: jax.Array) -> tuple[jax
     _, transposed = jax.vjp(lambda rows, kernel: jax.lax.ragged_dot(rows, kernel, sizes), rows, kernel)
     of_rows, of_kernel = transposed(g)
     if how.inputs_gradient:
-        weights = rounded(kernel, (1,), how.dtype)
-        scaled = rounded(g * _of_rows(weights.scale, rows, sizes), (1,), how.dtype, key)
+        weights = rounded(kernel, (1,), how.integers)
+        scaled = rounded(g * _of_rows(weights.scale, rows, sizes), (1,), how.integers, key)
         of_rows = _ragged(scaled, jnp.swapaxes(weights.qvalue, 1, 2), sizes)
     return of_rows.astype(g.dtype), of_kernel, None, None
 
@@ -234,4 +234,4 @@ def _of_rows(scale: jax.Array, rows: jax.Array, sizes: jax.Array) -> jax.Array:
 def _check_dtype(dtype: str) -> None:
     platform = getattr(jax.sharding.get_abstract_mesh().abstract_device, "platform", None) or jax.default_backend()
     if platform == "cpu" and dtype != "int8":
-        raise ValueError(f"IntegerProduct.dtype={dtype!r}: programs for cpu multiply no such integers; use 'int8'")
+        raise ValueError(f"IntegerProduct.integers={dtype!r}: programs for cpu multiply no such integers; use 'int8'")

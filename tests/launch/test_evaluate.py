@@ -78,6 +78,8 @@ def test_weights_in_fewer_bits_need_a_model_that_takes_them(capsys, run):
     assert code == 2 and "--weights compares one checkpoint, and --steps names 2: give one" in errors
     code, _, errors = evaluate(capsys, f"--model_dir={run}", "--weights=int8", "--watch")
     assert code == 2 and "leave out --watch" in errors
+    code, _, errors = evaluate(capsys, f"--model_dir={run}", "--cache=int8")
+    assert code == 2 and "--cache: 'attention' of 'attention.Attention' is not imported" in errors
 
 
 def test_another_split_stands_beside(capsys, run):

@@ -39,6 +39,7 @@ NEEDED = {  # what a recipe leaves open
         "TASK_FEATURE_LENGTHS={'inputs': 16, 'targets': 8}",
     ),
 }
+INTEGERS = "@integer_products.IntegerProduct()"
 BEFORE = dict.fromkeys(("pretrain", "finetune"), ("models/t5_1_1/tiny.gin",))  # files that a recipe is made to follow
 
 
@@ -57,6 +58,15 @@ def test_a_recipe_resolves_to_its_golden_text(name):
         path.write_text(resolved)
     assert resolved == path.read_text()
     again = Invocation(verb=verb, subject=subject, gin_files=(str(path),))
+    assert config.load(again, import_unreferenced=False).resolved == resolved
+
+
+def test_a_run_that_multiplies_integers_goes_on_by_its_own_recipe(tmp_path):
+    given = Invocation("train", gin_files=("quickstart",), bindings=("MODEL_DIR='run'", f"PRODUCTS={INTEGERS}"))
+    resolved = config.load(given, import_unreferenced=False).resolved
+    assert "integer_products.IntegerProduct.integers = 'int8'" in resolved
+    (tmp_path / "config.gin").write_text(resolved)
+    again = Invocation("train", gin_files=(str(tmp_path / "config.gin"),))
     assert config.load(again, import_unreferenced=False).resolved == resolved
 
 

@@ -91,9 +91,9 @@ def test_each_expert_multiplies_by_its_own():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="dtype must be 'int8' or 'int4', not 'int2'"):
+    with pytest.raises(ValueError, match="integers must be 'int8' or 'int4', not 'int2'"):
         IntegerProduct("int2")
-    with pytest.raises(ValueError, match="dtype='int4': programs for cpu multiply no such integers; use 'int8'"):
+    with pytest.raises(ValueError, match="integers='int4': programs for cpu multiply no such integers; use 'int8'"):
         IntegerProduct("int4")(jnp.ones((2, 3)), jnp.ones((3, 2)), 1)
     x, w = jax.ShapeDtypeStruct((140_000, 2), jnp.float32), jax.ShapeDtypeStruct((2, 3), jnp.float32)
     with pytest.raises(ValueError, match="a sum of 140,000 products .* take more microbatches"):
