@@ -176,6 +176,7 @@ class _Liveness:
         self.propagation = Propagation(mesh)
         self._mesh = self.propagation.mesh
         self._twins: set[Array] = set()  # results of loops, and slices of them, that equal another one: held once
+        self._remade: set[Array] = set()  # results of elementwise operations
         self._rows: set[Array] = set()  # what kernels read and write row by row: rows are padded to all lanes
 
     def peak(
@@ -197,6 +198,7 @@ class _Liveness:
         dim_axes |= {array: each for array, each in zip(function.takes, given, strict=True)}
         self._find_twins(function, dim_axes)
         self._rows |= written_by_kernels(function)
+        self._remade |= {array for each in function.operations if each.name in FUSED for array in each.makes}
         pins = self._pins(function, dim_axes, wanted)
         lives = Lifetimes(function, slices, lambda array: self._bytes(array, dim_axes, pins))
         gathered, released = self._gathered(function, dim_axes)
@@ -205,19 +207,12 @@ class _Liveness:
             made = [array for array in (*operation.makes, *lives.sliced.get(number, ())) if array in lives.held]
             if not made and (operation.name in FUSED or is_one_hot(operation)):
                 continue
-            sizes = [self._bytes(array, dim_axes, pins) for array in made]
-            ends = [self._bytes(array, dim_axes, pins) for array in lives.ending.get(number, ())]
+            ending = lives.ending.get(number, ())
+            sizes, ends = ([self._bytes(each, dim_axes, pins) for each in arrays] for arrays in (made, ending))
             under_way = self._under_way(operation, dim_axes, pins)
             live += gathered.get(number, 0)
-            reused = _reused(sizes, ends) if operation.name in _IN_PLACE else 0
-            if operation.name == "scan":  # its state alone: what it collects grows while what it reads is still there
-                fixed, carried = scan_counts(operation.params)
-                before, after = operation.reads[fixed : fixed + carried], set(operation.makes[:carried])
-                ends_here = [array for array in lives.ending.get(number, ()) if array in before]
-                reused = _reused(
-                    [size for array, size in zip(made, sizes, strict=True) if array in after],
-                    [self._bytes(array, dim_axes, pins) for array in ends_here],
-                )
+            shared = _in_place(operation, made, ending)
+            reused = _reused(*([self._bytes(each, dim_axes, pins) for each in arrays] for arrays in shared))
             peak = max(peak, live + sum(sizes) - reused + under_way)
             live += sum(sizes) - sum(ends) - released.get(number, 0)
         return peak
@@ -278,9 +273,14 @@ class _Liveness:
             if pins.get(made, dim_axes[made]) == dim_axes[made]:
                 return 0
             # A product whose result is reduce-scattered is computed in windows, of which two travel each way, from an
-            # operand that is laid out anew for them.
-            operand = max(local_bytes(array, each, self._mesh) for array, each in zip(operation.reads, operands))
-            return operand + _WINDOWS * local_bytes(made, pins[made], self._mesh)
+            # operand that is laid out anew for them. If that was made element by element it is made again, so that
+            # what it was made of is still there.
+            sizes = [
+                local_bytes(array, each, self._mesh) for array, each in zip(operation.reads, operands, strict=True)
+            ]
+            operand = max(range(len(sizes)), key=sizes.__getitem__)
+            times = 2 if operation.reads[operand] in self._remade else 1
+            return times * sizes[operand] + _WINDOWS * local_bytes(made, pins[made], self._mesh)
         if name == "scan":
             body = self.propagation.function(params["jaxpr"])
             given = self.propagation.body_inputs(operation, operands)
@@ -343,6 +343,18 @@ class _Liveness:
                     if array.shape == made.shape:
                         pin(array, asked)
         return pins
+
+
+def _in_place(
+    operation: Operation, made: Sequence[Array], ending: Sequence[Array]
+) -> tuple[Sequence[Array], Sequence[Array]]:
+    """Returns the results of an operation, and the operands not read again, that may share their memory: of a loop its
+    state alone, since what it collects grows while what it reads is still there."""
+    if operation.name == "scan":
+        fixed, carried = scan_counts(operation.params)
+        before, after = operation.reads[fixed : fixed + carried], operation.makes[:carried]
+        return [each for each in made if each in after], [each for each in ending if each in before]
+    return (made, ending) if operation.name in _IN_PLACE else ((), ())
 
 
 def _reused(sizes: Sequence[int], ends: Sequence[int]) -> int:

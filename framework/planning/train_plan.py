@@ -116,8 +116,10 @@ def traced_plan(program: Any, where: Topology, model_flops: float) -> TrainPlan:
     closed = program.trace_gradients()
     computed = jaxpr_flops(closed)
     setting = setting_of(program)
-    whole = setting  # with products of experts, which kernels hide
-    if any("expert" in weight.names for weight in setting.parameters):
+    # On no mesh kernels hide no products of experts, and no stage is idle.
+    has_experts = any("expert" in weight.names for weight in setting.parameters)
+    whole = setting
+    if has_experts or setting.stages:
         whole = dataclasses.replace(setting, uses=whole_uses(program, setting.parameters))
     asked = program.trace_loss()
     mesh = dict(setting.mesh)
@@ -132,7 +134,8 @@ def traced_plan(program: Any, where: Topology, model_flops: float) -> TrainPlan:
     state = memory.parameters + memory.optimizer + memory.gradients
     micro = program.num_microbatches
     traffic = traffic_of(setting, micro, recomputed)
-    cost = step_cost(whole, traffic, program.partitioner.mesh, where, hardware * idle, state, micro, recomputed)
+    products = whole if has_experts else setting
+    cost = step_cost(products, traffic, program.partitioner.mesh, where, hardware * idle, state, micro, recomputed)
     rows = program.explain()
     found = waste.state_waste(rows, mesh, 0.1) + waste.activation_waste(asked, 0.5)
     return TrainPlan(

@@ -262,22 +262,24 @@ def times_table() -> Iterator[tuple[Published, float, TrainPlan]]:
 
 
 def _print_memory(recipes: Sequence[str]) -> None:
-    head = ("recipe", "mesh", "parameters", "optimizer", "gradients", "state, padded", "XLA", "rest", "XLA", "off by")
-    rows: list[tuple[str, ...]] = [head]
+    _print_row("recipe", "mesh", "parameters", "optimizer", "gradients", "padded", "XLA", "rest", "XLA", "off by")
     for held in memory_table(recipes):
         planned = held.planned
         rest = planned.gradients + planned.activations
         sizes = (planned.parameters, planned.optimizer, planned.gradients, planned.total - rest, held.arguments)
         texts = [format_bytes(size) for size in (*sizes, rest, held.temporaries)]
-        rows.append((held.recipe, held.mesh, *texts, f"{held.ratios[1] - 1:+.1%}"))
-        print("\n".join(format_columns([head, rows[-1]], right=range(2, len(head)))[len(rows) > 2 :]), flush=True)
+        _print_row(held.recipe, held.mesh, *texts, f"{held.ratios[1] - 1:+.1%}")
 
 
 def _print_flops(recipes: Sequence[str]) -> None:
-    rows = [("recipe, two layers", "planned", "XLA", "off by")]
+    _print_row("recipe", "", "planned", "XLA", "off by")
     for recipe, planned, counted in flops_table(recipes):
-        rows.append((recipe, f"{planned:.4g}", f"{counted:.4g}", f"{planned / counted - 1:+.1%}"))
-    print("\n".join(format_columns(rows, right=(1, 2, 3))))
+        _print_row(recipe, "", f"{planned:.4g}", f"{counted:.4g}", f"{planned / counted - 1:+.1%}")
+
+
+def _print_row(recipe: str, mesh: str, *cells: str) -> None:
+    """Prints a row as soon as it is known: each takes minutes."""
+    print(f"{recipe:14}{mesh:12}" + "".join(f"{cell:>12}" for cell in cells), flush=True)
 
 
 def _print_times(_: Sequence[str]) -> None:

@@ -89,7 +89,8 @@ def test_stages_hold_alike_and_would_not_alone() -> None:
         "--gin.NUM_ENCODER_LAYERS=4",
         "--gin.NUM_DECODER_LAYERS=4",
     )
-    stages, memory = found["stages"], found["memory"]
+    stages, memory, flops = found["stages"], found["memory"], found["flops"]
+    assert flops["parameters"] < flops["model"] < flops["hardware"]  # the last with idle stages
     assert [each["number"] for each in stages] == [0, 1, 2, 3]
     held = memory["total"] - memory["padding of these"]
     assert {round(each["here"]) for each in stages} == {held}
