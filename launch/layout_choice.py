@@ -159,7 +159,7 @@ def remedies(fits: Callable[[Request, Topology], bool], request: Request, where:
             break
     larger: Topology | None = where
     for _ in range(_DOUBLINGS):
-        larger = _doubled(larger)
+        larger = doubled(larger)
         if larger is None:
             break
         if fits(request, larger):
@@ -178,7 +178,7 @@ def too_large(what: str, least: Estimate, where: Topology, fitting: Sequence[str
     )
 
 
-def _doubled(where: Topology) -> Topology | None:
+def doubled(where: Topology) -> Topology | None:
     """Returns a topology of twice as many chips, its shortest side twice as long; None where there is none."""
     family, _, sides = where.name.partition(":")
     sizes = [int(side) for side in sides.split("x")]

@@ -64,6 +64,7 @@ class Estimate:
     Attributes:
       compute, memory, communication: seconds that products, reads of the chip's memory, and collectives take alone.
       weights, cache, activations: bytes on a chip; gathered weights of a layer are among the activations.
+      sent: bytes that a chip sends in the pass.
       params: that a token is multiplied with.
     """
 
@@ -79,6 +80,7 @@ class Estimate:
     weights: float
     cache: float
     activations: float
+    sent: float
     params: int
     num_collectives: int
 
@@ -157,6 +159,7 @@ def estimate(
         weights=weights,
         cache=cache,
         activations=hidden + (layer if gathered > 1 else 0),
+        sent=layers * sum(each.moved(mesh) * size for each, size in zip(collectives, sizes, strict=True)),
         params=params,
         num_collectives=sum(mesh.size(each.axes) > 1 for each in collectives),
     )
