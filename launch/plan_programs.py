@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from meshway.framework.partitioning.partitioner import Layout
     from meshway.launch.invocation import Invocation
 
-_TYPES = {4: "float32", 2: "bfloat16", 1: "int8"}
+_TYPES: Mapping[float, str] = {4: "float32", 2: "bfloat16", 1: "int8"}
 _TITLES = {"prefill": "prefill", "decode": "a step of decoding", "score": "scoring"}
 
 
