@@ -119,8 +119,7 @@ def evaluate(
         records.prepare()
     agree({"recipe": fingerprint, "jax": jax.__version__, "backend": jax.default_backend()})
     sharded = ShardedModel(model, layout)
-    vocabularies = data.vocabularies()
-    check_vocabularies(sharded, vocabularies)
+    check_vocabularies(sharded, vocabularies := data.vocabularies())
     directory.check_vocabularies(vocabularies, source_framing(data))
     split = other_split(data, split)
     with terminal.stage("opening the evaluation data"):
@@ -145,9 +144,8 @@ def evaluate(
             idle_timeout,
         )
         skip_removed = (watch or not listed) and not finished  # which one before the last does not tell
-        laid = functools.partial(read.split, consume=True)
         given = (evaluator, sharded.abstract_params, queue, records, fingerprint, split, display, skip_removed)
-        count = EvaluationJob(directory, *given, averaged, loggers, laid).run()
+        count = EvaluationJob(directory, *given, averaged, loggers, functools.partial(read.split, consume=True)).run()
         _say_goodbye(directory, queue, count, display)
     return count
 

@@ -233,7 +233,7 @@ def _reader_and_work(
         inputs.inputs_field,
         inputs.targets_field,
         inputs.truncate,
-        inputs.preprocess and preprocess(inputs.preprocess, module_names(inputs.module), limits),
+        preprocess(inputs.preprocess, module_names(inputs.module), limits) if inputs.preprocess else None,
         inputs.begin_field,
     )
     if scores:
@@ -330,8 +330,8 @@ def open_recipe(
 
     given = (f"MODEL_DIR={str(run)!r}", *bindings)
     invocation = files.of_run(Invocation("infer", "opened", bindings=given))
-    if auto := largest is not None and layout_choice.is_auto(invocation):
-        invocation = layout_choice.on_one_device(invocation)
+    auto = largest is not None and files.is_auto(invocation)
+    invocation = files.on_one_device(invocation) if auto else invocation
     found = opened(**config.load(invocation, import_unreferenced=False).build("infer.opened"))
     if auto and largest is not None:
         found = layout_choice.with_layout(invocation, found, largest(found))
@@ -367,8 +367,8 @@ def run(invocation: "Invocation") -> None:
         if jax.process_count() > 1:
             # jax has made SIGTERM a question that training asks after each step; here nobody asks.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        auto = layout_choice.is_auto(invocation)
-        invocation = files.of_run(layout_choice.on_one_device(invocation) if auto else invocation)
+        auto = files.is_auto(invocation)
+        invocation = files.of_run(files.on_one_device(invocation))
         recipe = config.load(dataclasses.replace(invocation, subject="infer"), import_unreferenced=False)
         with recipe.parts("infer.infer", given=["data", "settings"]) as part:  # of gin/runs/infer.gin
             model: RecipeModel = part("opened")  # MODEL, LAYOUT and TASK_FEATURE_LENGTHS

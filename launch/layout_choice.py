@@ -38,7 +38,6 @@ from meshway.launch.train_plan import asked_topology, format_seconds
 if TYPE_CHECKING:
     from meshway.launch.invocation import Invocation
 
-AUTO = "auto"
 TRACED = {"inputs": 8, "targets": 8}  # lengths for a recipe without a task: sizes do not depend on them
 _DOUBLINGS = 12
 _TRIES = 48  # candidates that a model may refuse, each traced until it does
@@ -157,10 +156,11 @@ def remedies(fits: Callable[[Request, Topology], bool], request: Request, where:
         if fits(dataclasses.replace(request, work=dataclasses.replace(request.work, batch=batch)), where):
             found.append(flags["batch"].format(batch))
             break
-    larger: Topology | None = where
+    larger = where
     for _ in range(_DOUBLINGS):
-        larger = doubled(larger)
-        if larger is None:
+        try:
+            larger = doubled(larger)
+        except UserError:  # a machine's devices are no slice of which there are larger ones
             break
         if fits(request, larger):
             found.append(flags["topology"].format(larger.name))
@@ -178,16 +178,13 @@ def too_large(what: str, least: Estimate, where: Topology, fitting: Sequence[str
     )
 
 
-def doubled(where: Topology) -> Topology | None:
-    """Returns a topology of twice as many chips, its shortest side twice as long; None where there is none."""
+def doubled(where: Topology) -> Topology:
+    """Returns a topology of twice as many chips, its shortest side twice as long; UserError where there is none."""
     family, _, sides = where.name.partition(":")
     sizes = [int(side) for side in sides.split("x")]
     shortest = sizes.index(min(sizes))
     sizes[shortest] *= 2
-    try:
-        return topology(f"{family}:{'x'.join(map(str, sizes))}")
-    except UserError:
-        return None
+    return topology(f"{family}:{'x'.join(map(str, sizes))}")
 
 
 def refusal_of(
@@ -226,32 +223,6 @@ def reader(invocation: "Invocation", root: str) -> Callable[[Candidate], Layout]
         return found
 
     return of
-
-
-def is_auto(invocation: "Invocation") -> bool:
-    """Whether a command's last word on its layout is that it be chosen.
-
-    Raises:
-      UserError: it says what the mesh is, too; or describes devices for no choice.
-    """
-    layouts = [each.partition("=")[2].strip().strip("'\"") for each in invocation.bindings if _binds(each, "LAYOUT")]
-    if not layouts or layouts[-1] != AUTO:
-        if getattr(invocation.options, "topology", None):
-            raise UserError("--topology has no effect without --layout=auto: leave it out")
-        return False
-    if mesh := [each for each in invocation.bindings if each.partition("=")[0].strip().startswith("mesh.MeshShape.")]:
-        raise UserError(f"--gin.{mesh[0]}: --layout=auto chooses the mesh too; leave it out, or name the layout")
-    return True
-
-
-def on_one_device(invocation: "Invocation") -> "Invocation":
-    """Returns a command whose layout is to be chosen, with one that shards nothing: any recipe can be read with it."""
-    kept = [each for each in invocation.bindings if not _binds(each, "LAYOUT")]
-    return dataclasses.replace(invocation, bindings=(*kept, f"LAYOUT={ONE_CHIP!r}"))
-
-
-def _binds(binding: str, name: str) -> bool:
-    return binding.partition("=")[0].strip() == name
 
 
 def with_layout(
@@ -300,7 +271,7 @@ def with_layout(
 
 def _request(opened: RecipeModel, work: Workload) -> Request:
     """Returns a request with the types that the recipe's parameters, and its keys and values, are stored in."""
-    sharded = ShardedModel(opened.model, opened.layout)
+    sharded = ShardedModel(opened.model, opened.layout, jax.local_devices()[:1])
     cache = trace_decoding(sharded, work)
     weights: float = {"int8": 1.0, "int4": 0.5}.get(opened.weights or "", _itemsize(sharded.param_shapes))
     return Request(work, weights, _itemsize(cache))

@@ -240,8 +240,11 @@ def _what_would(traced: Traced, layouts: Mapping[str, Any], least: float) -> str
       least: bytes of a device that the least needs on this one; twice the chips halve it at best.
     """
     deadline, where, parts = time.monotonic() + _SECONDS, traced.where, 1
-    while where.slices == 1 and (larger := layout_choice.doubled(where)) and larger.num_devices <= _MOST_TRIED:
-        where, parts = larger, 2 * parts
+    while where.slices == 1 and where.num_devices < _MOST_TRIED:
+        try:
+            where, parts = layout_choice.doubled(where), 2 * parts
+        except UserError:  # there is no larger slice
+            break
         if least / parts > traced.capacity:
             continue
         there = dataclasses.replace(traced, where=where, devices=aot.described_devices(where), meshes={})

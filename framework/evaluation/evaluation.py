@@ -120,11 +120,6 @@ class Evaluator:
         return self._sharded.by_layer() if self._settings.by_layer else self._sharded
 
     @property
-    def num_compiled(self) -> int:
-        """How many programs were compiled so far."""
-        return sum(each.count for each in (*self._programs.values(), *self._decoding.values()))
-
-    @property
     def task_names(self) -> list[str]:
         """The tasks it evaluates, in order."""
         return [task.name for task in self._tasks]
@@ -184,9 +179,8 @@ class Evaluator:
 
     def _run_decoding(self, task: EvalTask, *arguments: Any, **options: Any) -> Any:
         """Runs one that predicts, of parameters by layer."""
-        if task.batch_size not in self._decoding:
-            self._decoding[task.batch_size] = ProgramCache(self._by_layer, task.batch_size)
-        return self._decoding[task.batch_size].run(*arguments, **options)
+        made = self._decoding.setdefault(task.batch_size, ProgramCache(self._by_layer, task.batch_size))
+        return made.run(*arguments, **options)
 
     def _limit(self, task: EvalTask) -> int:
         """Returns of how many of a task's first examples its own metrics are."""

@@ -310,16 +310,16 @@ class Partitioner:
 
         Args:
           fired: the logical names whose rules fired, by what was placed, as `rules_of` takes it: "batch" for batches
-            and activations, "opt_state", "params" and so on.
+            and activations, those of prompts too, "opt_state", "params" and so on.
 
         Raises:
           UserError: a rule that matched no tensor: a misspelt name shards nothing, silently.
         """
-        used: dict[Rules, set[str]] = {
-            rules: set() for rules in (self.parameter_rules, self.optimizer_rules, self.activation_rules)
-        }
+        tables = (self.parameter_rules, self.optimizer_rules, self.activation_rules, self.prefill_rules)
+        used: dict[Rules, set[str]] = {rules: set() for rules in tables}
         for what, names in fired.items():
             used[self.rules_of(what)].update(names)
+        used[self.prefill_rules] |= used[self.activation_rules]  # the same layers ask for the same names
         unmatched = dict.fromkeys(rule for rules, names in used.items() for rule in rules.unmatched(names))
         if unmatched:
             raise UserError("rules that match no axis of this model: " + "; ".join(unmatched))

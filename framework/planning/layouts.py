@@ -269,12 +269,16 @@ ONE_CHIP = "single"  # the layout where nothing is sharded
 def shipped() -> dict[tuple[FeedForward, FeedForward, AttentionLayout], str]:
     """Returns (feed-forward layout of prompts, of decoding, attention's of both) -> the layout file that runs them with
     one copy of the weights, and with keys and values that stay where they are made."""
-    over: tuple[AttentionLayout, AttentionLayout] = ("heads", "batch-xyz")
-    alike = [(each, attention) for each in ("1D", "2D") for attention in BATCH_OVER]
-    alike += [*((each, "heads") for each in GATHERED_OVER), ("WG-XYZ", "batch-xyz")]
-    mixed = [(each, "2D", attention) for each in GATHERED_OVER for attention in over]
+    stationary: tuple[FeedForward, ...] = ("1D", "2D")
+    over: tuple[AttentionLayout, ...] = ("heads", "batch-xyz")
+    pairs: list[tuple[FeedForward, FeedForward, AttentionLayout]] = [
+        *((each, each, attention) for each in stationary for attention in BATCH_OVER),
+        *((each, each, "heads") for each in GATHERED_OVER),
+        ("WG-XYZ", "WG-XYZ", "batch-xyz"),
+        *((each, "2D", attention) for each in GATHERED_OVER for attention in over),
+    ]
     found: dict[tuple[FeedForward, FeedForward, AttentionLayout], str] = {}
-    for first, then, attention in [*((each, each, attention) for each, attention in alike), *mixed]:
+    for first, then, attention in pairs:
         name = _NAMES[then] + ("" if attention == "heads" else f"_{attention.replace('-', '_')}")
         found[first, then, attention] = f"inference/{name}" + ("" if first == then else f"_after_{_NAMES[first]}")
     return found

@@ -128,7 +128,7 @@ def _checked(invocation: Invocation) -> "Recipe | None":
       UserError: as the command itself would raise.
     """
     from meshway.launch.recipe import config
-    from meshway.launch.recipe.files import of_run, run_directory
+    from meshway.launch.recipe.files import of_run, on_one_device, run_directory
 
     command = invocation.command
     assert command is not None and invocation.place is not None
@@ -141,7 +141,8 @@ def _checked(invocation: Invocation) -> "Recipe | None":
     try:
         # As these verbs load it: the others read no data.
         recipe = config.load(
-            dataclasses.replace(of_run(command), subject=subject), import_unreferenced=command.verb in ("train", "eval")
+            dataclasses.replace(of_run(on_one_device(command)), subject=subject),
+            import_unreferenced=command.verb in ("train", "eval"),
         )
         if isinstance(directory := recipe.macro("MODEL_DIR"), str):
             check_model_dir(directory, invocation.place)

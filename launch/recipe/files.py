@@ -14,7 +14,7 @@ from meshway.launch.recipe.text import Binding, Import, Include, Place, Statemen
 
 # By path, beside launch/: the package mapping keeps folders side by side, installed or not.
 SHIPPED = Path(__file__).parent.parent.parent / "gin"
-_LAYOUT = "LAYOUT"
+_LAYOUT, _AUTO = "LAYOUT", "auto"
 
 
 class GinFiles:
@@ -172,7 +172,7 @@ def join(invocation: Invocation, files: GinFiles) -> Joined:
         choice = chosen[-1]
         if not isinstance(choice.value, str):
             raise UserError(f"{choice.place}: LAYOUT must be a layout's name or file, not {choice.value!r}")
-        if choice.value == "auto":
+        if choice.value == _AUTO:
             raise UserError(
                 f"{choice.place}: LAYOUT='auto' is for `meshway infer` and Predictor alone, where it is given as they "
                 "start: --layout=auto, layout='auto'; `meshway plan` says which layout that is: name it here"
@@ -227,6 +227,35 @@ def _as_default(statement: Import | Binding) -> Import | Binding:
 
 def _is_layout(statement: Statement) -> TypeGuard[Binding]:
     return isinstance(statement, Binding) and statement.is_macro and statement.parameter == _LAYOUT
+
+
+def is_auto(invocation: Invocation) -> bool:
+    """Whether a command's last word on its layout is that it be chosen for it, as `infer --layout=auto`.
+
+    Raises:
+      UserError: it says what the mesh is, too; or describes devices for no choice.
+    """
+    layouts = [each.partition("=")[2].strip().strip("'\"") for each in invocation.bindings if _binds(each, _LAYOUT)]
+    if invocation.verb != "infer" or not layouts or layouts[-1] != _AUTO:
+        if invocation.verb == "infer" and getattr(invocation.options, "topology", None):
+            raise UserError("--topology has no effect without --layout=auto: leave it out")
+        return False
+    if mesh := [each for each in invocation.bindings if each.partition("=")[0].strip().startswith("mesh.MeshShape.")]:
+        raise UserError(f"--gin.{mesh[0]}: --layout=auto chooses the mesh too; leave it out, or name the layout")
+    return True
+
+
+def on_one_device(invocation: Invocation) -> Invocation:
+    """Returns a command whose layout is to be chosen with one that shards nothing, which any recipe can be read with;
+    another as it is."""
+    if not is_auto(invocation):
+        return invocation
+    kept = [each for each in invocation.bindings if not _binds(each, _LAYOUT)]
+    return dataclasses.replace(invocation, bindings=(*kept, f"{_LAYOUT}='single'"))
+
+
+def _binds(binding: str, name: str) -> bool:
+    return binding.partition("=")[0].strip() == name
 
 
 RECIPES = ("recipe.gin", "config.gin")  # what `meshway convert` writes; what `meshway train` resolved

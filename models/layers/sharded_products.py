@@ -220,8 +220,8 @@ def head_exchange(before: Names, after: Names, shape: tuple[int, ...]) -> HeadEx
     found = (held + to_heads + joined, held + to_batch + taken, kept + to_heads + halved)
     if found != (batch, new_batch, new_heads) or (joined and held):
         return None
-    parts = {"taken": taken, "halved": halved, "joined": joined}
     outer, inner = math.prod(sizes[axis] for axis in to_batch), math.prod(sizes[axis] for axis in kept)
-    if outer == 1 or inner == 1 or heads == kept + to_batch:
-        return HeadExchange(*pair, to_batch, to_heads, None, **parts)
-    return HeadExchange(*pair, to_batch, to_heads, (outer, inner), **parts) if heads == to_batch + kept else None
+    order = None if outer == 1 or inner == 1 or heads == kept + to_batch else (outer, inner)
+    if order is not None and heads != to_batch + kept:
+        return None
+    return HeadExchange(*pair, to_batch, to_heads, order, taken, halved, joined)

@@ -4,6 +4,7 @@ refused."""
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -17,6 +18,8 @@ from meshway.framework.planning import hardware
 from meshway.framework.planning.cost import Transformer
 from meshway.framework.planning.topology import topology
 from meshway.launch import cli, layout_choice
+from meshway.launch.cluster import launch
+from meshway.launch.invocation import Invocation
 from meshway.launch.layout_choice import INFER_FLAGS, Request, choose
 
 PALM_540B = Transformer(118, 18432, 73728, 48, 1, 256, 256_128, parallel=True)
@@ -146,6 +149,16 @@ def test_memory_that_is_too_small_is_said(run, tmp_path, capsys, monkeypatch):
 def test_other_verbs_and_recipes_name_a_layout(run, capsys):
     assert cli.main(["eval", f"--model_dir={run}", "--gin.LAYOUT=auto"]) == 2
     assert "LAYOUT='auto' is for `meshway infer` and Predictor alone" in capsys.readouterr().err
+
+
+def test_a_launched_command_s_recipe_is_checked_with_no_layout_yet(run, monkeypatch):
+    monkeypatch.setattr(launch, "check_model_dir", lambda *_: None)  # a test's own is on no shared file system
+    words = ["infer", f"--model_dir={run}", "--input=in.jsonl", "--output=out.jsonl"]
+    command = cli.parse([*words, "--layout=auto"])
+    assert launch._checked(Invocation("launch", command=command, place=SimpleNamespace())) is not None
+    command = cli.parse([*words, "--layout=autos"])
+    with pytest.raises(UserError, match="found no gin file 'autos'"):
+        launch._checked(Invocation("launch", command=command, place=SimpleNamespace()))
 
 
 def test_devices_at_hand_as_topologies(monkeypatch):

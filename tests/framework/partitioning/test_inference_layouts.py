@@ -143,17 +143,16 @@ def check_blocks(layout: str, attention: str) -> None:
     at = Sizes(layout, attention)
     width = at.heads * HEAD_DIM
     exchanged = 4 * at.exchanges(width)
-    block = functools.partial(
-        SelfAttentionBlock,
-        at.d_model,
-        functools.partial(Attention, num_heads=at.heads, head_dim=HEAD_DIM),
-        functools.partial(Mlp, d_ff=at.d_ff),
-    )
     call = lambda layer, x: layer(x)[0]  # noqa: E731
-    serial = at.products(2 * at.d_ff, at.d_ff) + at.products(3 * width, width) + exchanged + at.norms(2)
-    assert at.sent(block, call) == serial, (at.name, "serial")
-    parallel = at.products(2 * at.d_ff + 3 * width, at.d_ff + width) + exchanged + at.norms(1)
-    assert at.sent(functools.partial(block, parallel=True), call) == parallel, (at.name, "parallel")
+    attending = functools.partial(Attention, num_heads=at.heads, head_dim=HEAD_DIM)
+    for activations in (("gelu", "linear"), ("gelu",)) if attention == "heads" else (("gelu", "linear"),):
+        hidden = len(activations) * at.d_ff
+        mlp = functools.partial(Mlp, d_ff=at.d_ff, activations=activations)
+        block = functools.partial(SelfAttentionBlock, at.d_model, attending, mlp)
+        serial = at.products(hidden, at.d_ff) + at.products(3 * width, width) + exchanged + at.norms(2)
+        assert at.sent(block, call) == serial, (at.name, activations, "serial")
+        parallel = at.products(hidden + 3 * width, at.d_ff + width) + exchanged + at.norms(1)
+        assert at.sent(functools.partial(block, parallel=True), call) == parallel, (at.name, activations, "parallel")
 
 
 @pytest.mark.parametrize("layout", tiers(list(FEED_FORWARD), ["2d"], list(FEED_FORWARD)))
@@ -175,11 +174,12 @@ def test_chips_that_share_heads_send_no_more_than_they_need(attention):
 
 
 @pytest.mark.proofs
+@pytest.mark.parametrize("part", ["sent", "computed"])
 @pytest.mark.parametrize("devices", [16, 64])
-def test_more_devices_send_what_the_formula_says(devices):
+def test_more_devices_send_what_the_formula_says_and_compute_what_one_does(devices, part):
     flags = f"--xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, __file__], env=environment, check=True)
+    subprocess.run([sys.executable, __file__, part], env=environment, check=True)
 
 
 FAMILIES = {
@@ -189,7 +189,9 @@ FAMILIES = {
     "shared heads": ("lm", "NUM_HEADS=4"),
     "one shared head of keys": ("lm", "NUM_HEADS=4", "NUM_KV_HEADS=1"),
     "parallel": ("palm",),
+    "ungated": ("gpt2",),
     "encoder-decoder": ("t5_1_1",),
+    "ungated encoder-decoder": ("t5",),
 }
 ALL = [f"inference/{name}" + ("" if over == "heads" else f"_{over}") for name, over in LAYOUTS]
 ALL += [f"inference/2d_after_weight_gathered_{axes}" for axes in ("x", "xy", "xyz")]
@@ -214,12 +216,32 @@ SLOW = [
     ("parallel", "inference/1d"),
     ("encoder-decoder", "inference/2d_batch_yz"),
     ("encoder-decoder", "inference/2d_batch_xyz_after_weight_gathered_xyz"),
+    ("ungated", "inference/2d_batch_xyz"),
+    ("ungated encoder-decoder", "inference/weight_gathered_x"),
+]
+# Of 16 and 64 devices: what they hold of keys is a part of a head's, of several, or of an example's.
+ON_MORE = [
+    ("multi-head", "inference/1d_batch_yz"),
+    ("multi-head", "inference/2d_batch_z"),
+    ("multi-query", "inference/2d_batch_xyz_after_weight_gathered_xy"),
+    ("multi-query", "inference/weight_gathered_xyz_batch_xyz"),
+    ("one shared head of keys", "inference/2d_batch_xyz"),
+    ("parallel", "inference/2d_after_weight_gathered_xyz"),
+    ("encoder-decoder", "inference/2d_batch_yz"),
+    ("ungated encoder-decoder", "inference/weight_gathered_x"),
 ]
 
 
 def made(family: str, layout: str):
+    """A model of as many heads as devices, but for the families that say otherwise."""
     name, *bindings = FAMILIES[family]
-    return tiny.program(name, "NUM_HEADS=8", *bindings, layout=layout)
+    devices, shape = jax.device_count(), []
+    sizes = [f"NUM_HEADS={devices}"]
+    if devices > 8:
+        bindings = [each.replace("NUM_HEADS=4", f"NUM_HEADS={math.prod(SIZES[devices][1:])}") for each in bindings]
+        sizes += ["D_MODEL=128", "D_FF=128", "HEAD_DIM=4", f"BATCH_SIZE={devices}"]
+        shape = [f"mesh.MeshShape.ici={dict(zip('xyz', SIZES[devices], strict=True))}"] if "/" in layout else []
+    return tiny.program(name, *sizes, *bindings, *shape, layout=layout)
 
 
 def decoded(program, params, steps: int):
@@ -247,7 +269,10 @@ def reference(family: str, steps: int):
 
 @pytest.mark.parametrize("family, layout", tiers(CASES, QUICK, SLOW))
 def test_logits_and_cache_are_those_of_one_device(family, layout, request):
-    steps = 32 if request.node.get_closest_marker("proofs") else 4
+    check_model(family, layout, 32 if request.node.get_closest_marker("proofs") else 4)
+
+
+def check_model(family: str, layout: str, steps: int) -> None:
     params, expected, scores = reference(family, steps)
     program = made(family, layout)
     logits, found, cache = decoded(program, params, steps)
@@ -257,17 +282,18 @@ def test_logits_and_cache_are_those_of_one_device(family, layout, request):
 
 
 def check_cache(program, layout: str, cache) -> None:
-    """What each device holds of keys and values is what the plan counts."""
-    device = jax.devices()[0]
+    """What each device holds of keys and values is what the plan counts: a single head on all of them, or examples'
+    shares."""
     over = next((each for each in ATTENTION[:0:-1] if each in layout), "heads").replace("_", "-")
-    mesh = Arrangement(*((Ring(size, 1.0),) for size in (2, 2, 2)))
-    expected = held = 0
+    mesh = Arrangement(*((Ring(size, 1.0),) for size in SIZES[jax.device_count()]))
+    expected, held = 0, dict.fromkeys(jax.devices(), 0)
     for leaf in jax.tree.leaves(cache.layers):
         layers, batch, kv_heads, context, head_dim = leaf.shape
         sizes = Transformer(layers, 1, 1, 8, kv_heads, head_dim, 1)
         expected += layers * cache_bytes(sizes, batch, context, over, mesh, 4) / 2  # leaf by leaf: keys or values
-        held += sum(shard.data.nbytes for shard in leaf.addressable_shards if shard.device == device)
-    assert held == expected
+        for shard in leaf.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    assert set(held.values()) == {expected}
 
 
 def test_grouped_keys_that_cannot_follow_reordered_heads_are_refused():
@@ -278,10 +304,14 @@ def test_grouped_keys_that_cannot_follow_reordered_heads_are_refused():
 
 if __name__ == "__main__":
     assert math.prod(SIZES[jax.device_count()]) == jax.device_count()
-    for layout in FEED_FORWARD:
-        check_feed_forward(layout)
-    for layout, attention in LAYOUTS:
-        check_attention(layout, attention)
-        check_blocks(layout, attention)
-    for attention in ("heads", "batch_yz", "batch_xyz"):
-        check_shared_heads(attention)
+    if sys.argv[1:] == ["computed"]:
+        for family, layout in ON_MORE:
+            check_model(family, layout, 32)
+    else:
+        for layout in FEED_FORWARD:
+            check_feed_forward(layout)
+        for layout, attention in LAYOUTS:
+            check_attention(layout, attention)
+            check_blocks(layout, attention)
+        for attention in ("heads", "batch_yz", "batch_xyz"):
+            check_shared_heads(attention)

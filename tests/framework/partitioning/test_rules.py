@@ -217,6 +217,9 @@ def test_what_a_model_asks_for_is_returned_and_kept_nowhere_else():
     part.check_rules_matched({"batch": first.names})
     with pytest.raises(UserError, match=r"match no axis of this model: Layout.activations: \('embed', 'model'"):
         part.check_rules_matched({"batch": second.names})
+    prompts = Layout(MeshShape(ici={"data": 2}), [("*", None)], [("*", None)], prefill=[("bacth", "data"), ("*", None)])
+    with pytest.raises(UserError, match=r"Layout.prefill: \('bacth', 'data'\); did you mean 'batch'"):
+        Partitioner(prompts).check_rules_matched({"batch": {"batch"}})
 
 
 def test_a_spec_is_read_dimension_by_dimension():
