@@ -53,9 +53,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "plan": ["libtpu>=0.0.40"],  # XLA:TPU, which `meshway plan` compiles with where there is no TPU
-        "plan-gpu": [
-            "jax-cuda13-plugin>=0.10.2,<0.13"
-        ],  # XLA:GPU for the same, of jax's version; no driver, no libraries
+        "plan-gpu": ["jax-cuda13-plugin>=0.10.2,<0.13"],  # XLA:GPU, likewise; of jax's own version
         "board": ["tensorboard>=2.20"],
         "hf": ["tokenizers>=0.22,<0.24"],
         "prose": PROSE,

@@ -159,7 +159,7 @@ def remedies(fits: Callable[[Request, Topology], bool], request: Request, where:
     larger = where
     for _ in range(_DOUBLINGS):
         try:
-            larger = _doubled(larger)
+            larger = doubled(larger)
         except UserError:  # a machine's devices are no slice of which there are larger ones
             break
         if fits(request, larger):
@@ -178,7 +178,7 @@ def too_large(what: str, least: Estimate, where: Topology, fitting: Sequence[str
     )
 
 
-def _doubled(where: Topology) -> Topology:
+def doubled(where: Topology) -> Topology:
     """Returns a topology of twice as many chips, its shortest side twice as long; UserError where there is none."""
     family, _, sides = where.name.partition(":")
     sizes = [int(side) for side in sides.split("x")]

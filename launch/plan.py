@@ -23,7 +23,7 @@ from meshway.framework.planning.dimensions import transformer_of
 from meshway.framework.planning.layouts import Candidate, Estimate, Pass, Phase, estimates
 from meshway.framework.planning.topology import Topology
 from meshway.framework.terminal import count_of, format_bytes, format_columns
-from meshway.launch import layout_choice, plan_page, plan_variants, train_plan
+from meshway.launch import layout_choice, plan_page, plan_programs, plan_variants, train_plan
 from meshway.launch.layout_choice import Choice, Request
 from meshway.launch.train_plan import format_seconds
 
@@ -48,6 +48,7 @@ class Plan:
     Attributes:
       num_params: of the model, norms and biases too.
       phases: phase -> every layout, the best first.
+      request: what was asked for.
       choice: the layout file for both, which `infer --layout=auto` takes; None where there is none.
       no_choice: why there is none.
     """
@@ -57,6 +58,7 @@ class Plan:
     where: Topology
     passes: Mapping[Phase, Pass]
     phases: Mapping[Phase, Sequence[Estimate]]
+    request: Request
     choice: Choice | None
     no_choice: str = ""
 
@@ -117,7 +119,7 @@ def plan(
         choice = layout_choice.choose(sizes, where, request, refusal, _FLAGS)
     except UserError as error:
         why = str(error)
-    return Plan(sizes, num_params, where, passes, found, choice, why)
+    return Plan(sizes, num_params, where, passes, found, request, choice, why)
 
 
 def _topology(name: str) -> Topology:
@@ -296,10 +298,28 @@ def run(invocation: "Invocation") -> None:
         raise UserError(
             f"{' and '.join(wrong)}: for plans of training alone; give a recipe with an optimizer, or --phase=train"
         )
+    if options.phase == "score" and not options.compile:
+        raise UserError("--phase=score is planned by compiling it: add --compile")
     invocation = dataclasses.replace(invocation, subject="plan")
     layouts = layout_choice.reader(invocation, "plan.served")
-    found = plan(**config.load(invocation, import_unreferenced=False).build("plan.plan"), layouts=layouts)
-    print(json.dumps(as_json(found), indent=2) if options.json else format_plan(found))
+    asked = config.load(invocation, import_unreferenced=False).build("plan.plan")
+    # What scoring costs by closed forms is what a prompt of as many tokens does.
+    phase: Phase | None = "prefill" if options.phase == "score" else options.phase
+    found = plan(**asked, phase=phase, layouts=layouts)
+    programs = None
+    if options.compile:
+        wanted = plan_programs.Asked(found.model, found.where, found.request, found.choice, found.no_choice)
+        programs = plan_programs.compiled(invocation, wanted, options.phase, layouts)
+    if options.json:
+        compiled = {"compiled": plan_programs.as_json(programs)} if programs else {}
+        print(json.dumps(as_json(found) | compiled, indent=2))
+    else:
+        print(format_plan(found) + (f"\n\n{plan_programs.format_programs(programs)}" if programs else ""))
+    if programs and (large := [each.phase for each in programs if each.total > each.capacity]):
+        raise UserError(
+            f"{' and '.join(large)} as compiled does not fit {found.where.name}; take more chips, a smaller --batch or "
+            "--weights=int8"
+        )
 
 
 def _plan_training(invocation: "Invocation") -> None:

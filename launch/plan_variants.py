@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from meshway.framework.errors import UserError, first_line
+from meshway.framework.planning import aot
 from meshway.framework.planning.comparison import setting_of
 from meshway.framework.planning.search import Candidate, Rough, Traced, candidates, frontier
 from meshway.framework.planning.train_plan import TrainPlan, whole_uses
 from meshway.framework.terminal import format_bytes
+from meshway.launch import layout_choice
 from meshway.launch.train_plan import ROOT, Planner, Table, format_seconds
 
 _LAYOUTS = ("zero_1", "fsdp", "fsdp_model", "model_2d")
@@ -26,6 +28,7 @@ _OF_PARTS: tuple[tuple[str, str, str, Any], ...] = (  # options of what a recipe
 )
 _CONFIRMED = 3  # plans that are offered
 _ATTEMPTS = 12  # at tracing, or compiling, one
+_MOST_TRIED = 8192  # devices of a larger slice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +146,8 @@ def fit(planner: Planner, plan: TrainPlan, compiles: bool) -> Fit:
     ]
     kept, refused = _tried(planner, rough, plan.capacity, math.inf if compiles else deadline, compiles)
     if not kept:
-        raise UserError(_nothing_fits(rough, refused, plan))
+        would = _what_would(traced, layouts, min((each.bytes for each in rough), default=math.inf))
+        raise UserError(_nothing_fits(rough, refused, plan, would))
     lost = {**_explained(rough), **refused}
     for found, _ in kept:
         lost.pop(_group(found), None)
@@ -235,7 +239,31 @@ def _explained(rough: Sequence[Rough]) -> dict[str, str]:
     return lines
 
 
-def _nothing_fits(rough: Sequence[Rough], refused: Mapping[str, str], plan: TrainPlan) -> str:
+def _what_would(traced: Traced, layouts: Mapping[str, Any], least: float) -> str:
+    """Returns the smallest larger slice that some way to train fits, by rough closed forms: as a flag and in words; ""
+    where none is found in a few seconds.
+
+    Args:
+      least: bytes of a device that the least needs on this one; twice the chips halve it at best.
+    """
+    deadline, where, parts = time.monotonic() + _SECONDS, traced.where, 1
+    while where.slices == 1 and where.num_devices < _MOST_TRIED:
+        try:
+            where, parts = layout_choice.doubled(where), 2 * parts
+        except UserError:  # there is no larger slice
+            break
+        if least / parts > traced.capacity:
+            continue
+        there = dataclasses.replace(traced, where=where, devices=aot.described_devices(where), meshes={})
+        for each in candidates(layouts, where, traced.batch_size):
+            if time.monotonic() > deadline:
+                return ""
+            if each.remat == "full" and not there.estimate(each, layouts[each.layout]).why_not:
+                return f"--topology={where.name} would hold it, by {each.words}"
+    return ""
+
+
+def _nothing_fits(rough: Sequence[Rough], refused: Mapping[str, str], plan: TrainPlan, would: str) -> str:
     least = min(rough, key=lambda each: each.bytes, default=None)
     if refused:
         needs = f"what was traced, first {next(iter(refused.values()))}"
@@ -243,8 +271,8 @@ def _nothing_fits(rough: Sequence[Rough], refused: Mapping[str, str], plan: Trai
         needs = f"the least takes about {format_bytes(least.bytes)} by {least.candidate.words}" if least else "none"
     return (
         f"no way to train fits {plan.where.name}, whose devices have {format_bytes(plan.capacity)} for a program: "
-        f"{needs}; "
-        "take more chips, a smaller batch, or an optimizer with less state (optimizers/adafactor.gin)"
+        f"{needs}; {would or 'take more chips'}; or take a smaller batch, or an optimizer with less state "
+        "(optimizers/adafactor.gin)"
     )
 
 

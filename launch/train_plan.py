@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ROOT = "plan.Training"  # what a recipe binds for a plan
 _COUNTED = ("ATTENTION_KERNEL=@reference.dot_product_attention",)  # what runs/plan.gin imports
-_INFERENCE = ("batch", "context", "new_tokens", "weights", "cache", "wires", "overlap")  # flags
+_INFERENCE = ("batch", "context", "new_tokens", "weights", "cache", "wires", "overlap", "compile")  # flags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,8 @@ class Planner:
         """
         program = self.program(bindings, aot.compiled_for(self.where))
         traced = train_plan.traced_plan(program, self.where, self.model_flops)
-        return train_plan.with_compiled(traced, program, aot.compile_program(program.partitioner, program.compile_step))
+        (compiled,) = aot.compile_programs(program.partitioner, program.compile_step)
+        return train_plan.with_compiled(traced, program, compiled)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,14 +277,14 @@ def as_json(plan: TrainPlan) -> dict[str, Any]:
 
 
 def asked_topology(name: str) -> Topology:
-    """Returns the topology of the flag; simulated devices have their share of this machine's figures."""
+    """Returns the topology of the flag; simulated devices have their share of this machine."""
     try:
         where = topology(name)
     except UserError as error:
         raise UserError(f"--topology: {error}") from None
     if where.platform != "cpu":
         return where
-    return dataclasses.replace(where, chip=hardware.this_machine(aot.compiled_for(where)))
+    return hardware.topology_of(aot.compiled_for(where))
 
 
 def planner_of(invocation: "Invocation") -> Planner:

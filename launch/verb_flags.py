@@ -198,10 +198,14 @@ class PlanFlags:
     topology: str = binds(
         "plan.plan.topology", "the chips: v5p:4x4x8, v4:4x4x4x2slices, h100:8", "CHIP:SIDES", required=True
     )
-    phase: Literal["train", "prefill", "decode"] | None = binds(
-        "plan.plan.phase",
-        "train, prefill or decode (default: train of a recipe with an optimizer, else the other two)",
+    phase: Literal["train", "prefill", "decode", "score"] | None = flag(
+        "train, prefill, decode or, with --compile, score (default: train of a recipe with an optimizer, else prefill "
+        "and decode)",
         "PHASE",
+        None,
+    )
+    compile: bool = flag(
+        "of inference: compile its programs for the topology, by the layout chosen or by --gin.LAYOUT", default=False
     )
     fit: bool = binds(
         "plan.Training.fit", "of training: search mesh, layout, remat and microbatches for the fastest way that fits"

@@ -56,17 +56,19 @@ def prepared(
     return (wanted := quantized(sharded, weights)), quantize(sharded, wanted, params, weights, consume=True)
 
 
-def quantized(sharded: ShardedModel, dtype: str) -> ShardedModel:
+def quantized(sharded: ShardedModel, dtype: str, runs: bool = True) -> ShardedModel:
     """Returns the model with parameters as `quantize` makes them; a scale is sharded as its channel is.
 
     Args:
       sharded: the model, by layer or not.
       dtype: one of WEIGHTS.
+      runs: whether its devices are here, so that a program can try whether they take the dtype.
 
     Raises:
       UserError: the model names no parameter that may be quantised, or compiled programs here take no such dtype.
     """
-    _check_backend(sharded, dtype)
+    if runs:
+        _check_backend(sharded, dtype)
     shapes, axes = flatten(sharded.param_shapes), flatten(sharded.axes)
     for path, summed in _summed(sharded).items():
 

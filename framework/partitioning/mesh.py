@@ -94,10 +94,10 @@ def _arrange(devices: list[jax.Device], ici: tuple[int, ...], dcn: tuple[int, ..
 
 def _in_order(devices: list[jax.Device], ici: tuple[int, ...], dcn: tuple[int, ...]) -> np.ndarray:
     if math.prod(dcn) == 1:
-        if (slices := len({getattr(device, "slice_index", 0) for device in devices})) > 1:
+        if (count := len({getattr(device, "slice_index", 0) for device in devices})) > 1:
             raise UserError(
-                f"the mesh lies on {slices} slices: say which of its axes runs across them, as MeshShape.dcn = "
-                f"{{'replica': {slices}}} in a layout with such an axis (replica_fsdp, replica_fsdp_model)"
+                f"the mesh lies on {count} slices: say which of its axes runs across them, as MeshShape.dcn = "
+                f"{{'replica': {count}}} in a layout with such an axis (replica_fsdp, replica_fsdp_model)"
             )
         # A size that no sides' product is takes a part of a side.
         return mesh_utils.create_device_mesh(ici, devices, allow_split_physical_axes=True)

@@ -20,6 +20,7 @@ from meshway.framework.partitioning.rules import Resolution, Rules, Target
 Placed = tuple[Names, tuple[int, ...]]  # logical axes and sizes of an array
 Products = Literal["compiler", "by_hand", "one_way", "bidirectional"]
 RINGS = get_args(Ring)
+Compiler = Callable[[jax.stages.Lowered, Mapping[str, Any]], jax.stages.Compiled]  # takes XLA's options, too
 
 
 class Activations:
@@ -208,7 +209,7 @@ class Partitioner:
             self.prefill_rules = Rules(layout.prefill, sizes, "Layout.prefill", ("length", "kv_length"))
         self._products: Products = layout.products
         self._compiler_options = _options_of(layout.compiler_options, self.mesh.devices.flat[0].platform)
-        self._added_options: Mapping[str, Any] = {}
+        self._compiler: Compiler = lambda lowered, options: lowered.compile(compiler_options=dict(options) or None)
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
 
     @contextlib.contextmanager
@@ -227,13 +228,13 @@ class Partitioner:
             yield asked
 
     @contextlib.contextmanager
-    def compiling_with(self, options: Mapping[str, Any]) -> Iterator[None]:
-        """Adds options of XLA's to those of the layout, for what is compiled inside a `with` block."""
-        before, self._added_options = self._added_options, options
+    def compiling_by(self, compiler: Compiler) -> Iterator[None]:
+        """Gives what is compiled inside a `with` block to another compiler, with the layout's options."""
+        before, self._compiler = self._compiler, compiler
         try:
             yield
         finally:
-            self._added_options = before
+            self._compiler = before
 
     def rules_of(self, what: str) -> Rules:
         """Returns the table that places `what`: "batch", "opt_state" and "average" (of parameters, read only where the
@@ -320,7 +321,7 @@ class Partitioner:
             jitted = jax.jit(function, in_shardings=in_shardings, out_shardings=out_shardings, donate_argnums=donate)
             lowered = jitted.lower(*arguments)
             try:
-                return lowered.compile(compiler_options={**self._compiler_options, **self._added_options} or None)
+                return self._compiler(lowered, self._compiler_options)
             except jax.errors.JaxRuntimeError as error:
                 if "compile option" not in str(error):
                     raise

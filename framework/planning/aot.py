@@ -226,49 +226,74 @@ class TooLarge(UserError):
     """The compiler found no room for a program."""
 
 
-def compile_program(
-    partitioner: Partitioner, compiles: Callable[[], jax.stages.Compiled], what: str = "the step"
-) -> CompiledProgram:
-    """Compiles a program for its devices, and reads what the compiler made of it.
+class Recorder:
+    """Compiles what a partitioner lowers (`Partitioner.compiling_by`), and reads what the compiler made of it.
+
+    Attributes:
+      programs: in the order in which they were compiled.
+    """
+
+    def __init__(self, mesh: Mapping[str, int], platform: str, what: str):
+        """`mesh` has the sizes of its axes, `platform` is its devices'; `what` is the program in words, for errors."""
+        self.programs: list[CompiledProgram] = []
+        self._mesh, self._platform, self._what = mesh, platform, what
+
+    def __call__(self, lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> jax.stages.Compiled:
+        """Raises as `compile_programs`; the partitioner tells of options that the compiler does not know."""
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                printing = _printing(self._platform, Path(folder))
+                compiled = lowered.compile(compiler_options={**options, **printing} or None)
+            except jax.errors.JaxRuntimeError as error:
+                if "compile option" in str(error):
+                    raise
+                raise refusal(error, self._what) from error
+            seconds = time.perf_counter() - start
+            text, unread = _text(compiled, Path(folder))
+        sizes: Any = compiled.memory_analysis()
+        self.programs.append(
+            CompiledProgram(
+                seconds,
+                sizes.argument_size_in_bytes,
+                sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+                sizes.temp_size_in_bytes,
+                sizes.generated_code_size_in_bytes,
+                tuple(read_collectives(text, self._mesh)) if text else (),
+                unread,
+            )
+        )
+        return compiled
+
+
+def compile_programs(
+    partitioner: Partitioner, compiles: Callable[[], object], what: str = "the step"
+) -> list[CompiledProgram]:
+    """Compiles programs for their devices, and reads what the compiler made of them.
 
     Args:
-      partitioner: by which it is compiled.
+      partitioner: by which they are compiled.
       compiles: does so.
-      what: the program in words, for errors.
+      what: they in words, for errors.
 
     Raises:
-      TooLarge: a device's memory does not hold it.
+      TooLarge: a device's memory does not hold one.
       UserError: the model does not fit the layout, or the compiler refuses an operation.
     """
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            with partitioner.compiling_with(_printing(partitioner, Path(folder))):
-                compiled = compiles()
-        except jax.errors.JaxRuntimeError as error:
-            raise refusal(error, what) from error
-        seconds = time.perf_counter() - start
-        text, unread = _text(compiled, Path(folder))
-    sizes: Any = compiled.memory_analysis()
-    rows = read_collectives(text, dict(partitioner.mesh.shape)) if text else []
-    return CompiledProgram(
-        seconds,
-        sizes.argument_size_in_bytes,
-        sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
-        sizes.temp_size_in_bytes,
-        sizes.generated_code_size_in_bytes,
-        tuple(rows),
-        unread,
-    )
+    mesh = partitioner.mesh
+    recorder = Recorder(dict(mesh.shape), mesh.devices.flat[0].platform, what)
+    with partitioner.compiling_by(recorder):
+        compiles()
+    return recorder.programs
 
 
 _PRINTING = ("tpu",)
 
 
-def _printing(partitioner: Partitioner, folder: Path) -> dict[str, Any]:
+def _printing(platform: str, folder: Path) -> dict[str, Any]:
     """Returns options that make libtpu print what it compiles: jaxlib reads back only what is in its own version of
     HLO."""
-    if partitioner.mesh.devices.flat[0].platform not in _PRINTING:
+    if platform not in _PRINTING:
         return {}
     return {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from meshway.framework.partitioning.mesh import free_memory
@@ -77,23 +76,6 @@ def peak_flops(devices: Sequence[jax.Device], dtype: Any) -> tuple[float, str]:
         return peak, f"measured: this machine's best {best} matmul"
     peak = measure_matmul_peak(name) * len(devices)
     return peak, f"measured: the best {name} matmul of one {kind} (not in the table) x {len(devices)}"
-
-
-def this_machine(devices: Sequence[jax.Device]) -> Chip:
-    """Returns the figures of a simulated device, measured in about a second: its share of what this machine can.
-
-    Devices send each other copies through the machine's memory, each byte read and written there.
-    """
-    share = len(devices)
-    mesh = Mesh(np.array(devices), ("device",), axis_types=(AxisType.Auto,))
-    read, bandwidth = StreamingRead(mesh), 0.0
-    for _ in range(3):
-        start = time.perf_counter()
-        jax.block_until_ready(read.once("sum"))
-        bandwidth = max(bandwidth, read.bytes / (time.perf_counter() - start) / share)
-    wide, narrow = (measure_matmul_peak(dtype, 0.25) / share for dtype in ("float32", "bfloat16"))
-    memory = (free_memory(devices[0]) or 0) * len(jax.local_devices(backend="cpu")) // share
-    return Chip(max(wide, narrow), wide, memory, bandwidth, bandwidth / 2, 0, f"measured: 1/{share} of this machine")
 
 
 def measure_matmul_peak(dtype: Any = "float32", seconds: float = 0.5) -> float:

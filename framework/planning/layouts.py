@@ -65,6 +65,7 @@ class Estimate:
     Attributes:
       compute, memory, communication: seconds that products, reads of the chip's memory, and collectives take alone.
       weights, cache, activations: bytes on a chip; gathered weights of a layer are among the activations.
+      sent: bytes that a chip sends in the pass.
       params: that a token is multiplied with.
       one_way, bidirectional: seconds of the pass if collectives go around rings beside their products, in one direction
         or both (`Layout.products`).
@@ -82,6 +83,7 @@ class Estimate:
     weights: float
     cache: float
     activations: float
+    sent: float
     params: int
     num_collectives: int
     one_way: float
@@ -174,6 +176,7 @@ def estimate(
         weights=weights,
         cache=cache,
         activations=hidden + (layer if gathered > 1 else 0),
+        sent=layers * sum(each.moved(mesh) * size for each, size in zip(collectives, sizes, strict=True)),
         params=params,
         num_collectives=sum(mesh.size(each.axes) > 1 for each in collectives),
         one_way=in_rings("one_way"),

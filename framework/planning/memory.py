@@ -120,11 +120,11 @@ def step_memory(program: Program, closed: Any = None) -> Memory:
     peak = liveness.peak(function, [*dim_axes, *batch, ()], dim_axes)
     gradients = sum(local_bytes(array, each, mesh) for array, each in zip(function.gives, dim_axes, strict=True))
     return Memory(
-        _bytes_of(shapes.params, shardings.params),
-        _bytes_of(shapes, shardings) - _bytes_of(shapes.params, shardings.params),
+        device_bytes(shapes.params, shardings.params),
+        device_bytes(shapes, shardings) - device_bytes(shapes.params, shardings.params),
         gradients,
         max(0, peak - gradients),
-        _bytes_of(features, placed),
+        device_bytes(features, placed),
         _padding((shapes, features), (shardings, placed)),
     )
 
@@ -134,7 +134,8 @@ def _dim_axes_of(shapes: Any, shardings: Any) -> list[DimAxes]:
     return [sharded_by(sharding.spec, len(leaf.shape)) for leaf, sharding in pairs]
 
 
-def _bytes_of(shapes: Any, shardings: Any) -> int:
+def device_bytes(shapes: Any, shardings: Any) -> int:
+    """Returns the bytes on a device of a tree of arrays, given as shapes, under a tree of shardings."""
     pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
     return sum(math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, sharding in pairs)
 

@@ -108,9 +108,10 @@ _FAMILIES = {
     "b200": "NVIDIA B200",
     "cpu": "cpu",
 }
+_PODS = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256, "tpu7x": 9216}  # chips, by the same documentation
 _ALSO = {"v5litepod": "v5e", "trillium": "v6e", "ironwood": "tpu7x"}
-# A simulated device's figures are this machine's, shared by all of them: `hardware.this_machine` measures them.
-_SIMULATED = Chip(math.nan, math.nan, 0, math.nan, math.nan, 0, "not measured yet")
+# A simulated device has its share of a machine: `hardware.topology_of` has figures.
+_SIMULATED = Chip(math.nan, math.nan, 0, math.nan, math.nan, 0, "none")
 _MOST_SIMULATED = 512
 # A TPU host's network to other slices, bytes/s, and the chips that share it by the torus's dimension (How to Scale Your
 # Model, chapter 2: 6.25 GB/s a chip of v5p, 3.125 of v5e).
@@ -225,6 +226,11 @@ def topology(name: str) -> Topology:
         raise UserError(
             f"topology {name!r}: {kind}s form a torus of {chip.torus} dimensions, and it has {len(sizes)}: "
             f"write it as {family}:{example}"
+        )
+    if (one := count // slices) > _PODS[family]:
+        raise UserError(
+            f"topology {name!r}: a pod has {_PODS[family]:,} chips, not {one:,}; several slices are written as "
+            f"{family}:{example}x2slices"
         )
     whole = _WHOLE[chip.torus]
     wrapped = [size == whole if chip.torus == 2 else all(each % whole == 0 for each in sizes) for size in sizes]

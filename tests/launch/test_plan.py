@@ -100,6 +100,10 @@ def test_what_does_not_fit(palm: dict[str, Any], options: dict[str, Any], messag
     [
         (PALM[:2], "meshway plan needs --topology=CHIP:SIDES"),
         ((*PALM, "--weights=int4"), "'int4' is not one of float32, bfloat16, int8"),
+        ((*PALM, "--phase=score"), "--phase=score is planned by compiling it: add --compile"),
+        ((*PALM, "--phase=decoding"), "did you mean 'decode'"),
+        ((*PALM, "--fit"), "--fit: for plans of training alone"),
+        ((*PALM, "--batch=0"), "'0' is not a whole number of at least 1"),
         (("plan", "--gin_file=models/mixtral/8x7b.gin", PALM[2]), "costs of mixtures of experts are not estimated"),
         (("plan", "--gin_file=models/bert/base.gin", PALM[2]), "layouts are chosen for transformers that decode"),
     ],
@@ -107,3 +111,24 @@ def test_what_does_not_fit(palm: dict[str, Any], options: dict[str, Any], messag
 def test_what_is_refused(capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str) -> None:
     assert cli.main(words) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_programs_of_inference_are_compiled_beside_their_closed_forms(capsys: pytest.CaptureFixture[str]) -> None:
+    """By the layout that was chosen: weights by layer in bfloat16 are the closed forms', norms aside; keys and values
+    are, where rows and heads divide."""
+    tiny = ("plan", "--gin_file=models/llama/tiny.gin", "--topology=cpu:8", "--batch=8", "--context=32", "--compile")
+    found = planned(capsys, *tiny, "--new_tokens=8")
+    prefill, step = found["compiled"]
+    assert (prefill["phase"], step["phase"]) == ("prefill", "decode")
+    for each in found["compiled"]:
+        memory, forms = dict(each["memory"]), each["closed_forms"]
+        assert each["layout"] == found["choice"]["layout"] and list(each["mesh"].values()) == found["choice"]["mesh"]
+        total, capacity = memory.pop("total"), memory.pop("capacity")
+        assert total == sum(memory.values()) < capacity and min(memory.values()) >= 0
+        assert memory["weights"] == pytest.approx(forms["weights"], rel=0.01)
+        assert sum(one["sent"] for one in each["sent"]) > forms["sent"] > 0 and not each["unread"]
+    assert step["memory"]["keys and values"] == step["closed_forms"]["cache"]
+    (score,) = planned(capsys, *tiny, "--phase=score", "--gin.LAYOUT=inference/1d")["compiled"]
+    assert (score["phase"], score["layout"], score["closed_forms"]) == ("score", "inference/1d", None)
+    assert score["memory"]["keys and values"] == 0 and score["sent"]

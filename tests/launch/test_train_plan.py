@@ -192,7 +192,7 @@ def test_a_program_is_compiled_for_simulated_devices() -> None:
     where = topology("cpu:8")
     layout = Layout(MeshShape(ici={"data": 2, "model": 4}), [("*", None)], [("*", None)])
     partitioner = Partitioner(layout, aot.compiled_for(where))
-    found = aot.compile_program(partitioner, lambda: doubled(partitioner))
+    (found,) = aot.compile_programs(partitioner, lambda: doubled(partitioner))
     assert found.arguments == 4 * (32 * 16 + 16 * 64) and found.outputs == 4 * 32 * 64
     (row,) = found.collectives
     assert (row.kind, row.axes, row.array.shape) == ("all-reduce", ("model",), (32, 64))
@@ -208,7 +208,7 @@ def test_where_a_compiled_step_cannot_be_read_closed_forms_stand_in(monkeypatch:
     monkeypatch.setattr(jax.stages.Compiled, "as_text", unreadable)
     layout = Layout(MeshShape(ici={"data": 2, "model": 4}), [("*", None)], [("*", None)])
     partitioner = Partitioner(layout, jax.devices())
-    found = aot.compile_program(partitioner, lambda: doubled(partitioner))
+    (found,) = aot.compile_programs(partitioner, lambda: doubled(partitioner))
     assert (
         found.collectives == ()
         and found.unread == "INTERNAL: async-update instruction should have 1 operands but sees 3"
@@ -231,7 +231,7 @@ def test_what_a_compiler_prints_is_read_where_jaxlib_cannot(monkeypatch: pytest.
     layout = Layout(MeshShape(ici={"data": 2, "model": 4}), [("*", None)], [("*", None)])
     partitioner = Partitioner(layout, jax.devices())
     with jax.enable_compilation_cache(False) if hasattr(jax, "enable_compilation_cache") else contextlib.nullcontext():
-        found = aot.compile_program(partitioner, lambda: doubled(partitioner))
+        (found,) = aot.compile_programs(partitioner, lambda: doubled(partitioner))
     assert [(row.kind, row.axes) for row in found.collectives] == [("all-reduce", ("model",))]
 
 
@@ -251,13 +251,17 @@ def test_what_a_compiler_prints_is_read_where_jaxlib_cannot(monkeypatch: pytest.
         ),
     ],
 )
-def test_a_compilers_refusal_says_what_to_change(refusal: str, kind: type[UserError], words: str) -> None:
-    def compiles() -> jax.stages.Compiled:
+def test_a_compilers_refusal_says_what_to_change(
+    monkeypatch: pytest.MonkeyPatch, refusal: str, kind: type[UserError], words: str
+) -> None:
+    def refuses(*_: object, **__: object) -> jax.stages.Compiled:
         raise jax.errors.JaxRuntimeError(refusal)
 
-    layout = Layout(MeshShape(ici={"data": 8}), [("*", None)], [("*", None)])
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuses)
+    layout = Layout(MeshShape(ici={"data": 2, "model": 4}), [("*", None)], [("*", None)])
+    partitioner = Partitioner(layout, jax.devices())
     with pytest.raises(kind, match=re.escape(words)):
-        aot.compile_program(Partitioner(layout, jax.devices()), compiles)
+        aot.compile_programs(partitioner, lambda: doubled(partitioner))
 
 
 def test_options_of_what_a_recipe_lacks_are_not_offered() -> None:
@@ -304,6 +308,14 @@ def test_the_compiler_agrees(capsys: pytest.CaptureFixture[str]) -> None:
     kinds = {each["what"] for each in found["sent_as_compiled"]}
     assert kinds & {"all-gather", "all-reduce", "reduce-scatter"}
     assert found["compile_seconds"] > 0
+
+
+@pytest.mark.slow
+def test_where_nothing_fits_a_search_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--gin_file=models/llama/3_8b.gin", "--gin_file=optimizers/adamw.gin", LENGTHS, "--gin.BATCH_SIZE=64")
+    assert cli.main([TINY[0], *words, "--gin.LAYOUT=fsdp", "--topology=v5e:2x2", "--analytic", "--fit"]) == 2
+    message = capsys.readouterr().err
+    assert "no way to train fits v5e:2x2" in message and "; --topology=v5e:4x4 would hold it, by" in message
 
 
 @pytest.mark.slow

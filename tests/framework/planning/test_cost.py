@@ -168,6 +168,7 @@ def test_topologies() -> None:
         ("", "no accelerator is called ''"),
         ("v5litepod-8", "write the chip and how many, as v5e:4x4"),
         ("v4-128", "write the chip and how many, as v4:4x4x4"),
+        ("v5e:32x32", "a pod has 256 chips, not 1,024; several slices are written as v5e:4x4x2slices"),
         ("cpu:4096", "at most 512 devices are simulated"),
     ],
 )
