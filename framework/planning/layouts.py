@@ -176,7 +176,7 @@ def estimate(
         weights=weights,
         cache=cache,
         activations=hidden + (layer if gathered > 1 else 0),
-        sent=layers * sum(each.moved(mesh) * size for each, size in zip(collectives, sizes, strict=True)),
+        sent=layers * sum(each.moved(mesh) * _itemsize(what, each) for each in collectives),
         params=params,
         num_collectives=sum(mesh.size(each.axes) > 1 for each in collectives),
         one_way=in_rings("one_way"),

@@ -1,4 +1,4 @@
-"""The quickstart in integers, whole: what it learns by products of int8, and what weights and a cache of int8 cost it."""
+"""The quickstart in integers, whole: what it learns by products of int8, what weights and a cache of int8 cost it."""
 
 import re
 
