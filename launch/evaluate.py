@@ -129,26 +129,20 @@ def evaluate(
     split = other_split(data, split)
     with terminal.stage("opening the evaluation data"):
         tasks = split_tasks(data, split)
-    settings = dataclasses.replace(evaluation, max_predictions=max_predictions)
+    evaluation = dataclasses.replace(evaluation, max_predictions=max_predictions)
     if weights is not None or cached is not None:
-        other = None if cached is None else ShardedModel(cached, layout)
-        return _compare(directory, (sharded, other), tasks, settings, (weights, cache), wanted, averaged)
-    read = _as_read(sharded, tasks, settings)
-    evaluator = Evaluator(read, tasks, settings)
+        other = cached and ShardedModel(cached, layout)
+        return _compare(directory, (sharded, other), tasks, evaluation, (weights, cache), wanted, averaged)
+    read = _as_read(sharded, tasks, evaluation)
+    evaluator = Evaluator(read, tasks, evaluation)
     with EvaluationDisplay(silent=not processes.is_primary()) as display:
         for line in evaluator.left_out:
             display.say(line)
-        done = is_done(records, [record_name(task.name, split) for task in tasks], fingerprint)
-        queue = StepQueue(
-            directory.checkpoints,
-            wanted,
-            (lambda step: False) if again else done,
-            Claims(directory.evaluations / ".claims" / record_name(fingerprint, split)),
-            display.say,
-            watch,
-            train_steps,
-            idle_timeout,
-        )
+        names = [record_name(task.name, split) for task in tasks]
+        claims = Claims(directory.evaluations / ".claims" / record_name(fingerprint, split))
+        done = (lambda step: False) if again else is_done(records, names, fingerprint)
+        how = (done, claims, display.say, watch, train_steps, idle_timeout)
+        queue = StepQueue(directory.checkpoints, wanted, *how)
         skip_removed = (watch or not listed) and not finished  # which one before the last does not tell
         given = (evaluator, sharded.abstract_params, queue, records, fingerprint, split, display, skip_removed)
         count = EvaluationJob(directory, *given, averaged, loggers, functools.partial(read.split, consume=True)).run()
@@ -192,7 +186,7 @@ def _compare(
     with terminal.stage(f"reading checkpoint {step}"):
         checkpoints = Checkpoints(directory.checkpoints, read_only=True, averaged=averaged)
         params = checkpoints.load_params(step, sharded.abstract_params)
-    cached = None if cached is None else _as_read(cached, tasks, settings)
+    cached = cached and _as_read(cached, tasks, settings)
     sharded = _as_read(sharded, tasks, settings)
     params = sharded.split(params, consume=True)
     comparison, primary = Comparison(sharded, params, weights, settings, cached), processes.is_primary()
