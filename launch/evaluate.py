@@ -57,7 +57,6 @@ _HOW = (
     "finished",
     "loggers",
     "weights",
-    "cache",
     "cached",
 )
 
@@ -79,8 +78,7 @@ def evaluate(
     averaged: bool = False,
     loggers: Sequence[Writer] = (),
     weights: str | None = None,
-    cache: str | None = None,
-    cached: Model | None = None,
+    cached: tuple[str, ShardedModel] | None = None,
     fingerprint: str = "",
 ) -> int:
     """Evaluates checkpoints in `model_dir`, and writes `eval/<task>.jsonl`, TensorBoard's events and `report.html`.
@@ -102,7 +100,7 @@ def evaluate(
       averaged: whether to evaluate the averages of parameters that the run kept (EMA_DECAY).
       loggers: what takes the scalars of each step, beside TensorBoard.
       weights: one of `weights.WEIGHTS`: prints what weights in so many bits cost, and writes nothing.
-      cache: the same of keys and values: the dtype that `cached`, the model otherwise, keeps them in.
+      cached: the same of keys and values: the dtype that they are kept in by a model, otherwise the same, and it.
       fingerprint: of what is evaluated: a step that has records of the same one is passed over.
 
     Returns:
@@ -111,10 +109,10 @@ def evaluate(
     Raises:
       UserError: anything the user can mend; one message.
     """
-    _check_how(watch, idle_timeout, weights, cache)
+    _check_how(watch, idle_timeout, weights, cached)
     directory = RunDirectory(local_path(model_dir))
     wanted = Wanted.parse(steps if steps is not None else ALL if watch else LATEST)
-    listed = wanted.steps is not None
+    skip_removed = (watch or wanted.steps is None) and not finished  # which one before the last does not tell
     records = Records(directory.evaluations)
     if processes.is_primary():
         if finished:
@@ -131,8 +129,7 @@ def evaluate(
         tasks = split_tasks(data, split)
     settings = dataclasses.replace(evaluation, max_predictions=max_predictions)
     if weights is not None or cached is not None:
-        other = None if cached is None else ShardedModel(cached, layout)
-        return _compare(directory, (sharded, other), tasks, settings, (weights, cache), wanted, averaged)
+        return _compare(directory, sharded, tasks, settings, weights, cached, wanted, averaged)
     evaluator = Evaluator(sharded, tasks, settings)
     with EvaluationDisplay(silent=not processes.is_primary()) as display:
         for line in evaluator.left_out:
@@ -148,44 +145,44 @@ def evaluate(
             train_steps,
             idle_timeout,
         )
-        skip_removed = (watch or not listed) and not finished  # which one before the last does not tell
         given = (evaluator, sharded.abstract_params, queue, records, fingerprint, split, display, skip_removed)
         count = EvaluationJob(directory, *given, averaged, loggers).run()
         _say_goodbye(directory, queue, count, display)
     return count
 
 
-def _check_how(watch: bool, idle_timeout: float | None, weights: str | None, cache: str | None) -> None:
+def _check_how(watch: bool, idle_timeout: float | None, weights: str | None, cached: object) -> None:
     """Raises UserError for what does not go together."""
     if idle_timeout is not None and not watch:
         raise UserError("--idle_timeout has no effect without --watch, which alone waits: leave it out, or give both")
     check_weights(weights, "--weights")
-    for flag, value in (("--weights", weights), ("--cache", cache)):
+    for flag, value in (("--weights", weights), ("--cache", cached)):
         if value is not None and watch:
             raise UserError(f"{flag} compares one checkpoint with itself in fewer bits: leave out --watch")
 
 
 def _compare(
     directory: RunDirectory,
-    models: tuple[ShardedModel, ShardedModel | None],
+    sharded: ShardedModel,
     tasks: Sequence[EvalTask],
     settings: Evaluation,
-    kept: tuple[str | None, str | None],
+    weights: str | None,
+    cached: tuple[str, ShardedModel] | None,
     wanted: Wanted,
     averaged: bool,
 ) -> int:
-    """Prints what weights, and keys and values, cost that are `kept` in fewer bits: the divergence, and each metric
-    beside the checkpoint's. Returns how many steps were evaluated for the run's own records: none."""
-    (sharded, cached), (weights, cache) = models, kept
+    """Prints what weights, and keys and values, cost in fewer bits: the divergence, and each metric beside the
+    checkpoint's. Returns how many steps were evaluated for the run's own records: none."""
     flag = "--cache" if weights is None else "--weights"
+    dtype, other = cached or (None, None)
     step, *others = wanted.fixed(directory.checkpoints).steps or ()
     if others:
         raise UserError(f"{flag} compares one checkpoint, and --steps names {1 + len(others)}: give one")
     with terminal.stage(f"reading checkpoint {step}"):
         checkpoints = Checkpoints(directory.checkpoints, read_only=True, averaged=averaged)
         params = checkpoints.load_params(step, sharded.abstract_params)
-    comparison, primary = Comparison(sharded, params, weights, settings, cached), processes.is_primary()
-    name = ", ".join(f"{dtype} {what}" for dtype, what in ((weights, "weights"), (cache, "cache")) if dtype)
+    comparison, primary = Comparison(sharded, params, weights, settings, other), processes.is_primary()
+    name = ", ".join(f"{kept} {what}" for kept, what in ((weights, "weights"), (dtype, "cache")) if kept)
     if primary:
         print(f"step {step}, {name}: {comparison.size()}", flush=True)
     for found in comparison.of(tasks):
@@ -247,8 +244,8 @@ def run(invocation: "Invocation") -> None:
             evaluation: Evaluation = part("evaluation")
             how = part.rest()  # TRAIN_STEPS, and what flags bind: steps, watch, split, ...
         fingerprint = recipe.fingerprint("evaluate.evaluate", without=_HOW)
-        if how.get("cache") is not None:
-            how["cached"] = _with_cache(invocation, how["cache"])
+        if cache := invocation.options.cache:
+            how["cached"] = cache, ShardedModel(_with_cache(invocation, cache), layout)
         evaluate(model, layout, data, model_dir, evaluation, **how, fingerprint=fingerprint)
 
 
