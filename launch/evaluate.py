@@ -58,7 +58,6 @@ _HOW = (
     "finished",
     "loggers",
     "weights",
-    "cache",
     "cached",
 )
 
@@ -80,8 +79,7 @@ def evaluate(
     averaged: bool = False,
     loggers: Sequence[Writer] = (),
     weights: str | None = None,
-    cache: str | None = None,
-    cached: Model | None = None,
+    cached: tuple[str, ShardedModel] | None = None,
     fingerprint: str = "",
 ) -> int:
     """Evaluates checkpoints in `model_dir`, and writes `eval/<task>.jsonl`, TensorBoard's events and `report.html`.
@@ -103,7 +101,7 @@ def evaluate(
       averaged: whether to evaluate the averages of parameters that the run kept (EMA_DECAY).
       loggers: what takes the scalars of each step, beside TensorBoard.
       weights: one of `weights.WEIGHTS`: prints what weights in so many bits cost, and writes nothing.
-      cache: the same of keys and values: the dtype that `cached`, the model otherwise, keeps them in.
+      cached: the same of keys and values: the dtype that they are kept in by a model, otherwise the same, and it.
       fingerprint: of what is evaluated: a step that has records of the same one is passed over.
 
     Returns:
@@ -112,10 +110,10 @@ def evaluate(
     Raises:
       UserError: anything the user can mend; one message.
     """
-    _check_how(watch, idle_timeout, weights, cache)
+    _check_how(watch, idle_timeout, weights, cached)
     directory = RunDirectory(local_path(model_dir))
     wanted = Wanted.parse(steps if steps is not None else ALL if watch else LATEST)
-    listed = wanted.steps is not None
+    skip_removed = (watch or wanted.steps is None) and not finished  # which one before the last does not tell
     records = Records(directory.evaluations)
     if processes.is_primary():
         if finished:
@@ -124,38 +122,43 @@ def evaluate(
         records.prepare()
     agree({"recipe": fingerprint, "jax": jax.__version__, "backend": jax.default_backend()})
     sharded = ShardedModel(model, layout)
-    check_vocabularies(sharded, vocabularies := data.vocabularies())
+    vocabularies = data.vocabularies()
+    check_vocabularies(sharded, vocabularies)
     directory.check_vocabularies(vocabularies, source_framing(data))
     split = other_split(data, split)
     with terminal.stage("opening the evaluation data"):
         tasks = split_tasks(data, split)
     evaluation = dataclasses.replace(evaluation, max_predictions=max_predictions)
     if weights is not None or cached is not None:
-        other = cached and ShardedModel(cached, layout)
-        return _compare(directory, (sharded, other), tasks, evaluation, (weights, cache), wanted, averaged)
+        return _compare(directory, sharded, tasks, evaluation, weights, cached, wanted, averaged)
     read = _as_read(sharded, tasks, evaluation)
     evaluator = Evaluator(read, tasks, evaluation)
     with EvaluationDisplay(silent=not processes.is_primary()) as display:
         for line in evaluator.left_out:
             display.say(line)
-        names = [record_name(task.name, split) for task in tasks]
-        claims = Claims(directory.evaluations / ".claims" / record_name(fingerprint, split))
-        done = (lambda step: False) if again else is_done(records, names, fingerprint)
-        how = (done, claims, display.say, watch, train_steps, idle_timeout)
-        queue = StepQueue(directory.checkpoints, wanted, *how)
-        skip_removed = (watch or not listed) and not finished  # which one before the last does not tell
+        done = is_done(records, [record_name(task.name, split) for task in tasks], fingerprint)
+        queue = StepQueue(
+            directory.checkpoints,
+            wanted,
+            (lambda step: False) if again else done,
+            Claims(directory.evaluations / ".claims" / record_name(fingerprint, split)),
+            display.say,
+            watch,
+            train_steps,
+            idle_timeout,
+        )
         given = (evaluator, sharded.abstract_params, queue, records, fingerprint, split, display, skip_removed)
         count = EvaluationJob(directory, *given, averaged, loggers, functools.partial(read.split, consume=True)).run()
         _say_goodbye(directory, queue, count, display)
     return count
 
 
-def _check_how(watch: bool, idle_timeout: float | None, weights: str | None, cache: str | None) -> None:
+def _check_how(watch: bool, idle_timeout: float | None, weights: str | None, cached: object) -> None:
     """Raises UserError for what does not go together."""
     if idle_timeout is not None and not watch:
         raise UserError("--idle_timeout has no effect without --watch, which alone waits: leave it out, or give both")
     check_weights(weights, "--weights")
-    for flag, value in (("--weights", weights), ("--cache", cache)):
+    for flag, value in (("--weights", weights), ("--cache", cached)):
         if value is not None and watch:
             raise UserError(f"{flag} compares one checkpoint with itself in fewer bits: leave out --watch")
 
@@ -169,28 +172,29 @@ def _as_read(sharded: ShardedModel, tasks: Sequence[EvalTask], settings: Evaluat
 
 def _compare(
     directory: RunDirectory,
-    models: tuple[ShardedModel, ShardedModel | None],
+    sharded: ShardedModel,
     tasks: Sequence[EvalTask],
     settings: Evaluation,
-    kept: tuple[str | None, str | None],
+    weights: str | None,
+    cached: tuple[str, ShardedModel] | None,
     wanted: Wanted,
     averaged: bool,
 ) -> int:
-    """Prints what weights, and keys and values, cost that are `kept` in fewer bits: the divergence, and each metric
-    beside the checkpoint's. Returns how many steps were evaluated for the run's own records: none."""
-    (sharded, cached), (weights, cache) = models, kept
+    """Prints what weights, and keys and values, cost in fewer bits: the divergence, and each metric beside the
+    checkpoint's. Returns how many steps were evaluated for the run's own records: none."""
     flag = "--cache" if weights is None else "--weights"
+    dtype, other = cached or (None, None)
     step, *others = wanted.fixed(directory.checkpoints).steps or ()
     if others:
         raise UserError(f"{flag} compares one checkpoint, and --steps names {1 + len(others)}: give one")
     with terminal.stage(f"reading checkpoint {step}"):
         checkpoints = Checkpoints(directory.checkpoints, read_only=True, averaged=averaged)
         params = checkpoints.load_params(step, sharded.abstract_params)
-    cached = cached and _as_read(cached, tasks, settings)
+    other = other and _as_read(other, tasks, settings)
     sharded = _as_read(sharded, tasks, settings)
     params = sharded.split(params, consume=True)
-    comparison, primary = Comparison(sharded, params, weights, settings, cached), processes.is_primary()
-    name = ", ".join(f"{dtype} {what}" for dtype, what in ((weights, "weights"), (cache, "cache")) if dtype)
+    comparison, primary = Comparison(sharded, params, weights, settings, other), processes.is_primary()
+    name = ", ".join(f"{kept} {what}" for kept, what in ((weights, "weights"), (dtype, "cache")) if kept)
     if primary:
         print(f"step {step}, {name}: {comparison.size()}", flush=True)
     for found in comparison.of(tasks):
@@ -252,8 +256,8 @@ def run(invocation: "Invocation") -> None:
             evaluation: Evaluation = part("evaluation")
             how = part.rest()  # TRAIN_STEPS, and what flags bind: steps, watch, split, ...
         fingerprint = recipe.fingerprint("evaluate.evaluate", without=_HOW)
-        if how.get("cache") is not None:
-            how["cached"] = _with_cache(invocation, how["cache"])
+        if cache := invocation.options.cache:
+            how["cached"] = cache, ShardedModel(_with_cache(invocation, cache), layout)
         evaluate(model, layout, data, model_dir, evaluation, **how, fingerprint=fingerprint)
 
 

@@ -64,8 +64,8 @@ class EvalFlags:
     weights: Literal["int8", "int4"] | None = binds(
         "evaluate.evaluate.weights", "print what weights in so many bits cost, and write nothing", "DTYPE"
     )
-    cache: Literal["float32", "bfloat16", "int8"] | None = binds(
-        "evaluate.evaluate.cache", "the same of keys and values, read through the cache", "DTYPE"
+    cache: Literal["float32", "bfloat16", "int8"] | None = flag(
+        "the same of keys and values, read through the cache", "DTYPE", None
     )
 
 

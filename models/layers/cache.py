@@ -7,7 +7,7 @@ step took ten times as long on XLA:CPU.
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ DTYPES = ("float32", "bfloat16", "int8")
 
 # [batch, kv_heads, kv_length, head_dim]. Of int8 with a float32 scale of each position and head, [batch, kv_heads,
 # kv_length, 1]; the error is half a scale at most, 1/254 of the head's largest entry.
-Stored = jax.Array | qwix.QArray
+Stored: TypeAlias = jax.Array | qwix.QArray
 Cache = tuple[Stored, Stored]  # of keys, and of values
 
 

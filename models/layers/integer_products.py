@@ -24,7 +24,7 @@ _ROUNDING = 0x51  # what tells the key of rounding from those of dropout
 
 class _Keys(NamedTuple):
     key: jax.Array
-    count: Iterator[int]
+    numbers: Iterator[int]
 
 
 _keys: ContextVar[_Keys | None] = ContextVar("meshway_rounding", default=None)
@@ -107,7 +107,7 @@ class IntegerProduct:
         keys = _keys.get()
         if keys is None or not self.stochastic:
             return None
-        return jax.random.fold_in(keys.key, next(keys.count))
+        return jax.random.fold_in(keys.key, next(keys.numbers))
 
 
 def rounded(x: jax.Array, summed: tuple[int, ...], dtype: str, key: jax.Array | None = None) -> qwix.QArray:

@@ -99,7 +99,7 @@ def test_a_flag_of_a_verb_is_bound_or_taken_by_the_verb_itself():
         bindings = [each.binding for each in flags if each.binding]
         assert len(set(bindings)) == len(bindings)
     unbound = {each.name for kind in kinds for each in flags_of(kind) if not each.binding}
-    assert unbound == {"--dry_run", "--model_dir", "--json", "--topology"}  # of train, status, plan and infer
+    assert unbound == {"--dry_run", "--model_dir", "--json", "--topology", "--cache", "--small"}
 
 
 COMMANDS = [(name, subject) for name, verb in VERBS.items() for subject in verb.subjects or [None]]

@@ -1,9 +1,9 @@
-"""The quickstart in integers, whole: what it learns by products of int8, what weights and a cache of int8 cost it."""
+"""The quickstart in integers: what it learns by products of int8, and what weights and a cache of int8 cost it."""
 
 import re
 
 import pytest
-from running import lines, meshway
+from running import lines, start
 
 PRODUCTS = ("--gin.PRODUCTS=@integer_products.IntegerProduct()",)
 STEPS = ("--gin.TRAIN_STEPS=300", "--gin.EVAL_PERIOD=300", "--gin.CHECKPOINT_PERIOD=300")
@@ -15,9 +15,10 @@ def test_the_quickstart_in_integers(tmp_path):
     token and metrics within a point, in little more than half of bfloat16's bytes."""
 
     def said(*words):
-        done = meshway(*words, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        process = start(*words, cwd=tmp_path)
+        text, _ = process.communicate(timeout=3600)
+        assert process.returncode == 0, text
+        return text
 
     found = {}
     for name, more in (("float32", ()), ("int8", PRODUCTS)):
