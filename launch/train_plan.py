@@ -173,7 +173,9 @@ def _memory(plan: TrainPlan) -> Table:
 
 
 def _stages(plan: TrainPlan) -> Table:
-    cells = [("stage", "its layers", "of both ends", "activations", "peak", "of its own program", "waste")]
+    cells: list[tuple[str, ...]] = [
+        ("stage", "its layers", "of both ends", "activations", "peak", "of its own program", "waste")
+    ]
     between = plan.stages[1:2] if len(plan.stages) > 2 else ()  # all alike
     for each in (plan.stages[0], *between, plan.stages[-1]):
         name = f"1 to {len(plan.stages) - 2}" if each in between and len(plan.stages) > 3 else str(each.number)

@@ -57,7 +57,7 @@ class Verb:
 
     def takes_recipe(self, subject: str | None) -> bool:
         """Returns whether it takes a recipe, with a subject if it has any."""
-        return self.recipe and (subject not in self.subjects or self.subjects[subject].recipe)
+        return self.recipe and (not subject or not self.subjects or self.subjects[subject].recipe)
 
     def takes_devices(self, subject: str | None) -> bool:
         """Returns whether it has flags of devices and processes."""

@@ -283,7 +283,9 @@ def _print_row(recipe: str, mesh: str, *cells: str) -> None:
 
 
 def _print_times(_: Sequence[str]) -> None:
-    rows = [("run", "published", "estimated", "ratio", "side by side", "one after the other", "source")]
+    rows: list[tuple[str, ...]] = [
+        ("run", "published", "estimated", "ratio", "side by side", "one after the other", "source")
+    ]
     ratios = []
     for run, seconds, plan in times_table():
         cost = plan.cost

@@ -37,5 +37,5 @@ def test_the_compiler_s_memory_is_the_plan_s(recipe: str) -> None:
     pytest.importorskip("libtpu")
     for held in plan.memory_table([recipe]):
         state, rest = held.ratios
-        assert state == pytest.approx(1, abs=2e-4), (held.recipe, held.mesh)
-        assert rest == pytest.approx(1, abs=0.13), (held.recipe, held.mesh)
+        assert state == 1, (held.recipe, held.mesh)
+        assert rest == pytest.approx(1, abs=0.16), (held.recipe, held.mesh)
