@@ -142,7 +142,8 @@ def _too_large(model: Transformer, phase: Phase, request: Request, where: Topolo
 def format_plan(found: Plan) -> str:
     """Returns a plan as text: a table of each phase, and what serves both."""
     where, model = found.where, found.model
-    kind = f"{where.num_chips:,} x {where.kind}"
+    cores = f" of {where.chip.cores} devices" if where.chip.cores > 1 else ""
+    kind = f"{where.num_chips:,} x {where.kind}{cores}"
     heads = f"{model.num_heads} heads, {model.num_kv_heads} of keys and values, of {model.head_dim}"
     blocks = f"{model.layers} layers" + (f" after {model.encoder_layers} of an encoder" if model.encoder_layers else "")
     block = f"{'gated' if model.gated else 'ungated'}, {'parallel' if model.parallel else 'serial'}"
