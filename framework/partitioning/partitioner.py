@@ -84,7 +84,7 @@ class Activations:
             )
         ]
         self.names |= placed[0].fired | placed[2].fired
-        how = product_of(self.mesh, *(sharded_by(each.spec, len(each.rules)) for each in placed), self.ring)
+        how = product_of(self.mesh, *(sharded_by(each.spec, len(each.rules)) for each in placed), ring=self.ring)
         self._moves |= how.scattered is not None or (how.x, how.stored) != (how.operand, how.kernel)
         return how
 

@@ -224,7 +224,7 @@ def _layer(
     heads, hidden = model.num_heads * model.head_dim, model.d_ff * (model.mlp_matrices - 1)
     widths = [(hidden + heads, model.d_ff + heads)] if model.parallel else [(hidden, model.d_ff)]
     widths += [] if model.parallel else attentions * [(heads, heads)]
-    pairs = []
+    pairs: list[tuple[float, list[Collective]]] = []
     for width_in, width_out in widths:
         both = products(feed_forward, what.tokens, model.d_model, width_in, width_out, mesh)
         half = len(both) // 2
