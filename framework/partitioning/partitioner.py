@@ -84,7 +84,8 @@ class Activations:
             )
         ]
         self.names |= placed[0].fired | placed[2].fired
-        how = product_of(self.mesh, *(sharded_by(each.spec, len(each.rules)) for each in placed), ring=self.ring)
+        x_axes, kernel_axes, output_axes = (sharded_by(each.spec, len(each.rules)) for each in placed)
+        how = product_of(self.mesh, x_axes, kernel_axes, output_axes, self.ring)
         self._moves |= how.scattered is not None or (how.x, how.stored) != (how.operand, how.kernel)
         return how
 

@@ -38,7 +38,7 @@ def topology_of(devices: Sequence[jax.Device]) -> Topology:
     """
     first, count = devices[0], len(devices)
     if first.platform == "cpu":
-        shares = {name: figure / count for name, figure in _MACHINE.items()}
+        shares: dict[str, Any] = {name: figure / count for name, figure in _MACHINE.items()}
         memory = (free_memory(first) or 0) * len(jax.local_devices(backend="cpu")) // count
         chip = Chip(**shares, memory_bytes=memory, torus=0, source="round figures of one machine")
         return switched(f"cpu:{count}", "cpu", chip, count)

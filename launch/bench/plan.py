@@ -233,7 +233,7 @@ def memory_table(recipes: Sequence[str]) -> Iterator[Held]:
         for mesh, bindings in meshes.items():
             planner = RECIPES[recipe].on(CHIPS, *bindings)
             program = planner.program((), aot.compiled_for(planner.where))
-            compiled = aot.compile_step(program)
+            (compiled,) = aot.compile_programs(program.partitioner, program.compile_step)
             yield Held(recipe, mesh, step_memory(program), compiled.arguments, compiled.temporaries)
 
 
