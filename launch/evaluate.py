@@ -122,8 +122,7 @@ def evaluate(
         records.prepare()
     agree({"recipe": fingerprint, "jax": jax.__version__, "backend": jax.default_backend()})
     sharded = ShardedModel(model, layout)
-    vocabularies = data.vocabularies()
-    check_vocabularies(sharded, vocabularies)
+    check_vocabularies(sharded, vocabularies := data.vocabularies())
     directory.check_vocabularies(vocabularies, source_framing(data))
     split = other_split(data, split)
     with terminal.stage("opening the evaluation data"):

@@ -119,13 +119,16 @@ def raise_problems(problems: Sequence[str]) -> None:
 
 
 def unreferenced(program: Program) -> list[Import]:
-    """Returns the imports that no binding refers to, such as those of modules that register tasks."""
+    """Returns the imports that no binding refers to and that may do something by themselves, as registering tasks does:
+    of ours those of `tasks` alone."""
     named = {binding.target.module for binding in program.bindings if binding.target}
     for binding in program.bindings:
         for leaf in leaves(binding.value):
             if isinstance(leaf, (Reference, Macro)) and leaf.target:
                 named.add(leaf.target.module)
-    return [statement for statement in program.imports if statement.module not in named]
+    modules = {each.module for each in program.imports} - named
+    ours = {each for each in modules if not is_foreign(each) and not each.startswith("meshway.tasks")}
+    return [statement for statement in program.imports if statement.module not in named | ours]
 
 
 def registering(program: Program) -> list[str]:

@@ -99,7 +99,8 @@ def test_a_flag_of_a_verb_is_bound_or_taken_by_the_verb_itself():
         bindings = [each.binding for each in flags if each.binding]
         assert len(set(bindings)) == len(bindings)
     unbound = {each.name for kind in kinds for each in flags_of(kind) if not each.binding}
-    assert unbound == {"--dry_run", "--model_dir", "--json", "--topology", "--cache", "--small"}
+    taken = {"--dry_run", "--model_dir", "--json", "--topology", "--cache", "--small", "--table", "--recipes"}
+    assert unbound == taken | {"--phase", "--compile"}
 
 
 COMMANDS = [(name, subject) for name, verb in VERBS.items() for subject in verb.subjects or [None]]
@@ -137,5 +138,6 @@ def test_help_of_a_verb_lists_its_subjects_and_that_of_a_subject_explains_its_fl
             assert entry.help.split()[0] in listed and all(each.usage in listed for each in flags_of(entry.flags))
             assert cli.main([name, subject, "--help"]) == 0
             shown = " ".join(capsys.readouterr().out.split())
-            assert f"usage: meshway {name} {subject} " in shown and "--gin.NAME=VALUE" in shown
+            assert f"usage: meshway {name} {subject} " in shown
+            assert ("--gin.NAME=VALUE" in shown) == verb.takes_recipe(subject)
             assert all(each.help in shown for each in flags_of(entry.flags))

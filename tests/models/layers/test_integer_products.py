@@ -71,6 +71,7 @@ def test_products_of_a_layer_are_rounded_by_keys_of_their_own():
     assert np.any(found != gradients(jax.random.key(1)))
 
 
+@pytest.mark.slow
 def test_each_expert_multiplies_by_its_own():
     rows, w, sizes = numbers(7, 6), numbers(2, 6, 5, seed=1), np.array([3, 2])
     wanted = np.concatenate([NEAREST(rows[:3], w[0], 1), NEAREST(rows[3:5], w[1], 1)])
