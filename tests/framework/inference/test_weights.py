@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import qwix
@@ -101,8 +102,12 @@ def test_what_cannot_be_quantised_is_refused():
     made = program("lm")
     with pytest.raises(UserError, match="weights=int2 is not one of int8, int4"):
         prepared(made.sharded, {}, True, "int2")
-    with pytest.raises(UserError, match="weights=int4: programs for cpu take no arrays of int4; use int8"):
-        prepared(made.sharded, made.init().params, True, "int4")
+    if jax.__version_info__ < (0, 12):  # whose programs for a CPU take no such arrays
+        with pytest.raises(UserError, match="weights=int4: programs for cpu take no arrays of int4; use int8"):
+            prepared(made.sharded, made.init().params, True, "int4")
+    else:
+        params = prepared(made.sharded, made.init().params, True, "int4")[1]
+        assert any(leaf.dtype == jnp.int4 for leaf in jax.tree.leaves(params))
     made.sharded.model = object()
     with pytest.raises(UserError, match="object names no parameter that may be quantised"):
         prepared(made.sharded, {}, False, "int8")
