@@ -65,7 +65,7 @@ class Sizes:
         shape = f"mesh.MeshShape.ici={dict(zip('xyz', sizes, strict=True))}"
         bindings = f"NUM_HEADS={self.heads}", f"BATCH_SIZE={self.devices}", shape, of_products(products)
         self.partitioner = tiny.program("lm", *bindings, layout=self.name).partitioner
-        self.over = GATHERED_OVER.get(self.feed_forward, "")
+        self.over, self.products_by = GATHERED_OVER.get(self.feed_forward, ""), products
         self.tokens = self.devices * LENGTH
 
     def sent(self, factory, call=lambda layer, x: layer(x)) -> float:
@@ -100,8 +100,17 @@ class Sizes:
     def norms(self, count: int) -> float:
         """Of the sums of squares of a residual stream that is sharded along d_model, and scales gathered over x."""
         rows = self.tokens / self.mesh.size(self.over)
-        scales = self.d_model * self.share("x") if self.over else 0
-        return count * (2 * self.share(STREAM[self.feed_forward]) * rows + scales)
+        return count * (2 * self.share(STREAM[self.feed_forward]) * rows + self.scale)
+
+    @property
+    def scale(self) -> float:
+        """Of a norm's scale, which is gathered over x."""
+        return self.d_model * self.share("x") if self.over else 0
+
+    def agrees(self, sent: float, expected: float, norms: int) -> bool:
+        """Beside rings the compiler may move the part of a scale that a device needs, instead of gathering it."""
+        least = 0 if self.products_by == "by_hand" else norms * self.scale / 2
+        return expected - least <= sent <= expected
 
 
 def check_feed_forward(layout: str, products: str = "by_hand") -> None:
@@ -155,9 +164,10 @@ def check_blocks(layout: str, attention: str, products: str = "by_hand") -> None
         mlp = functools.partial(Mlp, d_ff=at.d_ff, activations=activations)
         block = functools.partial(SelfAttentionBlock, at.d_model, attending, mlp)
         serial = at.products(hidden, at.d_ff) + at.products(3 * width, width) + exchanged + at.norms(2)
-        assert at.sent(block, call) == serial, (at.name, activations, "serial")
+        assert at.agrees(at.sent(block, call), serial, 2), (at.name, activations, "serial")
         parallel = at.products(hidden + 3 * width, at.d_ff + width) + exchanged + at.norms(1)
-        assert at.sent(functools.partial(block, parallel=True), call) == parallel, (at.name, activations, "parallel")
+        sent = at.sent(functools.partial(block, parallel=True), call)
+        assert at.agrees(sent, parallel, 1), (at.name, activations, "parallel")
 
 
 @pytest.mark.parametrize("layout", tiers(list(FEED_FORWARD), ["2d"], list(FEED_FORWARD)))
