@@ -109,7 +109,7 @@ class Sizes:
 
     def agrees(self, sent: float, expected: float, norms: int) -> bool:
         """Beside rings the compiler may move the part of a scale that a device needs, instead of gathering it."""
-        least = 0 if self.products_by == "by_hand" else norms * self.scale / 2
+        least = 0 if self.products_by == "by_hand" else norms * self.scale
         return expected - least <= sent <= expected
 
 
