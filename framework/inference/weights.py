@@ -110,7 +110,7 @@ def quantize(given: ShardedModel, wanted: ShardedModel, params: Params, dtype: s
 
 
 def _check_backend(sharded: ShardedModel, dtype: str) -> None:
-    """Raises UserError where a compiled program cannot be given an array of this dtype: int4 on CPU, before jax 0.12."""
+    """Raises UserError where a compiled program takes no array of this dtype: int4 on CPU, before jax 0.12."""
     partitioner, where = sharded.partitioner, sharded.partitioner.replicated
     with partitioner.activate():
         array = jax.jit(lambda: jnp.zeros(2, WEIGHTS[dtype]), out_shardings=where)()
