@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from meshway.framework.errors import UserError, did_you_mean
-from meshway.framework.inference.engine import TokenSteps, prompt_batch
+from meshway.framework.inference.engine import TokenSteps, compile_score, prompt_batch
 from meshway.framework.inference.rows import RowFormat
 from meshway.framework.planning.audit import audit, format_audit
 
@@ -42,7 +42,7 @@ def audits(program: "TrainProgram", names: str = "step") -> str:
     texts: dict[str, str] = {}
     makers: dict[str, Callable[[], dict[str, str]]] = {
         "step": lambda: {"step": program.compile_step().as_text() or ""},
-        "score": lambda: {"score": _score(program)},
+        "score": lambda: {"score": compile_score(program.sharded, program.batch).as_text() or ""},
         "prefill": lambda: _decoding(program),
         "decode": lambda: _decoding(program),
     }
@@ -54,21 +54,6 @@ def audits(program: "TrainProgram", names: str = "step") -> str:
         mesh = program.partitioner.mesh.shape
         found.append(format_audit(what, audit(texts[name], mesh, [donated] if donated else [])))
     return "\n\n".join(found)
-
-
-def _score(program: "TrainProgram") -> str:
-    partitioner, sharded = program.partitioner, program.sharded
-    try:
-        compiled = partitioner.compile(
-            program.model.score,
-            program.param_shapes,
-            program.abstract_batch,
-            in_shardings=(sharded.param_shardings, program.batch_shardings),
-            out_shardings=partitioner.replicated,
-        )
-    except ValueError as error:
-        raise UserError(f"{type(program.model).__name__}, score: {error}") from error
-    return compiled.as_text() or ""
 
 
 def _decoding(program: "TrainProgram") -> dict[str, str]:

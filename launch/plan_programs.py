@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from meshway.framework.errors import UserError
-from meshway.framework.inference.engine import TokenSteps, Workload, prompt_batch
+from meshway.framework.inference.engine import TokenSteps, Workload, compile_score, prompt_batch
 from meshway.framework.inference.rows import RowFormat
 from meshway.framework.inference.weights import quantized
 from meshway.framework.partitioning.sharded_model import ShardedModel
@@ -168,21 +168,8 @@ def _decoded(sharded: ShardedModel, work: Workload) -> dict[str, tuple[CompiledP
 def _scored(sharded: ShardedModel, work: Workload) -> dict[str, tuple[CompiledProgram, int]]:
     coded = RowFormat.of(sharded.model).has_encoder
     lengths = {"inputs": work.prompt, "targets": work.new_tokens} if coded else {"targets": work.prompt}
-    batch, partitioner = sharded.batch(work.batch, lengths), sharded.partitioner
-
-    def compiles() -> object:
-        return partitioner.compile(
-            sharded.model.score,
-            sharded.param_shapes,
-            batch.abstract,
-            in_shardings=(sharded.param_shardings, batch.shardings),
-            out_shardings=partitioner.replicated,
-        )
-
-    try:
-        (program,) = aot.compile_programs(partitioner, compiles, "scoring")
-    except ValueError as error:
-        raise UserError(f"{type(sharded.model).__name__}, score: {error}") from error
+    batch = sharded.batch(work.batch, lengths)
+    (program,) = aot.compile_programs(sharded.partitioner, lambda: compile_score(sharded, batch), "scoring")
     return {"score": (program, 0)}
 
 

@@ -81,6 +81,24 @@ def trace_decoding(sharded: ShardedModel, work: Workload) -> Cache:
     return cache
 
 
+def compile_score(sharded: ShardedModel, batch: ShardedBatch) -> jax.stages.Compiled:
+    """Compiles the scoring of the targets of a batch.
+
+    Raises:
+      UserError: the model or the batch does not fit the layout.
+    """
+    try:
+        return sharded.partitioner.compile(
+            sharded.model.score,
+            sharded.param_shapes,
+            batch.abstract,
+            in_shardings=(sharded.param_shardings, batch.shardings),
+            out_shardings=sharded.partitioner.replicated,
+        )
+    except ValueError as error:
+        raise UserError(f"{type(sharded.model).__name__}, score: {error}") from error
+
+
 class TokenSteps:
     """The programs of one shape: `prefill` reads prompts, `step` adds a token to each row.
 

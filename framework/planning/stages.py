@@ -87,4 +87,4 @@ def stages_of(setting: Setting, rows: Iterable[Row], memory: Memory) -> tuple[St
 
 
 def _sharded_by(row: Row, mesh: Mapping[str, int]) -> set[str]:
-    return set(mesh) & set(re.findall(r"\w+", " ".join(each.partition("->")[2] for each in row.rule.split())))
+    return set(mesh) & set(re.findall(r"\w+", row.spec))
