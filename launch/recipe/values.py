@@ -200,8 +200,8 @@ def _read(value: Any, hint: Any, name: str) -> Any:
         if value not in known:
             raise ValueError(f"no such dtype{did_you_mean(value, known) or '; there are ' + ', '.join(known)}")
         return value
-    if value == "" and name in _NAMES_SOMETHING:
-        raise ValueError("it must not be empty")
+    if name in _NAMES_SOMETHING and (value == "" or (isinstance(value, (list, tuple)) and "" in value)):
+        raise ValueError(f"it must not {'be empty' if value == '' else 'hold an empty text'}")
     if isinstance(value, Macro):
         return value  # in a container; a macro by itself has been followed
     alternatives = list(_alternatives(hint))

@@ -146,6 +146,8 @@ IMPOSSIBLE_HERE = [
         "OPTIMIZER=adamw",
         "OPTIMIZER = 'adamw', .*: a reference .* is needed; --gin_file=optimizers/adamw brings one",
     ),
+    ("SEQIO_CACHE_DIRS=('a', '')", "SEQIO_CACHE_DIRS = .*seqio_cache_dirs: it must not hold an empty text"),
+    ("MIXTURE_OR_TASK_MODULE=['']", "MIXTURE_OR_TASK_MODULE = .*module: it must not hold an empty text"),
     ("INITIAL_CHECKPOINT_PATH=''", "INITIAL_CHECKPOINT_PATH = '', taken by mapping.Initial.path: it must not be empty"),
     ("DROPOUT_RATE=1.5", "DROPOUT_RATE = 1.5, .*: it must be at least 0 and below 1"),
     ("LABEL_SMOOTHING=1.0", "LABEL_SMOOTHING = 1.0, .*: it must be at least 0 and below 1"),
