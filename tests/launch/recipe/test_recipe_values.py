@@ -73,7 +73,13 @@ def test_every_number_of_a_recipe_refuses_what_it_cannot_be(name, value, written
     assert blamed >= macros.keys() - halves, macros.keys() - blamed
 
 
-SUBJECTS = {"bench_moe": "moe", "bench_attention": "attention", "bench_decode": "decode", "bench_t5": "train"}
+SUBJECTS = {
+    "bench_moe": "moe",
+    "bench_attention": "attention",
+    "bench_decode": "decode",
+    "bench_t5": "train",
+    "bench_accelerator": "train",
+}
 RESOLVED = GIN.parent / "tests" / "goldens" / "recipes"  # with what recipes leave open, as the model that is fine-tuned
 MACROS = [  # of every shipped recipe: (recipe, macro, its text)
     (path.stem, *found)
