@@ -206,5 +206,7 @@ def test_a_run_of_parameters_alone_is_trained_on(tmp_path):
     model = InteractiveModel(model_dir=run, bindings=sizes)
     predictor = Predictor(run, layout="single", batch_size=2, max_input_length=32, max_new_tokens=32)
     assert model.predict(["abc"]) == predictor.predict(["abc"])
+    before = model.step  # what a run starts from counts on
     first, *_, last = model.train_steps([{"targets": "a b c"}, {"targets": "d e f"}], 8)
-    assert last["loss"] < first["loss"] and model.step == 8
+    assert last["loss"] < first["loss"] and model.step == before + 8
+    assert before == predictor.step > 0
