@@ -128,6 +128,16 @@ class Decodes(Protocol):
         ...
 
 
+class Extends(Protocol):
+    """What a model that reads several tokens of each row at once may have beside `Decodes`: prompts are then read in
+    chunks, between the steps of other rows, and what begins alike is read once."""
+
+    def extend(self, params: Params, tokens: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Feeds tokens [batch, n] at positions [batch, n], each after those of its row at smaller positions; returns
+        (logits [batch, n, vocab], cache)."""
+        ...
+
+
 class Writer(Protocol):
     """Receives each report of a run: TensorBoard's, JSON lines', or one of a recipe (`train.train.loggers`).
 

@@ -246,10 +246,17 @@ class EncoderDecoder(Objective):
         self, params: dict[str, Any], tokens: jax.Array, positions: jax.Array, cache: DecodingCache
     ) -> tuple[jax.Array, DecodingCache]:
         """Feeds tokens [batch, 1] at positions [batch]; returns (logits [batch, vocab], cache)."""
+        logits, cache = self.extend(params, tokens, positions[:, None], cache)
+        return logits[:, 0], cache
+
+    def extend(
+        self, params: dict[str, Any], tokens: jax.Array, positions: jax.Array, cache: DecodingCache
+    ) -> tuple[jax.Array, DecodingCache]:
+        """Feeds tokens [batch, n] at positions [batch, n]; returns (logits [batch, n, vocab], cache)."""
         logits, layers = self.bind(params).decode_cached(
-            tokens, positions[:, None], cache.layers, cache.encoder_segments, cache.length
+            tokens, positions, cache.layers, cache.encoder_segments, cache.length
         )
-        return logits[:, 0], dataclasses.replace(cache, layers=layers)
+        return logits, dataclasses.replace(cache, layers=layers)
 
     def fork(self, cache: DecodingCache, times: int) -> DecodingCache:
         """Returns a cache of `times` copies of each row, one after the other; these share what was encoded."""
@@ -321,8 +328,15 @@ class DecoderOnly(Objective):
         self, params: dict[str, Any], tokens: jax.Array, positions: jax.Array, cache: DecodingCache
     ) -> tuple[jax.Array, DecodingCache]:
         """Feeds tokens [batch, 1] at positions [batch]; returns (logits [batch, vocab], cache)."""
-        logits, layers = self.bind(params).decode_cached(tokens, positions[:, None], cache.layers, cache.length)
-        return logits[:, 0], dataclasses.replace(cache, layers=layers)
+        logits, cache = self.extend(params, tokens, positions[:, None], cache)
+        return logits[:, 0], cache
+
+    def extend(
+        self, params: dict[str, Any], tokens: jax.Array, positions: jax.Array, cache: DecodingCache
+    ) -> tuple[jax.Array, DecodingCache]:
+        """Feeds tokens [batch, n] at positions [batch, n]; returns (logits [batch, n, vocab], cache)."""
+        logits, layers = self.bind(params).decode_cached(tokens, positions, cache.layers, cache.length)
+        return logits, dataclasses.replace(cache, layers=layers)
 
     def fork(self, cache: DecodingCache, times: int) -> DecodingCache:
         """Returns a cache of `times` copies of each row, one after the other."""

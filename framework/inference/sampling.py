@@ -66,10 +66,10 @@ def top_k(logits: jax.Array, k: int) -> jax.Array:
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-def top_p(logits: jax.Array, p: Setting) -> jax.Array:
+def top_p(logits: jax.Array, p: Setting, ordered: jax.Array | None = None) -> jax.Array:
     """Keeps the fewest tokens whose probabilities sum to at least p, and those as likely as the last of them (nucleus
-    sampling, Holtzman et al. 2020, eq. 2)."""
-    ordered = jnp.sort(logits, axis=-1, descending=True)
+    sampling, Holtzman et al. 2020, eq. 2); `ordered` are the logits, the largest first, where that is known."""
+    ordered = jnp.sort(logits, axis=-1, descending=True) if ordered is None else ordered
     shares = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(shares, axis=-1) - shares
     least = jnp.min(jnp.where(before < _column(p), ordered, jnp.inf), axis=-1, keepdims=True)
@@ -81,6 +81,42 @@ def min_p(logits: jax.Array, p: Setting) -> jax.Array:
     """Keeps tokens that are at least p times as likely as the likeliest (Nguyen et al. 2024, section 3)."""
     least = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(_column(p))
     return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def filtered(logits: jax.Array, k: int | jax.Array, p: Setting, least: Setting) -> jax.Array:
+    """Keeps what `top_k`, then `top_p`, then `min_p` keep; settings of 0, 1 and 0 keep all.
+
+    Args:
+      logits: float32 [rows, vocab].
+      k, p, least: of these three; numbers, or arrays [rows] all of them: logits are then sorted, whatever the settings.
+    """
+    if not isinstance(k, jax.Array):
+        logits = top_k(logits, k)
+        if p < 1:
+            logits = top_p(logits, p)
+        return min_p(logits, least) if least > 0 else logits
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    place = jnp.clip(k, 1, logits.shape[-1])[:, None] - 1
+    kth = jnp.where(k[:, None] > 0, jnp.take_along_axis(ordered, place, axis=-1), -jnp.inf)
+    logits, ordered = (jnp.where(x >= kth, x, -jnp.inf) for x in (logits, ordered))
+    # Where p is 1, rounded sums of shares could leave out the least likely.
+    logits = jnp.where(_column(p) < 1, top_p(logits, p, ordered), logits)
+    return min_p(logits, least)
+
+
+def draw(logits: jax.Array, keys: jax.Array, made: jax.Array) -> jax.Array:
+    """Draws a token of each row, int32 [rows], from logits [rows, vocab]; `keys` [rows] are the rows' own, and `made`,
+    int32 scalar or [rows], says how many tokens each has so far."""
+
+    def one(key: jax.Array, made: jax.Array, logits: jax.Array) -> jax.Array:
+        return jax.random.categorical(jax.random.fold_in(key, made), logits).astype(jnp.int32)
+
+    return jax.vmap(one)(keys, jnp.broadcast_to(made, keys.shape), logits)
+
+
+def row_key(seed: jax.Array, id: jax.Array | int, decode: jax.Array) -> jax.Array:
+    """Returns the random key of a prediction: `decode` of example `id`, under a key made of the seed."""
+    return jax.random.fold_in(jax.random.fold_in(seed, id), decode)
 
 
 def _column(setting: Setting) -> jax.Array:
@@ -191,7 +227,7 @@ class Sampling:
             start,
             forced_tokens(forced, max_length, decodes),
             ids,
-            jax.vmap(lambda id, decode: jax.random.fold_in(jax.random.fold_in(seed, id), decode))(ids, which),
+            jax.vmap(row_key, in_axes=(None, 0, 0))(seed, ids, which),
             prompted,
             jnp.zeros((), jnp.int32),
             first,
@@ -242,16 +278,8 @@ class Sampling:
             likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
             only = jax.nn.one_hot(likeliest, logits.shape[-1], dtype=bool)
             return likeliest, jnp.where(only, 0.0, -jnp.inf)
-        logits = top_k(logits / self.temperature, self.top_k)
-        if self.top_p < 1:
-            logits = top_p(logits, self.top_p)
-        if self.min_p > 0:
-            logits = min_p(logits, self.min_p)
-
-        def draw(key: jax.Array, logits: jax.Array) -> jax.Array:
-            return jax.random.categorical(jax.random.fold_in(key, at.made), logits).astype(jnp.int32)
-
-        return jax.vmap(draw)(at.keys, logits), logits
+        logits = filtered(logits / self.temperature, self.top_k, self.top_p, self.min_p)
+        return draw(logits, at.keys, at.made), logits
 
 
 class DecodeState(NamedTuple):

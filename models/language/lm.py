@@ -139,7 +139,7 @@ class LanguageModel(nnx.Module):
         return self.decoder.empty_cache(batch=batch, length=length, dtype=jnp.dtype(self.token_embedding.dtype))
 
     def decode_cached(self, tokens: jax.Array, positions: jax.Array, cache: Any, length: int) -> tuple[jax.Array, Any]:
-        """One step of decoding: tokens [batch, 1] at positions [batch, 1] -> (logits [batch, 1, vocab], cache)."""
+        """Goes on from a cache: tokens [batch, n] at positions [batch, n] -> (logits [batch, n, vocab], cache)."""
         mask = Mask(causal_mask(positions, row_positions(length)))
         x, cache = self.hidden(tokens, positions, mask, cache=cache, cache_index=positions)
         return self.score(x), cache

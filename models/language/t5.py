@@ -114,7 +114,7 @@ class T5(nnx.Module):
     def decode_cached(
         self, tokens: jax.Array, positions: jax.Array, cache: Any, encoded_segments: jax.Array, length: int
     ) -> tuple[jax.Array, Any]:
-        """One step of decoding: tokens [rows, 1] at positions [rows, 1] -> (logits [rows, 1, vocab], cache); rows are a
+        """Goes on from a cache: tokens [rows, n] at positions [rows, n] -> (logits [rows, n, vocab], cache); rows are a
         multiple of the encoded batch, those of an example adjacent."""
         slots = row_positions(length)
         asking = jnp.ones((encoded_segments.shape[0], tokens.size // encoded_segments.shape[0]), jnp.int32)

@@ -1,0 +1,238 @@
+"""Continuous batching: requests that sample, or take the likeliest token, each in a slot of its own."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from meshway.framework.errors import UserError
+from meshway.framework.inference.decoding import FREE
+from meshway.framework.inference.predictor import Session
+from meshway.framework.serving.drawing import Choice, Chosen, Turn
+from meshway.framework.serving.generation import Generation, Made
+from meshway.framework.serving.slot_arrays import SlotArrays
+
+
+@dataclasses.dataclass
+class _Occupant:
+    """A request in a slot.
+
+    Attributes:
+      number: tells it from all others that had a slot.
+      generation: what is asked for.
+      prompt: what is read before the first step, in chunks; of a prompt that is read in one piece, the inputs.
+      first, start: what is fed first, and its position.
+      choice: what its steps must do.
+      matcher: of its grammar.
+      read: how many tokens of the prompt were read; `ready`: whether all were.
+      made: how many tokens it has so far, those of a step that was not read yet included.
+      unread: whether there is such a step.
+    """
+
+    number: int
+    generation: Generation
+    prompt: list[int]
+    first: int
+    start: int
+    choice: Choice
+    matcher: Any
+    read: int = 0
+    ready: bool = False
+    made: int = 0
+    unread: bool = False
+
+    @property
+    def joins(self) -> bool:
+        """Whether it takes part in the next step: what a grammar allows is known once the token before was read."""
+        waits = self.matcher is not None and self.unread
+        return self.ready and not waits and self.made < self.generation.max_tokens
+
+
+class Step(NamedTuple):
+    """A step that was started: what it chose, and the numbers of the requests, by slot, that it was made for."""
+
+    chosen: Chosen
+    occupants: Mapping[int, int]
+
+
+class SlotPool:
+    """`Pool` for all requests but those that search.
+
+    A request's tokens and log-probabilities are the same whatever its slot and its neighbours, bit for bit, and its
+    tokens are those that `Sampling` draws by the same numbers, for id 0.
+
+    Attributes:
+      num_slots: how many requests it decodes at a time.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        num_slots: int,
+        max_length: int,
+        max_input_length: int = 0,
+        chunk: int = 64,
+        max_top_log_probs: int = 20,
+    ):
+        """Args:
+          session: the model on its mesh.
+          num_slots: slots; a layout that shards the batch must divide them.
+          max_length: the tokens of a slot: prompt and prediction or, behind an encoder, the prediction alone.
+          max_input_length: the most tokens of an encoder's inputs.
+          chunk: tokens of a prompt that are read between two steps of other slots.
+          max_top_log_probs: the most likeliest tokens that a request may ask for at each place.
+
+        Raises:
+          UserError: the model does not decode, or not in these lengths; the slots do not divide over the mesh, or a
+            device has no room for them.
+        """
+        given = {"slots": num_slots, "max_length": max_length - 1, "chunk": chunk}
+        if session.row_format.has_encoder:
+            given["max_input_length"] = max_input_length
+        if wrong := [name for name, value in given.items() if value < 1]:
+            raise UserError(f"{wrong[0]} must be at least {2 if wrong[0] == 'max_length' else 1}")
+        self.num_slots, self._length, self._max_top = num_slots, max_length, max_top_log_probs
+        self._format, self._chunk = session.row_format, min(chunk, max_length)
+        self._arrays = SlotArrays(session, num_slots, max_length, max_input_length, self._chunk, max_top_log_probs)
+        self._slots: list[_Occupant | None] = [None] * num_slots
+        self._count = 0
+
+    def warm_up(self) -> None:
+        """Compiles and runs every program once."""
+        self._arrays.compile()
+        longest = 1 if self._arrays.buckets is None else len(self._arrays.buckets.shapes)
+        for place in range(longest):
+            buckets = self._arrays.buckets
+            size = 1 if buckets is None else max(1, buckets.shapes[place]["inputs"] - len(self._format.begun([])))
+            self.start(0, Generation((0,) * size, 1, top_log_probs=self._max_top))
+            while not self.prefill(0):
+                pass
+            self.free(0)
+        turn, mask = _idle(self.num_slots, self._length), np.ones((self.num_slots, self._arrays.vocab), bool)
+        for choice in Choice:
+            made = self._arrays.step(turn, choice, mask if choice == Choice.MASKED else None, self._max_top > 0)
+            np.asarray(made.tokens)
+
+    def refusal(self, generation: Generation) -> str | None:
+        """Returns why this request can never be served here (a prompt longer than there is room for), else None."""
+        if generation.num_beams > 1:
+            return "these slots sample, and do not search: num_beams must be 1"
+        if generation.max_tokens < 1:
+            return f"max_tokens must be at least 1, not {generation.max_tokens}"
+        if generation.top_log_probs > self._max_top:
+            return f"at most {self._max_top} of the likeliest tokens are told at each place"
+        named = [*generation.prompt, *generation.logit_bias, *generation.forced]
+        if wrong := [token for token in named if not 0 <= token < self._arrays.vocab]:
+            return f"id {wrong[0]} is none of the {self._arrays.vocab:,} tokens"
+        size = self._format.prompt_size(generation.prompt)
+        if not size:
+            return "the prompt is empty, and the model knows no token to begin with"
+        buckets, start = self._arrays.buckets, self._start(generation)
+        if buckets is not None and size > buckets.largest["inputs"]:
+            return f"the prompt has {size:,} tokens, and there is room for {buckets.largest['inputs']:,}"
+        if start + generation.max_tokens > self._length:
+            return (
+                f"{start + 1:,} tokens to begin with and {generation.max_tokens:,} new ones need "
+                f"{start + generation.max_tokens:,} places, and a slot has {self._length:,}"
+            )
+        return None
+
+    def start(self, slot: int, generation: Generation) -> None:
+        """Gives a free slot to a request.
+
+        Raises:
+          ValueError: the slot is taken, or the request can never be served (`refusal`).
+        """
+        if self._slots[slot] is not None:
+            raise ValueError(f"slot {slot} is taken")
+        if why := self.refusal(generation):
+            raise ValueError(why)
+        self._count += 1
+        prompt, first = list(generation.prompt), self._format.start[0] if self._format.has_encoder else 0
+        seen: list[int] = []
+        if not self._format.has_encoder:
+            seen = self._format.begun(prompt)
+            first, prompt = seen[-1], seen[:-1] if self._arrays.buckets is None else prompt
+        matcher = None if generation.grammar is None else generation.grammar.matcher()
+        start = self._start(generation)
+        self._slots[slot] = _Occupant(self._count, generation, prompt, first, start, Choice.of(generation), matcher)
+        self._arrays.begin(slot, generation, seen)
+
+    def prefill(self, slot: int) -> bool:
+        """Reads the next part of a slot's prompt; returns whether all is read, so that it joins the next step."""
+        occupant = self._slots[slot]
+        assert occupant is not None, "a slot is given away before its prompt is read"
+        if not occupant.ready and self._arrays.buckets is not None:
+            self._arrays.read_piece(slot, occupant.prompt)
+            occupant.ready = True
+        elif not occupant.ready:
+            part = occupant.prompt[occupant.read : occupant.read + self._chunk]
+            self._arrays.read_chunk(slot, part, occupant.read)
+            occupant.read += len(part)
+            occupant.ready = occupant.read == len(occupant.prompt)
+        return occupant.ready
+
+    def step(self) -> Step | None:
+        """Starts a step of all slots that have read their prompts, and returns before the device is done; None where
+        there are none. What it returns is for `read`."""
+        joining = {slot: occupant for slot, occupant in self._occupied() if occupant.joins}
+        if not joining:
+            return None
+        turn, mask = _idle(self.num_slots, self._length), None
+        choice = max(occupant.choice for occupant in joining.values())
+        if choice == Choice.MASKED:
+            mask = np.ones((self.num_slots, self._arrays.vocab), bool)
+        for slot, occupant in joining.items():
+            forced = occupant.generation.forced
+            turn.positions[slot] = occupant.start + occupant.made
+            turn.fed[slot] = FREE if occupant.made else occupant.first
+            turn.forced[slot] = forced[occupant.made] if occupant.made < len(forced) else FREE
+            turn.made[slot], turn.active[slot] = occupant.made, 1
+            if occupant.matcher is not None:
+                assert mask is not None
+                allowed = occupant.matcher.mask()[: mask.shape[1]]
+                mask[slot] = False  # a model may have more logits than there are tokens
+                mask[slot, : len(allowed)] = allowed
+            occupant.made += 1
+            occupant.unread = True
+        top = any(occupant.generation.top_log_probs for occupant in joining.values())
+        chosen = self._arrays.step(turn, choice, mask, top)
+        return Step(chosen, {slot: occupant.number for slot, occupant in joining.items()})
+
+    def read(self, step: Step) -> dict[int, Made]:
+        """Waits for a step, and returns what it made by slot, of those that still have the request of that step."""
+        tokens, log_probs = np.asarray(step.chosen.tokens), np.asarray(step.chosen.log_probs)
+        top = None if step.chosen.top is None else [np.asarray(each) for each in step.chosen.top]
+        found = {}
+        for slot, occupant in self._occupied():
+            if step.occupants.get(slot) != occupant.number:
+                continue
+            token, asked = int(tokens[slot]), occupant.generation.top_log_probs
+            if occupant.matcher is not None:
+                occupant.matcher.accept(token)
+                occupant.unread = False
+            likeliest: list[tuple[int, float]] = []
+            if top is not None:
+                likeliest = list(zip(top[0][slot, :asked].tolist(), top[1][slot, :asked].tolist(), strict=True))
+            found[slot] = Made([token], [float(log_probs[slot])], [likeliest])
+        return found
+
+    def free(self, slot: int) -> None:
+        """Ends the request of a slot, at any time after `start`; its results are dropped."""
+        self._slots[slot] = None
+
+    def _occupied(self) -> Iterator[tuple[int, _Occupant]]:
+        return ((slot, occupant) for slot, occupant in enumerate(self._slots) if occupant is not None)
+
+    def _start(self, generation: Generation) -> int:
+        """Returns the position of what is fed first."""
+        return 0 if self._format.has_encoder else self._format.prompt_size(generation.prompt) - 1
+
+
+def _idle(count: int, length: int) -> Turn:
+    """Returns a turn in which no slot takes part; they write at their last place, which nothing sees before it is
+    written anew."""
+    free = np.full(count, FREE, np.int32)
+    zeros = (np.zeros(count, np.int32) for _ in range(2))
+    return Turn(np.full(count, length - 1, np.int32), free, free.copy(), *zeros)
