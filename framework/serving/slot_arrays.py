@@ -31,6 +31,7 @@ class SlotArrays:
 
     Attributes:
       vocab: how many logits there are.
+      max_top: how many of the likeliest tokens a step can tell.
       buckets: of prompts that are read in one piece; None where they are read in chunks.
     """
 
@@ -41,7 +42,7 @@ class SlotArrays:
         self._params, self._format, self._sharded = session.params, session.row_format, session.sharded
         self._partitioner = session.sharded.partitioner
         self._model: Any = decoding_model(session.sharded.model, SCORE_INSTEAD)
-        self._num_slots, self._length, self._chunk, self._max_top = num_slots, max_length, chunk, max_top
+        self._num_slots, self._length, self._chunk = num_slots, max_length, chunk
         chunks = not (self._format.has_encoder or self._format.has_prefix) and hasattr(self._model, "extend")
         longest = max_input_length if self._format.has_encoder else max_length - 1
         self.buckets: Buckets | None = None if chunks else doubling({"inputs": longest})
@@ -56,6 +57,7 @@ class SlotArrays:
         with self._partitioner.activate():
             logits = jax.eval_shape(self._model.decode, self._params, tokens, _ints(num_slots), self._shapes)[0]
         self.vocab: int = logits.shape[-1]
+        self.max_top = min(max_top, self.vocab)
         self._check_room()
 
     def compile(self) -> None:
@@ -219,7 +221,7 @@ class SlotArrays:
         return Logits.of(logits), cache
 
     def _top(self, logits: Logits) -> tuple[jax.Array, jax.Array]:
-        values, ids = largest(logits.values, self._max_top)
+        values, ids = largest(logits.values, self.max_top)
         return ids, logits.log_probs(values)
 
     def _check_room(self) -> None:

@@ -92,7 +92,7 @@ class SlotPool:
             given["max_input_length"] = max_input_length
         if wrong := [name for name, value in given.items() if value < 1]:
             raise UserError(f"{wrong[0]} must be at least {2 if wrong[0] == 'max_length' else 1}")
-        self.num_slots, self._length, self._max_top = num_slots, max_length, max_top_log_probs
+        self.num_slots, self._length = num_slots, max_length
         self._format, self._chunk = session.row_format, min(chunk, max_length)
         self._arrays = SlotArrays(session, num_slots, max_length, max_input_length, self._chunk, max_top_log_probs)
         self._slots: list[_Occupant | None] = [None] * num_slots
@@ -105,13 +105,13 @@ class SlotPool:
         for place in range(longest):
             buckets = self._arrays.buckets
             size = 1 if buckets is None else max(1, buckets.shapes[place]["inputs"] - len(self._format.begun([])))
-            self.start(0, Generation((0,) * size, 1, top_log_probs=self._max_top))
+            self.start(0, Generation((0,) * size, 1, top_log_probs=self._arrays.max_top))
             while not self.prefill(0):
                 pass
             self.free(0)
         turn, mask = _idle(self.num_slots, self._length), np.ones((self.num_slots, self._arrays.vocab), bool)
         for choice in Choice:
-            made = self._arrays.step(turn, choice, mask if choice == Choice.MASKED else None, self._max_top > 0)
+            made = self._arrays.step(turn, choice, mask if choice == Choice.MASKED else None, self._arrays.max_top > 0)
             np.asarray(made.tokens)
 
     def refusal(self, generation: Generation) -> str | None:
@@ -120,8 +120,8 @@ class SlotPool:
             return "these slots sample, and do not search: num_beams must be 1"
         if generation.max_tokens < 1:
             return f"max_tokens must be at least 1, not {generation.max_tokens}"
-        if generation.top_log_probs > self._max_top:
-            return f"at most {self._max_top} of the likeliest tokens are told at each place"
+        if generation.top_log_probs > self._arrays.max_top:
+            return f"at most {self._arrays.max_top} of the likeliest tokens are told at each place"
         named = [*generation.prompt, *generation.logit_bias, *generation.forced]
         if wrong := [token for token in named if not 0 <= token < self._arrays.vocab]:
             return f"id {wrong[0]} is none of the {self._arrays.vocab:,} tokens"
