@@ -28,7 +28,7 @@ DOORS = {
 # file belongs to the longest name that begins its own; "." stands for the rest of a folder.
 PLACES = {
     "framework": "errors axes terminal progress files web_page interfaces trees distributed partitioning telemetry "
-    "data optimizers planning training conversion checkpoints inference report evaluation",
+    "data optimizers planning training conversion checkpoints inference report evaluation serving",
     "models": "layers.masks layers.side_outputs module layers losses language vision objectives .",
     "tasks": ".",
     "launch": "flags verb_flags cluster.job invocation verbs recipe dry_run cluster .",
