@@ -329,12 +329,24 @@ def cache_bytes(
     """Returns the bytes of keys and values of one layer's attention on a chip (ESTI, section 3.3).
 
     Along the axes that do not shard the batch, key-value heads are sharded, as far as there are any; where there are
-    fewer than chips, each chip holds one.
+    fewer than chips, each chip holds one, or those that its query heads meet where these are not adjacent.
     """
-    over = mesh.size(BATCH_OVER[layout])
-    rows = math.ceil(batch / over)
-    heads = math.ceil(model.num_kv_heads * over / mesh.size("xyz"))
-    return 2 * rows * context * heads * model.head_dim * itemsize
+    rows = math.ceil(batch / mesh.size(BATCH_OVER[layout]))
+    return 2 * rows * context * _kv_heads(model, layout, mesh) * model.head_dim * itemsize
+
+
+def _kv_heads(model: Transformer, layout: AttentionLayout, mesh: Arrangement) -> int:
+    """Returns the heads of keys that a chip holds, for its examples.
+
+    With attention over the batch along some axes, a chip has blocks of query heads from as many chips, adjacent in each
+    alone; grouped heads of keys that do not divide as these do are copied as often as queries of a group are apart.
+    """
+    over, chips = mesh.size(BATCH_OVER[layout]), mesh.size("xyz")
+    if over in (1, chips) or model.num_kv_heads == 1 or model.num_kv_heads % chips == 0:
+        return math.ceil(model.num_kv_heads * over / chips)
+    block = model.num_heads // (chips if model.num_heads % chips == 0 else mesh.size("yz"))
+    here = model.num_heads * over // chips
+    return max(1, here // math.gcd(block, here, model.num_heads // model.num_kv_heads))
 
 
 def max_context(

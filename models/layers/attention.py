@@ -1,5 +1,6 @@
 """Multi-head attention, with grouped keys and values, and its cache."""
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -21,6 +22,7 @@ from meshway.models.layers.sharded_products import HeadExchange, PartialSums, he
 from meshway.models.module import param
 
 KEYS = ("batch", "kv_length", "kv_heads", "head_dim")
+REPEATED_KEYS = ("batch", "kv_length", "heads", "head_dim")  # with copies of heads, which divide as those of queries
 ATTENTION = {followed: name for name, followed in FOLLOWS.items()}  # a projection's axis -> attention's
 PARTS = ("query", "key", "value", "out")
 
@@ -127,7 +129,8 @@ class Attention(nnx.Module):
         projected: Sequence[jax.Array] | None = None,
     ) -> KeysValues:
         """Projects source [batch, kv_length, d_model] to keys and values [batch, kv_length, kv_heads, head_dim], where
-        attention has them, and their heads in its order; `projected`: keys and values, where these are made already."""
+        attention has them, with the heads, in its order, that it has (`_copies`); `projected`: keys and values, where
+        these are made already."""
         if projected is None:
             source = constrain_operand(source, ("batch", "length", "embed"), free_for="kv_heads")
             projected = project_all(source, ("batch", "length"), *self.inputs[1:])
@@ -136,11 +139,14 @@ class Attention(nnx.Module):
             key = self.key_norm(key)
         if self.rotary is not None and positions is not None:
             key = self.rotary(key, positions)
+        if (copies := self._copies(key.shape[0])) > 1:
+            both = [jnp.repeat(constrain(each, KEYS), copies, axis=2) for each in (key, value)]
+            return self._for_attention(both[0], REPEATED_KEYS)[0], self._for_attention(both[1], REPEATED_KEYS)[0]
         return self._for_attention(key, KEYS)[0], self._for_attention(value, KEYS)[0]
 
     def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Cache:
         """Returns an empty cache for the keys and values of `length` positions; `dtype` is that of activations."""
-        shape = (batch, length, self.num_kv_heads, self.head_dim)
+        shape = (batch, length, self.num_kv_heads * self._copies(batch), self.head_dim)
         return cache_lib.empty_cache(shape, self._cache_dtype(dtype))
 
     def full_cache(self, source: jax.Array) -> Cache:
@@ -237,7 +243,11 @@ class Attention(nnx.Module):
         axes `names`; `has_terms`: the bias has terms that only the reference kernel takes."""
         query, exchange = self._for_attention(query, names)
         if exchange is not None and exchange.order is not None:
-            self._check_reordered(exchange, attended[0].shape, has_terms)
+            if has_terms:
+                raise ValueError(
+                    "Attention: ReRoPE's and Transformer-XL's terms know heads in their own order, and the layout "
+                    "gives attention another; shard attention's batch over all axes that shard heads, or its heads"
+                )
             bias = bias and _in_order(bias, exchange)
         # The mask of a cache and the scores of terms are dense arrays only.
         blocks = (mask is None or mask.queries is not None) and not has_terms
@@ -268,20 +278,22 @@ class Attention(nnx.Module):
         elsewhere = any(mesh_axes(name) != mesh_axes(followed) for followed, name in ATTENTION.items())
         return (constrain(x, after) if elsewhere else x), None
 
-    def _check_reordered(self, exchange: HeadExchange, shape: tuple[int, ...], has_terms: bool) -> None:
-        """Raises ValueError where attention cannot have its heads in another order than the projections."""
-        if has_terms:
-            raise ValueError(
-                "Attention: ReRoPE's and Transformer-XL's terms know heads in their own order, and the layout gives "
-                "attention another; shard attention's batch over all axes that shard heads, or its heads"
-            )
-        keys = None if self.num_kv_heads == 1 else head_exchange(KEYS, _in_attention(KEYS), shape)
-        if self.num_kv_heads > 1 and (keys is None or keys.order != exchange.order):
-            raise ValueError(
-                "Attention: the layout gives a device heads that are not adjacent, and "
-                f"num_kv_heads={self.num_kv_heads} cannot follow: it must be 1 or divisible as the query heads are; or "
-                "shard attention's batch over all axes that shard heads (layouts/inference/2d_batch_xyz)"
-            )
+    def _copies(self, batch: int) -> int:
+        """Returns how many copies of each head of keys and values attention has.
+
+        More than one only where the layout gives devices query heads that are not adjacent, and heads of keys do not
+        divide as these do. Each device then has, for its examples, a copy of each head that its queries meet.
+        """
+        names = ("batch", None, "heads", "head_dim")
+        exchange = head_exchange(names, _in_attention(names), (batch, 1, self.num_heads, self.head_dim))
+        if exchange is None or exchange.order is None or self.num_kv_heads == 1:
+            return 1
+        names, shape = ("batch", None, "kv_heads", "head_dim"), (batch, 1, self.num_kv_heads, self.head_dim)
+        keys = head_exchange(names, _in_attention(names), shape)
+        if keys is not None and keys.order == exchange.order:
+            return 1
+        group = self.num_heads // self.num_kv_heads
+        return group // math.gcd(group, exchange.adjacent(self.num_heads))
 
     def _cache_dtype(self, computed: jnp.dtype) -> str | jnp.dtype:
         return computed if self.cache_dtype is None else self.cache_dtype

@@ -351,6 +351,12 @@ class HeadExchange:
     def _size(self, axes: tuple[str, ...]) -> int:
         return math.prod(self.before.mesh.shape[axis] for axis in axes)
 
+    def adjacent(self, num_heads: int) -> int:
+        """Returns the length of runs of adjacent heads, of `num_heads`, that no device has a part of, before or
+        after."""
+        parts = (sharded_by(each.spec, 4)[HEADS] for each in (self.before, self.after))
+        return math.gcd(*(num_heads // self._size(axes) for axes in parts))
+
     def reordered(self, x: jax.Array, axis: int) -> jax.Array:
         """Returns x with its heads, along `axis`, in the order in which attention has them."""
         if self.order is None:

@@ -13,7 +13,6 @@ import pytest
 import tiny
 from tiers import tiers
 
-from meshway.framework.errors import UserError
 from meshway.framework.inference.weights import prepared
 from meshway.framework.partitioning.partitioner import RINGS
 from meshway.framework.planning.audit import audit
@@ -26,6 +25,7 @@ from meshway.framework.planning.cost import (
     products,
     volume,
 )
+from meshway.framework.planning.products import weights_of
 from meshway.framework.planning.topology import Ring
 from meshway.models.layers.attention import Attention
 from meshway.models.layers.blocks import SelfAttentionBlock
@@ -137,6 +137,23 @@ def check_attention(layout: str, attention: str, products: str = "by_hand") -> N
     assert at.sent(functools.partial(layer, num_kv_heads=1), call) == expected, (at.name, "multi-query")
 
 
+def check_grouped_heads(attention: str) -> None:
+    """As many heads of keys as chips along y and z, copied where query heads are not adjacent in attention."""
+    for layout, per_chip in (("1d", 1), ("2d", 1), ("2d", 2)):
+        at = Sizes(layout, attention)
+        heads, keys = per_chip * at.heads, at.mesh.size("yz")
+        width, key_width = heads * HEAD_DIM, keys * HEAD_DIM
+        expected = at.products(width, width) + 2 * at.exchanges(width)
+        if layout == "2d":
+            expected += 2 * 2 * at.tokens * key_width / at.mesh.size("yz") * at.share("x")
+        if attention == "batch_xyz":  # each of those along x takes its part of the examples
+            expected += 2 * at.tokens * key_width / at.devices * at.share("yz")
+        elif attention != "heads":
+            expected += 2 * at.exchanges(width / per_chip)  # a copy for each query head, or for two adjacent ones
+        layer = functools.partial(Attention, at.d_model, heads, HEAD_DIM, num_kv_heads=keys)
+        assert at.sent(layer, lambda layer, x: layer(x)[0]) == expected, (at.name, per_chip)
+
+
 def check_shared_heads(attention: str) -> None:
     """As many heads as chips along y and z: those along x have the same ones, and take a part of the examples each."""
     at = Sizes("2d", attention)
@@ -188,6 +205,11 @@ def test_chips_that_share_heads_send_no_more_than_they_need(attention):
     check_shared_heads(attention)
 
 
+@pytest.mark.parametrize("attention", tiers(list(ATTENTION), slow=["batch_z", "batch_yz"]))
+def test_chips_send_copies_of_grouped_keys_where_their_queries_go(attention):
+    check_grouped_heads(attention)
+
+
 RING_CASES = [(*layout, ring) for layout in LAYOUTS for ring in RINGS]
 RING_SLOW = [
     ("1d", "heads", "one_way"),
@@ -214,6 +236,8 @@ def test_more_devices_send_what_the_formula_says_and_compute_what_one_does(devic
 FAMILIES = {
     "multi-head": ("lm",),
     "grouped": ("lm", "NUM_KV_HEADS=4"),
+    "in large groups": ("lm", "NUM_KV_HEADS=2"),
+    "in groups of neighbours": ("lm", "NUM_HEADS=16", "NUM_KV_HEADS=4"),
     "multi-query": ("lm", "NUM_KV_HEADS=1"),
     "shared heads": ("lm", "NUM_HEADS=4"),
     "one shared head of keys": ("lm", "NUM_HEADS=4", "NUM_KV_HEADS=1"),
@@ -225,18 +249,15 @@ FAMILIES = {
 ALL = [f"inference/{name}" + ("" if over == "heads" else f"_{over}") for name, over in LAYOUTS]
 ALL += [f"inference/2d_after_weight_gathered_{axes}" for axes in ("x", "xy", "xyz")]
 ALL += [f"inference/2d_batch_xyz_after_weight_gathered_{axes}" for axes in ("x", "xy", "xyz")]
-# Keys of 4 heads on 8 devices cannot follow queries whose heads are reordered.
-CASES = [
-    (family, layout)
-    for family in FAMILIES
-    for layout in ALL
-    if family != "grouped" or not layout.endswith(("batch_z", "batch_yz"))
-]
+CASES = [(family, layout) for family in FAMILIES for layout in ALL]
 QUICK = [("multi-query", "inference/2d_batch_xyz_after_weight_gathered_xyz")]
 SLOW = [
     ("multi-head", "inference/2d_batch_z"),
     ("multi-head", "inference/1d_batch_yz"),
     ("grouped", "inference/2d_after_weight_gathered_x"),
+    ("grouped", "inference/2d_batch_z"),
+    ("in large groups", "inference/1d_batch_yz"),
+    ("in groups of neighbours", "inference/2d_batch_yz"),
     ("grouped", "inference/weight_gathered_xy"),
     ("multi-query", "inference/2d_batch_yz"),
     ("shared heads", "inference/2d_batch_z"),
@@ -351,20 +372,19 @@ def check_cache(program, layout: str, cache) -> None:
     shares."""
     over = next((each for each in ATTENTION[:0:-1] if each in layout), "heads").replace("_", "-")
     mesh = Arrangement(*((Ring(size, 1.0),) for size in SIZES[jax.device_count()]))
+    weights = weights_of(program.param_shapes, program.axes)
+    heads, kv_heads = (
+        next(each.shape[each.names.index(axis)] for each in weights if axis in each.names)
+        for axis in ("heads", "kv_heads")
+    )
     expected, held = 0, dict.fromkeys(jax.devices(), 0)
     for leaf in jax.tree.leaves(cache.layers):
-        layers, batch, kv_heads, context, head_dim = leaf.shape
-        sizes = Transformer(layers, 1, 1, 8, kv_heads, head_dim, 1)
+        layers, batch, _, context, head_dim = leaf.shape  # with copies of heads
+        sizes = Transformer(layers, 1, 1, heads, kv_heads, head_dim, 1)
         expected += layers * cache_bytes(sizes, batch, context, over, mesh, 4) / 2  # leaf by leaf: keys or values
         for shard in leaf.addressable_shards:
             held[shard.device] += shard.data.nbytes
     assert set(held.values()) == {expected}
-
-
-def test_grouped_keys_that_cannot_follow_reordered_heads_are_refused():
-    program = made("grouped", "inference/2d_batch_z")
-    with pytest.raises(UserError, match="num_kv_heads=4 cannot follow.*2d_batch_xyz"):
-        program.trace_loss()
 
 
 if __name__ == "__main__":

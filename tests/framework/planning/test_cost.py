@@ -137,7 +137,12 @@ def test_a_cache_that_is_replicated_and_one_that_is_not() -> None:
     whole = 2 * 8 * 32 * 4 * 16 * 2
     layouts = ("heads", "batch-z", "batch-yz", "batch-xyz")
     found = [cost.cache_bytes(grouped, 8, 32, layout, cube, 2) for layout in layouts]
-    assert found == [whole / 4, whole / 8, whole / 8, whole / 8]  # 4 heads over 8 chips: each is there twice
+    # 4 heads over 8 chips: each is there twice, or all those that the query heads of 2 or 4 chips meet.
+    assert found == [whole / 4, whole / 4, whole / 4, whole / 8]
+    pairs = Transformer(1, 64, 256, 16, 4, 16, 100)  # two adjacent query heads of a chip share one
+    assert cost.cache_bytes(pairs, 8, 32, "batch-z", cube, 2) == whole / 4
+    divided = Transformer(1, 64, 256, 16, 8, 16, 100)
+    assert cost.cache_bytes(divided, 8, 32, "batch-z", cube, 2) == 2 * whole / 8
     single = Transformer(1, 64, 256, 8, 1, 16, 100)
     found = [cost.cache_bytes(single, 8, 32, layout, cube, 2) for layout in layouts]
     assert found == [whole / 4, whole / 8, whole / 16, whole / 32]
