@@ -17,6 +17,7 @@ from meshway.framework.errors import EnvironmentFailure, UserError
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _RETRY_SECONDS = 0.001
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes that Linux's file systems take
 
 
 def no_directory(path: Path) -> str:
@@ -28,14 +29,27 @@ def local_path(path: str | Path) -> Path:
     """Returns a local path, `~` expanded. Every setting that is a path is passed through here.
 
     Raises:
-      UserError: it is the address of a bucket or of a server (`gs://...`), which is not supported yet.
+      UserError: it is the address of a bucket or of a server (`gs://...`), which is not supported yet; or longer than
+        file systems take, or with a null character.
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(path)):  # one slash: Path removes the second
         raise UserError(
             f"{path} is not a local path: buckets and servers are not read or written yet; mount or copy it, and give "
             "that folder or file"
         )
-    return Path(path).expanduser()
+    found = Path(path).expanduser()
+    names = [os.fsencode(name) for name in found.parts]
+    if longest := max((name for name in names if len(name) > _LONGEST_NAME), key=len, default=b""):
+        shown = os.fsdecode(longest[:40])
+        raise UserError(
+            f"{shown}... is a name of {len(longest)} bytes, and a file or folder may have {_LONGEST_NAME}: give a "
+            "shorter path"
+        )
+    if len(os.fsencode(found)) > _LONGEST_PATH:
+        raise UserError(f"{str(found)[:40]}... is a path of more than {_LONGEST_PATH} bytes: give a shorter one")
+    if "\0" in str(found):
+        raise UserError(f"{str(found)!r} is not a path: it has a null character")
+    return found
 
 
 def is_disk_trouble(error: OSError) -> bool:

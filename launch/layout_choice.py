@@ -213,7 +213,7 @@ def reader(invocation: "Invocation", root: str) -> Callable[[Candidate], Layout]
         asked = dataclasses.replace(
             invocation, bindings=(*invocation.bindings, f"LAYOUT={name!r}"), subject=root.rpartition(".")[2]
         )
-        found: Layout = config.load(asked, import_unreferenced=False).build(root)["layout"]
+        found: Layout = config.load(asked, import_unreferenced=False, shown=False).build(root)["layout"]
         return found
 
     def of(candidate: Candidate) -> Layout:

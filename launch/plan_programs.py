@@ -107,7 +107,7 @@ def compiled(
     from meshway.launch.recipe import config
 
     devices = aot.compiled_for(plan.where)
-    recipe = config.load(_typed(invocation, plan.request), import_unreferenced=False)
+    recipe = config.load(_typed(invocation, plan.request), import_unreferenced=False, shown=False)
     given = any(each.partition("=")[0].strip() == "LAYOUT" for each in invocation.bindings)
     if not given and plan.choice is None:
         raise UserError(f"{plan.no_choice}; or compile one by name: --gin.LAYOUT=...")
@@ -133,7 +133,7 @@ def _typed(invocation: "Invocation", request: Request) -> "Invocation":
     from meshway.launch.recipe import config
 
     first = []
-    if config.load(invocation, import_unreferenced=False).macro("DTYPE") == "float32":
+    if config.load(invocation, import_unreferenced=False, shown=False).macro("DTYPE") == "float32":
         first.append("DTYPE='bfloat16'")
     if (kept := _TYPES[request.cache_bytes]) != "bfloat16":
         first.append(f"attention.Attention.cache_dtype={kept!r}")

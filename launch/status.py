@@ -14,6 +14,7 @@ from meshway.framework.errors import UserError
 from meshway.framework.evaluation.records import Records
 from meshway.framework.files import Holder, holder_of, local_path, no_directory
 from meshway.framework.telemetry.timeline import Goodput, goodput, in_one_line, read_goodput
+from meshway.framework.telemetry.writers import strict
 from meshway.framework.terminal import format_duration
 
 if TYPE_CHECKING:
@@ -52,8 +53,8 @@ class Status:
         return (self.total - self.step) / self.steps_per_second
 
     def as_json(self) -> dict[str, Any]:
-        """Returns it as JSON holds it."""
-        return {
+        """Returns it as strict JSON holds it: what is not finite is null, and told by the key `nonfinite`."""
+        found = {
             "model_dir": str(self.model_dir),
             "running": None if self.holder is None else dataclasses.asdict(self.holder),
             "step": self.step,
@@ -66,6 +67,7 @@ class Status:
             "goodput": self.goodput.shares,
             "attempts": len(self.goodput.attempts),
         }
+        return strict(found)
 
 
 def read_status(model_dir: Path) -> Status:

@@ -38,13 +38,13 @@ class Planner:
     described: Sequence[Any]
     defaults: tuple[str, ...] = ()
 
-    def recipe(self, bindings: Sequence[str] = ()) -> "Recipe":
-        """Returns the recipe of a variant; raises UserError where it is wrong."""
+    def recipe(self, bindings: Sequence[str] = (), shown: bool = False) -> "Recipe":
+        """Returns the recipe of a variant, and says that it is read if `shown`; raises UserError where it is wrong."""
         from meshway.launch.recipe import config
 
         wanted = (*self.invocation.bindings, *self.defaults, *bindings)
         asked = dataclasses.replace(self.invocation, bindings=wanted, subject=ROOT.rpartition(".")[2])
-        return config.load(asked, import_unreferenced=False)
+        return config.load(asked, import_unreferenced=False, shown=shown)
 
     def program(self, bindings: Sequence[str] = (), on: Sequence[Any] | None = None) -> "TrainProgram":
         """Returns the program of a variant on described devices, or on those that are given.
@@ -302,6 +302,6 @@ def planner_of(invocation: "Invocation") -> Planner:
         )
     where = asked_topology(options.topology)
     planner = Planner(invocation, where, aot.described_devices(where))
-    if planner.recipe().macro("SCAN") == "auto":  # what it is on chips, whatever machine plans
+    if planner.recipe(shown=True).macro("SCAN") == "auto":  # what it is on chips, whatever machine plans
         planner = dataclasses.replace(planner, defaults=("SCAN=True",))
     return planner

@@ -17,7 +17,7 @@ from meshway.launch.recipe import config
 LENGTHS = {"inputs": 24, "targets": 16}
 FAMILIES = ("t5_1_1", "lm")  # the two that others are made of
 DECODERS = ("chinchilla", "gemma2", "gemma3", "gpt2", "llama", "mistral", "palm", "qwen2_5", "qwen3", "t5x_decoder")
-ENCODER_DECODERS = ("byt5", "mt5", "t5", "ul2", "umt5")
+ENCODER_DECODERS = ("byt5", "longt5", "mt5", "t5", "ul2", "umt5")
 ENCODERS = ("bert",)
 WITH_ENCODERS = ("t5_1_1", "st_moe", "switch", *ENCODER_DECODERS)
 MIXTURES = ("deepseek", "mixtral", "st_moe", "switch")  # of experts, over tokens

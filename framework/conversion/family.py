@@ -68,14 +68,15 @@ _FIELDS: tuple[tuple[Kind, str], ...] = (
     (COUNT, """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads?
         head_dim? max_position_embeddings? num_local_experts num_experts_per_tok sliding_window?
         sliding_window_pattern? _sliding_window_pattern? n_embd n_inner? n_layer n_head n_positions d_model d_ff d_kv
-        num_heads num_layers num_decoder_layers? relative_attention_num_buckets relative_attention_max_distance"""),
+        num_heads num_layers num_decoder_layers? relative_attention_num_buckets relative_attention_max_distance
+        local_radius"""),
     (PLACE, "max_window_layers"),
     (POSITIVE, """rope_theta? rope_local_base_freq? partial_rotary_factor? query_pre_attn_scalar
         attn_logit_softcapping? final_logit_softcapping?"""),
     (NOT_NEGATIVE, "rms_norm_eps layer_norm_epsilon router_jitter_noise?"),
     (FLAG, """attention_bias mlp_bias tie_word_embeddings use_sliding_window? scale_decoder_outputs is_gated_act
         scale_attn_weights scale_attn_by_inverse_layer_idx? use_bidirectional_attention? use_mrope?"""),
-    (TEXT, "hidden_act hidden_activation activation_function feed_forward_proj dense_act_fn"),
+    (TEXT, "hidden_act hidden_activation activation_function feed_forward_proj dense_act_fn encoder_attention_type"),
     (OBJECT, "rope_scaling? rope_parameters?"),
     (NAMES, "layer_types? architectures?"),
     (TOKEN, "bos_token_id? pad_token_id? decoder_start_token_id?"),

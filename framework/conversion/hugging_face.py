@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from meshway.framework.conversion.families.decoders import GEMMA2, GEMMA3, GPT2, LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3
-from meshway.framework.conversion.families.t5 import MT5, T5, UMT5
+from meshway.framework.conversion.families.t5 import LONGT5, MT5, T5, UMT5
 from meshway.framework.conversion.family import Family, read_config
 from meshway.framework.conversion.rules import Shape, pieces_of
 from meshway.framework.conversion.settings import Bindings
@@ -216,7 +216,8 @@ def _checked(copies: Mapping[str, str], tensors: TensorFiles, tied: bool) -> dic
 
 
 FAMILIES: Mapping[str, Family] = {
-    family.name: family for family in (T5, MT5, UMT5, GPT2, LLAMA, GEMMA2, GEMMA3, QWEN2, QWEN3, MISTRAL, MIXTRAL)
+    family.name: family
+    for family in (T5, MT5, UMT5, LONGT5, GPT2, LLAMA, GEMMA2, GEMMA3, QWEN2, QWEN3, MISTRAL, MIXTRAL)
 }
 
 

@@ -65,7 +65,7 @@ def read_vocabulary(directory: Path, config: Mapping[str, Any]) -> Vocabulary | 
             if path.is_file():
                 _check_added(directory, SentencePiece(path.read_bytes()))
                 _check_eos(directory, SentencePiece(path.read_bytes()))
-                extra = _extra_ids(directory) if config.get("model_type") in ("t5", "mt5", "umt5") else 0
+                extra = _extra_ids(directory) if config.get("model_type") in ("t5", "mt5", "umt5", "longt5") else 0
                 content = path.read_bytes()
                 own = _sentinels(SentencePiece(content).ids)
                 return SentencePiece(content, sentinels=own) if own else SentencePiece(content, extra)

@@ -202,12 +202,17 @@ def json_line(step: int, record: Mapping[str, Any]) -> bytes:
 
     A record read from such a line gives the same line again.
     """
-    nonfinite: dict[str, str] = dict(record.get("nonfinite", {}))
-    values = {name: _strict(record[name], name, nonfinite) for name in sorted({*record} - {"nonfinite"})}
-    if nonfinite:
-        values["nonfinite"] = nonfinite
+    values = strict({name: record[name] for name in sorted(record)})
     line = json.dumps({"step": step, **values}, allow_nan=False, ensure_ascii=False)
     return line.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def strict(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a record as strict JSON can hold it: see `JsonlWriter` for its key `nonfinite`, the last where there is
+    any."""
+    nonfinite: dict[str, str] = dict(record.get("nonfinite", {}))
+    values = {name: _strict(value, name, nonfinite) for name, value in record.items() if name != "nonfinite"}
+    return values | ({"nonfinite": nonfinite} if nonfinite else {})
 
 
 def _keep_up_to(path: Path, start_step: int) -> int | None:

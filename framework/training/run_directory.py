@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +66,16 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keeps other trainings out for the time of a `with` block.
+        """Keeps other trainings out for the time of a `with` block; one that is refused in it before it wrote anything
+        leaves no folder behind.
 
         Raises:
           UserError: another process trains here, or the directory cannot be made.
         """
         with contextlib.ExitStack() as stack:
             try:
+                if not self.root.exists():
+                    stack.push(_remove_refused(self.root))
                 self.root.mkdir(parents=True, exist_ok=True)
                 alone = stack.enter_context(locked(self.lock))
             except OSError as error:
@@ -82,6 +85,7 @@ class RunDirectory:
                     f"MODEL_DIR={str(self.root)!r} is being trained by {holder_of(self.lock) or 'another process'}: "
                     "wait for it, stop it, or give another folder: --gin.MODEL_DIR=..."
                 )
+            stack.push(_remove_refused(self.checkpoints))
             yield
 
     def _refused(self, error: OSError) -> UserError | EnvironmentFailure:
@@ -234,3 +238,14 @@ def summarize(program: TrainProgram, rows: Sequence[Row], memory: Memory | None 
             f"replicated on every device: {100 * replicated_share(state):.1f} % of the state's bytes on a device",
         ]
     )
+
+
+def _remove_refused(folder: Path) -> Callable[[type[BaseException] | None, BaseException | None, object], None]:
+    """Returns what removes an empty folder where a user's mistake ends a `with` block."""
+
+    def leave(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, UserError):
+            with contextlib.suppress(OSError):  # something is in it, or it is not there
+                folder.rmdir()
+
+    return leave

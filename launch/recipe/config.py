@@ -48,6 +48,7 @@ def load(
     import_unreferenced: bool = True,
     package: str = LAUNCH,
     shipped: Path = recipe_files.SHIPPED,
+    shown: bool = True,
 ) -> "Recipe":
     """Reads and checks the recipe of a command; builds nothing yet.
 
@@ -59,12 +60,13 @@ def load(
         register tasks. A verb that reads no data leaves them out.
       package: the package of the verbs' modules. Their functions are called by us, not by reference.
       shipped: the folder of shipped gin files.
+      shown: whether a command says that it reads the recipe; of variants of one that it has read it does not.
 
     Raises:
       UserError: one message with everything that is wrong, each with its place.
     """
     named = terminal.stage(f"reading the recipe {' '.join(invocation.gin_files)}")
-    with named if invocation.gin_files else contextlib.nullcontext():  # some commands have one of their own
+    with named if shown and invocation.gin_files else contextlib.nullcontext():  # some commands have one of their own
         return _load(invocation, import_unreferenced, package, shipped)
 
 

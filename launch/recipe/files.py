@@ -33,7 +33,9 @@ class GinFiles:
         self.folders = [*(local_path(folder) for folder in search_paths), shipped]
         self.answers: list[str] = []  # to lines of T5X's in the files that were read
 
-    def find(self, name: str, beside: Path | None, place: Place, subfolder: str = "") -> Path:
+    def find(
+        self, name: str, beside: Path | None, place: Place, subfolder: str = "", others: Sequence[str] = ()
+    ) -> Path:
         """Returns the file that `name` means.
 
         Tried in turn: beside the including file, the path as given, in each search path, in the shipped folder, and
@@ -46,6 +48,7 @@ class GinFiles:
           place: who asks, for the error.
           subfolder: look in this folder of the search paths and the shipped ones only (`layouts`), if
             `name` is a bare name.
+          others: what could be meant that is no file.
 
         Raises:
           UserError: nothing is found, or several shipped files end so.
@@ -60,9 +63,9 @@ class GinFiles:
             for path in (root / local_path(name), root / local_path(f"{name}.gin")):
                 if path.is_file():
                     return path.resolve()
-        return self._find_by_end(name, roots, place, subfolder)
+        return self._find_by_end(name, roots, place, subfolder, others)
 
-    def _find_by_end(self, name: str, roots: list[Path], place: Place, subfolder: str) -> Path:
+    def _find_by_end(self, name: str, roots: list[Path], place: Place, subfolder: str, others: Sequence[str]) -> Path:
         known = self.shipped_names(subfolder)
         end = tuple(Path(name.removesuffix(".gin")).parts)
         matches = [path for path in known if Path(path).parts[-len(end) :] == end]
@@ -72,7 +75,7 @@ class GinFiles:
             raise UserError(f"{place}: {name!r} is the name of several shipped files: {', '.join(matches)}")
         looked = ", ".join(str(root) if root.parts else "the current folder" for root in roots)
         stems = [Path(path).name for path in known]
-        near = did_you_mean(name.removesuffix(".gin"), [*known, *stems])
+        near = did_you_mean(name.removesuffix(".gin"), [*known, *stems, *others])
         raise UserError(f"{place}: found no gin file {name!r} (looked in {looked}){near}")
 
     def shipped_names(self, subfolder: str = "") -> list[str]:
@@ -177,7 +180,8 @@ def join(invocation: Invocation, files: GinFiles) -> Joined:
                 f"{choice.place}: LAYOUT='auto' is for `meshway infer` and Predictor alone, where it is given as they "
                 "start: --layout=auto, layout='auto'; `meshway plan` says which layout that is: name it here"
             )
-        path = files.find(choice.value, None if choice in flags else base, choice.place, subfolder="layouts")
+        others = [_AUTO] if invocation.verb == "infer" else []
+        path = files.find(choice.value, None if choice in flags else base, choice.place, "layouts", others)
         shipped = path.is_relative_to(files.shipped.resolve())
         layout = files.read(path)
     if chosen and chosen[-1] in flags:

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from meshway.framework.errors import UserError
-from meshway.framework.files import holder_of, locked, try_lock
+from meshway.framework.files import holder_of, local_path, locked, try_lock
 from meshway.framework.training.run_directory import RunDirectory
 
 HOLD = """
@@ -79,6 +79,41 @@ def test_a_holder_that_does_not_tell(tmp_path, content):
     (tmp_path / "lock").write_bytes(content)
     assert holder_of(tmp_path / "lock") is None
     os.close(lock)
+
+
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        ("runs/" + "é" * 128, r"^é{20}\.\.\. is a name of 256 bytes, and a file or folder may have 255: give"),
+        ("/".join(["runs"] * 900), r"runs/runs.*\.\.\. is a path of more than 4095 bytes: give a shorter one"),
+        ("runs/\0mine", r"'runs/\\x00mine' is not a path: it has a null character"),
+    ],
+)
+def test_a_path_that_no_file_system_takes_is_refused(path, message):
+    with pytest.raises(UserError, match=message):
+        local_path(path)
+    assert local_path("runs/" + "é" * 127).name == "é" * 127
+
+
+def test_a_refused_training_leaves_no_folder(tmp_path):
+    def refused(root, *more):
+        with pytest.raises(UserError, match="no such thing"), RunDirectory(root).held():
+            RunDirectory(root).checkpoints.mkdir(exist_ok=True)
+            for name in more:
+                (root / name).mkdir(parents=True)
+            raise UserError("no such thing")
+
+    refused(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    refused(tmp_path / "begun", "checkpoints/10")
+    assert (tmp_path / "begun" / "checkpoints" / "10").is_dir()
+    (tmp_path / "own").mkdir()
+    refused(tmp_path / "own")
+    assert list((tmp_path / "own").iterdir()) == []
+    with pytest.raises(OSError), RunDirectory(tmp_path / "failed").held():
+        RunDirectory(tmp_path / "failed").checkpoints.mkdir()
+        raise OSError("a machine's failure is tried again in the same folder")
+    assert (tmp_path / "failed" / "checkpoints").is_dir()
 
 
 def test_a_second_training_of_a_run_directory_is_refused_by_name(tmp_path):

@@ -122,7 +122,7 @@ def test_the_predictor_takes_it_and_devices_are_counted_as_what_they_are(run):
         (("--layout=auto", "--topology=v5q:8"), "--topology: topology 'v5q:8': no accelerator is called 'v5q'"),
         (("--layout=auto", "--gin.mesh.MeshShape.ici={'x': 8}"), "--layout=auto chooses the mesh too; leave it out"),
         (("--layout=auto", "--mode=score"), "--layout=auto chooses for predictions"),
-        (("--layout=autos",), "found no gin file 'autos'"),
+        (("--layout=autos",), "did you mean 'auto'"),
     ],
 )
 def test_what_does_not_go_with_it(run, tmp_path, capsys, words, message):

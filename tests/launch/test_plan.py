@@ -34,7 +34,8 @@ def test_palm_on_64_chips(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_both_phases_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*PALM, "--batch=512", "--new_tokens=64"]) == 0
-    text = capsys.readouterr().out
+    text, log = capsys.readouterr()
+    assert log.count("reading the recipe models/palm/540b.gin ...\n") == 1, "variants of it are not announced"
     assert "64 x TPU v4, 32.0 GiB each" in text and "118 layers, d_model 18432, d_ff 73728 (gated, parallel)" in text
     assert "prefill of 512 sequences, 2,048 tokens each" in text
     assert "a step of decoding of 512 sequences, 2,112 tokens each" in text

@@ -47,6 +47,19 @@ def test_a_run_that_nobody_works_on_as_json(run, capsys):
     assert found["evaluations"] == {"dates": {"step": 20, "exact_match": 0.75}}
 
 
+def test_json_is_strict_whatever_the_files_hold(run, capsys):
+    """A file of evaluations that another program wrote, with the NaN that Python's JSON allows."""
+    (run / "eval" / "dates.jsonl").write_text('{"step": 20, "metrics": {"perplexity": NaN, "f1": [1.0, -Infinity]}}\n')
+    assert cli.main(["status", f"--model_dir={run}", "--json"]) == 0
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    found = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert found["evaluations"] == {"dates": {"step": 20, "perplexity": None, "f1": [1.0, None]}}
+    assert found["nonfinite"] == {"evaluations.dates.perplexity": "nan", "evaluations.dates.f1.1": "-inf"}
+
+
 def test_what_was_reported_and_what_was_saved_are_told_apart(run, capsys):
     def said():
         assert cli.main(["status", str(run)]) == 0

@@ -315,6 +315,7 @@ def test_where_nothing_fits_a_search_says_what_would(capsys: pytest.CaptureFixtu
     words = ("--gin_file=models/llama/3_8b.gin", "--gin_file=optimizers/adamw.gin", LENGTHS, "--gin.BATCH_SIZE=64")
     assert cli.main([TINY[0], *words, "--gin.LAYOUT=fsdp", "--topology=v5e:2x2", "--analytic", "--fit"]) == 2
     message = capsys.readouterr().err
+    assert message.count("reading the recipe ") == 1, "each of the ways tried has one of its own"
     assert "no way to train fits v5e:2x2" in message and "; --topology=v5e:4x4 would hold it, by" in message
 
 

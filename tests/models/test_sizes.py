@@ -39,6 +39,8 @@ PUBLISHED = {  # each at its own vocabulary; T5's is padded to 32,128
     "umt5/large": 1_242_449_920,
     "umt5/xl": 3_768_356_864,
     "umt5/xxl": 12_972_531_712,
+    "longt5/base": 247_577_856,
+    "longt5/large": 783_150_080,
     "byt5/small": 299_637_760,
     "byt5/base": 581_653_248,
     "byt5/large": 1_228_183_552,

@@ -1,4 +1,4 @@
-"""T5 1.0 and 1.1, mT5, umT5, and all that have their shape: Flan-T5, ByT5, UL2."""
+"""T5 1.0 and 1.1, mT5, umT5, LongT5 with local attention, and all that have their shape: Flan-T5, ByT5, UL2."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,10 +10,12 @@ from meshway.framework.conversion.settings import (
     ACTIVATIONS,
     Bindings,
     Config,
+    Fixed,
     Same,
     Setting,
     Table,
     not_supported,
+    required,
 )
 
 _PLAIN = tuple((theirs, (ours,)) for theirs, ours in ACTIVATIONS.items())
@@ -69,6 +71,24 @@ class Output:
         return {"tie_word_embeddings": tied} | ({"scale_decoder_outputs": scaled} if self.scales else {})
 
 
+@dataclasses.dataclass(frozen=True)
+class LocalRadius:
+    """How many tokens on each side the encoder's tokens see (LongT5); the window is that and the token itself."""
+
+    field: str = "local_radius"
+    binding: str = "WINDOW"
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return (self.field,)
+
+    def read(self, config: Config) -> Bindings:
+        return {self.binding: config[self.field] + 1}
+
+    def write(self, bindings: Mapping[str, Any]) -> dict[str, Any]:
+        return {self.field: required(bindings, self.binding, f"{self.field} + 1") - 1}
+
+
 _SETTINGS: tuple[Setting, ...] = (
     Same("vocab_size", "VOCAB_SIZE"),
     Same("d_model", "D_MODEL"),
@@ -120,7 +140,7 @@ def _stack(stack: str, parts: tuple[tuple[str, str], ...], by_layer: bool) -> tu
         Rule(f"{dense}.wo.weight", f"{ours}/mlp/wo/kernel", Form("embed mlp -> mlp embed")),
         _norm(f"{stack}.final_layer_norm", f"{stack}_norm"),
         Rule(
-            f"{stack}.block.{'{layer}' if by_layer else '0'}.layer.0.SelfAttention.relative_attention_bias.weight",
+            f"{stack}.block.{'{layer}' if by_layer else '0'}.layer.0.{parts[0][0]}.relative_attention_bias.weight",
             f"{ours}/position_bias/embedding" if by_layer else f"{stack}_position_bias/embedding",
             Form("buckets heads -> heads buckets"),
         ),
@@ -128,11 +148,12 @@ def _stack(stack: str, parts: tuple[tuple[str, str], ...], by_layer: bool) -> tu
     return tuple(rules)
 
 
-def _rules(by_layer: bool = False) -> tuple[Rule, ...]:
-    """Returns the rules of both stacks and of what is around them; see `_stack`."""
+def _rules(by_layer: bool = False, encoder: str = "SelfAttention") -> tuple[Rule, ...]:
+    """Returns the rules of both stacks and of what is around them, `encoder` their name of its attention; see
+    `_stack`."""
     return (
         Rule("shared.weight", "token_embedding/embedding", Form("vocab embed -> vocab embed")),
-        *_stack("encoder", (("SelfAttention", "attention"),), by_layer),
+        *_stack("encoder", ((encoder, "attention"),), by_layer),
         *_stack("decoder", (("SelfAttention", "attention"), ("EncDecAttention", "cross_attention")), by_layer),
         Rule("lm_head.weight", "logits/kernel", Form("vocab embed -> embed vocab")),
     )
@@ -196,5 +217,17 @@ UMT5 = dataclasses.replace(
     rules=_rules(by_layer=True),
     ignored=(),
     silent=T5.silent | {"scalable_attention"},  # published files say so of T5X's network, and transformers reads it not
+    folder=None,
+)
+LONGT5 = dataclasses.replace(
+    T5,
+    name="longt5",
+    model_types=("longt5",),
+    architecture="LongT5ForConditionalGeneration",
+    defaults=_DEFAULTS | {"local_radius": 127, "encoder_attention_type": "local"},
+    settings=(*_SETTINGS, Output(), LocalRadius(), Fixed("encoder_attention_type", ("local",))),
+    rules=_rules(encoder="LocalSelfAttention"),
+    silent=T5.silent | {"global_block_size"},  # of its other attention, transient-global
+    written={**T5.written, "encoder_attention_type": "local"},
     folder=None,
 )
