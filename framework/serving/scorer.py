@@ -19,7 +19,7 @@ from meshway.framework.serving.generation import Made
 ANY = (0,)  # a target whose score nobody reads: what stands before it is read whole
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Work:
     """Batches of examples, as `bulk.batches.compute` goes through them; a row has `found`."""
 
@@ -113,7 +113,7 @@ class Scorer:
             after = np.tile(np.arange(1, log_probs.shape[1] + 1), (len(examples), 1))
             known, new = [each.inputs for each in examples], [each.targets for each in examples]
             for row, places in enumerate(self._format.of_targets(after, known, new)):
-                said, top = [0.0] * len(places), [[]] * len(places)
+                said, top = [0.0] * len(places), [list[tuple[int, float]]()] * len(places)
                 for target, place in enumerate(places - 1):
                     if place >= 0:
                         said[target] = float(log_probs[row, place])
@@ -188,7 +188,9 @@ class Scorer:
             [[]] * self._batch_size, [ANY] * self._batch_size, self._buckets.shapes[0]
         )
         try:
-            found = jax.eval_shape(lambda *given: self._model.observe(*given, (name,)), self._params, batch)
+            found = jax.eval_shape(
+                lambda params, batch: self._model.observe(params, batch, (name,)), self._params, batch
+            )
         except (ValueError, NotImplementedError):
             return None
         return found[name]

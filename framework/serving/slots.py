@@ -29,6 +29,7 @@ class _Occupant:
       read: how many tokens of the prompt were read; `ready`: whether all were.
       made: how many tokens it has so far, those of a step that was not read yet included.
       unread: whether there is such a step.
+      error: why it cannot go on; "" while it can.
     """
 
     number: int
@@ -42,12 +43,38 @@ class _Occupant:
     ready: bool = False
     made: int = 0
     unread: bool = False
+    error: str = ""
 
     @property
     def joins(self) -> bool:
         """Whether it takes part in the next step: what a grammar allows is known once the token before was read."""
         waits = self.matcher is not None and self.unread
-        return self.ready and not waits and self.made < self.generation.max_tokens
+        return self.ready and not waits and not self.error and self.made < self.generation.max_tokens
+
+    def allowed(self, vocab: int) -> np.ndarray:
+        """Returns which tokens its grammar allows next, bool [vocab]; all where it has none, or cannot be followed,
+        which `error` then tells."""
+        if self.matcher is None:
+            return np.ones(vocab, bool)
+        found = np.zeros(vocab, bool)  # a model may have more logits than there are tokens
+        try:
+            allowed = self.matcher.mask()[:vocab]
+        except UserError as error:
+            self.error = str(error)
+            return ~found
+        found[: len(allowed)] = allowed
+        if not found.any():
+            self.error = "the grammar allows no token here"
+        return found
+
+    def accept(self, token: int) -> None:
+        """Tells its grammar of a token that was read."""
+        self.unread = False
+        try:
+            if self.matcher is not None and not self.error:
+                self.matcher.accept(token)
+        except (UserError, ValueError) as error:  # a forced token may be one that the grammar does not allow
+            self.error = str(error)
 
 
 class Step(NamedTuple):
@@ -253,11 +280,8 @@ class SlotPool:
             turn.fed[slot] = FREE if occupant.made else occupant.first
             turn.forced[slot] = forced[occupant.made] if occupant.made < len(forced) else FREE
             turn.made[slot], turn.active[slot] = occupant.made, 1
-            if occupant.matcher is not None:
-                assert mask is not None
-                allowed = occupant.matcher.mask()[: mask.shape[1]]
-                mask[slot] = False  # a model may have more logits than there are tokens
-                mask[slot, : len(allowed)] = allowed
+            if mask is not None:
+                mask[slot] = occupant.allowed(self._arrays.vocab)
             occupant.made += 1
             occupant.unread = True
         top = any(occupant.generation.top_log_probs for occupant in joining.values())
@@ -273,13 +297,12 @@ class SlotPool:
             if step.occupants.get(slot) != occupant.number:
                 continue
             token, asked = int(tokens[slot]), occupant.generation.top_log_probs
-            if occupant.matcher is not None:
-                occupant.matcher.accept(token)
-                occupant.unread = False
+            occupant.accept(token)
             likeliest: list[tuple[int, float]] = []
             if top is not None:
                 likeliest = list(zip(top[0][slot, :asked].tolist(), top[1][slot, :asked].tolist(), strict=True))
-            found[slot] = Made([token], [float(log_probs[slot])], [likeliest])
+            made = Made([token], [float(log_probs[slot])], [likeliest])
+            found[slot] = Made((), (), error=occupant.error) if occupant.error else made
         return found
 
     def free(self, slot: int) -> None:

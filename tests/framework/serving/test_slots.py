@@ -198,6 +198,36 @@ def test_forced_tokens_come_first_and_a_grammar_is_kept(served):
     assert [token % 3 for token in kept] == [1, 2, 0] * 3
 
 
+class Breaks(EveryThird):
+    """A grammar that can be followed for two tokens."""
+
+    def matcher(self):
+        return Breaks()
+
+    def mask(self):
+        if self.last % 3 == 2:
+            raise UserError("the grammar became too complex")
+        return super().mask()
+
+
+def test_a_grammar_that_breaks_ends_its_own_request_alone(served):
+    _, pool = served
+    neighbour = Generation((5, 6, 7), 8, seed=2)
+    wanted, found, ended = alone(pool, neighbour), [], None
+    for slot, generation in enumerate([neighbour, Generation((7, 8), 8, grammar=Breaks())]):
+        pool.start(slot, generation)
+        while not pool.prefill(slot):
+            pass
+    while len(found) < 8:
+        made = pool.read(pool.step())
+        record(found, made[0])
+        if 1 in made and made[1].error:
+            ended = made[1].error
+            pool.free(1)
+    pool.free(0)
+    assert found == wanted and "too complex" in ended
+
+
 def test_the_cache_is_changed_in_place(served):
     _, pool = served
 
