@@ -64,12 +64,14 @@ class Made:
       log_probs: of each, under the model before biases, penalties and filters, as `Decoded.log_probs`.
       top: for each, the likeliest (id, log-probability), the likeliest first; empty lists where nobody asked.
       hypotheses: of a search that is over, the best first; None of one that is not, and of sampling.
+      error: why this request cannot go on, and must be freed; "" while it can. It is the request's own: others go on.
     """
 
     tokens: Sequence[int]
     log_probs: Sequence[float]
     top: Sequence[Sequence[tuple[int, float]]] = ()
     hypotheses: Sequence[Hypothesis] | None = None
+    error: str = ""
 
 
 class Pool(Protocol):

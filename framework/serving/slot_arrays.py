@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from meshway.framework.errors import UserError
 from meshway.framework.inference.decoding import FREE, decoding_model
@@ -36,9 +37,16 @@ class SlotArrays:
     """
 
     def __init__(
-        self, session: Session, num_slots: int, max_length: int, max_input_length: int, chunk: int, max_top: int
+        self,
+        session: Session,
+        num_slots: int,
+        max_length: int,
+        max_input_length: int,
+        chunk: int,
+        max_top: int,
+        kept_rows: int,
     ):
-        """`SlotPool` documents the arguments, and raises what this does."""
+        """`SlotPool` documents the arguments, of which `kept_rows` is `kept_prompts`, and raises what this does."""
         self._params, self._format, self._sharded = session.params, session.row_format, session.sharded
         self._partitioner = session.sharded.partitioner
         self._model: Any = decoding_model(session.sharded.model, SCORE_INSTEAD)
@@ -58,7 +66,7 @@ class SlotArrays:
             logits = jax.eval_shape(self._model.decode, self._params, tokens, _ints(num_slots), self._shapes)[0]
         self.vocab: int = logits.shape[-1]
         self.max_top = min(max_top, self.vocab)
-        self._check_room()
+        self._check_room(kept_rows)
 
     def compile(self) -> None:
         """Compiles all programs, and clears all slots.
@@ -80,7 +88,11 @@ class SlotArrays:
         else:
             for shape in self.buckets.shapes:
                 self._piece(shape["inputs"], shardings)
-            self._insert = self._compiled(self._inserted, shardings, 0, cache, slot, self._row)
+        row = self._row
+        if self.buckets is None:
+            row = jax.tree.map(self._one_row, cache, self._row_axes)
+            self._copy = self._compiled(self._copied, jax.tree.map(lambda x: x.sharding, row), None, cache, slot)
+        self._insert = self._compiled(self._inserted, shardings, 0, cache, slot, row)
         self._feed = self._compiled(self._fed, (replicated, shardings), 1, self._params, cache, tokens, turn)
         self._begin = self._compiled(begun, replicated, 0, drawing, slot, *asked(Generation((), 0), (), vocab))
         self._choose = {}
@@ -111,7 +123,15 @@ class SlotArrays:
         size = self._format.prompt_size(inputs)
         length = next(shape["inputs"] for shape in self.buckets.shapes if size <= shape["inputs"])
         prompts, program = self._pieces[length]
-        row = program(self._params, prompts.shard(self._format.prompts([inputs] * self._rows, length)))
+        rows = self._format.prompts([inputs] * self._rows, length)
+        self.put_row(slot, program(self._params, prompts.shard(rows)))
+
+    def copy_row(self, slot: int) -> Cache:
+        """Returns a copy of a slot's cache, where prompts are read in chunks."""
+        return self._copy(self._cache, np.int32(slot))
+
+    def put_row(self, slot: int, row: Cache) -> None:
+        """Puts a copied cache into a slot."""
         self._cache = self._insert(self._cache, np.int32(slot), row)
 
     def step(self, turn: Turn, choice: Choice, mask: np.ndarray | None, top: bool) -> Chosen:
@@ -215,6 +235,17 @@ class SlotArrays:
 
         return jax.tree.map(put, cache, row, self._row_axes)
 
+    def _copied(self, cache: Cache, slot: jax.Array) -> Cache:
+        return jax.tree.map(lambda x, axis: jax.lax.dynamic_slice_in_dim(x, slot, 1, axis), cache, self._row_axes)
+
+    def _one_row(self, leaf: jax.ShapeDtypeStruct, axis: int) -> jax.ShapeDtypeStruct:
+        """Returns what a copy of a slot's cache is: of one row, which no device can have a part of."""
+        where: Any = leaf.sharding
+        if self._partitioner.mesh.size > 1:
+            spec = [None if dim == axis else axes for dim, axes in enumerate(where.spec)]
+            where = NamedSharding(where.mesh, PartitionSpec(*spec))
+        return _placed(jax.ShapeDtypeStruct((*leaf.shape[:axis], 1, *leaf.shape[axis + 1 :]), leaf.dtype), where)
+
     def _fed(self, params: Any, cache: Cache, tokens: jax.Array, turn: Turn) -> tuple[Logits, Cache]:
         fed = jnp.where(turn.fed == FREE, tokens, turn.fed)
         logits, cache = self._model.decode(params, fed[:, None], turn.positions, cache)
@@ -224,9 +255,10 @@ class SlotArrays:
         values, ids = largest(logits.values, self.max_top)
         return ids, logits.log_probs(values)
 
-    def _check_room(self) -> None:
-        """Raises UserError where a device has no room for the arrays of all slots."""
+    def _check_room(self, kept_rows: int) -> None:
+        """Raises UserError where a device has no room for the arrays of all slots, and so many copied rows."""
         held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(self._shapes))
+        held += held * kept_rows // self._num_slots
         held += self._num_slots * self.vocab * 9  # `Drawing`
         room = free_memory(jax.local_devices()[0])
         if room is not None and held > room:

@@ -1,7 +1,7 @@
 """Continuous batching: requests that sample, or take the likeliest token, each in a slot of its own."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +9,7 @@ import numpy as np
 from meshway.framework.errors import UserError
 from meshway.framework.inference.decoding import FREE
 from meshway.framework.inference.predictor import Session
+from meshway.framework.interfaces import Cache
 from meshway.framework.serving.drawing import Choice, Chosen, Turn
 from meshway.framework.serving.generation import Generation, Made
 from meshway.framework.serving.slot_arrays import SlotArrays
@@ -28,6 +29,7 @@ class _Occupant:
       read: how many tokens of the prompt were read; `ready`: whether all were.
       made: how many tokens it has so far, those of a step that was not read yet included.
       unread: whether there is such a step.
+      error: why it cannot go on; "" while it can.
     """
 
     number: int
@@ -41,12 +43,38 @@ class _Occupant:
     ready: bool = False
     made: int = 0
     unread: bool = False
+    error: str = ""
 
     @property
     def joins(self) -> bool:
         """Whether it takes part in the next step: what a grammar allows is known once the token before was read."""
         waits = self.matcher is not None and self.unread
-        return self.ready and not waits and self.made < self.generation.max_tokens
+        return self.ready and not waits and not self.error and self.made < self.generation.max_tokens
+
+    def allowed(self, vocab: int) -> np.ndarray:
+        """Returns which tokens its grammar allows next, bool [vocab]; all where it has none, or cannot be followed,
+        which `error` then tells."""
+        if self.matcher is None:
+            return np.ones(vocab, bool)
+        found = np.zeros(vocab, bool)  # a model may have more logits than there are tokens
+        try:
+            allowed = self.matcher.mask()[:vocab]
+        except UserError as error:
+            self.error = str(error)
+            return ~found
+        found[: len(allowed)] = allowed
+        if not found.any():
+            self.error = "the grammar allows no token here"
+        return found
+
+    def accept(self, token: int) -> None:
+        """Tells its grammar of a token that was read."""
+        self.unread = False
+        try:
+            if self.matcher is not None and not self.error:
+                self.matcher.accept(token)
+        except (UserError, ValueError) as error:  # a forced token may be one that the grammar does not allow
+            self.error = str(error)
 
 
 class Step(NamedTuple):
@@ -54,6 +82,49 @@ class Step(NamedTuple):
 
     chosen: Chosen
     occupants: Mapping[int, int]
+
+
+class KeptPrompts:
+    """Caches of prompts that were read, those used last: a prompt that begins with the same whole chunks needs none of
+    them again. They were read by the same programs at the same places, so nothing that follows changes by a bit."""
+
+    def __init__(self, chunk: int, size: int):
+        """Keeps `size` prompts, by chunks of so many tokens."""
+        self._chunk, self._size = chunk, size
+        self._rows: dict[tuple[int, ...], Cache] = {}  # by tokens of whole chunks, the one used last at the end
+
+    def find(self, prompt: Sequence[int]) -> tuple[int, Cache | None]:
+        """Returns how many tokens of a prompt are in a kept cache, and the one with the most; (0, None) without any."""
+        most, best = 0, None
+        for kept in self._rows:
+            if (shared := self._shared(prompt, kept)) > most:
+                most, best = shared, kept
+        if best is None:
+            return 0, None
+        self._rows[best] = self._rows.pop(best)
+        return most, self._rows[best]
+
+    def wants(self, prompt: Sequence[int]) -> bool:
+        """Returns whether a prompt has whole chunks that no kept one has."""
+        whole = len(prompt) // self._chunk * self._chunk
+        return bool(self._size and whole) and not any(self._shared(prompt, kept) == whole for kept in self._rows)
+
+    def keep(self, prompt: Sequence[int], row: Cache) -> None:
+        """Keeps the cache of a prompt, in place of those that it goes on from, or of the one used longest ago."""
+        tokens = tuple(prompt[: len(prompt) // self._chunk * self._chunk])
+        self._rows = {kept: its for kept, its in self._rows.items() if self._shared(tokens, kept) < len(kept)}
+        self._rows[tokens] = row
+        while len(self._rows) > self._size:
+            del self._rows[next(iter(self._rows))]
+
+    def _shared(self, prompt: Sequence[int], kept: tuple[int, ...]) -> int:
+        """Returns how many tokens of the whole chunks that a prompt begins with are those of a kept one."""
+        place = 0
+        while kept[place : place + self._chunk] and kept[place : place + self._chunk] == tuple(
+            prompt[place : place + self._chunk]
+        ):
+            place += self._chunk
+        return place
 
 
 class SlotPool:
@@ -64,6 +135,7 @@ class SlotPool:
 
     Attributes:
       num_slots: how many requests it decodes at a time.
+      prefix_hits, reused_tokens: how many prompts began like one that was kept, and their tokens that were not read.
     """
 
     def __init__(
@@ -74,6 +146,7 @@ class SlotPool:
         max_input_length: int = 0,
         chunk: int = 64,
         max_top_log_probs: int = 20,
+        kept_prompts: int = 4,
     ):
         """Args:
           session: the model on its mesh.
@@ -81,6 +154,8 @@ class SlotPool:
           max_length: the tokens of a slot: prompt and prediction or, behind an encoder, the prediction alone.
           max_input_length: the most tokens of an encoder's inputs.
           chunk: tokens of a prompt that are read between two steps of other slots.
+          kept_prompts: of how many prompts that were read in chunks a copy is kept, the memory of a slot each: one that
+            begins with the same chunks begins from there.
           max_top_log_probs: the most likeliest tokens that a request may ask for at each place.
 
         Raises:
@@ -94,21 +169,25 @@ class SlotPool:
             raise UserError(f"{wrong[0]} must be at least {2 if wrong[0] == 'max_length' else 1}")
         self.num_slots, self._length = num_slots, max_length
         self._format, self._chunk = session.row_format, min(chunk, max_length)
-        self._arrays = SlotArrays(session, num_slots, max_length, max_input_length, self._chunk, max_top_log_probs)
+        self._arrays = SlotArrays(
+            session, num_slots, max_length, max_input_length, self._chunk, max_top_log_probs, kept_prompts
+        )
+        self._kept = KeptPrompts(self._chunk, kept_prompts if self._arrays.buckets is None else 0)
+        self.prefix_hits = self.reused_tokens = 0
         self._slots: list[_Occupant | None] = [None] * num_slots
         self._count = 0
 
     def warm_up(self) -> None:
         """Compiles and runs every program once."""
         self._arrays.compile()
-        longest = 1 if self._arrays.buckets is None else len(self._arrays.buckets.shapes)
-        for place in range(longest):
-            buckets = self._arrays.buckets
-            size = 1 if buckets is None else max(1, buckets.shapes[place]["inputs"] - len(self._format.begun([])))
+        buckets, begun = self._arrays.buckets, len(self._format.begun([]))
+        for size in [1] if buckets is None else [max(1, shape["inputs"] - begun) for shape in buckets.shapes]:
             self.start(0, Generation((0,) * size, 1, top_log_probs=self._arrays.max_top))
             while not self.prefill(0):
                 pass
             self.free(0)
+        if buckets is None:
+            self._arrays.put_row(0, self._arrays.copy_row(0))
         turn, mask = _idle(self.num_slots, self._length), np.ones((self.num_slots, self._arrays.vocab), bool)
         for choice in Choice:
             made = self._arrays.step(turn, choice, mask if choice == Choice.MASKED else None, self._arrays.max_top > 0)
@@ -167,11 +246,23 @@ class SlotPool:
             self._arrays.read_piece(slot, occupant.prompt)
             occupant.ready = True
         elif not occupant.ready:
-            part = occupant.prompt[occupant.read : occupant.read + self._chunk]
+            self._prefill_chunk(slot, occupant)
+        return occupant.ready
+
+    def _prefill_chunk(self, slot: int, occupant: _Occupant) -> None:
+        prompt = occupant.prompt
+        if not occupant.read:
+            occupant.read, row = self._kept.find(prompt)
+            if occupant.read:
+                self._arrays.put_row(slot, row)
+                self.prefix_hits, self.reused_tokens = self.prefix_hits + 1, self.reused_tokens + occupant.read
+        if occupant.read < len(prompt) or not prompt:  # a chunk of none clears the slot
+            part = prompt[occupant.read : occupant.read + self._chunk]
             self._arrays.read_chunk(slot, part, occupant.read)
             occupant.read += len(part)
-            occupant.ready = occupant.read == len(occupant.prompt)
-        return occupant.ready
+        occupant.ready = occupant.read == len(prompt)
+        if occupant.ready and self._kept.wants(prompt):
+            self._kept.keep(prompt, self._arrays.copy_row(slot))
 
     def step(self) -> Step | None:
         """Starts a step of all slots that have read their prompts, and returns before the device is done; None where
@@ -189,11 +280,8 @@ class SlotPool:
             turn.fed[slot] = FREE if occupant.made else occupant.first
             turn.forced[slot] = forced[occupant.made] if occupant.made < len(forced) else FREE
             turn.made[slot], turn.active[slot] = occupant.made, 1
-            if occupant.matcher is not None:
-                assert mask is not None
-                allowed = occupant.matcher.mask()[: mask.shape[1]]
-                mask[slot] = False  # a model may have more logits than there are tokens
-                mask[slot, : len(allowed)] = allowed
+            if mask is not None:
+                mask[slot] = occupant.allowed(self._arrays.vocab)
             occupant.made += 1
             occupant.unread = True
         top = any(occupant.generation.top_log_probs for occupant in joining.values())
@@ -209,13 +297,12 @@ class SlotPool:
             if step.occupants.get(slot) != occupant.number:
                 continue
             token, asked = int(tokens[slot]), occupant.generation.top_log_probs
-            if occupant.matcher is not None:
-                occupant.matcher.accept(token)
-                occupant.unread = False
+            occupant.accept(token)
             likeliest: list[tuple[int, float]] = []
             if top is not None:
                 likeliest = list(zip(top[0][slot, :asked].tolist(), top[1][slot, :asked].tolist(), strict=True))
-            found[slot] = Made([token], [float(log_probs[slot])], [likeliest])
+            made = Made([token], [float(log_probs[slot])], [likeliest])
+            found[slot] = Made((), (), error=occupant.error) if occupant.error else made
         return found
 
     def free(self, slot: int) -> None:

@@ -16,7 +16,7 @@ from meshway.framework.inference.predictor import Predictor, Session
 from meshway.framework.inference.rows import RowFormat
 from meshway.framework.inference.sampling import Sampling
 from meshway.framework.serving.generation import Generation
-from meshway.framework.serving.slots import SlotPool
+from meshway.framework.serving.slots import KeptPrompts, SlotPool
 from meshway.framework.telemetry.profiler import Compilations
 
 SLOTS, LENGTH, INPUTS, CHUNK, VOCAB = 4, 40, 24, 8, 384
@@ -141,6 +141,35 @@ def test_a_request_gets_what_it_gets_alone(served):
     assert all(len(each) == generation.max_tokens for each, generation in zip(wanted, asked, strict=True))
 
 
+def test_what_begins_alike_is_read_once_and_changes_nothing(served):
+    _, pool = served
+    if pool._arrays.buckets is not None:
+        pytest.skip("prompts that are read in one piece share nothing")
+    rng = np.random.default_rng(3)
+    begun = [tuple(rng.integers(3, VOCAB, 20).tolist()) for _ in range(3)]
+    asked = [
+        dataclasses.replace(each, prompt=begun[index % 3][:keep] + each.prompt)
+        for index, (each, keep) in enumerate(zip(requests(30, seed=4, longest=7), [20, 16, 9, 15, 8, 3] * 5))
+    ]
+    pool._kept, wanted = KeptPrompts(CHUNK, 0), []
+    for each in asked:
+        wanted.append(alone(pool, each))
+    pool._kept, pool.prefix_hits, pool.reused_tokens = KeptPrompts(CHUNK, 4), 0, 0
+    assert together(pool, asked, rng) == wanted
+    assert pool.prefix_hits > 10 and pool.reused_tokens >= CHUNK * pool.prefix_hits
+
+
+def test_prompts_used_last_are_kept():
+    kept = KeptPrompts(2, 2)
+    for name, prompt in {"a": [1, 2, 3, 4, 5], "b": [1, 2, 9, 9], "c": [7, 7]}.items():
+        assert kept.wants(prompt)
+        kept.keep(prompt, name)
+    assert kept.find([1, 2, 3, 4]) == (2, "b") and kept.find([7]) == (0, None)  # "a" went, used longest ago
+    assert not kept.wants([1, 2, 9, 9, 5]) and not kept.wants([1]) and kept.wants([1, 2, 9, 9, 5, 6])
+    kept.keep([7, 7, 7, 8], "d")  # goes on from "c"
+    assert kept.find([7, 7, 7, 8, 9]) == (4, "d") and kept.find([1, 2, 9, 9]) == (4, "b")
+
+
 def test_it_is_what_infer_draws(served):
     predictor, pool = served
     texts = ["hello world", "x", "how now", "to be"]
@@ -167,6 +196,36 @@ def test_forced_tokens_come_first_and_a_grammar_is_kept(served):
     assert [token for token, *_ in forced[:2]] == [11, 12]
     kept = [token for token, *_ in alone(pool, Generation((7, 8), 9, grammar=EveryThird(), seed=3))]
     assert [token % 3 for token in kept] == [1, 2, 0] * 3
+
+
+class Breaks(EveryThird):
+    """A grammar that can be followed for two tokens."""
+
+    def matcher(self):
+        return Breaks()
+
+    def mask(self):
+        if self.last % 3 == 2:
+            raise UserError("the grammar became too complex")
+        return super().mask()
+
+
+def test_a_grammar_that_breaks_ends_its_own_request_alone(served):
+    _, pool = served
+    neighbour = Generation((5, 6, 7), 8, seed=2)
+    wanted, found, ended = alone(pool, neighbour), [], None
+    for slot, generation in enumerate([neighbour, Generation((7, 8), 8, grammar=Breaks())]):
+        pool.start(slot, generation)
+        while not pool.prefill(slot):
+            pass
+    while len(found) < 8:
+        made = pool.read(pool.step())
+        record(found, made[0])
+        if 1 in made and made[1].error:
+            ended = made[1].error
+            pool.free(1)
+    pool.free(0)
+    assert found == wanted and "too complex" in ended
 
 
 def test_the_cache_is_changed_in_place(served):
