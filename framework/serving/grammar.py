@@ -22,6 +22,7 @@ class GrammarTokens:
 
     Attributes:
       num_logits: how many ids a mask is of.
+      ends: the mask of a text that is over: the ids that end a prediction, or all where there are none.
       library: llguidance.
     """
 
@@ -46,6 +47,7 @@ class GrammarTokens:
             first[token] = later[token] = b""
         self.num_logits = vocabulary.size if num_logits is None else num_logits
         self._stop, self._known = list(stop), min(vocabulary.size, self.num_logits)
+        self.ends = np.isin(np.arange(self.num_logits), self._stop) if self._stop else np.ones(self.num_logits, bool)
         # An id that adds other bytes at the beginning of a text, such as a word without its space, has an alias for
         # that place. The last id is the end, for all of `stop`.
         self._aliased = np.array([n for n in range(self._known) if first[n] != later[n]], np.int64)
@@ -153,10 +155,14 @@ class Grammar:
 
 
 class Matcher:
-    """Follows one text, token by token."""
+    """Follows one text, token by token; of what comes after its end nothing counts.
+
+    Attributes:
+      over: whether the text was ended, or nothing can follow it.
+    """
 
     def __init__(self, tokens: GrammarTokens, matcher: Any) -> None:
-        self._tokens, self._matcher, self._at_start = tokens, matcher, True
+        self._tokens, self._matcher, self._at_start, self.over = tokens, matcher, True, False
 
     @property
     def complete(self) -> bool:
@@ -169,17 +175,21 @@ class Matcher:
         Raises:
           UserError: the grammar became too complex to follow.
         """
+        if self.over:
+            return self._tokens.ends
         allowed = self._tokens.allowed(self._matcher, self._at_start)
         self._check()
         return allowed
 
     def accept(self, token: int) -> bool:
-        """Takes the next id of the text; returns whether it is over: it was ended, or nothing can follow.
+        """Takes the next id of the text; returns whether it is over.
 
         Raises:
           ValueError: `mask` does not allow it.
           UserError: the grammar became too complex to follow.
         """
+        if self.over:
+            return True
         known_as = self._tokens.known_as(token, self._at_start)
         if not self._matcher.validate_tokens([known_as]):
             self._check()
@@ -187,7 +197,8 @@ class Matcher:
         self._matcher.consume_token(known_as)
         self._at_start = False
         self._check()
-        return bool(self._matcher.is_stopped())
+        self.over = bool(self._matcher.is_stopped())
+        return self.over
 
     def _check(self) -> None:
         if failed := failure(self._matcher):

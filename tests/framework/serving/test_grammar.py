@@ -143,6 +143,16 @@ def test_without_a_token_that_ends_it_a_text_is_over_when_nothing_can_follow(kin
     assert drawn(kind, grammar, 0, stops=False) == ("aab", True)
 
 
+@pytest.mark.parametrize("stops", [True, False])
+def test_after_the_end_of_a_text_nothing_counts(stops):
+    """A step may be under way when the end is read."""
+    matcher = Grammar.of_regex(tokens("bytes", stops), "ab?").matcher()
+    for token, over in zip(vocabulary("bytes").encode("ab"), (False, True), strict=True):
+        assert matcher.accept(token) == over
+    assert matcher.mask().sum() == (1 if stops else vocabulary("bytes").size + PADDING)
+    assert matcher.accept(1) and matcher.accept(77) and matcher.complete
+
+
 @pytest.mark.parametrize(
     "make, given, message",
     [
