@@ -25,6 +25,14 @@ class Detokenizer(Protocol):
         """Returns the rest of the text; `feed` must not be called afterwards."""
         ...
 
+    def bytes_of(self, token: int) -> bytes:
+        """Returns what an id, if it came next, would add to the text, as bytes: perhaps a part of a character.
+
+        Raises:
+          ValueError: a text is not the bytes of its ids one after the other.
+        """
+        ...
+
 
 class AllAtEnd:
     """All text at the end, by `decode` of all ids."""
@@ -38,6 +46,9 @@ class AllAtEnd:
 
     def finish(self) -> str:
         return self._decode(self._ids)
+
+    def bytes_of(self, token: int) -> bytes:
+        raise ValueError("the text of an id depends on those around it")
 
 
 class Utf8:
@@ -53,6 +64,9 @@ class Utf8:
     def finish(self) -> str:
         return self._decoder.decode(b"", final=True)
 
+    def bytes_of(self, token: int) -> bytes:
+        return self._of_token(token)
+
 
 class PerToken:
     """Tokens whose text depends only on whether they are the first.
@@ -65,18 +79,26 @@ class PerToken:
         self._first: int | None = None
 
     def feed(self, token: int) -> str:
+        text = self._text(token)
+        if self._first is None and self._exists(token):
+            self._first = token
+        return text
+
+    def finish(self) -> str:
+        return ""
+
+    def bytes_of(self, token: int) -> bytes:
+        return self._text(token).encode()
+
+    def _text(self, token: int) -> str:
         if not self._exists(token):
             return ""
         if self._first is None:
-            self._first = token
             return self._decode([token])
         if token not in self._known:
             before = self._decode([self._first])
             self._known[token] = self._decode([self._first, token])[len(before) :]
         return self._known[token]
-
-    def finish(self) -> str:
-        return ""
 
 
 class ByteFallback:
@@ -107,6 +129,16 @@ class ByteFallback:
 
     def finish(self) -> str:
         return self._stripped(self._ended_run())
+
+    def bytes_of(self, token: int) -> bytes:
+        piece = self._of_token(token)
+        if piece is None:
+            return b""
+        data = bytes([int(piece[3:5], 16)]) if _BYTE_TOKEN.fullmatch(piece) else piece.encode()
+        character, count = self._strip
+        for _ in range(count if not self._run else 0):
+            data = data.removeprefix(character.encode())
+        return data
 
     def _new_run(self) -> None:
         self._run, self._decoder = [], codecs.getincrementaldecoder("utf-8")("strict")
@@ -175,12 +207,19 @@ class Pieces:
     def finish(self) -> str:
         return self._characters(whole=True)
 
+    def bytes_of(self, token: int) -> bytes:
+        byte = self._byte_of(token)
+        return self._text(token).encode() if byte is None else bytes([byte])
+
     def _piece(self, token: int) -> str:
+        text = self._text(token)
+        if self._before is None and (text or self._is_space(token)):
+            self._before = [token]
+        return text
+
+    def _text(self, token: int) -> str:
         if self._before is None:
-            text = self._decode([token])
-            if text or self._is_space(token):
-                self._before = [token]
-            return text
+            return self._decode([token])
         if token not in self._known:
             before = self._decode(self._before)
             self._known[token] = self._decode([*self._before, token])[len(before) :]

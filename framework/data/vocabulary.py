@@ -67,6 +67,24 @@ class Vocabulary(abc.ABC):
         """Returns a decoder of `known` ids, one id at a time, to the text of `decode`; it does not stop at EOS."""
         return AllAtEnd(self._text)
 
+    def bytes_of_ids(self) -> tuple[list[bytes], list[bytes]]:
+        """Returns the bytes that each id adds to a text: where it is the first, and behind others. A text without other
+        ids is what these bytes joined are; b"" for those that are no text: control ids, sentinels, the unknown.
+
+        Raises:
+          ValueError: a text is not the bytes of its ids one after the other.
+        """
+        sentinels = self.sentinels or range(self.size - self.extra_ids, self.size)
+        marks = self.marks
+        text = [each not in marks and each != self.unk_id and each < self._known for each in range(self.size)]
+        for token in sentinels:
+            text[token] = False
+        empty, begun = self.detokenizer(), self.detokenizer()
+        first = [empty.bytes_of(token) if text[token] else b"" for token in range(self.size)]
+        words = (token for token, each in enumerate(first) if each.isalnum())  # nothing else may count as a beginning
+        begun.feed(next(words, next((token for token, each in enumerate(first) if each), 0)))
+        return first, [begun.bytes_of(token) if text[token] else b"" for token in range(self.size)]
+
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Returns the text of each id by itself, for display; a byte that is not ASCII is shown as '<0xE2>'."""
         return [self._piece(int(token)) for token in ids]

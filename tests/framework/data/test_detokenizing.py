@@ -1,5 +1,7 @@
 """Text that comes token by token is the text of all tokens at once: for random ids, valid text or not."""
 
+import contextlib
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -73,3 +75,35 @@ def test_a_token_costs_the_same_however_many_came_before(name, monkeypatch):
     monkeypatch.setattr(type(made), "_text", watched)
     pieces_of(made, [token % made.size for token in range(1000)])
     assert longest[0] <= 2
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in ("suffix", "opaque")])
+def test_a_text_is_the_bytes_of_its_ids_one_after_the_other(name):
+    made = vocabulary(name)
+    first, later = made.bytes_of_ids()
+    assert len(first) == len(later) == made.size
+    word = next(token for token in range(made.size) if first[token].isalpha())
+    for token in range(made.size):
+        for known, ids in ((first[token], [token]), (later[token] and first[word] + later[token], [word, token])):
+            with contextlib.suppress(UnicodeDecodeError):  # part of a character
+                assert not known or made.decode(ids) == known.decode()
+        if not later[token]:  # no text at all, or of no use in one
+            assert token in made.marks or token in (made.unk_id, made.pad_id) or token >= made._known - 3
+    firsts, laters = ([token for token in range(made.size) if each[token]] for each in (first, later))
+
+    @settings(max_examples=150, deadline=None, database=None)
+    @given(st.sampled_from(firsts), st.lists(st.sampled_from(laters), max_size=12), st.text(max_size=4))
+    def check(begin, ids, text):
+        if byte_id(made, 0xE2) is not None:
+            ids += [byte_id(made, byte) for byte in text.encode()]
+        data = first[begin] + b"".join(later[token] for token in ids)
+        with contextlib.suppress(UnicodeDecodeError):
+            assert made.decode([begin, *ids]) == data.decode()
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["suffix", "opaque"])
+def test_an_id_whose_text_hangs_on_others_has_no_bytes(name):
+    with pytest.raises(ValueError, match="depends on those around it"):
+        vocabulary(name).bytes_of_ids()
