@@ -335,7 +335,14 @@ def open_recipe(
     found = opened(**config.load(invocation, import_unreferenced=False).build("infer.opened"))
     if auto and largest is not None:
         found = layout_choice.with_layout(invocation, found, largest(found))
-    return dataclasses.replace(found, vocabularies=lambda: _tasks(invocation).vocabularies())
+    return with_vocabularies(found, invocation)
+
+
+def with_vocabularies(opened: RecipeModel, invocation: "Invocation") -> RecipeModel:
+    """Returns what a recipe says of inference, with who looks up the vocabularies of its task, should they be asked
+    for; the command may be another verb's."""
+    of_tasks = dataclasses.replace(invocation, verb="infer")
+    return dataclasses.replace(opened, vocabularies=lambda: _tasks(of_tasks).vocabularies())
 
 
 def _source(inputs: Inputs, mode: str, data: DataSource | None) -> Source:
@@ -384,7 +391,7 @@ def run(invocation: "Invocation") -> None:
             sizes = [how.get("batch_size", _BATCH_SIZE), how.get("max_input_length"), how.get("max_new_tokens")]
             work = model.largest(BeamSearch(how["beams"]) if how.get("beams") else decoder, *sizes)
             model = layout_choice.with_layout(invocation, model, work, invocation.options.topology, _note)
-        model = dataclasses.replace(model, vocabularies=lambda: _tasks(invocation).vocabularies())
+        model = with_vocabularies(model, invocation)
         data = None if inputs.split is None else _tasks(invocation)
         settings = recipe.settings("infer.opened", ("layout",)) | recipe.settings("infer.infer", _HOW)
         infer(model, model_dir, inputs, output, decoder, **how, data=data, settings=by_flag(settings))
