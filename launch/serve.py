@@ -29,7 +29,6 @@ try:
     from meshway.framework.serving.server import Server, bound_socket
 except ImportError as error:
     raise UserError(f"meshway serve needs more packages: pip install 'meshway[serve]' ({error})") from error
-from meshway.framework.serving.scorer import Scorer
 from meshway.framework.serving.slots import SlotPool
 
 if TYPE_CHECKING:
@@ -125,16 +124,14 @@ def serve(
         pool = SlotPool(
             session, room.slots, model.max_length, model.max_input_length, room.chunk, room.max_top_log_probs
         )
-        scorer = Scorer(session, {"inputs": model.max_input_length, "targets": model.max_length})
-        for what, warm_up in ((f"{room.slots} slots", pool.warm_up), ("scores", scorer.warm_up)):
-            with terminal.stage(f"compiling what {what} need"):
-                warm_up()
+        with terminal.stage(f"compiling what {room.slots} slots need"):
+            pool.warm_up()
         scheduler = Scheduler(session.text, pool, max_queue=room.max_queue)
         with Compilations() as compilations:
             metrics = _metrics(scheduler, pool, compilations)
             facts = {"checkpoint": str(session.step), "layout": _mesh(session), "slot": f"{model.max_length:,} tokens"}
             limits = (door.max_body_bytes, door.request_seconds)
-            api = Api(model, scheduler, scorer, metrics, facts, tokens, *limits)
+            api = Api(model, scheduler, None, metrics, facts, tokens, *limits)
             _say(f"{model.name}, checkpoint {session.step}: {room.slots} slots of {model.max_length:,} tokens")
             ended_by = Server(api, api.app(), scheduler, door.drain_seconds, _say).run(listening)
     return 128 + ended_by if ended_by == signal.SIGINT else 0
