@@ -50,17 +50,19 @@ class Stop:
             raise ValueError("Stop.sequences: a stop sequence needs a token")
 
     def ended(self, output: jax.Array, index: jax.Array) -> jax.Array:
-        """Returns which rows end with the token at `index`: output [..., length] -> bool [...]."""
-        last = jax.lax.dynamic_index_in_dim(output, index, axis=-1, keepdims=False)
-        ended = jnp.zeros(last.shape, bool)
+        """Returns which rows end with the token at `index`, one for all or each row's own: output [..., length], index
+        broadcast to [...] -> bool [...]."""
+        index = jnp.broadcast_to(index, output.shape[:-1])
+
+        def tail(size: int) -> jax.Array:
+            places = index[..., None] + jnp.arange(1 - size, 1)
+            return jnp.take_along_axis(output, places, axis=-1, mode="clip")
+
+        ended = jnp.zeros(index.shape, bool)
         for token in self.tokens:
-            ended |= last == token
+            ended |= tail(1)[..., 0] == token
         for sequence in self.sequences:
-            size = len(sequence)
-            if size > output.shape[-1]:
-                continue
-            tail = jax.lax.dynamic_slice_in_dim(output, index - size + 1, size, axis=-1)
-            ended |= (index >= size - 1) & jnp.all(tail == jnp.asarray(sequence), axis=-1)
+            ended |= (index >= len(sequence) - 1) & jnp.all(tail(len(sequence)) == jnp.asarray(sequence), axis=-1)
         return ended
 
 
@@ -127,7 +129,7 @@ class Progress:
     """What a logit callback may read.
 
     Attributes:
-      made: int32 scalar, how many tokens each row has so far.
+      made: int32 scalar, how many tokens each row that is not done has so far.
       tokens: int32 [rows, length], these tokens.
       ids: int32 [rows], the id of each row's example.
     """

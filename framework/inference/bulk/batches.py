@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 import numpy as np
 
 from meshway.framework.errors import UserError, described
-from meshway.framework.inference.beam_search import NEVER
+from meshway.framework.inference.beam_search import best_first
 from meshway.framework.inference.bulk.inputs import Example
 from meshway.framework.inference.decoding import one_ahead
 from meshway.framework.inference.engine import Engine
@@ -120,9 +120,7 @@ class Predict:
             decodes = [
                 self._decode(*each) for each in zip(tokens[row], lengths[row], log_probs[row], scores[row], strict=True)
             ]
-            # If fewer hypotheses ended than there are beams, the others have a score of NEVER.
-            decodes = [each for each in decodes if each.score > NEVER / 2] or decodes[-1:]
-            decodes.sort(key=lambda decode: -decode.score)
+            decodes = [decodes[place] for place in best_first([float(each.score) for each in decodes])]
             best = decodes[0]
             found: dict[str, Any] = {
                 "prediction": best.text,
