@@ -313,7 +313,7 @@ def _tasks(invocation: "Invocation") -> DataSource:
     """Returns the tasks of an invocation's recipe; UserError if it has none."""
     from meshway.launch.recipe import config
 
-    return tasks(**config.load(dataclasses.replace(invocation, subject="tasks")).build("infer.tasks"))
+    return tasks(**config.load(dataclasses.replace(invocation, verb="infer", subject="tasks")).build("infer.tasks"))
 
 
 def open_recipe(
@@ -328,8 +328,7 @@ def open_recipe(
     from meshway.launch.invocation import Invocation
     from meshway.launch.recipe import config, files
 
-    given = (f"MODEL_DIR={str(run)!r}", *bindings)
-    invocation = files.of_run(Invocation("infer", "opened", bindings=given))
+    invocation = files.of_run(Invocation("infer", "opened", bindings=(f"MODEL_DIR={str(run)!r}", *bindings)))
     auto = largest is not None and files.is_auto(invocation)
     invocation = files.on_one_device(invocation) if auto else invocation
     found = opened(**config.load(invocation, import_unreferenced=False).build("infer.opened"))
@@ -339,10 +338,8 @@ def open_recipe(
 
 
 def with_vocabularies(opened: RecipeModel, invocation: "Invocation") -> RecipeModel:
-    """Returns what a recipe says of inference, with who looks up the vocabularies of its task, should they be asked
-    for; the command may be another verb's."""
-    of_tasks = dataclasses.replace(invocation, verb="infer")
-    return dataclasses.replace(opened, vocabularies=lambda: _tasks(of_tasks).vocabularies())
+    """Returns what a recipe says, with who looks up the vocabularies of its task; the command may be another verb's."""
+    return dataclasses.replace(opened, vocabularies=lambda: _tasks(invocation).vocabularies())
 
 
 def _source(inputs: Inputs, mode: str, data: DataSource | None) -> Source:

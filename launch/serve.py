@@ -29,6 +29,8 @@ try:
     from meshway.framework.serving.server import Server, bound_socket
 except ImportError as error:
     raise UserError(f"meshway serve needs more packages: pip install 'meshway[serve]' ({error})") from error
+from meshway.framework.serving.beams import BeamPool
+from meshway.framework.serving.scorer import Scorer
 from meshway.framework.serving.slots import SlotPool
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ class Room:
       max_queue: predictions that may wait, of each priority.
       chunk: tokens of a prompt that are read between two steps of the others.
       max_top_log_probs: likeliest tokens that a request may ask for at each place.
+      beams: the most of a search; 1: none is served.
+      beam_slots: searches that go on together.
     """
 
     slots: int = 8
@@ -55,6 +59,8 @@ class Room:
     max_queue: int = 256
     chunk: int = 64
     max_top_log_probs: int = 20
+    beams: int = 1
+    beam_slots: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,20 +127,29 @@ def serve(
     with listening:
         session = open_session(opened, model_dir, step, say=_say, averaged=averaged)
         model = _served(opened, session, room, name or session.run.name)
-        pool = SlotPool(
-            session, room.slots, model.max_length, model.max_input_length, room.chunk, room.max_top_log_probs
-        )
-        with terminal.stage(f"compiling what {room.slots} slots need"):
-            pool.warm_up()
-        scheduler = Scheduler(session.text, pool, max_queue=room.max_queue)
+        scheduler, scorer = _engine(session, model, room)
         with Compilations() as compilations:
-            metrics = _metrics(scheduler, pool, compilations)
             facts = {"checkpoint": str(session.step), "layout": _mesh(session), "slot": f"{model.max_length:,} tokens"}
             limits = (door.max_body_bytes, door.request_seconds)
-            api = Api(model, scheduler, None, metrics, facts, tokens, *limits)
+            api = Api(model, scheduler, scorer, _metrics(scheduler, compilations), facts, tokens, *limits)
             _say(f"{model.name}, checkpoint {session.step}: {room.slots} slots of {model.max_length:,} tokens")
             ended_by = Server(api, api.app(), scheduler, door.drain_seconds, _say).run(listening)
     return 128 + ended_by if ended_by == signal.SIGINT else 0
+
+
+def _engine(session: Session, model: ServedModel, room: Room) -> tuple[Scheduler, Scorer]:
+    """Returns what computes answers, compiled."""
+    lengths = (model.max_length, model.max_input_length if session.row_format.has_encoder else 0)
+    pool = SlotPool(session, room.slots, *lengths, room.chunk, room.max_top_log_probs)
+    scorer = Scorer(session, *lengths, max_top_log_probs=room.max_top_log_probs)
+    beams = None
+    if room.beams > 1:
+        beams = BeamPool(session, room.beam_slots, room.beams, model.max_length, model.max_input_length)
+    warm_ups = {"slots": pool.warm_up, "scores": scorer.warm_up} | ({"searches": beams.warm_up} if beams else {})
+    for what, warm_up in warm_ups.items():
+        with terminal.stage(f"compiling the programs of {what}"):
+            warm_up()
+    return Scheduler(session.text, pool, beams, room.max_queue), scorer
 
 
 def _served(opened: RecipeModel, session: Session, room: Room, name: str) -> ServedModel:
@@ -152,7 +167,8 @@ def _served(opened: RecipeModel, session: Session, room: Room, name: str) -> Ser
         max_length,
         lengths["inputs"] if form.has_encoder else most,
         room.max_top_log_probs,
-        max_predictions=min(MOST_CHOICES, room.max_queue),
+        room.beams,
+        min(MOST_CHOICES, room.max_queue),
     )
 
 
@@ -162,7 +178,7 @@ def _mesh(session: Session) -> str:
     return ", ".join(f"{axis}={size}" for axis, size in axes.items() if size > 1) or "one device"
 
 
-def _metrics(scheduler: Scheduler, pool: SlotPool, compilations: Compilations) -> Metrics:
+def _metrics(scheduler: Scheduler, compilations: Compilations) -> Metrics:
     gauges = {
         "slots": ("Slots there are", lambda: scheduler.num_slots),
         "slots_used": ("Slots that have a request", lambda: scheduler.slots_used),

@@ -214,6 +214,8 @@ class ServeFlags:
         "serve.Room.max_length", "tokens of a slot: prompt and prediction; behind an encoder, prediction", "N"
     )
     max_input_length: int | None = binds("serve.Room.max_input_length", "tokens of the longest prompt", "N")
+    beams: int | None = binds("serve.Room.beams", "serve beam searches of at most so many (default: none)", "N")
+    beam_slots: int | None = binds("serve.Room.beam_slots", "searches that go on together (default: 2)", "N")
     max_queue: int | None = binds("serve.Room.max_queue", "predictions that may wait (default: 256)", "N")
     chunk: int | None = binds("serve.Room.chunk", "tokens of a prompt read between two steps (default: 64)", "N")
     max_top_log_probs: int | None = binds(

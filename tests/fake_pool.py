@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -113,10 +112,13 @@ class FakeScorer:
     def score(self, inputs, targets) -> list[float]:
         return [-float(token) / 100 for token in targets]
 
-    def score_with_top(self, inputs, targets, top: int) -> Any:
-        scores = self.score(inputs, targets)
-        likeliest = [[(token, score), (0, -9.0)][:top] for token, score in zip(targets, scores, strict=True)]
-        return SimpleNamespace(log_probs=scores, top=likeliest)
+    def scored(self, inputs, targets, top_log_probs: int = 0) -> list[Made]:
+        found = []
+        for new in targets:
+            scores = self.score((), new)
+            top = [[(token, score), (0, -9.0)][:top_log_probs] for token, score in zip(new, scores, strict=True)]
+            found.append(Made(new, scores, top))
+        return found
 
     def embed(self, inputs) -> np.ndarray:
         if not inputs:

@@ -220,8 +220,11 @@ class Completions:
         if self._scorer is None:
             raise RequestError(400, "logprobs: this model scores no prompts", "logprobs")
         known: Sequence[int] = () if targets is None else prompt.ids
-        tops = asked.log_probs
-        scores = await self.call(lambda: self._scorer.score_with_top(known, scored.ids, tops), priority)
+        tops, scorer = asked.log_probs, self._scorer
+        try:
+            scores = (await self.call(lambda: scorer.scored([known], [scored.ids], tops), priority))[0]
+        except ValueError as error:
+            raise RequestError(400, f"echo: {error}", "echo", "context_length_exceeded") from None
         vocabulary = self._model.text.targets
         blank = int(targets is None and not self._model.row_format.start)  # nothing predicts the first token
         log_probs = [None] * blank + [each for each in scores.log_probs[blank:]]

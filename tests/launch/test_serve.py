@@ -8,12 +8,14 @@ import time
 from types import SimpleNamespace
 
 import httpx2
+import numpy as np
 import openai
 import pytest
 from running import start
-from saved_runs import save_run
+from saved_runs import VOCABULARY, save_run
 
 from meshway.framework.data.vocabulary import Framing
+from meshway.framework.inference.beam_search import BeamSearch
 from meshway.framework.inference.predictor import Predictor
 from meshway.framework.inference.sampling import Sampling
 
@@ -56,8 +58,12 @@ def lm(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(lm):
-    with serving(lm, "--slots=3", "--chunk=8", "--max_top_log_probs=3") as found:
+    with serving(lm, "--slots=3", "--chunk=8", "--max_top_log_probs=3", "--beams=3", "--max_queue=64") as found:
         yield found
+
+
+def predictor(run, **options):
+    return Predictor(run, layout="single", max_input_length=79, max_new_tokens=16, **options)
 
 
 def complete(served, prompt, **options):
@@ -65,7 +71,7 @@ def complete(served, prompt, **options):
 
 
 def test_greedy_text_is_that_of_infer_alone_together_and_streamed(served, lm):
-    wanted = Predictor(lm, layout="single", max_input_length=80, max_new_tokens=16).predict(PROMPTS)
+    wanted = predictor(lm).predict(PROMPTS)
     together = complete(served, PROMPTS, temperature=0, max_tokens=16, logprobs=2)
     for choice, prediction, prompt in zip(together.choices, wanted, PROMPTS, strict=True):
         assert choice.text == prediction.text
@@ -83,11 +89,86 @@ def test_greedy_text_is_that_of_infer_alone_together_and_streamed(served, lm):
 )
 def test_drawn_text_is_that_of_infer_by_the_same_seed(served, lm, settings):
     drawing = Sampling(**settings, num_decodes=2)
-    wanted = Predictor(lm, layout="single", decoder=drawing, max_input_length=80, max_new_tokens=16, seed=5)
+    wanted = predictor(lm, decoder=drawing, seed=5)
     own = {name: settings[name] for name in settings.keys() & {"top_k", "repetition_penalty"}}
     theirs = {name: value for name, value in settings.items() if name not in own}
     found = complete(served, PROMPTS[0], seed=5, n=2, max_tokens=16, extra_body=own, **theirs)
     assert sorted(each.text for each in found.choices) == sorted(wanted.predict(PROMPTS[:1], ids=[0])[0].texts)
+
+
+def greedy(served, **options):
+    return complete(served, PROMPTS[0], temperature=0, max_tokens=12, **options).choices[0]
+
+
+def test_filters_that_leave_one_token_are_greedy_and_biases_choose(served):
+    likeliest = greedy(served).text
+    for alone in ({"top_p": 1e-6}, {"extra_body": {"top_k": 1}}, {"extra_body": {"min_p": 0.999}}):
+        assert complete(served, PROMPTS[0], seed=1, max_tokens=12, **alone).choices[0].text == likeliest
+    letter = VOCABULARY.encode("a")[0]
+    assert greedy(served, logit_bias={str(letter): 100}).text == "a" * 12
+    assert greedy(served, logit_bias={str(letter): 100}, frequency_penalty=2.0, user="me").text == "a" * 12
+    one, other = (complete(served, PROMPTS[0], seed=n, max_tokens=30, temperature=2).choices[0].text for n in (1, 2))
+    assert one != other and complete(served, PROMPTS[0], seed=1, max_tokens=30, temperature=2).choices[0].text == one
+
+
+def test_searches_are_those_of_infer(served, lm):
+    for num_beams, alpha in ((3, 0.6), (2, 1.0)):
+        wanted = predictor(lm, decoder=BeamSearch(num_beams, alpha)).predict(PROMPTS)
+        body = {"num_beams": num_beams, "length_penalty": alpha}
+        for prompt, prediction in zip(PROMPTS, wanted, strict=True):
+            found = complete(served, prompt, max_tokens=16, n=num_beams, extra_body=body)
+            assert [each.text for each in found.choices] == prediction.texts
+
+
+def test_scores_are_those_of_infer_by_each_way(served, lm):
+    wanted = predictor(lm).score(PROMPTS[:2], ["targets", "of two"])
+    body = {"inputs": PROMPTS[:2], "targets": ["targets", "of two"]}
+    found = served.http.post("/v1/score", json=body).json()["data"]
+    for each, scored in zip(found, wanted, strict=True):
+        assert each["token_scores"] == pytest.approx(scored.token_scores, abs=1e-4)
+    echoed = complete(served, "one", echo=True, max_tokens=0, logprobs=1, extra_body={"targets": "targets"}).choices[0]
+    assert echoed.logprobs.token_logprobs == pytest.approx(wanted[0].token_scores[:-1], abs=1e-4)
+    ids = VOCABULARY.encode("onetargets")
+    harness = complete(served, [ids], echo=True, max_tokens=1, logprobs=1, temperature=0).choices[0].logprobs
+    assert harness.token_logprobs[len("one") : -1] == pytest.approx(wanted[0].token_scores[:-1], abs=1e-4)
+    assert [max(top.values()) >= score for top, score in zip(harness.top_logprobs, harness.token_logprobs)]
+
+
+def test_vectors_have_length_one_and_differ(served):
+    found = served.client.embeddings.create(model="lm", input=PROMPTS).data
+    vectors = [np.array(each.embedding) for each in found]
+    assert all(np.linalg.norm(each) == pytest.approx(1, abs=1e-5) for each in vectors)
+    assert not np.allclose(vectors[0], vectors[2])
+
+
+def test_a_client_that_goes_away_gives_its_slot_back(served):
+    body = {"prompt": "a", "max_tokens": 70, "temperature": 0, "stream": True, "n": 3}
+    for _ in range(5):
+        with served.http.stream("POST", "/v1/completions", json=body) as answer:
+            next(answer.iter_lines())
+    end = time.monotonic() + 20
+    while served.http.get("/status").json()["slots_used"]:
+        assert time.monotonic() < end
+    assert greedy(served).text
+
+
+def test_an_encoder_decoder_is_served_too(tmp_path):
+    run = save_run(tmp_path / "t5")
+    with serving(run, "--slots=2", "--beams=2", "--name=mine") as served:
+        wanted = Predictor(run, layout="single").predict(PROMPTS[:3])
+        found = served.client.completions.create(model="mine", prompt=PROMPTS[:3], temperature=0, max_tokens=16)
+        assert [each.text for each in found.choices] == [each.text for each in wanted]
+        scored = Predictor(run, layout="single").score(["one"], ["ab"])[0].token_scores
+        body = {"targets": "ab"}
+        echoed = served.client.completions.create(
+            model="mine", prompt="one", max_tokens=0, echo=True, logprobs=0, extra_body=body
+        )
+        assert echoed.choices[0].logprobs.token_logprobs == pytest.approx(scored[:-1], abs=1e-4)
+        searched = served.client.completions.create(
+            model="mine", prompt="one", max_tokens=16, extra_body={"num_beams": 2}
+        )
+        beams = Predictor(run, layout="single", decoder=BeamSearch(2)).predict(["one"])[0]
+        assert searched.choices[0].text == beams.text
 
 
 def test_nothing_is_compiled_after_the_port_is_open(served):
