@@ -22,7 +22,9 @@ from meshway.framework.telemetry.profiler import Compilations
 from meshway.launch.infer import with_vocabularies
 
 try:
-    from meshway.framework.serving.http import Api
+    from meshway.framework.serving.batch_routes import routes
+    from meshway.framework.serving.batches import Batches
+    from meshway.framework.serving.http import SCORED_TOGETHER, Api
     from meshway.framework.serving.metrics import Metrics
     from meshway.framework.serving.openai_requests import MOST_CHOICES, ServedModel
     from meshway.framework.serving.scheduler import Scheduler
@@ -49,6 +51,7 @@ class Room:
       max_queue: predictions that may wait, of each priority.
       chunk: tokens of a prompt that are read between two steps of the others.
       max_top_log_probs: likeliest tokens that a request may ask for at each place.
+      kept_prompts: prompts of which a copy is kept, for others that begin alike; each takes the memory of a slot.
       beams: the most of a search; 1: none is served.
       beam_slots: searches that go on together.
     """
@@ -59,6 +62,7 @@ class Room:
     max_queue: int = 256
     chunk: int = 64
     max_top_log_probs: int = 20
+    kept_prompts: int = 4
     beams: int = 1
     beam_slots: int = 2
 
@@ -103,6 +107,7 @@ def serve(
     name: str | None = None,
     step: int | None = None,
     averaged: bool = False,
+    batch_dir: str | None = None,
 ) -> int:
     """Serves a checkpoint until SIGTERM or Ctrl-C.
 
@@ -114,6 +119,7 @@ def serve(
       name: of the model in requests; None: the run directory's.
       step: which checkpoint; None for the latest that can be read.
       averaged: whether to read the averages of parameters that the run kept (EMA_DECAY).
+      batch_dir: where files and batches are kept; None serves none.
 
     Returns:
       the exit code.
@@ -127,21 +133,24 @@ def serve(
     with listening:
         session = open_session(opened, model_dir, step, say=_say, averaged=averaged)
         model = _served(opened, session, room, name or session.run.name)
-        scheduler, scorer = _engine(session, model, room)
+        scheduler, scorer, pool = _engine(session, model, room)
         with Compilations() as compilations:
             facts = {"checkpoint": str(session.step), "layout": _mesh(session), "slot": f"{model.max_length:,} tokens"}
             limits = (door.max_body_bytes, door.request_seconds)
-            api = Api(model, scheduler, scorer, _metrics(scheduler, compilations), facts, tokens, *limits)
+            api = Api(model, scheduler, scorer, _metrics(scheduler, pool, compilations), facts, tokens, *limits)
+            batches = [] if batch_dir is None else [Batches(local_path(batch_dir), api.answer, api.batch_endpoints)]
+            app = api.app([route for each in batches for route in routes(each)])
             _say(f"{model.name}, checkpoint {session.step}: {room.slots} slots of {model.max_length:,} tokens")
-            ended_by = Server(api, api.app(), scheduler, door.drain_seconds, _say).run(listening)
+            ended_by = Server(api, app, scheduler, door.drain_seconds, _say, batches).run(listening)
     return 128 + ended_by if ended_by == signal.SIGINT else 0
 
 
-def _engine(session: Session, model: ServedModel, room: Room) -> tuple[Scheduler, Scorer]:
+def _engine(session: Session, model: ServedModel, room: Room) -> tuple[Scheduler, Scorer, SlotPool]:
     """Returns what computes answers, compiled."""
     lengths = (model.max_length, model.max_input_length if session.row_format.has_encoder else 0)
-    pool = SlotPool(session, room.slots, *lengths, room.chunk, room.max_top_log_probs)
-    scorer = Scorer(session, *lengths, max_top_log_probs=room.max_top_log_probs)
+    pool = SlotPool(session, room.slots, *lengths, room.chunk, room.max_top_log_probs, room.kept_prompts)
+    together = room.slots if session.sharded.partitioner.mesh.size > 1 else min(room.slots, SCORED_TOGETHER)
+    scorer = Scorer(session, *lengths, together, room.max_top_log_probs)
     beams = None
     if room.beams > 1:
         beams = BeamPool(session, room.beam_slots, room.beams, model.max_length, model.max_input_length)
@@ -149,7 +158,7 @@ def _engine(session: Session, model: ServedModel, room: Room) -> tuple[Scheduler
     for what, warm_up in warm_ups.items():
         with terminal.stage(f"compiling the programs of {what}"):
             warm_up()
-    return Scheduler(session.text, pool, beams, room.max_queue), scorer
+    return Scheduler(session.text, pool, beams, room.max_queue), scorer, pool
 
 
 def _served(opened: RecipeModel, session: Session, room: Room, name: str) -> ServedModel:
@@ -178,7 +187,7 @@ def _mesh(session: Session) -> str:
     return ", ".join(f"{axis}={size}" for axis, size in axes.items() if size > 1) or "one device"
 
 
-def _metrics(scheduler: Scheduler, compilations: Compilations) -> Metrics:
+def _metrics(scheduler: Scheduler, pool: SlotPool, compilations: Compilations) -> Metrics:
     gauges = {
         "slots": ("Slots there are", lambda: scheduler.num_slots),
         "slots_used": ("Slots that have a request", lambda: scheduler.slots_used),
@@ -188,6 +197,8 @@ def _metrics(scheduler: Scheduler, compilations: Compilations) -> Metrics:
     }
     counters = {
         "compilations_after_warm_up": ("Programs compiled after the port was opened", lambda: compilations.count),
+        "prefix_hits": ("Prompts that began like one that was kept", lambda: pool.prefix_hits),
+        "reused_tokens": ("Tokens of prompts that were not read again", lambda: pool.reused_tokens),
     }
     return Metrics(gauges, counters)
 

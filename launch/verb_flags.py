@@ -195,6 +195,7 @@ class ServeFlags:
     name: str | None = binds("serve.serve.name", "of the model in requests (default: the run's)", "NAME")
     step: int | None = binds("serve.serve.step", "which checkpoint (default: the latest)", "N", least=0)
     averaged: bool = binds("serve.serve.averaged", "read the averages of parameters that the run kept (EMA_DECAY)")
+    batch_dir: str | None = binds("serve.serve.batch_dir", "serve files and batches, which are kept there", "DIR")
     layout: str | None = binds("LAYOUT", "a shipped layout or a gin file (default: the recipe's)", "NAME")
     weights: Literal["int8", "int4"] | None = binds(
         "infer.opened.weights", "keep weights in so many bits (default: as in the checkpoint)", "DTYPE"
@@ -214,6 +215,9 @@ class ServeFlags:
         "serve.Room.max_length", "tokens of a slot: prompt and prediction; behind an encoder, prediction", "N"
     )
     max_input_length: int | None = binds("serve.Room.max_input_length", "tokens of the longest prompt", "N")
+    kept_prompts: int | None = binds(
+        "serve.Room.kept_prompts", "prompts kept for others that begin alike (default: 4)", "N", least=0
+    )
     beams: int | None = binds("serve.Room.beams", "serve beam searches of at most so many (default: none)", "N")
     beam_slots: int | None = binds("serve.Room.beam_slots", "searches that go on together (default: 2)", "N")
     max_queue: int | None = binds("serve.Room.max_queue", "predictions that may wait (default: 256)", "N")

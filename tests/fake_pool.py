@@ -109,6 +109,8 @@ class FakePool:
 class FakeScorer:
     """Scores by the ids alone."""
 
+    max_top = 5
+
     def score(self, inputs, targets) -> list[float]:
         return [-float(token) / 100 for token in targets]
 

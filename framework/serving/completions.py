@@ -221,6 +221,9 @@ class Completions:
             raise RequestError(400, "logprobs: this model scores no prompts", "logprobs")
         known: Sequence[int] = () if targets is None else prompt.ids
         tops, scorer = asked.log_probs, self._scorer
+        if tops > scorer.max_top:
+            message = f"logprobs: of prompts at most {scorer.max_top} of the likeliest are told"
+            raise RequestError(400, message, "logprobs")
         try:
             scores = (await self.call(lambda: scorer.scored([known], [scored.ids], tops), priority))[0]
         except ValueError as error:

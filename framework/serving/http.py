@@ -38,6 +38,7 @@ _OPEN = ("/", "/health", "/ready")  # need no token: they say nothing of any req
 _RETRY_SECONDS = 1
 _BODY_SECONDS = 60.0  # in which a body must have come
 _MOST_INPUTS = 2048  # of one request for scores or embeddings
+SCORED_TOGETHER = 4  # of these, between two steps of the slots
 _PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 
 
@@ -104,6 +105,11 @@ class Api:
             "/v1/score": self._score,
             "/v1/tokenize": self._tokenize,
         }
+
+    @property
+    def batch_endpoints(self) -> tuple[str, ...]:
+        """What `answer` answers."""
+        return tuple(url for url in self._answers if url != "/v1/tokenize")
 
     async def answer(self, url: str, body: dict[str, Any], priority: Priority = "batch") -> tuple[int, dict[str, Any]]:
         """Returns status and body of the answer to a request that came by another way, as in a batch."""
@@ -203,12 +209,13 @@ class Api:
         if len(inputs) != len(targets):
             raise RequestError(400, f"targets: {len(targets)} of them, and {len(inputs)} inputs", "targets")
         self._check_scorer("inputs")
-        data = []
-        for index, (known, new) in enumerate(zip(inputs, targets, strict=True)):
-            compute = functools.partial(self._scorer.score, known.ids, new.ids)
-            found = await self._computed("targets", compute, priority)
-            scores = [float(each) for each in found]
-            data.append({"object": "score", "index": index, "score": sum(scores), "token_scores": scores})
+        data: list[dict[str, Any]] = []
+        for first in range(0, len(inputs), SCORED_TOGETHER):
+            group = slice(first, first + SCORED_TOGETHER)
+            known, new = [each.ids for each in inputs[group]], [each.ids for each in targets[group]]
+            for made in await self._computed("targets", functools.partial(self._scorer.scored, known, new), priority):
+                scores = [float(each) for each in made.log_probs]
+                data.append({"object": "score", "index": len(data), "score": sum(scores), "token_scores": scores})
         count = sum(len(each.ids) for each in (*inputs, *targets))
         usage = {"prompt_tokens": count, "total_tokens": count}
         return {"object": "list", "data": data, "model": self._model.name, "usage": usage}

@@ -90,6 +90,8 @@ class Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
         self._scheduler.start()
+        for companion in self._companions:
+            await companion.start()
         config = uvicorn.Config(
             self._app,
             log_config=None,
@@ -102,8 +104,6 @@ class Server:
         serving = asyncio.create_task(server.serve(sockets=[listening]))
         while not (server.started or serving.done()):
             await asyncio.sleep(_POLL_SECONDS)
-        for companion in self._companions:
-            await companion.start()
         self._api.is_ready = not self._ending.is_set()
         host, port = listening.getsockname()[:2]
         self._say(f"serving at http://{f'[{host}]' if ':' in host else host}:{port}")
