@@ -38,6 +38,7 @@ USAGE = """examples:
   meshway infer --model_dir=runs/quickstart --input=questions.jsonl --output=answers.jsonl --num_shards=4 --shard_id=0
   meshway infer --model_dir=runs/llama --input=prompts.txt --output=out --temperature=0.8 --top_p=0.95 --num_decodes=4
   meshway export --model_dir=runs/quickstart --output=programs --platforms=cpu,tpu,cuda
+  meshway serve --model_dir=runs/quickstart --port=8000
   meshway status runs/quickstart
   meshway plan --gin_file=models/palm/540b.gin --topology=v4:4x4x4 --batch=64 --context=2048
   meshway inspect --gin_file=quickstart --gin.LAYOUT=fsdp --simulated_devices=8

@@ -313,7 +313,7 @@ def _tasks(invocation: "Invocation") -> DataSource:
     """Returns the tasks of an invocation's recipe; UserError if it has none."""
     from meshway.launch.recipe import config
 
-    return tasks(**config.load(dataclasses.replace(invocation, subject="tasks")).build("infer.tasks"))
+    return tasks(**config.load(dataclasses.replace(invocation, verb="infer", subject="tasks")).build("infer.tasks"))
 
 
 def open_recipe(
@@ -328,14 +328,18 @@ def open_recipe(
     from meshway.launch.invocation import Invocation
     from meshway.launch.recipe import config, files
 
-    given = (f"MODEL_DIR={str(run)!r}", *bindings)
-    invocation = files.of_run(Invocation("infer", "opened", bindings=given))
+    invocation = files.of_run(Invocation("infer", "opened", bindings=(f"MODEL_DIR={str(run)!r}", *bindings)))
     auto = largest is not None and files.is_auto(invocation)
     invocation = files.on_one_device(invocation) if auto else invocation
     found = opened(**config.load(invocation, import_unreferenced=False).build("infer.opened"))
     if auto and largest is not None:
         found = layout_choice.with_layout(invocation, found, largest(found))
-    return dataclasses.replace(found, vocabularies=lambda: _tasks(invocation).vocabularies())
+    return with_vocabularies(found, invocation)
+
+
+def with_vocabularies(opened: RecipeModel, invocation: "Invocation") -> RecipeModel:
+    """Returns what a recipe says, with who looks up the vocabularies of its task; the command may be another verb's."""
+    return dataclasses.replace(opened, vocabularies=lambda: _tasks(invocation).vocabularies())
 
 
 def _source(inputs: Inputs, mode: str, data: DataSource | None) -> Source:
@@ -384,7 +388,7 @@ def run(invocation: "Invocation") -> None:
             sizes = [how.get("batch_size", _BATCH_SIZE), how.get("max_input_length"), how.get("max_new_tokens")]
             work = model.largest(BeamSearch(how["beams"]) if how.get("beams") else decoder, *sizes)
             model = layout_choice.with_layout(invocation, model, work, invocation.options.topology, _note)
-        model = dataclasses.replace(model, vocabularies=lambda: _tasks(invocation).vocabularies())
+        model = with_vocabularies(model, invocation)
         data = None if inputs.split is None else _tasks(invocation)
         settings = recipe.settings("infer.opened", ("layout",)) | recipe.settings("infer.infer", _HOW)
         infer(model, model_dir, inputs, output, decoder, **how, data=data, settings=by_flag(settings))

@@ -188,6 +188,46 @@ class ExportFlags(SamplingFlags):
 
 
 @dataclasses.dataclass(frozen=True)
+class ServeFlags:
+    model_dir: str | None = binds(
+        "MODEL_DIR", "the run, or one of its checkpoints; its own recipe serves without --gin_file", "DIR"
+    )
+    name: str | None = binds("serve.serve.name", "of the model in requests (default: the run's)", "NAME")
+    step: int | None = binds("serve.serve.step", "which checkpoint (default: the latest)", "N", least=0)
+    averaged: bool = binds("serve.serve.averaged", "read the averages of parameters that the run kept (EMA_DECAY)")
+    batch_dir: str | None = binds("serve.serve.batch_dir", "serve files and batches, which are kept there", "DIR")
+    layout: str | None = binds("LAYOUT", "a shipped layout or a gin file (default: the recipe's)", "NAME")
+    weights: Literal["int8", "int4"] | None = binds(
+        "infer.opened.weights", "keep weights in so many bits (default: as in the checkpoint)", "DTYPE"
+    )
+    host: str | None = binds("serve.Door.host", "where to listen (default: 127.0.0.1, this machine alone)", "HOST")
+    port: int | None = binds("serve.Door.port", "0 takes a free one, and says which (default: 8000)", "N", least=0)
+    token_file: str | None = binds(
+        "serve.Door.token_file", "bearer tokens, one a line, of which each request must bear one", "FILE"
+    )
+    max_body_bytes: int | None = binds("serve.Door.max_body_bytes", "of a request (default: 4194304)", "N")
+    request_seconds: int | None = binds("serve.Door.request_seconds", "that a request may take (default: any)", "N")
+    drain_seconds: int | None = binds(
+        "serve.Door.drain_seconds", "for what has begun, once SIGTERM came (default: 30)", "N", least=0
+    )
+    slots: int | None = binds("serve.Room.slots", "requests that are decoded together (default: 8)", "N")
+    max_length: int | None = binds(
+        "serve.Room.max_length", "tokens of a slot: prompt and prediction; behind an encoder, prediction", "N"
+    )
+    max_input_length: int | None = binds("serve.Room.max_input_length", "tokens of the longest prompt", "N")
+    kept_prompts: int | None = binds(
+        "serve.Room.kept_prompts", "prompts kept for others that begin alike (default: 4)", "N", least=0
+    )
+    beams: int | None = binds("serve.Room.beams", "serve beam searches of at most so many (default: none)", "N")
+    beam_slots: int | None = binds("serve.Room.beam_slots", "searches that go on together (default: 2)", "N")
+    max_queue: int | None = binds("serve.Room.max_queue", "predictions that may wait (default: 256)", "N")
+    chunk: int | None = binds("serve.Room.chunk", "tokens of a prompt read between two steps (default: 64)", "N")
+    max_top_log_probs: int | None = binds(
+        "serve.Room.max_top_log_probs", "likeliest tokens that may be asked for (default: 20)", "N", least=0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class StatusFlags:
     model_dir: str = flag("the run directory", "DIR")
     json: bool = flag("print it as JSON", default=False)

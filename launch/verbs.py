@@ -21,6 +21,7 @@ from meshway.launch.verb_flags import (
     InspectLayoutFlags,
     NoFlags,
     PlanFlags,
+    ServeFlags,
     StatusFlags,
     TrainFlags,
 )
@@ -84,6 +85,13 @@ VERBS = {
         "meshway.launch.export",
         "write predict and score of a run's checkpoint as StableHLO programs, which run without meshway",
         flags=ExportFlags,
+        instead="--model_dir",
+        macros=("MODEL_DIR", "TASK_FEATURE_LENGTHS", "LAYOUT"),
+    ),
+    "serve": Verb(
+        "meshway.launch.serve",
+        "serve a run's checkpoint over HTTP, as OpenAI's clients speak it",
+        flags=ServeFlags,
         instead="--model_dir",
         macros=("MODEL_DIR", "TASK_FEATURE_LENGTHS", "LAYOUT"),
     ),

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from meshway.framework.errors import described, did_you_mean
 from meshway.framework.serving.batch_store import Answer, Journal
+from meshway.framework.serving.scheduler import Priority
 
 _LOG = logging.getLogger(__name__)
 _KEYS = ("custom_id", "method", "url", "body")
@@ -27,7 +28,7 @@ Result = TypeVar("Result")
 class Answerer(Protocol):
     """What answers one request: an HTTP status and the body."""
 
-    def __call__(self, url: str, body: dict[str, Any], priority: str) -> Awaitable[tuple[int, dict[str, Any]]]: ...
+    def __call__(self, url: str, body: dict[str, Any], priority: Priority) -> Awaitable[tuple[int, dict[str, Any]]]: ...
 
 
 @dataclasses.dataclass(frozen=True)
