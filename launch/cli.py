@@ -52,6 +52,7 @@ USAGE = """examples:
   meshway bench decode --gin_file=bench_decode
   meshway bench accelerator --gin_file=bench_accelerator
   meshway bench plan --table=times
+  meshway bench serve --url=http://127.0.0.1:8000 --rate=4 --slo_ttft=0.5
   meshway cache --gin_file=quickstart
   meshway cache --task=my_task --module=mylab.tasks --directory=/data/cache
   meshway convert --from=models/Llama-3.2-1B --to=runs/llama

@@ -77,14 +77,21 @@ class Flag:
         return self.reads or (str if several else some_text)
 
 
-def flag(help: str, value: str = "", default: Any = dataclasses.MISSING, least: int = 1, name: str = "") -> Any:
+def flag(
+    help: str,
+    value: str = "",
+    default: Any = dataclasses.MISSING,
+    least: int = 1,
+    name: str = "",
+    reads: Callable[[str], float] | None = None,
+) -> Any:
     """Returns a dataclass field that is also a flag; for the arguments see `Flag`.
 
     Args:
       default: the value where the flag is left out; a field without a default must be given.
       name: where the field is not called like the flag.
     """
-    return dataclasses.field(default=default, metadata={"flag": Flag(help, value, least, name=name)})
+    return dataclasses.field(default=default, metadata={"flag": Flag(help, value, least, reads, name=name)})
 
 
 def binds(
@@ -220,6 +227,11 @@ def one_of(choices: Sequence[str], text: str) -> str:
 def not_negative(text: str) -> float:
     """Returns a finite number of at least 0, as the type of an argument."""
     return _number(text, lambda value: value >= 0, "a number of at least 0")
+
+
+def above_zero(text: str) -> float:
+    """Returns a finite number above 0, as the type of an argument."""
+    return _number(text, lambda value: value > 0, "a number above 0")
 
 
 def share(text: str) -> float:

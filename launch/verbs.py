@@ -3,15 +3,18 @@
 import dataclasses
 from collections.abc import Mapping
 
-from meshway.launch.invocation import MACROS
-from meshway.launch.verb_flags import (
+from meshway.launch.bench_flags import (
     BenchAcceleratorFlags,
     BenchDataFlags,
     BenchDecodeFlags,
     BenchParallelFlags,
     BenchPlanFlags,
     BenchRoutingFlags,
+    BenchServeFlags,
     BenchTrainFlags,
+)
+from meshway.launch.invocation import MACROS
+from meshway.launch.verb_flags import (
     CacheFlags,
     ConvertFlags,
     EvalFlags,
@@ -156,6 +159,7 @@ VERBS = {
                 "check kernels and layouts on a GPU or TPU; measure start-up, MFU and decoding",
                 BenchAcceleratorFlags,
             ),
+            "serve": Subject("load a running server, and measure what its users see", BenchServeFlags, recipe=False),
         },
         is_room=True,
     ),

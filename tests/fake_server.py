@@ -25,9 +25,10 @@ from meshway.framework.serving.batch_routes import routes
 from meshway.framework.serving.batches import Batches, Limits
 
 ENDPOINTS = ("/v1/completions", "/v1/embeddings")
-CAPACITY = 8  # streams at a time; more are answered by 429
+CAPACITY = int(os.environ.get("FAKE_CAPACITY", 8))  # streams at a time; more are answered by 429
+FORGETS = int(os.environ.get("FAKE_FORGETS", 0))  # of the tokens made, how many are not counted
 _asked: collections.Counter[str] = collections.Counter()
-_counted: collections.Counter[str] = collections.Counter()
+_counted = collections.Counter({"prompt_tokens_total": 0, "generated_tokens_total": 0})
 
 
 def refusal(status: int) -> tuple[int, dict]:
@@ -54,19 +55,20 @@ async def answer(url: str, body: dict, priority: str = "online") -> tuple[int, d
 async def complete(request: Request) -> Response:
     """Streams `max_tokens` tokens, a word each, the first after 20 ms and each next one after 5 ms."""
     body = json.loads(await request.body())
-    if body["prompt"] == "crash":
-        return JSONResponse(refusal(500)[1], 500)
-    if _counted["running"] >= CAPACITY:
-        return JSONResponse(refusal(429)[1], 429, {"retry-after": "1"})
+    assert body["model"] == "fake" and body["stream"] and body["stream_options"] == {"include_usage": True}
+    status = 400 if len(body["prompt"]) > 1000 else 429 if _counted["running"] >= CAPACITY else 200
+    _counted[f'requests_total{{endpoint="/v1/completions",status="{status}"}}'] += 1
+    if status != 200:
+        return JSONResponse(refusal(status)[1], status)
     _counted["running"] += 1
-    _counted["requests"] += 1
+    _counted["prompt_tokens_total"] += len(body["prompt"])
+    _counted["generated_tokens_total"] += body["max_tokens"] - FORGETS
 
     async def events():
         try:
             await asyncio.sleep(0.015)
             for number in range(body["max_tokens"]):
                 await asyncio.sleep(0.005)
-                _counted["tokens"] += 1
                 choice = {"index": 0, "text": f"w{number} ", "finish_reason": None}
                 yield f"data: {json.dumps({'choices': [choice]})}\n\n"
             usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": body["max_tokens"]}
@@ -78,6 +80,14 @@ async def complete(request: Request) -> Response:
     return StreamingResponse(events(), media_type="text/event-stream")
 
 
+async def models(request: Request) -> Response:
+    return JSONResponse({"object": "list", "data": [{"id": "fake", "object": "model"}]})
+
+
+async def metrics(request: Request) -> Response:
+    return Response("".join(f"meshway_{name} {count}\n" for name, count in _counted.items()), media_type="text/plain")
+
+
 def app(folder: Path) -> Starlette:
     batches = Batches(folder, answer, ENDPOINTS, Limits(file_bytes=1 << 20))
 
@@ -87,7 +97,12 @@ def app(folder: Path) -> Starlette:
         yield
         await batches.stop()
 
-    return Starlette(routes=[*routes(batches), Route("/v1/completions", complete, methods=["POST"])], lifespan=lifespan)
+    own = [
+        Route("/v1/completions", complete, methods=["POST"]),
+        Route("/v1/models", models),
+        Route("/metrics", metrics),
+    ]
+    return Starlette(routes=[*routes(batches), *own], lifespan=lifespan)
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ PLACES = {
     "data optimizers planning training conversion checkpoints inference report evaluation serving",
     "models": "layers.masks layers.side_outputs module layers losses language vision objectives .",
     "tasks": ".",
-    "launch": "flags verb_flags cluster.job invocation verbs recipe dry_run cluster .",
+    "launch": "flags verb_flags bench_flags cluster.job invocation verbs recipe dry_run cluster .",
 }
 ORDER = [f"{folder}.{name}".rstrip(".") for folder, names in PLACES.items() for name in names.split()]
 LONG = {("framework/training/loop.py", 120), ("launch/train.py", 120)}  # the loop, and what sets it up

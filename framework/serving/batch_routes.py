@@ -13,7 +13,8 @@ from starlette.routing import Route
 
 from meshway.framework.errors import did_you_mean
 from meshway.framework.serving.batch_lines import in_thread
-from meshway.framework.serving.batches import Batches, Refused
+from meshway.framework.serving.batches import Batches
+from meshway.framework.serving.parameters import RequestError
 
 _ARGUMENTS = ("input_file_id", "endpoint", "completion_window", "metadata")
 _FORM_BYTES = 1 << 16  # of a form beside the file in it, and of the body of other requests
@@ -84,17 +85,15 @@ def _told(handler: Handler) -> Handler:
     async def told(request: Request) -> Response:
         try:
             return await handler(request)
-        except Refused as error:
-            status, param, code = error.status, error.param, error.code
-            message, kind = str(error), "rate_limit_error" if status == 429 else "invalid_request_error"
+        except RequestError as error:
+            refused = error
         except OSError as error:
-            status, param, code = 507, None, "disk_failure"
-            message, kind = f"the server's disk refused: {error.strerror or error}", "server_error"
+            message = f"the server's disk refused: {error.strerror or error}"
+            refused = RequestError(507, message, None, "disk_failure")
         except ClientDisconnect:
             return Response(status_code=400)  # nobody reads it
-        headers = {"retry-after": "10"} if status == 429 else None
-        told = {"message": message, "type": kind, "param": param, "code": code}
-        return JSONResponse({"error": told}, status, headers)
+        headers = {"retry-after": "10"} if refused.status == 429 else None
+        return JSONResponse(refused.body, refused.status, headers)
 
     return told
 
@@ -103,23 +102,23 @@ async def _upload(request: Request, batches: Batches) -> Any:
     """Keeps the file of a form.
 
     Raises:
-      Refused: the form is wrong or the file is too large.
+      RequestError: the form is wrong or the file is too large.
       OSError: it cannot be written.
     """
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise Refused(400, 'send a form (multipart/form-data) with "purpose" and "file"')
+        raise RequestError(400, 'send a form (multipart/form-data) with "purpose" and "file"')
     stream = _limited(request, batches.limits.file_bytes + _FORM_BYTES)
     try:
         form = await MultiPartParser(request.headers, stream, max_files=1, max_fields=8).parse()
     except MultiPartException as error:
-        raise Refused(400, f"the form is wrong: {error.message}") from error
+        raise RequestError(400, f"the form is wrong: {error.message}") from error
     try:
         if unknown := [name for name in form if name not in ("file", "purpose")]:
-            raise Refused(400, f"unknown parameter {unknown[0]!r}{did_you_mean(unknown[0], ['file', 'purpose'])}")
+            raise RequestError(400, f"unknown parameter {unknown[0]!r}{did_you_mean(unknown[0], ['file', 'purpose'])}")
         if (purpose := form.get("purpose")) != "batch":
-            raise Refused(400, f"purpose must be 'batch', not {purpose!r}", "purpose", "invalid_value")
+            raise RequestError(400, f"purpose must be 'batch', not {purpose!r}", "purpose")
         if not isinstance(file := form.get("file"), UploadFile):
-            raise Refused(400, 'the form has no "file"', "file", "missing")
+            raise RequestError(400, 'the form has no "file"', "file", "missing")
         if (file.size or 0) > batches.limits.file_bytes:
             raise _too_large(batches.limits.file_bytes)
         return await batches.add_file(file.file, (file.filename or "input.jsonl")[:255])
@@ -131,21 +130,21 @@ async def _arguments(request: Request) -> dict[str, Any]:
     """Returns the arguments of a new batch.
 
     Raises:
-      Refused: the body is no object of them.
+      RequestError: the body is no object of them.
     """
     body = b"".join([block async for block in _limited(request, _FORM_BYTES)])
     try:
         arguments = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise Refused(400, f"the body is not JSON: {error}"[:300]) from error
+        raise RequestError(400, f"the body is not JSON: {error}"[:300]) from error
     if not isinstance(arguments, dict):
-        raise Refused(400, f"the body must be an object with {', '.join(_ARGUMENTS)}")
+        raise RequestError(400, f"the body must be an object with {', '.join(_ARGUMENTS)}")
     if unknown := [name for name in arguments if name not in _ARGUMENTS]:
         near = did_you_mean(unknown[0], _ARGUMENTS)
-        raise Refused(400, f"unknown parameter {unknown[0]!r}{near}", unknown[0], "unknown_parameter")
+        raise RequestError(400, f"unknown parameter {unknown[0]!r}{near}", unknown[0], "unknown_parameter")
     for name in _ARGUMENTS[:3]:
         if not isinstance(arguments.setdefault(name, "24h" if name == "completion_window" else None), str):
-            raise Refused(400, f"{name} must be a text", name, "invalid_type")
+            raise RequestError(400, f"{name} must be a text", name, "invalid_type")
     return arguments
 
 
@@ -153,7 +152,7 @@ async def _limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
     """Yields the body of a request.
 
     Raises:
-      Refused: it has more bytes than the limit.
+      RequestError: it has more bytes than the limit.
     """
     received = 0
     async for block in request.stream():
@@ -162,18 +161,18 @@ async def _limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
         yield block
 
 
-def _too_large(limit: int) -> Refused:
-    return Refused(413, f"too large: at most {limit:,} bytes are taken", None, "too_large")
+def _too_large(limit: int) -> RequestError:
+    return RequestError(413, f"too large: at most {limit:,} bytes are taken", None, "request_too_large")
 
 
 def _query(request: Request, *names: str) -> dict[str, str]:
     """Returns the parameters of a query.
 
     Raises:
-      Refused: one is unknown.
+      RequestError: one is unknown.
     """
     if unknown := [name for name in request.query_params if name not in names]:
-        raise Refused(400, f"unknown parameter {unknown[0]!r}{did_you_mean(unknown[0], names)}", unknown[0])
+        raise RequestError(400, f"unknown parameter {unknown[0]!r}{did_you_mean(unknown[0], names)}", unknown[0])
     return dict(request.query_params)
 
 
@@ -181,20 +180,20 @@ def _page(request: Request, items: Sequence[dict[str, Any]], default: int, most:
     """Returns a page of a list, `limit` items `after` one, the newest first unless `order` is 'asc'.
 
     Raises:
-      Refused: one of these is wrong.
+      RequestError: one of these is wrong.
     """
     query = request.query_params
     limit, order, after = query.get("limit", str(default)), query.get("order", "desc"), query.get("after")
     if not (limit.isdecimal() and limit.isascii() and len(limit) < 9 and 1 <= int(limit) <= most):
-        raise Refused(400, f"limit must be a whole number from 1 to {most}, not {limit!r}", "limit", "invalid_value")
+        raise RequestError(400, f"limit must be a whole number from 1 to {most}, not {limit!r}", "limit")
     if order not in ("asc", "desc"):
-        raise Refused(400, f"order must be 'asc' or 'desc', not {order!r}", "order", "invalid_value")
+        raise RequestError(400, f"order must be 'asc' or 'desc', not {order!r}", "order")
     ordered = list(items) if order == "asc" else list(reversed(items))
     start = 0
     if after:
         places = [place for place, item in enumerate(ordered) if item["id"] == after]
         if not places:
-            raise Refused(400, f"there is no {after!r} to go on after", "after", "invalid_value")
+            raise RequestError(400, f"there is no {after!r} to go on after", "after")
         start = places[0] + 1
     page = ordered[start : start + int(limit)]
     return {
@@ -210,7 +209,7 @@ def _opened(path: Path) -> BinaryIO:
     try:
         return open(path, "rb")  # closed by `_blocks`, which goes on even where the file is deleted meanwhile
     except FileNotFoundError as error:
-        raise Refused(404, "there is no such file any more", "file_id", "not_found") from error
+        raise RequestError(404, "there is no such file any more", "file_id", "not_found") from error
 
 
 def _blocks(file: BinaryIO) -> Iterator[bytes]:

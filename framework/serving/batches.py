@@ -31,19 +31,12 @@ from meshway.framework.serving.batch_store import (
     read_records,
     write_record,
 )
+from meshway.framework.serving.parameters import RequestError
 
 _LOG = logging.getLogger(__name__)
 _WORKING = ("validating", "in_progress", "finalizing", "cancelling")
 _UNITS = {"m": 60, "h": 3600, "d": 86400}
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 30.0  # seconds, until a disk that refused is tried again
-
-
-class Refused(Exception):
-    """A request that is wrong: the HTTP status, and what of OpenAI's error object is told beside the message."""
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,22 +152,22 @@ class Batches:
         """Removes a file.
 
         Raises:
-          Refused: there is none, or a batch that has not ended reads it.
+          RequestError: there is none, or a batch that has not ended reads it.
         """
         file = self.file(id)
         users = [batch.id for batch in self._batches.values() if batch.status in _WORKING and batch.input_file_id == id]
         if users:
-            raise Refused(400, f"file {id!r} is the input of {users[0]}, which has not ended: cancel that first")
+            raise RequestError(400, f"file {id!r} is the input of {users[0]}, which has not ended: cancel that first")
         await in_thread(self.files.delete, file)
 
     def file(self, id: str) -> StoredFile:
         """Returns a file.
 
         Raises:
-          Refused: there is none.
+          RequestError: there is none.
         """
         if (file := self.files.get(id)) is None:
-            raise Refused(404, f"there is no file {id!r}", "file_id", "not_found")
+            raise RequestError(404, f"there is no file {id!r}", "file_id", "not_found")
         return file
 
     def all(self) -> list[Batch]:
@@ -185,10 +178,10 @@ class Batches:
         """Returns a batch as it is now.
 
         Raises:
-          Refused: there is none.
+          RequestError: there is none.
         """
         if (batch := self._batches.get(id)) is None:
-            raise Refused(404, f"there is no batch {id!r}", "batch_id", "not_found")
+            raise RequestError(404, f"there is no batch {id!r}", "batch_id", "not_found")
         if (journal := self._journals.get(id)) is not None:
             batch = dataclasses.replace(batch, request_counts={**batch.request_counts, **journal.counts()})
         return batch
@@ -205,23 +198,25 @@ class Batches:
           metadata: up to 16 texts by name, which are told back.
 
         Raises:
-          Refused: an argument is wrong, or too many batches have not ended.
+          RequestError: an argument is wrong, or too many batches have not ended.
           OSError: it cannot be written.
         """
         if endpoint not in self.endpoints:
             near = did_you_mean(endpoint, self.endpoints) or f"; there are {', '.join(self.endpoints)}"
-            raise Refused(400, f"no endpoint {endpoint!r} for batches{near}", "endpoint", "invalid_value")
+            raise RequestError(400, f"no endpoint {endpoint!r} for batches{near}", "endpoint")
         file = self.files.get(input_file_id)
         if file is None or file.purpose != "batch":
             what = "there is no file" if file is None else "its purpose is not 'batch':"
-            raise Refused(400, f"{what} {input_file_id!r}", "input_file_id", "invalid_value")
+            raise RequestError(400, f"{what} {input_file_id!r}", "input_file_id")
         window = re.fullmatch(r"([1-9]\d{0,3})([mhd])", completion_window)
         if window is None:
             message = f"completion_window {completion_window!r} must be minutes, hours or days, as '24h'"
-            raise Refused(400, message, "completion_window", "invalid_value")
+            raise RequestError(400, message, "completion_window")
         _check_metadata(metadata)
         if len(self._tasks) >= self.limits.batches:
-            raise Refused(429, f"{len(self._tasks)} batches have not ended; more are taken later", None, "rate_limited")
+            raise RequestError(
+                429, f"{len(self._tasks)} batches have not ended; more are taken later", None, "rate_limited"
+            )
         now, seconds = int(time.time()), int(window[1]) * _UNITS[window[2]]
         batch = Batch(f"batch_{new_id()}", endpoint, file.id, completion_window, now, now + seconds, metadata or None)
         self._batches[batch.id] = batch  # at once: its input can no longer be deleted
@@ -237,12 +232,14 @@ class Batches:
         """Cancels a batch: what was answered until now will be in its files.
 
         Raises:
-          Refused: there is none, or it has ended.
+          RequestError: there is none, or it has ended.
           OSError: it cannot be written.
         """
         batch = self.batch(id)
         if batch.status not in ("validating", "in_progress", "cancelling"):
-            raise Refused(400, f"batch {id} is {batch.status}: it cannot be cancelled", "batch_id", "invalid_status")
+            raise RequestError(
+                400, f"batch {id} is {batch.status}: it cannot be cancelled", "batch_id", "invalid_status"
+            )
         await self._change(id, "cancelling", only_from=("validating", "in_progress"))
         if (scope := self._scopes.get(id)) is not None and not scope.expired():
             scope.reschedule(asyncio.get_running_loop().time())
@@ -383,7 +380,7 @@ def _check_metadata(metadata: Any) -> None:
     texts = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     if not texts or len(metadata) > 16 or any(len(key) > 64 or len(metadata[key]) > 512 for key in metadata):
         message = "metadata must be at most 16 texts of 512 characters, by names of 64"
-        raise Refused(400, message, "metadata", "invalid_value")
+        raise RequestError(400, message, "metadata")
 
 
 def _copy(source: BinaryIO, file: BinaryIO) -> None:

@@ -13,7 +13,8 @@ from crashes import Crash, Disk
 from meshway.framework.errors import UserError
 from meshway.framework.serving import batches as batches_module
 from meshway.framework.serving.batch_store import Answer, Journal
-from meshway.framework.serving.batches import Batch, Batches, Limits, Refused
+from meshway.framework.serving.batches import Batch, Batches, Limits
+from meshway.framework.serving.parameters import RequestError
 
 URL = "/v1/completions"
 WORKING = ("validating", "in_progress", "finalizing", "cancelling")
@@ -194,7 +195,7 @@ def test_a_short_batch_does_not_wait_for_a_long_one(tmp_path):
         batches = Batches(tmp_path / "kept", answer, [URL], Limits(concurrency=1, batches=2))
         await batches.start()
         long, short = await begun(batches, [*range(300)]), await begun(batches, [1, 2])
-        with pytest.raises(Refused, match="2 batches have not ended") as refused:
+        with pytest.raises(RequestError, match="2 batches have not ended") as refused:
             await begun(batches, [1])
         assert refused.value.status == 429
         assert (await ended(batches, short.id)).status == "completed"
