@@ -225,14 +225,8 @@ class Checkpoints:
         )
 
     def set_aside(self, step: int) -> Path:
-        """Renames the folder of a checkpoint that cannot be read, so that it no longer counts as one.
-
-        Returns:
-          its new path.
-
-        Raises:
-          UserError: it cannot be renamed.
-        """
+        """Renames the folder of a checkpoint that cannot be read, so that it no longer counts as one, and returns its
+        new path; raises UserError if it cannot be renamed."""
         source = self.folder / str(step)
         target = next(
             path
@@ -343,7 +337,10 @@ def find_checkpoint(path: Path, step: int | None, given_by: str) -> tuple[Path, 
         folder = path if path.name == "checkpoints" else path / "checkpoints"
     if not folder.is_dir():
         return None
-    steps = Checkpoints(folder, read_only=True).steps()
+    try:  # as `Checkpoints.steps`, but no process waits for others
+        steps = sorted(found.step for found in ocp.path.step.standard_name_format().find_all(folder))
+    except OSError as error:
+        raise UserError(f"{given_by}: {folder} cannot be read: {error.strerror or error}") from error
     if not steps:
         raise UserError(f"{given_by}: there is no complete checkpoint in {folder}")
     if step is not None and step not in steps:

@@ -110,9 +110,8 @@ class Initial:
         from meshway.framework.conversion import hugging_face, tokenizer_files
         from meshway.framework.data.vocabularies import read_framing
 
-        directory = self._directory
         try:
-            if hugging_face.is_model(directory):
+            if hugging_face.is_model(directory := self._directory):
                 model = hugging_face.open_model(directory)
                 vocabulary = tokenizer_files.read_vocabulary(directory, model.config)
                 has_encoder = "NUM_ENCODER_LAYERS" in model.bindings
@@ -174,35 +173,36 @@ class Initial:
 
     @functools.cached_property
     def opened(self) -> "Tensors | tuple[Checkpoints, int]":
-        """What is at `path`: another system's tensors, or (checkpoints of ours, step).
+        """What is at `path`: another system's tensors, or (checkpoints of ours, step); raises UserError where there is
+        nothing, or settings do not apply to it.
 
         It is opened once, and by all processes at the step that process 0 found: a run that still trains may save
         another checkpoint, and remove one, at any moment.
-
-        Raises:
-          UserError: there is nothing, or settings that do not apply to it.
         """
         if self.step is not None:
             return self._open(self.step)
-        found = failed = None
         try:
-            found = self._open(None)
+            mine, failed = str(self._latest()), None
         except UserError as error:  # what process 0 found may be there, although the latest is gone
-            failed = error
-        mine = _FAILED if found is None else str(_step_of(found))
+            mine, failed = _FAILED, error
         common = processes.barrier("finding the checkpoint to start from", None, mine)[0]
         if failed is not None and common == _FAILED:
             raise failed
-        if found is not None and common in (mine, _FAILED):  # where process 0 has failed, all end with it
-            return found
-        return self._open(None if common == str(None) else int(common))
+        return self._open(int(common) if common.isdigit() else None)  # where process 0 fails, all end with it
+
+    def _latest(self) -> int | None:
+        """Returns the step that this process alone would open. It makes no `Checkpoints`, in which Orbax may wait for
+        the other processes."""
+        from meshway.framework.conversion import hugging_face
+
+        if hugging_face.is_model(self._directory):
+            return None
+        found = find_checkpoint(self._directory, None, "Initial.path")
+        return _step_of(self._open(None)) if found is None else found[1]
 
     def _open(self, step: int | None) -> "Tensors | tuple[Checkpoints, int]":
-        from meshway.framework.conversion import (
-            hugging_face,  # training itself reads no other formats
-            mesh_tensorflow,
-            t5x_files,
-        )
+        # Here, since training itself reads no other formats.
+        from meshway.framework.conversion import hugging_face, mesh_tensorflow, t5x_files
 
         directory = self._directory
         if hugging_face.is_model(directory):

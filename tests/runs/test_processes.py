@@ -123,6 +123,66 @@ def test_checkpoints_cross_between_any_two_counts(by_count, tmp_path, first, the
     assert losses(folder) == pytest.approx(losses(by_count[1]), rel=1e-6)
 
 
+def start_from(by_count, tmp_path, seen):
+    """Starts two processes that begin with `~/first`, each with a home of its own that shows the steps `seen` of it.
+
+    So a shared folder looks while another run saves and removes checkpoints there, and listings are not of one moment.
+
+    Args:
+      by_count: runs that have checkpoints of steps 10 and 20.
+      tmp_path: where the homes and the new run are.
+      seen: the steps that each of the processes sees; None for no run at all.
+    """
+    words = counting(
+        tmp_path / "run", 100, "--gin.INITIAL_CHECKPOINT_PATH='~/first'", "--gin.mapping.Initial.count_on=True",
+        "--gin.TRAIN_STEPS_RELATIVE=5", "--gin.REPORT_PERIOD=1",
+    )  # fmt: skip
+    variables = {}
+    for process, steps in enumerate(seen):
+        home = tmp_path / f"home-{process}"
+        for step in steps or ():
+            shutil.copytree(by_count[1] / "checkpoints" / str(step), home / "first" / "checkpoints" / str(step))
+        variables[process] = {"HOME": str(home)}
+    return words, variables
+
+
+@pytest.mark.slow  # each process compiles everything, on the same two cores
+@pytest.mark.parametrize(("first", "second"), [((10,), (10, 20)), ((20,), (10, 20))])
+def test_processes_start_from_the_checkpoint_that_the_first_found(by_count, tmp_path, first, second):
+    """Whatever is the latest to the others; from there they go on as one process does."""
+    words, variables = start_from(by_count, tmp_path, (first, second))
+    said = outputs(processes := start_together(2, *words, variables=variables))
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    found = losses(tmp_path / "run")
+    assert list(found) == [first[-1] + step for step in range(1, 6)]
+    one = start_together(1, *(word.replace(str(tmp_path / "run"), str(tmp_path / "one")) for word in words),
+                         variables=variables)  # fmt: skip
+    (alone,) = outputs(one)
+    assert one[0].returncode == 0, alone
+    assert found == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+
+
+@pytest.mark.slow  # each process compiles everything, on the same two cores
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ((10, 20), (10,), "has no checkpoint of step 20; there are [10]"),
+        ((10,), None, "is neither a run directory nor a checkpoint"),
+        (None, (10,), "is neither a run directory nor a checkpoint"),
+    ],
+    ids=["another", "none", "none at the first"],
+)
+def test_a_process_that_cannot_start_from_there_stops_all(by_count, tmp_path, first, second, message):
+    """With the one message about what it lacks, which the other hears of it; nothing was trained."""
+    words, variables = start_from(by_count, tmp_path, (first, second))
+    said = outputs(processes := start_together(2, *words, variables=variables))
+    assert [process.returncode for process in processes] == [2, 2], "\n".join(said)
+    for text in said:
+        assert "Traceback" not in text and message in text, text
+    assert "\n".join(said).count("meshway: error: ") == 1
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 @pytest.mark.proofs  # each process compiles everything, on the same two cores
 def test_a_hook_s_word_stops_all_processes_at_one_step(tmp_path):
     """That of process 0 counts, whatever the others' hooks say: of evaluations, and of reports a step later."""
