@@ -43,8 +43,9 @@ def bound_socket(host: str, port: int) -> socket.socket:
         found = socket.socket(family, kind, protocol)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
-    except OSError as error:
-        raise UserError(f"--host={host} --port={port}: {error.strerror or error}; --port=0 takes a free one") from error
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--host={host} --port={port}: {reason}; --port=0 takes a free one") from error
     return found
 
 
