@@ -38,14 +38,15 @@ def bound_socket(host: str, port: int) -> socket.socket:
     Raises:
       UserError: there is no such address, or it is taken.
     """
+    if not 0 <= port < 1 << 16:
+        raise UserError(f"--port={port} is not a number from 0 to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind, protocol)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--host={host} --port={port}: {reason}; --port=0 takes a free one") from error
+    except OSError as error:
+        raise UserError(f"--host={host} --port={port}: {error.strerror or error}; --port=0 takes a free one") from error
     return found
 
 
