@@ -32,6 +32,7 @@ try:
 except ImportError as error:
     raise UserError(f"meshway serve needs more packages: pip install 'meshway[serve]' ({error})") from error
 from meshway.framework.serving.beams import BeamPool
+from meshway.framework.serving.grammar import Grammars
 from meshway.framework.serving.scorer import Scorer
 from meshway.framework.serving.slots import SlotPool
 
@@ -52,6 +53,7 @@ class Room:
       chunk: tokens of a prompt that are read between two steps of the others.
       max_top_log_probs: likeliest tokens that a request may ask for at each place.
       kept_prompts: prompts of which a copy is kept, for others that begin alike; each takes the memory of a slot.
+      guesses: tokens that are guessed in a step, from what followed the same few before; see `SlotPool`.
       beams: the most of a search; 1: none is served.
       beam_slots: searches that go on together.
     """
@@ -63,6 +65,7 @@ class Room:
     chunk: int = 64
     max_top_log_probs: int = 20
     kept_prompts: int = 4
+    guesses: int = 0
     beams: int = 1
     beam_slots: int = 2
 
@@ -150,7 +153,7 @@ def serve(
 def _engine(session: Session, model: ServedModel, room: Room) -> tuple[Scheduler, Scorer, SlotPool]:
     """Returns what computes answers, compiled."""
     lengths = (model.max_length, model.max_input_length if session.row_format.has_encoder else 0)
-    pool = SlotPool(session, room.slots, *lengths, room.chunk, room.max_top_log_probs, room.kept_prompts)
+    pool = SlotPool(session, room.slots, *lengths, room.chunk, room.max_top_log_probs, room.kept_prompts, room.guesses)
     together = room.slots if session.sharded.partitioner.mesh.size > 1 else min(room.slots, SCORED_TOGETHER)
     scorer = Scorer(session, *lengths, together, room.max_top_log_probs)
     beams = None
@@ -180,7 +183,17 @@ def _served(opened: RecipeModel, session: Session, room: Room, name: str) -> Ser
         room.max_top_log_probs,
         room.beams,
         min(MOST_CHOICES, room.max_queue),
+        _grammars(session),
     )
+
+
+def _grammars(session: Session) -> Grammars | None:
+    """Returns what compiles the forms that texts must have; None, which is said, where the vocabulary allows none."""
+    try:
+        return Grammars(session.text.targets, session.text.stop)
+    except UserError as error:
+        _say(f"response_format, regex and choice are not served: {error}")
+        return None
 
 
 def _mesh(session: Session) -> str:

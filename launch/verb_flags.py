@@ -218,6 +218,9 @@ class ServeFlags:
     kept_prompts: int | None = binds(
         "serve.Room.kept_prompts", "prompts kept for others that begin alike (default: 4)", "N", least=0
     )
+    guesses: int | None = binds(
+        "serve.Room.guesses", "tokens guessed in a step, from what followed the same few (default: 0)", "N", least=0
+    )
     beams: int | None = binds("serve.Room.beams", "serve beam searches of at most so many (default: none)", "N")
     beam_slots: int | None = binds("serve.Room.beam_slots", "searches that go on together (default: 2)", "N")
     max_queue: int | None = binds("serve.Room.max_queue", "predictions that may wait (default: 256)", "N")

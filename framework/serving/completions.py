@@ -14,7 +14,7 @@ from meshway.framework.serving.metrics import Metrics
 from meshway.framework.serving.openai_requests import Completion, Prompt, ServedModel
 from meshway.framework.serving.parameters import RequestError
 from meshway.framework.serving.scheduler import Busy, Call, Priority, Request, Scheduler, Unavailable
-from meshway.framework.serving.writing import CANCELLED, ERROR, LENGTH, STOP, TIMEOUT, Written
+from meshway.framework.serving.writing import CANCELLED, ERROR, LENGTH, REFUSED, STOP, TIMEOUT, Written
 
 _LEAST_LOG_PROB = -9999.0  # instead of -inf, which JSON has not; OpenAI's
 _T = TypeVar("_T")
@@ -300,6 +300,8 @@ def _made_in(written: Written) -> int:
 def _raise_failure(written: Written) -> None:
     if written.reason == ERROR:
         raise RequestError(500, "the engine has failed", None, "engine_failed")
+    if written.reason == REFUSED:
+        raise RequestError(422, written.message, None, "grammar_failed")
     if written.reason == TIMEOUT:
         raise RequestError(503, written.message, None, "timeout")
     if written.reason == CANCELLED:

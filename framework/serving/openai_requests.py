@@ -8,6 +8,7 @@ from typing import Any
 from meshway.framework.errors import UserError
 from meshway.framework.inference.rows import RowFormat, Text
 from meshway.framework.serving.generation import DEFAULT_ALPHA, Generation
+from meshway.framework.serving.grammar import Grammar, Grammars
 from meshway.framework.serving.parameters import (
     CHAT,
     COMPLETION,
@@ -36,7 +37,7 @@ class ServedModel:
       max_top_log_probs: how many likeliest tokens may be asked for at each place.
       max_beams: of a search; 1: none is served.
       max_predictions: the most predictions of one request.
-      grammars: compiles what a text must be; None: not served.
+      grammars: compile what a text must be; None where the model's texts cannot follow any.
       chat: renders messages to token ids; None where the model has no chat template.
     """
 
@@ -48,7 +49,7 @@ class ServedModel:
     max_top_log_probs: int = 0
     max_beams: int = 1
     max_predictions: int = MOST_CHOICES
-    grammars: Any = None
+    grammars: Grammars | None = None
     chat: Any = None
 
     def room(self, prompt: Sequence[int]) -> int:
@@ -243,8 +244,12 @@ def _generations(
     options = {name: given[name] for name in SAMPLING if name in given}
     found = []
     for prompt in prompts:
-        if not model.row_format.prompt_size(prompt.ids):
+        size = model.row_format.prompt_size(prompt.ids)
+        if not size:
             raise RequestError(400, "prompt: it is empty, and the model has no token to begin with", "prompt")
+        if size > model.max_input_length:
+            message = f"prompt: it has {size:,} tokens, and there is room for {model.max_input_length:,}"
+            raise RequestError(400, message, "prompt", "context_length_exceeded")
         found += [
             Generation(
                 prompt.ids,
@@ -271,7 +276,7 @@ def _check_beams(num_beams: int, given: Mapping[str, Any], model: ServedModel) -
         raise RequestError(400, f"n: a search of {num_beams} beams has no {given['n']} predictions", "n")
 
 
-def _grammar(given: Mapping[str, Any], model: ServedModel) -> Any:
+def _grammar(given: Mapping[str, Any], model: ServedModel) -> Grammar | None:
     """Returns what a text must be, compiled; None for any."""
     form = given.get("response_format", {"type": "text"})
     kind = form.get("type")
@@ -290,7 +295,7 @@ def _grammar(given: Mapping[str, Any], model: ServedModel) -> Any:
         if asked == ["choice"]:
             return model.grammars.of_choices(given["choice"])
         if kind == "json_object":
-            return model.grammars.of_jsonjson_object()
+            return model.grammars.of_json_object()
         schema = json_object("response_format.json_schema", form.get("json_schema")).get("schema")
         return model.grammars.of_json_schema(json_object("response_format.json_schema.schema", schema))
     except UserError as error:

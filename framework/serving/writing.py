@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from meshway.framework.inference.rows import Text
 from meshway.framework.serving.generation import Generation, Hypothesis, Made
 
-STOP, LENGTH, CANCELLED, TIMEOUT, ERROR = "stop", "length", "cancelled", "timeout", "error"
+STOP, LENGTH, CANCELLED, TIMEOUT = "stop", "length", "cancelled", "timeout"
+REFUSED, ERROR = "refused", "error"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,9 +19,9 @@ class Written:
       tokens, log_probs, top: the new ids, see `Made`; the one that ends the prediction is among them.
       offsets: for each of `tokens`, how many characters of the prediction were written before it.
       reason: why the prediction ended: STOP (an id or a text that ends it), LENGTH (as many tokens as were asked for),
-        CANCELLED, TIMEOUT, ERROR; "" of one that goes on.
+        CANCELLED, TIMEOUT, REFUSED (it cannot go on as it was asked for), ERROR (of the engine); "" where it goes on.
       hypotheses: of a search that is over.
-      message: what failed, of ERROR and TIMEOUT.
+      message: what failed, of TIMEOUT, REFUSED and ERROR.
     """
 
     text: str = ""
@@ -58,6 +59,8 @@ class Writer:
 
     def add(self, made: Made) -> Written:
         """Returns what the tokens of a step add; those behind the end are dropped."""
+        if made.error:
+            return Written(reason=REFUSED, message=made.error)
         if made.hypotheses is not None:
             return Written(reason=STOP, hypotheses=made.hypotheses)
         pieces, tokens, offsets, reason = [], [], [], ""

@@ -1,6 +1,7 @@
 """`meshway serve` as a user starts it: a real process, OpenAI's own client, and what `Predictor` says of the same."""
 
 import contextlib
+import json
 import re
 import signal
 import socket
@@ -113,6 +114,30 @@ def test_filters_that_leave_one_token_are_greedy_and_biases_choose(served):
     assert greedy(served, logit_bias={str(letter): 100}, frequency_penalty=2.0, user="me").text == "a" * 12
     one, other = (complete(served, PROMPTS[0], seed=n, max_tokens=30, temperature=2).choices[0].text for n in (1, 2))
     assert one != other and complete(served, PROMPTS[0], seed=1, max_tokens=30, temperature=2).choices[0].text == one
+
+
+@pytest.mark.slow
+def test_texts_have_the_form_that_is_asked_for(served):
+    for seed in range(3):
+        options = {"seed": seed, "max_tokens": 60, "temperature": 1.5}
+        chosen = complete(served, "x", extra_body={"choice": ["red", "green", "blue"]}, **options).choices[0]
+        assert chosen.text in ("red", "green", "blue") and chosen.finish_reason == "stop"
+        matched = complete(served, "x", extra_body={"regex": "[ab]{3}-[0-9]{2}"}, **options).choices[0]
+        assert re.fullmatch("[ab]{3}-[0-9]{2}", matched.text)
+        schema = {
+            "type": "object",
+            "properties": {"n": {"enum": [1, 22]}},
+            "required": ["n"],
+            "additionalProperties": False,
+        }
+        form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+        found = complete(served, "x", extra_body={"response_format": form}, **options).choices[0]
+        assert json.loads(found.text)["n"] in (1, 22)
+    pieces = complete(served, "x", extra_body={"choice": ["red"]}, max_tokens=9, stream=True)
+    assert "".join(piece.choices[0].text for piece in pieces) == "red"
+    for wrong in ({"regex": "("}, {"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}}):
+        with pytest.raises(openai.UnprocessableEntityError):
+            complete(served, "x", extra_body=wrong)
 
 
 @pytest.mark.slow
