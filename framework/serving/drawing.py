@@ -40,14 +40,15 @@ class Choice(enum.IntEnum):
 
 
 class Turn(NamedTuple):
-    """What a step does in each slot, int32 [slots] each, from the host.
+    """What a step does in each slot, int32 [slots, width], from the host. The first place of a slot feeds its next
+    token, the others guesses of what follows; each chooses the token after it.
 
     Attributes:
       positions: of what is fed.
       fed: the token, FREE for the one that was chosen last.
       forced: the token that must be chosen, FREE for any.
-      made: how many tokens the slot has so far.
-      active: 1 where the slot takes part.
+      made: how many tokens the slot has before the one that is chosen.
+      active: 1 where something is fed.
     """
 
     positions: Any
@@ -55,6 +56,12 @@ class Turn(NamedTuple):
     forced: Any
     made: Any
     active: Any
+
+    @classmethod
+    def idle(cls, num_slots: int, width: int, position: int) -> "Turn":
+        """Returns a turn in which nothing takes part; what is fed all the same is fed at `position`."""
+        free, zeros = np.full((num_slots, width), FREE, np.int32), np.zeros((num_slots, width), np.int32)
+        return cls(np.full_like(free, position), free, free.copy(), zeros, zeros.copy())
 
 
 class Drawing(NamedTuple):
@@ -78,7 +85,7 @@ class Drawing(NamedTuple):
 
 
 class Logits(NamedTuple):
-    """Of one step: logits float32 [slots, vocab], and [slots, 1] what a log-probability is less than its logit by."""
+    """Logits float32 [..., vocab], and [..., 1] what a log-probability is less than its logit by."""
 
     values: jax.Array
     greatest: jax.Array
@@ -90,25 +97,26 @@ class Logits(NamedTuple):
         return cls(values, greatest, jnp.log(jnp.sum(jnp.exp(values - greatest), axis=-1, keepdims=True)))
 
     def log_probs(self, logits: jax.Array) -> jax.Array:
-        """Returns the log-probabilities of logits [slots, n]: no sum, so that any program has the same."""
+        """Returns the log-probabilities of logits [..., n]: no sum, so that any program has the same."""
         return logits - self.greatest - self.total
 
 
 class Chosen(NamedTuple):
-    """Of a step, perhaps still being computed: tokens int32 [slots], their log-probabilities float32 [slots], and the
-    likeliest, [slots, n] each, or None."""
+    """Of a step, perhaps still being computed: tokens int32 [slots, width], their log-probabilities float32 [slots,
+    width], how many of them count, int32 [slots], and the likeliest, [slots, width, n] each, or None."""
 
     tokens: jax.Array
     log_probs: jax.Array
+    counts: jax.Array
     top: tuple[jax.Array, jax.Array] | None
 
 
-def chooser(choice: Choice) -> Callable[..., tuple[Drawing, jax.Array, jax.Array]]:
-    """Returns the function that chooses the next token of each slot."""
+def chooser(choice: Choice) -> Callable[..., tuple[Drawing, jax.Array, tuple[jax.Array, jax.Array, jax.Array]]]:
+    """Returns the function that chooses the next tokens of each slot: that after the first place of a turn and, for as
+    long as guesses are what was chosen, those after guesses. So they are the tokens that would be chosen one by one."""
 
-    def choose(
-        drawing: Drawing, logits: Logits, tokens: jax.Array, turn: Turn, mask: jax.Array | None = None
-    ) -> tuple[Drawing, jax.Array, jax.Array]:
+    def one(drawing: Drawing, logits: Logits, turn: Turn, mask: jax.Array | None) -> jax.Array:
+        """Returns the token that each slot chooses, int32 [slots], from logits [slots, vocab]; turn [slots]."""
         temperature, p, least, *penalties = drawing.settings.T
         changed = logits.values
         if choice > Choice.GREEDY:
@@ -124,13 +132,28 @@ def chooser(choice: Choice) -> Callable[..., tuple[Drawing, jax.Array, jax.Array
             scaled = jax.lax.optimization_barrier(scaled)
             drawn = draw(scaled, jax.random.wrap_key_data(drawing.keys), turn.made)
             chosen = jnp.where(temperature > 0, drawn, chosen)
-        chosen = jnp.where(turn.forced == FREE, chosen, turn.forced)
-        chosen = jnp.where(turn.active == 1, chosen, tokens)
-        if choice > Choice.GREEDY:
-            count = jax.vmap(lambda counts, token, new: counts.at[token].add(new))
-            drawing = drawing._replace(generated=count(drawing.generated, chosen, turn.active))
-        said = jnp.take_along_axis(logits.values, chosen[:, None], axis=-1)
-        return drawing, chosen, logits.log_probs(said)[:, 0]
+        return jnp.where(turn.forced == FREE, chosen, turn.forced)
+
+    def choose(
+        drawing: Drawing, logits: Logits, tokens: jax.Array, turn: Turn, mask: jax.Array | None = None
+    ) -> tuple[Drawing, jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+        def place(carry: Any, at: tuple[Logits, Turn, jax.Array]) -> Any:
+            (drawing, tokens, counts), (logits, turn, index) = carry, at
+            guessed = (index == 0) | ((counts == index) & (turn.fed == tokens))
+            counted = guessed & (turn.active == 1)
+            # A grammar says what the first may be; its slots guess nothing.
+            chosen = one(drawing, logits, turn, None if mask is None else mask | (index > 0))
+            chosen = jnp.where(counted, chosen, tokens)
+            if choice > Choice.GREEDY:
+                count = jax.vmap(lambda counts, token, new: counts.at[token].add(new))
+                drawing = drawing._replace(generated=count(drawing.generated, chosen, counted))
+            said = logits.log_probs(jnp.take_along_axis(logits.values, chosen[:, None], axis=-1))[:, 0]
+            return (drawing, chosen, counts + counted), (chosen, said)
+
+        places = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (logits, turn))
+        start = (drawing, tokens, jnp.zeros_like(tokens))
+        (drawing, tokens, counts), made = jax.lax.scan(place, start, (*places, jnp.arange(turn.fed.shape[1])))
+        return drawing, tokens, (made[0].T, made[1].T, counts)
 
     return choose
 

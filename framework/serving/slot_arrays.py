@@ -45,12 +45,19 @@ class SlotArrays:
         chunk: int,
         max_top: int,
         kept_rows: int,
+        width: int,
     ):
-        """`SlotPool` documents the arguments, of which `kept_rows` is `kept_prompts`, and raises what this does."""
+        """`SlotPool` documents the arguments, where `kept_rows` are `kept_prompts`, and `width` is one more than
+        `guesses`; it raises what this does."""
         self._params, self._format, self._sharded = session.params, session.row_format, session.sharded
         self._partitioner = session.sharded.partitioner
         self._model: Any = decoding_model(session.sharded.model, SCORE_INSTEAD)
-        self._num_slots, self._length, self._chunk = num_slots, max_length, chunk
+        self._num_slots, self._length, self._chunk, self._width = num_slots, max_length, chunk, width
+        if width > 1 and not hasattr(self._model, "extend"):
+            raise UserError(
+                f"{type(self._model).__name__} reads one token at a time (it has no method extend, see Extends in "
+                "framework/interfaces.py), so guesses cannot be verified together: leave them out (guesses=0)"
+            )
         chunks = not (self._format.has_encoder or self._format.has_prefix) and hasattr(self._model, "extend")
         longest = max_input_length if self._format.has_encoder else max_length - 1
         self.buckets: Buckets | None = None if chunks else doubling({"inputs": longest})
@@ -78,8 +85,8 @@ class SlotArrays:
         cache, replicated = self._shapes, self._partitioner.replicated
         shardings = jax.tree.map(lambda leaf: leaf.sharding, cache)
         drawing = jax.eval_shape(lambda: undrawn(count, vocab))
-        tokens, slot, turn = _ints(count), _ints(), Turn(*[np.zeros(count, np.int32)] * len(Turn._fields))
-        logits = jax.eval_shape(Logits.of, jax.ShapeDtypeStruct((count, vocab), np.float32))
+        tokens, slot, turn = _ints(count), _ints(), Turn.idle(count, self._width, 0)
+        logits = jax.eval_shape(Logits.of, jax.ShapeDtypeStruct((count, self._width, vocab), np.float32))
         if self.buckets is None:
             rows = _ints(self._rows, self._chunk)
             self._extend = self._compiled(
@@ -135,7 +142,7 @@ class SlotArrays:
         self._cache = self._insert(self._cache, np.int32(slot), row)
 
     def step(self, turn: Turn, choice: Choice, mask: np.ndarray | None, top: bool) -> Chosen:
-        """Starts a step of the slots that are active in it: feeds a token and chooses the next.
+        """Starts a step of the slots that are active in it: feeds their tokens and chooses the next.
 
         Args:
           turn: what is done in each slot.
@@ -145,8 +152,9 @@ class SlotArrays:
         """
         logits, self._cache = self._feed(self._params, self._cache, self._tokens, turn)
         masks = () if mask is None else (mask,)
-        self._drawing, self._tokens, log_probs = self._choose[choice](self._drawing, logits, self._tokens, turn, *masks)
-        return Chosen(self._tokens, log_probs, self._likeliest(logits) if top else None)
+        self._drawing, self._tokens, made = self._choose[choice](self._drawing, logits, self._tokens, turn, *masks)
+        tokens, log_probs, counts = made
+        return Chosen(tokens, log_probs, counts, self._likeliest(logits) if top else None)
 
     def memory(self) -> Any:
         """Returns the compiler's memory analysis of the program that feeds tokens, as `TokenSteps.memory`."""
@@ -247,13 +255,23 @@ class SlotArrays:
         return _placed(jax.ShapeDtypeStruct((*leaf.shape[:axis], 1, *leaf.shape[axis + 1 :]), leaf.dtype), where)
 
     def _fed(self, params: Any, cache: Cache, tokens: jax.Array, turn: Turn) -> tuple[Logits, Cache]:
-        fed = jnp.where(turn.fed == FREE, tokens, turn.fed)
-        logits, cache = self._model.decode(params, fed[:, None], turn.positions, cache)
+        fed = jnp.where(turn.fed == FREE, tokens[:, None], turn.fed)
+        if self._width > 1:
+            logits, cache = self._model.extend(params, fed, turn.positions, cache)
+        else:
+            logits, cache = self._model.decode(params, fed, turn.positions[:, 0], cache)
+            logits = logits[:, None]
         return Logits.of(logits), cache
 
     def _top(self, logits: Logits) -> tuple[jax.Array, jax.Array]:
-        values, ids = largest(logits.values, self.max_top)
-        return ids, logits.log_probs(values)
+        def found(logits: Logits) -> tuple[jax.Array, jax.Array]:
+            values, ids = largest(logits.values, self.max_top)
+            return ids, logits.log_probs(values)
+
+        return jax.tree.map(
+            lambda *each: jnp.stack(each, axis=1),
+            *[found(jax.tree.map(lambda x, place=place: x[:, place], logits)) for place in range(self._width)],
+        )
 
     def _check_room(self, kept_rows: int) -> None:
         """Raises UserError where a device has no room for the arrays of all slots, and so many copied rows."""

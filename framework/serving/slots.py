@@ -26,8 +26,9 @@ class _Occupant:
       first, start: what is fed first, and its position.
       choice: what its steps must do.
       matcher: of its grammar.
+      seen: what guesses are made from; None where none are made.
       read: how many tokens of the prompt were read; `ready`: whether all were.
-      made: how many tokens it has so far, those of a step that was not read yet included.
+      made: how many tokens it has so far, that of a step that was not read yet included.
       unread: whether there is such a step.
       error: why it cannot go on; "" while it can.
     """
@@ -39,6 +40,7 @@ class _Occupant:
     start: int
     choice: Choice
     matcher: Any
+    seen: "Lookup | None"
     read: int = 0
     ready: bool = False
     made: int = 0
@@ -47,8 +49,9 @@ class _Occupant:
 
     @property
     def joins(self) -> bool:
-        """Whether it takes part in the next step: what a grammar allows is known once the token before was read."""
-        waits = self.matcher is not None and self.unread
+        """Whether it takes part in the next step: what a grammar allows, and what may be guessed, is known once the
+        tokens before were read."""
+        waits = self.unread and (self.matcher is not None or self.seen is not None)
         return self.ready and not waits and not self.error and self.made < self.generation.max_tokens
 
     def allowed(self, vocab: int) -> np.ndarray:
@@ -67,14 +70,45 @@ class _Occupant:
             self.error = "the grammar allows no token here"
         return found
 
-    def accept(self, token: int) -> None:
-        """Tells its grammar of a token that was read."""
+    def accept(self, tokens: Sequence[int]) -> None:
+        """Takes the tokens of a step that was read."""
         self.unread = False
+        self.made += len(tokens) - 1
+        if self.seen is not None:
+            self.seen.add(tokens)
         try:
-            if self.matcher is not None and not self.error:
+            for token in () if self.matcher is None or self.error else tokens:
                 self.matcher.accept(token)
         except (UserError, ValueError) as error:  # a forced token may be one that the grammar does not allow
             self.error = str(error)
+
+
+class Lookup:
+    """Guesses how a text goes on: as it did where its last few tokens stood before."""
+
+    SIZES = (3, 2)  # of what is looked up, the longest first
+
+    def __init__(self, tokens: Sequence[int]):
+        """Begins with the tokens of a prompt."""
+        self._tokens: list[int] = []
+        self._after: dict[tuple[int, ...], int] = {}  # the place behind each few tokens, the last one
+        self.add(tokens)
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Goes on with these."""
+        for token in tokens:
+            for size in self.SIZES:
+                if len(self._tokens) >= size:
+                    self._after[tuple(self._tokens[-size:])] = len(self._tokens)
+            self._tokens.append(token)
+
+    def guess(self, count: int) -> list[int]:
+        """Returns at most `count` tokens that may come next; few, or none, where nothing like it stood before."""
+        for size in self.SIZES:
+            place = self._after.get(tuple(self._tokens[-size:]))
+            if place is not None:
+                return self._tokens[place : place + count]
+        return []
 
 
 class Step(NamedTuple):
@@ -147,6 +181,7 @@ class SlotPool:
         chunk: int = 64,
         max_top_log_probs: int = 20,
         kept_prompts: int = 4,
+        guesses: int = 0,
     ):
         """Args:
           session: the model on its mesh.
@@ -156,21 +191,25 @@ class SlotPool:
           chunk: tokens of a prompt that are read between two steps of other slots.
           kept_prompts: of how many prompts that were read in chunks a copy is kept, the memory of a slot each: one that
             begins with the same chunks begins from there.
+          guesses: how many tokens are guessed in a step, from what followed the same few tokens before (prompt lookup,
+            a form of Leviathan et al. 2023), and verified together: several tokens a step where text repeats itself.
+            Every step then waits for the one before to be read. What is chosen stays what it is without, but for
+            rounding.
           max_top_log_probs: the most likeliest tokens that a request may ask for at each place.
 
         Raises:
           UserError: the model does not decode, or not in these lengths; the slots do not divide over the mesh, or a
             device has no room for them.
         """
-        given = {"slots": num_slots, "max_length": max_length - 1, "chunk": chunk}
+        given = {"slots": num_slots, "max_length": max_length - 1, "chunk": chunk, "guesses": guesses + 1}
         if session.row_format.has_encoder:
             given["max_input_length"] = max_input_length
         if wrong := [name for name, value in given.items() if value < 1]:
-            raise UserError(f"{wrong[0]} must be at least {2 if wrong[0] == 'max_length' else 1}")
-        self.num_slots, self._length = num_slots, max_length
+            raise UserError(f"{wrong[0]} must be at least { {'max_length': 2, 'guesses': 0}.get(wrong[0], 1) }")
+        self.num_slots, self._length, self._guesses = num_slots, max_length, guesses
         self._format, self._chunk = session.row_format, min(chunk, max_length)
         self._arrays = SlotArrays(
-            session, num_slots, max_length, max_input_length, self._chunk, max_top_log_probs, kept_prompts
+            session, num_slots, max_length, max_input_length, self._chunk, max_top_log_probs, kept_prompts, 1 + guesses
         )
         self._kept = KeptPrompts(self._chunk, kept_prompts if self._arrays.buckets is None else 0)
         self.prefix_hits = self.reused_tokens = 0
@@ -188,7 +227,7 @@ class SlotPool:
             self.free(0)
         if buckets is None:
             self._arrays.put_row(0, self._arrays.copy_row(0))
-        turn, mask = _idle(self.num_slots, self._length), np.ones((self.num_slots, self._arrays.vocab), bool)
+        turn, mask = self._idle(), np.ones((self.num_slots, self._arrays.vocab), bool)
         for choice in Choice:
             made = self._arrays.step(turn, choice, mask if choice == Choice.MASKED else None, self._arrays.max_top > 0)
             np.asarray(made.tokens)
@@ -234,8 +273,10 @@ class SlotPool:
             seen = self._format.begun(prompt)
             first, prompt = seen[-1], seen[:-1] if self._arrays.buckets is None else prompt
         matcher = None if generation.grammar is None else generation.grammar.matcher()
-        start = self._start(generation)
-        self._slots[slot] = _Occupant(self._count, generation, prompt, first, start, Choice.of(generation), matcher)
+        lookup = Lookup(seen or generation.prompt) if self._guesses else None
+        self._slots[slot] = _Occupant(
+            self._count, generation, prompt, first, self._start(generation), Choice.of(generation), matcher, lookup
+        )
         self._arrays.begin(slot, generation, seen)
 
     def prefill(self, slot: int) -> bool:
@@ -270,18 +311,19 @@ class SlotPool:
         joining = {slot: occupant for slot, occupant in self._occupied() if occupant.joins}
         if not joining:
             return None
-        turn, mask = _idle(self.num_slots, self._length), None
+        turn, mask = self._idle(), None
         choice = max(occupant.choice for occupant in joining.values())
         if choice == Choice.MASKED:
             mask = np.ones((self.num_slots, self._arrays.vocab), bool)
         for slot, occupant in joining.items():
-            forced = occupant.generation.forced
-            turn.positions[slot] = occupant.start + occupant.made
-            turn.fed[slot] = FREE if occupant.made else occupant.first
-            turn.forced[slot] = forced[occupant.made] if occupant.made < len(forced) else FREE
-            turn.made[slot], turn.active[slot] = occupant.made, 1
+            turn.positions[slot, 0], turn.made[slot] = occupant.start + occupant.made, occupant.made
+            turn.fed[slot, 0] = FREE if occupant.made else occupant.first
+            turn.active[slot, 0] = 1
+            forced = occupant.generation.forced[occupant.made :][: 1 + self._guesses]
+            turn.forced[slot, : len(forced)] = forced
             if mask is not None:
                 mask[slot] = occupant.allowed(self._arrays.vocab)
+            self._guess(turn, slot, occupant)
             occupant.made += 1
             occupant.unread = True
         top = any(occupant.generation.top_log_probs for occupant in joining.values())
@@ -290,24 +332,38 @@ class SlotPool:
 
     def read(self, step: Step) -> dict[int, Made]:
         """Waits for a step, and returns what it made by slot, of those that still have the request of that step."""
-        tokens, log_probs = np.asarray(step.chosen.tokens), np.asarray(step.chosen.log_probs)
+        tokens, log_probs, counts = (np.asarray(each) for each in step.chosen[:3])
         top = None if step.chosen.top is None else [np.asarray(each) for each in step.chosen.top]
         found = {}
         for slot, occupant in self._occupied():
             if step.occupants.get(slot) != occupant.number:
                 continue
-            token, asked = int(tokens[slot]), occupant.generation.top_log_probs
-            occupant.accept(token)
-            likeliest: list[tuple[int, float]] = []
+            count, asked = int(counts[slot]), occupant.generation.top_log_probs
+            new, likeliest = tokens[slot, :count].tolist(), [list[tuple[int, float]]()] * count
+            occupant.accept(new)
             if top is not None:
-                likeliest = list(zip(top[0][slot, :asked].tolist(), top[1][slot, :asked].tolist(), strict=True))
-            made = Made([token], [float(log_probs[slot])], [likeliest])
+                ids, values = (each[slot, :count, :asked].tolist() for each in top)
+                likeliest = [list(zip(*pair, strict=True)) for pair in zip(ids, values, strict=True)]
+            made = Made(new, log_probs[slot, :count].tolist(), likeliest)
             found[slot] = Made((), (), error=occupant.error) if occupant.error else made
         return found
 
     def free(self, slot: int) -> None:
         """Ends the request of a slot, at any time after `start`; its results are dropped."""
         self._slots[slot] = None
+
+    def _guess(self, turn: Turn, slot: int, occupant: _Occupant) -> None:
+        """Puts guesses into the further places of a slot, of which no more is made than there is room for."""
+        if occupant.seen is None or occupant.matcher is not None:
+            return
+        left = min(self._guesses, occupant.generation.max_tokens - occupant.made - 1)
+        forced = occupant.generation.forced[occupant.made :][:left]
+        guesses = forced or occupant.seen.guess(left)
+        places = slice(1, 1 + len(guesses))
+        ahead = np.arange(1, 1 + len(guesses))
+        turn.fed[slot, places], turn.active[slot, places] = guesses, 1
+        turn.positions[slot, places] = occupant.start + occupant.made + ahead
+        turn.made[slot, places] = occupant.made + ahead
 
     def _occupied(self) -> Iterator[tuple[int, _Occupant]]:
         return ((slot, occupant) for slot, occupant in enumerate(self._slots) if occupant is not None)
@@ -316,10 +372,9 @@ class SlotPool:
         """Returns the position of what is fed first."""
         return 0 if self._format.has_encoder else self._format.prompt_size(generation.prompt) - 1
 
-
-def _idle(count: int, length: int) -> Turn:
-    """Returns a turn in which no slot takes part; they write at their last place, which nothing sees before it is
-    written anew."""
-    free = np.full(count, FREE, np.int32)
-    zeros = (np.zeros(count, np.int32) for _ in range(2))
-    return Turn(np.full(count, length - 1, np.int32), free, free.copy(), *zeros)
+    def _idle(self) -> Turn:
+        """Returns a turn in which no slot takes part. They write at their last place, which nothing sees before it is
+        written anew, and where guesses could be but are not, past it: nowhere."""
+        turn = Turn.idle(self.num_slots, 1 + self._guesses, self._length)
+        turn.positions[:, 0] = self._length - 1
+        return turn

@@ -16,7 +16,7 @@ from meshway.framework.inference.predictor import Predictor, Session
 from meshway.framework.inference.rows import RowFormat
 from meshway.framework.inference.sampling import Sampling
 from meshway.framework.serving.generation import Generation
-from meshway.framework.serving.slots import KeptPrompts, SlotPool
+from meshway.framework.serving.slots import KeptPrompts, Lookup, SlotPool
 from meshway.framework.telemetry.profiler import Compilations
 
 SLOTS, LENGTH, INPUTS, CHUNK, VOCAB = 4, 40, 24, 8, 384
@@ -96,6 +96,7 @@ def alone(pool, generation, slot=0):
     found = []
     while len(found) < generation.max_tokens:
         record(found, pool.read(pool.step())[slot])
+    assert len(found) == generation.max_tokens
     assert pool.step() is None
     pool.free(slot)
     return found
@@ -196,6 +197,41 @@ def test_forced_tokens_come_first_and_a_grammar_is_kept(served):
     assert [token for token, *_ in forced[:2]] == [11, 12]
     kept = [token for token, *_ in alone(pool, Generation((7, 8), 9, grammar=EveryThird(), seed=3))]
     assert [token % 3 for token in kept] == [1, 2, 0] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_guesses_change_nothing_but_the_number_of_steps(name, tmp_path_factory):
+    session = opened(tmp_path_factory, name)._session
+    plain, guessing = (SlotPool(session, SLOTS, LENGTH, INPUTS, CHUNK, 3, guesses=guesses) for guesses in (0, 3))
+    plain.warm_up()
+    guessing.warm_up()
+    again = tuple([11, 12, 13, 14] * 5)
+    repeats = [Generation(again, 12, temperature=0.0, forced=again[: 3 * n], seed=n) for n in range(4)]
+    asked, rng = [*requests(48, seed=6), *repeats], np.random.default_rng(7)
+    wanted = [alone(plain, each) for each in asked]
+    with Compilations() as compilations:
+        by_one = [alone(guessing, each, slot=int(rng.integers(SLOTS))) for each in asked]
+        assert together(guessing, asked, rng) == by_one
+    assert compilations.count == 0
+    for found, other in zip(by_one, wanted, strict=True):
+        assert [token for token, *_ in found] == [token for token, *_ in other]
+        np.testing.assert_allclose([each for _, each, _ in found], [each for _, each, _ in other], atol=2e-4)
+    guessing.start(0, repeats[3])
+    while not guessing.prefill(0):
+        pass
+    made = [guessing.read(guessing.step())[0].tokens for _ in range(3)]
+    assert [len(each) for each in made[:2]] == [4, 4] and sum(made, [])[:9] == list(again[:9])
+    guessing.free(0)
+
+
+def test_a_lookup_goes_on_as_the_text_did():
+    lookup = Lookup([1, 2, 3, 4, 5, 2, 3])
+    assert lookup.guess(2) == [4, 5] and lookup.guess(9) == [4, 5, 2, 3]
+    lookup.add([9, 1, 2, 3])
+    assert lookup.guess(3) == [4, 5, 2]  # by three tokens, rather than by the last two of them
+    lookup.add([8])
+    assert lookup.guess(3) == []
 
 
 class Breaks(EveryThird):
