@@ -17,13 +17,14 @@ MAX_SIZE = 2**17  # characters of a schema, a regular expression or all choices:
 _WHITESPACE = r"[ \n\r\t]{1,32}"  # between two parts of a JSON text; endless, it would fill a text that never ends
 
 
-class GrammarTokens:
-    """The ids of a model as grammars see them. Making it takes a second for 100,000 ids: make one for each model.
+class Grammars:
+    """Compiles what texts of a model must be. Making it takes a second for 100,000 ids: make one for each model.
+
+    What cannot be compiled, is too large or fits no text is a UserError that says why.
 
     Attributes:
       num_logits: how many ids a mask is of.
       ends: the mask of a text that is over: the ids that end a prediction, or all where there are none.
-      library: llguidance.
     """
 
     def __init__(self, vocabulary: Vocabulary, stop: Sequence[int], num_logits: int | None = None) -> None:
@@ -54,23 +55,36 @@ class GrammarTokens:
         tokens = [*later[: self._known], *(first[token] for token in self._aliased)]
         self._end = len(tokens)
         table = llguidance.TokenizerWrapper(_Table([*tokens, b"<end>"]))
-        self.library = llguidance
+        self._library = llguidance
         self._limits = llguidance.LLParserLimits(verbose_errors=False)
         self._tokenizer = llguidance.LLTokenizer(table, n_vocab=self._end + 1, eos_token=self._end)
 
-    def compiled(self, what: str, rule: str) -> Any:
-        """Returns an `LLMatcher` of a Lark rule at the beginning of a text; UserError where no text fits."""
-        # Where a grammar leaves no choice of bytes there is still one of tokens, which the model makes.
-        source = f'%llguidance {{"no_forcing": true}}\nstart: {rule}'
-        matcher = self.library.LLMatcher(self._tokenizer, source, log_level=0, limits=self._limits)
-        if matcher.is_error():
-            raise UserError(f"{what}: {_reason(matcher.get_error())}")
-        allowed = self.allowed(matcher, at_start=True)
-        if failed := failure(matcher):
-            raise UserError(f"{what}: {failed}")
-        if not allowed.any():
-            raise UserError(f"{what}: no text of this model fits")
-        return matcher
+    def of_json_schema(self, schema: Mapping[str, Any] | bool) -> "Grammar":
+        """Returns the grammar of JSON texts that a JSON schema describes, properties in its order.
+
+        A keyword that cannot be followed, such as `not`, is an error.
+        """
+        if not isinstance(schema, Mapping | bool):
+            raise UserError(f'json_schema: a schema is an object, as {{"type": "object"}}, not {schema!r:.60}')
+        if isinstance(schema, bool):
+            schema = {} if schema else {"enum": []}
+        return self._of_json("json_schema", schema)
+
+    def of_json_object(self) -> "Grammar":
+        """Returns the grammar of any JSON object."""
+        return self._of_json("json_object", {"type": "object"})
+
+    def of_regex(self, regex: str) -> "Grammar":
+        """Returns the grammar of texts that a regular expression, in the syntax of Rust's `regex`, matches as a whole:
+        without look-around and back-references."""
+        return self._compiled("regex", f"/{self._library.regex_to_lark(_bounded('regex', regex), '')}/")
+
+    def of_choices(self, choices: Sequence[str]) -> "Grammar":
+        """Returns the grammar of some texts, none of them empty."""
+        if isinstance(choices, str) or not all(isinstance(each, str) and each for each in choices) or not choices:
+            raise UserError(f"choice: give a list of texts, none empty, not {choices!r:.60}")
+        regex = _bounded("choice", "|".join(map(re.escape, choices)))
+        return self._compiled("choice", f"/{self._library.regex_to_lark(regex, '')}/")
 
     def allowed(self, matcher: Any, at_start: bool) -> np.ndarray:
         """Returns which ids may come next, bool [num_logits]."""
@@ -91,58 +105,7 @@ class GrammarTokens:
             return self._known + place
         return token
 
-
-class Grammar:
-    """What a text must be, compiled; any number of texts may follow it, each with its own `matcher`.
-
-    All constructors raise UserError, which says why: what is asked for cannot be compiled, is too large, or fits no
-    text.
-    """
-
-    def __init__(self, tokens: GrammarTokens, what: str, rule: str) -> None:
-        """Args:
-        tokens: of the model.
-        what: names it in messages.
-        rule: the text, in llguidance's variant of Lark.
-        """
-        self._tokens, self._compiled = tokens, tokens.compiled(what, rule)
-
-    @classmethod
-    def of_json_schema(cls, tokens: GrammarTokens, schema: Mapping[str, Any] | bool) -> "Grammar":
-        """Returns the grammar of JSON texts that a JSON schema describes, properties in its order.
-
-        A keyword that cannot be followed, such as `not`, is an error.
-        """
-        if not isinstance(schema, Mapping | bool):
-            raise UserError(f'json_schema: a schema is an object, as {{"type": "object"}}, not {schema!r:.60}')
-        schema = {} if schema is True else {"enum": []} if schema is False else schema
-        return cls._of_json("json_schema", tokens, schema)
-
-    @classmethod
-    def of_json_object(cls, tokens: GrammarTokens) -> "Grammar":
-        """Returns the grammar of any JSON object."""
-        return cls._of_json("json_object", tokens, {"type": "object"})
-
-    @classmethod
-    def of_regex(cls, tokens: GrammarTokens, regex: str) -> "Grammar":
-        """Returns the grammar of texts that a regular expression, in the syntax of Rust's `regex`, matches as a whole:
-        without look-around and back-references."""
-        return cls(tokens, "regex", f"/{tokens.library.regex_to_lark(_bounded('regex', regex), '')}/")
-
-    @classmethod
-    def of_choices(cls, tokens: GrammarTokens, choices: Sequence[str]) -> "Grammar":
-        """Returns the grammar of some texts, none of them empty."""
-        if isinstance(choices, str) or not all(isinstance(each, str) and each for each in choices) or not choices:
-            raise UserError(f"choice: give a list of texts, none empty, not {choices!r:.60}")
-        regex = _bounded("choice", "|".join(map(re.escape, choices)))
-        return cls(tokens, "choice", f"/{tokens.library.regex_to_lark(regex, '')}/")
-
-    def matcher(self) -> "Matcher":
-        """Returns what follows one text, from its beginning."""
-        return Matcher(self._tokens, self._compiled.deep_copy())
-
-    @classmethod
-    def _of_json(cls, what: str, tokens: GrammarTokens, schema: Mapping[str, Any]) -> "Grammar":
+    def _of_json(self, what: str, schema: Mapping[str, Any]) -> "Grammar":
         own = schema.get("x-guidance", {})  # llguidance's, such as {"lenient": true}
         if not isinstance(own, Mapping):
             raise UserError(f"{what}: x-guidance must be an object, not {own!r:.60}")
@@ -151,7 +114,32 @@ class Grammar:
             text = json.dumps({**schema, "x-guidance": options}, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{what}: not JSON: {error}") from error
-        return cls(tokens, what, f"%json {_bounded(what, text)}")
+        return self._compiled(what, f"%json {_bounded(what, text)}")
+
+    def _compiled(self, what: str, rule: str) -> "Grammar":
+        """Returns the grammar of a rule of llguidance's variant of Lark; `what` names it in messages."""
+        # Where a grammar leaves no choice of bytes there is still one of tokens, which the model makes.
+        source = f'%llguidance {{"no_forcing": true}}\nstart: {rule}'
+        matcher = self._library.LLMatcher(self._tokenizer, source, log_level=0, limits=self._limits)
+        if matcher.is_error():
+            raise UserError(f"{what}: {_reason(matcher.get_error())}")
+        allowed = self.allowed(matcher, at_start=True)
+        if failed := failure(matcher):
+            raise UserError(f"{what}: {failed}")
+        if not allowed.any():
+            raise UserError(f"{what}: no text of this model fits")
+        return Grammar(self, matcher)
+
+
+class Grammar:
+    """What a text must be, compiled; any number of texts may follow it, each with its own `matcher`."""
+
+    def __init__(self, tokens: Grammars, compiled: Any) -> None:
+        self._tokens, self._compiled = tokens, compiled
+
+    def matcher(self) -> "Matcher":
+        """Returns what follows one text, from its beginning."""
+        return Matcher(self._tokens, self._compiled.deep_copy())
 
 
 class Matcher:
@@ -161,7 +149,7 @@ class Matcher:
       over: whether the text was ended, or nothing can follow it.
     """
 
-    def __init__(self, tokens: GrammarTokens, matcher: Any) -> None:
+    def __init__(self, tokens: Grammars, matcher: Any) -> None:
         self._tokens, self._matcher, self._at_start, self.over = tokens, matcher, True, False
 
     @property

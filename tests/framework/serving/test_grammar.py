@@ -10,7 +10,7 @@ import pytest
 from small_vocabularies import vocabulary
 
 from meshway.framework.errors import UserError
-from meshway.framework.serving.grammar import MAX_SIZE, Grammar, GrammarTokens
+from meshway.framework.serving.grammar import MAX_SIZE, Grammars
 
 KINDS = ["bytes", "SentencePiece", "byte-level"]
 PADDING = 7  # logits of no id
@@ -20,7 +20,7 @@ PADDING = 7  # logits of no id
 def tokens(kind, stops=True):
     made = vocabulary(kind)
     own = made.eos_id if made.eos_id is not None else min(made.marks)
-    return GrammarTokens(made, (own,) if stops else (), made.size + PADDING)
+    return Grammars(made, (own,) if stops else (), made.size + PADDING)
 
 
 def drawn(kind, grammar, seed, limit=600, stops=True):
@@ -77,7 +77,7 @@ SCHEMAS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_random_texts_are_what_a_schema_says(name, kind):
-    grammar, over = Grammar.of_json_schema(tokens(kind), SCHEMAS[name]), 0
+    grammar, over = tokens(kind).of_json_schema(SCHEMAS[name]), 0
     for seed in range(4):
         text, is_over = drawn(kind, grammar, seed)
         over += is_over
@@ -93,19 +93,19 @@ REGEXES = [r"[a-c]{2,3}|\d+", r" a b?", "(?i)yes|no", "\u2603{3}x*", r"([a-z√©‚ò
 @pytest.mark.parametrize("regex", REGEXES)
 def test_random_texts_match_a_regular_expression(regex, kind):
     for seed in range(4):
-        text, is_over = drawn(kind, Grammar.of_regex(tokens(kind), regex), seed)
+        text, is_over = drawn(kind, tokens(kind).of_regex(regex), seed)
         assert is_over and re.fullmatch(regex, text), text
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_texts_are_choices(kind):
     choices = ["a", "ab", " a", "(.*)\n#", "\u2603 \u6771", "</s>"]
-    found = {drawn(kind, Grammar.of_choices(tokens(kind), choices), seed) for seed in range(40)}
+    found = {drawn(kind, tokens(kind).of_choices(choices), seed) for seed in range(40)}
     assert found <= {(each, True) for each in choices} and len(found) > 3
 
 
 def test_any_json_object():
-    grammar = Grammar.of_json_object(tokens("bytes"))
+    grammar = tokens("bytes").of_json_object()
     found = [
         json.loads(text) for text, is_over in (drawn("bytes", grammar, seed, 4000) for seed in range(6)) if is_over
     ]
@@ -123,12 +123,12 @@ def accepted(grammar, kind, text):
 def test_a_text_that_is_cut_off_is_not_complete():
     """Its caller says so: finish_reason length."""
     schema = {"type": "string", "minLength": 50}
-    text, is_over = drawn("bytes", Grammar.of_json_schema(tokens("bytes"), schema), 0, limit=20)
+    text, is_over = drawn("bytes", tokens("bytes").of_json_schema(schema), 0, limit=20)
     assert not is_over and text.startswith('"')
 
 
 def test_matchers_of_a_grammar_know_nothing_of_each_other():
-    grammar = Grammar.of_choices(tokens("bytes"), ["left", "right"])
+    grammar = tokens("bytes").of_choices(["left", "right"])
     first, second = grammar.matcher(), grammar.matcher()
     first.accept(vocabulary("bytes").encode("l")[0])
     assert first.mask().sum() == 1 and second.mask().sum() == 2
@@ -139,14 +139,14 @@ def test_matchers_of_a_grammar_know_nothing_of_each_other():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_a_token_that_ends_it_a_text_is_over_when_nothing_can_follow(kind):
-    grammar = Grammar.of_regex(tokens(kind, stops=False), "a{2}b?")
+    grammar = tokens(kind, stops=False).of_regex("a{2}b?")
     assert drawn(kind, grammar, 0, stops=False) == ("aab", True)
 
 
 @pytest.mark.parametrize("stops", [True, False])
 def test_after_the_end_of_a_text_nothing_counts(stops):
     """A step may be under way when the end is read."""
-    matcher = Grammar.of_regex(tokens("bytes", stops), "ab?").matcher()
+    matcher = tokens("bytes", stops).of_regex("ab?").matcher()
     for token, over in zip(vocabulary("bytes").encode("ab"), (False, True), strict=True):
         assert matcher.accept(token) == over
     assert matcher.mask().sum() == (1 if stops else vocabulary("bytes").size + PADDING)
@@ -185,7 +185,7 @@ def test_after_the_end_of_a_text_nothing_counts(stops):
 )
 def test_what_cannot_be_asked_for_is_said(make, given, message):
     with pytest.raises(UserError, match=message):
-        getattr(Grammar, f"of_{make}")(tokens("bytes"), given)
+        getattr(tokens("bytes"), f"of_{make}")(given)
 
 
 def deep(depth):
@@ -209,7 +209,7 @@ def deep(depth):
 )
 def test_large_and_deep_grammars_are_compiled_or_refused_and_never_end_the_process(make, given):
     try:
-        matcher = getattr(Grammar, f"of_{make}")(tokens("bytes"), given).matcher()
+        matcher = getattr(tokens("bytes"), f"of_{make}")(given).matcher()
         for _ in range(20):
             if matcher.accept(int(matcher.mask().argmax())):
                 break
@@ -219,6 +219,6 @@ def test_large_and_deep_grammars_are_compiled_or_refused_and_never_end_the_proce
 
 def test_a_vocabulary_that_cannot_say_it_is_told():
     with pytest.raises(UserError, match="json_object: no text fits"):  # it has no brace
-        Grammar.of_json_object(GrammarTokens(vocabulary("WordPiece"), ()))
+        Grammars(vocabulary("WordPiece"), ()).of_json_object()
     with pytest.raises(UserError, match="cannot follow a grammar: the text of an id depends on those around it"):
-        GrammarTokens(vocabulary("suffix"), ())
+        Grammars(vocabulary("suffix"), ())
