@@ -129,6 +129,8 @@ def serve(
     """
     if jax.process_count() > 1:
         raise UserError("meshway serve runs as one process")
+    if batch_dir is not None and not local_path(batch_dir).absolute().parent.is_dir():
+        raise UserError(f"--batch_dir={batch_dir}: there is no folder {str(local_path(batch_dir).absolute().parent)!r}")
     tokens, listening = door.tokens(), bound_socket(door.host, door.port)
     with listening:
         session = open_session(opened, model_dir, step, say=_say, averaged=averaged)

@@ -38,6 +38,8 @@ def bound_socket(host: str, port: int) -> socket.socket:
     Raises:
       UserError: there is no such address, or it is taken.
     """
+    if not 0 <= port < 1 << 16:
+        raise UserError(f"--port={port} is not a number from 0 to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind, protocol)

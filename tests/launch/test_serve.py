@@ -3,6 +3,7 @@
 import contextlib
 import re
 import signal
+import socket
 import threading
 import time
 from types import SimpleNamespace
@@ -18,8 +19,8 @@ from meshway.framework.data.vocabulary import Framing
 from meshway.framework.inference.beam_search import BeamSearch
 from meshway.framework.inference.predictor import Predictor
 from meshway.framework.inference.sampling import Sampling
+from meshway.launch import cli, serve
 
-pytestmark = pytest.mark.slow  # each server compiles its programs
 PROMPTS = ["one", "a text of some more words, which needs several chunks of a prompt", "three", "four 4"]
 
 
@@ -70,6 +71,7 @@ def complete(served, prompt, **options):
     return served.client.completions.create(model="lm", prompt=prompt, **options)
 
 
+@pytest.mark.slow
 def test_greedy_text_is_that_of_infer_alone_together_and_streamed(served, lm):
     wanted = predictor(lm).predict(PROMPTS)
     together = complete(served, PROMPTS, temperature=0, max_tokens=16, logprobs=2)
@@ -82,6 +84,7 @@ def test_greedy_text_is_that_of_infer_alone_together_and_streamed(served, lm):
         assert "".join(piece.choices[0].text for piece in pieces) == choice.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{}, {"temperature": 0.7, "top_p": 0.8}, {"top_k": 5, "repetition_penalty": 1.3}, {"presence_penalty": 1.0}],
@@ -100,6 +103,7 @@ def greedy(served, **options):
     return complete(served, PROMPTS[0], temperature=0, max_tokens=12, **options).choices[0]
 
 
+@pytest.mark.slow
 def test_filters_that_leave_one_token_are_greedy_and_biases_choose(served):
     likeliest = greedy(served).text
     for alone in ({"top_p": 1e-6}, {"extra_body": {"top_k": 1}}, {"extra_body": {"min_p": 0.999}}):
@@ -111,6 +115,7 @@ def test_filters_that_leave_one_token_are_greedy_and_biases_choose(served):
     assert one != other and complete(served, PROMPTS[0], seed=1, max_tokens=30, temperature=2).choices[0].text == one
 
 
+@pytest.mark.slow
 def test_searches_are_those_of_infer(served, lm):
     for num_beams, alpha in ((3, 0.6), (2, 1.0)):
         wanted = predictor(lm, decoder=BeamSearch(num_beams, alpha)).predict(PROMPTS)
@@ -120,6 +125,7 @@ def test_searches_are_those_of_infer(served, lm):
             assert [each.text for each in found.choices] == prediction.texts
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_infer_by_each_way(served, lm):
     wanted = predictor(lm).score(PROMPTS[:2], ["targets", "of two"])
     body = {"inputs": PROMPTS[:2], "targets": ["targets", "of two"]}
@@ -134,6 +140,7 @@ def test_scores_are_those_of_infer_by_each_way(served, lm):
     assert [max(top.values()) >= score for top, score in zip(harness.top_logprobs, harness.token_logprobs)]
 
 
+@pytest.mark.slow
 def test_vectors_have_length_one_and_differ(served):
     found = served.client.embeddings.create(model="lm", input=PROMPTS).data
     vectors = [np.array(each.embedding) for each in found]
@@ -141,6 +148,7 @@ def test_vectors_have_length_one_and_differ(served):
     assert not np.allclose(vectors[0], vectors[2])
 
 
+@pytest.mark.slow
 def test_a_client_that_goes_away_gives_its_slot_back(served):
     body = {"prompt": "a", "max_tokens": 70, "temperature": 0, "stream": True, "n": 3}
     for _ in range(5):
@@ -152,13 +160,14 @@ def test_a_client_that_goes_away_gives_its_slot_back(served):
     assert greedy(served).text
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_is_served_too(tmp_path):
     run = save_run(tmp_path / "t5")
-    with serving(run, "--slots=2", "--beams=2", "--name=mine") as served:
-        wanted = Predictor(run, layout="single").predict(PROMPTS[:3])
+    with serving(run, "--slots=2", "--beams=2", "--name=mine", "--max_input_length=80") as served:
+        wanted = predictor(run).predict(PROMPTS[:3])
         found = served.client.completions.create(model="mine", prompt=PROMPTS[:3], temperature=0, max_tokens=16)
         assert [each.text for each in found.choices] == [each.text for each in wanted]
-        scored = Predictor(run, layout="single").score(["one"], ["ab"])[0].token_scores
+        scored = predictor(run).score(["one"], ["ab"])[0].token_scores
         body = {"targets": "ab"}
         echoed = served.client.completions.create(
             model="mine", prompt="one", max_tokens=0, echo=True, logprobs=0, extra_body=body
@@ -167,15 +176,17 @@ def test_an_encoder_decoder_is_served_too(tmp_path):
         searched = served.client.completions.create(
             model="mine", prompt="one", max_tokens=16, extra_body={"num_beams": 2}
         )
-        beams = Predictor(run, layout="single", decoder=BeamSearch(2)).predict(["one"])[0]
+        beams = predictor(run, decoder=BeamSearch(2)).predict(["one"])[0]
         assert searched.choices[0].text == beams.text
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_the_port_is_open(served):
     complete(served, "x" * 50, temperature=0.5, top_p=0.5, logit_bias={"70": 5}, logprobs=3, max_tokens=4)
     assert "meshway_compilations_after_warm_up 0.0" in served.http.get("/metrics").text
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_finishes_what_has_begun_and_says_that_it_is_not_ready(lm):
     with serving(lm, "--slots=2", "--max_length=400", "--drain_seconds=60") as served:
         body = {"prompt": "go on", "temperature": 0, "max_tokens": 300, "stream": True}
@@ -194,3 +205,25 @@ def test_a_run_that_ends_finishes_what_has_begun_and_says_that_it_is_not_ready(l
         assert served.process.wait(60) == 0
         served.reader.join(20)
         assert "Traceback" not in "".join(served.said)
+
+
+def test_what_cannot_be_served_is_said_in_one_message_before_anything_is_read(lm, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(serve, "open_session", lambda *args, **options: pytest.fail("a checkpoint is read"))
+    (tmp_path / "empty").write_text("\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        cases = {
+            f"--port={port}": f"--host=127.0.0.1 --port={port}: Address already in use; --port=0 takes a free one",
+            f"--token_file={tmp_path}/none": "none: No such file or directory",
+            f"--token_file={tmp_path}/empty": "holds no token: write one a line",
+            "--host=no.such.host.invalid": "--host=no.such.host.invalid",
+            f"--batch_dir={tmp_path}/a/b": "a/b",
+            "--port=99999": "--port=99999",
+            "--layout=auto": "auto",
+            "--gin.serve.Room.slot=3": "slots",
+        }
+        for flag, says in cases.items():
+            words = ["serve", f"--model_dir={lm}", "--gin.LAYOUT=single", flag]
+            assert cli.main(words) == 2, flag
+            said = capsys.readouterr().err
+            assert says in said and said.count("meshway: error: ") == 1 and "Traceback" not in said, said
