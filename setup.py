@@ -19,6 +19,7 @@ SERVE = [
     "python-multipart>=0.0.20,<0.1",
     "prometheus-client>=0.22,<1",
     "llguidance>=1.3,<2",
+    "jinja2>=3.1.6,<4",
     "httpx2>=2,<3",
 ]
 GCS = ["gcsfs>=2026.1"]

@@ -15,6 +15,7 @@ from meshway.framework.terminal import listed
 
 GENERATION = "generation_config.json"
 _CONFIG, _SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
+_CHAT, _CHAT_JSON = "chat_template.jinja", "chat_template.json"
 TOKENIZERS, SENTENCE_PIECES = "tokenizer.json", ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
 # What is copied with a model, where it is there.
 FILES = (
@@ -26,8 +27,8 @@ FILES = (
     "vocab.json",
     "merges.txt",
     GENERATION,
-    "chat_template.jinja",
-    "chat_template.json",
+    _CHAT,
+    _CHAT_JSON,
 )
 _T5_SENTINELS = 100  # transformers adds as many to a T5 SentencePiece model that does not say otherwise
 _START_FIELDS = {True: "decoder_start_token_id", False: "bos_token_id"}  # with an encoder, or without
@@ -160,6 +161,29 @@ def stop_ids(directory: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     found = _ids(directory, "eos_token_id", config.get("eos_token_id"))
     more = _ids(directory, "eos_token_id", _json(directory / GENERATION).get("eos_token_id"), GENERATION)
     return tuple(dict.fromkeys((*found, *more)))
+
+
+def read_chat_templates(directory: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Returns the Jinja templates of chats by name, "default" and others, {} where there is none; and the special
+    tokens that the files name, as `bos_token`.
+
+    Raises:
+      UserError: a file is damaged.
+    """
+    config = _tokenizer_config(directory)
+    said = config.get("chat_template", _json(directory / _CHAT_JSON).get("chat_template"))
+    try:
+        if (directory / _CHAT).is_file():
+            said = (directory / _CHAT).read_text("utf-8")
+        named = {"default": said} if isinstance(said, str) else {each["name"]: each["template"] for each in said or ()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the chat template in {directory} cannot be read: {error}") from error
+    tokens = {}
+    for name, token in {**_json(directory / _SPECIAL), **config}.items():
+        token = token.get("content") if isinstance(token, Mapping) else token
+        if name.endswith("_token") and isinstance(token, str):
+            tokens[name] = token
+    return named, tokens
 
 
 def check_size(vocabulary: Vocabulary, vocab_size: int, directory: Path) -> None:

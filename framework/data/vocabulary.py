@@ -324,6 +324,11 @@ class HuggingFace(Vocabulary):
         """The id of each token, added ones too."""
         return self._tokenizer.get_vocab(with_added_tokens=True)
 
+    @property
+    def literal(self) -> "HuggingFace":
+        """The same tokenizer, to which the text of a special token is like any other text."""
+        return self if self._literal else HuggingFace(self._source, literal=True)
+
     def template(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Returns the ids that the file's post-processor puts before and after a text; none if it cannot encode one."""
         try:

@@ -1,14 +1,14 @@
 """OpenAI's API of files and batches over HTTP: paths, forms and pages of `batches.Batches`."""
 
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from meshway.framework.errors import did_you_mean
@@ -31,15 +31,15 @@ def routes(batches: Batches) -> list[Route]:
     """
 
     async def add_file(request: Request) -> Response:
-        return JSONResponse((await _upload(request, batches)).to_json())
+        return _json((await _upload(request, batches)).to_json())
 
     async def list_files(request: Request) -> Response:
         purpose = _query(request, "purpose", "after", "limit", "order").get("purpose")
         files = [file.to_json() for file in batches.files.all() if purpose in (None, file.purpose)]
-        return JSONResponse(_page(request, files, 10_000, 10_000))
+        return _json(_page(request, files, 10_000, 10_000))
 
     async def file(request: Request) -> Response:
-        return JSONResponse(batches.file(request.path_params["id"]).to_json())
+        return _json(batches.file(request.path_params["id"]).to_json())
 
     async def content(request: Request) -> Response:
         file = batches.file(request.path_params["id"])
@@ -50,20 +50,20 @@ def routes(batches: Batches) -> list[Route]:
     async def delete_file(request: Request) -> Response:
         id = request.path_params["id"]
         await batches.delete_file(id)
-        return JSONResponse({"id": id, "object": "file", "deleted": True})
+        return _json({"id": id, "object": "file", "deleted": True})
 
     async def create_batch(request: Request) -> Response:
-        return JSONResponse((await batches.create(**await _arguments(request))).to_json())
+        return _json((await batches.create(**await _arguments(request))).to_json())
 
     async def list_batches(request: Request) -> Response:
         _query(request, "after", "limit", "order")
-        return JSONResponse(_page(request, [batch.to_json() for batch in batches.all()], 20, 100))
+        return _json(_page(request, [batch.to_json() for batch in batches.all()], 20, 100))
 
     async def batch(request: Request) -> Response:
-        return JSONResponse(batches.batch(request.path_params["id"]).to_json())
+        return _json(batches.batch(request.path_params["id"]).to_json())
 
     async def cancel_batch(request: Request) -> Response:
-        return JSONResponse((await batches.cancel(request.path_params["id"])).to_json())
+        return _json((await batches.cancel(request.path_params["id"])).to_json())
 
     table: list[tuple[str, str, Handler]] = [
         ("POST", "/v1/files", add_file),
@@ -93,9 +93,14 @@ def _told(handler: Handler) -> Handler:
         except ClientDisconnect:
             return Response(status_code=400)  # nobody reads it
         headers = {"retry-after": "10"} if refused.status == 429 else None
-        return JSONResponse(refused.body, refused.status, headers)
+        return _json(refused.body, refused.status, headers)
 
     return told
+
+
+def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Returns a value as JSON in ASCII: texts of requests may hold half a surrogate pair, which has no other code."""
+    return Response(json.dumps(value), status, headers, "application/json")
 
 
 async def _upload(request: Request, batches: Batches) -> Any:

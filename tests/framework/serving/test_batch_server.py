@@ -151,6 +151,14 @@ def test_a_cancelled_batch_keeps_what_was_answered(client):
         client.batches.cancel(batch.id)
 
 
+def test_half_a_surrogate_pair_is_told_back_as_it_came(client):
+    fields = {"input_file_id": upload(client, [request("a")]), "endpoint": URL, "metadata": {"half": "\ud83d"}}
+    body = json.dumps(fields)  # in ASCII
+    answer = httpx2.post(f"{client.base_url}batches", content=body)
+    assert answer.status_code == 200 and b'"half": "\\ud83d"' in answer.content
+    assert b"\\ud83d" in httpx2.get(f"{client.base_url}batches").content
+
+
 def test_an_empty_input_fails(client):
     batch = wait(client, begin(client, ["", ""]).id)
     assert batch.status == "failed" and "0 requests" in batch.errors.data[0].message
