@@ -19,11 +19,13 @@ from meshway.framework.files import local_path
 from meshway.framework.inference.predictor import Session, open_session
 from meshway.framework.inference.recipe_model import RecipeModel
 from meshway.framework.telemetry.profiler import Compilations
+from meshway.launch.convert_in import ORIGIN
 from meshway.launch.infer import with_vocabularies
 
 try:
     from meshway.framework.serving.batch_routes import routes
     from meshway.framework.serving.batches import Batches
+    from meshway.framework.serving.chat import ChatTemplate
     from meshway.framework.serving.http import SCORED_TOGETHER, Api
     from meshway.framework.serving.metrics import Metrics
     from meshway.framework.serving.openai_requests import MOST_CHOICES, ServedModel
@@ -111,6 +113,7 @@ def serve(
     step: int | None = None,
     averaged: bool = False,
     batch_dir: str | None = None,
+    chat_template: str | None = None,
 ) -> int:
     """Serves a checkpoint until SIGTERM or Ctrl-C.
 
@@ -122,6 +125,7 @@ def serve(
       name: of the model in requests; None: the run directory's.
       step: which checkpoint; None for the latest that can be read.
       averaged: whether to read the averages of parameters that the run kept (EMA_DECAY).
+      chat_template: a Hugging Face directory with the template of chats; None: what a converted run keeps of its own.
       batch_dir: where files and batches are kept; None serves none.
 
     Returns:
@@ -137,7 +141,11 @@ def serve(
     tokens, listening = door.tokens(), bound_socket(door.host, door.port)
     with listening:
         session = open_session(opened, model_dir, step, say=_say, averaged=averaged)
-        model = _served(opened, session, room, name or session.run.name)
+        templates = session.run / ORIGIN if chat_template is None else local_path(chat_template)
+        chat = ChatTemplate.read(templates, session.text.inputs)
+        if chat is None and chat_template is not None:
+            raise UserError(f"--chat_template={chat_template} holds no chat template (chat_template.jinja)")
+        model = dataclasses.replace(_served(opened, session, room, name or session.run.name), chat=chat)
         scheduler, scorer, pool = _engine(session, model, room)
         with Compilations() as compilations:
             facts = {"checkpoint": str(session.step), "layout": _mesh(session), "slot": f"{model.max_length:,} tokens"}

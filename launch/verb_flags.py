@@ -195,6 +195,9 @@ class ServeFlags:
     name: str | None = binds("serve.serve.name", "of the model in requests (default: the run's)", "NAME")
     step: int | None = binds("serve.serve.step", "which checkpoint (default: the latest)", "N", least=0)
     averaged: bool = binds("serve.serve.averaged", "read the averages of parameters that the run kept (EMA_DECAY)")
+    chat_template: str | None = binds(
+        "serve.serve.chat_template", "a folder with chat_template.jinja (default: a converted run's own)", "DIR"
+    )
     batch_dir: str | None = binds("serve.serve.batch_dir", "serve files and batches, which are kept there", "DIR")
     layout: str | None = binds("LAYOUT", "a shipped layout or a gin file (default: the recipe's)", "NAME")
     weights: Literal["int8", "int4"] | None = binds(

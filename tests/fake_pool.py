@@ -37,13 +37,13 @@ class FakePool:
     Attributes:
       order: prompts in the order in which they got slots.
       fails_at: the step that raises, if any.
+      stuck: a prompt whose request cannot go on, if any.
     """
 
     def __init__(self, num_slots: int = 3, chunk: int = 4, room: int = 1000, searches: bool = False):
         self.num_slots, self.order = num_slots, []
         self.fails_at: int | None = None
-        self.steps = 0
-        self.max_top_log_probs, self.max_beams = 5, 4
+        self.steps, self.stuck = 0, None
         self._chunk, self._room, self._searches = chunk, room, searches
         self._slots: dict[int, dict[str, Any]] = {}
         self._flying = 0
@@ -100,6 +100,8 @@ class FakePool:
             found = [Hypothesis(tokens, [-1.0] * len(tokens), -float(n)) for n in range(generation.num_beams)]
             return Made((), (), (), found)
         token, log_prob = made_of(generation, place)
+        if generation.prompt == self.stuck and place == 3:
+            return Made((), (), error="the grammar became too complex")
         return Made([token], [log_prob], [[(token, log_prob)][: generation.top_log_probs]])
 
     def free(self, slot: int) -> None:

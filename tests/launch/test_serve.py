@@ -55,7 +55,11 @@ def serving(run, *words):
 
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory):
-    return save_run(tmp_path_factory.mktemp("runs") / "lm", "lm", framing=Framing((300,), False))
+    run = save_run(tmp_path_factory.mktemp("runs") / "lm", "lm", framing=Framing((300,), False))
+    (run / "hugging_face").mkdir()  # as a converted run keeps it
+    template = "{% for each in messages %}{{ each.role }}: {{ each.content }}\n{% endfor %}assistant: "
+    (run / "hugging_face/chat_template.jinja").write_text(template)
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +142,15 @@ def test_texts_have_the_form_that_is_asked_for(served):
     for wrong in ({"regex": "("}, {"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}}):
         with pytest.raises(openai.UnprocessableEntityError):
             complete(served, "x", extra_body=wrong)
+
+
+@pytest.mark.slow
+def test_a_chat_is_a_completion_of_what_the_template_makes(served):
+    messages = [{"role": "user", "content": "hi"}]
+    chat = served.client.chat.completions.create(model="lm", messages=messages, temperature=0, max_tokens=9)
+    plain = complete(served, "user: hi\nassistant: ", temperature=0, max_tokens=9)
+    assert chat.choices[0].message.content == plain.choices[0].text
+    assert chat.usage.prompt_tokens == plain.usage.prompt_tokens
 
 
 @pytest.mark.slow
@@ -243,7 +256,7 @@ def test_what_cannot_be_served_is_said_in_one_message_before_anything_is_read(lm
             f"--token_file={tmp_path}/empty": "holds no token: write one a line",
             "--host=no.such.host.invalid": "--host=no.such.host.invalid",
             f"--batch_dir={tmp_path}/a/b": "a/b",
-            "--port=99999": "--port=99999",
+            "--port=99999": "--port=99999 is not a number from 0 to 65535",
             "--layout=auto": "auto",
             "--gin.serve.Room.slot=3": "slots",
         }

@@ -248,6 +248,7 @@ BAD = [
     ({"max_tokens": True}, "max_tokens", "whole number"),
     ({"max_tokens": 0}, "max_tokens", "echo"),
     ({"max_tokens": 1001}, "prompt", "slot"),
+    ({"prompt": "a" * 901, "max_tokens": 1}, "prompt", "901 tokens, and there is room for 900"),
     ({"temperature": "hot"}, "temperature", "a number"),
     ({"temperature": -0.1}, "temperature", "a number"),
     ({"top_p": 0}, "top_p", "above 0"),
@@ -418,6 +419,26 @@ def test_an_engine_that_fails_is_told_and_nothing_hangs(capfd):
         assert health.status_code == 500 and "the device is gone" in health.json()["reason"]
         assert served.http.get("/ready").status_code == 503
         assert "the device is gone" in capfd.readouterr().err
+
+
+def test_an_engine_that_stands_still_is_not_healthy():
+    with serving(stalled_seconds=0.1) as served:
+        served.pool.seconds = 0.6
+        thread = threading.Thread(target=complete, args=(served,), kwargs={"max_tokens": 2, "temperature": 0})
+        thread.start()
+        wait_for(lambda: served.http.get("/health").status_code == 500)
+        assert served.http.get("/health").json()["status"] == "stalled"
+        served.pool.seconds = 0.0
+        thread.join(10)
+        wait_for(lambda: served.http.get("/health").status_code == 200)
+
+
+def test_a_request_that_cannot_go_on_ends_alone(served):
+    served.pool.stuck = tuple(TEXT.read_inputs("stuck"))
+    found = served.http.post("/v1/completions", json={"prompt": ["fine", "stuck"], "temperature": 0})
+    assert found.status_code == 422 and found.json()["error"]["message"] == "the grammar became too complex"
+    assert complete(served, "fine", seed=1).choices[0].text == expected("fine", seed=1)[1]
+    wait_for(lambda: served.scheduler.is_drained)
 
 
 def test_metrics_status_and_page_tell_what_happened(served):
