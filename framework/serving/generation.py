@@ -64,6 +64,7 @@ class Made:
       log_probs: of each, under the model before biases, penalties and filters, as `Decoded.log_probs`.
       top: for each, the likeliest (id, log-probability), the likeliest first; empty lists where nobody asked.
       hypotheses: of a search that is over, the best first; None of one that is not, and of sampling.
+      over: whether a grammar lets nothing follow these tokens: they end the prediction, whether or not by an id for it.
       error: why this request cannot go on, and must be freed; "" while it can. It is the request's own: others go on.
     """
 
@@ -71,6 +72,7 @@ class Made:
     log_probs: Sequence[float]
     top: Sequence[Sequence[tuple[int, float]]] = ()
     hypotheses: Sequence[Hypothesis] | None = None
+    over: bool = False
     error: str = ""
 
 

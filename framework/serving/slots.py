@@ -30,6 +30,7 @@ class _Occupant:
       read: how many tokens of the prompt were read; `ready`: whether all were.
       made: how many tokens it has so far, that of a step that was not read yet included.
       unread: whether there is such a step.
+      over: whether its grammar lets nothing follow.
       error: why it cannot go on; "" while it can.
     """
 
@@ -45,6 +46,7 @@ class _Occupant:
     ready: bool = False
     made: int = 0
     unread: bool = False
+    over: bool = False
     error: str = ""
 
     @property
@@ -78,7 +80,7 @@ class _Occupant:
             self.seen.add(tokens)
         try:
             for token in () if self.matcher is None or self.error else tokens:
-                self.matcher.accept(token)
+                self.over = bool(self.matcher.accept(token))
         except (UserError, ValueError) as error:  # a forced token may be one that the grammar does not allow
             self.error = str(error)
 
@@ -344,7 +346,7 @@ class SlotPool:
             if top is not None:
                 ids, values = (each[slot, :count, :asked].tolist() for each in top)
                 likeliest = [list(zip(*pair, strict=True)) for pair in zip(ids, values, strict=True)]
-            made = Made(new, log_probs[slot, :count].tolist(), likeliest)
+            made = Made(new, log_probs[slot, :count].tolist(), likeliest, over=occupant.over)
             found[slot] = Made((), (), error=occupant.error) if occupant.error else made
         return found
 

@@ -75,8 +75,12 @@ class Writer:
                 pieces.append(self._let_through(self._stream.finish()))
                 reason = STOP if self._stopped else LENGTH
             if reason:
-                pieces.append(self.rest())
                 break
+        if made.over and reason != STOP:
+            pieces.append(self._let_through(self._stream.finish()))
+            reason = STOP
+        if reason:
+            pieces.append(self.rest())
         kept = len(tokens)
         return Written("".join(pieces), tokens, made.log_probs[:kept], made.top[:kept], offsets, reason)
 

@@ -263,6 +263,13 @@ def test_a_text_that_stops_is_left_out_and_what_may_become_one_is_held_back():
     assert list(whole.offsets) == [0, 1, 2, 3, 4, 4]
 
 
+def test_a_text_that_a_grammar_lets_nothing_follow_ends():
+    for most in (1, 9):
+        writer = Writer(TEXT, Generation((), most), ["ax"])
+        assert writer.add(Made([3 + ord("a")], [-1.0], [[]], over=True)).reason == "stop"
+    assert Writer(TEXT, Generation((), 9), ["ax"]).add(Made([3 + ord("a")], [-1.0], over=True)).text == "a"
+
+
 def test_letters_of_several_tokens_come_whole():
     pieces, whole = write("aé日\N{GRINNING FACE}", max_tokens=10)
     assert whole.text == "aé日\N{GRINNING FACE}" and whole.reason == "length"
