@@ -42,7 +42,7 @@ def serving(run, *words):
     reader = threading.Thread(target=listen, daemon=True)
     reader.start()
     try:
-        assert found.wait(300) and process.poll() is None, "".join(said)
+        assert found.wait(900) and process.poll() is None, "".join(said)
         url = re.search(r"serving at (\S+)", "".join(said))[1]
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         with httpx2.Client(base_url=url, timeout=60) as http:
@@ -216,6 +216,14 @@ def test_an_encoder_decoder_is_served_too(tmp_path):
         )
         beams = predictor(run, decoder=BeamSearch(2)).predict(["one"])[0]
         assert searched.choices[0].text == beams.text
+        body = {"prompt": "one", "max_tokens": 16, "n": 60, "stream": True}
+        with served.http.stream("POST", "/v1/completions", json=body) as answer:
+            next(answer.iter_lines())
+            served.process.send_signal(signal.SIGTERM)
+            while not any("a second signal" in line for line in served.said):
+                time.sleep(0.001)
+            served.process.send_signal(signal.SIGTERM)  # at once, whatever has begun
+            assert served.process.wait(20) == 128 + signal.SIGTERM
 
 
 @pytest.mark.slow
