@@ -202,15 +202,15 @@ class Batches:
           OSError: it cannot be written.
         """
         if endpoint not in self.endpoints:
-            near = did_you_mean(endpoint, self.endpoints) or f"; there are {', '.join(self.endpoints)}"
-            raise RequestError(400, f"no endpoint {endpoint!r} for batches{near}", "endpoint")
+            near = did_you_mean(endpoint[:80], self.endpoints) or f"; there are {', '.join(self.endpoints)}"
+            raise RequestError(400, f"no endpoint {endpoint[:80]!r} for batches{near}", "endpoint")
         file = self.files.get(input_file_id)
         if file is None or file.purpose != "batch":
             what = "there is no file" if file is None else "its purpose is not 'batch':"
-            raise RequestError(400, f"{what} {input_file_id!r}", "input_file_id")
+            raise RequestError(400, f"{what} {input_file_id[:80]!r}", "input_file_id")
         window = re.fullmatch(r"([1-9]\d{0,3})([mhd])", completion_window)
         if window is None:
-            message = f"completion_window {completion_window!r} must be minutes, hours or days, as '24h'"
+            message = f"completion_window {completion_window[:80]!r} must be minutes, hours or days, as '24h'"
             raise RequestError(400, message, "completion_window")
         _check_metadata(metadata)
         if len(self._tasks) >= self.limits.batches:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -375,7 +375,7 @@ def _refusal(error: Exception) -> RequestError:
     """Returns what a client is told of an error; an unexpected one is printed, without any words of the request."""
     if isinstance(error, RequestError):
         return error
-    if isinstance(error, ClientGone):
+    if isinstance(error, ClientGone | ClientDisconnect):
         return RequestError(499, "the client has gone", None, "client_gone")
     if isinstance(error, UserError):
         return RequestError(400, str(error))
