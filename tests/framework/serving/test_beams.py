@@ -12,7 +12,7 @@ from meshway.framework.data.vocabularies import Opaque
 from meshway.framework.errors import UserError
 from meshway.framework.inference.beam_search import BeamSearch, best_first
 from meshway.framework.inference.predictor import Session
-from meshway.framework.inference.rows import RowFormat, Text, doubling
+from meshway.framework.inference.rows import RowFormat, Text
 from meshway.framework.serving.beams import BeamPool
 from meshway.framework.serving.generation import Generation
 from meshway.framework.telemetry.profiler import Compilations
@@ -48,12 +48,10 @@ def engine(family, num_beams, alpha):
 
 def alone(family, generation):
     """[(tokens, log-probabilities, score)] of `BeamSearch` for one request, the best first."""
-    one, limits = opened(family)[0], engine(family, generation.num_beams, generation.alpha)
-    size = one.row_format.prompt_size(generation.prompt)
-    buckets = doubling({"inputs": one.row_format.room(PROMPT, NEW, False)["inputs"]})
-    length = buckets.shapes[buckets.of({"inputs": size})]["inputs"]
+    one, solo = opened(family)[0], engine(family, generation.num_beams, generation.alpha)
+    length = one.row_format.room(PROMPT, NEW, False)["inputs"]
     begun = [generation.forced] if generation.forced else ()
-    found = limits.predict([generation.prompt], [0], length, generation.max_tokens, begun)
+    found = solo.predict([generation.prompt], [0], length, generation.max_tokens, begun)
     found = jax.tree.map(lambda x: np.asarray(x)[0], found)
     return [
         (found.tokens[n, :count].tolist(), found.log_probs[n, :count], found.scores[n])
@@ -140,7 +138,12 @@ def test_searches_that_come_and_go_find_what_each_finds_alone(family):
 def test_any_beams_penalties_lengths_and_beginnings_are_those_alone(family):
     _, pool = opened(family)
     rng = np.random.default_rng(1)
-    requests = [random_request(rng) for _ in range(40)]
+    searches = [(1, 0.0, NEW), (2, 2.3, NEW - 2), (3, 0.6, 1), (4, 0.6, NEW)]
+    requests = [
+        random_request(rng, num_beams=beams, alpha=alpha, max_tokens=length)
+        for _ in range(10)
+        for beams, alpha, length in searches
+    ]
     found = drive(pool, requests, rng)
     for number, request in enumerate(requests):
         assert_same(found[number], alone(family, request))
