@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from meshway.framework.errors import UserError
+from meshway.framework.errors import UserError, first_line
 from meshway.framework.files import io_errors, local_path
 from meshway.framework.inference.engine import Workload
 from meshway.framework.interfaces import Model
@@ -327,7 +327,8 @@ def _plan_training(invocation: "Invocation") -> None:
     """Prints the plan of a recipe's training.
 
     Raises:
-      UserError: a flag or the recipe is wrong, libtpu is missing, or the step does not fit: what would.
+      UserError: a flag or the recipe is wrong, libtpu is missing, or the step does not fit: what would. With `--fit` a
+        layout that the batch or the model does not divide over is none: the search begins with another.
     """
     planner = train_plan.planner_of(invocation)
     asked, refusal = Training(**planner.recipe().build(train_plan.ROOT)), ""
@@ -335,7 +336,14 @@ def _plan_training(invocation: "Invocation") -> None:
         aot.compiled_for(planner.where)  # what is missing is said before seconds are spent
     if asked.html and not (folder := local_path(asked.html).parent).is_dir():
         raise UserError(f"--html={asked.html}: there is no folder {folder}")
-    traced = found = planner.traced()
+    instead: dict[str, str] = {}
+    try:
+        traced = found = planner.traced()
+    except UserError as error:
+        if not asked.fit:
+            raise
+        planner, traced, way = plan_variants.placed(planner, error)
+        found, instead = traced, {"given": first_line(error), "planned_instead": way.words}
     if not asked.analytic and not asked.fit:
         try:
             found = planner.compiled()
@@ -344,9 +352,10 @@ def _plan_training(invocation: "Invocation") -> None:
     options_found = plan_variants.knobs(planner, traced)
     fit = plan_variants.fit(planner, traced, compiles=not asked.analytic) if asked.fit else None
     if invocation.options.json:
-        print(json.dumps(train_plan.as_json(found) | plan_variants.as_json(options_found, fit), indent=2))
+        print(json.dumps(train_plan.as_json(found) | plan_variants.as_json(options_found, fit) | instead, indent=2))
     else:
-        parts = [train_plan.format_plan(found), "\n".join(plan_variants.knob_table(options_found).lines)]
+        parts = [f"as given: {instead['given']}\nplanned instead: {instead['planned_instead']}"] if instead else []
+        parts += [train_plan.format_plan(found), "\n".join(plan_variants.knob_table(options_found).lines)]
         parts += ["\n".join([*plan_variants.fit_table(fit).lines, "", *plan_variants.fit_lines(fit)])] if fit else []
         print("\n\n".join(parts))
     if asked.html:

@@ -1,5 +1,6 @@
 """Variants of a recipe's training plan: what single options would change, and the fastest way to train that fits."""
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -7,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from meshway.framework.errors import UserError, first_line
+from meshway.framework.partitioning.rules import Rules
 from meshway.framework.planning import aot
 from meshway.framework.planning.comparison import setting_of
 from meshway.framework.planning.search import Candidate, Rough, Traced, candidates, frontier
@@ -99,6 +101,49 @@ def knob_table(found: Sequence[Knob]) -> Table:
         added = f"{'-' if each.seconds < 0 else ''}{format_seconds(abs(each.seconds))}"
         cells.append((each.words, sign + format_bytes(abs(each.saves)), added, "" if each.fits else "does not fit"))
     return Table("", cells, (1, 2))
+
+
+def placed(planner: Planner, refusal: UserError) -> tuple[Planner, TrainPlan, Candidate]:
+    """Returns what a search begins with where the recipe cannot be cut as it is given: a planner that binds a layout
+    and mesh by which it can, its plan, and these.
+
+    Raises:
+      UserError: `refusal`, where that is not by the layout or no other helps; or the batch divides over no mesh: the
+        nearest that do.
+    """
+    batch_size, where = planner.recipe().macro("BATCH_SIZE"), planner.where
+    layouts = dict(_layouts(planner, experts=False))
+
+    def takes(candidate: Candidate, rows: int) -> bool:
+        layout = layouts[candidate.layout]
+        sizes = dict.fromkeys(layout.mesh.names, 1)
+        sizes |= {axis: candidate.ici.get(axis, 1) * candidate.dcn.get(axis, 1) for axis in sizes}
+        try:
+            Rules(layout.activations, sizes, "Layout.activations").resolve(("batch",), (rows,), "a batch")
+        except UserError:
+            return False
+        return True
+
+    # Those that shard the batch most, first.
+    ways = [each for each in candidates(layouts, where, batch_size, 1) if each.remat == "none"]
+    ways.sort(key=lambda each: -next(iter(each.ici.values())))
+    able = [each for each in ways if takes(each, batch_size)]
+    for each in able[:_ATTEMPTS]:
+        bindings = (*planner.invocation.bindings, *bindings_of(each)[:-2])  # remat and microbatches are the recipe's
+        other = dataclasses.replace(planner, invocation=dataclasses.replace(planner.invocation, bindings=bindings))
+        with contextlib.suppress(UserError):
+            return other, other.traced(), each
+    if able:
+        raise refusal
+    near = [
+        next((rows for rows in rest if any(takes(each, rows) for each in ways)), 0)
+        for rest in (range(batch_size - 1, 0, -1), range(batch_size + 1, batch_size + where.num_devices + 1))
+    ]
+    wanted = " or ".join(f"{rows:,}" for rows in near if rows)
+    raise UserError(
+        f"BATCH_SIZE={batch_size} divides over none of the {len(ways)} meshes of {where.name} that --fit tries"
+        + (f"; the nearest that does is {wanted}" if wanted else "")
+    )
 
 
 @dataclasses.dataclass(frozen=True)

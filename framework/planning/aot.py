@@ -283,7 +283,10 @@ def compile_programs(
     mesh = partitioner.mesh
     recorder = Recorder(dict(mesh.shape), mesh.devices.flat[0].platform, what)
     with partitioner.compiling_by(recorder):
-        compiles()
+        try:
+            compiles()
+        except NotImplementedError as error:  # jax has no words for an operation on this platform
+            raise UserError(f"{what} cannot be lowered: {first_line(error)}; compute that otherwise") from error
     return recorder.programs
 
 
@@ -313,6 +316,14 @@ def _text(compiled: jax.stages.Compiled, folder: Path) -> tuple[str, str]:
 def refusal(error: jax.errors.JaxRuntimeError, what: str) -> UserError:
     """Returns what a compiler's refusal means: which operation, and what to try."""
     text = str(error)
+    if "space=vmem" in text:  # which says nothing of a device's memory
+        kernel = re.search(r":: ([\w.-]+)\s*$", text)
+        at = f" at the kernel {kernel[1]}" if kernel else ""
+        return UserError(
+            f"the compiler refuses {what}{at}, whose blocks do not fit into a core's vector memory: "
+            f"{first_line(error)}; give it smaller blocks (SplashAttention.block), or take another attention kernel "
+            "(ATTENTION_KERNEL) or a layout that shards its heads or lengths further"
+        )
     if "RESOURCE_EXHAUSTED" in text:
         return TooLarge(f"{what} does not fit: {first_line(error)}")
     if option := re.search(r"\bxla_\w+", text):

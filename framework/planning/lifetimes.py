@@ -10,6 +10,7 @@ _ALIASES = frozenset(
     ["copy", "expand_dims", "name", "optimization_barrier", "reshape", "sharding_constraint", "squeeze"]
 )
 FUSED = ELEMENTWISE | _ALIASES | {"broadcast_in_dim", "iota", "random_bits", "threefry2x32", "transpose"}
+IN_PLACE = FUSED | {"dynamic_update_slice", "scatter", "scatter-add", "scatter_add", "scan", "while"}
 SAME_VALUE = frozenset(["copy", "name", "optimization_barrier", "sharding_constraint"])
 _KEEPING_ROWS = SAME_VALUE | {"transpose"}
 _FOREVER = 2**60
@@ -129,3 +130,25 @@ def _can_fuse(reader: Operation | None, array: Array, filled: bool) -> bool:
     if reader.name == "scan" and filled:  # within the loop, unless it is its state
         return array not in reader.reads[scan_counts(reader.params)[0] :]
     return reader.name in FUSED or reader.name in REDUCTIONS or is_one_hot(reader)
+
+
+def in_place(
+    operation: Operation, made: Sequence[Array], ending: Sequence[Array]
+) -> tuple[Sequence[Array], Sequence[Array]]:
+    """Returns the results of an operation, and the operands not read again, that may share their memory: of a loop its
+    state alone, since what it collects grows while what it reads is still there."""
+    if operation.name == "scan":
+        fixed, carried = scan_counts(operation.params)
+        before, after = operation.reads[fixed : fixed + carried], operation.makes[:carried]
+        return [each for each in made if each in after], [each for each in ending if each in before]
+    return (made, ending) if operation.name in IN_PLACE else ((), ())
+
+
+def reused_bytes(sizes: Sequence[int], ends: Sequence[int]) -> int:
+    """Returns the bytes of results that reuse the buffers of operands which are not read again."""
+    free, total = sorted(ends), 0
+    for size in sorted(sizes, reverse=True):
+        if size in free:
+            free.remove(size)
+            total += size
+    return total

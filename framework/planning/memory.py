@@ -3,8 +3,9 @@
 Arrays are allocated and freed in the order in which the step was traced, each sharded as the layout shards it. As in a
 compiled program, results of elementwise operations are computed where they are read (`lifetimes.py`), or reuse the
 buffer of an operand that is not read again; what a loop collects twice is held once; a weight that products gather is
-gathered once, and a result that is scattered is computed in windows; what kernels write is padded to the lanes of a
-register. Other scheduling and communication buffers of a compiler are not modelled.
+gathered once, and a result that is scattered is computed in windows; what is computed on shards is planned among the
+rest; what kernels write is padded to the lanes of a register. Holes between arrays, other scheduling and communication
+buffers of a compiler are not modelled.
 """
 
 import dataclasses
@@ -18,7 +19,16 @@ from jax.interpreters import partial_eval
 from jax.sharding import NamedSharding
 
 from meshway.framework.axes import DimAxes, sharded_by
-from meshway.framework.planning.lifetimes import FUSED, SAME_VALUE, Lifetimes, is_one_hot, written_by_kernels
+from meshway.framework.planning.lifetimes import (
+    FUSED,
+    IN_PLACE,
+    SAME_VALUE,
+    Lifetimes,
+    in_place,
+    is_one_hot,
+    reused_bytes,
+    written_by_kernels,
+)
 from meshway.framework.planning.shard_sizes import (
     Array,
     Function,
@@ -31,10 +41,11 @@ from meshway.framework.planning.shard_sizes import (
 )
 from meshway.framework.terminal import format_bytes
 
-_IN_PLACE = FUSED | {"dynamic_update_slice", "scatter", "scatter-add", "scatter_add", "scan", "while"}
-_PINNING = (_IN_PLACE | {"transpose", "pad"}) - {"broadcast_in_dim", "iota", "while"}
+_PINNING = (IN_PLACE | {"transpose", "pad"}) - {"broadcast_in_dim", "iota", "while"}
 _LANES, _SUBLANES = 128, 8  # of a TPU's registers, in which arrays lie
 _WINDOWS = 4
+# By `jax.Device.device_kind`: chips whose SparseCores gather the chosen logits, from an array; a v5e has none.
+_SPARSE_CORES = frozenset(["TPU v4", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e", "TPU7x"])
 TOLERANCE = (
     2  # XLA's buffers were observed to take between half and twice the estimate; of TPUs docs/planning.md has more
 )
@@ -106,19 +117,20 @@ def step_memory(program: Program, closed: Any = None) -> Memory:
     shapes, shardings = program.state_shapes, program.state_shardings
     params, dim_axes = jax.tree.leaves(shapes.params), _dim_axes_of(shapes.params, shardings.params)
     batch = _dim_axes_of(program.abstract_batch, program.batch_shardings)
-    mesh = jax.tree.leaves(shardings.params)[0].mesh.shape
+    mesh = jax.tree.leaves(shardings.params)[0].mesh
     # Results are the gradients, as many and in the order of the parameters, then metrics.
-    used = [number < len(params) for number in range(len(closed.jaxpr.outvars))]
-    _, read = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(used))
+    used = [True] * len(closed.jaxpr.outvars)
+    _, read = partial_eval.dce_jaxpr(closed.jaxpr, used)
     live, _ = partial_eval.dce_jaxpr(closed.jaxpr, used, instantiate=True)
     # Compiled programs take only what they read: positions that are merely counted, say, are not.
     pairs = zip(jax.tree.leaves(program.abstract_batch), jax.tree.leaves(program.batch_shardings), strict=True)
     kept = [pair for pair, is_read in zip(pairs, read[len(params) :]) if is_read]
     features, placed = [feature for feature, _ in kept], [sharding for _, sharding in kept]
-    liveness = _Liveness(mesh)
+    liveness = _Liveness(mesh.shape, sparse_cores=mesh.devices.flat[0].device_kind in _SPARSE_CORES)
     function = liveness.propagation.function(live)
-    peak = liveness.peak(function, [*dim_axes, *batch, ()], dim_axes)
-    gradients = sum(local_bytes(array, each, mesh) for array, each in zip(function.gives, dim_axes, strict=True))
+    wanted = [*dim_axes, *[None] * (len(function.gives) - len(dim_axes))]
+    peak = liveness.peak(function, [*dim_axes, *batch, ()], wanted)
+    gradients = sum(local_bytes(array, each, mesh.shape) for array, each in zip(function.gives, dim_axes, strict=False))
     return Memory(
         device_bytes(shapes.params, shardings.params),
         device_bytes(shapes, shardings) - device_bytes(shapes.params, shardings.params),
@@ -171,9 +183,15 @@ class _Liveness:
 
     Args:
       mesh: sizes of the mesh's axes.
+      sizes: bytes of arrays that are sharded otherwise than their operations say.
+      sparse_cores: whether these take one element of each row, from an array that is made for them; else that is fused
+        with what else reads the row.
     """
 
-    def __init__(self, mesh: Mapping[str, int]) -> None:
+    def __init__(
+        self, mesh: Mapping[str, int], sizes: Mapping[Array, int] | None = None, sparse_cores: bool = False
+    ) -> None:
+        self._sizes, self._sparse_cores = sizes or {}, sparse_cores
         self.propagation = Propagation(mesh)
         self._mesh = self.propagation.mesh
         self._twins: set[Array] = set()  # results of loops, and slices of them, that equal another one: held once
@@ -207,13 +225,16 @@ class _Liveness:
         for number, operation in enumerate(function.operations):
             made = [array for array in (*operation.makes, *lives.sliced.get(number, ())) if array in lives.held]
             if not made and (operation.name in FUSED or is_one_hot(operation)):
+                if self._sparse_cores and operation.name == "gather" and operation.reads[0] not in lives.held:
+                    peak = max(peak, live + self._bytes(operation.reads[0], dim_axes, pins))
                 continue
             ending = lives.ending.get(number, ())
             sizes, ends = ([self._bytes(each, dim_axes, pins) for each in arrays] for arrays in (made, ending))
-            under_way = self._under_way(operation, dim_axes, pins)
+            passing = [array for array in lives.sliced.get(number, ()) if array in ending]
+            under_way = self._under_way(operation, dim_axes, pins, passing)
             live += gathered.get(number, 0)
-            shared = _in_place(operation, made, ending)
-            reused = _reused(*([self._bytes(each, dim_axes, pins) for each in arrays] for arrays in shared))
+            shared = in_place(operation, made, ending)
+            reused = reused_bytes(*([self._bytes(each, dim_axes, pins) for each in arrays] for arrays in shared))
             peak = max(peak, live + sum(sizes) - reused + under_way)
             live += sum(sizes) - sum(ends) - released.get(number, 0)
         return peak
@@ -260,13 +281,22 @@ class _Liveness:
     def _bytes(self, array: Array, dim_axes: Mapping[Array, DimAxes], pins: Mapping[Array, DimAxes]) -> int:
         if array in self._twins:
             return 0
+        if array in self._sizes:
+            return self._sizes[array]
         size = local_bytes(array, pins.get(array, dim_axes.get(array, replicated(array))), self._mesh)
         if array in self._rows and array.shape[-1] % _LANES:
             return size // array.shape[-1] * (-(-array.shape[-1] // _LANES) * _LANES)
         return size
 
-    def _under_way(self, operation: Operation, dim_axes: Mapping[Array, DimAxes], pins: Mapping[Array, DimAxes]) -> int:
-        """Returns the bytes that are allocated only while an operation runs."""
+    def _under_way(
+        self,
+        operation: Operation,
+        dim_axes: Mapping[Array, DimAxes],
+        pins: Mapping[Array, DimAxes],
+        passing: Sequence[Array],
+    ) -> int:
+        """Returns the bytes that are allocated only while an operation runs, less those of its operands and results
+        that are not there all the time; `passing`: slices of arrays outside that it alone reads."""
         operands = [dim_axes.get(array, replicated(array)) for array in operation.reads]
         name, params = operation.name, operation.params
         if name == "dot_general":
@@ -305,9 +335,26 @@ class _Liveness:
             branches = [self.propagation.function(each) for each in params["branches"]]
             return max(self.peak(each, operands[1:], [None] * len(each.gives)) for each in branches)
         if name == "shard_map":
-            body = self.propagation.function(params["jaxpr"])
-            return _Liveness({}).peak(body, [replicated(array) for array in body.takes], [None] * len(body.gives))
+            held = {array: self._bytes(array, dim_axes, pins) for array in (*operation.reads, *operation.makes)}
+            return self._under_way_on_shards(operation, held, passing)
         return 0
+
+    def _under_way_on_shards(self, operation: Operation, outside: Mapping[Array, int], passing: Sequence[Array]) -> int:
+        """As `_under_way`, of a `shard_map`, whose operands and results take so many bytes outside.
+
+        Compiled programs have its operations among their others: a slice is made where it is first read inside, an
+        operand that is sharded further outside is gathered there, and results are sharded as they are outside.
+        """
+        body = self.propagation.function(operation.params["jaxpr"])
+        given = [replicated(array) for array in body.takes]
+        takes = list(zip(operation.reads, body.takes, strict=True))
+        gathered = {inner for array, inner in takes if local_bytes(inner, replicated(inner), {}) > outside[array]}
+        late = [inner for array, inner in takes if inner in gathered or array in passing]
+        results = {inner: array for array, inner in zip(operation.makes, body.gives, strict=True)}
+        made = {inner: outside[array] for inner, array in results.items() if inner not in body.takes}
+        inside = _Liveness({}, made).peak(body, given, [None] * len(body.gives), late)
+        again = {array for array, inner in takes if array in passing and inner not in gathered}
+        return inside - sum(outside[array] for array in again) - sum(made.values())
 
     def _pins(
         self, function: Function, dim_axes: Mapping[Array, DimAxes], wanted: Sequence[DimAxes | None]
@@ -344,28 +391,6 @@ class _Liveness:
                     if array.shape == made.shape:
                         pin(array, asked)
         return pins
-
-
-def _in_place(
-    operation: Operation, made: Sequence[Array], ending: Sequence[Array]
-) -> tuple[Sequence[Array], Sequence[Array]]:
-    """Returns the results of an operation, and the operands not read again, that may share their memory: of a loop its
-    state alone, since what it collects grows while what it reads is still there."""
-    if operation.name == "scan":
-        fixed, carried = scan_counts(operation.params)
-        before, after = operation.reads[fixed : fixed + carried], operation.makes[:carried]
-        return [each for each in made if each in after], [each for each in ending if each in before]
-    return (made, ending) if operation.name in _IN_PLACE else ((), ())
-
-
-def _reused(sizes: Sequence[int], ends: Sequence[int]) -> int:
-    """Returns the bytes of results that reuse the buffers of operands which are not read again."""
-    free, total = sorted(ends), 0
-    for size in sorted(sizes, reverse=True):
-        if size in free:
-            free.remove(size)
-            total += size
-    return total
 
 
 def _parts(dim_axes: DimAxes, mesh: Mapping[str, int]) -> int:

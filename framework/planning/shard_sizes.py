@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from meshway.framework.axes import DimAxes, sharded_by
 
+_SUMS = frozenset(["psum", "psum_invariant", "reduce_scatter"])
 _NOT_CALLS = frozenset(["scan", "while", "cond", "shard_map", "pallas_call"])
 
 
@@ -66,8 +67,23 @@ def read_function(jaxpr: Any) -> Function:
     takes = tuple(_of(var, known) for var in jaxpr.invars)
     for var in jaxpr.constvars:
         _of(var, known)
-    operations = tuple(_read(jaxpr, known, {}))
+    operations = tuple(_with_early_sums(list(_read(jaxpr, known, {}))))
     return Function(takes, operations, tuple(_of(atom, known) for atom in jaxpr.outvars))
+
+
+def _with_early_sums(operations: Sequence[Operation]) -> Iterator[Operation]:
+    """Yields operations, sums over devices as soon as there is what they add: compilers then scatter them, and need
+    whole terms of one sum at a time."""
+    makers = {array: number for number, operation in enumerate(operations) for array in operation.makes}
+    early: dict[int, list[Operation]] = {}
+    for number, operation in enumerate(operations):
+        if operation.name in _SUMS:
+            place = max((makers[array] for array in operation.reads if array in makers), default=number)
+            early.setdefault(place, []).append(operation)
+    for number, operation in enumerate(operations):
+        if operation.name not in _SUMS:
+            yield operation
+        yield from early.get(number, ())
 
 
 def _read(jaxpr: Any, known: dict[Any, Array], made: dict[Any, Array]) -> Iterator[Operation]:

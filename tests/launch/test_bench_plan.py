@@ -33,9 +33,9 @@ def test_the_error_of_an_estimate_is_that_of_the_published_runs(capsys: pytest.C
 @pytest.mark.proofs
 @pytest.mark.parametrize("recipe", plan.RECIPES)
 def test_the_compiler_s_memory_is_the_plan_s(recipe: str) -> None:
-    """State exactly, with XLA:TPU's padding; the rest within the bounds that docs/planning.md states."""
+    """State exactly, with XLA:TPU's padding; the rest within a tenth."""
     pytest.importorskip("libtpu")
     for held in plan.memory_table([recipe]):
         state, rest = held.ratios
         assert state == 1, (held.recipe, held.mesh)
-        assert rest == pytest.approx(1, abs=0.16), (held.recipe, held.mesh)
+        assert rest == pytest.approx(1, abs=0.1), (held.recipe, held.mesh)

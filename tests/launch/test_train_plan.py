@@ -6,10 +6,12 @@ import json
 import math
 import re
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec
 
 from meshway.framework.errors import UserError
@@ -243,6 +245,11 @@ def test_what_a_compiler_prints_is_read_where_jaxlib_cannot(monkeypatch: pytest.
             aot.TooLarge,
             "18.17G",
         ),
+        (
+            "RESOURCE_EXHAUSTED: Allocation would exceed memory :: #allocation3 [space=vmem, scoped] :: splash_fwd.1",
+            UserError,
+            "at the kernel splash_fwd.1, whose blocks",
+        ),
         ("INVALID_ARGUMENT: unknown flag xla_tpu_nothing", UserError, "its option xla_tpu_nothing"),
         (
             'UNIMPLEMENTED: AllReduce fusion with 3 sized replica_groups\nop_name="jit(step)/mlp/dot_general"',
@@ -262,6 +269,33 @@ def test_a_compilers_refusal_says_what_to_change(
     partitioner = Partitioner(layout, jax.devices())
     with pytest.raises(kind, match=re.escape(words)):
         aot.compile_programs(partitioner, lambda: doubled(partitioner))
+
+
+@pytest.mark.slow
+def test_libtpu_s_refusal_of_a_kernel_names_it_and_is_no_matter_of_the_device_s_memory() -> None:
+    """One block of 256 MiB is twice a core's vector memory; the eigenvalues of a matrix are not to be had on a TPU."""
+    pytest.importorskip("libtpu")
+    partitioner = Partitioner(
+        Layout(MeshShape(ici={"data": 1}), [("*", None)], [("*", None)]), aot.compiled_for(topology("v5e:1x1"))
+    )
+
+    def double(x: jax.Array) -> jax.Array:
+        def kernel(given: Any, made: Any) -> None:
+            made[...] = given[...] * 2
+
+        return pl.pallas_call(kernel, out_shape=x)(x)
+
+    def compiles(function: Any, size: int) -> Any:
+        x = jax.ShapeDtypeStruct((size, size), jnp.float32)
+        return lambda: partitioner.compile(
+            function, x, in_shardings=(partitioner.replicated,), out_shardings=partitioner.replicated
+        )
+
+    with pytest.raises(UserError, match="refuses the step at the kernel double.*SplashAttention.block") as found:
+        aot.compile_programs(partitioner, compiles(double, 8192))
+    assert not isinstance(found.value, aot.TooLarge)
+    with pytest.raises(UserError, match="the step cannot be lowered: .*'eig'"):
+        aot.compile_programs(partitioner, compiles(lambda x: jnp.linalg.eigvals(x).real, 8))
 
 
 def test_options_of_what_a_recipe_lacks_are_not_offered() -> None:
@@ -317,6 +351,27 @@ def test_where_nothing_fits_a_search_says_what_would(capsys: pytest.CaptureFixtu
     message = capsys.readouterr().err
     assert message.count("reading the recipe ") == 1, "each of the ways tried has one of its own"
     assert "no way to train fits v5e:2x2" in message and "; --topology=v5e:4x4 would hold it, by" in message
+
+
+@pytest.mark.slow
+def test_a_search_finds_meshes_that_the_batch_divides_over(capsys: pytest.CaptureFixture[str]) -> None:
+    """6 rows are no multiple of fsdp=8, the recipe's; without --fit that is an error as ever."""
+    six = (*TINY, "--gin.BATCH_SIZE=6", "--gin.LAYOUT=fsdp", "--topology=v5e:2x4", "--analytic", "--json")
+    assert cli.main(list(six)) == 2
+    assert "set BATCH_SIZE to a multiple of 8" in capsys.readouterr().err
+    assert cli.main([*six, "--fit"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "BATCH_SIZE" in found["given"] and "fsdp=2, model=4" in found["planned_instead"]
+    assert found["fit"]["plans"] and all("'fsdp': 8" not in str(each) for each in found["fit"]["plans"])
+
+
+@pytest.mark.slow
+def test_a_batch_that_divides_over_no_mesh_is_refused_with_those_that_do(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows are cut across slices in every layout for several."""
+    odd = ("--gin.BATCH_SIZE=7", "--gin.LAYOUT=replica_fsdp", "--topology=v5e:2x2x2slices", "--analytic", "--fit")
+    assert cli.main([*TINY, *odd]) == 2
+    message = capsys.readouterr().err
+    assert "BATCH_SIZE=7 divides over none" in message and "the nearest that does is 6 or 8" in message
 
 
 @pytest.mark.slow

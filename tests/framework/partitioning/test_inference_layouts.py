@@ -273,6 +273,8 @@ SLOW = [
 ON_MORE = [
     ("multi-head", "inference/1d_batch_yz"),
     ("multi-head", "inference/2d_batch_z"),
+    ("grouped", "inference/2d_batch_z"),
+    ("grouped", "inference/1d_batch_yz"),
     ("multi-query", "inference/2d_batch_xyz_after_weight_gathered_xy"),
     ("multi-query", "inference/weight_gathered_xyz_batch_xyz"),
     ("one shared head of keys", "inference/2d_batch_xyz"),
@@ -401,5 +403,7 @@ if __name__ == "__main__":
         for ring in RINGS if jax.device_count() < 64 else ():  # steps are unrolled: hundreds of them
             for layout, attention in LAYOUTS:
                 check_blocks(layout, attention, ring)
+        for attention in ATTENTION:
+            check_grouped_heads(attention)
         for attention in ("heads", "batch_yz", "batch_xyz"):
             check_shared_heads(attention)

@@ -85,15 +85,17 @@ def test_xla_holds_state_and_gradients_of_exactly_these_sizes(family, layout):
     assert gradients.memory_analysis().output_size_in_bytes - pointers == counted.gradients
 
 
-def peak(function, *shapes) -> int:
+def peak(function, *shapes, sparse_cores=False) -> int:
     """The bytes at the peak of a function of arrays, beside its arguments."""
     given = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
     found = read_function(jax.make_jaxpr(function)(*given))
-    return _Liveness({}).peak(found, [((),) * len(each.shape) for each in given], [None] * len(found.gives))
+    liveness = _Liveness({}, sparse_cores=sparse_cores)
+    return liveness.peak(found, [((),) * len(each.shape) for each in given], [None] * len(found.gives))
 
 
 def test_a_cross_entropy_holds_its_logits_and_their_gradient_takes_their_place():
-    """Exponentials are computed again, the chosen logit is no array of all, nor is its gradient."""
+    """Exponentials are computed again, the chosen logit is no array of all, nor is its gradient; but SparseCores take
+    it from an array, in float32."""
     rows, vocab = 64, 4096
 
     def loss(logits, targets):
@@ -107,6 +109,7 @@ def test_a_cross_entropy_holds_its_logits_and_their_gradient_takes_their_place()
     wanted = rows * vocab * 2  # in bfloat16
     shapes = (((2, rows // 2, 8), jnp.bfloat16), ((8, vocab), jnp.bfloat16), ((2, rows // 2), jnp.int32))
     assert wanted <= peak(step, *shapes) < 1.02 * wanted
+    assert 3 * wanted <= peak(step, *shapes, sparse_cores=True) < 1.02 * 3 * wanted
 
 
 def test_what_a_loop_collects_twice_is_held_once():
@@ -131,6 +134,37 @@ def test_a_gathered_weight_is_held_from_its_first_product_to_its_last():
     found = read_function(jax.make_jaxpr(twice)(*given))
     held = _Liveness({"fsdp": 4}).peak(found, [(("fsdp",), ())] * 2 + [(("fsdp",), ())], [None, None])
     assert held == 4 * (64 * 16 + 2 * 2 * 16)
+
+
+def test_products_on_shards_gather_one_weight_and_sum_one_gradient_at_a_time():
+    """Weights [wide/8, wide] outside are whole inside, their gradients again sharded outside."""
+    mesh, wide = jax.make_mesh((8,), ("fsdp",), (jax.sharding.AxisType.Auto,)), 256
+
+    def local(x, v, w):
+        return jax.lax.psum(x.T @ (x @ v), "fsdp"), jax.lax.psum(x.T @ (x @ w), "fsdp")
+
+    specs = (PartitionSpec("fsdp"), PartitionSpec(), PartitionSpec())
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(PartitionSpec(),) * 2, check_vma=False)
+    found = read_function(
+        jax.make_jaxpr(mapped)(*(jax.ShapeDtypeStruct((n, wide), jnp.float32) for n in (8, wide, wide)))
+    )
+    sharded, whole = (("fsdp",), ()), 4 * wide * wide
+    held = _Liveness({"fsdp": 8}).peak(found, [sharded] * 3, [sharded] * 2)
+    assert whole <= held < 1.5 * whole  # four of them otherwise
+
+
+def test_slices_that_shards_read_are_made_one_after_the_other():
+    mesh, size = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,)), 128
+
+    def body(x, weights):
+        on_shards = jax.shard_map(
+            lambda x, v, w: (x @ v) @ w, mesh=mesh, in_specs=(PartitionSpec(),) * 3, out_specs=PartitionSpec()
+        )
+        return on_shards(x, *weights), None
+
+    stacked = ((4, size, size), jnp.float32)
+    held = peak(lambda x, v, w: jax.lax.scan(body, x, (v, w))[0], ((2, size), jnp.float32), stacked, stacked)
+    assert 4 * size * size <= held < 1.5 * 4 * size * size  # both at once otherwise
 
 
 def test_tpus_pad_the_two_dimensions_that_take_least():
