@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from meshway.framework.errors import UserError, did_you_mean
-from meshway.framework.files import local_path
+from meshway.framework.files import local_path, open_path
 from meshway.launch.recipe import configurables
 from meshway.launch.recipe.reachability import Reach, binding_key, final
 from meshway.launch.recipe.text import Binding, Macro, Reference
@@ -97,7 +97,7 @@ def read_values(bindings: Sequence[Binding], reach: Reach, shipped: Sequence[str
         assert binding.target is not None
         try:
             if isinstance(value, str) and binding.target.module.startswith("meshway."):
-                _refuse_addresses(value)
+                _refuse_addresses(value, open_path if binding.parameter == "model_dir" else local_path)
             name = binding.parameter if _OURS.match(binding.target.module) else ""
             if name.endswith("dtype") and binding.target.module.startswith("meshway.launch."):
                 name = ""  # the verbs define their own dtypes: `convert` keeps each tensor's own
@@ -152,9 +152,9 @@ def _holds_alike(hint: Any) -> bool:
     return typing.get_origin(hint) in _CONTAINERS and len(inner) == wanted
 
 
-def _refuse_addresses(value: str) -> None:
+def _refuse_addresses(value: str, read: Callable[[str], Path]) -> None:
     try:
-        local_path(value)
+        read(value)
     except UserError as error:
         raise ValueError(str(error).replace(value, "it", 1)) from error
 

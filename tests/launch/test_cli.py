@@ -232,14 +232,14 @@ def test_a_folder_named_gin_is_not_taken_for_the_library(tmp_path):
 @pytest.mark.parametrize(
     "words",
     [
-        ["train", "--gin_file=quickstart", "--dry_run", "--gin.MODEL_DIR=gs://bucket/run"],
+        ["train", "--gin_file=quickstart", "--dry_run", "--gin.MODEL_DIR=s3://bucket/run"],
         ["train", "--gin_file=quickstart", "--dry_run", "--gin.MODEL_DIR=x", "--gin.CACHE_DIR=s3://bucket/cache"],
-        ["train", "--gin_file=gs://bucket/recipe.gin"],
+        ["train", "--gin_file=s3://bucket/recipe.gin"],
         ["train", "--gin_file=quickstart", "--gin_search_paths=gs://bucket/gin"],
         ["train", "--gin_file=quickstart", "--gin.MODEL_DIR=x", "--gin.LAYOUT=gs://bucket/layout.gin"],
         ["train", "--gin_file=quickstart", "--gin_file=initial/upcycle.gin", "--gin.MODEL_DIR=x", "--dry_run",
          "--gin.UPCYCLE_FROM=gs://bucket/dense"],
-        ["eval", "--model_dir=gs://bucket/run"],
+        ["eval", "--model_dir=s3://bucket/run"],
         ["infer", "--model_dir=hdfs://host/run", "--input=a.jsonl", "--output=b.jsonl"],
         ["convert", "--from=gs://bucket/llama", "--to=run"],
         ["convert", "--from=llama", "--to=file:///run"],
