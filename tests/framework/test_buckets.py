@@ -7,11 +7,16 @@ import subprocess
 import sys
 import time
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from buckets import BUCKET, Proxy, emulator, on, variables
 
 from meshway.framework.buckets import claims, client, objects
+from meshway.framework.checkpoints.manager import Checkpoints
+from meshway.framework.checkpoints.stored import StoredParams
 from meshway.framework.errors import EnvironmentFailure, UserError
+from meshway.framework.evaluation.records import COMMITTED, complete_steps
 from meshway.framework.files import holder_of, in_bucket, locked, open_path, open_to_append, replace_file
 from meshway.framework.telemetry.writers import JsonlWriter, TensorBoardWriter
 
@@ -231,6 +236,23 @@ def test_a_bucket_that_does_not_exist_is_named(address):
     for call in (path.is_dir, path.exists, lambda: replace_file(path, b"a"), lambda: list(path.iterdir())):
         with pytest.raises(UserError, match="there is no bucket 'no-such-bucket'"):
             call()
+
+
+def test_a_checkpoint_in_a_bucket_counts_once_its_last_file_is_there(folder):
+    checkpoints, params = Checkpoints(folder / "checkpoints"), {"a": {"kernel": jnp.arange(12.0).reshape(3, 4)}}
+    for step in (1, 2):
+        checkpoints.save_params(params, step)
+    checkpoints.close()
+    assert complete_steps(folder / "checkpoints") == [1, 2]
+    (folder / "checkpoints" / "2" / COMMITTED).unlink()  # as if killed before that
+    assert complete_steps(folder / "checkpoints") == [1]
+    checkpoints = Checkpoints(folder / "checkpoints")
+    assert checkpoints.steps() == [1]
+    stored = StoredParams(folder / "checkpoints" / "1" / "state", checkpoints.recipe(1)["schema"])
+    np.testing.assert_array_equal(stored.value("a/kernel"), params["a"]["kernel"])
+    kept = checkpoints.set_aside(1)
+    assert kept.name == "1.damaged" and (kept / "state").is_dir() and checkpoints.steps() == []
+    checkpoints.close()
 
 
 def test_a_store_that_never_answers_is_a_failure_of_the_machine(address, monkeypatch):

@@ -241,7 +241,7 @@ def test_a_folder_named_gin_is_not_taken_for_the_library(tmp_path):
          "--gin.UPCYCLE_FROM=gs://bucket/dense"],
         ["eval", "--model_dir=s3://bucket/run"],
         ["infer", "--model_dir=hdfs://host/run", "--input=a.jsonl", "--output=b.jsonl"],
-        ["convert", "--from=gs://bucket/llama", "--to=run"],
+        ["convert", "--from=s3://bucket/llama", "--to=run"],
         ["convert", "--from=llama", "--to=file:///run"],
         ["cache", "--task=a", "--module=math", "--directory=gs://bucket/cache"],
         ["inspect", "data", "--gin_file=quickstart", "--html=https://host/data.html"],
