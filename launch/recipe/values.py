@@ -71,6 +71,7 @@ _NAMES = (
         "loss_normalizing_factor",
     ),
 )
+_IN_BUCKETS = ("model_dir", "source")  # what may be `gs://`; `source` is of `convert`
 _NAMES_SOMETHING = ("model_dir", "cache_dir", "seqio_cache_dirs", "path", "mixture_or_task_name", "module")
 # Parameter of meshway's own -> its domain: one name means one thing everywhere. What is not here is checked by who
 # takes it; what a name means in a module of the user's is not known.
@@ -97,7 +98,7 @@ def read_values(bindings: Sequence[Binding], reach: Reach, shipped: Sequence[str
         assert binding.target is not None
         try:
             if isinstance(value, str) and binding.target.module.startswith("meshway."):
-                _refuse_addresses(value, open_path if binding.parameter == "model_dir" else local_path)
+                _refuse_addresses(value, open_path if binding.parameter in _IN_BUCKETS else local_path)
             name = binding.parameter if _OURS.match(binding.target.module) else ""
             if name.endswith("dtype") and binding.target.module.startswith("meshway.launch."):
                 name = ""  # the verbs define their own dtypes: `convert` keeps each tensor's own
