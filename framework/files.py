@@ -1,4 +1,8 @@
-"""Local paths, atomic and durable writes, and file locks that end with their process."""
+"""One door to files, local and in buckets: paths, atomic and durable writes, files that grow, and locks.
+
+Local files are those of `pathlib`. What stands for appending, renaming and locking in a bucket is in `buckets/`;
+the rest of the framework does not know which of the two it has.
+"""
 
 import contextlib
 import dataclasses
@@ -10,13 +14,16 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import BinaryIO
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeGuard
 
 from meshway.framework.errors import EnvironmentFailure, UserError
 
+if TYPE_CHECKING:
+    from meshway.framework.buckets.objects import BucketPath
+
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-_RETRY_SECONDS = 0.001
+_RETRY_SECONDS, _RETRY_BUCKET_SECONDS = 0.001, 0.5
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes that Linux's file systems take
 
 
@@ -34,8 +41,8 @@ def local_path(path: str | Path) -> Path:
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(path)):  # one slash: Path removes the second
         raise UserError(
-            f"{path} is not a local path: buckets and servers are not read or written yet; mount or copy it, and give "
-            "that folder or file"
+            f"{path} is not a local path: buckets and servers are not read or written here yet; mount or copy it, and "
+            "give that folder or file"
         )
     found = Path(path).expanduser()
     names = [os.fsencode(name) for name in found.parts]
@@ -50,6 +57,29 @@ def local_path(path: str | Path) -> Path:
     if "\0" in str(found):
         raise UserError(f"{str(found)!r} is not a path: it has a null character")
     return found
+
+
+def open_path(path: str | Path) -> Path:
+    """Returns a local path, `~` expanded, or that of an address `gs://bucket/key`, which has the same methods.
+
+    For what may be in a bucket; `local_path` is for what may not.
+
+    Raises:
+      UserError: it is the address of something else, or no address; or the extra that reads buckets is not installed.
+    """
+    if in_bucket(path):
+        return path
+    if not re.match(r"gs:/", str(path)):
+        return local_path(path)
+    from meshway.framework.buckets.objects import bucket_path  # lazy: most runs have no bucket
+
+    found: Any = bucket_path(str(path))
+    return found
+
+
+def in_bucket(path: object) -> "TypeGuard[BucketPath]":
+    """Returns whether a path is one of `open_path` that is in a bucket."""
+    return isinstance(path, PurePath) and not isinstance(path, Path)
 
 
 def is_disk_trouble(error: OSError) -> bool:
@@ -82,6 +112,11 @@ def replace_file(path: Path, content: bytes | Callable[[BinaryIO], object], temp
     Raises:
       OSError: the file cannot be written.
     """
+    if in_bucket(path):
+        from meshway.framework.buckets.objects import content_of, put
+
+        put(path, content_of(content))
+        return
     temporary = temporary or path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -97,6 +132,47 @@ def replace_file(path: Path, content: bytes | Callable[[BinaryIO], object], temp
             os.unlink(temporary)  # the disk may be full
         raise
     sync(path.parent)
+
+
+def open_to_append(path: Path) -> "AppendedFile":
+    """Opens a file, made if it does not exist, of which lines are added at the end, each in one write.
+
+    Raises:
+      OSError: it cannot be opened.
+    """
+    if in_bucket(path):
+        from meshway.framework.buckets.objects import Log
+
+        return Log(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("ab", buffering=0)
+
+
+class AppendedFile(Protocol):
+    """A file opened to append: `write` returns how many bytes it took; in a bucket they are there after `flush`."""
+
+    def write(self, data: bytes | memoryview, /) -> int | None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def num_repeated(path: Path) -> int:
+    """Returns how many requests for files this process has had to repeat; 0 where `path` is local."""
+    if not in_bucket(path):
+        return 0
+    from meshway.framework.buckets import client
+
+    return client.num_repeated()
+
+
+def check_claimed(path: Path) -> None:
+    """Raises EnvironmentFailure where another process has taken over this one's lock on the folder of `path`."""
+    if in_bucket(path):
+        from meshway.framework.buckets.objects import check_claimed
+
+        check_claimed(path)
 
 
 def sync(path: Path) -> None:
@@ -161,6 +237,10 @@ def holder_of(path: Path) -> Holder | None:
     Raises:
       OSError: the file cannot be read.
     """
+    if in_bucket(path):
+        from meshway.framework.buckets.claims import claimed_by
+
+        return _as_holder(claimed_by(path))
     try:
         file = open(path, "rb")  # noqa: SIM115 closed below
     except FileNotFoundError:
@@ -171,18 +251,35 @@ def holder_of(path: Path) -> Holder | None:
             return None
         except BlockingIOError:
             pass
-        with contextlib.suppress(ValueError, TypeError):
-            return Holder(**json.loads(file.read()))
+        with contextlib.suppress(ValueError):
+            return _as_holder(json.loads(file.read()))
     return None
+
+
+def _as_holder(said: Any) -> Holder | None:
+    """Returns the holder of a lock by what is written in it; None where it does not tell."""
+    try:
+        return Holder(**{field.name: said[field.name] for field in dataclasses.fields(Holder)})
+    except (TypeError, KeyError):
+        return None
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[bool]:
     """Holds the lock on a file during a `with` block, and removes the file after; yields whether the lock was taken.
 
+    In a bucket it is a claim: one that a killed process left is taken over after at most a minute, which this waits.
+
     Raises:
       OSError: the file cannot be opened or locked.
     """
+    if in_bucket(path):
+        from meshway.framework.buckets.claims import Claim
+
+        claim = Claim.take(path, dataclasses.asdict(_this_process()))
+        with contextlib.closing(claim) if claim else contextlib.nullcontext():
+            yield claim is not None
+        return
     lock = try_lock(path)
     if lock is None:
         yield False
@@ -191,6 +288,28 @@ def locked(path: Path) -> Iterator[bool]:
         yield True
     finally:
         path.unlink(missing_ok=True)
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def locked_in_turn(path: Path) -> Iterator[None]:
+    """Holds the lock on a file during a `with` block, once all others have given it up; the file stays.
+
+    Raises:
+      OSError: the file cannot be opened or locked.
+    """
+    if in_bucket(path):
+        with contextlib.ExitStack() as stack:
+            while not stack.enter_context(locked(path)):
+                time.sleep(_RETRY_BUCKET_SECONDS)
+            yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
         os.close(lock)
 
 

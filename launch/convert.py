@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meshway.framework.errors import EnvironmentFailure, UserError
-from meshway.framework.files import is_disk_trouble, local_path
+from meshway.framework.files import in_bucket, is_disk_trouble, local_path, open_path
 from meshway.framework.terminal import format_columns
 
 if TYPE_CHECKING:
@@ -65,12 +65,17 @@ def convert(
     from meshway.framework.conversion import hugging_face, mesh_tensorflow, t5x_files
     from meshway.launch import convert_in, convert_out
 
-    origin, goal = local_path(source), local_path(target)
-    is_mesh = mesh_tensorflow.is_checkpoint(origin)
+    origin, goal = open_path(source), local_path(target)
+    is_mesh = not in_bucket(origin) and mesh_tensorflow.is_checkpoint(origin)
     if not (is_mesh or origin.exists()):
         raise UserError(f"--from={source}: there is no such directory")
     wanted = _dtype(dtype)
     run = convert_out.find_run(origin, step, averaged)
+    if run is None and in_bucket(origin):
+        raise UserError(
+            f"--from={source} is neither a run directory (checkpoints/) nor a checkpoint of one; other formats are not "
+            "read from buckets yet: copy it, and give that folder"
+        )
     is_t5x = run is None and (is_mesh or t5x_files.is_run(origin))
     if run is None and not is_t5x and not hugging_face.is_model(origin):
         raise UserError(

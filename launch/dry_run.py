@@ -23,7 +23,7 @@ from meshway.framework.data.vocabulary import Vocabulary
 from meshway.framework.errors import EnvironmentFailure, UserError, first_line
 from meshway.framework.evaluation.evaluation import Evaluation
 from meshway.framework.evaluation.schedule import OWN, EvalDataset, Schedule, begin_hooks
-from meshway.framework.files import holder_of, local_path
+from meshway.framework.files import holder_of, local_path, open_path
 from meshway.framework.partitioning.mesh import MeshShape
 from meshway.framework.terminal import format_columns
 from meshway.framework.training.hooks import Hook
@@ -66,7 +66,7 @@ def check(
     """
     schedule, own = Schedule(train_eval, infer_eval, periods.evaluate, evaluation), data
     data = for_dry_run(data)
-    directory = None if model_dir is None else RunDirectory(local_path(model_dir))
+    directory = None if model_dir is None else RunDirectory(open_path(model_dir))
     saved = None if directory is None else _saved(directory, keep)
     first, periods, initial = continuation.counted(program, periods, initial, saved)
     notes = [] if directory is None else _look(directory, program, periods, saved)

@@ -34,7 +34,7 @@ from meshway.framework.evaluation.records import (
     complete_steps,
     record_name,
 )
-from meshway.framework.files import local_path
+from meshway.framework.files import open_path
 from meshway.framework.inference.weights import check_weights
 from meshway.framework.interfaces import Model, Writer
 from meshway.framework.partitioning.partitioner import Layout
@@ -111,7 +111,7 @@ def evaluate(
       UserError: anything the user can mend; one message.
     """
     _check_how(watch, idle_timeout, weights, cached)
-    directory = RunDirectory(local_path(model_dir))
+    directory = RunDirectory(open_path(model_dir))
     wanted = Wanted.parse(steps if steps is not None else ALL if watch else LATEST)
     skip_removed = (watch or wanted.steps is None) and not finished  # which one before the last does not tell
     records = Records(directory.evaluations)

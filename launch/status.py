@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meshway.framework.errors import UserError
-from meshway.framework.evaluation.records import Records
-from meshway.framework.files import Holder, holder_of, local_path, no_directory
+from meshway.framework.evaluation.records import Records, complete_steps
+from meshway.framework.files import Holder, holder_of, no_directory, open_path
 from meshway.framework.telemetry.timeline import Goodput, goodput, in_one_line, read_goodput
 from meshway.framework.telemetry.writers import strict
 from meshway.framework.terminal import format_duration
@@ -83,7 +83,6 @@ def read_status(model_dir: Path) -> Status:
     last = _last_line(model_dir / "metrics.jsonl")
     timeline = model_dir / "timeline.jsonl"
     seconds = last.get("step_seconds")
-    folders = (model_dir / "checkpoints").glob("*")
     evaluations = {}
     for path in sorted((model_dir / "eval").glob("*.jsonl")):
         if records := Records(path.parent).read(path.stem):
@@ -95,7 +94,7 @@ def read_status(model_dir: Path) -> Status:
         last.get("step"),
         _total(model_dir / "config.gin"),
         1 / seconds if isinstance(seconds, (int, float)) and seconds > 0 else None,
-        sorted(int(path.name) for path in folders if path.name.isdecimal()),
+        complete_steps(model_dir / "checkpoints"),
         evaluations,
         read_goodput(timeline) if timeline.exists() else goodput([]),
     )
@@ -144,7 +143,7 @@ def _total(config: Path) -> int | None:
 
 def run(invocation: "Invocation") -> None:
     """Runs the verb from the command line."""
-    status = read_status(local_path(invocation.options.model_dir))
+    status = read_status(open_path(invocation.options.model_dir))
     print(json.dumps(status.as_json()) if invocation.options.json else text_of(status))
 
 

@@ -29,7 +29,7 @@ from meshway.framework.errors import at_the_end
 from meshway.framework.evaluation.evaluation import Evaluation
 from meshway.framework.evaluation.records import Records
 from meshway.framework.evaluation.schedule import OWN, EvalDataset, EvaluationLog, Schedule, begin_hooks
-from meshway.framework.files import local_path
+from meshway.framework.files import num_repeated, open_path
 from meshway.framework.interfaces import Writer
 from meshway.framework.planning.hardware import peak_flops
 from meshway.framework.report.page import write_report
@@ -94,7 +94,7 @@ def train(
       KeyboardInterrupt: Ctrl-C stopped it before its last step; that step was saved.
     """
     began = time.time() if began is None else began
-    directory, primary = RunDirectory(local_path(model_dir)), processes.is_primary()
+    directory, primary = RunDirectory(open_path(model_dir)), processes.is_primary()
     with directory.held() if primary else contextlib.nullcontext():
         rows = program.explain()
         if primary:
@@ -280,6 +280,8 @@ def _say_goodbye(directory: RunDirectory, last: int, periods: Periods, samples: 
     if samples:
         print(samples)
     print(in_one_line(read_goodput(directory.timeline)))
+    if repeated := num_repeated(directory.root):
+        print(f"{repeated:,} requests to the bucket had to be repeated")
     if last < periods.last:
         why = f", saved. {reason}. Run" if reason else ", saved; run"
         print(f"stopped after step {last} of {periods.last}{why} the same command again to go on")

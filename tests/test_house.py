@@ -27,8 +27,8 @@ DOORS = {
 # Places from the bottom up: a file imports from its own place and from those before it, wherever the import stands. A
 # file belongs to the longest name that begins its own; "." stands for the rest of a folder.
 PLACES = {
-    "framework": "errors axes terminal progress files web_page interfaces trees distributed partitioning telemetry "
-    "data optimizers planning training conversion checkpoints inference report evaluation serving",
+    "framework": "errors axes terminal progress buckets files web_page interfaces trees distributed partitioning "
+    "telemetry data optimizers planning training conversion checkpoints inference report evaluation serving",
     "models": "layers.masks layers.side_outputs module layers losses language vision objectives .",
     "tasks": ".",
     "launch": "flags verb_flags bench_flags cluster.job invocation verbs recipe dry_run cluster .",

@@ -23,6 +23,7 @@ from meshway.framework.errors import (
     nearest_steps,
     quiet_closed_loops,
 )
+from meshway.framework.files import check_claimed, open_path
 from meshway.framework.interfaces import Params
 from meshway.framework.terminal import installed_version
 from meshway.framework.training.step import TrainState
@@ -98,7 +99,7 @@ class Checkpoints:
         """
         _quiet_orbax()
         self.first_step = 0  # the step that the run began with: saved in each checkpoint
-        self.folder, self._recipe, self._read_only = Path(folder).absolute(), recipe, read_only
+        self.folder, self._recipe, self._read_only = open_path(folder).absolute(), recipe, read_only
         self._is_averaged = averaged
         try:
             if not read_only:
@@ -143,6 +144,7 @@ class Checkpoints:
 
     def _save(self, tree: dict[str, Any], step: int, position: Mapping[str, int], metrics: Mapping[str, float]) -> None:
         recipe: dict[str, Any] = {"gin": self._recipe, "version": installed_version(), "schema": schema_of(tree)}
+        check_claimed(self.folder)
         if self.first_step:
             recipe["first_step"] = self.first_step
         arguments = ocp.args.Composite(

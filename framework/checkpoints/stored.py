@@ -21,6 +21,7 @@ from meshway.framework.conversion.t5x_optimizer import UNUSED, SlotPiece, slot_p
 from meshway.framework.conversion.tensor_files import Spec
 from meshway.framework.conversion.values import Values
 from meshway.framework.errors import UserError, first_line
+from meshway.framework.files import in_bucket
 from meshway.framework.optimizers.adafactor import FactorRules
 from meshway.framework.trees import unflatten
 
@@ -75,10 +76,9 @@ class StoredParams:
 
     def _open(self, name: str, context: tensorstore.Context) -> tensorstore.TensorStore:
         key = f"{'average' if name in self._averages else self._part}/{name}".replace("/", ".")
-        base = {"driver": "file", "path": f"{self._state.absolute()}/"}
         spec: dict[str, Any] = {
             "driver": "zarr3",
-            "kvstore": {"driver": "ocdbt", "base": base, "path": f"{key}/"},
+            "kvstore": {"driver": "ocdbt", "base": _store_of(self._state), "path": f"{key}/"},
             "fill_missing_data_reads": False,  # a chunk that is missing would else be read as zeros
         }
         try:
@@ -165,6 +165,13 @@ class StoredMoments:
             return np.zeros(UNUSED, np.float32)
         value = self._stored[each.slot].tensor(each.piece, None)
         return -value if each.slot == "m" else value
+
+
+def _store_of(folder: Path) -> dict[str, str]:
+    """Returns tensorstore's name for a folder."""
+    if in_bucket(folder):
+        return {"driver": "gcs", "bucket": folder.bucket, "path": f"{folder.key}/"}
+    return {"driver": "file", "path": f"{folder.absolute()}/"}
 
 
 def _chunk_bytes(array: tensorstore.TensorStore) -> int:

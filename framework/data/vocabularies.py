@@ -162,12 +162,12 @@ def load(directory: Path, name: str) -> Vocabulary:
     Raises:
       UserError: it is missing or damaged.
     """
-    path = Path(directory) / f"{name}.json"
+    path = directory / f"{name}.json"
     try:
         about = json.loads(path.read_text("utf-8"))
         suffix = _KINDS[about["kind"]].suffix
         if suffix:
-            path = Path(directory) / (name + suffix)
+            path = directory / (name + suffix)
         vocabulary = _KINDS[about["kind"]].rebuild(path.read_bytes() if suffix else b"", about["settings"])
     except FileNotFoundError as error:
         raise UserError(f"there is no {path}: no vocabulary {name!r} is saved there") from error
@@ -184,7 +184,7 @@ def read_framing(run: Path) -> Framing:
     Raises:
       UserError: it is missing or damaged.
     """
-    path = Path(run) / "vocabularies.json"
+    path = run / "vocabularies.json"
     try:
         index = json.loads(path.read_text("utf-8"))
         names = list(index["features"])
@@ -211,7 +211,7 @@ def read_framing_of_ids(run: Path) -> Framing | None:
     Raises:
       UserError: its framing.json is damaged.
     """
-    path = Path(run) / FRAMING
+    path = run / FRAMING
     if not path.is_file():
         return None
     try:

@@ -130,8 +130,8 @@ class Vocabulary(abc.ABC):
         """
         about = {"kind": self.kind, "fingerprint": self.fingerprint, "settings": self._settings()}
         if self.suffix:
-            _write(Path(directory) / (name + self.suffix), self._content())
-        _write(Path(directory) / f"{name}.json", (json.dumps(about, indent=1) + "\n").encode())
+            _write(directory / (name + self.suffix), self._content())
+        _write(directory / f"{name}.json", (json.dumps(about, indent=1) + "\n").encode())
 
     def __str__(self) -> str:
         extra = f", {self.extra_ids} of them extra" if self.extra_ids else ""

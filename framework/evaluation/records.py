@@ -2,16 +2,14 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from meshway.framework.errors import UserError, nearest_steps
-from meshway.framework.files import io_errors, locked, replace_file
+from meshway.framework.files import in_bucket, io_errors, locked, locked_in_turn, replace_file
 from meshway.framework.telemetry.writers import json_line
 
 
@@ -152,14 +150,8 @@ class Records:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        with io_errors(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self._folder / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                yield
-            finally:
-                os.close(lock)
+        with io_errors(self._folder), locked_in_turn(self._folder / ".lock"):
+            yield
 
 
 def _without_media(record: Record, is_earlier: bool) -> Record:
@@ -177,12 +169,15 @@ def _without_step(record: Mapping[str, Any]) -> Record:
 
 
 LATEST, ALL = "latest", "all"
+COMMITTED = "commit_success.txt"  # of Orbax: the last file of a checkpoint in a bucket
 
 
 def complete_steps(folder: Path) -> list[int]:
-    """Returns the steps of complete checkpoints, ascending: those alone have a bare number for a name."""
+    """Returns the steps of complete checkpoints, ascending: those alone have a bare number for a name, and in a bucket,
+    where nothing is renamed, a file that says so."""
     with contextlib.suppress(FileNotFoundError):
-        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+        found = (path for path in folder.iterdir() if path.name.isdecimal())
+        return sorted(int(path.name) for path in found if not in_bucket(path) or (path / COMMITTED).is_file())
     return []
 
 

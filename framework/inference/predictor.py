@@ -8,7 +8,7 @@ from pathlib import Path
 from meshway.framework import terminal
 from meshway.framework.checkpoints.manager import Checkpoints, find_checkpoint, read_last
 from meshway.framework.errors import UserError
-from meshway.framework.files import local_path, no_directory
+from meshway.framework.files import no_directory, open_path
 from meshway.framework.inference.beam_search import BeamSearch
 from meshway.framework.inference.bulk.batches import Predict, Score, Work, compute
 from meshway.framework.inference.bulk.inputs import Example, Reader, Record
@@ -97,7 +97,7 @@ def open_session(
     """
     check_weights(opened.weights, "--weights")
     stops = stop_texts(stop)
-    directory = local_path(path)
+    directory = open_path(path)
     if not directory.is_dir():
         raise UserError(f"--model_dir={path}: {no_directory(directory)}")
     found = find_checkpoint(directory, step, "--model_dir")
@@ -198,7 +198,7 @@ class Predictor:
         Raises:
           UserError: anything the user can mend.
         """
-        path = local_path(checkpoint)
+        path = open_path(checkpoint)
         changes = [*bindings, *([f"LAYOUT={layout!r}"] if layout is not None else [])]
         lengths = (max_input_length, max_new_tokens)
         opened = recipe_reader()(path, changes, lambda opened: opened.largest(decoder, batch_size, *lengths))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from meshway.framework.errors import UserError
-from meshway.framework.files import io_errors, replace_file
+from meshway.framework.files import io_errors, open_path, replace_file
 from meshway.framework.report.plots import (
     Points,
     Run,
@@ -40,7 +40,7 @@ def write_report(model_dir: str | Path) -> Path:
       UserError: no such folder, or the page may not be written there.
       EnvironmentFailure: the disk is full or broken.
     """
-    folder = Path(model_dir)
+    folder = open_path(model_dir)
     if not folder.is_dir():
         raise UserError(f"no run directory {folder}: a report is made from the files of a run")
     run = read_run(folder)

@@ -309,6 +309,13 @@ class Reporter:
             self._reported = step, scalars | dict.fromkeys(unmeasured)
         self._writer.write(step, scalars)
 
+    def commit(self) -> None:
+        """Writes the report that is due, and returns once all reports are where a crash of this process leaves them."""
+        self.flush()
+        self._timeline.flush()
+        if hasattr(self._writer, "flush"):
+            self._writer.flush()
+
     def take_reported(self) -> tuple[int, Mapping[str, float | None]] | None:
         """Returns (step, scalars) of the last report of steps that was written, None for what none of them measured;
         None if this was asked since then."""

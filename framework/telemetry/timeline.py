@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from meshway.framework.errors import EnvironmentFailure, UserError
-from meshway.framework.files import io_errors
+from meshway.framework.files import AppendedFile, io_errors, open_to_append
 from meshway.framework.terminal import format_duration
 
 # All of a process's time is counted for one of these.
@@ -133,6 +133,12 @@ class Timeline:
                 while data:
                     data = data[self._file.write(data) :]
 
+    def flush(self) -> None:
+        """Returns once what was written is where a crash of this process leaves it; raises as `mark`."""
+        if self._path is not None and self._file is not None:
+            with io_errors(self._path):
+                self._file.flush()
+
     def end(self, outcome: str) -> None:
         """Writes the attempt's last line, with its outcome, and closes the file; a second call does nothing."""
         if self._file is None:
@@ -188,12 +194,11 @@ def _is_step(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**53
 
 
-def _open(path: Path) -> tuple[Any, float]:
+def _open(path: Path) -> tuple[AppendedFile, float]:
     """Returns (the file, opened to append whole lines; the time of its last line, 0 while there is none)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a+b", buffering=0)
-    file.seek(0)
-    text = file.read()
+    file, text = open_to_append(path), b""
+    with contextlib.suppress(FileNotFoundError):
+        text = path.read_bytes()
     if text and not text.endswith(b"\n"):
         file.write(b"\n")  # an incomplete last line stays a line of its own
     lines: list[Mapping[str, Any] | None] = [parse_line(line) for line in text.decode("utf-8", "replace").split("\n")]

@@ -6,13 +6,14 @@ import json
 import math
 import os
 import struct
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meshway.framework.errors import UserError
-from meshway.framework.files import io_errors, replace_file
+from meshway.framework.files import in_bucket, io_errors, open_path, open_to_append, replace_file
 
 if TYPE_CHECKING:
     from meshway.framework.interfaces import Writer
@@ -43,12 +44,11 @@ class JsonlWriter:
         Raises:
           UserError: the file cannot be read or written, or holds something else than reports.
         """
-        self._path = Path(path)
+        self._path = open_path(os.fspath(path))
         with io_errors(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             self.last_step = _keep_up_to(self._path, start_step)
             # Unbuffered: after a failed write, a buffer would be written again at close.
-            self._file = self._path.open("ab", buffering=0)
+            self._file = open_to_append(self._path)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one report.
@@ -68,6 +68,11 @@ class JsonlWriter:
             while data:
                 data = data[self._file.write(data) :]
         self.last_step = step
+
+    def flush(self) -> None:
+        """Returns once what was written is where a crash of this process leaves it; raises as `write` does."""
+        with io_errors(self._path):
+            self._file.flush()
 
     def close(self) -> None:
         with io_errors(self._path):
@@ -91,11 +96,14 @@ class TensorBoardWriter:
         from tensorboardX.event_file_writer import EventsWriter  # lazy: only one process of a run writes
         from tensorboardX.proto.event_pb2 import SessionLog
 
-        self._folder = Path(folder)
+        self._folder, self._copy = open_path(os.fspath(folder)), None
         with io_errors(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
+            local = Path(tempfile.mkdtemp(prefix="meshway-events-")) if in_bucket(self._folder) else self._folder
+            local.mkdir(parents=True, exist_ok=True)
             # A file of its own, also for a second run within the same second, of which files are named.
-            self._writer = EventsWriter(str(self._folder / "events"), filename_suffix=f".{time.time_ns()}")
+            self._writer = EventsWriter(str(local / "events"), filename_suffix=f".{time.time_ns()}")
+            if in_bucket(self._folder):
+                self._copy = _Copy(local, self._folder)
         if start_step is not None:
             self._add(start_step + 1 if start_step else 0, session_log=SessionLog(status=SessionLog.START))
 
@@ -120,9 +128,17 @@ class TensorBoardWriter:
         indented = "\n".join("    " + line for line in text.splitlines())  # Markdown for verbatim text
         self._add(step, summary=summary.text(name, indented))
 
+    def flush(self) -> None:
+        """Returns once what was written is where a crash of this process leaves it. Raises as `write` does."""
+        with io_errors(self._folder):
+            if self._copy is not None:
+                self._copy.log.flush()
+
     def close(self) -> None:
         with io_errors(self._folder):
             self._writer.close()
+            if self._copy is not None:
+                self._copy.close()
 
     def _add(self, step: int, **what: Any) -> None:
         from tensorboardX.proto.event_pb2 import Event
@@ -130,6 +146,28 @@ class TensorBoardWriter:
         with io_errors(self._folder):
             self._writer.write_event(Event(step=step, wall_time=time.time(), **what))
             self._writer.flush()
+            if self._copy is not None:
+                self._copy.take()
+
+
+class _Copy:
+    """A local event file, copied to a bucket as it grows; the library writes to local files alone."""
+
+    def __init__(self, local: Path, folder: Path) -> None:
+        (path,) = local.iterdir()
+        self._local = path.open("rb")
+        path.unlink()  # the open file remains until both have closed it
+        local.rmdir()
+        self.log = open_to_append(folder / path.name)
+
+    def take(self) -> None:
+        """Copies what has been added."""
+        self.log.write(self._local.read())
+
+    def close(self) -> None:
+        self.take()
+        self._local.close()
+        self.log.close()
 
 
 class Writers:
@@ -147,6 +185,12 @@ class Writers:
         for writer in self._writers if values else ():
             if hasattr(writer, "write_values"):
                 writer.write_values(step, values)
+
+    def flush(self) -> None:
+        """Lets the writers that keep something back write it."""
+        for writer in self._writers:
+            if hasattr(writer, "flush"):
+                writer.flush()
 
     def close(self) -> None:
         """Closes every writer, even if one of them fails, and then raises its error."""

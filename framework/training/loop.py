@@ -216,7 +216,7 @@ class Loop:
                 if self.periods.saves(step) or stopping:
                     with self.reporter.pause("checkpoint", state.step), watch.paused():
                         # A report of a step that will never run again must be on disk before its checkpoint is.
-                        self.reporter.flush()
+                        self.reporter.commit()
                         self._check_streaks(streaks)
                         self.save(state, step, position, scalars)
                 for hook in self.hooks:

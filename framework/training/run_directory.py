@@ -16,7 +16,7 @@ import jax
 from meshway.framework.data.vocabularies import FRAMING
 from meshway.framework.data.vocabulary import Framing, Vocabulary
 from meshway.framework.errors import EnvironmentFailure, UserError
-from meshway.framework.files import holder_of, io_errors, is_disk_trouble, locked, replace_file
+from meshway.framework.files import holder_of, in_bucket, io_errors, is_disk_trouble, locked, replace_file
 from meshway.framework.partitioning.sharded_model import Row, format_rows, replicated_share
 from meshway.framework.planning.memory import Memory
 from meshway.framework.terminal import format_bytes
@@ -116,6 +116,9 @@ class RunDirectory:
 
     def check(self, rows: Sequence[Row]) -> None:
         """Says beforehand what `prepare` would, as far as that can be told without writing; raises as it does."""
+        if in_bucket(self.root):
+            self.root.exists()  # raises where the bucket is missing or forbidden
+            return
         there = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
         try:
             if not there.is_dir():
@@ -127,6 +130,8 @@ class RunDirectory:
             raise self._refused(error) from error
 
     def _check_room(self, folder: Path, rows: Sequence[Row]) -> None:
+        if in_bucket(folder):
+            return  # buckets do not fill up
         needed_bytes = sum(row.total_bytes for row in rows if not row.name.startswith("batch"))
         free = shutil.disk_usage(folder).free
         if free < needed_bytes:

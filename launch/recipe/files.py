@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from meshway.framework.errors import UserError, did_you_mean
-from meshway.framework.files import local_path, no_directory
+from meshway.framework.files import in_bucket, local_path, no_directory, open_path
 from meshway.launch.invocation import Invocation
 from meshway.launch.recipe import t5x
 from meshway.launch.recipe.t5x_names import PAGE
@@ -59,10 +59,10 @@ class GinFiles:
             roots = [beside, self.shipped]
         elif not (subfolder and bare):
             roots = [*([beside] if beside else []), Path(), *roots]
-        for root in roots:
-            for path in (root / local_path(name), root / local_path(f"{name}.gin")):
-                if path.is_file():
-                    return path.resolve()
+        given = [local_path(each) if subfolder else open_path(each) for each in (name, f"{name}.gin")]
+        for path in given if in_bucket(given[0]) else (root / each for root in roots for each in given):
+            if path.is_file():
+                return path.resolve()
         return self._find_by_end(name, roots, place, subfolder, others)
 
     def _find_by_end(self, name: str, roots: list[Path], place: Place, subfolder: str, others: Sequence[str]) -> Path:
@@ -306,7 +306,7 @@ def run_directory(invocation: Invocation) -> Path | None:
     value = parse_flag(values[-1]).value
     if not isinstance(value, str) or not value:
         raise UserError(f"--gin.{_MACRO}={value!r} is not a directory; write --model_dir=DIR")
-    return local_path(value)
+    return open_path(value)
 
 
 def _beside(directory: Path) -> str:

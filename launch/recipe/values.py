@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from meshway.framework.errors import UserError, did_you_mean
-from meshway.framework.files import local_path
+from meshway.framework.files import local_path, open_path
 from meshway.launch.recipe import configurables
 from meshway.launch.recipe.reachability import Reach, binding_key, final
 from meshway.launch.recipe.text import Binding, Macro, Reference
@@ -71,6 +71,7 @@ _NAMES = (
         "loss_normalizing_factor",
     ),
 )
+_IN_BUCKETS = ("model_dir", "source")  # what may be `gs://`; `source` is of `convert`
 _NAMES_SOMETHING = ("model_dir", "cache_dir", "seqio_cache_dirs", "path", "mixture_or_task_name", "module")
 # Parameter of meshway's own -> its domain: one name means one thing everywhere. What is not here is checked by who
 # takes it; what a name means in a module of the user's is not known.
@@ -97,7 +98,7 @@ def read_values(bindings: Sequence[Binding], reach: Reach, shipped: Sequence[str
         assert binding.target is not None
         try:
             if isinstance(value, str) and binding.target.module.startswith("meshway."):
-                _refuse_addresses(value)
+                _refuse_addresses(value, open_path if binding.parameter in _IN_BUCKETS else local_path)
             name = binding.parameter if _OURS.match(binding.target.module) else ""
             if name.endswith("dtype") and binding.target.module.startswith("meshway.launch."):
                 name = ""  # the verbs define their own dtypes: `convert` keeps each tensor's own
@@ -152,9 +153,9 @@ def _holds_alike(hint: Any) -> bool:
     return typing.get_origin(hint) in _CONTAINERS and len(inner) == wanted
 
 
-def _refuse_addresses(value: str) -> None:
+def _refuse_addresses(value: str, read: Callable[[str], Path]) -> None:
     try:
-        local_path(value)
+        read(value)
     except UserError as error:
         raise ValueError(str(error).replace(value, "it", 1)) from error
 

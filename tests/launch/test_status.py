@@ -80,7 +80,7 @@ def test_no_run_is_named(tmp_path, capsys):
         (["status", str(tmp_path / "nowhere")], "there is no such directory"),
         (["status", __file__], "it is a file, not a directory"),
         (["status", str(tmp_path)], "is not a run directory"),
-        (["status", "gs://bucket/run"], "is not a local path"),
+        (["status", "s3://bucket/run"], "is not a local path"),
         (["status", str(tmp_path), "b"], "takes no argument 'b'\n"),
     ):
         assert cli.main(words) == 2 and message in capsys.readouterr().err

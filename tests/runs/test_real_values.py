@@ -55,7 +55,8 @@ REFUSED = {
     "NUM_MICROBATCHES=0": "it must be at least 1",
     "NUM_MICROBATCHES=3": ("NUM_MICROBATCHES", "8"),
     "EMA_DECAY=1.5": "EMA_DECAY = 1.5",
-    "MODEL_DIR=gs://bucket/run": "it is not a local path",
+    "MODEL_DIR=s3://bucket/run": "it is not a local path",
+    "MODEL_DIR=gs:/bucket/run": "it is no address of a bucket; did you mean gs://bucket/run",
     "CACHE_DIR=s3://bucket/cache": "it is not a local path",
     "INITIAL_CHECKPOINT_PATH=gs://bucket/run": "it is not a local path",
 }

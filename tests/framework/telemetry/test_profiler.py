@@ -45,7 +45,7 @@ def test_steps_of_the_loop_are_in_a_profile_by_number(tmp_path: Path) -> None:
         waiting=contextlib.nullcontext,
         training=contextlib.nullcontext,
         pause=lambda *_: contextlib.nullcontext(),
-        **dict.fromkeys(["add", "report", "flush"], lambda *_: None),
+        **dict.fromkeys(["add", "report", "flush", "commit"], lambda *_: None),
     )
     profile = Profile(tmp_path, start_step=1, num_steps=2)
     Loop(
