@@ -28,7 +28,8 @@ class SlotArrays:
 
     A prompt of a decoder is read in chunks by models that have `Extends`, else, and for an encoder, in one piece,
     padded to a bucket. Every model is taken to begin as those of `objectives` do: by the last token of the prompt at
-    its place, which chunks leave out, or, behind an encoder, by the start token at 0.
+    its place, which chunks leave out, or, behind an encoder, by the start token at 0. What is fed at a place changes
+    nothing that those before it see: slots that take no part in a step are fed at their last place.
 
     Attributes:
       vocab: how many logits there are.

@@ -203,11 +203,12 @@ class SlotPool:
           UserError: the model does not decode, or not in these lengths; the slots do not divide over the mesh, or a
             device has no room for them.
         """
-        given = {"slots": num_slots, "max_length": max_length - 1, "chunk": chunk, "guesses": guesses + 1}
+        numbers = {"slots": (num_slots, 1), "max_length": (max_length, 2), "chunk": (chunk, 1), "guesses": (guesses, 0)}
         if session.row_format.has_encoder:
-            given["max_input_length"] = max_input_length
-        if wrong := [name for name, value in given.items() if value < 1]:
-            raise UserError(f"{wrong[0]} must be at least { {'max_length': 2, 'guesses': 0}.get(wrong[0], 1) }")
+            numbers["max_input_length"] = (max_input_length, 1)
+        for name, (value, least) in numbers.items():
+            if value < least:
+                raise UserError(f"{name} must be at least {least}, not {value}")
         self.num_slots, self._length, self._guesses = num_slots, max_length, guesses
         self._format, self._chunk = session.row_format, min(chunk, max_length)
         self._arrays = SlotArrays(

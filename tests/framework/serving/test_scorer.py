@@ -9,7 +9,7 @@ from meshway.framework.serving.scorer import Scorer
 from meshway.framework.telemetry.profiler import Compilations
 
 
-@pytest.fixture(scope="module", params=["llama", "t5_1_1"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("t5_1_1", marks=pytest.mark.slow)])
 def scorer(request, tmp_path_factory):
     run = save_run(tmp_path_factory.mktemp(request.param) / "run", request.param)
     predictor = Predictor(run, layout="single", batch_size=2)

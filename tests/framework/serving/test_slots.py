@@ -36,7 +36,7 @@ def opened(tmp_path_factory, name, **options):
     return Predictor(run, layout=layout, bindings=bindings, batch_size=2, **options)
 
 
-@pytest.fixture(scope="module", params=tiers(MODELS, quick=("llama", "t5")))
+@pytest.fixture(scope="module", params=tiers(MODELS, ("llama", "t5"), ("llama-model", "t5-model", "prefix")))
 def served(request, tmp_path_factory):
     """A predictor that samples, and a pool over its model, ready."""
     how = {"decoder": Sampling(temperature=0.8, top_k=50, top_p=0.95), "max_new_tokens": 12, "seed": 5}
@@ -272,6 +272,9 @@ def test_the_cache_is_changed_in_place(served):
         return [[shard.data.unsafe_buffer_pointer() for shard in leaf.addressable_shards] for leaf in leaves]
 
     before, held = places(), pool._arrays._cache
+    own = sum(shard.data.nbytes for leaf in jax.tree.leaves(held) for shard in leaf.addressable_shards[:1])
+    memory = pool._arrays.memory()
+    assert memory.alias_size_in_bytes >= own and memory.temp_size_in_bytes < 2 * own
     alone(pool, Generation(tuple(range(3, 20)), 3), slot=2)
     assert places() == before
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(held))
@@ -291,7 +294,7 @@ def test_slots_draw_what_sampling_draws(data):
     session, rng = table_session(data), np.random.default_rng(data)
     pool = SlotPool(session, SLOTS, 24, chunk=CHUNK)
     pool.warm_up()
-    for _ in range(8):
+    for _ in range(5):
         some = rng.random(6) < 0.5
         how = {
             "temperature": float(rng.choice([0.0, rng.uniform(0.2, 2.0)], p=[0.2, 0.8])),
