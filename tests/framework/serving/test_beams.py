@@ -100,12 +100,12 @@ def random_request(rng, **fields):
     return Generation(**asked | fields)
 
 
-def assert_same(found, wanted, atol=2e-6):
-    """Programs of other shapes sum in another order."""
+def assert_same(found, wanted, atol=2e-5):
+    """Programs of other shapes sum in another order; the logits of doubled parameters are some tens."""
     assert [list(each.tokens) for each in found] == [tokens for tokens, _, _ in wanted]
     for each, (_, log_probs, score) in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(each.log_probs, log_probs, rtol=2e-6, atol=atol)
-        np.testing.assert_allclose(each.score, score, rtol=2e-6, atol=atol)
+        np.testing.assert_allclose(each.log_probs, log_probs, rtol=1e-5, atol=atol)
+        np.testing.assert_allclose(each.score, score, rtol=1e-5, atol=atol)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -174,7 +174,7 @@ def test_on_a_mesh_searches_find_what_they_find_on_one_device(family, layout):
         found = drive(pool, requests, rng)
     assert compilations.count == 0
     for number, request in enumerate(requests):
-        assert_same(found[number], alone(family, request), atol=1e-5)
+        assert_same(found[number], alone(family, request))
 
 
 def test_the_cache_of_a_pool_stays_where_it_is():
