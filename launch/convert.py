@@ -71,11 +71,6 @@ def convert(
         raise UserError(f"--from={source}: there is no such directory")
     wanted = _dtype(dtype)
     run = convert_out.find_run(origin, step, averaged)
-    if run is None and in_bucket(origin):
-        raise UserError(
-            f"--from={source} is neither a run directory (checkpoints/) nor a checkpoint of one; other formats are not "
-            "read from buckets yet: copy it, and give that folder"
-        )
     is_t5x = run is None and (is_mesh or t5x_files.is_run(origin))
     if run is None and not is_t5x and not hugging_face.is_model(origin):
         raise UserError(

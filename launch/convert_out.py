@@ -20,7 +20,7 @@ from meshway.framework.conversion.t5x_files import write_native
 from meshway.framework.conversion.tensor_files import size_in_bytes, write_tensors
 from meshway.framework.data.vocabularies import load, read_framing
 from meshway.framework.errors import UserError
-from meshway.framework.files import local_path
+from meshway.framework.files import in_bucket, local_path
 from meshway.framework.interfaces import Model
 from meshway.framework.progress import progress_of_bytes
 from meshway.framework.terminal import count_of, format_bytes, listed
@@ -71,6 +71,11 @@ class Origin:
 def find_run(path: Path, step: int | None, averaged: bool = False) -> Run | None:
     """Returns the checkpoint that --from means, None where it means none; raises as `find_checkpoint` does."""
     found = find_checkpoint(path, step, "--from")
+    if found is None and in_bucket(path):
+        raise UserError(
+            f"--from={path} is neither a run directory (checkpoints/) nor a checkpoint of one; other formats are not "
+            "read from buckets yet: copy it, and give that folder"
+        )
     return None if found is None else Run(found[0].parent, *found, averaged)
 
 
