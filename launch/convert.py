@@ -81,19 +81,9 @@ def convert(
         raise UserError(
             "--family is not for T5X's or Mesh-TensorFlow's checkpoints, whose arrays tell what the model is"
         )
-    if ignore_fields and (is_t5x or run is not None):
-        raise UserError(
-            "--ignore_fields is about config.json of a Hugging Face directory to take in, and --from is not one"
-        )
-    if vocabulary is not None and not is_t5x:
-        raise UserError("--vocabulary is for T5X's and Mesh-TensorFlow's checkpoints: other directories hold their own")
-    if averaged and run is None:
-        raise UserError("--averaged is about a run that kept averages, and --from is to be taken in")
     to_t5x = run is not None and family == convert_out.T5X
-    if optimizer_state and not is_t5x and not to_t5x:
-        raise UserError("--optimizer_state is for T5X's checkpoints, in and (with --family=t5x) out")
-    if max_shard_size is not None and (run is None or to_t5x):
-        raise UserError("--max_shard_size is about safetensors files to write out, and none are written here")
+    taken_in = None if run is not None else "t5x" if is_t5x else "hugging_face"
+    _check_flags(taken_in, to_t5x, ignore_fields, vocabulary, averaged, optimizer_state, max_shard_size)
     with fresh_directory(goal) as folder:
         if run is not None and to_t5x:
             summary = convert_out.to_t5x(run, folder, wanted, optimizer_state)
@@ -107,6 +97,36 @@ def convert(
             ignoring = [field for field in ignore_fields.split(",") if field]
             summary = convert_in.from_hugging_face(origin, folder, goal.absolute(), family, wanted, ignoring)
     say(summary | {"written to": str(goal)})
+
+
+def _check_flags(
+    taken_in: str | None,
+    to_t5x: bool,
+    ignore_fields: str,
+    vocabulary: str | None,
+    averaged: bool,
+    optimizer_state: bool,
+    max_shard_size: str | None,
+) -> None:
+    """Raises UserError for a flag of `convert` that says nothing about what is converted.
+
+    Args:
+      taken_in: "t5x" or "hugging_face", what comes in; None where a run goes out.
+      to_t5x: whether a run goes out as T5X's checkpoint.
+      ignore_fields, vocabulary, averaged, optimizer_state, max_shard_size: as `convert` takes them.
+    """
+    if ignore_fields and taken_in != "hugging_face":
+        raise UserError(
+            "--ignore_fields is about config.json of a Hugging Face directory to take in, and --from is not one"
+        )
+    if vocabulary is not None and taken_in != "t5x":
+        raise UserError("--vocabulary is for T5X's and Mesh-TensorFlow's checkpoints: other directories hold their own")
+    if averaged and taken_in is not None:
+        raise UserError("--averaged is about a run that kept averages, and --from is to be taken in")
+    if optimizer_state and taken_in != "t5x" and not to_t5x:
+        raise UserError("--optimizer_state is for T5X's checkpoints, in and (with --family=t5x) out")
+    if max_shard_size is not None and (taken_in is not None or to_t5x):
+        raise UserError("--max_shard_size is about safetensors files to write out, and none are written here")
 
 
 def network(model: "Model") -> "Model":
