@@ -22,6 +22,7 @@ from meshway.framework.data.seqio_vocabularies import (
 )
 from meshway.framework.data.vocabulary import Framing, HuggingFace, Vocabulary, byte_text, first_of
 from meshway.framework.errors import UserError, did_you_mean
+from meshway.framework.files import open_path
 
 _SAMPLE = "The 2 foxes' naïve \u201cjump\u201d:\n\tx = f(a[i], 0.5)  # über 東京 ☃"  # compares opaque vocabularies
 _loading = threading.Lock()  # SentencePiece may crash when two threads load models at once
@@ -162,12 +163,12 @@ def load(directory: Path, name: str) -> Vocabulary:
     Raises:
       UserError: it is missing or damaged.
     """
-    path = directory / f"{name}.json"
+    path = open_path(directory) / f"{name}.json"
     try:
         about = json.loads(path.read_text("utf-8"))
         suffix = _KINDS[about["kind"]].suffix
         if suffix:
-            path = directory / (name + suffix)
+            path = path.with_name(name + suffix)
         vocabulary = _KINDS[about["kind"]].rebuild(path.read_bytes() if suffix else b"", about["settings"])
     except FileNotFoundError as error:
         raise UserError(f"there is no {path}: no vocabulary {name!r} is saved there") from error
@@ -184,7 +185,7 @@ def read_framing(run: Path) -> Framing:
     Raises:
       UserError: it is missing or damaged.
     """
-    path = run / "vocabularies.json"
+    path = open_path(run) / "vocabularies.json"
     try:
         index = json.loads(path.read_text("utf-8"))
         names = list(index["features"])
@@ -211,7 +212,7 @@ def read_framing_of_ids(run: Path) -> Framing | None:
     Raises:
       UserError: its framing.json is damaged.
     """
-    path = run / FRAMING
+    path = open_path(run) / FRAMING
     if not path.is_file():
         return None
     try:

@@ -15,7 +15,7 @@ from meshway.framework.data import detokenizing
 from meshway.framework.data.detokenizing import AllAtEnd, Detokenizer
 from meshway.framework.data.objective import VocabularyInfo
 from meshway.framework.errors import UserError
-from meshway.framework.files import io_errors, replace_file
+from meshway.framework.files import io_errors, open_path, replace_file
 
 Ids = TypeVar("Ids", list[int], Sequence[int], np.ndarray)
 
@@ -130,8 +130,8 @@ class Vocabulary(abc.ABC):
         """
         about = {"kind": self.kind, "fingerprint": self.fingerprint, "settings": self._settings()}
         if self.suffix:
-            _write(directory / (name + self.suffix), self._content())
-        _write(directory / f"{name}.json", (json.dumps(about, indent=1) + "\n").encode())
+            _write(open_path(directory) / (name + self.suffix), self._content())
+        _write(open_path(directory) / f"{name}.json", (json.dumps(about, indent=1) + "\n").encode())
 
     def __str__(self) -> str:
         extra = f", {self.extra_ids} of them extra" if self.extra_ids else ""
