@@ -29,7 +29,7 @@ def serving(run: Path, *words: str) -> Iterator[SimpleNamespace]:
     reader = threading.Thread(target=listen, daemon=True)
     reader.start()
     try:
-        assert found.wait(300) and process.poll() is None, "".join(said)
+        assert found.wait(900) and process.poll() is None, "".join(said)
         url = re.search(r"serving at (\S+)", "".join(said))[1]
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         with httpx2.Client(base_url=url, timeout=60) as http:

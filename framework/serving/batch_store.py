@@ -10,12 +10,14 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from meshway.framework.errors import UserError
 from meshway.framework.files import replace_file, sync
 
 _LEFT_BEHIND = re.compile(r"\..+\.\d+\.tmp")  # by a killed `replace_file`
+
+Record = TypeVar("Record")
 
 
 def new_id() -> str:
@@ -32,8 +34,9 @@ def make_folder(folder: Path) -> None:
             os.unlink(path)
 
 
-def read_records(folder: Path) -> dict[str, dict[str, Any]]:
-    """Returns the records that `write_record` has written in a folder, by id, in the order of their making.
+def read_records(folder: Path, make: Callable[..., Record]) -> dict[str, Record]:
+    """Returns what `make` makes of the fields that `write_record` has written in a folder, by id, in the order of their
+    making.
 
     Raises:
       UserError: one is not what was written.
@@ -41,8 +44,8 @@ def read_records(folder: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            found[path.stem] = json.loads(path.read_bytes())
-        except ValueError as error:
+            found[path.stem] = make(**json.loads(path.read_bytes()))
+        except (ValueError, TypeError) as error:
             raise UserError(f"{path} is not what meshway wrote there ({error}): put it back, or remove it") from error
     return found
 
@@ -78,7 +81,7 @@ class FileStore:
     def open(self) -> None:
         """Reads which files there are, and removes content that never became one."""
         make_folder(self._folder)
-        self._files = {id: StoredFile(**record) for id, record in read_records(self._folder).items()}
+        self._files = read_records(self._folder, StoredFile)
         for path in self._folder.glob("*.content"):
             if path.stem not in self._files:
                 os.unlink(path)

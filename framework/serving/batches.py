@@ -253,7 +253,7 @@ class Batches:
             raise UserError(f"batches in {self.folder} are being worked on by {holder or 'another process'}")
         self.files.open()
         make_folder(self._records)
-        self._batches = {id: Batch(**record) for id, record in read_records(self._records).items()}
+        self._batches = read_records(self._records, Batch)
         for id, batch in self._batches.items():
             if batch.status in _WORKING:
                 self._journals[id] = Journal(self._journal_path(id))

@@ -17,15 +17,19 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 
-import httpx2
 import numpy as np
-from prometheus_client.parser import text_string_to_metric_families
 
 from meshway.framework.errors import EnvironmentFailure, UserError
 from meshway.framework.files import local_path
 from meshway.framework.terminal import count_of, format_columns, stage
 from meshway.launch.bench_flags import BenchServeFlags
 from meshway.launch.invocation import Invocation
+
+try:
+    import httpx2
+    from prometheus_client.parser import text_string_to_metric_families
+except ImportError as error:
+    raise UserError(f"meshway bench serve needs more packages: pip install 'meshway[serve]' ({error})") from error
 
 PATH = "/v1/completions"
 PERCENTILES = (50, 90, 99)

@@ -1,20 +1,17 @@
 """`meshway serve` as a user starts it: a real process, OpenAI's own client, and what `Predictor` says of the same."""
 
-import contextlib
 import json
 import re
 import signal
 import socket
-import threading
 import time
-from types import SimpleNamespace
 
 import httpx2
 import numpy as np
 import openai
 import pytest
-from running import start
 from saved_runs import VOCABULARY, save_run
+from served import serving
 
 from meshway.framework.data.vocabulary import Framing
 from meshway.framework.inference.beam_search import BeamSearch
@@ -23,34 +20,6 @@ from meshway.framework.inference.sampling import Sampling
 from meshway.launch import cli, serve
 
 PROMPTS = ["one", "a text of some more words, which needs several chunks of a prompt", "three", "four 4"]
-
-
-@contextlib.contextmanager
-def serving(run, *words):
-    """Starts a server on a free port; it is stopped, and what it says is in `said`."""
-    process = start("serve", f"--model_dir={run}", "--port=0", "--gin.LAYOUT=single", *words)
-    said: list[str] = []
-    found = threading.Event()
-
-    def listen():
-        for line in process.stdout:
-            said.append(line)
-            if "serving at" in line:
-                found.set()
-        found.set()
-
-    reader = threading.Thread(target=listen, daemon=True)
-    reader.start()
-    try:
-        assert found.wait(900) and process.poll() is None, "".join(said)
-        url = re.search(r"serving at (\S+)", "".join(said))[1]
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-        with httpx2.Client(base_url=url, timeout=60) as http:
-            yield SimpleNamespace(process=process, url=url, client=client, http=http, said=said, reader=reader)
-    finally:
-        process.kill()
-        process.wait(20)
-        reader.join(20)
 
 
 @pytest.fixture(scope="module")

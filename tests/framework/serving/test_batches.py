@@ -220,5 +220,16 @@ def test_a_folder_has_one_server(tmp_path):
     asyncio.run(life())
 
 
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"id": "batch_x"}', b'{"more": 1}', b"\xff"])
+def test_a_record_that_somebody_has_changed_is_named(tmp_path, content):
+    async def life():
+        (tmp_path / "kept" / "batches").mkdir(parents=True)
+        (tmp_path / "kept" / "batches" / "batch_x.json").write_bytes(content)
+        with pytest.raises(UserError, match="batch_x.json is not what meshway wrote there"):
+            await Batches(tmp_path / "kept", answer, [URL]).start()
+
+    asyncio.run(life())
+
+
 def test_a_crash_is_no_exception_that_is_tried_again():
     assert not issubclass(Crash, Exception)
