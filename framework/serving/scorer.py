@@ -16,6 +16,7 @@ from meshway.framework.interfaces import Batch, Params
 from meshway.framework.partitioning.sharded_model import ProgramCache
 from meshway.framework.serving.generation import Made
 
+SMALLEST = 64  # tokens of the smallest batches: each shape is compiled before the server is ready
 ANY = (0,)  # a target whose score nobody reads: what stands before it is read whole
 
 
@@ -63,7 +64,7 @@ class Scorer:
         self._format, self._model, self._params = session.row_format, session.sharded.model, session.params
         self._batch_size, self._programs = batch_size, ProgramCache(session.sharded, batch_size)
         inputs = {"inputs": max_input_length} if self._format.has_encoder else {}
-        self._buckets = doubling(inputs | {"targets": max_length})
+        self._buckets = doubling(inputs | {"targets": max_length}, SMALLEST)
         self._states = "encoder_output" if self._format.has_encoder else "decoder_output"
         with session.sharded.partitioner.activate():
             logits, states = (self._shape(name) for name in ("logits", self._states))

@@ -226,7 +226,7 @@ def test_wrong_requests_are_refused_with_one_clear_message(client, method, path,
 KILLS = [(300, 2, 0), (2000, 5, 0), (5000, 5, 1), (5000, 20, 2)]  # lines, kills, seed
 
 
-@pytest.mark.parametrize("count, kills, seed", tiers(KILLS, quick=KILLS[:1], slow=KILLS[1:2]))
+@pytest.mark.parametrize("count, kills, seed", tiers(KILLS, quick=[], slow=KILLS[:1]))
 def test_killed_at_random_moments_a_batch_answers_each_line_once_and_in_order(tmp_path, count, kills, seed):
     moments = random.Random(seed)
     kinds = ["", "", "", "", "", "busy ", "flaky ", "refuse "]

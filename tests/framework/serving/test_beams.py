@@ -6,6 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from tiers import tiers
 from tiny import program
 
 from meshway.framework.data.vocabularies import Opaque
@@ -108,7 +109,7 @@ def assert_same(found, wanted, atol=2e-5):
         np.testing.assert_allclose(each.score, score, rtol=1e-5, atol=atol)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiers(FAMILIES, quick=["lm"], slow=["t5_1_1"]))
 def test_searches_that_come_and_go_find_what_each_finds_alone(family):
     _, pool = opened(family)
     rng = np.random.default_rng(0)
