@@ -72,8 +72,12 @@ def store(x: jax.Array, dtype: str | jnp.dtype) -> Stored:
 
 
 def store_all(both: KeysValues, dtype: str | jnp.dtype) -> Cache:
-    """Returns a cache filled with keys and values."""
-    keys, values = (_constrained(store(x, dtype)) for x in both)
+    """Returns a cache filled with keys and values.
+
+    It lies in memory as attention reads it: without the barrier XLA moves the swap of axes into a loop that only reads
+    the cache, and copies all of it in each step.
+    """
+    keys, values = (_constrained(jax.lax.optimization_barrier(store(x, dtype))) for x in both)
     return keys, values
 
 
