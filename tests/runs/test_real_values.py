@@ -79,20 +79,18 @@ def lab(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("binding", "says"),
+    ("bindings", "says"),
     [
-        ("TRAIN_STEPS=4.0", "done: step 4;"),
-        ("TRAIN_STEPS=1e1", "done: step 10;"),
-        ("DTYPE=bf16", "done: step 2;"),
-        ("DTYPE='fp32'", "done: step 2;"),
-        ("TASK_FEATURE_LENGTHS={'inputs': 64, 'targets': 64.0}", "done: step 2;"),
-        ("BATCH_SIZE=8.0", "done: step 2;"),
-        ("WARMUP_STEPS=1e1", "done: step 2;"),
+        (("TRAIN_STEPS=4.0", "DTYPE=bf16", "BATCH_SIZE=8.0", "WARMUP_STEPS=1e1"), "done: step 4;"),
+        (
+            ("TRAIN_STEPS=1e1", "DTYPE='fp32'", "TASK_FEATURE_LENGTHS={'inputs': 64, 'targets': 64.0}"),
+            "done: step 10;",
+        ),
     ],
 )
-def test_a_value_whose_meaning_is_plain_is_read(binding, says, lab):
-    run = "".join(filter(str.isalnum, binding))
-    answer(*TRAIN, f"--gin.MODEL_DIR=runs/{run}", f"--gin.{binding}", cwd=lab, says=says)
+def test_values_whose_meaning_is_plain_are_read(bindings, says, lab):
+    run = "".join(filter(str.isalnum, bindings[0]))
+    answer(*TRAIN, f"--gin.MODEL_DIR=runs/{run}", *[f"--gin.{each}" for each in bindings], cwd=lab, says=says)
 
 
 def test_a_recipe_that_begins_with_a_byte_order_mark(lab):

@@ -68,8 +68,11 @@ def reference(words, deep):
     return params, given, log_probs_at_once(made, params, given)
 
 
-LAID_OUT = [(words, layout) for layout in LAYOUTS for words in UNDER_LAYOUTS]
+# Every kind of heads where heads or lengths are cut; in turn where only rows, weights and layers are.
 IN_TURN = [(UNDER_LAYOUTS[n % len(UNDER_LAYOUTS)], layout) for n, layout in enumerate(LAYOUTS)]
+CUT = [layout for layout in LAYOUTS if re.search("model|ring|context|ulysses", layout)]
+LAID_OUT = [(words, layout) for layout in LAYOUTS for words in UNDER_LAYOUTS if layout in CUT]
+LAID_OUT += [case for case in IN_TURN if case[1] not in CUT]
 WHERE_HEADS_ARE_CUT = [(words, layout) for words in ONE_KEY_HEAD for layout in ("model_1d", "ring_model", "fsdp_model")]
 
 
