@@ -223,8 +223,8 @@ class Held:
 
 def meshes_of(recipe: str) -> dict[str, tuple[str, ...]]:
     """Returns the meshes that a recipe is compiled for, by name, and what each binds."""
-    meshes = {"fsdp": MESHES["fsdp"], "fsdp_model": MESHES["fsdp_model"]}
-    return meshes | (OF_EXPERTS if "mixtral" in recipe else {"model_1d": MESHES["model_1d"]})
+    third = OF_EXPERTS if "mixtral" in recipe else {"model_1d": MESHES["model_1d"]}
+    return {"fsdp": MESHES["fsdp"], "fsdp_model": MESHES["fsdp_model"], **third}
 
 
 def memory_table(recipes: Sequence[str], only: str | None = None) -> Iterator[Held]:

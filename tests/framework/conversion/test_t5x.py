@@ -88,7 +88,7 @@ def values_in(folder, shapes):
     return values_of(pieces, shapes, files, None)
 
 
-@pytest.mark.parametrize("kind", ["t5_native", "scalable_orbax"])
+@pytest.mark.parametrize("kind", ["t5_native", pytest.param("scalable_orbax", marks=pytest.mark.slow)])
 def test_beams_and_greedy_decodes_are_t5x_own(runs, tmp_path, kind):
     """Four beams in increasing score, length penalty 0.6; the targets' 7 places hold what is produced."""
     convert(str(runs[kind]), str(tmp_path / "run"))

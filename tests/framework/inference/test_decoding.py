@@ -20,11 +20,11 @@ GQA, MQA = (("t5_1_1", f"attention.Attention.num_kv_heads={n}") for n in (2, 1))
 QUICK = [
     ("t5_1_1", "SCAN=True"),
     ("lm",),
-    ("lm", "NUM_KV_HEADS=2", "ROTARY=None", "attention.Attention.alibi=True"),
     ("lm", "NUM_KV_HEADS=1", "WINDOW=3", "SCAN=True", PREFIX, "TASK_FEATURE_LENGTHS={'inputs': 7, 'targets': 9}"),
 ]
 SLOW = [
     ("t5_1_1",),
+    ("lm", "NUM_KV_HEADS=2", "ROTARY=None", "attention.Attention.alibi=True"),
     GQA,
     MQA,
     ("t5_1_1", "NUM_DECODER_LAYERS=3", "SCAN=True"),
@@ -157,7 +157,7 @@ def test_predictions_under_a_layout_are_those_of_one_device(family, name, layout
     np.testing.assert_allclose(found.scores, wanted.scores, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiers(FAMILIES, quick=["lm"], slow=["t5_1_1"]))
 def test_greedy_takes_the_likeliest_token_and_stops_at_eos(family):
     """By full forward passes, one token at a time."""
     made = program(family)

@@ -26,11 +26,10 @@ SHAPES = {
 # Pipelines need more layers: tests/models/layers/test_pipeline.py.
 MESHES = [(layout, "") for layout in DENSE_LAYOUTS if layout != "single" and not layout.startswith("stage")]
 MESHES += [(layout, f"mesh.MeshShape.ici={shape}") for layout, shapes in SHAPES.items() for shape in shapes]
-# Each layout file and mesh once, families in turn; the products of two ways to shard with both families.
+# Each layout file and mesh once, families in turn; the product of two ways to shard with both families.
 CASES = [(*mesh, family) for mesh in MESHES for family in FAMILIES]
 QUICK = [("fsdp_model", "", "lm")]
 SLOW = [("fsdp_model", "", "t5_1_1"), *((*mesh, FAMILIES[n % 2]) for n, mesh in enumerate(MESHES))]
-SLOW += [(layout, "", family) for layout in ("fsdp_ring", "model_sequence", "ring_model") for family in FAMILIES]
 
 
 @pytest.fixture(scope="module")
