@@ -106,14 +106,11 @@ def decoding(made, decoder, length=6):
     return lambda params, batch: decoder(made.model, params, batch, length, MANY_ENDS, np.arange(rows), key)
 
 
-@pytest.mark.parametrize(
-    "family, name",
-    [
-        pytest.param(family, name, marks=() if (family, name) == ("lm", "beams") else pytest.mark.slow)
-        for family in FAMILIES
-        for name in DECODERS
-    ],
-)
+SHARED = [(family, name) for family in FAMILIES for name in DECODERS]
+
+
+# Each decoder in CI, families in turn.
+@pytest.mark.parametrize("family, name", tiers(SHARED, quick=[("lm", "beams")], slow=[SHARED[0], SHARED[5], SHARED[3]]))
 def test_devices_that_share_a_batch_exchange_nothing_but_whether_all_are_done(family, name):
     made = program(family, layout="data")
     with made.partitioner.activate():

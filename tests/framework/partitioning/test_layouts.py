@@ -26,12 +26,13 @@ SHAPES = {
 # Pipelines need more layers: tests/models/layers/test_pipeline.py.
 MESHES = [(layout, "") for layout in DENSE_LAYOUTS if layout != "single" and not layout.startswith("stage")]
 MESHES += [(layout, f"mesh.MeshShape.ici={shape}") for layout, shapes in SHAPES.items() for shape in shapes]
-# Each layout file and mesh once, families in turn; the product of two ways to shard with both families.
+# Each layout file once in CI, families in turn, and rings of other sizes; the product of two ways to shard with both.
 QUICK = [("fsdp_model", "", "lm")]
-SLOW = [("fsdp_model", "", "t5_1_1"), *((*mesh, FAMILIES[n % 2]) for n, mesh in enumerate(MESHES))]
+TURNS = [(*mesh, FAMILIES[n % 2]) for n, mesh in enumerate(MESHES)]
+SLOW = [("fsdp_model", "", "t5_1_1"), *(case for case in TURNS if not case[1] or case[0] in ("ring", "ring_model"))]
 # Each layout as it is shipped with both families; on another mesh with one, as sizes are the mesh's.
 AS_SHIPPED = [(*mesh, family) for mesh in MESHES if not mesh[1] for family in FAMILIES]
-CASES = list(dict.fromkeys([*QUICK, *SLOW, *AS_SHIPPED]))
+CASES = list(dict.fromkeys([*QUICK, *SLOW, *TURNS, *AS_SHIPPED]))
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +113,9 @@ def test_rings_without_anything_to_send_around_are_refused():
         program("lm", "partitioner.Layout.products='one_way'", layout="model_1d").trace_loss()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", ["fsdp_model", "model_1d", "model_2d", "model_sequence"])
+@pytest.mark.parametrize(
+    "layout", tiers(["fsdp_model", "model_1d", "model_2d", "model_sequence"], slow=["fsdp_model", "model_2d"])
+)
 def test_one_key_head_stays_whole_where_heads_are_cut(layout):
     one = program("lm", "NUM_KV_HEADS=1")
     fresh = jax.device_get(one.init())
