@@ -291,7 +291,10 @@ except UserError as error:
 """
 
 
-@pytest.mark.parametrize("files", [["recipes/quickstart.gin"], ["models/mixtral/tiny.gin", "optimizers/adamw.gin"]])
+FIRST_FILES = [["recipes/quickstart.gin"], ["models/mixtral/tiny.gin", "optimizers/adamw.gin"]]
+
+
+@pytest.mark.parametrize("files", tiers(FIRST_FILES, quick=FIRST_FILES[:1], slow=FIRST_FILES[1:]))
 def test_the_first_recipe_of_a_process_is_checked_like_any_other(files):
     """What Python's defaults lead to is imported as the recipe is walked: a command has not imported it before."""
     given = [*MORE, "HEAD_DIM=31.5", "NUM_HEADS=2.5", "D_FF='wide'", "NORM_EPSILON=-1.0", "TRAIN_STEPS=1"]
