@@ -16,7 +16,7 @@ from meshway.launch.cli import USAGE, parse
 
 BIN = Path(sys.executable).parent
 # Nothing is trained, read or compiled.
-CHEAP = r"--dry_run|^meshway inspect --(?!.*(--compile|--hlo))|^meshway launch (?!local|ray|worker)"
+CHEAP = r"--dry_run|^meshway inspect (?=--)(?!.*--(compile|hlo))|^meshway launch (?!local|ray|worker)"
 # Words that make a command of README short.
 SHORT = {
     "make quickstart": " QUICKSTART_FLAGS='--gin.TRAIN_STEPS=150 --gin.EVAL_PERIOD=150'",

@@ -2,7 +2,7 @@
 `make proofs`."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -31,21 +31,30 @@ def tiers(cases: Iterable[Any], quick: Iterable[Any] = (), slow: Iterable[Any] =
     return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=mark(case)) for case in cases]
 
 
-def pairwise(options: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+def pairwise(
+    options: Mapping[str, Sequence[Any]],
+    of: Callable[[dict[str, Any]], Mapping[str, Any]] = dict,
+) -> list[dict[str, Any]]:
     """Returns few members of the product of `options` in which any two values of two options meet.
 
     Greedy: each takes the member of the product that holds most pairs not yet met, the first one of several.
+
+    Args:
+      options: name -> its values.
+      of: what must meet, of a member: itself, or the parts that its values are made of, where it is by these that
+        options touch each other.
     """
     names = list(options)
     product = [dict(zip(names, values)) for values in itertools.product(*options.values())]
 
     def pairs(member):
-        return set(itertools.combinations([(name, repr(member[name])) for name in names], 2))
+        return frozenset(itertools.combinations([(name, repr(value)) for name, value in of(member).items()], 2))
 
-    missing = set().union(*map(pairs, product))
+    held = [(member, pairs(member)) for member in product]
+    missing = set().union(*(each for _, each in held))
     chosen = []
     while missing:
-        best = max(product, key=lambda member: len(pairs(member) & missing))
+        best, met = max(held, key=lambda each: len(each[1] & missing))
         chosen.append(best)
-        missing -= pairs(best)
+        missing -= met
     return chosen

@@ -221,16 +221,22 @@ class Held:
         return (planned.total - rest) / self.arguments, rest / self.temporaries
 
 
-def memory_table(recipes: Sequence[str]) -> Iterator[Held]:
-    """Yields a row for each recipe and mesh, as it is compiled.
+def meshes_of(recipe: str) -> dict[str, tuple[str, ...]]:
+    """Returns the meshes that a recipe is compiled for, by name, and what each binds."""
+    third = OF_EXPERTS if "mixtral" in recipe else {"model_1d": MESHES["model_1d"]}
+    return {"fsdp": MESHES["fsdp"], "fsdp_model": MESHES["fsdp_model"], **third}
+
+
+def memory_table(recipes: Sequence[str], only: str | None = None) -> Iterator[Held]:
+    """Yields a row for each recipe and mesh, or the one mesh named `only`, as it is compiled.
 
     Raises:
       UserError: libtpu is missing, or the compiler refuses a step.
     """
     for recipe in recipes:
-        meshes = {"fsdp": MESHES["fsdp"], "fsdp_model": MESHES["fsdp_model"]}
-        meshes |= OF_EXPERTS if "mixtral" in recipe else {"model_1d": MESHES["model_1d"]}
-        for mesh, bindings in meshes.items():
+        for mesh, bindings in meshes_of(recipe).items():
+            if only not in (None, mesh):
+                continue
             planner = RECIPES[recipe].on(CHIPS, *bindings)
             program = planner.program((), aot.compiled_for(planner.where))
             (compiled,) = aot.compile_programs(program.partitioner, program.compile_step)

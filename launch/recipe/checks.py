@@ -190,9 +190,12 @@ def _unused(program: Program, ours: Reach) -> tuple[Reach, list[Binding]]:
     every = Walk(final(everything), importing=False).run(roots)
     left = judged(every, packages)
     positions = {id(binding): position for position, binding in enumerate(everything)}
-    for moment, bindings in moments(everything) if left else ():
-        used = Walk(bindings, importing=False).run(roots).used
-        left = [b for b in left if positions[id(b)] >= moment or binding_key(b) not in used]
+    for moment, bindings in moments(everything):
+        if not left:
+            break
+        if any(positions[id(binding)] < moment for binding in left):  # a walk takes milliseconds, moments are hundreds
+            used = Walk(bindings, importing=False).run(roots).used
+            left = [b for b in left if positions[id(b)] >= moment or binding_key(b) not in used]
     return every, _first(left, final(everything))
 
 

@@ -86,7 +86,10 @@ def test_more_beams_than_tokens_are_refused(run, questions, tmp_path, capsys):
     Predictor(run, layout="single", decoder=BeamSearch(384))
 
 
-@pytest.mark.parametrize("words", [["--beams=3"], ["--num_decodes=3", "--temperature=1"], ["--mode=score"]], ids=str)
+ROOM = [["--num_decodes=3", "--temperature=1"], ["--mode=score"], ["--beams=3"]]
+
+
+@pytest.mark.parametrize("words", tiers(ROOM, quick=ROOM[:2], slow=ROOM[2:]), ids=str)
 def test_a_batch_for_which_there_is_no_room_is_refused(run, tmp_path, capsys, monkeypatch, words):
     """Before it runs: the machine would end the process, and say nothing."""
     (tmp_path / "in.jsonl").write_text('{"inputs": "a", "targets": "b"}\n')
@@ -630,7 +633,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", tiers(DAMAGES, quick=["half a file", "no recipe"], slow=DAMAGES))
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(run, tmp_path, capfd, damage):
     """As rsync, cut off, leaves it. What only reads renames nothing."""
     folder = tmp_path / "run"

@@ -76,6 +76,7 @@ SLOW = (
     "qwen2_5",
     "qwen3",
     "rerope",
+    "sinks",
     "t5x_decoder",
     "tied_bias",
     "yarn",

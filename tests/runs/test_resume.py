@@ -138,6 +138,7 @@ def test_the_resolved_recipe_reproduces_the_run(tmp_path, undisturbed):
     check_equal(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves_behind(undisturbed):
     assert "TRAIN_STEPS = 30" in (undisturbed / "config.gin").read_text()
     assert {"began", "outcome"} <= {key for line in lines(undisturbed / "timeline.jsonl") for key in line}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tensorstore
 from converted import T5X, model_of, params_of, sentence_pieces, t5x_runs, whole
+from tiers import tiers
 
 from meshway.framework.conversion.rules import check_tensors, pieces_of
 from meshway.framework.conversion.t5x import network_of
@@ -88,7 +89,7 @@ def values_in(folder, shapes):
     return values_of(pieces, shapes, files, None)
 
 
-@pytest.mark.parametrize("kind", ["t5_native", "scalable_orbax"])
+@pytest.mark.parametrize("kind", ["t5_native", pytest.param("scalable_orbax", marks=pytest.mark.slow)])
 def test_beams_and_greedy_decodes_are_t5x_own(runs, tmp_path, kind):
     """Four beams in increasing score, length penalty 0.6; the targets' 7 places hold what is produced."""
     convert(str(runs[kind]), str(tmp_path / "run"))
@@ -106,7 +107,7 @@ def test_beams_and_greedy_decodes_are_t5x_own(runs, tmp_path, kind):
     np.testing.assert_array_equal(greedy.tokens[:, 0], expected["greedy"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiers(KINDS, quick=["t5_native", "decoder_orbax"], slow=KINDS))
 def test_logits_and_loss_are_t5x_own(runs, tmp_path, kind):
     convert(str(runs[kind]), str(tmp_path / "run"))
     model = model_of(tmp_path / "run")

@@ -20,11 +20,11 @@ GQA, MQA = (("t5_1_1", f"attention.Attention.num_kv_heads={n}") for n in (2, 1))
 QUICK = [
     ("t5_1_1", "SCAN=True"),
     ("lm",),
-    ("lm", "NUM_KV_HEADS=2", "ROTARY=None", "attention.Attention.alibi=True"),
     ("lm", "NUM_KV_HEADS=1", "WINDOW=3", "SCAN=True", PREFIX, "TASK_FEATURE_LENGTHS={'inputs': 7, 'targets': 9}"),
 ]
 SLOW = [
     ("t5_1_1",),
+    ("lm", "NUM_KV_HEADS=2", "ROTARY=None", "attention.Attention.alibi=True"),
     GQA,
     MQA,
     ("t5_1_1", "NUM_DECODER_LAYERS=3", "SCAN=True"),
@@ -68,8 +68,11 @@ def reference(words, deep):
     return params, given, log_probs_at_once(made, params, given)
 
 
-LAID_OUT = [(words, layout) for layout in LAYOUTS for words in UNDER_LAYOUTS]
+# Every kind of heads where heads or lengths are cut; in turn where only rows, weights and layers are.
 IN_TURN = [(UNDER_LAYOUTS[n % len(UNDER_LAYOUTS)], layout) for n, layout in enumerate(LAYOUTS)]
+CUT = [layout for layout in LAYOUTS if re.search("model|ring|context|ulysses", layout)]
+LAID_OUT = [(words, layout) for layout in LAYOUTS for words in UNDER_LAYOUTS if layout in CUT]
+LAID_OUT += [case for case in IN_TURN if case[1] not in CUT]
 WHERE_HEADS_ARE_CUT = [(words, layout) for words in ONE_KEY_HEAD for layout in ("model_1d", "ring_model", "fsdp_model")]
 
 
@@ -103,14 +106,11 @@ def decoding(made, decoder, length=6):
     return lambda params, batch: decoder(made.model, params, batch, length, MANY_ENDS, np.arange(rows), key)
 
 
-@pytest.mark.parametrize(
-    "family, name",
-    [
-        pytest.param(family, name, marks=() if (family, name) == ("lm", "beams") else pytest.mark.slow)
-        for family in FAMILIES
-        for name in DECODERS
-    ],
-)
+SHARED = [(family, name) for family in FAMILIES for name in DECODERS]
+
+
+# Each decoder in CI, families in turn.
+@pytest.mark.parametrize("family, name", tiers(SHARED, quick=[("lm", "beams")], slow=[SHARED[0], SHARED[5], SHARED[3]]))
 def test_devices_that_share_a_batch_exchange_nothing_but_whether_all_are_done(family, name):
     made = program(family, layout="data")
     with made.partitioner.activate():
@@ -154,7 +154,7 @@ def test_predictions_under_a_layout_are_those_of_one_device(family, name, layout
     np.testing.assert_allclose(found.scores, wanted.scores, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiers(FAMILIES, quick=["lm"], slow=["t5_1_1"]))
 def test_greedy_takes_the_likeliest_token_and_stops_at_eos(family):
     """By full forward passes, one token at a time."""
     made = program(family)

@@ -107,7 +107,7 @@ def beam_by_hand(table, beams, alpha, rules):
     return ended
 
 
-CASES = [(beams, alpha, rules) for beams in range(1, 17) for alpha in (0.0, 0.6, 2.0) for rules in RULES]
+ALPHAS = (0.0, 0.6, 2.0)
 QUICK = [
     (1, 0.0, "t5x"),
     (3, 0.6, "t5x"),
@@ -118,6 +118,13 @@ QUICK = [
 ]
 
 
+# Few, some and many beams with every alpha; the numbers between with alphas in turn, a factor of scores alone.
+CASES = [
+    (beams, alpha, rules)
+    for beams in range(1, 17)
+    for alpha in (ALPHAS if beams in (1, 2, 3, 4, 5, 16) else ALPHAS[beams % 3 : beams % 3 + 1])
+    for rules in RULES
+]
 SLOW = [case for case in CASES if case[0] in (1, 2, 3, 5, 16) and case not in QUICK and case[1] != 0.6]
 
 

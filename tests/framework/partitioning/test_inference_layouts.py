@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from tiers import tiers
+from tiers import pairwise, tiers
 
 from meshway.framework.inference.weights import prepared
 from meshway.framework.partitioning.partitioner import RINGS
@@ -210,12 +210,11 @@ def test_chips_send_copies_of_grouped_keys_where_their_queries_go(attention):
     check_grouped_heads(attention)
 
 
-RING_CASES = [(*layout, ring) for layout in LAYOUTS for ring in RINGS]
-RING_SLOW = [
-    ("1d", "heads", "one_way"),
-    ("2d", "batch_yz", "bidirectional"),
-    ("weight_gathered_xy", "heads", "one_way"),
-]
+# Each product of feed-forward layers in both rings; where attention is cut by examples in turn: what that exchanges are
+# all-to-alls, which know no rings.
+RING_CASES = [(layout, "heads", ring) for layout in FEED_FORWARD for ring in RINGS]
+RING_CASES += [(*layout, RINGS[n % 2]) for n, layout in enumerate(LAYOUTS) if layout[1] != "heads"]
+RING_SLOW = [("1d", "heads", "one_way"), ("2d", "batch_yz", RINGS[0]), ("weight_gathered_xy", "heads", "one_way")]
 
 
 @pytest.mark.parametrize("layout, attention, ring", tiers(RING_CASES, slow=RING_SLOW))
@@ -249,26 +248,48 @@ FAMILIES = {
 ALL = [f"inference/{name}" + ("" if over == "heads" else f"_{over}") for name, over in LAYOUTS]
 ALL += [f"inference/2d_after_weight_gathered_{axes}" for axes in ("x", "xy", "xyz")]
 ALL += [f"inference/2d_batch_xyz_after_weight_gathered_{axes}" for axes in ("x", "xy", "xyz")]
-CASES = [(family, layout) for family in FAMILIES for layout in ALL]
-QUICK = [("multi-query", "inference/2d_batch_xyz_after_weight_gathered_xyz")]
+QUICK = [("multi-query", "inference/2d_batch_xyz_after_weight_gathered_xyz", "by_hand")]
 SLOW = [
-    ("multi-head", "inference/2d_batch_z"),
-    ("multi-head", "inference/1d_batch_yz"),
-    ("grouped", "inference/2d_after_weight_gathered_x"),
-    ("grouped", "inference/2d_batch_z"),
-    ("in large groups", "inference/1d_batch_yz"),
-    ("in groups of neighbours", "inference/2d_batch_yz"),
-    ("grouped", "inference/weight_gathered_xy"),
-    ("multi-query", "inference/2d_batch_yz"),
-    ("shared heads", "inference/2d_batch_z"),
-    ("one shared head of keys", "inference/2d_batch_xyz_after_weight_gathered_xy"),
-    ("parallel", "inference/2d"),
-    ("parallel", "inference/1d"),
-    ("encoder-decoder", "inference/2d_batch_yz"),
-    ("encoder-decoder", "inference/2d_batch_xyz_after_weight_gathered_xyz"),
-    ("ungated", "inference/2d_batch_xyz"),
-    ("ungated encoder-decoder", "inference/weight_gathered_x"),
+    ("multi-head", "inference/2d_batch_z", "by_hand"),
+    ("grouped", "inference/2d_after_weight_gathered_x", "by_hand"),
+    ("in large groups", "inference/1d_batch_yz", "by_hand"),
+    ("in groups of neighbours", "inference/2d_batch_yz", "by_hand"),
+    ("grouped", "inference/weight_gathered_xy", "by_hand"),
+    ("shared heads", "inference/2d_batch_z", "by_hand"),
+    ("one shared head of keys", "inference/2d_batch_xyz_after_weight_gathered_xy", "by_hand"),
+    ("parallel", "inference/2d", "by_hand"),
+    ("encoder-decoder", "inference/2d_batch_yz", "by_hand"),
+    ("encoder-decoder", "inference/2d_batch_xyz_after_weight_gathered_xyz", "by_hand"),
+    ("ungated", "inference/2d_batch_xyz", "by_hand"),
+    ("ungated encoder-decoder", "inference/weight_gathered_x", "by_hand"),
+    ("multi-query", "inference/2d_batch_xyz_after_weight_gathered_xyz", "bidirectional"),
+    ("parallel", "inference/2d", "bidirectional"),
+    ("grouped", "inference/1d", "one_way"),
+    ("encoder-decoder", "inference/2d_batch_yz", "one_way"),
 ]
+# Every way to have heads under every layout, since how heads are cut hangs on both; after a prompt that gathers weights
+# along x, xy, xyz in turn, as attention gets the same of these. Ways to multiply in turn: they know no heads. Families
+# that differ in blocks alone meet each layout of feed-forward layers, and each of attention.
+WAYS = ("by_hand", *RINGS)
+BLOCKS = ("parallel", "ungated", "encoder-decoder", "ungated encoder-decoder")
+AFTER = [layout for layout in ALL if "_after_" in layout]
+IN_TURN = [
+    (family, layout, WAYS[(i + j) % 3])
+    for i, family in enumerate(family for family in FAMILIES if family not in BLOCKS)
+    for j, layout in enumerate(ALL)
+    if layout not in AFTER or AFTER.index(layout) % 3 == i % 3
+]
+PARTS = {layout: layout.removeprefix("inference/").partition("_batch")[::2] for layout in ALL}  # 2d, _xyz_after_...
+FED = {layout: (fed, over.partition("_after")[2]) for layout, (fed, over) in PARTS.items()}
+OVER = {layout: over.partition("_after")[0] for layout, (_, over) in PARTS.items()}
+IN_TURN += [
+    (case["family"], case["layout"], case["way"])
+    for case in pairwise(
+        {"family": BLOCKS, "layout": ALL, "way": WAYS},
+        of=lambda case: case | {"layout": FED[case["layout"]], "over": OVER[case["layout"]]},
+    )
+]
+CASES = list(dict.fromkeys([*QUICK, *SLOW, *IN_TURN]))
 # Of 16 and 64 devices: what they hold of keys is a part of a head's, of several, or of an example's.
 ON_MORE = [
     ("multi-head", "inference/1d_batch_yz"),
@@ -321,23 +342,9 @@ def reference(family: str, steps: int):
     return params, *decoded(program, params, steps)[:2]
 
 
-@pytest.mark.parametrize("family, layout", tiers(CASES, QUICK, SLOW))
-def test_logits_and_cache_are_those_of_one_device(family, layout, request):
-    check_model(family, layout, 32 if request.node.get_closest_marker("proofs") else 4)
-
-
-RING_LOGITS = [(*case, ring) for case in CASES for ring in RINGS]
-RING_LOGITS_SLOW = [
-    ("multi-query", "inference/2d_batch_xyz_after_weight_gathered_xyz", "bidirectional"),
-    ("parallel", "inference/2d", "bidirectional"),
-    ("grouped", "inference/1d", "one_way"),
-    ("encoder-decoder", "inference/2d_batch_yz", "one_way"),
-]
-
-
-@pytest.mark.parametrize("family, layout, ring", tiers(RING_LOGITS, slow=RING_LOGITS_SLOW))
-def test_logits_and_cache_in_rings_are_those_of_one_device(family, layout, ring):
-    check_model(family, layout, 4, of_products(ring))
+@pytest.mark.parametrize("family, layout, way", tiers(CASES, QUICK, SLOW))
+def test_logits_and_cache_are_those_of_one_device(family, layout, way, request):
+    check_model(family, layout, 32 if request.node.get_closest_marker("proofs") else 4, of_products(way))
 
 
 def check_model(family: str, layout: str, steps: int, *more: str) -> None:
@@ -349,22 +356,34 @@ def check_model(family: str, layout: str, steps: int, *more: str) -> None:
     check_cache(program, layout, cache)
 
 
-INTEGERS = [(family, layout) for family in ("multi-query", "encoder-decoder") for layout in ALL]
+KEPT_IN_INTEGERS = "attention.Attention.cache_dtype='int8'"
+
+
+@functools.cache
+def reference_in_integers(family: str):
+    params = reference(family, 4)[0]
+    return params, *decoded(made(family, "single", KEPT_IN_INTEGERS), params, 4, "int8")[:2]
+
+
+# Each layout once, families in turn: scales lie as what they scale, of whichever model.
+INTEGERS = [(("multi-query", "encoder-decoder")[n % 2], layout) for n, layout in enumerate(ALL)]
 
 
 @pytest.mark.parametrize("family, layout", tiers(INTEGERS, slow=[INTEGERS[-1], ("multi-query", "inference/2d")]))
 def test_weights_and_cache_in_integers_are_those_of_one_device(family, layout):
     """But for keys and values at the edge of two integers; a cache in a quarter of the bytes, and its scales."""
-    cached = "attention.Attention.cache_dtype='int8'"
-    params = reference(family, 4)[0]
-    expected, scores, _ = decoded(made(family, "single", cached), params, 4, "int8")
-    program = made(family, layout, cached)
+    params, expected, scores = reference_in_integers(family)
+    program = made(family, layout, KEPT_IN_INTEGERS)
     logits, found, cache = decoded(program, params, 4, "int8")
     assert np.abs(logits - expected).max() <= 5e-3 * np.abs(expected).max()
     np.testing.assert_allclose(found, scores, rtol=1e-4, atol=1e-4)
-    floats = decoded(made(family, layout), params, 4)[2]
+    floats = made(family, layout)
+    params = jax.device_put(params, floats.sharded.param_shardings)
+    with floats.partitioner.activate():
+        batch = floats.shard_batch(floats.synthetic_batch())
+        before = jax.jit(floats.sharded.model.prefill, static_argnums=2)(params, batch, 4)[2]
     held, before = (
-        sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(each.layers)) for each in (cache, floats)
+        sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(each.layers)) for each in (cache, before)
     )
     assert held == before * (1 + 4 / 16) / 4
 
@@ -400,9 +419,8 @@ if __name__ == "__main__":
         for layout, attention in LAYOUTS:
             check_attention(layout, attention)
             check_blocks(layout, attention)
-        for ring in RINGS if jax.device_count() < 64 else ():  # steps are unrolled: hundreds of them
-            for layout, attention in LAYOUTS:
-                check_blocks(layout, attention, ring)
+        for n, layout in enumerate(LAYOUTS if jax.device_count() < 64 else ()):  # steps are unrolled: hundreds of them
+            check_blocks(*layout, RINGS[n % 2])
         for attention in ATTENTION:
             check_grouped_heads(attention)
         for attention in ("heads", "batch_yz", "batch_xyz"):

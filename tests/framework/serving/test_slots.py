@@ -131,7 +131,7 @@ def together(pool, generations, rng, frees=0.0):
 def test_a_request_gets_what_it_gets_alone(served):
     """Tokens, log-probabilities and the likeliest, bit for bit: in any slot, whoever comes and goes beside it."""
     _, pool = served
-    asked = list(requests(64, seed=1))
+    asked = list(requests(40, seed=1))
     rng = np.random.default_rng(2)
     with Compilations() as compilations:
         wanted = [alone(pool, each, slot=int(rng.integers(SLOTS))) for each in asked]

@@ -29,7 +29,8 @@ VARIANTS = [["NUM_MICROBATCHES=4"], ["SCAN=True"], ["SCAN=True", "REMAT='minimal
 RUN = [(family, variant) for family in FAMILIES for variant in VARIANTS]
 
 
-@pytest.mark.parametrize("family, variant", tiers(RUN, quick=[RUN[6]], slow=[RUN[0], RUN[2], RUN[7]]))
+# That options are taken is the next test's, that a stack is its layers whichever way it runs `test_stack.py`'s.
+@pytest.mark.parametrize("family, variant", tiers(RUN, slow=[RUN[0], RUN[2], RUN[6], RUN[7]]))
 def test_how_a_step_is_run_changes_nothing(family, variant, plain):
     other, _ = losses(program(family, *TWO_LAYERS[family], *variant), 5)
     np.testing.assert_allclose(other, plain(family), rtol=1e-5)
