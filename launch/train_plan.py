@@ -1,8 +1,9 @@
 """The plan of a recipe's training on chips that are not here: built from the recipe, and as text and JSON."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from meshway.framework.errors import UserError
@@ -58,10 +59,8 @@ class Planner:
                 "a plan of training needs the tokens of an example: --gin.TASK_FEATURE_LENGTHS=\"{'targets': 2048}\""
             )
         make: Callable[..., TrainProgram] = recipe.build(ROOT)["program"]
-        try:
+        with _refusals():
             program = make(devices=self.described if on is None else on)
-        except ValueError as error:
-            raise UserError(str(error)) from error
         mesh = program.partitioner.mesh
         if mesh.size != self.where.num_devices:
             raise UserError(
@@ -75,11 +74,15 @@ class Planner:
     def model_flops(self) -> float:
         """FLOPs of the recipe's step on no mesh, its attention counted as the reference kernel has it: no kernel's loop
         of unknown length hides any."""
-        return float(self.program(_COUNTED).flops)
+        program = self.program(_COUNTED)
+        with _refusals():
+            return float(program.flops)
 
     def traced(self, bindings: Sequence[str] = ()) -> TrainPlan:
         """Returns the plan of a variant by closed forms."""
-        return train_plan.traced_plan(self.program(bindings), self.where, self.model_flops)
+        program, model_flops = self.program(bindings), self.model_flops
+        with _refusals():
+            return train_plan.traced_plan(program, self.where, model_flops)
 
     def compiled(self, bindings: Sequence[str] = ()) -> TrainPlan:
         """Returns the plan of a variant with what XLA makes of its step.
@@ -89,9 +92,22 @@ class Planner:
           UserError: as `program`; libtpu is missing; the compiler refuses the step.
         """
         program = self.program(bindings, aot.compiled_for(self.where))
-        traced = train_plan.traced_plan(program, self.where, self.model_flops)
+        model_flops = self.model_flops
+        with _refusals():
+            traced = train_plan.traced_plan(program, self.where, model_flops)
         (compiled,) = aot.compile_programs(program.partitioner, program.compile_step)
         return train_plan.with_compiled(traced, program, compiled)
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Turns what a model refuses while it is made or traced (ValueError) into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,11 +84,12 @@ def _arrange(devices: list[jax.Device], ici: tuple[int, ...], dcn: tuple[int, ..
     """
     try:
         return _in_order(devices, ici, dcn)
-    except (NotImplementedError, ValueError) as error:  # jax says which axis it could not place
+    except (NotImplementedError, ValueError, AssertionError) as error:  # jax says which axis it could not place
+        why = "they are no block of the torus" if isinstance(error, AssertionError) else str(error).splitlines()[0]
         sizes = "x".join(map(str, [slow * fast for slow, fast in zip(dcn, ici, strict=True)]))
         raise UserError(
             f"a mesh of {sizes} does not tile these {len(devices)} {devices[0].device_kind} devices "
-            f"({str(error).splitlines()[0]}): choose sizes that are products of the torus's sides"
+            f"({why}): choose sizes that are products of the torus's sides"
         ) from error
 
 

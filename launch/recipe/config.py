@@ -60,14 +60,17 @@ def load(
         register tasks. A verb that reads no data leaves them out.
       package: the package of the verbs' modules. Their functions are called by us, not by reference.
       shipped: the folder of shipped gin files.
-      shown: whether a command says that it reads the recipe; of variants of one that it has read it does not.
+      shown: whether a command says that it reads the recipe and builds from it; of variants of one that it has read it
+        does not.
 
     Raises:
       UserError: one message with everything that is wrong, each with its place.
     """
     named = terminal.stage(f"reading the recipe {' '.join(invocation.gin_files)}")
     with named if shown and invocation.gin_files else contextlib.nullcontext():  # some commands have one of their own
-        return _load(invocation, import_unreferenced, package, shipped)
+        recipe = _load(invocation, import_unreferenced, package, shipped)
+    recipe.shown = shown
+    return recipe
 
 
 def _load(invocation: Invocation, import_unreferenced: bool, package: str, shipped: Path) -> "Recipe":
@@ -89,10 +92,12 @@ class Recipe:
     Attributes:
       resolved: the whole configuration as gin text, each value as it is in force; running from it gives the
         same configuration and the same text.
+      shown: whether a command says that it builds from it.
     """
 
     def __init__(self, program: Program, resolved: str):
         self.resolved = resolved
+        self.shown = True
         self._program = program
 
     @property
@@ -171,7 +176,8 @@ class Recipe:
         ]
         raise_problems([*reach.undefined, *reach.lacking, *required_problems(reach), *lacking])
         resolver = Resolver(bound)
-        with terminal.stage(f"building what {module} needs"), resolver.building(root):
+        named = terminal.stage(f"building what {module} needs") if self.shown else contextlib.nullcontext()
+        with named, resolver.building(root):
             part = Parts(resolver, target, self.registering)
             yield part
             if left := part.left():

@@ -135,11 +135,15 @@ class Binding:
 
     @property
     def said(self) -> str:
-        """Place, name and value, for errors; of a flag with a name of its own as it was written."""
-        return f"{self.place}={self.value}" if self.place.is_own_flag else f"{self.place}: {self.name} = {self.value!r}"
+        """Place, name and value, for errors; of a flag with a name of its own as it was written. Of long values the
+        beginning: the message says the rest."""
+        value = str(self.value) if self.place.is_own_flag else repr(self.value)
+        shown = value if len(value) <= _LONGEST_SAID else f"{value[:_LONGEST_BEGINNING]}..."
+        return f"{self.place}={shown}" if self.place.is_own_flag else f"{self.place}: {self.name} = {shown}"
 
 
 Statement = Import | Include | Binding
+_LONGEST_SAID, _LONGEST_BEGINNING = 200, 40  # characters of a value, of its beginning
 
 
 class _Values(config_parser.ParserDelegate):

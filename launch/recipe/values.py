@@ -211,6 +211,8 @@ def _read(value: Any, hint: Any, name: str) -> Any:
         _refuse_another_kind(value, alternatives)
         called = dataclasses.replace(value, evaluate=True) if isinstance(value, Reference) else value
         instead = f"; write {called}" if any(_fits(called, each) for each in alternatives) else ""
+        if instead and any(_lacks_parentheses(value, each) for each in alternatives):
+            raise ValueError(f"it makes what is needed, and is not that itself{instead}")
         raise ValueError(f"{' or '.join(dict.fromkeys(map(_words, alternatives)))} is needed{instead}")
     if type(value) is float and int in fitting and float not in fitting:
         value = int(value)
@@ -253,7 +255,9 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is Any or hint is inspect.Parameter.empty or isinstance(hint, (typing.TypeVar, str)):
         return True
     if isinstance(value, Reference):  # one that is called may give anything
-        return _may_give(value, hint) if value.evaluate else _takes_a_factory(hint if origin is None else origin)
+        if value.evaluate:
+            return _may_give(value, hint)
+        return _takes_a_factory(hint if origin is None else origin) and not _lacks_parentheses(value, hint)
     if origin is typing.Literal:
         return value in inner
     if hint is int:
@@ -277,6 +281,33 @@ def _may_give(value: Reference, hint: Any) -> bool:
         return True
     names = _public(hint)
     return not names or _takes_a_factory(hint) or hasattr(made, "__getattr__") or bool(names & _public(made))
+
+
+def _lacks_parentheses(value: Any, hint: Any) -> bool:
+    """Says whether a reference that is not called gives what can be called, where it is to be called itself and to give
+    what can not: a kernel's class instead of a kernel, what makes a schedule instead of a schedule."""
+    if not isinstance(value, Reference) or value.evaluate:
+        return False
+    given, wanted = _made(value), _given_by(hint)
+    wanted = typing.get_origin(wanted) or wanted
+    if not inspect.isclass(wanted) or wanted in (Any, object, type) or _is_called(wanted):
+        return False
+    return _is_called(typing.get_origin(given) or given) and not issubclass(typing.get_origin(given) or given, wanted)
+
+
+def _given_by(hint: Any) -> Any:
+    """Returns what a call of something annotated so gives, None where nothing tells."""
+    if typing.get_origin(hint) is collections.abc.Callable:
+        return typing.get_args(hint)[-1]
+    try:
+        return typing.get_type_hints(hint.__call__).get("return") if _is_called(hint) else None
+    except (NameError, TypeError, AttributeError):
+        return None
+
+
+def _is_called(kind: Any) -> bool:
+    """Says whether objects of a class can be called."""
+    return inspect.isclass(kind) and any("__call__" in vars(each) for each in kind.__mro__)
 
 
 def _made(value: Reference) -> Any:
@@ -316,7 +347,7 @@ def _takes_a_factory(hint: Any) -> bool:
     """Says whether a class or function itself, not what it gives, can be of an annotation without parameters."""
     if hint in _WORDS or hint in _CONTAINERS or hint is typing.Literal:
         return False
-    return not inspect.isclass(hint) or hint in (type, object) or any("__call__" in vars(each) for each in hint.__mro__)
+    return not inspect.isclass(hint) or hint in (type, object) or _is_called(hint)
 
 
 _CONTAINERS: tuple[Any, ...] = (

@@ -154,6 +154,14 @@ def test_described_devices_tile_as_real_ones() -> None:
         ),
         (("--topology=v4:2x2x2", "--analytic", "--html=no_such_folder/plan.html"), "there is no folder no_such_folder"),
         (("--topology=v4:2x2x2", "--analytic", "--gin.BATCH_SIZE=6"), "'batch' of size 6 is not divisible by fsdp=4"),
+        (
+            ("--topology=v4:2x2x2", "--analytic", "--gin.mesh.MeshShape.ici={'fsdp': 3, 'model': 1}"),
+            "a mesh of 3x1 does not tile these 3 TPU v4 devices (they are no block of the torus)",
+        ),
+        (
+            ("--topology=v4:2x2x2", "--analytic", "--gin.ATTENTION_KERNEL=@auto.SplashAttention()"),
+            "SplashAttention: it supports no biases",
+        ),
         (("--topology=cpu:64",), "cpu:64: this process has begun with 8 simulated devices"),
     ],
 )

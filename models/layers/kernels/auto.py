@@ -27,6 +27,7 @@ from meshway.models.layers.positions import PositionBias
 # CPU (by `meshway bench attention`); elsewhere a guess, since chunks are many small kernels there.
 REFERENCE_SCORES = {"cpu": 512 * 512, "cuda": 1024 * 1024, "rocm": 1024 * 1024, "tpu": 1024 * 1024}
 LANES = 128  # splash takes multiples of this many queries and keys
+MOST_SPLASH_SCORES = 1 << 24  # of a block: 64 MiB in float32, half of what the largest TPU core keeps near its units
 CUDNN_HEAD_DIM = 128
 
 logger = logging.getLogger(__name__)
@@ -199,7 +200,7 @@ class SplashAttention:
         """See `dot_product_attention`; padding attends to padding.
 
         Raises:
-          ValueError: a call that it does not support; see `splash_refuses`.
+          ValueError: a call that it does not support; see `splash_refuses`; or a block that a core has no room for.
         """
         return _fused("SplashAttention", splash_refuses, self._attend, query, key, value, options)
 
@@ -246,6 +247,11 @@ class Splash:
         elif self.terms.causal:
             mask = splash.CausalMask(shape)
         q, kv = (_block(size, self.block) for size in shape)
+        if q * kv > MOST_SPLASH_SCORES:  # XLA:TPU compiles for many minutes before it refuses
+            raise ValueError(
+                f"SplashAttention: a block of {q} x {kv} scores takes {q * kv >> 18} MiB, and a core has room for "
+                f"{MOST_SPLASH_SCORES >> 18}: its `block` ({self.block}) must be smaller, such as 1024"
+            )
         kernel = splash.make_splash_mha(
             splash.MultiHeadMask([mask] * heads),
             block_sizes=splash.BlockSizes(q, kv, kv, q, kv, kv, q, kv),

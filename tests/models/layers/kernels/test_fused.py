@@ -47,6 +47,7 @@ def test_blocks_divide_the_length():
     [
         (SPLASH, Case(length=128, bias=True), "SplashAttention: it supports no biases; chunked.ChunkedAttention as "),
         (SPLASH, Case(length=100), "multiples of 128, not 100 and 100"),
+        (SplashAttention(block=8192), Case(length=8192, causal=True), r"takes 256 MiB, .* for 64: .*\(8192\) must be"),
         (CudnnAttention(), Case(), "CudnnAttention: it computes in bfloat16 or float16, not float32"),
     ],
 )
