@@ -48,6 +48,10 @@ class BenchRoutingFlags:
 class BenchDecodeFlags:
     prompt_length: int | None = binds("bench.decode.Setting.prompt_length", "tokens a prompt (default: 128)", "N")
     new_tokens: int | None = binds("bench.decode.Setting.new_tokens", "new tokens in a turn (default: 16)", "N")
+    interleave: bool = binds(
+        "bench.decode.measure.interleave",
+        "speak the burst protocol on a pipe, to be timed in turn with other programs",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

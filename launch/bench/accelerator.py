@@ -277,6 +277,7 @@ def _compared(
 def _decoding(invocation: Invocation, sizes: Sequence[str], small: bool) -> Iterator[Row]:
     """Steps of decoding beside the floor of bandwidth."""
     found = decode.measure(**_load("decode", invocation.gin_files, (*sizes, *invocation.bindings)))
+    assert found is not None  # nothing here interleaves
     for each in found.results:
         share = each.floor / each.on_device
         text = f"{each.on_device * 1e3:,.2f} ms on the device, {100 * share:.0f} % of {each.bandwidth / 1e9:,.0f} GB/s"

@@ -3,6 +3,7 @@
     meshway bench decode --gin_file=bench_decode
     meshway bench decode --gin_file=t5_1_1/small --gin.bench.decode.batch_sizes='(1, 16)'
     meshway bench decode --gin_file=bench_decode --gin.attention.Attention.cache_dtype=int8
+    meshway bench decode --interleave --gin_file=...    # burst by burst beside other programs, over a pipe
 
 A step of decoding reads the weights once, whatever the batch, and the keys and values of all that came before: its
 floor is these bytes over the bandwidth of a streaming read, which takes turns with the steps. Prompts and parameters
@@ -12,6 +13,7 @@ are random; decoding is greedy and never stops early.
 import dataclasses
 import functools
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +33,17 @@ from meshway.framework.partitioning.sharded_model import ShardedBatch, ShardedMo
 from meshway.framework.planning.flops import bytes_read, live_flops
 from meshway.framework.planning.hardware import StreamingRead, peak_flops
 from meshway.framework.telemetry.profiler import Compilations
+from meshway.framework.telemetry.timeline import process_began
 from meshway.framework.terminal import format_bytes, format_columns
-from meshway.launch.bench.rounds import format_mesh, peak_dtype, require_at_least, time_in_turn
+from meshway.launch.bench.decode_results import Found, Result
+from meshway.launch.bench.rounds import (
+    format_mesh,
+    peak_dtype,
+    require_at_least,
+    seconds_of,
+    speak_in_bursts,
+    time_in_turn,
+)
 
 if TYPE_CHECKING:
     from meshway.launch.invocation import Invocation
@@ -75,65 +86,6 @@ class Setting:
         if self.params_dtype not in (None, *PARAM_DTYPES):
             known = ", ".join(PARAM_DTYPES)
             raise UserError(f"{where}.params_dtype must be None or one of {known}, not {self.params_dtype!r}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What was found at one batch size; bytes are of all devices together, each counting what it holds.
-
-    Attributes:
-      batch_size: rows.
-      step: seconds a token of each row takes where the host asks for each and reads the one before, as a stream does.
-      on_device: the same for as many steps in one program.
-      prefill: seconds to read the prompts.
-      prefill_flops: matmul operations that takes, each attention in full.
-      weights: bytes of parameters that a step reads.
-      live: bytes of the cache that hold something, as the mean over the steps.
-      padded: bytes of the whole cache that a step reads.
-      temporary: bytes that a step needs on a device beside arguments and results.
-      bandwidth: bytes a second of the streaming read, the faster one.
-      peak: matmul peak, FLOP/s.
-      donated: whether a step gave the cache back in the same memory.
-    """
-
-    batch_size: int
-    step: float
-    on_device: float
-    prefill: float
-    prefill_flops: float
-    weights: float
-    live: float
-    padded: float
-    temporary: int
-    bandwidth: float
-    peak: float
-    donated: bool
-
-    @property
-    def host_gap(self) -> float:
-        """Seconds a step that the host adds."""
-        return self.step - self.on_device
-
-    @property
-    def floor(self) -> float:
-        """Seconds a step takes at least: weights and the live cache, read once."""
-        return (self.weights + self.live) / self.bandwidth
-
-    @property
-    def padded_floor(self) -> float:
-        """The same with the whole cache."""
-        return (self.weights + self.padded) / self.bandwidth
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """All results, and how many programs a job of mixed lengths compiled once each length had had a batch."""
-
-    results: list[Result]
-    compilations: int
-    mixed_lengths: list[int]
-    mesh: dict[str, int]
-    peak_source: str
 
 
 class _Decoding:
@@ -187,21 +139,31 @@ class _Decoding:
         return before == after and all(leaf.is_deleted() for leaf in given)
 
 
-def measure(sharded: ShardedModel, setting: Setting = Setting()) -> Found:
+def measure(sharded: ShardedModel, setting: Setting = Setting(), interleave: bool = False) -> Found | None:
     """Times prefill and steps of a model with random parameters and prompts, and prints what it found.
 
     Args:
       sharded: what decodes, on the mesh it is timed on.
       setting: what is timed.
+      interleave: speak the burst protocol on standard input and output instead (`rounds.speak_in_bursts`); a pass reads
+        the prompts and predicts `new_tokens` on the device, and a burst is `rounds` of them.
 
     Returns:
-      what was found.
+      what was found; None if it was another program that did the timing.
 
     Raises:
-      UserError: the model predicts no text, or it does not fit the layout.
+      UserError: the model predicts no text, it does not fit the layout, or there are several batch sizes to interleave.
     """
     decoding_model(sharded.model)  # raises for a model that predicts no text, before anything is made
+    if interleave and len(setting.batch_sizes) != 1:
+        raise UserError(
+            f"--interleave times one batch size, not {tuple(setting.batch_sizes)}: "
+            "add --gin.bench.decode.Setting.batch_sizes='(8,)'"
+        )
     sharded, params = _init_params(sharded, setting)
+    if interleave:
+        _serve(_Decoding(sharded, params, setting.batch_sizes[0], setting.prompt_length, setting.new_tokens), setting)
+        return None
     mesh, results, source = sharded.partitioner.mesh, [], ""
     stream, longest = StreamingRead(mesh), None
     for batch_size in setting.batch_sizes:
@@ -215,6 +177,20 @@ def measure(sharded: ShardedModel, setting: Setting = Setting()) -> Found:
     found = Found(results, compiled, lengths, dict(mesh.shape), source)
     print(format_table(found, setting))
     return found
+
+
+def _serve(decoding: _Decoding, setting: Setting) -> None:
+    (batch_size,), count = setting.batch_sizes, setting.new_tokens
+    decoding.begin([setting.prompt_length] * batch_size)
+    loop = decoding.steps.compile_loop(count)
+
+    def once() -> DecodeState:
+        return loop(decoding.params, decoding.prefill())
+
+    first = seconds_of(once)
+    started = round(time.time() - process_began(), 2)
+    info = {"first_step_done_s": started, "first_ms": round(first * 1e3, 1), "tokens": batch_size * count}
+    speak_in_bursts(lambda: [seconds_of(once) for _ in range(setting.rounds)], info)
 
 
 def _init_params(sharded: ShardedModel, setting: Setting) -> tuple[ShardedModel, Params]:

@@ -1,13 +1,14 @@
-"""What benchmarks share: passes timed in turn, so that other load on the machine affects all alike; the memory of
-this process; the text of a mesh."""
+"""What benchmarks share: passes timed in turn, so that other load on the machine affects all alike, in this process or
+beside other programs; the memory of this process; the text of a mesh."""
 
+import json
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 
@@ -54,6 +55,29 @@ def seconds_of(once: Callable[[], object]) -> float:
     begin = time.perf_counter()
     jax.block_until_ready(once())
     return time.perf_counter() - begin
+
+
+def speak_in_bursts(burst: Callable[[], list[float]], info: Mapping[str, Any]) -> None:
+    """Lets a driver run this program in turn with others: prints `READY {json}` once, then `BURST {json}` for each line
+    read from standard input, until it ends or a line is `quit`.
+
+    Args:
+      burst: runs some passes to their end; returns the seconds of each.
+      info: what READY says; `first_step_done_s`, the seconds from the command to the first finished pass, is in it.
+
+    A BURST has `wall`, seconds of each pass, and `cpu`, the mean seconds of processor time of one.
+    """
+    _say("READY", {**info, "first_done_s": info["first_step_done_s"], "peak_rss_mib": round(peak_mib())})
+    for line in sys.stdin:
+        if line.strip() == "quit":
+            break
+        begin = time.process_time()
+        seconds = burst()
+        _say("BURST", {"wall": seconds, "cpu": (time.process_time() - begin) / len(seconds)})
+
+
+def _say(tag: str, content: Mapping[str, Any]) -> None:
+    print(f"\n{tag} {json.dumps(content)}", flush=True)
 
 
 def peak_dtype(platform: str) -> str:

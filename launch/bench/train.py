@@ -6,11 +6,9 @@
 Nothing is read from a data set, and TensorFlow is not imported.
 """
 
-import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from meshway.framework.distributed import processes
@@ -19,7 +17,7 @@ from meshway.framework.telemetry.timeline import process_began
 from meshway.framework.terminal import format_columns
 from meshway.framework.training.program import TrainProgram
 from meshway.framework.training.step import TrainState
-from meshway.launch.bench.rounds import peak_dtype, peak_mib, seconds_of
+from meshway.launch.bench.rounds import peak_dtype, peak_mib, seconds_of, speak_in_bursts
 
 if TYPE_CHECKING:
     from meshway.launch.invocation import Invocation
@@ -72,7 +70,7 @@ def measure(program: TrainProgram, steps: int = 10, rounds: int = 5, interleave:
     }
     bench.once()
     if interleave:
-        _serve(lambda: [bench.once() for _ in range(steps)], info)
+        speak_in_bursts(lambda: [bench.once() for _ in range(steps)], info)
         return
     devices = program.partitioner.mesh.devices.flatten().tolist()
     times, peaks, source = [], [], ""
@@ -99,21 +97,6 @@ def _table(info: dict[str, Any], seconds: float, best: float, peak: float, sourc
         "TensorFlow imported": "yes" if info["tensorflow_imported"] else "no",
     }
     return "\n".join(format_columns(lines.items()))
-
-
-def _serve(burst: Callable[[], list[float]], info: dict[str, Any]) -> None:
-    """READY {json} once, then BURST {json} for each line read: a driver runs programs in turn this way."""
-    _say("READY", info | {"first_done_s": info["first_step_done_s"], "peak_rss_mib": round(peak_mib())})
-    for line in sys.stdin:
-        if line.strip() == "quit":
-            break
-        begin = time.process_time()
-        seconds = burst()
-        _say("BURST", {"wall": seconds, "cpu": (time.process_time() - begin) / len(seconds)})
-
-
-def _say(tag: str, content: dict[str, Any]) -> None:
-    print(f"\n{tag} {json.dumps(content)}", flush=True)
 
 
 def run(invocation: "Invocation") -> None:

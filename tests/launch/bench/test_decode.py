@@ -1,13 +1,16 @@
 """`meshway bench decode`: steps are timed beside memory, bytes are those of the model, and nothing is compiled late."""
 
 import dataclasses
+import io
+import json
 
 import pytest
 
 from meshway.framework.errors import UserError
 from meshway.launch import cli
 from meshway.launch.bench import decode
-from meshway.launch.bench.decode import Found, Result, Setting, format_table
+from meshway.launch.bench.decode import Setting, format_table
+from meshway.launch.bench.decode_results import Found, Result
 from meshway.launch.invocation import Invocation
 from meshway.launch.recipe import config
 
@@ -55,6 +58,23 @@ def test_a_language_model_is_measured(capsys, monkeypatch):
     assert lines[0] == "prompts of 4 tokens, then 4 new ones, on data=1"
     assert any(line.startswith("cache donated") and "yes" in line for line in lines)
     assert any("after warm-up" in line and " 0 programs, over 4 batches" in line for line in lines)
+
+
+def test_bursts_are_of_whole_predictions(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("go\n\nquit\ngo\n"))
+    options = ("NUM_LAYERS=1", "bench.decode.Setting.batch_sizes=(2,)", "bench.decode.Setting.rounds=3")
+    assert decode.measure(**arguments("bench_decode", *options, "bench.decode.measure.interleave=True")) is None
+    said = [line.split(" ", 1) for line in capsys.readouterr().out.splitlines() if line]
+    assert [tag for tag, _ in said] == ["READY", "BURST", "BURST"]
+    ready, *bursts = (json.loads(content) for _, content in said)
+    assert ready["tokens"] == 2 * 4 and ready["first_done_s"] > 0
+    assert all(len(burst["wall"]) == 3 and min(burst["wall"]) > 0 and burst["cpu"] >= 0 for burst in bursts)
+
+
+def test_bursts_are_of_one_batch_size():
+    options = ("NUM_LAYERS=1", "bench.decode.measure.interleave=True")
+    with pytest.raises(UserError, match=r"--interleave times one batch size, not \(1, 8\): add --gin"):
+        decode.measure(**arguments("bench_decode", *options))
 
 
 def bench_decode_read(mesh):
