@@ -49,6 +49,8 @@ setup(
         "grain>=0.2.18,<0.3",
         "array_record>=0.8.3,<0.9",
         "absl-py>=2,<3",
+        "clu>=0.0.12",
+        "filelock>=3.12",  # by which jax bounds its cache of programs
         "sentencepiece>=0.2,<0.3",
         "protobuf>=5.28,<8",
         "google-crc32c>=1.6,<2",
@@ -73,6 +75,8 @@ setup(
         "parquet": PARQUET,
         "serve": SERVE,
         "gcs": GCS,
+        "wandb": ["wandb>=0.22"],
+        "mlflow": ["mlflow-skinny>=3.5"],
         "test": [
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",

@@ -5,6 +5,7 @@ Those of data are in `data/source.py`, those of feature converters in `data/obje
 
 import dataclasses
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -138,12 +139,32 @@ class Extends(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """What a writer is told that has `begin(attempt)`: one start of a run, or of evaluations beside it.
+
+    Attributes:
+      directory: the run directory; it may be in a bucket.
+      start: the step that it resumes from, 0 where there is no checkpoint.
+      reported: the last step that earlier attempts have reported, -1 for none: later than `start` after a crash.
+      recipe: the resolved recipe, as gin text.
+      evaluation: whether these are evaluations of saved checkpoints, whose steps come in any order.
+    """
+
+    directory: Path
+    start: int
+    reported: int
+    recipe: str
+    evaluation: bool = False
+
+
 class Writer(Protocol):
     """Receives each report of a run: TensorBoard's, JSON lines', or one of a recipe (`train.train.loggers`).
 
     Made in every process, and called in process 0 alone: what it opens, it opens when it is first called. After a
     restart steps after the last checkpoint come again. A writer may also have `write_values(step, values)`, which gets
-    what metrics return besides numbers, as `task_metrics.plain_values` has it: texts, images, sounds, histograms.
+    what metrics return besides numbers, as `task_metrics.plain_values` has it: texts, images, sounds, histograms; and
+    `begin(attempt)`, which is called before the others, in process 0.
     """
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:

@@ -105,7 +105,16 @@ def _run(invocation: Invocation) -> int:
     with terminal.shown(terminal.Stages(silent=bool(invocation.process_id))):
         with terminal.stage(f"meshway {invocation.verb}: importing what it needs"):
             module = importlib.import_module(name)
+            if verb.keeps_programs:
+                _keep_programs()
         return module.run(invocation) or 0
+
+
+def _keep_programs() -> None:
+    from meshway.framework.partitioning import compilation_cache  # lazy: it imports jax
+
+    if note := compilation_cache.keep(os.environ):
+        print(note, file=sys.stderr)
 
 
 def _end_at_once() -> None:

@@ -18,6 +18,7 @@ from meshway.framework.errors import UserError
 from meshway.framework.files import local_path
 from meshway.framework.inference.predictor import Session, open_session
 from meshway.framework.inference.recipe_model import RecipeModel
+from meshway.framework.partitioning import compilation_cache
 from meshway.framework.telemetry.profiler import Compilations
 from meshway.launch.convert_in import ORIGIN
 from meshway.launch.infer import with_vocabularies
@@ -153,6 +154,8 @@ def serve(
             api = Api(model, scheduler, scorer, _metrics(scheduler, pool, compilations), facts, tokens, *limits)
             batches = [] if batch_dir is None else [Batches(local_path(batch_dir), api.answer, api.batch_endpoints)]
             app = api.app([route for each in batches for route in routes(each)])
+            if programs := compilation_cache.in_words():
+                _say(programs)
             _say(f"{model.name}, checkpoint {session.step}: {room.slots} slots of {model.max_length:,} tokens")
             ended_by = Server(api, app, scheduler, door.drain_seconds, _say, batches).run(listening)
     return 128 + ended_by if ended_by == signal.SIGINT else 0

@@ -30,7 +30,8 @@ from meshway.framework.evaluation.evaluation import Evaluation
 from meshway.framework.evaluation.records import Records
 from meshway.framework.evaluation.schedule import OWN, EvalDataset, EvaluationLog, Schedule, begin_hooks
 from meshway.framework.files import num_repeated, open_path
-from meshway.framework.interfaces import Writer
+from meshway.framework.interfaces import Attempt, Writer
+from meshway.framework.partitioning import compilation_cache
 from meshway.framework.planning.hardware import peak_flops
 from meshway.framework.report.page import write_report
 from meshway.framework.telemetry.reporter import Progress, Reporter
@@ -249,7 +250,10 @@ def _progress(periods: Periods, start: int, primary: bool) -> Progress:
 def _writers(directory: RunDirectory, start: int, resolved: str, loggers: Sequence[Writer]) -> Writers:
     board = TensorBoardWriter(directory.tensorboard, start)
     board.text("recipe", resolved, start)
-    return Writers([JsonlWriter(directory.metrics, start), board, *loggers])
+    lines, others = JsonlWriter(directory.metrics, start), Writers(loggers)
+    with terminal.stage("opening the loggers"):
+        others.begin(Attempt(directory.root, start, lines.reported, resolved))
+    return Writers([lines, board, *loggers])
 
 
 def _reporter(
@@ -265,6 +269,8 @@ def _reporter(
     with terminal.stage("finding the matmul peak"):
         peak, source = peak_flops(devices, "float32" if devices[0].platform == "cpu" else "bfloat16")
     progress.note(f"matmul peak {peak / 1e9:,.0f} GFLOP/s ({source})")
+    if programs := compilation_cache.in_words():
+        progress.note(programs)
     if step_memory := step.planned():
         progress.note(step_memory)
     devices = jax.local_devices()

@@ -53,6 +53,7 @@ class Verb:
     recipe: bool = True  # whether it takes one at all
     on_devices: bool = True
     slow: bool = True  # whether it takes seconds to start, and shows what it is doing
+    keeps_programs: bool = False  # whether what it compiles is kept for its next start; benchmarks compile anew
     macros: tuple[str, ...] = tuple(MACROS)  # those that the help lists
 
     def flags_for(self, subject: str | None) -> type:
@@ -69,11 +70,17 @@ class Verb:
 
 
 VERBS = {
-    "train": Verb("meshway.launch.train", "train a recipe, or go on from its last checkpoint", flags=TrainFlags),
+    "train": Verb(
+        "meshway.launch.train",
+        "train a recipe, or go on from its last checkpoint",
+        flags=TrainFlags,
+        keeps_programs=True,
+    ),
     "eval": Verb(
         "meshway.launch.evaluate",
         "evaluate checkpoints of a run: one, several, or each as it appears",
         flags=EvalFlags,
+        keeps_programs=True,
         instead="--model_dir",
         macros=("MODEL_DIR", "MIXTURE_OR_TASK_NAME", "TASK_FEATURE_LENGTHS", "BATCH_SIZE", "CACHE_DIR", "LAYOUT"),
     ),
@@ -81,6 +88,7 @@ VERBS = {
         "meshway.launch.infer",
         "predict or score an input with a run's checkpoint; killed and run again, it goes on",
         flags=InferFlags,
+        keeps_programs=True,
         instead="--model_dir",
         macros=("MODEL_DIR", "MIXTURE_OR_TASK_NAME", "TASK_FEATURE_LENGTHS", "CACHE_DIR", "LAYOUT"),
     ),
@@ -88,6 +96,7 @@ VERBS = {
         "meshway.launch.export",
         "write predict and score of a run's checkpoint as StableHLO programs, which run without meshway",
         flags=ExportFlags,
+        keeps_programs=True,
         instead="--model_dir",
         macros=("MODEL_DIR", "TASK_FEATURE_LENGTHS", "LAYOUT"),
     ),
@@ -95,6 +104,7 @@ VERBS = {
         "meshway.launch.serve",
         "serve a run's checkpoint over HTTP, as OpenAI's clients speak it",
         flags=ServeFlags,
+        keeps_programs=True,
         instead="--model_dir",
         macros=("MODEL_DIR", "TASK_FEATURE_LENGTHS", "LAYOUT"),
     ),

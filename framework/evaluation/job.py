@@ -13,7 +13,7 @@ from meshway.framework.errors import UserError
 from meshway.framework.evaluation.evaluation import Evaluator, TaskResult
 from meshway.framework.evaluation.records import Records, StepQueue, complete_steps
 from meshway.framework.evaluation.schedule import collected
-from meshway.framework.interfaces import Params, Writer
+from meshway.framework.interfaces import Attempt, Params, Writer
 from meshway.framework.progress import Bar, Display, Screen, seconds_left
 from meshway.framework.report.page import is_of_router, write_report
 from meshway.framework.telemetry.writers import TensorBoardWriter, Writers
@@ -131,7 +131,7 @@ class EvaluationJob:
         self._records, self._fingerprint, self._split = records, fingerprint, split
         self._display, self._skip_removed = display, skip_removed
         self._primary, self._averaged = processes.is_primary(), averaged
-        self._loggers = Writers(loggers)
+        self._loggers, self._begun = Writers(loggers), False
         self._checkpoints: Checkpoints | None = None
         self._failures: list[str] = []
         self._noted: list[str] = []
@@ -221,6 +221,9 @@ class EvaluationJob:
         results = self._evaluator.results(params, self._display.observe)
         found = collected((self._split, self._shown(step, result)) for result in results)
         if self._primary:
+            if not self._begun:  # not where there is nothing to evaluate
+                self._loggers.begin(Attempt(self._directory.root, 0, -1, self._directory.config(), evaluation=True))
+            self._begun = True
             self._records.add(step, found.reports, self._fingerprint)
             # A file of its own a step, whole: TensorBoard, which reads one file after the other, misses none.
             writer = TensorBoardWriter(self._directory.tensorboard / "eval", start_step=None)

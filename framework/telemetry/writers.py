@@ -16,7 +16,7 @@ from meshway.framework.errors import UserError
 from meshway.framework.files import in_bucket, io_errors, open_path, open_to_append, replace_file
 
 if TYPE_CHECKING:
-    from meshway.framework.interfaces import Writer
+    from meshway.framework.interfaces import Attempt, Writer
 
 
 class JsonlWriter:
@@ -31,6 +31,7 @@ class JsonlWriter:
 
     Attributes:
       last_step: the step of the last line, None while there is none.
+      reported: the last step that was there when it was opened, before lines were removed; -1 for none.
     """
 
     def __init__(self, path: str | os.PathLike[str], start_step: int = 0) -> None:
@@ -46,7 +47,7 @@ class JsonlWriter:
         """
         self._path = open_path(os.fspath(path))
         with io_errors(self._path):
-            self.last_step = _keep_up_to(self._path, start_step)
+            self.last_step, self.reported = _keep_up_to(self._path, start_step)
             # Unbuffered: after a failed write, a buffer would be written again at close.
             self._file = open_to_append(self._path)
 
@@ -176,6 +177,12 @@ class Writers:
     def __init__(self, writers: "Sequence[Writer]") -> None:
         self._writers = list(writers)
 
+    def begin(self, attempt: "Attempt") -> None:
+        """Tells the writers that want to know it what they will write of."""
+        for writer in self._writers:
+            if hasattr(writer, "begin"):
+                writer.begin(attempt)
+
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         for writer in self._writers:
             writer.write(step, scalars)
@@ -259,28 +266,30 @@ def strict(record: Mapping[str, Any]) -> dict[str, Any]:
     return values | ({"nonfinite": nonfinite} if nonfinite else {})
 
 
-def _keep_up_to(path: Path, start_step: int) -> int | None:
-    """Removes from the file what a run resuming at `start_step` writes again; returns the last step kept."""
+def _keep_up_to(path: Path, start_step: int) -> tuple[int | None, int]:
+    """Removes from the file what a run resuming at `start_step` writes again; returns the last step kept, and the last
+    that was there, -1 for none."""
     if not path.exists():
-        return None
+        return None, -1
     before = path.read_bytes()
     lines = before.split(b"\n")
     steps = [_step_of(line) for line in lines]
     while steps and steps[-1] is None:  # the empty piece after the last newline, or an incomplete line
         steps.pop()
-    last, kept = None, 0
+    last, kept, previous = None, 0, -1
     for number, step in enumerate(steps, 1):
-        if step is None or (last is not None and step <= last):
+        if step is None or step <= previous:
             raise UserError(
                 f"{path}, line {number}: not a report of a later step than the line before. Only meshway "
                 "writes this file: repair the line, or move the file away to continue without the earlier reports"
             )
+        previous = step
         if start_step and step <= start_step:
             last, kept = step, number
     after = b"".join(line + b"\n" for line in lines[:kept])
     if after != before:
         replace_file(path, after)
-    return last
+    return last, previous
 
 
 def _step_of(line: bytes) -> int | None:

@@ -213,6 +213,12 @@ class RunDirectory:
         self._write("model_info.txt", f"{summary}\n\n{format_rows(rows)}\n")
         self._write("layout.json", json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
 
+    def config(self) -> str:
+        """Returns the resolved recipe of the run's last attempt; "" where there is none."""
+        path = self.root / "config.gin"
+        with io_errors(path):
+            return path.read_text("utf-8") if path.exists() else ""
+
     def _write(self, name: str, text: str) -> None:
         with io_errors(self.root / name):
             replace_file(self.root / name, text.encode())

@@ -1,0 +1,122 @@
+"""Compiled programs kept on disk between starts, by jax's persistent cache: where, how much, and what it spared."""
+
+import hashlib
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+
+from meshway.framework.errors import UserError
+from meshway.framework.files import in_bucket, open_path
+
+VARIABLE = "MESHWAY_COMPILATION_CACHE"
+MAX_BYTES = 2 * 2**30  # of a local folder; the least recently used programs go first
+_HIT = "/jax/compilation_cache/cache_hits"
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+class KeptPrograms:
+    """Counts, from now on, the programs of this process.
+
+    Attributes:
+      folder: where they are kept, "" for nowhere.
+      programs: all that were compiled or read.
+      read: those that were read from there, and not compiled.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder, self.programs, self.read = folder, 0, 0
+        jax.monitoring.register_event_duration_secs_listener(self._on_duration)
+        jax.monitoring.register_event_listener(self._on_event)
+
+    def __str__(self) -> str:
+        if not self.folder:
+            return ""
+        compiled = f"{self.programs - self.read:,} programs compiled, {self.read:,} read from {self.folder}"
+        return f"{compiled} ({VARIABLE}= keeps none)"
+
+    def _on_duration(self, event: str, duration_secs: float, **_: object) -> None:
+        self.programs += event == _COMPILED
+
+    def _on_event(self, event: str, **_: object) -> None:
+        self.read += event == _HIT
+
+
+_kept: KeptPrograms | None = None
+
+
+def keep(environment: Mapping[str, str]) -> str:
+    """Lets jax keep programs between starts, for all that this process compiles from now on. Returns a note for people
+    where that cannot be, "" where it can.
+
+    MESHWAY_COMPILATION_CACHE names the folder, local or in a bucket; set to nothing it keeps none. Without it, what jax
+    itself is told (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE) is left as it is, and else programs are in
+    `meshway/programs` of the user's cache directory.
+
+    Programs for CPUs are made for one kind of CPU, which jax's keys do not tell apart: each kind has its own folder.
+
+    Raises:
+      UserError: the folder that was asked for cannot be written.
+    """
+    global _kept
+    asked = environment.get(VARIABLE)
+    if asked == "":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return ""
+    if asked is None and (jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache):
+        _kept = _kept or KeptPrograms(jax.config.jax_compilation_cache_dir or "")
+        return ""
+    folder = open_path(asked or _default(environment)) / _kind_of_cpu()
+    if problem := _why_not(folder):
+        if asked is not None:
+            raise UserError(f"{VARIABLE}={asked} cannot be written: {problem}; give another folder, or nothing")
+        return (
+            f"compiled programs are not kept: {folder} cannot be written ({problem}); {VARIABLE}=FOLDER names another"
+        )
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", -1 if in_bucket(folder) else MAX_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs take seconds too
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    _kept = _kept or KeptPrograms("")
+    _kept.folder = str(folder)
+    return ""
+
+
+def in_words() -> str:
+    """Returns how many programs this process has compiled, and read from where; "" where none are kept."""
+    return str(_kept or "")
+
+
+def _default(environment: Mapping[str, str]) -> str:
+    if own := environment.get("MESHWAY_CACHE_DIR"):
+        return os.path.join(own, "programs")
+    base = environment.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    return os.path.join(base, "meshway", "programs")
+
+
+def _kind_of_cpu() -> str:
+    """Returns a name for what this CPU can do: programs of another kind may hold instructions that it lacks."""
+    facts = platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        facts += next((line for line in lines if line.startswith(("flags", "Features"))), "")
+        facts += next((line for line in lines if line.startswith("model name")), "")
+    except OSError:
+        facts += platform.processor()
+    return f"{platform.machine()}-{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
+
+
+def _why_not(folder: Path) -> str:
+    """Returns why a folder cannot be written; "" where it can. A bucket is asked by the first program."""
+    if in_bucket(folder):
+        return ""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return error.strerror or str(error)
