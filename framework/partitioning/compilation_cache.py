@@ -1,11 +1,15 @@
 """Compiled programs kept on disk between starts, by jax's persistent cache: where, how much, and what it spared."""
 
 import hashlib
+import importlib.util
 import os
 import platform
 import tempfile
+import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -14,6 +18,7 @@ from meshway.framework.files import in_bucket, open_path
 
 VARIABLE = "MESHWAY_COMPILATION_CACHE"
 MAX_BYTES = 2 * 2**30  # of a local folder; the least recently used programs go first
+_ZSTANDARD = b"\x28\xb5\x2f\xfd"  # how what it compressed begins
 _HIT = "/jax/compilation_cache/cache_hits"
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -66,8 +71,9 @@ def keep(environment: Mapping[str, str]) -> str:
     if asked == "":
         jax.config.update("jax_enable_compilation_cache", False)
         return ""
-    if asked is None and (jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache):
-        _kept = _kept or KeptPrograms(jax.config.jax_compilation_cache_dir or "")
+    config: Any = jax.config  # its settings are not in its type
+    if asked is None and (config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache):
+        _kept = _kept or KeptPrograms(config.jax_compilation_cache_dir or "")
         return ""
     folder = open_path(asked or _default(environment)) / _kind_of_cpu()
     if problem := _why_not(folder):
@@ -76,6 +82,8 @@ def keep(environment: Mapping[str, str]) -> str:
         return (
             f"compiled programs are not kept: {folder} cannot be written ({problem}); {VARIABLE}=FOLDER names another"
         )
+    if not in_bucket(folder):
+        _remove_damaged(folder)
     jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", -1 if in_bucket(folder) else MAX_BYTES)
@@ -108,6 +116,30 @@ def _kind_of_cpu() -> str:
     except OSError:
         facts += platform.processor()
     return f"{platform.machine()}-{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
+
+
+def _remove_damaged(folder: Path) -> None:
+    """Removes programs that a killed process has written in part: jax would warn of each at every start, and keep it.
+    Each is looked at once, at the first start after it was written."""
+    checked = folder / "checked"
+    with suppress(OSError):  # another process removes programs too
+        since = checked.stat().st_mtime - 60 if checked.exists() else 0.0
+        checked.touch()
+        for path in folder.glob("*-cache"):
+            if path.stat().st_mtime >= since and not _is_whole(path.read_bytes()):
+                path.unlink()
+
+
+def _is_whole(content: bytes) -> bool:
+    """Whether a program can be read: jax writes them by zlib, or by zstandard where that is installed."""
+    try:
+        if not content.startswith(_ZSTANDARD):
+            zlib.decompress(content)
+        elif importlib.util.find_spec("zstandard"):
+            importlib.import_module("zstandard").ZstdDecompressor().decompress(content)
+    except Exception:  # what zstandard raises is known by its module alone
+        return False
+    return True
 
 
 def _why_not(folder: Path) -> str:

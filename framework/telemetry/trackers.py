@@ -6,128 +6,27 @@
 A run that resumes goes on in the same run of theirs, whose id `MODEL_DIR/trackers.json` has, and gives no step twice.
 """
 
-import ast
 import base64
-import hashlib
 import importlib
-import importlib.util
 import inspect
 import io
-import json
 import os
 import re
-import sys
+import struct
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from meshway.framework.errors import UserError
-from meshway.framework.files import in_bucket, io_errors, replace_file
+from meshway.framework.files import in_bucket
 from meshway.framework.interfaces import Attempt
+from meshway.framework.telemetry.tracker import Tracker, Values, hyperparameters
 
-Values = Mapping[str, Mapping[str, Any]]
-_STATE = "trackers.json"
 _FILE_STORE = "MLFLOW_ALLOW_FILE_STORE"  # MLflow refuses folders unless this says that they are meant
-
-
-class Tracker:
-    """What trackers share: which steps are still to be given, and the id of their run.
-
-    Values besides numbers wait for the report of their step: steps never fall. What is refused once training has begun,
-    because a server is down, is said once, kept, and given again with the next report: training goes on.
-    """
-
-    kind = ""
-    extra = ""  # of setup.py; "" where nothing more needs to be installed
-    module = ""
-
-    def __init__(self) -> None:
-        if importlib.util.find_spec(self.module.partition(".")[0]) is None:
-            raise UserError(
-                f"{type(self).__name__} needs the package {self.module}: pip install 'meshway[{self.extra}]', or leave "
-                "it out of `loggers`"
-            )
-        self._after, self._values, self._open = -1, dict[int, Values](), False
-        self._waiting: list[tuple[int, Mapping[str, float], Values]] = []
-        self._warned = False
-
-    def begin(self, attempt: Attempt) -> None:
-        """Opens the run, or goes on with the one of earlier attempts; called once, before anything is written.
-
-        Raises:
-          UserError: it refuses; the message has its own words.
-        """
-        key = f"{self.kind}-evaluations" if attempt.evaluation else self.kind
-        state = _read(attempt.directory / _STATE)
-        recipe = hashlib.sha256(attempt.recipe.encode()).hexdigest()[:16]
-        before = state.get(key, {})
-        # An attempt without a checkpoint begins at 0; under another recipe it is another run.
-        known = before if attempt.start or attempt.evaluation or before.get("recipe") == recipe else {}
-        reported = max(known.get("reported", -1), attempt.reported) if known else -1
-        self._after = -1 if attempt.evaluation else reported
-        with _explained(type(self).__name__):
-            run_id = self._begin(attempt, known.get("id"))
-        self._open = True
-        entry = {"id": run_id, "recipe": recipe, "reported": reported}
-        path = attempt.directory / _STATE
-        with io_errors(path):
-            replace_file(path, json.dumps(_read(path) | {key: entry}, indent=1).encode() + b"\n")
-
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Gives the scalars of a step, with the values that wait for it."""
-        for earlier in sorted(at for at in self._values if at < step):
-            self._give(earlier, {}, self._values.pop(earlier))
-        self._give(step, scalars, self._values.pop(step, {}))
-
-    def write_values(self, step: int, values: Values) -> None:
-        """Keeps texts, images, sounds and histograms until the report of their step."""
-        self._values[step] = {**self._values.get(step, {}), **values}
-
-    def close(self) -> None:
-        """Gives what waits and ends this attempt at the run; says how many reports could not be given."""
-        if not self._open:
-            return
-        for step in sorted(self._values):
-            self._give(step, {}, self._values.pop(step))
-        self._open = False
-        try:
-            self._end()
-        except Exception as error:
-            self._warn(f"it could not be closed: {_said(error)}")
-        if self._waiting:
-            steps = f"steps {self._waiting[0][0]} to {self._waiting[-1][0]}"
-            self._warn(f"{len(self._waiting)} reports, {steps}, were not taken; metrics.jsonl has them")
-
-    def _give(self, step: int, scalars: Mapping[str, float], values: Values) -> None:
-        if step <= self._after or not self._open:
-            return
-        self._waiting.append((step, scalars, values))
-        try:
-            while self._waiting:
-                self._log(*self._waiting[0])
-                del self._waiting[0]
-        except Exception as error:
-            if not self._warned:
-                self._warn(f"{_said(error)}; reports are kept and given later")
-            self._warned = True
-
-    def _warn(self, text: str) -> None:
-        print(f"{type(self).__name__}: {text}", file=sys.stderr, flush=True)
-
-    def _begin(self, attempt: Attempt, run_id: str | None) -> str:
-        """Opens the run of this id, or a new one; returns its id."""
-        raise NotImplementedError
-
-    def _log(self, step: int, scalars: Mapping[str, float], values: Values) -> None:
-        raise NotImplementedError
-
-    def _end(self) -> None:
-        raise NotImplementedError
 
 
 class WeightsAndBiases(Tracker):
@@ -159,7 +58,8 @@ class WeightsAndBiases(Tracker):
         if mode not in (None, "online", "offline", "disabled"):
             raise UserError(f"WeightsAndBiases.mode = {mode!r}: it is 'online' or 'offline', or 'disabled'")
         self._named = {"project": project, "entity": entity, "group": group}
-        self._name, self._mode, self._folder, self._run = name, mode, folder, None
+        self._name, self._mode, self._folder = name, mode, folder
+        self._run: Any = None
         self._unordered = False
 
     def _begin(self, attempt: Attempt, run_id: str | None) -> str:
@@ -188,13 +88,21 @@ class WeightsAndBiases(Tracker):
             self._run.define_metric("*", step_metric="step")
         return run_id
 
+    def _last_step(self, attempt: Attempt) -> int | None:
+        """Returns what the service says; offline, what files hold: W&B writes them from time to time, and a killed
+        process leaves out the last seconds."""
+        if self._run.settings._offline:
+            files = Path(self._run.settings.wandb_dir).glob(f"offline-run-*/run-{self._run.id}.wandb")
+            return max((step for file in files for step in _steps_in(file)), default=-1)
+        return self._run.starting_step - 1
+
     def _log(self, step: int, scalars: Mapping[str, float], values: Values) -> None:
         content: dict[str, Any] = dict(scalars) | {name: self._media(value) for name, value in values.items()}
         content = {name: value for name, value in content.items() if value is not None}
         if self._unordered:
-            self._run.log(content | {"step": step})  # type: ignore[attr-defined]
+            self._run.log(content | {"step": step})
         else:
-            self._run.log(content, step=step)  # type: ignore[attr-defined]
+            self._run.log(content, step=step)
 
     def _media(self, value: Mapping[str, Any]) -> Any:
         """Returns a value as W&B shows it; None for tensors of plugins, which it does not."""
@@ -209,7 +117,7 @@ class WeightsAndBiases(Tracker):
         return None
 
     def _end(self) -> None:
-        self._run.finish()  # type: ignore[attr-defined]
+        self._run.finish()
         self._run = None
 
 
@@ -301,7 +209,8 @@ class Clu(Tracker):
         super().__init__()
         if isinstance(writer, str) and "." not in writer:
             raise UserError(f"Clu.writer = {writer!r}: write it with its module, as clu.metric_writers.SummaryWriter")
-        self._make, self._writer = writer, None
+        self._make = writer
+        self._writer: Any = None
 
     def _begin(self, attempt: Attempt, run_id: str | None) -> str:
         make = self._make
@@ -323,7 +232,7 @@ class Clu(Tracker):
         return "clu"
 
     def _log(self, step: int, scalars: Mapping[str, float], values: Values) -> None:
-        writer: Any = self._writer
+        writer = self._writer
         if scalars:
             writer.write_scalars(step, dict(scalars))
         texts = {name: value["text"] for name, value in values.items() if value["kind"] == "text"}
@@ -335,20 +244,7 @@ class Clu(Tracker):
         writer.flush()
 
     def _end(self) -> None:
-        self._writer.close()  # type: ignore[attr-defined]
-
-
-def hyperparameters(recipe: str) -> dict[str, Any]:
-    """Returns the macros and bindings of a resolved recipe: numbers, texts and truths as such, the rest as written."""
-    found: dict[str, Any] = {}
-    for line in re.sub(r"\\\n\s*", "", recipe).splitlines():
-        if match := re.match(r"([A-Za-z_][\w./]*) = (.+)$", line):
-            value: Any = match[2]
-            with suppress(ValueError, SyntaxError):
-                literal = ast.literal_eval(match[2])
-                value = literal if isinstance(literal, (str, int, float, bool)) else match[2]
-            found[match[1]] = value
-    return found
+        self._writer.close()
 
 
 def images(value: Mapping[str, Any]) -> list[np.ndarray]:
@@ -360,28 +256,26 @@ def images(value: Mapping[str, Any]) -> list[np.ndarray]:
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(each))).convert("RGB")) for each in value["png"]]
 
 
-@contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Turns what a library raises into one message: the network, a key, a run that was removed."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from error
-    except Exception as error:
-        raise UserError(f"{name} refused: {_said(error)}; mend it, or leave it out of `loggers`") from error
+def _steps_in(path: Path) -> Iterator[int]:
+    """Gives the steps of a transaction log of W&B's: 7 bytes, then records in LevelDB's log format, in blocks of 32 KiB
+    (checksum, length and kind, content), each a protocol buffer; the last may be cut off."""
+    from wandb.proto import wandb_internal_pb2
 
-
-def _said(error: Exception) -> str:
-    return str(error).strip() or type(error).__name__
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}; remove it to report to new runs") from error
+    data, at, content = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        size, kind = struct.unpack_from("<HB", data, at + 4)
+        if at + 7 + size > len(data):
+            return
+        content += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            record = wandb_internal_pb2.Record.FromString(content)
+            if record.WhichOneof("record_type") == "history":
+                yield record.history.step.num
+            content = b""
 
 
 def _mlflow_name(name: str) -> str:

@@ -120,6 +120,19 @@ def test_devices_that_share_a_batch_exchange_nothing_but_whether_all_are_done(fa
     assert re.findall(rf"= (\S+) ({kinds})(?:-start)?\(", text) == [("pred[]", "all-reduce")]
 
 
+def test_a_loop_has_the_encoder_s_cache_as_attention_reads_it():
+    """XLA moves a swap of axes into the loop if it may, and then copies the whole cache in each step."""
+    made = program("t5_1_1", "NUM_HEADS=2", "HEAD_DIM=8", layout="single")
+    sharded = made.sharded.by_layer()
+    with made.partitioner.activate():
+        batch = made.shard_batch(made.synthetic_batch())
+        compiled = jax.jit(decoding(made, DECODERS["greedy"])).lower(sharded.param_shapes, batch).compile()
+    (carried,) = re.findall(r" = \((.*)\) while\(", compiled.as_text())
+    rows, length = batch["encoder_input_tokens"].shape
+    assert len(re.findall(rf"f32\[{rows},2,{length},8\]", carried)) == 2  # keys and values of one layer
+    assert not re.findall(rf"f32\[{rows},{length},2,8\]", carried)
+
+
 @functools.cache
 def decoded_alone(family, name, deep):
     made = program(family, *(FOUR_LAYERS[family] if deep else ()))

@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import zlib
 
 import jax
 import pytest
@@ -60,8 +61,22 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path, settings):
     ):
         compilation_cache.keep({"MESHWAY_COMPILATION_CACHE": str(tmp_path / "file")})
     note = compilation_cache.keep({"XDG_CACHE_HOME": str(tmp_path / "file")})
-    assert re.fullmatch(r"programs are not kept: .*/file/meshway/programs/\S+ cannot be written \(.*\); MESH.*", note)
+    assert re.fullmatch(
+        r"compiled programs are not kept: .*/file/meshway/programs/\S+ cannot be written \(.*\); MESH.*", note
+    )
     assert settings()["jax_compilation_cache_dir"] is None and compilation_cache.in_words() == ""
+
+
+def test_what_a_killed_process_wrote_in_part_is_removed(tmp_path, settings):
+    compilation_cache.keep({"MESHWAY_COMPILATION_CACHE": str(tmp_path)})
+    (folder,) = tmp_path.iterdir()
+    whole = zlib.compress(bytes(range(256)) * 9)
+    for name, content in {"whole": whole, "cut": whole[:-5], "empty": b"", "zstandard": b"\x28\xb5\x2f\xfd"}.items():
+        (folder / f"{name}-cache").write_bytes(content)
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.keep({"MESHWAY_COMPILATION_CACHE": str(tmp_path)})
+    kept = {path.name for path in folder.glob("*-cache")}
+    assert kept - {"zstandard-cache"} == {"whole-cache"}  # the last stays where nothing here could read it
 
 
 @pytest.mark.slow

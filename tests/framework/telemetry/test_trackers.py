@@ -12,13 +12,13 @@ from PIL import Image
 
 from meshway.framework.errors import UserError
 from meshway.framework.interfaces import Attempt
-from meshway.framework.telemetry import trackers
+from meshway.framework.telemetry import tracker, trackers
 from meshway.framework.telemetry.writers import JsonlWriter, Writers
 
 RECIPE = "SEED = 3\nMODEL_DIR = 'runs/one'\nadam.rate = 0.5\nWIDTHS = \\\n    (1, 2)\nMODEL = @t5.T5()\n"
 
 
-class Kept(trackers.Tracker):
+class Kept(tracker.Tracker):
     """Keeps in lists what a service would show."""
 
     kind, module = "kept", "json"
@@ -99,7 +99,7 @@ def test_a_service_that_is_down_stops_no_training_and_gets_all_later(tmp_path, c
 
 def test_hyperparameters_are_the_recipe_s():
     expected = {"SEED": 3, "MODEL_DIR": "runs/one", "adam.rate": 0.5, "WIDTHS": "(1, 2)", "MODEL": "@t5.T5()"}
-    assert trackers.hyperparameters(RECIPE) == expected
+    assert tracker.hyperparameters(RECIPE) == expected
 
 
 class Written:
