@@ -63,7 +63,7 @@ class Flag:
         """Gives the flag to a parser, or to a group of one; left out, it leaves no value."""
         takes: dict[str, Any] = {"action": "store_true"}
         if self.value:
-            takes = {"metavar": self.value, "type": self._reader()}
+            takes = {"metavar": self.value, "type": self._reader(), "action": _Once}
         if typing.get_origin(self.kind) is tuple:
             takes["action"] = "append"
         parser.add_argument(self.name, dest=self.field, default=argparse.SUPPRESS, help=self.help, **takes)
@@ -75,6 +75,18 @@ class Flag:
             return functools.partial(one_of, typing.get_args(self.kind))
         several = typing.get_origin(self.kind) is tuple  # texts, of which one may be empty: whoever takes them checks
         return self.reads or (str if several else some_text)
+
+
+class _Once(argparse.Action):
+    """Takes one value: another one for the same flag would be lost."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        before = getattr(namespace, self.dest, values)
+        if before != values:
+            parser.error(f"{option} takes one value, and is given two: {before} and {values}")
+        setattr(namespace, self.dest, values)
 
 
 def flag(

@@ -81,6 +81,14 @@ def test_a_switch_is_a_binding():
         (["infer", "--model_dir=a", "--beams=0"], "argument --beams: '0' is not a whole number of at least 1"),
         (["infer", "--model_dir=a", "--top_p=nan"], "argument --top_p: 'nan' is not a number above 0"),
         (["bench", "data", "--gin_file=a", "--batches=0"], "argument --batches: '0' is not a whole number of at least"),
+        (
+            ["serve", "--model_dir=a", "--model_dir=b"],
+            "--model_dir takes one value, and is given two: a and b (see meshway serve --help)",
+        ),
+        (
+            ["infer", "--model_dir=a", "--batch_size=1", "--batch_size=2"],
+            "--batch_size takes one value, and is given two",
+        ),
         (["inspect", "--gin_file=a", "--dry_run"], "unknown flag --dry_run"),
         (["bench", "--gin_file=a"], "the following arguments are required: subject"),
         (["bench", "plan", "--gin_file=a"], "--gin_file is a flag of"),
