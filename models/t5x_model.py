@@ -1,5 +1,6 @@
 """Models written for T5X as models of ours: their losses and parameters, under our step, rules and checkpoints."""
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -66,7 +67,7 @@ class T5XModel(Variables):
         weight = jnp.sum(batch["decoder_loss_weights"])
         if isinstance(metrics, tuple):  # (weight, metrics), as T5X once had it
             weight, metrics = metrics
-        sums = {name: pair for name, pair in _as_sums(metrics).items() if name != "loss"}
+        sums = {name: pair for name, pair in as_sums(metrics).items() if name != "loss"}
         return (loss * weight if self._mean else loss).astype(jnp.float32), weight, sums
 
     def score(self, params: dict[str, Any], batch: Batch) -> jax.Array:
@@ -106,16 +107,28 @@ class T5XTransformer(RowDecoding, T5XModel):
         return (*super()._needs(), "_compute_logits")
 
 
-def _as_sums(metrics: Mapping[str, Any]) -> Metrics:
-    """Returns metrics as (sum, weight): numbers, such pairs, and clu's or T5X's metrics that hold a total."""
+def as_sums(metrics: Any) -> Metrics:
+    """Returns metrics as (sum, weight): numbers, such pairs, and clu's or T5X's metrics that are sums over counts, in a
+    mapping or in a collection of clu's.
+
+    Raises:
+      ValueError: one is no mean of a sum, as clu's Std; it would be reported as one.
+    """
+    if not isinstance(metrics, Mapping):  # a `clu.metrics.Collection`
+        metrics = {name: metric for name, metric in vars(metrics).items() if not name.startswith("_")}
     found: Metrics = {}
     for name, metric in metrics.items():
+        fields = {field.name for field in dataclasses.fields(metric)} if dataclasses.is_dataclass(metric) else set()
         if isinstance(metric, tuple) and len(metric) == 2:
             found[name] = metric
         elif isinstance(metric, (jax.Array, float, int)):
             found[name] = jnp.asarray(metric, jnp.float32), jnp.ones((), jnp.float32)
-        elif hasattr(metric, "total"):
+        elif "total" in fields <= {"total", "count", "steps"}:
             weight = getattr(metric, "count", None)
             found[name] = jnp.asarray(metric.total), jnp.asarray(1.0 if weight is None else weight, jnp.float32)
-        # What is left counts time (TimeRate, StepsPerTime), which reports do by themselves.
+        elif "duration" not in fields:  # time (TimeRate, StepsPerTime) is in reports already
+            raise ValueError(
+                f"metric {name!r} is a {type(metric).__name__}, which is no sum over a count: return (sum, weight) for "
+                "it, or an Average of clu.metrics"
+            )
     return found

@@ -1,10 +1,12 @@
 """A user's own flax.linen module, and a model written for T5X, train as their own loops would, on any layout."""
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from clu import metrics as clu
 from flax import linen as nn
 from flax.core import meta
 from tiny import greedy, loaded
@@ -17,7 +19,7 @@ from meshway.framework.partitioning.partitioner import Layout
 from meshway.framework.planning.comparison import setting_of
 from meshway.framework.training.program import TrainProgram
 from meshway.models.linen import Linen, LinenClassifier
-from meshway.models.t5x_model import T5XModel, T5XTransformer
+from meshway.models.t5x_model import T5XModel, T5XTransformer, as_sums
 
 LENGTHS = {"targets": 12}
 VOCAB = 32
@@ -148,6 +150,25 @@ def test_what_a_model_of_t5x_says_is_reported_and_scored():
 
 
 @pytest.mark.slow
+def test_metrics_of_clu_are_sums_over_counts_or_refused():
+    values, mask = np.array([1.0, 2.0, 6.0]), np.array([1, 1, 0])
+    mean = clu.Average.from_model_output(values, mask=mask)
+
+    @flax.struct.dataclass
+    class Both(clu.Collection):
+        mean: clu.Average
+        largest: clu.LastValue
+
+    both = Both(mean=mean, largest=clu.LastValue.from_model_output(np.float32(6)), _reduction_counter=None)
+    for given in ({"mean": mean, "rows": 3, "pair": (jnp.ones(()), jnp.ones(()))}, both):
+        found = as_sums(given)
+        assert float(found["mean"][0] / found["mean"][1]) == float(mean.compute()) == 1.5
+    assert float(found["largest"][0] / found["largest"][1]) == 6
+    for metric in (clu.Std.from_model_output(values), clu.CollectingMetric({"a": values})):
+        with pytest.raises(ValueError, match=f"metric 'x' is a {type(metric).__name__}, which is no sum over a count"):
+            as_sums({"x": metric})
+
+
 @pytest.mark.parametrize("style", ["Boxed", "T5XStyle"])
 def test_predictions_recompute_rows(style):
     """Greedy decoding from prompts of different lengths finds what the module itself says after each prefix."""
