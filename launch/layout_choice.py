@@ -102,6 +102,7 @@ class Choice:
 Refusal = Callable[[Candidate], str]  # why a model does not run under a candidate, "" where it does
 Flags = Mapping[str, str]  # of a verb, by what they change: weights, batch, topology; with {} for the value
 INFER_FLAGS = {"weights": "--weights=int8", "batch": "--batch_size={}", "topology": "{}"}
+SERVE_FLAGS = INFER_FLAGS | {"batch": "--slots={}"}
 
 
 def choose(model: Transformer, where: Topology, request: Request, refusal: Refusal, flags: Flags) -> Choice:
@@ -261,7 +262,8 @@ def with_layout(
         ) from error
     read, request = reader(invocation, "infer.opened"), _request(opened, work)
     refusal = refusal_of(opened.model, read, devices, work)
-    choice = choose(sizes, where, request, refusal, INFER_FLAGS)
+    flags = SERVE_FLAGS if invocation.verb == "serve" else INFER_FLAGS
+    choice = choose(sizes, where, request, refusal, flags)
     for line in lines(choice):
         say(line)
     # Every process has counted; free memory, by which simulated devices are, may differ from machine to machine.

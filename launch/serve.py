@@ -18,8 +18,10 @@ from meshway.framework.errors import UserError
 from meshway.framework.files import local_path
 from meshway.framework.inference.predictor import Session, open_session
 from meshway.framework.inference.recipe_model import RecipeModel
+from meshway.framework.inference.sampling import Sampling
 from meshway.framework.partitioning import compilation_cache
 from meshway.framework.telemetry.profiler import Compilations
+from meshway.launch import layout_choice
 from meshway.launch.convert_in import ORIGIN
 from meshway.launch.infer import with_vocabularies
 
@@ -238,7 +240,8 @@ def run(invocation: "Invocation") -> int:
     from meshway.launch.recipe import config, files
 
     with processes.joined(*invocation.processes):
-        invocation = files.of_run(invocation)
+        auto = files.is_auto(invocation)
+        invocation = files.of_run(files.on_one_device(invocation))
         recipe = config.load(invocation, import_unreferenced=False)
         with recipe.parts("serve.serve") as part:  # of gin/runs/serve.gin
             opened: RecipeModel = part("opened")  # MODEL, LAYOUT and TASK_FEATURE_LENGTHS
@@ -246,6 +249,9 @@ def run(invocation: "Invocation") -> int:
             room: Room = part("room")  # --slots, --max_length, --max_queue, ...
             door: Door = part("door")  # --host, --port, --token_file, ...
             how = part.rest()  # --name, --step, --averaged
+        if auto:
+            work = opened.largest(Sampling(temperature=0.0), room.slots, room.max_input_length, None)
+            opened = layout_choice.with_layout(invocation, opened, work, invocation.options.topology, _say)
         return serve(with_vocabularies(opened, invocation), model_dir, room, door, **how)
 
 

@@ -199,7 +199,14 @@ class ServeFlags:
         "serve.serve.chat_template", "a folder with chat_template.jinja (default: a converted run's own)", "DIR"
     )
     batch_dir: str | None = binds("serve.serve.batch_dir", "serve files and batches, which are kept there", "DIR")
-    layout: str | None = binds("LAYOUT", "a shipped layout or a gin file (default: the recipe's)", "NAME")
+    layout: str | None = binds(
+        "LAYOUT",
+        "a shipped layout or a gin file (default: the recipe's); auto: inference's best by cost for these slots",
+        "NAME",
+    )
+    topology: str | None = flag(
+        "with --layout=auto: what to count the devices as, v4:2x2x2 (default: what they are)", "CHIP:SIDES", None
+    )
     weights: Literal["int8", "int4"] | None = binds(
         "infer.opened.weights", "keep weights in so many bits (default: as in the checkpoint)", "DTYPE"
     )

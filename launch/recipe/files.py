@@ -15,6 +15,7 @@ from meshway.launch.recipe.text import Binding, Import, Include, Place, Statemen
 # By path, beside launch/: the package mapping keeps folders side by side, installed or not.
 SHIPPED = Path(__file__).parent.parent.parent / "gin"
 _LAYOUT, _AUTO = "LAYOUT", "auto"
+_CHOOSES = ("infer", "serve")  # verbs that choose a layout
 
 
 class GinFiles:
@@ -180,7 +181,7 @@ def join(invocation: Invocation, files: GinFiles) -> Joined:
                 f"{choice.place}: LAYOUT='auto' is for `meshway infer` and Predictor alone, where it is given as they "
                 "start: --layout=auto, layout='auto'; `meshway plan` says which layout that is: name it here"
             )
-        others = [_AUTO] if invocation.verb == "infer" else []
+        others = [_AUTO] if invocation.verb in _CHOOSES else []
         path = files.find(choice.value, None if choice in flags else base, choice.place, "layouts", others)
         shipped = path.is_relative_to(files.shipped.resolve())
         layout = files.read(path)
@@ -234,14 +235,14 @@ def _is_layout(statement: Statement) -> TypeGuard[Binding]:
 
 
 def is_auto(invocation: Invocation) -> bool:
-    """Whether a command's last word on its layout is that it be chosen for it, as `infer --layout=auto`.
+    """Whether a command's last word on its layout is that it be chosen for it, as `infer --layout=auto`, or `serve`'s.
 
     Raises:
       UserError: it says what the mesh is, too; or describes devices for no choice.
     """
     layouts = [each.partition("=")[2].strip().strip("'\"") for each in invocation.bindings if _binds(each, _LAYOUT)]
-    if invocation.verb != "infer" or not layouts or layouts[-1] != _AUTO:
-        if invocation.verb == "infer" and getattr(invocation.options, "topology", None):
+    if invocation.verb not in _CHOOSES or not layouts or layouts[-1] != _AUTO:
+        if invocation.verb in _CHOOSES and getattr(invocation.options, "topology", None):
             raise UserError("--topology has no effect without --layout=auto: leave it out")
         return False
     if mesh := [each for each in invocation.bindings if each.partition("=")[0].strip().startswith("mesh.MeshShape.")]:

@@ -196,6 +196,16 @@ def test_an_encoder_decoder_is_served_too(tmp_path):
 
 
 @pytest.mark.slow
+def test_under_a_layout_chosen_by_cost_texts_are_those_of_one_device(lm):
+    chosen = ("--layout=auto", "--topology=v4:2x2x1", "--simulated_devices=4")
+    with serving(lm, *chosen, "--slots=4", "--max_length=96", "--kept_prompts=0") as served:
+        assert "--gin.LAYOUT=inference/" in "".join(served.said)
+        wanted = predictor(lm).predict(PROMPTS)
+        found = complete(served, PROMPTS, temperature=0, max_tokens=16)
+        assert [each.text for each in found.choices] == [each.text for each in wanted]
+
+
+@pytest.mark.slow
 def test_nothing_is_compiled_after_the_port_is_open(served):
     complete(served, "x" * 50, temperature=0.5, top_p=0.5, logit_bias={"70": 5}, logprobs=3, max_tokens=4)
     assert "meshway_compilations_after_warm_up 0.0" in served.http.get("/metrics").text
@@ -234,7 +244,7 @@ def test_what_cannot_be_served_is_said_in_one_message_before_anything_is_read(lm
             "--host=no.such.host.invalid": "--host=no.such.host.invalid",
             f"--batch_dir={tmp_path}/a/b": "a/b",
             "--port=99999": "--port=99999 is not a number from 0 to 65535",
-            "--layout=auto": "auto",
+            "--topology=v4:2x2x1": "--topology has no effect without --layout=auto: leave it out",
             "--gin.serve.Room.slot=3": "slots",
         }
         for flag, says in cases.items():
