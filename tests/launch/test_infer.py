@@ -56,7 +56,9 @@ def questions(tmp_path):
 
 
 def infer(*words):
-    return cli.main(["infer", "--batch_size=4", "--gin.LAYOUT=single", *map(str, words)])
+    words = [*map(str, words)]
+    size = [] if any(word.startswith("--batch_size") for word in words) else ["--batch_size=4"]
+    return cli.main(["infer", *size, "--gin.LAYOUT=single", *words])
 
 
 def rows_of(path):
@@ -428,7 +430,8 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_are_named(name, run, questions, tmp_path, capsys):
     words, message = MISTAKES[name]
-    assert infer(f"--model_dir={run}", f"--input={questions}", f"--output={tmp_path / 'out.jsonl'}", *words) == 2
+    output = [] if any(word.startswith("--output") for word in words) else [f"--output={tmp_path / 'out.jsonl'}"]
+    assert infer(f"--model_dir={run}", f"--input={questions}", *output, *words) == 2
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
     assert not (tmp_path / "out.jsonl").exists()
