@@ -36,7 +36,8 @@ def run(tmp_path_factory):
 
 def infer(run, source, output, processes=1, *words):
     """Returns the command of a job on four devices, over so many processes."""
-    own = ("infer", f"--model_dir={run}", f"--input={source}", f"--output={output}", "--batch_size=8", *words)
+    size = () if any(word.startswith("--batch_size") for word in words) else ("--batch_size=8",)
+    own = ("infer", f"--model_dir={run}", f"--input={source}", f"--output={output}", *size, *words)
     if processes == 1:
         return (*own, "--simulated_devices=4")
     return ("launch", "local", f"--processes={processes}", f"--devices={4 // processes}", "--", *own)
