@@ -36,7 +36,8 @@ def place(tmp_path_factory):
 
 def infer(place, *words, given=ONE, output="out.jsonl", run="run", **wanted):
     """Runs a job; returns (its rows, or None where it must fail; what it said)."""
-    said = answer("infer", f"--model_dir={run}", "--input=-", f"--output={output}", "--overwrite", "--batch_size=2",
+    where = [] if any(word.startswith("--output") for word in words) else [f"--output={output}"]
+    said = answer("infer", f"--model_dir={run}", "--input=-", *where, "--overwrite", "--batch_size=2",
                   *words, cwd=place, given=given, **wanted)  # fmt: skip
     return (None if wanted.get("exits") else lines(place / output)), said
 
