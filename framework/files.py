@@ -13,7 +13,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeGuard
 
@@ -57,6 +57,14 @@ def local_path(path: str | Path) -> Path:
     if "\0" in str(found):
         raise UserError(f"{str(found)!r} is not a path: it has a null character")
     return found
+
+
+def user_cache(name: str, environment: Mapping[str, str] = os.environ) -> Path:
+    """Returns $MESHWAY_CACHE_DIR/name, else $XDG_CACHE_HOME/meshway/name, else ~/.cache/meshway/name."""
+    if own := environment.get("MESHWAY_CACHE_DIR"):
+        return local_path(own) / name
+    base = environment.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "meshway" / name
 
 
 def open_path(path: str | Path) -> Path:

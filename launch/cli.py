@@ -111,7 +111,7 @@ def _run(invocation: Invocation) -> int:
 
 
 def _keep_programs() -> None:
-    from meshway.framework.partitioning import compilation_cache  # lazy: it imports jax
+    from meshway.framework.telemetry import compilation_cache  # lazy: it imports jax
 
     if note := compilation_cache.keep(os.environ):
         print(note, file=sys.stderr)

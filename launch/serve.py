@@ -19,7 +19,7 @@ from meshway.framework.files import local_path
 from meshway.framework.inference.predictor import Session, open_session
 from meshway.framework.inference.recipe_model import RecipeModel
 from meshway.framework.inference.sampling import Sampling
-from meshway.framework.partitioning import compilation_cache
+from meshway.framework.telemetry import compilation_cache
 from meshway.framework.telemetry.profiler import Compilations
 from meshway.launch import layout_choice
 from meshway.launch.convert_in import ORIGIN

@@ -31,9 +31,9 @@ from meshway.framework.evaluation.records import Records
 from meshway.framework.evaluation.schedule import OWN, EvalDataset, EvaluationLog, Schedule, begin_hooks
 from meshway.framework.files import num_repeated, open_path
 from meshway.framework.interfaces import Attempt, Writer
-from meshway.framework.partitioning import compilation_cache
 from meshway.framework.planning.hardware import peak_flops
 from meshway.framework.report.page import write_report
+from meshway.framework.telemetry import compilation_cache
 from meshway.framework.telemetry.reporter import Progress, Reporter
 from meshway.framework.telemetry.timeline import Timeline, in_one_line, process_began, read_goodput
 from meshway.framework.telemetry.writers import JsonlWriter, TensorBoardWriter, Writers
@@ -250,10 +250,11 @@ def _progress(periods: Periods, start: int, primary: bool) -> Progress:
 def _writers(directory: RunDirectory, start: int, resolved: str, loggers: Sequence[Writer]) -> Writers:
     board = TensorBoardWriter(directory.tensorboard, start)
     board.text("recipe", resolved, start)
-    lines, others = JsonlWriter(directory.metrics, start), Writers(loggers)
+    lines = JsonlWriter(directory.metrics, start)
+    writers = Writers([lines, board, *loggers])
     with terminal.stage("opening the loggers"):
-        others.begin(Attempt(directory.root, start, lines.reported, resolved))
-    return Writers([lines, board, *loggers])
+        writers.begin(Attempt(directory.root, start, lines.reported, resolved))
+    return writers
 
 
 def _reporter(

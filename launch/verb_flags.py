@@ -84,7 +84,21 @@ class SamplingFlags:
 
 
 @dataclasses.dataclass(frozen=True)
-class InferFlags(SamplingFlags):
+class LayoutFlags:
+    """Where a model that predicts lies."""
+
+    layout: str | None = binds(
+        "LAYOUT",
+        "a shipped layout or a gin file (default: the recipe's); auto: inference's best by cost",
+        "NAME",
+    )
+    topology: str | None = flag(
+        "with --layout=auto: what to count the devices as, v4:2x2x2 (default: what they are)", "CHIP:SIDES", None
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class InferFlags(SamplingFlags, LayoutFlags):
     model_dir: str | None = binds(
         "MODEL_DIR", "the run, or one of its checkpoints; its own recipe serves without --gin_file", "DIR"
     )
@@ -113,14 +127,6 @@ class InferFlags(SamplingFlags):
     )
     step: int | None = binds("infer.infer.step", "which checkpoint (default: the latest)", "N", least=0)
     averaged: bool = binds("infer.infer.averaged", "read the averages of parameters that the run kept (EMA_DECAY)")
-    layout: str | None = binds(
-        "LAYOUT",
-        "a shipped layout or a gin file (default: the recipe's); auto: inference's best by cost",
-        "NAME",
-    )
-    topology: str | None = flag(
-        "with --layout=auto: what to count the devices as, v4:2x2x2 (default: what they are)", "CHIP:SIDES", None
-    )
     batch_size: int | None = binds("infer.infer.batch_size", "examples in a batch (default: 32)", "N")
     max_input_length: int | None = binds("infer.infer.max_input_length", "tokens of the longest prompt", "N")
     max_new_tokens: int | None = binds("infer.infer.max_new_tokens", "most tokens of a prediction", "N")
@@ -188,7 +194,7 @@ class ExportFlags(SamplingFlags):
 
 
 @dataclasses.dataclass(frozen=True)
-class ServeFlags:
+class ServeFlags(LayoutFlags):
     model_dir: str | None = binds(
         "MODEL_DIR", "the run, or one of its checkpoints; its own recipe serves without --gin_file", "DIR"
     )
@@ -199,14 +205,6 @@ class ServeFlags:
         "serve.serve.chat_template", "a folder with chat_template.jinja (default: a converted run's own)", "DIR"
     )
     batch_dir: str | None = binds("serve.serve.batch_dir", "serve files and batches, which are kept there", "DIR")
-    layout: str | None = binds(
-        "LAYOUT",
-        "a shipped layout or a gin file (default: the recipe's); auto: inference's best by cost for these slots",
-        "NAME",
-    )
-    topology: str | None = flag(
-        "with --layout=auto: what to count the devices as, v4:2x2x2 (default: what they are)", "CHIP:SIDES", None
-    )
     weights: Literal["int8", "int4"] | None = binds(
         "infer.opened.weights", "keep weights in so many bits (default: as in the checkpoint)", "DTYPE"
     )

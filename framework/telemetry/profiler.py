@@ -13,6 +13,7 @@ from meshway.framework.terminal import format_bytes
 _COMPILED = (
     "/jax/core/compile/backend_compile_duration"  # emitted for each program, also if it is in the persistent cache
 )
+_READ = "/jax/compilation_cache/cache_hits"
 _PREFIX = "device_"
 _COUNTED = ("bytes_in_use", "peak_bytes_in_use", "bytes_limit")
 
@@ -58,22 +59,28 @@ class Compilations:
     """Counts programs that this process compiles, in any thread, inside a `with` block.
 
     Attributes:
-      count: programs compiled so far.
+      count: programs compiled so far, or read from the persistent cache.
+      read: those that were read.
     """
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count = self.read = 0
 
     def __enter__(self) -> "Compilations":
-        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+        jax.monitoring.register_event_duration_secs_listener(self._on_duration)
+        jax.monitoring.register_event_listener(self._on_event)
         return self
 
     def __exit__(self, *_: object) -> None:
-        jax.monitoring.unregister_event_duration_listener(self._on_event)
+        jax.monitoring.unregister_event_duration_listener(self._on_duration)
+        jax.monitoring.unregister_event_listener(self._on_event)
 
-    def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
+    def _on_duration(self, event: str, duration_secs: float, **_: Any) -> None:
         del duration_secs
         self.count += event == _COMPILED
+
+    def _on_event(self, event: str, **_: Any) -> None:
+        self.read += event == _READ
 
 
 def memory_in_use(devices: Sequence[Any]) -> dict[str, float]:

@@ -66,8 +66,10 @@ class Tracker:
 
     def _repeat(self, attempt: Attempt) -> None:
         """Gives reports up to the checkpoint which metrics.jsonl has and the service lacks, as after a crash."""
-        if (last := self._last_step(attempt)) is not None:
-            self._after = last
+        last = self._last_step(attempt)
+        if last is None:
+            return
+        self._after = last
         path = attempt.directory / "metrics.jsonl"
         lines = path.read_bytes().split(b"\n") if path.exists() else []
         for record in (json.loads(line) for line in lines if line):

@@ -25,6 +25,7 @@ from meshway.framework.errors import UserError
 from meshway.framework.files import in_bucket
 from meshway.framework.interfaces import Attempt
 from meshway.framework.telemetry.tracker import Tracker, Values, hyperparameters
+from meshway.framework.web_page import escape
 
 _FILE_STORE = "MLFLOW_ALLOW_FILE_STORE"  # MLflow refuses folders unless this says that they are meant
 
@@ -93,7 +94,8 @@ class WeightsAndBiases(Tracker):
         process leaves out the last seconds."""
         if self._run.settings._offline:
             files = Path(self._run.settings.wandb_dir).glob(f"offline-run-*/run-{self._run.id}.wandb")
-            return max((step for file in files for step in _steps_in(file)), default=-1)
+            records = (record for file in files for record in wandb_records(file))
+            return max((record.history.step.num for record in records if record.HasField("history")), default=-1)
         return self._run.starting_step - 1
 
     def _log(self, step: int, scalars: Mapping[str, float], values: Values) -> None:
@@ -109,7 +111,7 @@ class WeightsAndBiases(Tracker):
         import wandb
 
         if value["kind"] == "text":
-            return wandb.Html(f"<pre>{_escaped(value['text'])}</pre>")
+            return wandb.Html(f"<pre>{escape(value['text'])}</pre>")
         if value["kind"] == "image":
             return [wandb.Image(image) for image in images(value)]
         if value["kind"] == "histogram":
@@ -256,9 +258,9 @@ def images(value: Mapping[str, Any]) -> list[np.ndarray]:
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(each))).convert("RGB")) for each in value["png"]]
 
 
-def _steps_in(path: Path) -> Iterator[int]:
-    """Gives the steps of a transaction log of W&B's: 7 bytes, then records in LevelDB's log format, in blocks of 32 KiB
-    (checksum, length and kind, content), each a protocol buffer; the last may be cut off."""
+def wandb_records(path: Path) -> Iterator[Any]:
+    """Yields the records of a transaction log of W&B's: 7 bytes, then LevelDB's log, in blocks of 32 KiB (checksum,
+    length and kind, content), each record a protocol buffer; the last may be cut off."""
     from wandb.proto import wandb_internal_pb2
 
     data, at, content = path.read_bytes(), 7, b""
@@ -272,9 +274,7 @@ def _steps_in(path: Path) -> Iterator[int]:
         content += data[at + 7 : at + 7 + size]
         at += 7 + size
         if kind in (1, 4):  # whole, or the last part
-            record = wandb_internal_pb2.Record.FromString(content)
-            if record.WhichOneof("record_type") == "history":
-                yield record.history.step.num
+            yield wandb_internal_pb2.Record.FromString(content)
             content = b""
 
 
@@ -284,7 +284,3 @@ def _mlflow_name(name: str) -> str:
 
 def _plain(value: Any) -> Any:
     return value if isinstance(value, (int, float)) else str(value)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;")

@@ -1,7 +1,7 @@
 """meshway bench decode: what a token costs, beside how fast this machine reads memory.
 
     meshway bench decode --gin_file=bench_decode
-    meshway bench decode --gin_file=t5_1_1/small --gin.bench.decode.batch_sizes='(1, 16)'
+    meshway bench decode --gin_file=t5_1_1/small --gin.bench.decode.Setting.batch_sizes='(1, 16)'
     meshway bench decode --gin_file=bench_decode --gin.attention.Attention.cache_dtype=int8
     meshway bench decode --interleave --gin_file=...    # burst by burst beside other programs, over a pipe
 

@@ -178,7 +178,7 @@ def join(invocation: Invocation, files: GinFiles) -> Joined:
             raise UserError(f"{choice.place}: LAYOUT must be a layout's name or file, not {choice.value!r}")
         if choice.value == _AUTO:
             raise UserError(
-                f"{choice.place}: LAYOUT='auto' is for `meshway infer` and Predictor alone, where it is given as they "
+                f"{choice.place}: LAYOUT='auto' is for `meshway infer`, `serve` and Predictor alone, given as they "
                 "start: --layout=auto, layout='auto'; `meshway plan` says which layout that is: name it here"
             )
         others = [_AUTO] if invocation.verb in _CHOOSES else []

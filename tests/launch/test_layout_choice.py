@@ -148,7 +148,7 @@ def test_memory_that_is_too_small_is_said(run, tmp_path, capsys, monkeypatch):
 
 def test_other_verbs_and_recipes_name_a_layout(run, capsys):
     assert cli.main(["eval", f"--model_dir={run}", "--gin.LAYOUT=auto"]) == 2
-    assert "LAYOUT='auto' is for `meshway infer` and Predictor alone" in capsys.readouterr().err
+    assert "LAYOUT='auto' is for `meshway infer`, `serve` and Predictor alone" in capsys.readouterr().err
 
 
 def test_a_launched_command_s_recipe_is_checked_with_no_layout_yet(run, monkeypatch):

@@ -149,7 +149,6 @@ def test_what_a_model_of_t5x_says_is_reported_and_scored():
     np.testing.assert_allclose(mean.loss(params, batch, None)[0], loss * weight, rtol=1e-6)
 
 
-@pytest.mark.slow
 def test_metrics_of_clu_are_sums_over_counts_or_refused():
     values, mask = np.array([1.0, 2.0, 6.0]), np.array([1, 1, 0])
     mean = clu.Average.from_model_output(values, mask=mask)
@@ -169,6 +168,7 @@ def test_metrics_of_clu_are_sums_over_counts_or_refused():
             as_sums({"x": metric})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["Boxed", "T5XStyle"])
 def test_predictions_recompute_rows(style):
     """Greedy decoding from prompts of different lengths finds what the module itself says after each prefix."""

@@ -2,14 +2,15 @@
 metrics.jsonl, each step once. Needs the extras `wandb`, `mlflow` and `board`."""
 
 import json
-import struct
 
 import pytest
 from running import copy_lab, lines, meshway
 
+from meshway.framework.telemetry.trackers import wandb_records
+
 pytestmark = pytest.mark.proofs
 
-wandb_records = pytest.importorskip("wandb.proto.wandb_internal_pb2")
+pytest.importorskip("wandb")
 mlflow = pytest.importorskip("mlflow")
 pytest.importorskip("tensorboard")
 
@@ -51,21 +52,6 @@ REPORT_PERIOD = 2
 """
 
 
-def records(path):
-    """Reads a transaction log of W&B's: a header of 7 bytes, then LevelDB's log format, in blocks of 32 KiB."""
-    data, at, parts = path.read_bytes(), 7, b""
-    while at + 7 <= len(data):
-        if (left := 32768 - at % 32768) < 7:
-            at += left
-            continue
-        size, kind = struct.unpack_from("<HB", data, at + 4)
-        parts += data[at + 7 : at + 7 + size]
-        at += 7 + size
-        if kind in (1, 4):  # whole, or the last part
-            yield wandb_records.Record.FromString(parts)
-            parts = b""
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     lab = copy_lab(tmp_path_factory.mktemp("trackers"))
@@ -84,7 +70,7 @@ def wandb_series(folder):
     """Returns run id -> [(step, scalars)] of all attempts, in order."""
     found = {}
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        for record in records(path):
+        for record in wandb_records(path):
             if record.WhichOneof("record_type") == "history":
                 items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
                 values = {name: json.loads(text) for name, text in items.items() if not name.startswith("_")}

@@ -26,7 +26,7 @@ from meshway.framework.data.objective import FeatureInfo
 from meshway.framework.data.rows.packing import Example
 from meshway.framework.data.vocabularies import of_seqio
 from meshway.framework.errors import EnvironmentFailure, UserError
-from meshway.framework.files import local_path, replace_file, sync
+from meshway.framework.files import replace_file, sync, user_cache
 
 # Examples are read one by one, in random order, and a reader keeps 8 bytes in memory for each group. A group is read as
 # a whole, which takes 10 us more than one of 1; eight together take a third less space, and half the time to write.
@@ -308,11 +308,8 @@ def _text(content: Mapping[str, Any]) -> bytes:
 
 
 def cache_directory() -> Path:
-    """Returns $MESHWAY_CACHE_DIR/tasks, else $XDG_CACHE_HOME/meshway/tasks, else ~/.cache/meshway/tasks."""
-    if own := os.environ.get("MESHWAY_CACHE_DIR"):
-        return local_path(own) / "tasks"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "meshway" / "tasks"
+    """Returns where tasks are cached unless told otherwise: `tasks` of the user's cache directory."""
+    return user_cache("tasks")
 
 
 _PREFIX = ".building-"

@@ -47,7 +47,7 @@ def test_unpacking_gives_every_item_back_once_zeros_included(sizes, window):
         assert sorted(placement.segments[placement.rows == row]) == list(range(1, 1 + (placement.rows == row).sum()))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None)
 @given(sizes=SIZES)
 def test_no_two_rows_fit_in_one_where_rows_are_never_closed(sizes):
     """Best fit opens a row only for an item that no open row has room for."""

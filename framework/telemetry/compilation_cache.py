@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import os
 import platform
 import tempfile
 import zlib
@@ -14,43 +13,15 @@ from typing import Any
 import jax
 
 from meshway.framework.errors import UserError
-from meshway.framework.files import in_bucket, open_path
+from meshway.framework.files import in_bucket, open_path, user_cache
+from meshway.framework.telemetry.profiler import Compilations
 
 VARIABLE = "MESHWAY_COMPILATION_CACHE"
 MAX_BYTES = 2 * 2**30  # of a local folder; the least recently used programs go first
 _ZSTANDARD = b"\x28\xb5\x2f\xfd"  # how what it compressed begins
-_HIT = "/jax/compilation_cache/cache_hits"
-_COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
-class KeptPrograms:
-    """Counts, from now on, the programs of this process.
-
-    Attributes:
-      folder: where they are kept, "" for nowhere.
-      programs: all that were compiled or read.
-      read: those that were read from there, and not compiled.
-    """
-
-    def __init__(self, folder: str) -> None:
-        self.folder, self.programs, self.read = folder, 0, 0
-        jax.monitoring.register_event_duration_secs_listener(self._on_duration)
-        jax.monitoring.register_event_listener(self._on_event)
-
-    def __str__(self) -> str:
-        if not self.folder:
-            return ""
-        compiled = f"{self.programs - self.read:,} programs compiled, {self.read:,} read from {self.folder}"
-        return f"{compiled} ({VARIABLE}= keeps none)"
-
-    def _on_duration(self, event: str, duration_secs: float, **_: object) -> None:
-        self.programs += event == _COMPILED
-
-    def _on_event(self, event: str, **_: object) -> None:
-        self.read += event == _HIT
-
-
-_kept: KeptPrograms | None = None
+_kept: tuple[str, Compilations] | None = None  # where, and what this process has compiled since
 
 
 def keep(environment: Mapping[str, str]) -> str:
@@ -66,16 +37,16 @@ def keep(environment: Mapping[str, str]) -> str:
     Raises:
       UserError: the folder that was asked for cannot be written.
     """
-    global _kept
     asked = environment.get(VARIABLE)
     if asked == "":
         jax.config.update("jax_enable_compilation_cache", False)
         return ""
     config: Any = jax.config  # its settings are not in its type
     if asked is None and (config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache):
-        _kept = _kept or KeptPrograms(config.jax_compilation_cache_dir or "")
+        if config.jax_enable_compilation_cache:
+            _count(config.jax_compilation_cache_dir)
         return ""
-    folder = open_path(asked or _default(environment)) / _kind_of_cpu()
+    folder = (open_path(asked) if asked else user_cache("programs", environment)) / _kind_of_cpu()
     if problem := _why_not(folder):
         if asked is not None:
             raise UserError(f"{VARIABLE}={asked} cannot be written: {problem}; give another folder, or nothing")
@@ -89,21 +60,22 @@ def keep(environment: Mapping[str, str]) -> str:
     jax.config.update("jax_compilation_cache_max_size", -1 if in_bucket(folder) else MAX_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs take seconds too
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    _kept = _kept or KeptPrograms("")
-    _kept.folder = str(folder)
+    _count(str(folder))
     return ""
 
 
 def in_words() -> str:
     """Returns how many programs this process has compiled, and read from where; "" where none are kept."""
-    return str(_kept or "")
+    if _kept is None:
+        return ""
+    folder, programs = _kept
+    compiled = f"{programs.count - programs.read:,} programs compiled, {programs.read:,} read from {folder}"
+    return f"{compiled} ({VARIABLE}= keeps none)"
 
 
-def _default(environment: Mapping[str, str]) -> str:
-    if own := environment.get("MESHWAY_CACHE_DIR"):
-        return os.path.join(own, "programs")
-    base = environment.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-    return os.path.join(base, "meshway", "programs")
+def _count(folder: str) -> None:
+    global _kept
+    _kept = folder, _kept[1] if _kept else Compilations().__enter__()  # until the process ends
 
 
 def _kind_of_cpu() -> str:

@@ -10,7 +10,7 @@ import pytest
 from running import command, copy_lab, state_hash
 
 from meshway.framework.errors import UserError
-from meshway.framework.partitioning import compilation_cache
+from meshway.framework.telemetry import compilation_cache
 
 NAMES = [
     *("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_compilation_cache_max_size"),
