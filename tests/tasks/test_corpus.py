@@ -76,6 +76,7 @@ def read(corpus_cache):
         yield corpus._corpus()
 
 
+@pytest.mark.slow
 def test_the_cached_corpus_is_the_extracted_one(read, corpus_cache, monkeypatch):
     monkeypatch.setenv("MESHWAY_CACHE_DIR", str(corpus_cache))
     monkeypatch.setattr(corpus, "_extract", None)

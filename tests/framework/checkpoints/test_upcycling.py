@@ -69,10 +69,8 @@ def loss(made, params):
         )
 
 
-@pytest.mark.parametrize(
-    "bindings, layout",
-    [(EVERY_LAYER, "single"), pytest.param(EVERY_SECOND, "fsdp_expert", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("bindings, layout", [(EVERY_LAYER, "single"), (EVERY_SECOND, "fsdp_expert")])
 def test_the_loss_is_the_dense_models(dense, bindings, layout):
     folder, weights, expected = dense
     made, initial = upcycled(folder, *bindings, layout=layout)

@@ -15,6 +15,7 @@ from meshway.framework.inference.weights import prepared
 MORE = [("lm", "float32"), ("t5_1_1", "float32"), ("t5_1_1", "int8")]
 
 
+@pytest.mark.slow
 def test_the_divergence_is_that_of_both_logits_at_targets_with_weight():
     made = program("lm", "BATCH_SIZE=8", layout="model_1d")
     params, batch = made.init().params, dict(made.synthetic_batch())
